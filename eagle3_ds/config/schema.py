@@ -1,0 +1,164 @@
+"""The recipe: one frozen object that says everything about a run.
+
+Every section forbids unknown keys and is strict about types; what needs no other file to be judged is judged here.
+The meaning of every key is told in docs/recipe.md.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+FloatDtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """Base of every recipe section: immutable, strict, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TargetBuild(Section):
+    """A small Llama trained on the running Python's standard library, for the quickstart and the tests."""
+
+    vocab_size: Positive = 4096
+    hidden_size: Positive = 192
+    intermediate_size: Positive = 512
+    num_layers: Annotated[int, Field(ge=6)] = 8
+    num_heads: Positive = 4
+    num_kv_heads: Positive = 2
+    max_positions: Positive = 8192
+    sequence_length: Positive = 512
+    batch_size: Positive = 8
+    steps: NonNegative = 300
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    seed: int = 0
+
+
+class TargetSection(Section):
+    path: str
+    """Folder of a Hugging Face causal LM, or a hub name."""
+    build: TargetBuild | None = None
+    """Build the target at `path` when it is not there yet. A target built from other values is refused, not replaced."""
+    aux_layers: tuple[NonNegative, NonNegative, NonNegative] | None = None
+    """Layers whose inputs are captured; null is the EAGLE-3 rule (2, n // 2, n - 3)."""
+    dtype: FloatDtype = "bfloat16"
+
+
+class DraftSection(Section):
+    vocab_size: Positive = 32000
+    ttt_steps: Annotated[int, Field(ge=1, le=16)] = 7
+    num_layers: Positive = 1
+    intermediate_size: Positive | None = None
+    num_heads: Positive | None = None
+    num_kv_heads: Positive | None = None
+
+
+class DataSection(Section):
+    train: tuple[str, ...]
+    """JSONL / Parquet files, folders of them, or the word `stdlib` (conversations made from Python's standard library)."""
+    heldout: tuple[str, ...] = ()
+    """Same as `train`; empty means `heldout_fraction` of the training conversations, split by conversation."""
+    heldout_fraction: Fraction = 0.02
+    max_length: Positive = 4096
+    """Packing length in tokens."""
+    max_conversations: Positive | None = None
+    on_too_long: Literal["error", "drop", "truncate"] = "error"
+    """What to do with a conversation longer than `max_length`; counted and reported."""
+    chat_template: str | None = None
+    """A Jinja file used instead of the tokenizer's own template; needs `{% generation %}` marks."""
+    cache_dir: str = "output/cache"
+    """Tokenised conversations and hidden-state stores, keyed by content."""
+    hidden_dtype: FloatDtype = "bfloat16"
+    seed: int = 0
+
+
+class ParallelSection(Section):
+    ulysses: Positive = 1
+    ring: Positive = 1
+    draft_dp: Positive | None = None
+    """Null: whatever the world size leaves, world / (ulysses * ring)."""
+    zero_group: Literal["all", "draft_dp"] = "all"
+    kv_exchange: Literal["auto", "gather", "ring"] = "auto"
+    chunks_per_rank: Positive = 8
+    """Pieces a ring rank's share of the sequence is cut into for balance."""
+
+
+class AttentionSection(Section):
+    kernel: Literal["auto", "reference", "blockwise", "cpu", "cuda"] = "auto"
+
+
+class LossSection(Section):
+    decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
+    """Weight of TTT step k is decay**k, not renormalised."""
+    mask_alignment: Literal["served", "reference"] = "served"
+    reduction: Literal["supervised", "slots"] = "supervised"
+    tile_bytes: Annotated[int, Field(ge=2**20)] = 2**28
+    """Byte budget of the transient logits of one loss tile."""
+
+
+class TrainSection(Section):
+    steps: Positive | None = None
+    epochs: Positive | None = None
+    accumulation: Positive = 1
+    """Packed sequences per draft_dp rank and optimizer step."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: NonNegative = 0
+    min_lr_ratio: Fraction = 0.1
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    gradient_clipping: Annotated[float, Field(ge=0)] = 0.5
+    """Largest global gradient norm; 0 turns clipping off."""
+    activation: Literal["keep", "recompute"] = "recompute"
+    eval_every: NonNegative = 0
+    """Optimizer steps between held-out evaluations; 0: only at the end."""
+    save_every: NonNegative = 0
+    """Optimizer steps between checkpoints; 0: only at the end."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"train.steps is {self.steps} and train.epochs is {self.epochs}: exactly one of them says how long to "
+                "train. Set one and remove the other."
+            )
+        return self
+
+
+class EvalSection(Section):
+    num_prompts: NonNegative = 16
+    """Held-out prompts decoded speculatively after training; 0 skips the evaluation."""
+    max_new_tokens: Positive = 128
+    draft_tokens: Positive = 7
+    context_buckets: tuple[Positive, ...] = (512, 2048, 8192, 32768, 131072)
+    """Upper ends, in tokens of context, of the buckets that acceptance is reported by."""
+    dtype: FloatDtype = "float32"
+
+
+class ExportSection(Section):
+    formats: tuple[Literal["vllm", "speculators"], ...] = ("vllm", "speculators")
+    dtype: FloatDtype = "bfloat16"
+
+
+class Recipe(Section):
+    """One run. `deepspeed` is the path of a DeepSpeed JSON, passed through but for the keys we fill in or refuse."""
+
+    target: TargetSection
+    draft: DraftSection = DraftSection()
+    data: DataSection
+    parallel: ParallelSection = ParallelSection()
+    attention: AttentionSection = AttentionSection()
+    loss: LossSection = LossSection()
+    train: TrainSection
+    eval: EvalSection = EvalSection()
+    export: ExportSection = ExportSection()
+    deepspeed: str
+    output_dir: str
