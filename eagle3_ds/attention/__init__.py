@@ -1,0 +1,7 @@
+"""USP attention: Ulysses x ring over a span plan, with the step-0 keys and values exchanged once for all TTT steps."""
+
+from eagle3_ds.attention.prefix_kv import PrefixKV
+from eagle3_ds.attention.ring import RingKV, ring_attention_hybrid_masked
+from eagle3_ds.attention.usp import LlamaUSPFlashAttention, UnrollMemory
+
+__all__ = ["LlamaUSPFlashAttention", "PrefixKV", "RingKV", "UnrollMemory", "ring_attention_hybrid_masked"]

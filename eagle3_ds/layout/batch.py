@@ -1,0 +1,132 @@
+"""From a packed sequence to what one rank holds of it.
+
+Shapes: L real tokens, S slots of this rank, E rows of its extended buffers (own slots plus halo), K TTT steps,
+Ht hidden size of the target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eagle3_ds.layout.plan import IntArray, SpanPlan
+
+
+class Rows(Protocol):
+    """Rows that can be read a slice at a time: a tensor, or a view of a store on disk."""
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """Documents laid end to end, whole.
+
+    Attributes:
+        token_ids: int64 [L], `x_i`.
+        loss_mask: bool [L], true for assistant tokens.
+        lengths: document lengths, sum L.
+        teacher_token: int64 [L], the target's argmax over its full vocabulary at each position (it predicts `x_{i+1}`).
+        aux: rows [L, 3 * Ht], the concatenated inputs of the three auxiliary target layers.
+        teacher: rows [L, Ht], the target's last hidden state after its final norm.
+    """
+
+    token_ids: Tensor
+    loss_mask: Tensor
+    lengths: tuple[int, ...]
+    teacher_token: Tensor
+    aux: Rows
+    teacher: Rows
+
+
+@dataclass(frozen=True)
+class LocalBatch:
+    """One rank's share of one packed sequence. The extended buffers are read at `row + 1 + k`.
+
+    Attributes:
+        position: int64 [S], position in the document; 0 for padding.
+        row: int64 [S], this slot's row in the extended buffers.
+        supervised: bool [K, S], slots that count at each TTT step, the teacher's token in or out of the draft vocabulary.
+        token_ids: int64 [E].
+        teacher_token: int64 [E].
+        aux: [S, 3 * Ht], own slots only.
+        teacher: [E, Ht].
+        max_position: largest position of the whole pack, the same on all sp ranks.
+        num_slots: real slots of the whole pack, the same on all sp ranks.
+    """
+
+    plan: SpanPlan
+    ring_rank: int
+    ulysses_rank: int
+    position: Tensor
+    row: Tensor
+    supervised: Tensor
+    token_ids: Tensor
+    teacher_token: Tensor
+    aux: Tensor
+    teacher: Tensor
+    max_position: int
+    num_slots: int
+
+
+def prepare_usp_input(
+    pack: PackedSequence,
+    plan: SpanPlan,
+    ring_rank: int,
+    ulysses_rank: int,
+    ttt_steps: int,
+    mask_alignment: str = "served",
+) -> LocalBatch:
+    """Cut this rank's batch out of a packed sequence, reading only its own rows and their halo.
+
+    Slot i at step k reads row i + 1 + k, so the halo is `ttt_steps` rows. Whatever leaves the document is never supervised.
+
+    Raises:
+        ValueError: the pack's columns or the plan disagree about the length.
+    """
+    length = plan.length
+    for name in ("token_ids", "loss_mask", "teacher_token"):
+        if len(getattr(pack, name)) != length:
+            raise ValueError(f"{name} has {len(getattr(pack, name))} rows, but the documents of the pack have {length}.")
+    slots = plan.slots(ring_rank, ulysses_rank)
+    extended = plan.halo_slots(ring_rank, ulysses_rank, ttt_steps)
+    return LocalBatch(
+        plan=plan,
+        ring_rank=ring_rank,
+        ulysses_rank=ulysses_rank,
+        position=torch.from_numpy(plan.position[slots]),
+        row=torch.from_numpy(np.searchsorted(extended, slots)),
+        supervised=torch.from_numpy(_supervised(plan, slots, pack.loss_mask.numpy(), ttt_steps, mask_alignment)),
+        token_ids=_take(pack.token_ids, extended, length),
+        teacher_token=_take(pack.teacher_token, extended, length),
+        aux=_take(pack.aux, slots, length),
+        teacher=_take(pack.teacher, extended, length),
+        max_position=max(plan.lengths) - 1,
+        num_slots=length,
+    )
+
+
+def _supervised(plan: SpanPlan, slots: IntArray, loss_mask: np.ndarray, ttt_steps: int, alignment: str) -> np.ndarray:
+    """bool [K, S]: slot i counts at step k when slot i + 1 + k is in its document and the aligned mask is set."""
+    document = np.concatenate((plan.document, np.full(ttt_steps + 1, -1, dtype=np.int64)))
+    mask = np.zeros(len(document), dtype=bool)
+    mask[: plan.length] = loss_mask
+    read = slots[None, :] + 1 + np.arange(ttt_steps)[:, None]
+    masked = mask[read if alignment == "served" else read - 1]
+    return masked & (document[read] == document[slots]) & (document[slots] >= 0)
+
+
+def _take(rows: Rows, slots: IntArray, length: int) -> Tensor:
+    """Rows of ascending `slots`, zeros at slots >= length, read as few contiguous slices as there are spans."""
+    inside = slots[slots < length]
+    breaks = np.flatnonzero(np.diff(inside) != 1) + 1
+    spans = [span for span in np.split(inside, breaks) if len(span)]
+    parts = [rows[int(span[0]) : int(span[-1]) + 1] for span in spans] or [rows[0:0]]
+    missing = len(slots) - len(inside)
+    if missing:
+        parts.append(parts[0].new_zeros((missing, *parts[0].shape[1:])))
+    return torch.cat(parts)

@@ -1,0 +1,9 @@
+"""The EAGLE-3 draft: its decoder, the unroll over TTT steps, the vocabulary map, and the patch that puts USP in."""
+
+from eagle3_ds.model.config import build_draft_config
+from eagle3_ds.model.decoder import DraftCache
+from eagle3_ds.model.draft import DraftModel
+from eagle3_ds.model.patching import patch_attention
+from eagle3_ds.model.vocabulary import VocabularyMap
+
+__all__ = ["DraftCache", "DraftModel", "VocabularyMap", "build_draft_config", "patch_attention"]

@@ -1,0 +1,57 @@
+"""The draft's geometry, derived from the target's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import LlamaConfig
+
+from eagle3_ds.config import DraftSection
+
+
+def build_draft_config(target_config: Any, draft: DraftSection) -> LlamaConfig:
+    """A Llama config for the draft: the target's width, rotary settings and norm epsilon, the recipe's own sizes.
+
+    Args:
+        target_config: the target's (text) config from transformers.
+        draft: the recipe's draft section; null sizes are taken from the target.
+
+    Returns:
+        A `LlamaConfig` with the extra attribute `draft_vocab_size`.
+
+    Raises:
+        ValueError: a draft vocabulary larger than the target's, or head counts that do not divide.
+    """
+    if draft.vocab_size > target_config.vocab_size:
+        raise ValueError(
+            f"draft.vocab_size = {draft.vocab_size} is larger than the target's vocabulary of {target_config.vocab_size}: "
+            f"the draft predicts a subset of the target's tokens. Use at most {target_config.vocab_size}."
+        )
+    num_heads = draft.num_heads or target_config.num_attention_heads
+    num_kv_heads = draft.num_kv_heads or target_config.num_key_value_heads
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"draft.num_heads = {num_heads} is not a multiple of draft.num_kv_heads = {num_kv_heads}: each key head serves "
+            "the same number of query heads. Change one of them."
+        )
+    head_dim = getattr(target_config, "head_dim", None) or target_config.hidden_size // target_config.num_attention_heads
+    return LlamaConfig(
+        vocab_size=target_config.vocab_size,
+        draft_vocab_size=draft.vocab_size,
+        hidden_size=target_config.hidden_size,
+        intermediate_size=draft.intermediate_size or target_config.intermediate_size,
+        num_hidden_layers=draft.num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=head_dim,
+        hidden_act="silu",
+        max_position_embeddings=target_config.max_position_embeddings,
+        rms_norm_eps=target_config.rms_norm_eps,
+        rope_parameters=dict(target_config.rope_parameters),
+        tie_word_embeddings=False,
+        bos_token_id=target_config.bos_token_id,
+        eos_token_id=target_config.eos_token_id,
+        pad_token_id=target_config.pad_token_id,
+        attention_bias=False,
+        mlp_bias=False,
+    )

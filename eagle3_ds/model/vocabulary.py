@@ -1,0 +1,48 @@
+"""The draft vocabulary: the most frequent supervised tokens of the target's vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VocabularyMap:
+    """Attributes: d2t, int64 [Vd], *offsets* (target id of draft id i is i + d2t[i]); t2d, bool [V]."""
+
+    d2t: Tensor
+    t2d: Tensor
+
+    @staticmethod
+    def from_counts(counts: Tensor, draft_vocab_size: int) -> VocabularyMap:
+        """The `draft_vocab_size` most frequent tokens, ties to the lower id, ascending. counts: int64 [V].
+
+        Raises:
+            ValueError: the draft vocabulary is larger than the target's.
+        """
+        if draft_vocab_size > len(counts):
+            raise ValueError(
+                f"draft.vocab_size = {draft_vocab_size} is larger than the target's vocabulary of {len(counts)}: "
+                f"the draft predicts a subset of the target's tokens. Use at most {len(counts)}."
+            )
+        kept = torch.argsort(counts, descending=True, stable=True)[:draft_vocab_size].sort().values
+        t2d = torch.zeros(len(counts), dtype=torch.bool)
+        t2d[kept] = True
+        return VocabularyMap(kept - torch.arange(draft_vocab_size), t2d)
+
+    @property
+    def draft_to_target(self) -> Tensor:
+        """Target id of each draft id, int64 [Vd]."""
+        return self.d2t + torch.arange(len(self.d2t))
+
+    def save(self, path: str | Path) -> None:
+        save_file({"d2t": self.d2t, "t2d": self.t2d}, str(path))
+
+    @staticmethod
+    def load(path: str | Path) -> VocabularyMap:
+        tensors = load_file(str(path))
+        return VocabularyMap(tensors["d2t"], tensors["t2d"])
