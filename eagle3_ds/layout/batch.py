@@ -56,7 +56,7 @@ class LocalBatch:
         aux: [S, 3 * Ht], own slots only.
         teacher: [E, Ht].
         max_position: largest position of the whole pack, the same on all sp ranks.
-        num_slots: real slots of the whole pack, the same on all sp ranks.
+        num_own_slots: slots of this rank that hold a token, without padding.
     """
 
     plan: SpanPlan
@@ -70,7 +70,7 @@ class LocalBatch:
     aux: Tensor
     teacher: Tensor
     max_position: int
-    num_slots: int
+    num_own_slots: int
 
 
 def prepare_usp_input(
@@ -106,7 +106,7 @@ def prepare_usp_input(
         aux=_take(pack.aux, slots, length),
         teacher=_take(pack.teacher, extended, length),
         max_position=max(plan.lengths) - 1,
-        num_slots=length,
+        num_own_slots=int((slots < length).sum()),
     )
 
 

@@ -6,6 +6,9 @@ Vd the draft's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,6 +19,17 @@ from eagle3_ds.attention import UnrollMemory
 from eagle3_ds.layout import LocalBatch
 from eagle3_ds.model.decoder import DraftCache, DraftLayer
 from eagle3_ds.model.rope import rotary_angles
+
+
+Result = TypeVar("Result")
+
+
+class DraftHead(nn.Linear):
+    """The head over the draft vocabulary. A loss that needs its weight runs in here, because under ZeRO-3 the weight has
+    size 0 outside of its own module's forward."""
+
+    def forward(self, x: Tensor | list[Tensor], loss: Callable[..., Result] | None = None) -> Tensor | Result:  # type: ignore[override]
+        return functional.linear(x, self.weight) if loss is None else loss(x, self.weight)
 
 
 class DraftModel(nn.Module):
@@ -36,7 +50,7 @@ class DraftModel(nn.Module):
         self.fc = nn.Linear(3 * config.hidden_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList(DraftLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.lm_head = DraftHead(config.hidden_size, config.draft_vocab_size, bias=False)
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:

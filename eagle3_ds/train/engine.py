@@ -1,0 +1,83 @@
+"""What DeepSpeed is handed, and how the gradient keeps its scale.
+
+`zero_group: all`: DeepSpeed sees every rank as data parallel and averages over all W of them, so the loss share is multiplied
+by W. `zero_group: draft_dp`: DeepSpeed sees draft_dp only, averages over it, and a hook on each parameter sums the gradient
+over the sequence-parallel replicas first. Either way the result is the sum of all ranks' shares, at every ZeRO stage.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from eagle3_ds.config import Recipe
+from eagle3_ds.layout import LocalBatch
+from eagle3_ds.loss import LossInputs, LossSum, tiled_soft_cross_entropy
+from eagle3_ds.model import DraftModel
+from eagle3_ds.topology import Topology, ZeroGroupMpu
+
+
+class DraftWithLoss(nn.Module):
+    """The draft and its loss in one forward, so that DeepSpeed sees every use of every parameter."""
+
+    def __init__(self, draft: DraftModel, embedding: Tensor, ttt_steps: int, recompute: bool) -> None:
+        super().__init__()
+        self.draft = draft
+        # A plain attribute in a list, not a buffer: frozen, and none of DeepSpeed's business.
+        self._frozen = [embedding]
+        self.ttt_steps, self.recompute = ttt_steps, recompute
+
+    def forward(self, batch: LocalBatch, inputs: LossInputs) -> LossSum:
+        students = self.draft.unroll(batch, self._frozen[0], self.ttt_steps, self.recompute)
+        return LossSum(*self.draft.lm_head(students, partial(_loss_terms, inputs)))
+
+
+def _loss_terms(inputs: LossInputs, students: list[Tensor], head_weight: Tensor) -> tuple[Tensor, ...]:
+    """A plain tuple, because DeepSpeed hooks the tensors of a module's output and does not look into dataclasses."""
+    return tuple(vars(tiled_soft_cross_entropy(students, head_weight, inputs)).values())
+
+
+def build_engine(
+    recipe: Recipe, deepspeed_config: dict[str, Any], topology: Topology, model: DraftWithLoss
+) -> tuple[Any, float]:
+    """Initialise DeepSpeed.
+
+    Returns:
+        The engine, and the factor that each rank's share of the loss is multiplied by before backward.
+    """
+    by_draft_dp = recipe.parallel.zero_group == "draft_dp"
+    if by_draft_dp and topology.sp_group is not None:
+        for parameter in model.parameters():
+            # A tensor hook sees each incoming gradient, so accumulation over micro-batches stays right.
+            parameter.register_hook(partial(_sum_over_group, topology.sp_group))
+    train = recipe.train
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=train.learning_rate, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config,
+        mpu=ZeroGroupMpu.create(topology) if by_draft_dp else None,
+    )
+    return engine, float(topology.draft_dp if by_draft_dp else topology.mesh.world_size)
+
+
+def _sum_over_group(group: dist.ProcessGroup, gradient: Tensor) -> Tensor:
+    summed = gradient.contiguous().clone()
+    dist.all_reduce(summed, group=group)
+    return summed
+
+
+def full_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter whole, on the CPU, by its name in `model`. Collective under ZeRO-3: all ranks call it."""
+    whole = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            whole[name] = parameter.detach().to("cpu", copy=True)
+    return whole

@@ -1,0 +1,230 @@
+"""DraftTrainer: packed sequences in, optimizer steps out.
+
+Legend: K TTT steps, S slots of this rank, E rows of its extended buffers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from eagle3_ds.config import Recipe
+from eagle3_ds.kernels import select_kernel
+from eagle3_ds.layout import LocalBatch, PackedSequence, SpanPlan, prepare_usp_input
+from eagle3_ds.loss import LossInputs, LossSum
+from eagle3_ds.model import DraftModel, VocabularyMap, patch_attention
+from eagle3_ds.topology import Topology
+from eagle3_ds.train.engine import DraftWithLoss, build_engine, full_parameters
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Sums over all ranks, divided: the same numbers on every rank.
+
+    Attributes:
+        loss: sum over k of decay**k * step_loss[k].
+        step_loss, step_accuracy: one number per TTT step.
+        tau: 1 + sum over k of the probability that the steps 0..k are all right.
+        grad_norm: as DeepSpeed reports it, before clipping; None for an evaluation.
+        tokens: real tokens of the step, all draft_dp ranks.
+    """
+
+    loss: float
+    step_loss: tuple[float, ...]
+    step_accuracy: tuple[float, ...]
+    tau: float
+    tokens: int
+    grad_norm: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+class DraftTrainer:
+    """Trains one draft. Every method is collective: all ranks call it alike, SP peers with the same packs.
+
+    Args:
+        recipe: the run.
+        deepspeed_config: complete DeepSpeed settings (`fill_deepspeed_config`).
+        topology: this rank's place.
+        draft: fresh or loaded weights, the same on all ranks, in fp32 (DeepSpeed keeps the masters).
+        embedding: [V, H], the target's. head: [V, Ht], the target's.
+        vocabulary: the draft vocabulary.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        deepspeed_config: dict[str, Any],
+        topology: Topology,
+        draft: DraftModel,
+        embedding: Tensor,
+        head: Tensor,
+        vocabulary: VocabularyMap,
+    ) -> None:
+        self.recipe, self.topology, self.draft = recipe, topology, draft
+        self.dtype = getattr(torch, recipe.train.dtype)
+        device = topology.device
+        kernel = select_kernel(recipe.attention.kernel, device, self.dtype, draft.config.head_dim)
+        self.kernel_name = kernel.name
+        exchange = recipe.parallel.kv_exchange
+        patch_attention(
+            draft,
+            kernel,
+            topology.ulysses_group,
+            topology.ring_group,
+            # Until a planner knows better, gathering is right: it sends the fewest bytes, and memory is the exception.
+            "gather" if exchange == "auto" else exchange,
+        )
+        self._draft_to_target = vocabulary.draft_to_target.to(device)
+        self._in_vocabulary = vocabulary.t2d.to(device)
+        self._teacher_head = head.to(device, self.dtype)[self._draft_to_target]
+        model = DraftWithLoss(
+            draft, embedding.to(device, self.dtype), recipe.draft.ttt_steps, recipe.train.activation == "recompute"
+        )
+        self.engine, self.loss_scale = build_engine(recipe, deepspeed_config, topology, model)
+        self._decay = recipe.loss.decay ** torch.arange(recipe.draft.ttt_steps, dtype=torch.float64)
+
+    def step(self, packs: Sequence[PackedSequence], learning_rate: float | None = None) -> StepReport:
+        """One optimizer step over `train.accumulation` packs of this draft_dp rank.
+
+        Raises:
+            ValueError: another number of packs than `train.accumulation`.
+        """
+        if len(packs) != self.recipe.train.accumulation:
+            raise ValueError(
+                f"step() got {len(packs)} packs, but train.accumulation is {self.recipe.train.accumulation}: DeepSpeed counts "
+                "micro-batches, so give exactly that many."
+            )
+        if learning_rate is not None:
+            for group in self.engine.optimizer.param_groups:
+                group["lr"] = learning_rate
+        self.engine.train()
+        batches, inputs, normalizer = self._prepare(packs)
+        sums = []
+        for batch, constants in zip(batches, inputs, strict=True):
+            loss: LossSum = self.engine(batch, constants)
+            self.engine.backward(loss.total * self.loss_scale, scale_wrt_gas=False)
+            self.engine.step()
+            sums.append(loss)
+        report = self._report(sums, normalizer, packs)
+        return replace(report, grad_norm=float(self.engine.get_global_grad_norm()))
+
+    @torch.no_grad()
+    def evaluate(self, packs: Sequence[PackedSequence]) -> StepReport:
+        """Loss and accuracy over `packs` of this draft_dp rank; every rank brings the same number of them."""
+        self.engine.eval()
+        batches, inputs, normalizer = self._prepare(packs)
+        sums = [self.engine(batch, constants) for batch, constants in zip(batches, inputs, strict=True)]
+        return self._report(sums, normalizer, packs)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The draft's weights, whole, on the CPU, by the names of `DraftModel`."""
+        return {name.removeprefix("draft."): tensor for name, tensor in full_parameters(self.engine.module).items()}
+
+    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
+        """Write a resumable checkpoint."""
+        self.engine.save_checkpoint(str(self._replica(folder)), tag="state", client_state=client_state)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Continue from a checkpoint of the same shape; returns its client state.
+
+        Raises:
+            ValueError: there is no checkpoint in the folder for this rank.
+        """
+        path, client_state = self.engine.load_checkpoint(str(self._replica(folder)), tag="state")
+        if path is None:
+            raise ValueError(f"{folder} holds no checkpoint for rank {self.topology.place.rank} of this mesh.")
+        return client_state
+
+    def _replica(self, folder: Path) -> Path:
+        # Under `zero_group: draft_dp` each SP rank holds a replica of the same shards: a folder each, so they never race.
+        return folder / f"sp{self.topology.sp_rank}" if self.recipe.parallel.zero_group == "draft_dp" else folder
+
+    def _prepare(self, packs: Sequence[PackedSequence]) -> tuple[list[LocalBatch], list[LossInputs], Tensor]:
+        recipe, place = self.recipe, self.topology.place
+        batches = []
+        for pack in packs:
+            plan = SpanPlan.make(
+                pack.lengths, recipe.parallel.ring, recipe.parallel.ulysses, recipe.parallel.chunks_per_rank
+            )
+            batch = prepare_usp_input(
+                pack, plan, place.ring_rank, place.ulysses_rank, recipe.draft.ttt_steps, recipe.loss.mask_alignment
+            )
+            batches.append(_to_device(batch, self.topology.device, self.dtype))
+        normalizer = self._normalizer(batches)
+        weight = torch.where(normalizer > 0, self._decay / normalizer.clamp(min=1), 0.0)
+        return batches, [self._loss_inputs(batch, weight) for batch in batches], normalizer
+
+    def _normalizer(self, batches: Sequence[LocalBatch]) -> Tensor:
+        """N_k over the whole optimizer step and all ranks, float64 [K] on the host."""
+        counts = torch.zeros(self.recipe.draft.ttt_steps, dtype=torch.int64, device=self.topology.device)
+        for batch in batches:
+            if self.recipe.loss.reduction == "slots":
+                counts += batch.num_own_slots
+            else:
+                read = batch.row[None, :] + 1 + torch.arange(len(counts), device=counts.device)[:, None]
+                counts += (batch.supervised & self._in_vocabulary[batch.teacher_token][read]).sum(1)
+        self._sum_over_world(counts)
+        return counts.double().cpu()
+
+    def _loss_inputs(self, batch: LocalBatch, step_weight: Tensor) -> LossInputs:
+        return LossInputs(
+            row=batch.row,
+            teacher=batch.teacher,
+            teacher_head=self._teacher_head,
+            teacher_token=batch.teacher_token,
+            draft_to_target=self._draft_to_target,
+            in_vocabulary=self._in_vocabulary[batch.teacher_token],
+            supervised=batch.supervised,
+            step_weight=step_weight.float().to(self.topology.device),
+            tile_bytes=self.recipe.loss.tile_bytes,
+        )
+
+    def _report(self, sums: Sequence[LossSum], normalizer: Tensor, packs: Sequence[PackedSequence]) -> StepReport:
+        names = ("step_loss", "hits", "counts", "joint_hits", "joint_counts")
+        own_tokens = torch.tensor([sum(sum(pack.lengths) for pack in packs)], device=self.topology.device)
+        flat = torch.cat([*(sum(getattr(s, name).double() for s in sums) for name in names), own_tokens.double()])
+        self._sum_over_world(flat)
+        *columns, tokens = flat.cpu().split([len(normalizer)] * len(names) + [1])
+        loss, hits, counts, joint_hits, joint_counts = columns
+        step_loss = loss / normalizer.clamp(min=1)
+        return StepReport(
+            loss=float((step_loss * self._decay).sum()),
+            step_loss=tuple(step_loss.tolist()),
+            step_accuracy=tuple((hits / counts.clamp(min=1)).tolist()),
+            tau=1.0 + float((joint_hits / joint_counts.clamp(min=1)).sum()),
+            tokens=int(tokens) // self.topology.sp_world_size,
+        )
+
+    def _sum_over_world(self, tensor: Tensor) -> None:
+        if dist.is_initialized():
+            dist.all_reduce(tensor)
+
+
+def learning_rate_at(recipe: Recipe, step: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, then the schedule down to min_lr_ratio."""
+    train = recipe.train
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / train.warmup_steps
+    if train.schedule == "constant":
+        return train.learning_rate
+    progress = (step - train.warmup_steps) / max(1, total_steps - train.warmup_steps)
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if train.schedule == "cosine" else 1 - progress
+    return train.learning_rate * (train.min_lr_ratio + (1 - train.min_lr_ratio) * shape)
+
+
+def _to_device(batch: LocalBatch, device: torch.device, dtype: torch.dtype) -> LocalBatch:
+    moved = {
+        name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        for name, value in vars(batch).items()
+        if isinstance(value, Tensor)
+    }
+    return replace(batch, **moved)
