@@ -1,0 +1,125 @@
+"""SpanPlan and prepare_usp_input: every rank's view, in one process."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eagle3_ds.layout import PackedSequence, SpanPlan, prepare_usp_input
+
+plans = st.builds(
+    SpanPlan.make,
+    st.lists(st.integers(1, 60), min_size=1, max_size=12),
+    ring=st.integers(1, 5),
+    ulysses=st.integers(1, 4),
+    chunks_per_rank=st.integers(1, 8),
+)
+
+
+def all_ranks(plan):
+    return [(r, u) for r in range(plan.ring) for u in range(plan.ulysses)]
+
+
+def make_pack(lengths, width=2):
+    length = sum(lengths)
+    generator = torch.Generator().manual_seed(length)
+    return PackedSequence(
+        token_ids=torch.randint(0, 1000, (length,), generator=generator),
+        loss_mask=torch.rand(length, generator=generator) < 0.6,
+        lengths=tuple(lengths),
+        teacher_token=torch.randint(0, 1000, (length,), generator=generator),
+        aux=torch.rand(length, 3 * width, generator=generator) + 1,
+        teacher=torch.rand(length, width, generator=generator) + 1,
+    )
+
+
+@given(plans)
+def test_every_slot_has_exactly_one_owner_and_shares_are_equal(plan):
+    shares = [plan.slots(*rank) for rank in all_ranks(plan)]
+    assert {len(share) for share in shares} == {plan.slots_per_rank}
+    assert sorted(np.concatenate(shares)) == list(range(plan.padded_length))
+    assert plan.length <= plan.padded_length
+
+
+@given(plans)
+def test_sequence_order_undoes_the_concatenation_of_ring_ranks(plan):
+    assert (plan.ring_slots.reshape(-1)[plan.sequence_order] == np.arange(plan.padded_length)).all()
+
+
+@given(plans)
+def test_runs_cover_the_real_columns_within_one_document_each(plan):
+    for rank in range(plan.ring):
+        covered = []
+        for run in plan.runs(rank):
+            columns = np.arange(run.column, run.column + run.length)
+            slots = np.arange(run.slot, run.slot + run.length)
+            assert (plan.ring_slots[rank, columns] == slots).all()
+            assert len(set(plan.document[slots])) == 1
+            assert plan.position[run.document_start] == 0
+            assert plan.document[run.document_start] == plan.document[run.slot]
+            covered.extend(columns)
+        assert covered == list(np.flatnonzero(plan.document[plan.ring_slots[rank]] >= 0))
+
+
+def test_positions_restart_in_every_document_and_padding_belongs_to_none():
+    plan = SpanPlan.make([3, 2], ring=2, ulysses=2, chunks_per_rank=1)
+    assert plan.padded_length == 8
+    assert plan.position.tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
+    assert plan.document.tolist() == [0, 0, 0, 1, 1, -1, -1, -1]
+
+
+@pytest.mark.parametrize("median", [4_000, 16_000, 48_000])
+def test_greedy_plan_is_balanced_on_simulated_128k_packs(median):
+    ratios = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        lengths, room = [], 131_072
+        while room:
+            lengths.append(min(room, max(1, int(rng.lognormal(np.log(median), 1.0)))))
+            room -= lengths[-1]
+        work = SpanPlan.make(lengths, ring=8).ring_work()
+        ratios.append(work.max() / work.mean())
+    assert np.median(ratios) <= 1.03
+    assert np.quantile(ratios, 0.9) <= 1.05
+
+
+@pytest.mark.parametrize("bad", [{"lengths": []}, {"lengths": [4, 0]}, {"lengths": [4], "ring": 0}])
+def test_a_plan_that_cannot_be_is_refused(bad):
+    with pytest.raises(ValueError, match="lengths|must be >= 1"):
+        SpanPlan.make(**bad)
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans, st.integers(1, 7), st.sampled_from(["served", "reference"]))
+def test_a_rank_reads_what_the_whole_sequence_says(plan, steps, alignment):
+    """Row `row + 1 + k` of the extended buffers is position i + 1 + k of the pack, wherever a slot is supervised."""
+    pack = make_pack(plan.lengths)
+    seen = torch.zeros(steps, plan.padded_length, dtype=torch.bool)
+    for rank in all_ranks(plan):
+        batch = prepare_usp_input(pack, plan, *rank, ttt_steps=steps, mask_alignment=alignment)
+        slots = torch.from_numpy(plan.slots(*rank))
+        real = slots < plan.length
+        assert batch.num_own_slots == int(real.sum())
+        assert torch.equal(batch.aux[real], pack.aux[slots[real]])
+        assert not batch.aux[~real].any()
+        for k in range(steps):
+            counted = batch.supervised[k]
+            read = slots[counted] + 1 + k
+            assert torch.equal(batch.token_ids[batch.row + 1 + k][counted], pack.token_ids[read])
+            assert torch.equal(batch.teacher[batch.row + 1 + k][counted], pack.teacher[read])
+            seen[k, slots] = counted
+    document = torch.from_numpy(plan.document)
+    for k in range(steps):
+        for slot in range(plan.padded_length):
+            read = slot + 1 + k
+            inside = read < plan.length and bool(document[slot] == document[read])
+            mask_slot = read if alignment == "served" else slot + k
+            assert bool(seen[k, slot]) == (inside and bool(pack.loss_mask[mask_slot]))
+
+
+def test_a_pack_that_disagrees_with_its_lengths_is_refused():
+    pack = make_pack([4, 4])
+    plan = SpanPlan.make([4, 5])
+    with pytest.raises(ValueError, match="token_ids has 8 rows, but the documents of the pack have 9"):
+        prepare_usp_input(pack, plan, 0, 0, ttt_steps=1)
