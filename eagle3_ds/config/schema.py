@@ -13,13 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+Text = Annotated[str, Field(min_length=1)]
 FloatDtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Section(BaseModel):
     """Base of every recipe section: immutable, strict, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class TargetBuild(Section):
@@ -38,12 +40,22 @@ class TargetBuild(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _whole_heads(self) -> TargetBuild:
+        if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 2:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size} and num_heads is {self.num_heads}: heads must be equally wide, "
+                "and of an even width. Choose hidden_size as a multiple of 2 * num_heads."
+            )
+        _check_grouping(self.num_heads, self.num_kv_heads)
+        return self
+
 
 class TargetSection(Section):
-    path: str
+    path: Text
     """Folder of a Hugging Face causal LM, or a hub name."""
     build: TargetBuild | None = None
-    """Build the target at `path` when it is not there yet. A target built from other values is refused, not replaced."""
+    """Build the target at `path` when it is not there yet; one built from other values is refused, not replaced."""
     aux_layers: tuple[NonNegative, NonNegative, NonNegative] | None = None
     """Layers whose inputs are captured; null is the EAGLE-3 rule (2, n // 2, n - 3)."""
     dtype: FloatDtype = "bfloat16"
@@ -57,13 +69,19 @@ class DraftSection(Section):
     num_heads: Positive | None = None
     num_kv_heads: Positive | None = None
 
+    @model_validator(mode="after")
+    def _whole_groups(self) -> DraftSection:
+        if self.num_heads is not None and self.num_kv_heads is not None:
+            _check_grouping(self.num_heads, self.num_kv_heads)
+        return self
+
 
 class DataSection(Section):
-    train: tuple[str, ...]
-    """JSONL / Parquet files, folders of them, or the word `stdlib` (conversations made from Python's standard library)."""
-    heldout: tuple[str, ...] = ()
+    train: Annotated[tuple[Text, ...], Field(min_length=1)]
+    """JSONL / Parquet files, folders of them, or the word `stdlib` (made from Python's standard library)."""
+    heldout: tuple[Text, ...] = ()
     """Same as `train`; empty means `heldout_fraction` of the training conversations, split by conversation."""
-    heldout_fraction: Fraction = 0.02
+    heldout_fraction: BelowOne = 0.02
     max_length: Positive = 4096
     """Packing length in tokens."""
     max_conversations: Positive | None = None
@@ -111,7 +129,7 @@ class TrainSection(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: NonNegative = 0
     min_lr_ratio: Fraction = 0.1
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     gradient_clipping: Annotated[float, Field(ge=0)] = 0.5
@@ -130,6 +148,10 @@ class TrainSection(Section):
                 f"train.steps is {self.steps} and train.epochs is {self.epochs}: exactly one of them says how long to "
                 "train. Set one and remove the other."
             )
+        if self.steps is not None and self.warmup_steps > self.steps:
+            raise ValueError(
+                f"train.warmup_steps is {self.warmup_steps}, more than the {self.steps} steps of the run. Lower it."
+            )
         return self
 
 
@@ -138,9 +160,15 @@ class EvalSection(Section):
     """Held-out prompts decoded speculatively after training; 0 skips the evaluation."""
     max_new_tokens: Positive = 128
     draft_tokens: Positive = 7
-    context_buckets: tuple[Positive, ...] = (512, 2048, 8192, 32768, 131072)
+    context_buckets: Annotated[tuple[Positive, ...], Field(min_length=1)] = (512, 2048, 8192, 32768, 131072)
     """Upper ends, in tokens of context, of the buckets that acceptance is reported by."""
     dtype: FloatDtype = "float32"
+
+    @model_validator(mode="after")
+    def _ascending_buckets(self) -> EvalSection:
+        if list(self.context_buckets) != sorted(set(self.context_buckets)):
+            raise ValueError(f"context_buckets is {list(self.context_buckets)}, but upper ends must ascend. Sort them.")
+        return self
 
 
 class ExportSection(Section):
@@ -160,5 +188,13 @@ class Recipe(Section):
     train: TrainSection
     eval: EvalSection = EvalSection()
     export: ExportSection = ExportSection()
-    deepspeed: str
-    output_dir: str
+    deepspeed: Text
+    output_dir: Text
+
+
+def _check_grouping(num_heads: int, num_kv_heads: int) -> None:
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads is {num_heads} and num_kv_heads is {num_kv_heads}: every key/value head must serve equally "
+            "many query heads. Choose num_kv_heads as a divisor of num_heads."
+        )

@@ -1,0 +1,36 @@
+"""What a run is: the recipe (YAML) and the DeepSpeed JSON beside it, both refused early when they cannot be meant."""
+
+from eagle3_ds.config.deepspeed import fill_deepspeed_config, load_deepspeed_config
+from eagle3_ds.config.load import dump_recipe, load_recipe, recipe_differences
+from eagle3_ds.config.schema import (
+    AttentionSection,
+    DataSection,
+    DraftSection,
+    EvalSection,
+    ExportSection,
+    LossSection,
+    ParallelSection,
+    Recipe,
+    TargetBuild,
+    TargetSection,
+    TrainSection,
+)
+
+__all__ = [
+    "AttentionSection",
+    "DataSection",
+    "DraftSection",
+    "EvalSection",
+    "ExportSection",
+    "LossSection",
+    "ParallelSection",
+    "Recipe",
+    "TargetBuild",
+    "TargetSection",
+    "TrainSection",
+    "dump_recipe",
+    "fill_deepspeed_config",
+    "load_deepspeed_config",
+    "load_recipe",
+    "recipe_differences",
+]

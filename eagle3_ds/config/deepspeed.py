@@ -1,0 +1,119 @@
+"""The user's DeepSpeed JSON: passed through but for the keys that the recipe owns or that would break exactness."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eagle3_ds.config.schema import Recipe
+
+_BATCH = "batch sizes follow from the packing and the mesh", "Set train.accumulation in the recipe and remove it."
+_SP = (
+    "it makes DeepSpeed scale gradients for a sequence parallelism of its own, and weights diverge between ranks",
+    "Remove it; parallel.ulysses, parallel.ring and parallel.zero_group in the recipe say how sequences are cut.",
+)
+_MODEL_PARALLEL = "the draft is not cut over layers or heads' weights", "Remove it; ZeRO shards the training state."
+_PRECISION = "the recipe owns the precision", "Set train.dtype in the recipe and remove it."
+_SCALE = "it changes the scale of the gradients, which this project sets exactly", "Remove it."
+_LOADER = "this project has its own deterministic loader", "Remove it."
+
+# key -> (reason, fix)
+REFUSED: Mapping[str, tuple[str, str]] = {
+    "mesh_param": _SP,
+    "data_parallel_size": _SP,
+    "sequence_parallel_size": _SP,
+    "tensor_parallel": _MODEL_PARALLEL,
+    "autotp_size": _MODEL_PARALLEL,
+    "pipeline": _MODEL_PARALLEL,
+    "optimizer": ("the recipe owns the optimizer", "Set train.learning_rate, betas, eps and weight_decay; remove it."),
+    "scheduler": ("the recipe owns the schedule", "Set train.schedule, warmup_steps and min_lr_ratio; remove it."),
+    "train_batch_size": _BATCH,
+    "train_micro_batch_size_per_gpu": _BATCH,
+    "gradient_accumulation_steps": _BATCH,
+    "managed_gradient_accumulation": _BATCH,
+    "gradient_clipping": ("the recipe owns clipping", "Set train.gradient_clipping in the recipe and remove it."),
+    "bf16": _PRECISION,
+    "bfloat16": _PRECISION,
+    "fp16": _PRECISION,
+    "amp": _PRECISION,
+    "torch_autocast": _PRECISION,
+    "prescale_gradients": _SCALE,
+    "gradient_predivide_factor": _SCALE,
+    "gradient_allreduce_op": _SCALE,
+    "data_efficiency": _LOADER,
+    "curriculum_learning": _LOADER,
+    "elasticity": ("the mesh of a run is fixed", "Remove it; --resume can continue on another number of ranks."),
+    "autotuning": ("batch sizes and stages are said by the recipe", "Remove it."),
+}
+
+
+def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON as the user wrote it.
+
+    Raises:
+        ValueError: no such file, not a JSON object, a key given twice, or a refused key (all of them are named).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"deepspeed: {path} is not a file. Give a path from here, for example ds_configs/zero2.json.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: a DeepSpeed configuration is a JSON object, not {type(config).__name__}.")
+    refused = [f"`{key}` is refused: {REFUSED[key][0]}. {REFUSED[key][1]}" for key in config if key in REFUSED]
+    if refused:
+        raise ValueError("\n  ".join([f"{path}:", *refused]))
+    return config
+
+
+def fill_deepspeed_config(user: Mapping[str, Any], recipe: Recipe, world: int, draft_dp: int) -> dict[str, Any]:
+    """The configuration handed to `deepspeed.initialize`: the user's, and what the recipe says.
+
+    DeepSpeed checks train_batch_size against the data-parallel world it believes in: all ranks when no mpu is given
+    (`zero_group: all`), the draft_dp group otherwise.
+
+    Raises:
+        ValueError: ZeRO++ secondary partitions (`zero_hpz_partition_size`) that do not fit the ranks.
+    """
+    config = copy.deepcopy(dict(user))
+    _check_secondary_partition(config, recipe, world)
+    data_parallel = world if recipe.parallel.zero_group == "all" else draft_dp
+    config["train_micro_batch_size_per_gpu"] = 1
+    config["gradient_accumulation_steps"] = recipe.train.accumulation
+    config["train_batch_size"] = recipe.train.accumulation * data_parallel
+    config["gradient_clipping"] = recipe.train.gradient_clipping
+    config["bf16"] = {"enabled": recipe.train.dtype == "bfloat16"}
+    # The optimizer is torch's AdamW, which DeepSpeed has not listed as tested, and must not be swapped under offload.
+    config.setdefault("zero_allow_untested_optimizer", True)
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+    return config
+
+
+def _check_secondary_partition(config: Mapping[str, Any], recipe: Recipe, world: int) -> None:
+    size = config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    if size == 1:
+        return
+    if recipe.parallel.zero_group != "all":
+        raise ValueError(
+            f"zero_optimization.zero_hpz_partition_size is {size} with parallel.zero_group draft_dp: "
+            "DeepSpeed builds these partitions from neighbouring ranks, which are not in one draft_dp group. "
+            "Set parallel.zero_group: all, or use ds_configs/zero3.json."
+        )
+    if world % size:
+        raise ValueError(
+            f"zero_optimization.zero_hpz_partition_size is {size}, which does not divide the {world} ranks. "
+            "Set it to the number of ranks of one node, or use ds_configs/zero3.json."
+        )
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"the key `{twice[0]}` is given twice. Keep one of the two.")
+    return dict(pairs)

@@ -1,0 +1,107 @@
+"""From a YAML file and dotted overrides to a frozen `Recipe`, or to one error that names every mistake."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from eagle3_ds.config.schema import Recipe
+from eagle3_ds.config.yaml_strict import parse_yaml
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value` each, the value written as in YAML; later ones win.
+
+    Raises:
+        ValueError: everything that is wrong with the recipe, each with its key path, value, rule and fix.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"recipe: {path} is not a file. Give the path of one, for example recipes/quickstart.yaml.")
+    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of sections, not {type(tree).__name__}. See docs/recipe.md.")
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        # Through JSON: strict validation takes a list for a tuple only there.
+        return Recipe.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        problems = [_explain(detail) for detail in error.errors()]
+        number = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise ValueError("\n  ".join([f"{path}: {number} in the recipe:", *problems])) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every key written out; `load_recipe` reads it back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one dotted key in place. Raises ValueError when it is not `a.b=value` or runs through a value."""
+    dotted, equals, text = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise ValueError(f"override {override!r}: not of the form section.key=value, for example parallel.ulysses=4.")
+    node = tree
+    for depth, key in enumerate(keys[:-1]):
+        if node.get(key) is None:
+            node[key] = {}
+        if not isinstance(node[key], dict):
+            prefix = ".".join(keys[: depth + 1])
+            raise ValueError(f"override {override!r}: {prefix} is a value ({node[key]!r}), not a section.")
+        node = node[key]
+    node[keys[-1]] = parse_yaml(text, f"override {override!r}")
+
+
+def _explain(detail: ErrorDetails) -> str:
+    """One line for one pydantic error: key path, value, rule and fix."""
+    path = ".".join(str(part) for part in detail["loc"]) or "recipe"
+    if detail["type"] == "extra_forbidden":
+        fields = _section_fields(detail["loc"][:-1])
+        close = difflib.get_close_matches(str(detail["loc"][-1]), fields, n=1)
+        fix = f"Did you mean `{close[0]}`?" if close else f"Known keys here: {', '.join(fields)}."
+        return f"{path}: unknown key. {fix}"
+    if detail["type"] == "missing":
+        return f"{path}: required and not given. Add it; docs/recipe.md says what it means."
+    if detail["type"] == "value_error":
+        return f"{path}: {detail['msg'].removeprefix('Value error, ')}"
+    rule = detail["msg"].removeprefix("Input should be ")
+    return f"{path}: the value is {json.dumps(detail['input'])}, but it should be {rule}. Change it in the recipe."
+
+
+def _section_fields(location: Sequence[int | str]) -> list[str]:
+    """Names of the keys that the section at `location` knows."""
+    section: type[BaseModel] = Recipe
+    for part in location:
+        field = section.model_fields[str(part)]
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next(kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return list(section.model_fields)
+
+
+def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
+    """Dotted keys whose values differ, as `key: old -> new`."""
+    return _differences(old.model_dump(mode="json"), new.model_dump(mode="json"), "")
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> list[str]:
+    found: list[str] = []
+    for key in {**old, **new}:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return found

@@ -1,0 +1,68 @@
+"""YAML read strictly: duplicate keys are refused with their lines, and scalars follow YAML 1.2.
+
+PyYAML follows YAML 1.1, where `1e-4` is a string, `no` is false and `1:30` is ninety.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+
+class StrictLoader(yaml.SafeLoader):
+    """SafeLoader with the YAML 1.2 core scalars and no duplicate keys."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Build a mapping. Raises ValueError on a key that is not text or that appears twice."""
+        first_line: dict[str, int] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise ValueError(f"line {line}: the key {key!r} is not text. Quote it, or remove it.")
+            if key in first_line:
+                raise ValueError(
+                    f"line {line}: the key `{key}` is given twice, first on line {first_line[key]}. Keep one of them."
+                )
+            first_line[key] = line
+        return super().construct_mapping(node, deep=deep)
+
+
+def _construct_int(loader: StrictLoader, node: yaml.ScalarNode) -> int:
+    """Decimal, as YAML 1.2 reads it; 010 is ten."""
+    return int(loader.construct_scalar(node), 10)
+
+
+StrictLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), [*"~nN", ""])
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+StrictLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+.0123456789"),
+)
+StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Parse one YAML document.
+
+    Raises:
+        ValueError: not YAML, or a key given twice; the message starts with `source`.
+    """
+    try:
+        return yaml.load(text, Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source}: not valid YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error

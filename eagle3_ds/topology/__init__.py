@@ -1,0 +1,15 @@
+"""The mesh draft_dp x ring x ulysses, its process groups, and what DeepSpeed is told about them."""
+
+from eagle3_ds.topology.groups import Topology, detect_accelerator, maybe_setup_distributed
+from eagle3_ds.topology.mesh import Mesh, Place, check_heads
+from eagle3_ds.topology.mpu import ZeroGroupMpu
+
+__all__ = [
+    "Mesh",
+    "Place",
+    "Topology",
+    "ZeroGroupMpu",
+    "check_heads",
+    "detect_accelerator",
+    "maybe_setup_distributed",
+]

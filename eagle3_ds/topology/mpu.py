@@ -1,0 +1,50 @@
+"""What DeepSpeed is told when ZeRO shards over draft_dp only (`zero_group: draft_dp`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from eagle3_ds.topology.groups import Topology
+
+
+@dataclass(frozen=True)
+class ZeroGroupMpu:
+    """DeepSpeed's `mpu`: data parallel = draft_dp, model parallel = this rank alone.
+
+    It deliberately has no sequence-parallel methods: they make DeepSpeed rescale gradients by stage.
+    """
+
+    data_parallel_group: dist.ProcessGroup
+    data_parallel_ranks: tuple[int, ...]
+    solo_group: dist.ProcessGroup
+
+    @classmethod
+    def create(cls, topology: Topology) -> ZeroGroupMpu:
+        """Make the groups, real ones even of size 1. Collective: every rank of the world must call it."""
+        rank, world_size = topology.place.rank, topology.mesh.world_size
+        solo = [dist.new_group([other]) for other in range(world_size)][rank]
+        ranks = next(group for group in topology.mesh.dp_groups() if rank in group)
+        return cls(topology.dp_group or solo, tuple(ranks), solo)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.data_parallel_group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return list(self.data_parallel_ranks)
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self.data_parallel_group)
+
+    def get_data_parallel_world_size(self) -> int:
+        return len(self.data_parallel_ranks)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.solo_group
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1

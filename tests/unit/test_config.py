@@ -1,0 +1,190 @@
+"""The recipe and the DeepSpeed JSON: what is read, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eagle3_ds.config import Recipe, dump_recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
+from eagle3_ds.config.deepspeed import REFUSED
+from eagle3_ds.config.load import recipe_differences
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = """
+target: {path: some/target}
+data: {train: [stdlib]}
+train: {steps: 10}
+deepspeed: ds_configs/zero2.json
+output_dir: output/run
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(folder: Path, text: str = MINIMAL, overrides: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ValueError) as caught:
+        load_recipe(write(folder, text), overrides)
+    return str(caught.value)
+
+
+def test_minimal_recipe_has_the_defaults_and_survives_a_round_trip(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL))
+    assert (recipe.draft.ttt_steps, recipe.loss.decay, recipe.parallel.zero_group) == (7, 0.8, "all")
+    assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
+
+
+def test_scalars_follow_yaml_1_2(tmp_path: Path) -> None:
+    text = MINIMAL.replace("{steps: 10}", "{steps: 010, learning_rate: 1e-4, eps: 1E-7, weight_decay: 1}")
+    train = load_recipe(write(tmp_path, text)).train
+    assert (train.steps, train.learning_rate, train.eps, train.weight_decay) == (10, 1e-4, 1e-7, 1.0)
+    # YAML 1.1 makes false of `no` and an integer of 1:30.
+    assert load_recipe(write(tmp_path, MINIMAL), ["output_dir=no"]).output_dir == "no"
+    assert load_recipe(write(tmp_path, MINIMAL), ["output_dir=1:30"]).output_dir == "1:30"
+
+
+def test_overrides(tmp_path: Path) -> None:
+    overrides = ["parallel.ulysses=4", "data.train=[a.jsonl, b.jsonl]", "train.learning_rate=3e-5", "train.steps=null"]
+    recipe = load_recipe(write(tmp_path, MINIMAL), [*overrides, "train.epochs=2"])
+    assert recipe.parallel.ulysses == 4
+    assert recipe.data.train == ("a.jsonl", "b.jsonl")
+    assert (recipe.train.learning_rate, recipe.train.steps, recipe.train.epochs) == (3e-5, None, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("parallel.ulises=4", ["parallel.ulises", "unknown key", "Did you mean `ulysses`?"]),
+        ("target.build.vocab=4", ["target.build.vocab", "unknown key", "vocab_size"]),
+        ("paralel.ulysses=4", ["paralel", "unknown key", "Did you mean `parallel`?"]),
+        ("parallel.ulysses=four", ["parallel.ulysses", '"four"', "a valid integer"]),
+        ("parallel.ulysses=0", ["parallel.ulysses", "0", "greater than 0"]),
+        ("parallel.ulysses=2.0", ["parallel.ulysses", "2.0", "integer"]),
+        ("train.learning_rate=.nan", ["train.learning_rate", "finite"]),
+        ("data.train=[]", ["data.train", "[]", "at least 1 item"]),
+        ("attention.kernel=flesh", ["attention.kernel", '"flesh"', "'blockwise'"]),
+        ("train.epochs=1", ["train.steps is 10 and train.epochs is 1", "exactly one"]),
+        ("train.warmup_steps=11", ["train.warmup_steps is 11", "10 steps", "Lower it"]),
+        ("eval.context_buckets=[2048, 512]", ["context_buckets", "[2048, 512]", "ascend"]),
+        ("draft={num_heads: 6, num_kv_heads: 4}", ["num_heads is 6 and num_kv_heads is 4", "divisor"]),
+        ("target.build={hidden_size: 190}", ["hidden_size is 190", "num_heads"]),
+        ("parallel.ulysses", ["'parallel.ulysses'", "section.key=value"]),
+        ("output_dir.name=x", ["output_dir is a value", "not a section"]),
+    ],
+)
+def test_what_is_refused_names_key_value_rule_and_fix(tmp_path: Path, override: str, words: list[str]) -> None:
+    message = refusal(tmp_path, overrides=(override,))
+    for word in words:
+        assert word in message, message
+
+
+def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+    message = refusal(tmp_path, MINIMAL.replace("output_dir: output/run", "outputdir: x"), ("parallel.ring=0",))
+    assert "3 problems" in message
+    for words in ("outputdir: unknown key. Did you mean `output_dir`?", "output_dir: required", "parallel.ring"):
+        assert words in message
+
+
+def test_duplicate_keys_are_refused_with_both_lines(tmp_path: Path) -> None:
+    message = refusal(tmp_path, MINIMAL + "output_dir: again\n")
+    assert "line 7: the key `output_dir` is given twice, first on line 6" in message
+    assert "given twice" in refusal(tmp_path, MINIMAL.replace("{steps: 10}", "{steps: 10, steps: 11}"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("[1, 2]", "a mapping of sections, not list"), ("a: [", "not valid YAML"), ("1: 2", "the key 1 is not text")],
+)
+def test_not_a_recipe(tmp_path: Path, text: str, words: str) -> None:
+    assert words in refusal(tmp_path, text)
+
+
+def test_missing_recipe() -> None:
+    with pytest.raises(ValueError, match="nowhere.yaml is not a file"):
+        load_recipe("nowhere.yaml")
+
+
+def test_differences(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    changed = load_recipe(path, ["train.seed=3", "target.build={}"])
+    differences = recipe_differences(load_recipe(path), changed)
+    assert "train.seed: 0 -> 3" in differences
+    assert any(line.startswith("target.build: None -> ") for line in differences)
+
+
+def test_docs_explain_every_key() -> None:
+    text = (ROOT / "docs" / "recipe.md").read_text()
+    schema = Recipe.model_json_schema()
+    sections = {**schema["$defs"], "Recipe": schema}
+    missing = [
+        f"{name}.{key}" for name, section in sections.items() for key in section["properties"] if f"`{key}`" not in text
+    ]
+    assert not missing
+
+
+# DeepSpeed JSON
+
+
+def write_json(folder: Path, value: object) -> Path:
+    path = folder / "ds.json"
+    path.write_text(json.dumps(value))
+    return path
+
+
+@pytest.mark.parametrize("key", sorted(REFUSED))
+def test_refused_deepspeed_keys(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        load_deepspeed_config(write_json(tmp_path, {key: {}, "zero_optimization": {"stage": 2}}))
+    assert f"`{key}` is refused: {REFUSED[key][0]}" in str(caught.value)
+
+
+def test_broken_deepspeed_json(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    for text, words in [
+        ("{", "not valid JSON"),
+        ("[]", "a JSON object, not list"),
+        ('{"a": 1, "a": 2}', "the key `a` is given twice"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            load_deepspeed_config(path)
+    with pytest.raises(ValueError, match="is not a file"):
+        load_deepspeed_config(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(("zero_group", "batch"), [("all", 24), ("draft_dp", 6)])
+def test_filled_batch_sizes_agree_with_deepspeeds_own_world(tmp_path: Path, zero_group: str, batch: int) -> None:
+    overrides = ["train.accumulation=3", "train.dtype=float32", f"parallel.zero_group={zero_group}"]
+    recipe = load_recipe(write(tmp_path, MINIMAL), overrides)
+    user = {"zero_optimization": {"stage": 2}, "comms_logger": {"enabled": True}}
+    filled = fill_deepspeed_config(user, recipe, world=8, draft_dp=2)
+    assert filled["train_batch_size"] == batch
+    assert filled["gradient_accumulation_steps"] == 3
+    assert filled["train_micro_batch_size_per_gpu"] == 1
+    assert filled["gradient_clipping"] == recipe.train.gradient_clipping
+    assert filled["bf16"] == {"enabled": False}
+    assert filled["comms_logger"] == {"enabled": True}
+    assert "train_batch_size" not in user
+
+
+def test_secondary_partitions_must_fit(tmp_path: Path) -> None:
+    user = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}
+    recipe = load_recipe(write(tmp_path, MINIMAL))
+    assert fill_deepspeed_config(user, recipe, world=8, draft_dp=8)["zero_optimization"] == user["zero_optimization"]
+    with pytest.raises(ValueError, match="is 4, which does not divide the 6 ranks"):
+        fill_deepspeed_config(user, recipe, world=6, draft_dp=6)
+    with pytest.raises(ValueError, match="zero_group: all"):
+        recipe = load_recipe(write(tmp_path, MINIMAL), ["parallel.zero_group=draft_dp"])
+        fill_deepspeed_config(user, recipe, world=8, draft_dp=8)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_deepspeed_configs_pass(path: Path, tmp_path: Path) -> None:
+    user = load_deepspeed_config(path)
+    fill_deepspeed_config(user, load_recipe(write(tmp_path, MINIMAL)), world=8, draft_dp=1)
+    assert path.stem.startswith(f"zero{user['zero_optimization']['stage']}")

@@ -1,0 +1,75 @@
+"""The house's import table (which room may import which), read from the sources."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "eagle3_ds"
+BELOW_TRAIN = {
+    "attention", "collectives", "config", "data", "kernels", "layout", "loss", "model", "plan", "target", "topology",
+}  # fmt: skip
+TABLE: dict[str, set[str]] = {
+    "config": set(),
+    "layout": set(),
+    "collectives": set(),
+    "kernels": set(),
+    "topology": {"config", "layout"},
+    "plan": {"config", "layout"},
+    "attention": {"layout", "collectives", "kernels"},
+    "model": {"config", "attention"},
+    "loss": {"kernels"},
+    "target": {"config", "layout", "attention"},
+    "data": {"config", "layout"},
+    "export": {"config", "model"},
+    "eval": {"data", "model", "target"},
+    "train": BELOW_TRAIN,
+}
+
+
+def imported_modules(source: str) -> set[str]:
+    """Absolute module names that a source imports anywhere, function bodies and type-checking blocks included."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import on line {node.lineno}"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def trespasses(room: str, source: str) -> set[str]:
+    """What a file of `room` imports without the right to."""
+    modules = imported_modules(source)
+    rooms = {parts[1] for parts in (name.split(".") for name in modules) if parts[0] == "eagle3_ds" and len(parts) > 1}
+    found = (rooms & (set(TABLE) | {"cli", "cli_stages"})) - TABLE[room] - {room}
+    if room != "train":
+        found |= {name for name in modules if name.split(".")[0] == "deepspeed"}
+    return found
+
+
+@pytest.mark.parametrize("room", sorted(TABLE))
+def test_room_imports_only_what_the_table_allows(room: str) -> None:
+    for path in sorted((PACKAGE / room).glob("**/*.py")):
+        assert not trespasses(room, path.read_text(encoding="utf-8")), path
+
+
+def test_every_room_is_in_the_table() -> None:
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and list(path.glob("**/*.py"))}
+    assert rooms <= set(TABLE)
+
+
+def test_nobody_else_imports_deepspeed() -> None:
+    for path in sorted(PACKAGE.glob("*.py")):
+        modules = imported_modules(path.read_text(encoding="utf-8"))
+        assert not {name for name in modules if name.split(".")[0] == "deepspeed"}, path
+
+
+def test_the_check_can_fail() -> None:
+    assert trespasses("layout", "from eagle3_ds.config import Recipe") == {"config"}
+    assert trespasses("model", "def f():\n    import deepspeed") == {"deepspeed"}
+    assert trespasses("layout", "from eagle3_ds import train") == {"train"}
+    assert not trespasses("model", "from eagle3_ds.attention.merge import merge\nimport torch")
