@@ -27,7 +27,8 @@ def resolve_chat_template(tokenizer: Any, chat_template: str | None = None) -> s
     if isinstance(template, dict):
         template = template.get("default")
     fix = (
-        "copy the target's template to a file, put {% generation %} and {% endgeneration %} around the assistant's content "
+        "copy the target's template to a file, put {% generation %} and {% endgeneration %} around the assistant's "
+        "content "
         "and name the file in data.chat_template"
     )
     if not template:
@@ -35,7 +36,8 @@ def resolve_chat_template(tokenizer: Any, chat_template: str | None = None) -> s
     if not GENERATION_MARK.search(template):
         origin = "data.chat_template" if chat_template is not None else f"of the tokenizer {tokenizer.name_or_path!r}"
         raise ValueError(
-            f"the chat template ({origin}) has no {{% generation %}} marks, so no assistant mask can be made from it: {fix}"
+            f"the chat template ({origin}) has no {{% generation %}} marks, so no assistant mask can be made from "
+            f"it: {fix}"
         )
     return template
 
@@ -52,15 +54,17 @@ def read_chat_template(path: str | None) -> str | None:
 def validate_row(row: Any, where: str) -> list[dict]:
     """The messages of one row, unset keys removed; `where` ("file, row n") opens every error.
 
-    A row is `{"messages": [{"role": ..., "content": ...}, ...]}`: an optional system message, then user and assistant in turn,
-    tool messages after the assistant that called. At least one assistant message; contents are non-empty strings (an assistant
-    message that carries `tool_calls` may leave it out).
+    A row is `{"messages": [{"role": ..., "content": ...}, ...]}`: an optional system message, then user and assistant
+    in turn, tool messages after the assistant that called. At least one assistant message; contents are non-empty
+    strings (an assistant message that carries `tool_calls` may leave it out).
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: the row is {_kind(row)}, expected an object with the key 'messages'")
     if "messages" not in row:
         keys = ", ".join(repr(key) for key in row) or "none"
-        raise ValueError(f"{where}: key 'messages' is missing (keys present: {keys}): rename the column with the conversation")
+        raise ValueError(
+            f"{where}: key 'messages' is missing (keys present: {keys}): rename the column with the conversation"
+        )
     messages = row["messages"]
     if not isinstance(messages, list):
         raise ValueError(f"{where}: 'messages' is {_kind(messages)}, expected a list of messages")
@@ -105,12 +109,16 @@ def _kind(value: Any) -> str:
 
 
 def encode_conversations(
-    tokenizer: Any, conversations: Sequence[list[dict]], chat_template: str | None = None, where: Sequence[str] | None = None
+    tokenizer: Any,
+    conversations: Sequence[list[dict]],
+    chat_template: str | None = None,
+    where: Sequence[str] | None = None,
 ) -> list[tuple[list[int], list[bool]]]:
     """Token ids and assistant mask of each conversation, one call for all so that the tokenizer uses every core.
 
-    Raises ValueError, opened by `where[i]`, when the template marks fewer stretches of tokens than there are assistant messages:
-    such a mask would leave answers out, or (a tokenizer that drops the marked characters) run on into the user's words.
+    Raises ValueError, opened by `where[i]`, when the template marks fewer stretches of tokens than there are
+    assistant messages: such a mask would leave answers out, or (a tokenizer that drops the marked characters) run on
+    into the user's words.
     """
     template = resolve_chat_template(tokenizer, chat_template)
     encoded = tokenizer.apply_chat_template(
@@ -129,7 +137,8 @@ def encode_conversations(
         if stretches < turns:
             place = where[index] if where is not None else f"conversation {index}"
             raise ValueError(
-                f"{place}: the chat template marks {stretches} stretches of assistant tokens for {turns} assistant messages: "
+                f"{place}: the chat template marks {stretches} stretches of assistant tokens for {turns} assistant "
+                "messages: "
                 "put its {% generation %} marks around every assistant message"
             )
         results.append((input_ids, loss_mask))
@@ -139,5 +148,8 @@ def encode_conversations(
 def encode_conversation(
     tokenizer: Any, messages: list[dict], chat_template: str | None = None
 ) -> tuple[list[int], list[bool]]:
-    """Token ids and assistant mask, both of the same length, of one conversation. Errors as in `encode_conversations`."""
+    """Token ids and assistant mask, both of the same length, of one conversation.
+
+    Errors as in `encode_conversations`.
+    """
     return encode_conversations(tokenizer, [messages], chat_template)[0]

@@ -25,10 +25,11 @@ STATISTICS_FILE = "statistics.json"
 
 @dataclass(frozen=True)
 class DataStatistics:
-    """Counts of conversations and tokens. `*_tokens` are over the documents kept; supervised tokens are the assistant's.
+    """Counts of conversations and tokens. `*_tokens` are over the documents kept; supervised tokens are the
+    assistant's.
 
-    `unsupervised_dropped`: truncated before the assistant's first word. `heldout_in_train`: held-out documents that the training
-    data holds too, which can only happen with `data.heldout` files.
+    `unsupervised_dropped`: truncated before the assistant's first word. `heldout_in_train`: held-out documents that
+    the training data holds too, which can only happen with `data.heldout` files.
     """
 
     conversations: int
@@ -47,7 +48,10 @@ class DataStatistics:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The documents of a run. `fingerprint` names content and settings; `supervised_counts` is int64 [V] over training documents."""
+    """The documents of a run.
+
+    `fingerprint` names content and settings; `supervised_counts` is int64 [V] over training documents.
+    """
 
     train: datasets.Dataset
     heldout: datasets.Dataset
@@ -61,7 +65,9 @@ class PreparedData:
         """Read a folder that `prepare_data` wrote; the documents stay memory-mapped."""
         for name in (DOCUMENTS_FILE, TABLES_FILE, STATISTICS_FILE):
             if not (path / name).is_file():
-                raise ValueError(f"{path / name} is missing from the prepared data: remove the folder {path} and run again")
+                raise ValueError(
+                    f"{path / name} is missing from the prepared data: remove the folder {path} and run again"
+                )
         documents = datasets.Dataset.from_file(str(path / DOCUMENTS_FILE))
         tables = load_file(path / TABLES_FILE)
         statistics = DataStatistics(**json.loads((path / STATISTICS_FILE).read_text()))

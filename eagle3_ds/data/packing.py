@@ -10,9 +10,9 @@ from collections.abc import Sequence
 def pack(lengths: Sequence[int], max_length: int, seed: int) -> list[list[int]]:
     """Cover documents 0..n-1 of `lengths` tokens by bins of at most `max_length` tokens, every document exactly once.
 
-    Best-fit decreasing: the longest document first, each into the fullest bin that still takes it. The seed decides which of
-    several equally long documents goes first and the order within a bin, so that bins do not follow the order of the files.
-    Raises ValueError for a length outside [1, max_length].
+    Best-fit decreasing: the longest document first, each into the fullest bin that still takes it. The seed decides
+    which of several equally long documents goes first and the order within a bin, so that bins do not follow the
+    order of the files. Raises ValueError for a length outside [1, max_length].
     """
     for document, length in enumerate(lengths):
         if not 1 <= length <= max_length:

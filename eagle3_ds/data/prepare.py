@@ -47,10 +47,10 @@ def prepare_data(
 ) -> PreparedData:
     """Tokenise, split and count the recipe's conversations, or open them where an earlier run left them.
 
-    The folder under `data.cache_dir` is named by the contents of the sources, the tokenizer, the template and the settings; it
-    appears whole or not at all. `vocab_size` is the number of rows of the target's embedding (default: of the tokenizer).
-    Raises ValueError for bad rows, files and templates, an empty data set, one without supervised token, and documents longer
-    than `data.max_length` unless `data.on_too_long` says what to do.
+    The folder under `data.cache_dir` is named by the contents of the sources, the tokenizer, the template and the
+    settings; it appears whole or not at all. `vocab_size` is the number of rows of the target's embedding (default:
+    of the tokenizer). Raises ValueError for bad rows, files and templates, an empty data set, one without supervised
+    token, and documents longer than `data.max_length` unless `data.on_too_long` says what to do.
     """
     section = recipe.data
     template = resolve_chat_template(tokenizer, read_chat_template(section.chat_template))
@@ -59,7 +59,8 @@ def prepare_data(
     shared = sorted(set(train_files) & set(heldout_files))
     if shared:
         raise ValueError(
-            f"{shared[0]} is both in data.train and in data.heldout: held-out data must be apart. Remove it from one of "
+            f"{shared[0]} is both in data.train and in data.heldout: held-out data must be apart. Remove it from "
+            "one of "
             "them, or leave data.heldout empty for a split of the training data"
         )
     if not train_files:
@@ -80,7 +81,10 @@ def prepare_data(
 
 
 def _publish(aside: Path, path: Path) -> None:
-    """Give the finished folder its name. Another process may have finished the same content first: its folder is as good."""
+    """Give the finished folder its name.
+
+    Another process may have finished the same content first: its folder is as good.
+    """
     try:
         os.rename(aside, path)
     except OSError:
@@ -130,11 +134,18 @@ class _Side:
     hashes: list[int] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """int64 [n], the document numbers."""
+        return np.array(self.documents, dtype=np.int64)
+
 
 class _Builder:
     """One run over the sources. Documents are numbered in the order they are written."""
 
-    def __init__(self, section: DataSection, tokenizer: Any, template: str, vocab_size: int, show_progress: bool) -> None:
+    def __init__(
+        self, section: DataSection, tokenizer: Any, template: str, vocab_size: int, show_progress: bool
+    ) -> None:
         self.section = section
         self.tokenizer = tokenizer
         self.template = template
@@ -152,11 +163,11 @@ class _Builder:
             writer.finalize()
         seen_in_train = 0
         if heldout_files:
-            train_documents, heldout_documents = np.array(train.documents, dtype=np.int64), np.array(heldout.documents, dtype=np.int64)
+            train_documents, heldout_documents = train.numbers, heldout.numbers
             seen_in_train = int(np.isin(heldout.hashes, train.hashes).sum())
         else:
             mask = heldout_mask(np.array(train.hashes, dtype=np.uint64), self.section.heldout_fraction)
-            train_documents, heldout_documents = (np.array(train.documents, dtype=np.int64)[side] for side in (~mask, mask))
+            train_documents, heldout_documents = train.numbers[~mask], train.numbers[mask]
         if not len(train_documents):
             raise ValueError(
                 f"no training document is left after {len(heldout_documents)} were held out: add conversations that "
@@ -191,7 +202,9 @@ class _Builder:
     def _refuse_empty(self, files: Sequence[str], side: str, read: int, unsupervised: int) -> None:
         names = ", ".join(files)
         if read == 0:
-            raise ValueError(f"data.{side}: the data set is empty, no conversation in {names}: name files that hold rows")
+            raise ValueError(
+                f"data.{side}: the data set is empty, no conversation in {names}: name files that hold rows"
+            )
         if unsupervised:
             raise ValueError(
                 f"data.{side}: no supervised token at all in {read} conversations of {names}: {unsupervised} of them "
@@ -213,23 +226,24 @@ class _Builder:
             if len(input_ids) > limit:
                 if self.section.on_too_long == "error":
                     raise ValueError(
-                        f"{place}: the conversation has {len(input_ids)} tokens, more than data.max_length {limit}: raise "
+                        f"{place}: the conversation has {len(input_ids)} tokens, more than data.max_length {limit}: "
+                        "raise "
                         "data.max_length, or set data.on_too_long to 'drop' or 'truncate'"
                     )
                 if self.section.on_too_long == "drop":
                     self.too_long_dropped += 1
                     continue
                 self.truncated += 1
-                input_ids, loss_mask = input_ids[:limit], loss_mask[:limit]
-                if not any(loss_mask):
+                if not any(loss_mask[:limit]):
                     self.unsupervised_dropped += 1
                     continue
             if max(input_ids) >= self.vocab_size:
                 raise ValueError(
-                    f"{place}: token id {max(input_ids)} lies outside the target's vocabulary of {self.vocab_size}: the "
+                    f"{place}: token id {max(input_ids)} lies outside the target's vocabulary of {self.vocab_size}: "
+                    "the "
                     "tokenizer and the target do not belong together"
                 )
-            yield conversation_hash(messages, self.section.seed), input_ids, loss_mask
+            yield conversation_hash(messages, self.section.seed), input_ids[:limit], loss_mask[:limit]
 
     def _counts(self, folder: Path, train_documents: torch.Tensor) -> torch.Tensor:
         """int64 [V]: how often each token is supervised in the training documents."""

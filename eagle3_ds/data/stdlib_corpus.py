@@ -1,7 +1,8 @@
 """Real text that every Python installation carries: the standard library's sources, as plain text and as conversations.
 
-Order and content depend on nothing but the installed library: files are taken by sorted path, choices are seeded by names.
-A definition is shown in one conversation only, so a split by conversation keeps held-out code apart from training code.
+Order and content depend on nothing but the installed library: files are taken by sorted path, choices are seeded by
+names. A definition is shown in one conversation only, so a split by conversation keeps held-out code apart from
+training code.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def stdlib_fingerprint() -> str:
 
 
 def stdlib_text(max_bytes: int | None = None) -> Iterator[str]:
-    """Whole source files in an order that mixes packages, until their UTF-8 text reaches `max_bytes` (the last one is cut)."""
+    """Whole source files in an order that mixes packages, until their UTF-8 text reaches `max_bytes` (the last one is
+    cut).
+    """
     files = stdlib_files()
     random.Random("text").shuffle(files)
     left = max_bytes
@@ -77,7 +80,9 @@ def stdlib_text(max_bytes: int | None = None) -> Iterator[str]:
 
 
 def stdlib_conversations() -> Iterator[dict]:
-    """Rows `{"messages": [...]}` of 1 to 6 questions about one module, its docstrings, signatures and sources; modules mixed."""
+    """Rows `{"messages": [...]}` of 1 to 6 questions about one module, its docstrings, signatures and sources;
+    modules mixed.
+    """
     found = [conversation for path in stdlib_files() for conversation in _module_conversations(path)]
     random.Random("conversations").shuffle(found)
     yield from found
@@ -126,7 +131,9 @@ def _conversation(module: str, turns: list[tuple[str, str]], rng: random.Random)
 
 
 def _definitions(module: str, text: str) -> Iterator[Definition]:
-    """The module itself, then its classes and functions; a class too long to be shown whole is followed by its methods."""
+    """The module itself, then its classes and functions; a class too long to be shown whole is followed by its
+    methods.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd escapes in the library's own strings are not the user's business
         tree = ast.parse(text)
@@ -154,7 +161,9 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, kind: str, name: str
 
 
 def _source(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, lines: list[str]) -> str | None:
-    """The lines of `node`, decorators included, moved to the left margin; None when too long or too short to be asked for."""
+    """The lines of `node`, decorators included, moved to the left margin; None when too long or too short to be asked
+    for.
+    """
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     margin = node.col_offset
     block = lines[first - 1 : node.end_lineno]

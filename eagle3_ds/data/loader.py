@@ -1,0 +1,115 @@
+"""Which packed sequence goes where: pure functions of (seed, step, dp rank), the same for all peers of one sp group."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+import datasets
+import numpy as np
+import torch
+
+from eagle3_ds.data.documents import document_lengths
+from eagle3_ds.data.packing import pack
+from eagle3_ds.data.store import HiddenStateStore
+from eagle3_ds.layout.batch import PackedSequence
+
+
+class SequenceSource:
+    """Makes packed sequences from rows of the documents and the store of their hidden states.
+
+    Raises ValueError when the store lacks a document or has it with another length.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, store: HiddenStateStore) -> None:
+        lengths = document_lengths(dataset)
+        store.require_documents(lengths)
+        self.dataset = dataset.with_format("numpy")
+        self.store = store
+        self.lengths = list(lengths.values())
+
+    def sequence(self, rows: Sequence[int]) -> PackedSequence:
+        """The documents in these rows of the data set, end to end. Hidden states stay on disk until they are sliced."""
+        documents = [self.dataset[row] for row in rows]
+        ids = [int(document["document_id"]) for document in documents]
+        return PackedSequence(
+            token_ids=torch.from_numpy(
+                np.concatenate([document["input_ids"] for document in documents]).astype(np.int64)
+            ),
+            loss_mask=torch.from_numpy(np.concatenate([document["loss_mask"] for document in documents]).astype(bool)),
+            lengths=tuple(self.lengths[row] for row in rows),
+            teacher_token=self.store.view(ids, "teacher_token")[:].long(),
+            aux=self.store.view(ids, "aux"),
+            teacher=self.store.view(ids, "teacher"),
+        )
+
+
+class PackedLoader:
+    """Packs of at most `max_length` tokens for one draft_dp rank.
+
+    The packs are laid out as one endless row, epoch after epoch, each epoch in an order of its own. Optimizer step s
+    takes the next `accumulation * draft_dp` packs of it, and dp rank r every draft_dp-th of these. When the packs of
+    an epoch do not fill its last step, that step goes on with the next epoch's first packs: nothing is lost, nothing
+    is padded. So what a rank sees depends on (seed, step, dp_rank, draft_dp, accumulation) only, and resuming at a
+    step needs no state.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        store: HiddenStateStore,
+        max_length: int,
+        draft_dp: int = 1,
+        dp_rank: int = 0,
+        accumulation: int = 1,
+        seed: int = 0,
+    ) -> None:
+        assert 0 <= dp_rank < draft_dp and accumulation >= 1
+        if not len(dataset):
+            raise ValueError("the data set has no document to pack: name files that hold conversations in data.train")
+        self.source = SequenceSource(dataset, store)
+        self.packs = pack(self.source.lengths, max_length, seed)
+        self.draft_dp = draft_dp
+        self.dp_rank = dp_rank
+        self.accumulation = accumulation
+        self.seed = seed
+
+    @property
+    def num_packs(self) -> int:
+        """Packs of one epoch, over all ranks."""
+        return len(self.packs)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps after which every pack has been seen at least once: num_packs / (accumulation * draft_dp),
+        rounded up.
+        """
+        return -(-self.num_packs // (self.accumulation * self.draft_dp))
+
+    def pack_indices(self, step: int) -> list[int]:
+        """The packs that optimizer step `step` (from 0) gives to this rank, `accumulation` of them."""
+        first = step * self.accumulation * self.draft_dp + self.dp_rank
+        places = [divmod(first + turn * self.draft_dp, self.num_packs) for turn in range(self.accumulation)]
+        orders = {epoch: self._order(epoch) for epoch in {epoch for epoch, _ in places}}
+        return [orders[epoch][place] for epoch, place in places]
+
+    def step(self, step: int) -> list[PackedSequence]:
+        """The `accumulation` packed sequences of optimizer step `step` (from 0) for this dp rank."""
+        return [self.source.sequence(self.packs[index]) for index in self.pack_indices(step)]
+
+    def all_packs(self) -> Iterator[PackedSequence | None]:
+        """Every pack once over all dp ranks, for evaluation: this rank's packs in order.
+
+        All ranks yield equally often, because a rank that stopped early would leave the others waiting in a
+        collective. Where the packs do not divide, the last turn gives None to the ranks without a pack; they take
+        part in the collectives with nothing.
+        """
+        turns = -(-self.num_packs // self.draft_dp)
+        for turn in range(turns):
+            index = turn * self.draft_dp + self.dp_rank
+            yield self.source.sequence(self.packs[index]) if index < self.num_packs else None
+
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(self.num_packs))
+        random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        return order
