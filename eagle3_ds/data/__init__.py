@@ -1,0 +1,19 @@
+"""From conversations to packed sequences: chat, preparation, packing, the hidden-state store and the loader."""
+
+from eagle3_ds.data.documents import DataStatistics, PreparedData
+from eagle3_ds.data.loader import PackedLoader, SequenceSource
+from eagle3_ds.data.prepare import prepare_data
+from eagle3_ds.data.store import HiddenStateStore, Layout
+from eagle3_ds.data.store_writer import HiddenStateWriter, required_bytes
+
+__all__ = [
+    "DataStatistics",
+    "HiddenStateStore",
+    "HiddenStateWriter",
+    "Layout",
+    "PackedLoader",
+    "PreparedData",
+    "SequenceSource",
+    "prepare_data",
+    "required_bytes",
+]

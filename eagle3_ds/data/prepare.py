@@ -63,8 +63,6 @@ def prepare_data(
             "one of "
             "them, or leave data.heldout empty for a split of the training data"
         )
-    if not train_files:
-        raise ValueError("data.train is empty: name JSONL or Parquet files, folders of them, or 'stdlib'")
     vocab_size = vocab_size or len(tokenizer)
     fingerprint = _fingerprint(section, template, tokenizer_fingerprint, vocab_size, train_files, heldout_files)
     path = Path(section.cache_dir) / f"data-{fingerprint[:16]}"

@@ -71,7 +71,7 @@ def read_rows(file: str) -> Iterator[tuple[str, Any]]:
             table = datasets.load_dataset("parquet", data_files=[file], split="train", streaming=True)
             for number, row in enumerate(table, 1):
                 yield f"{file}, row {number}", row
-        except (datasets.exceptions.DatasetGenerationError, OSError) as error:
+        except (ValueError, datasets.exceptions.DatasetGenerationError, OSError) as error:
             raise ValueError(f"{file} cannot be read as Parquet: {error}. Write the file again") from error
     else:
         yield from _read_jsonl(file)
