@@ -1,0 +1,96 @@
+"""The USP attention over K steps against one dense softmax, outputs and raw gradients, in fp64."""
+
+import pytest
+import torch
+from torch import nn
+
+from eagle3_ds.attention import LlamaUSPFlashAttention, UnrollMemory
+from eagle3_ds.kernels import select_kernel
+from eagle3_ds.layout import SpanPlan
+from eagle3_ds.topology import maybe_setup_distributed
+from tests.dist.ranks import run_ranks
+
+HEAD_DIM, STEPS = 8, 4
+LENGTHS = (19, 3, 26, 7, 1)
+TOPOLOGIES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)]
+
+
+class Projections(nn.Module):
+    """A stand-in for a draft's attention: only its head size matters, the test hands q, k and v in directly."""
+
+    def __init__(self):
+        super().__init__()
+        self.head_dim = HEAD_DIM
+        self.q_proj = self.k_proj = self.v_proj = self.o_proj = nn.Identity()
+
+
+def whole_inputs(padded_length, num_heads, num_kv_heads):
+    generator = torch.Generator().manual_seed(1)
+
+    def random(heads):
+        return torch.randn(STEPS, padded_length, heads, HEAD_DIM, generator=generator, dtype=torch.float64)
+
+    return random(num_heads), random(num_kv_heads), random(num_kv_heads), random(num_heads)
+
+
+def rank_of_attention(ring, ulysses, heads, kv_exchange, kernel):
+    topology = maybe_setup_distributed(ulysses, ring)
+    plan = SpanPlan.make(LENGTHS, ring, ulysses, chunks_per_rank=3)
+    place = topology.place
+    slots = torch.from_numpy(plan.slots(place.ring_rank, place.ulysses_rank))
+    q, k, v, dout = (x[:, slots] for x in whole_inputs(plan.padded_length, *heads))
+    for x in (q, k, v):
+        x.requires_grad_()
+    attention = LlamaUSPFlashAttention(
+        Projections(),
+        select_kernel(kernel, topology.device, torch.float64, HEAD_DIM),
+        topology.ulysses_group,
+        topology.ring_group,
+        kv_exchange,
+    )
+    assert (attention.sp_ring_degree, attention.sp_ulysses_degree) == (ring, ulysses)
+    assert (attention.sp_world_size, attention.sp_rank) == (ring * ulysses, place.sp_rank)
+    memory = UnrollMemory(plan, place.ring_rank)
+    outs = torch.stack([attention.attend(q[s], k[s], v[s], memory) for s in range(STEPS)])
+    (outs * dout.flatten(2)).sum().backward()
+    return slots, outs.detach(), q.grad, k.grad, v.grad
+
+
+def dense(plan, num_heads, num_kv_heads):
+    q, k, v, dout = whole_inputs(plan.padded_length, num_heads, num_kv_heads)
+    for x in (q, k, v):
+        x.requires_grad_()
+    group = num_heads // num_kv_heads
+    document = torch.from_numpy(plan.document)
+    slot = torch.arange(plan.padded_length)
+    causal = (slot[:, None] >= slot) & (document[:, None] == document) & (document >= 0)
+    outs = []
+    for step in range(STEPS):
+        keys, values = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+        scores = torch.einsum("ihd,jhd->hij", q[step], keys[0]) * HEAD_DIM**-0.5
+        scores = scores.masked_fill(~causal, -torch.inf)
+        diagonal = torch.einsum("ihd,sihd->his", q[step], keys[1 : step + 1]) * HEAD_DIM**-0.5
+        weights = torch.cat((scores, diagonal), -1).softmax(-1).nan_to_num(0.0)
+        out = torch.einsum("hij,jhd->ihd", weights[..., : len(slot)], values[0])
+        out = out + torch.einsum("his,sihd->ihd", weights[..., len(slot) :], values[1 : step + 1])
+        outs.append(out.flatten(1))
+    real = (document >= 0)[None, :, None]
+    outs = torch.stack(outs)
+    (outs * dout.flatten(2) * real).sum().backward()
+    return outs.detach(), q.grad, k.grad, v.grad
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("heads", [(8, 4), (4, 4)], ids=["gqa", "mha"])
+@pytest.mark.parametrize("kv_exchange", ["gather", "ring"])
+@pytest.mark.parametrize(("ring", "ulysses"), TOPOLOGIES)
+def test_attention_equals_one_dense_softmax(ring, ulysses, kv_exchange, heads):
+    results = run_ranks(ring * ulysses, rank_of_attention, ring, ulysses, heads, kv_exchange, "blockwise")
+    plan = SpanPlan.make(LENGTHS, ring, ulysses, chunks_per_rank=3)
+    real = plan.document >= 0
+    for name, part, expected in zip(("out", "dq", "dk", "dv"), range(1, 5), dense(plan, *heads), strict=True):
+        whole = torch.full_like(expected, torch.nan)
+        for result in results:
+            whole[:, result[0]] = result[part]
+        error = (whole - expected)[:, real].norm() / expected[:, real].norm()
+        assert error <= 1e-12, f"{name}: relative error {error:.2e}"
