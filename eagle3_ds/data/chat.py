@@ -28,8 +28,7 @@ def resolve_chat_template(tokenizer: Any, chat_template: str | None = None) -> s
         template = template.get("default")
     fix = (
         "copy the target's template to a file, put {% generation %} and {% endgeneration %} around the assistant's "
-        "content "
-        "and name the file in data.chat_template"
+        "content and name the file in data.chat_template"
     )
     if not template:
         raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template: {fix}")
