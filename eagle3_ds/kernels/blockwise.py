@@ -1,0 +1,105 @@
+"""The blockwise kernel: plain torch on any device (CPU, CUDA, NPU, MPS), memory bounded by one block.
+
+Online softmax over blocks of keys (Dao et al., FlashAttention-2, 2023), computed in fp32 (fp64 for fp64).
+
+Legend: N key heads, R rows of one query block times the G query heads that share a key head, B keys of one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from eagle3_ds.kernels.base import TileKernel, accumulation_dtype
+
+# Measured forward + backward, 2048 causal rows, 8 heads of 64, fp32, one CPU core: 128 x 256 181 ms, 256 x 256 190 ms,
+# 512 x 512 285 ms (its scores leave the cache). The larger of the two good ones, for devices where a launch costs.
+_QUERY_BLOCK = 256
+_KEY_BLOCK = 256
+
+
+class BlockwiseKernel(TileKernel):
+    name = "blockwise"
+    causal_rectangles = True
+
+    def unavailable_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        return None
+
+    def tile_forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        dtype = accumulation_dtype(q.dtype)
+        out = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
+        lse = torch.empty(q.shape[:2], dtype=dtype, device=q.device)
+        num_kv_heads = k.shape[1]
+        k_NLD, v_NLD = (x.transpose(0, 1).to(dtype) for x in (k, v))
+        for rows in _blocks(q.shape[0], _QUERY_BLOCK):
+            q_NRD = _fold(q[rows], num_kv_heads, dtype) * scale
+            best = q_NRD.new_full((*q_NRD.shape[:2], 1), -torch.inf)
+            total, summed = torch.zeros_like(best), torch.zeros_like(q_NRD)
+            for keys in _visible_blocks(rows, q.shape[0], k.shape[0], causal):
+                s_NRB = q_NRD @ k_NLD[:, keys].mT
+                _mask(s_NRB, rows, keys, k.shape[0] - q.shape[0], causal)
+                # The first block of keys starts at key 0, which every row sees: `best` is finite from then on.
+                new_best = torch.maximum(best, s_NRB.amax(-1, keepdim=True))
+                p_NRB = s_NRB.sub_(new_best).exp_()
+                shrink = (best - new_best).exp()
+                total = total * shrink + p_NRB.sum(-1, keepdim=True)
+                summed = summed.mul_(shrink).baddbmm_(p_NRB, v_NLD[:, keys])
+                best = new_best
+            out[rows] = _unfold(summed.div_(total), q.shape[1])
+            lse[rows] = _unfold(best + total.log(), q.shape[1])[..., 0]
+        return out, lse
+
+    def tile_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = accumulation_dtype(q.dtype)
+        num_kv_heads = k.shape[1]
+        k_NLD, v_NLD = (x.transpose(0, 1).to(dtype) for x in (k, v))
+        dq = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
+        dk_NLD, dv_NLD = torch.zeros_like(k_NLD), torch.zeros_like(v_NLD)
+        for rows in _blocks(q.shape[0], _QUERY_BLOCK):
+            q_NRD, dout_NRD = (_fold(x[rows], num_kv_heads, dtype) for x in (q, dout))
+            lse_NR1, delta_NR1 = (_fold(x[rows, :, None], num_kv_heads, dtype) for x in (lse, delta))
+            q_NRD = q_NRD * scale
+            dq_NRD = torch.zeros_like(q_NRD)
+            for keys in _visible_blocks(rows, q.shape[0], k.shape[0], causal):
+                s_NRB = q_NRD @ k_NLD[:, keys].mT
+                _mask(s_NRB, rows, keys, k.shape[0] - q.shape[0], causal)
+                p_NRB = s_NRB.sub_(lse_NR1).exp_()
+                dv_NLD[:, keys] += p_NRB.mT @ dout_NRD
+                ds_NRB = (dout_NRD @ v_NLD[:, keys].mT).sub_(delta_NR1).mul_(p_NRB)
+                dk_NLD[:, keys] += ds_NRB.mT @ q_NRD
+                dq_NRD.baddbmm_(ds_NRB, k_NLD[:, keys])
+            dq[rows] = _unfold(dq_NRD.mul_(scale), q.shape[1])
+        return dq, dk_NLD.transpose(0, 1), dv_NLD.transpose(0, 1)
+
+
+def _blocks(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def _visible_blocks(rows: slice, num_queries: int, num_keys: int, causal: bool) -> Iterator[slice]:
+    """The blocks of keys that the last of `rows` sees any of."""
+    return _blocks(rows.stop + num_keys - num_queries if causal else num_keys, _KEY_BLOCK)
+
+
+def _mask(s_NRB: Tensor, rows: slice, keys: slice, offset: int, causal: bool) -> None:
+    """Set the scores of the keys after each row to -inf, in place. Row i sees the keys up to i + offset."""
+    if not causal or keys.stop <= rows.start + offset + 1:
+        return
+    last = torch.arange(rows.start, rows.stop, device=s_NRB.device)[:, None] + offset
+    hidden = torch.arange(keys.start, keys.stop, device=s_NRB.device) > last
+    s_NRB.unflatten(1, (rows.stop - rows.start, -1)).masked_fill_(hidden[:, None], -torch.inf)
+
+
+def _fold(x_LHD: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
+    """[L, N * G, D] -> [N, L * G, D]: the query heads of one key head become rows, so that nothing is repeated."""
+    return x_LHD.unflatten(1, (num_kv_heads, -1)).to(dtype).transpose(0, 1).flatten(1, 2)
+
+
+def _unfold(x_NRD: Tensor, num_heads: int) -> Tensor:
+    """[N, L * G, D] -> [L, N * G, D]."""
+    return x_NRD.unflatten(1, (-1, num_heads // x_NRD.shape[0])).transpose(0, 1).flatten(1, 2)
