@@ -74,6 +74,18 @@ def _sum_over_group(group: dist.ProcessGroup, gradient: Tensor) -> Tensor:
     return summed
 
 
+def step_and_norm(engine: Any) -> float:
+    """Take the optimizer step of the last micro-batch; returns the global gradient norm before clipping."""
+    if hasattr(engine.optimizer, "_global_grad_norm"):
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    # DeepSpeed reports no norm for a plain fp32 optimizer (stage 0). Its gradients are reduced by now, and whole.
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    engine.step()
+    return norm
+
+
 def full_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter whole, on the CPU, by its name in `model`. Collective under ZeRO-3: all ranks call it."""
     whole = {}

@@ -21,7 +21,7 @@ from eagle3_ds.layout import LocalBatch, PackedSequence, SpanPlan, prepare_usp_i
 from eagle3_ds.loss import LossInputs, LossSum
 from eagle3_ds.model import DraftModel, VocabularyMap, patch_attention
 from eagle3_ds.topology import Topology
-from eagle3_ds.train.engine import DraftWithLoss, build_engine, full_parameters
+from eagle3_ds.train.engine import DraftWithLoss, build_engine, full_parameters, step_and_norm
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,14 @@ class DraftTrainer:
         self.engine.train()
         batches, inputs, normalizer = self._prepare(packs)
         sums = []
-        for batch, constants in zip(batches, inputs, strict=True):
+        for micro, (batch, constants) in enumerate(zip(batches, inputs, strict=True), start=1):
             loss: LossSum = self.engine(batch, constants)
             self.engine.backward(loss.total * self.loss_scale, scale_wrt_gas=False)
-            self.engine.step()
             sums.append(loss)
-        report = self._report(sums, normalizer, packs)
-        return replace(report, grad_norm=float(self.engine.get_global_grad_norm()))
+            if micro < len(batches):
+                self.engine.step()
+        grad_norm = step_and_norm(self.engine)
+        return replace(self._report(sums, normalizer, packs), grad_norm=grad_norm)
 
     @torch.no_grad()
     def evaluate(self, packs: Sequence[PackedSequence]) -> StepReport:
