@@ -19,7 +19,7 @@ TABLE: dict[str, set[str]] = {
     "topology": {"config", "layout"},
     "plan": {"config", "layout"},
     "attention": {"layout", "collectives", "kernels"},
-    "model": {"config", "attention"},
+    "model": {"config", "layout", "attention"},
     "loss": {"kernels"},
     "target": {"config", "layout", "attention"},
     "data": {"config", "layout"},
