@@ -3,5 +3,6 @@
 from eagle3_ds.attention.prefix_kv import PrefixKV
 from eagle3_ds.attention.ring import RingKV, ring_attention_hybrid_masked
 from eagle3_ds.attention.usp import LlamaUSPFlashAttention, UnrollMemory
+from eagle3_ds.kernels import AttentionKernel
 
-__all__ = ["LlamaUSPFlashAttention", "PrefixKV", "RingKV", "UnrollMemory", "ring_attention_hybrid_masked"]
+__all__ = ["AttentionKernel", "LlamaUSPFlashAttention", "PrefixKV", "RingKV", "UnrollMemory", "ring_attention_hybrid_masked"]

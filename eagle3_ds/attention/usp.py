@@ -8,7 +8,7 @@ Legend: S slots of this rank, Lr = S * ulysses columns of this ring rank, Hq / H
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -41,16 +41,18 @@ class LlamaUSPFlashAttention(nn.Module):
 
     def __init__(
         self,
-        attention: nn.Module,
+        attention: Any,
         kernel: AttentionKernel,
         ulysses_group: dist.ProcessGroup | None = None,
         ring_group: dist.ProcessGroup | None = None,
         kv_exchange: Literal["gather", "ring"] = "gather",
     ) -> None:
         super().__init__()
-        self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
-        self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
-        self.head_dim = cast(int, attention.head_dim)
+        self.q_proj: nn.Module = attention.q_proj
+        self.k_proj: nn.Module = attention.k_proj
+        self.v_proj: nn.Module = attention.v_proj
+        self.o_proj: nn.Module = attention.o_proj
+        self.head_dim: int = attention.head_dim
         self.scale = self.head_dim**-0.5
         self.kernel, self.kv_exchange = kernel, kv_exchange
         self.ulysses_group, self.ring_group = ulysses_group, ring_group
@@ -136,7 +138,9 @@ class _HybridAttention(torch.autograd.Function):
         half = len(diagonals) // 2
         dtype = accumulation_dtype(out.dtype)
         delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
-        dq, dkeys, dvalues = None, [], []
+        dq: Tensor | None = None
+        dkeys: list[Tensor] = []
+        dvalues: list[Tensor] = []
         if half:
             dq, dkeys, dvalues = merge_diagonals_backward(
                 dout, q, diagonals[:half], diagonals[half:], lse, delta, ctx.scale

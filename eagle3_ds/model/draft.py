@@ -7,7 +7,7 @@ Vd the draft's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,12 @@ from eagle3_ds.model.decoder import DraftCache, DraftLayer
 from eagle3_ds.model.rope import rotary_angles
 
 
-Result = TypeVar("Result")
-
-
 class DraftHead(nn.Linear):
     """The head over the draft vocabulary. A loss that needs its weight runs in here, because under ZeRO-3 the weight has
     size 0 outside of its own module's forward."""
 
-    def forward(self, x: Tensor | list[Tensor], loss: Callable[..., Result] | None = None) -> Tensor | Result:  # type: ignore[override]
+    def forward(self, x: Any, loss: Callable[[Any, Tensor], Any] | None = None) -> Any:
+        """Logits [S, Vd] of x [S, H]; or `loss(x, weight)`, with x whatever that loss takes."""
         return functional.linear(x, self.weight) if loss is None else loss(x, self.weight)
 
 
@@ -77,6 +75,7 @@ class DraftModel(nn.Module):
                 return functional.embedding(tokens, embedding)
 
             for layer, memory in zip(self.layers, memories, strict=True):
+                assert isinstance(layer, DraftLayer)
                 hidden = layer.unroll_step(embed, hidden, cos, sin, memory, recompute)
             outputs.append(self.norm(hidden))
         return outputs

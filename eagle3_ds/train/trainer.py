@@ -223,7 +223,7 @@ def learning_rate_at(recipe: Recipe, step: int, total_steps: int) -> float:
 
 
 def _to_device(batch: LocalBatch, device: torch.device, dtype: torch.dtype) -> LocalBatch:
-    moved = {
+    moved: dict[str, Any] = {
         name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
         for name, value in vars(batch).items()
         if isinstance(value, Tensor)
