@@ -30,7 +30,7 @@ class TargetBuild(Section):
     vocab_size: Positive = 4096
     hidden_size: Positive = 192
     intermediate_size: Positive = 512
-    num_layers: Annotated[int, Field(ge=6)] = 8
+    num_layers: Annotated[int, Field(ge=7)] = 8
     num_heads: Positive = 4
     num_kv_heads: Positive = 2
     max_positions: Positive = 8192

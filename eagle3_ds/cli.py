@@ -1,0 +1,253 @@
+"""The command line: `eagle3-ds launch RECIPE` is the main job, the other commands run one stage of it alone.
+
+Everything that can be wrong is judged before the first process starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from eagle3_ds.cli_checks import (
+    RESOLVED,
+    check_data,
+    check_deepspeed,
+    check_kernel,
+    check_output,
+    check_target,
+    clear_output,
+    target_shape,
+)
+from eagle3_ds.cli_launcher import (
+    LAUNCHERS,
+    LaunchOptions,
+    LaunchPlan,
+    plan_launch,
+    resolve_hosts,
+    write_environment_file,
+)
+from eagle3_ds.config import Recipe, dump_recipe, load_recipe
+from eagle3_ds.topology import Mesh, detect_accelerator
+
+COMMANDS = {
+    "launch": "the main job: prepare, train, evaluate, export, report",
+    "prepare": "build the target if asked, tokenise the data, capture hidden states",
+    "evaluate": "speculative decoding with the trained and the untrained draft of a finished run",
+    "export": "write the trained draft of a finished run for vLLM / SGLang and speculators",
+    "report": "draw report.png of a run from its metrics.jsonl and eval.json",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe that passed every check, and how it will be launched."""
+
+    recipe: Recipe
+    mesh: Mesh
+    plan: LaunchPlan
+    notes: tuple[str, ...]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. A user's mistake is one message and status 2, without a traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else 2
+    command, *rest = arguments
+    console = Console(soft_wrap=True)
+    if command not in COMMANDS:
+        print(f"eagle3-ds: there is no command {command!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    options = _parser(command).parse_intermixed_args(rest)
+    try:
+        return _run_command(command, options, console)
+    except ValueError as error:
+        print(f"eagle3-ds {command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _run_command(command: str, options: argparse.Namespace, console: Console) -> int:
+    if command == "launch":
+        return launch(options, console)
+    recipe = load_recipe(options.recipe, options.overrides)
+    if command == "prepare":
+        check_data(recipe)
+        _save_resolved(recipe)
+    getattr(_stages(), command)(recipe, console)
+    return 0
+
+
+def _stages() -> ModuleType:
+    """The stages, imported when one runs: they need every room, `--help` and `--dry-run` need few."""
+    return importlib.import_module("eagle3_ds.cli_stages")
+
+
+def launch(options: argparse.Namespace, console: Console) -> int:
+    """The main job. Returns the launcher's exit status when training fails."""
+    run = resolve_run(options)
+    _describe(run, console)
+    if options.dry_run:
+        console.print("dry run: nothing was started")
+        return 0
+    stages = _stages()
+    output_dir = Path(run.recipe.output_dir)
+    if not options.resume:
+        clear_output(output_dir)
+    _save_resolved(run.recipe)
+    stages.prepare(run.recipe, console)
+    write_environment_file(run.plan)
+    status = stages.train(run.plan, console)
+    if status:
+        console.print(f"training ended with exit status {status}; {output_dir} keeps what it wrote", markup=False)
+        return status
+    stages.evaluate(run.recipe, console)
+    stages.export(run.recipe, console)
+    stages.report(run.recipe, console)
+    stages.summary(run.recipe, console)
+    return 0
+
+
+def resolve_run(options: argparse.Namespace) -> Run:
+    """Judge everything that can be judged before a process starts. Raises ValueError with the fix."""
+    overrides = list(options.overrides)
+    if options.ds_config is not None:
+        overrides.append(f"deepspeed={options.ds_config}")
+    recipe = load_recipe(options.recipe, overrides)
+    accelerator = detect_accelerator()
+    parallel = recipe.parallel
+    launch_options = LaunchOptions(
+        hostfile=options.hostfile,
+        num_ranks=options.num_ranks,
+        num_nodes=options.num_nodes,
+        include=options.include,
+        exclude=options.exclude,
+        master_addr=options.master_addr,
+        master_port=options.master_port,
+        launcher=options.launcher,
+    )
+    devices = 0 if options.dry_run else _device_count(accelerator)
+    sp = parallel.ring * parallel.ulysses
+    wanted = sp * parallel.draft_dp if parallel.draft_dp else devices or sp
+    hosts = resolve_hosts(launch_options, accelerator, devices, wanted)
+    world_size = sum(len(slots) for slots in hosts.values())
+    mesh = Mesh.from_world(world_size, parallel.ring, parallel.ulysses, parallel.draft_dp)
+    recipe = recipe.model_copy(update={"parallel": parallel.model_copy(update={"draft_dp": mesh.draft_dp})})
+    check_deepspeed(recipe, mesh)
+    notes = _check_rest(recipe, accelerator, options)
+    plan = plan_launch(launch_options, hosts, accelerator, Path(recipe.output_dir), options.resume, os.environ)
+    return Run(recipe, mesh, plan, tuple(notes))
+
+
+def _check_rest(recipe: Recipe, accelerator: str, options: argparse.Namespace) -> list[str]:
+    """Target, kernel, data and output folder; a dry run only notes what this machine lacks."""
+    notes = []
+    shape = target_shape(recipe, options.dry_run)
+    if shape is None:
+        notes.append(f"target {recipe.target.path} is not a folder here: its heads and vocabulary were not checked")
+    else:
+        check_target(recipe, shape)
+        try:
+            notes.append(f"attention kernel {check_kernel(recipe, accelerator, shape)}")
+        except ValueError as error:
+            if not options.dry_run:
+                raise
+            notes.append(f"on this machine: {error}")
+    if not options.dry_run:
+        check_data(recipe)
+        check_output(recipe, options.resume, options.overwrite)
+    return notes
+
+
+def _device_count(accelerator: str) -> int:
+    """Accelerators of this machine; 0 on a CPU, where any number of ranks may run."""
+    return 0 if accelerator == "cpu" else int(getattr(torch, accelerator).device_count())
+
+
+def _describe(run: Run, console: Console) -> None:
+    """Print the resolved recipe, each rank's place, and the exact command."""
+    mesh, plan = run.mesh, run.plan
+    console.print(dump_recipe(run.recipe).rstrip(), markup=False, highlight=False)
+    mesh_text = f"draft_dp {mesh.draft_dp} x ring {mesh.ring} x ulysses {mesh.ulysses} = {mesh.world_size} ranks"
+    table = Table("rank", "host", "slot", "draft_dp", "ring", "ulysses", "sp", title=f"mesh: {mesh_text}")
+    slots = [(host, slot) for host, numbers in plan.hosts.items() for slot in numbers]
+    for rank, (host, slot) in enumerate(slots):
+        place = mesh.place(rank)
+        numbers = (place.dp_rank, place.ring_rank, place.ulysses_rank, place.sp_rank)
+        table.add_row(str(rank), host, str(slot), *map(str, numbers))
+    console.print(table)
+    for note in run.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    variables = [f"{name}={shlex.quote(value)}" for name, value in plan.environment.items()]
+    console.print("command: " + " ".join([*variables, shlex.join(plan.command)]), markup=False, highlight=False)
+    if plan.exported is not None:
+        console.print(f"handed to every host: {', '.join(plan.exported)}", markup=False, highlight=False)
+
+
+def _save_resolved(recipe: Recipe) -> None:
+    folder = Path(recipe.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESOLVED).write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = ["usage: eagle3-ds COMMAND RECIPE [OPTIONS] [section.key=value ...]", ""]
+    lines += [f"  {name:{width}}  {meaning}" for name, meaning in COMMANDS.items()]
+    return "\n".join([*lines, "", "eagle3-ds COMMAND --help tells a command's options."])
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"eagle3-ds {command}", description=COMMANDS[command], allow_abbrev=False)
+    add = parser.add_argument
+    add("recipe", help="recipe file, e.g. recipes/quickstart.yaml")
+    add("overrides", nargs="*", metavar="section.key=value", help="e.g. parallel.ulysses=4 data.max_length=131072")
+    if command == "launch":
+        add("--hostfile", metavar="F", help="hosts of a multi-node run, e.g. --hostfile recipes/2nodes.hostfile")
+        add(
+            "--num_gpus",
+            "--num_ranks",
+            dest="num_ranks",
+            type=int,
+            metavar="N",
+            help="ranks per host, e.g. --num_gpus 8",
+        )
+        add("--num_nodes", type=int, metavar="N", help="use the first N hosts of the hostfile, e.g. --num_nodes 2")
+        add("--include", metavar="SPEC", help="only these hosts or slots, e.g. --include node-0@node-1:0,2")
+        add("--exclude", metavar="SPEC", help="not these hosts or slots, e.g. --exclude node-1:0")
+        add("--master_addr", metavar="A", help="address of the first host, e.g. --master_addr 10.0.0.1")
+        add("--master_port", type=int, metavar="P", help="rendezvous port, e.g. --master_port 29501; else a free one")
+        add(
+            "--launcher",
+            choices=LAUNCHERS,
+            type=str.lower,
+            help="multi-node backend, e.g. --launcher slurm (else pdsh)",
+        )
+        add(
+            "--ds_config",
+            metavar="F",
+            help="DeepSpeed JSON instead of the recipe's, e.g. --ds_config ds_configs/zero3.json",
+        )
+        add(
+            "--dry-run",
+            action="store_true",
+            help="print recipe, mesh and command, start nothing, e.g. with --num_gpus 8",
+        )
+        add("--resume", action="store_true", help="go on from the newest checkpoint, e.g. train.steps=200 --resume")
+        add("--overwrite", action="store_true", help="replace the run in output_dir, e.g. train.seed=1 --overwrite")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""What can be judged before any process starts: DeepSpeed JSON, mesh, target, kernel, data files, output folder."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe, recipe_differences
+from eagle3_ds.data.sources import expand_sources
+from eagle3_ds.kernels import select_kernel
+from eagle3_ds.target import check_supported, choose_aux_layers, load_text_config, resolve_path
+from eagle3_ds.topology import Mesh, check_heads
+
+RESOLVED = "recipe.resolved.yaml"
+# What only a run that got as far as training leaves behind, then what goes with it when it is overwritten.
+RESULTS = ("metrics.jsonl", "checkpoints", "draft-final.safetensors", "eval.json", "report.png", "draft")
+BYPRODUCTS = (
+    RESOLVED,
+    "prepared.json",
+    "vocabulary.safetensors",
+    "draft-initial.safetensors",
+    "draft-speculators",
+    "deepspeed.env",
+)
+# A checkpoint holds weights of these sections' making; the others may change between the parts of a run.
+FIXED_ON_RESUME = ("target", "draft", "data", "loss")
+
+
+@dataclass(frozen=True)
+class TargetShape:
+    """What the draft's checks need of the target's config."""
+
+    vocab_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def check_deepspeed(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
+    """The filled DeepSpeed configuration. Raises ValueError on refused keys."""
+    return fill_deepspeed_config(load_deepspeed_config(recipe.deepspeed), recipe, mesh.world_size, mesh.draft_dp)
+
+
+def target_shape(recipe: Recipe, dry_run: bool) -> TargetShape | None:
+    """The target's sizes from its config; None when a dry run has no target folder to read.
+
+    Raises:
+        ValueError: no target there, not a model folder, or a family without support.
+    """
+    build, path = recipe.target.build, Path(recipe.target.path)
+    if build is not None and not path.exists():
+        head_dim = build.hidden_size // build.num_heads
+        return TargetShape(build.vocab_size, build.num_heads, build.num_kv_heads, head_dim)
+    if dry_run and not path.is_dir():
+        return None
+    config = load_text_config(resolve_path(recipe.target.path))
+    check_supported(config, recipe.target.path)
+    choose_aux_layers(config.num_hidden_layers, recipe.target.aux_layers)
+    num_heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return TargetShape(config.vocab_size, num_heads, config.num_key_value_heads, head_dim)
+
+
+def check_target(recipe: Recipe, shape: TargetShape) -> None:
+    """Raises ValueError when draft vocabulary or Ulysses degree do not fit the target."""
+    if recipe.draft.vocab_size > shape.vocab_size:
+        raise ValueError(
+            f"draft.vocab_size is {recipe.draft.vocab_size}, larger than the target's vocabulary of "
+            f"{shape.vocab_size}: the draft predicts a subset of the target's tokens. Set it to that at most."
+        )
+    num_heads = recipe.draft.num_heads or shape.num_heads
+    num_kv_heads = recipe.draft.num_kv_heads or shape.num_kv_heads
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"The draft would have {num_heads} query heads and {num_kv_heads} key/value heads: each key/value head "
+            "must serve equally many query heads. Set draft.num_heads and draft.num_kv_heads."
+        )
+    check_heads(recipe.parallel.ulysses, num_heads, num_kv_heads)
+
+
+def check_kernel(recipe: Recipe, accelerator: str, shape: TargetShape) -> str:
+    """The attention kernel's name. Raises ValueError when it is not available, naming what is."""
+    dtype = getattr(torch, recipe.train.dtype)
+    return select_kernel(recipe.attention.kernel, torch.device(accelerator), dtype, shape.head_dim).name
+
+
+def check_data(recipe: Recipe) -> None:
+    """Raises ValueError when a data file does not exist."""
+    expand_sources(recipe.data.train, "data.train")
+    expand_sources(recipe.data.heldout, "data.heldout")
+
+
+def check_output(recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    """Refuse to mix two runs in one folder. Changes nothing.
+
+    Raises:
+        ValueError: the folder holds a run and neither flag is given, or there is nothing to resume, or what would be
+            resumed was another experiment.
+    """
+    folder = Path(recipe.output_dir)
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite contradict each other. Keep one of them.")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir: {folder} is a file. Choose another folder.")
+    present = [name for name in RESULTS if (folder / name).exists()]
+    if resume:
+        _check_resume(recipe, folder)
+    elif present and not overwrite:
+        raise ValueError(
+            f"output_dir: {folder} already holds a run ({', '.join(present)}). Go on with it by --resume, replace it "
+            "by --overwrite, or choose another folder."
+        )
+    elif present and not (folder / RESOLVED).is_file():
+        raise ValueError(
+            f"output_dir: {folder} has {', '.join(present)} but no {RESOLVED}, so it is not a run of this program and "
+            "--overwrite will not touch it. Choose another folder."
+        )
+
+
+def _check_resume(recipe: Recipe, folder: Path) -> None:
+    if not (folder / "checkpoints" / "latest.json").is_file():
+        raise ValueError(f"--resume: {folder} holds no checkpoint to go on from. Start the run without --resume.")
+    changed = [
+        line
+        for line in recipe_differences(load_recipe(folder / RESOLVED), recipe)
+        if line.partition(":")[0].partition(".")[0] in FIXED_ON_RESUME
+    ]
+    if changed:
+        raise ValueError(
+            f"--resume: the run in {folder} was another experiment ({'; '.join(changed)}). Undo these changes, or "
+            "choose another output_dir."
+        )
+
+
+def clear_output(folder: Path) -> None:
+    """Remove a run's own files, and nothing that it did not write."""
+    for name in (*RESULTS, *BYPRODUCTS):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,140 @@
+"""The stages of a run, in order; each reads what the one before left in the output folder, so each can run alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from eagle3_ds.cli_launcher import LaunchPlan
+from eagle3_ds.cli_report import draw_report, read_metrics
+from eagle3_ds.config import Recipe
+from eagle3_ds.data import HiddenStateStore, HiddenStateWriter, Layout, PreparedData, prepare_data
+from eagle3_ds.data.fingerprint import Fingerprint
+from eagle3_ds.data.stdlib_corpus import stdlib_conversations, stdlib_text
+from eagle3_ds.model import VocabularyMap
+from eagle3_ds.target import (
+    build_target,
+    capture_hidden_states,
+    check_supported,
+    choose_aux_layers,
+    load_target,
+    load_text_config,
+    load_tokenizer,
+    resolve_path,
+    target_fingerprint,
+    teacher_tokens,
+)
+from eagle3_ds.topology import detect_accelerator
+
+
+def prepare(recipe: Recipe, console: Console) -> None:
+    """Target, documents, hidden states, draft vocabulary; writes vocabulary.safetensors and prepared.json.
+
+    What earlier runs left in the cache folder is used again when it was made from the same inputs.
+    """
+    section = recipe.target
+    if section.build is not None:
+        _say(console, f"target: {section.path}")
+        build_target(section, stdlib_text(), (row["messages"] for row in stdlib_conversations()))
+    folder = resolve_path(section.path)
+    config = load_text_config(folder)
+    check_supported(config, section.path)
+    aux_layers = choose_aux_layers(config.num_hidden_layers, section.aux_layers)
+    fingerprint = target_fingerprint(folder, aux_layers, section.dtype)
+    data = prepare_data(recipe, load_tokenizer(section), fingerprint["tokenizer"], config.vocab_size)
+    counts = data.statistics
+    _say(
+        console,
+        f"data: {counts.train_documents} documents, {counts.train_supervised_tokens:,} of {counts.train_tokens:,} "
+        f"tokens supervised; {counts.heldout_documents} held out; longest {counts.longest} tokens; "
+        f"{counts.too_long_dropped} too long and dropped, {counts.truncated} truncated",
+    )
+    fingerprint = {**fingerprint, "documents": data.fingerprint}
+    layout = Layout(3 * config.hidden_size, config.hidden_size, recipe.data.hidden_dtype)
+    store = _captured(recipe, data, layout, fingerprint)
+    _say(console, f"hidden states: {store}")
+    output_dir = Path(recipe.output_dir)
+    vocabulary = VocabularyMap.from_counts(data.supervised_counts, recipe.draft.vocab_size)
+    vocabulary.save(output_dir / "vocabulary.safetensors")
+    covered = data.supervised_counts[vocabulary.t2d].sum() / data.supervised_counts.sum()
+    _say(console, f"draft vocabulary: {recipe.draft.vocab_size} tokens, {covered:.1%} of the supervised ones")
+    prepared = {
+        "data": str(data.path.resolve()),
+        "data_fingerprint": data.fingerprint,
+        "store": str(store.resolve()),
+        "store_fingerprint": dict(fingerprint),
+    }
+    (output_dir / "prepared.json").write_text(json.dumps(prepared, indent=2) + "\n")
+
+
+def _captured(recipe: Recipe, data: PreparedData, layout: Layout, fingerprint: Fingerprint) -> Path:
+    """The folder of the store with every document's hidden states, captured now where it is not complete."""
+    identity = json.dumps([dict(fingerprint), layout.dtype], sort_keys=True)
+    path = Path(recipe.data.cache_dir) / f"hidden-{_digest(identity)}"
+    lengths = data.lengths()
+    if path.is_dir():
+        HiddenStateStore.open(path, fingerprint).require_documents(lengths)
+        return path
+    writer = HiddenStateWriter(path, lengths, layout, fingerprint)
+    target = load_target(recipe.target, device=detect_accelerator())
+    missing = set(writer.missing())
+    documents = [dataset.with_format("numpy") for dataset in (data.train, data.heldout)]
+    with tqdm(total=sum(lengths[number] for number in missing), desc="capture", unit=" tokens", unit_scale=True) as bar:
+        for dataset in documents:
+            for row in dataset:
+                if int(row["document_id"]) not in missing:
+                    continue
+                aux, teacher = capture_hidden_states(target, torch.from_numpy(row["input_ids"]).long())
+                writer.append(int(row["document_id"]), aux, teacher, teacher_tokens(teacher, target.head))
+                bar.update(len(row["input_ids"]))
+    writer.finish()
+    return path
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def train(plan: LaunchPlan, console: Console) -> int:
+    """Run the launcher; returns its exit status."""
+    _say(console, f"training on {plan.world_size} ranks")
+    return subprocess.run(plan.command, env={**os.environ, **plan.environment}, check=False).returncode
+
+
+def report(recipe: Recipe, console: Console) -> None:
+    """Draw report.png from metrics.jsonl and, when the draft was evaluated, eval.json."""
+    _say(console, f"report: {draw_report(Path(recipe.output_dir))}")
+
+
+def summary(recipe: Recipe, console: Console) -> None:
+    """The run in a few lines."""
+    folder = Path(recipe.output_dir)
+    records = read_metrics(folder)
+    first, last = records[0], records[-1]
+    table = Table("what", "first step", "last step", title=f"{len(records)} optimizer steps")
+    for name in ("loss", "tau", "tokens_per_s"):
+        table.add_row(name, f"{first[name]:.3f}", f"{last[name]:.3f}")
+    table.add_row("peak memory, GiB per rank", "", f"{max(last['peak_memory_bytes']) / 2**30:.2f}")
+    console.print(table)
+    evaluation = folder / "eval.json"
+    if evaluation.is_file():
+        result = json.loads(evaluation.read_text())
+        _say(
+            console,
+            f"acceptance length {result['acceptance_length']:.2f} tokens per round, untrained "
+            f"{result['acceptance_length_untrained']:.2f}; lossless: {result['lossless']}",
+        )
+    _say(console, f"everything is in {folder}")
+
+
+def _say(console: Console, text: str) -> None:
+    """Plain text: brackets in a path are not markup."""
+    console.print(text, markup=False, highlight=False)

@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Sets up an environment when there is none, then runs a recipe or the tests. See --help.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+usage() {
+  cat <<'TEXT'
+usage: ./launch.sh RECIPE [OPTIONS] [section.key=value ...]   the main job, e.g. ./launch.sh recipes/quickstart.yaml
+       ./launch.sh test [PYTEST OPTIONS]                      lint, types and tests, e.g. ./launch.sh test -k topology
+       ./launch.sh prepare|evaluate|export|report RECIPE      one stage alone, e.g. ./launch.sh report recipes/quickstart.yaml
+
+  --hostfile F          hosts of a multi-node run          --hostfile recipes/2nodes.hostfile
+  --num_gpus N          ranks per host (or --num_ranks)    --num_gpus 8
+  --num_nodes N         first N hosts of the hostfile      --num_nodes 2
+  --include SPEC        only these hosts or slots          --include node-0@node-1:0,2
+  --exclude SPEC        not these hosts or slots           --exclude node-1:0
+  --master_addr A       address of the first host          --master_addr 10.0.0.1
+  --master_port P       rendezvous port (else a free one)  --master_port 29501
+  --launcher L          pdsh (default), openmpi, mpich, impi, mvapich, slurm, torchrun   --launcher slurm
+  --ds_config F         DeepSpeed JSON                     --ds_config ds_configs/zero3.json
+  --dry-run             print recipe, mesh, places, command; start nothing   --dry-run --num_gpus 8
+  --resume              go on from the newest checkpoint   train.steps=200 --resume
+  --overwrite           replace the run in output_dir      train.seed=1 --overwrite
+  --no-install          never install; say what to run     --no-install
+  section.key=value     any key of docs/recipe.md          parallel.ulysses=4 data.max_length=131072
+TEXT
+}
+
+# Every requirement, not only torch: a half-installed environment is not taken.
+usable() {
+  "$1" - "$2" >/dev/null 2>&1 <<'PYTHON'
+import importlib, sys
+for name in ["eagle3_ds", "torch", "deepspeed", "transformers", "datasets", "pydantic", "yaml", "safetensors",
+             "tokenizers", "jinja2", "tqdm", "rich", "matplotlib", "numpy"]:
+    importlib.import_module(name)
+if sys.argv[1] == "test":
+    for name in ["pytest", "hypothesis"]:
+        importlib.import_module(name)
+PYTHON
+}
+
+find_python() {
+  for candidate in ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"} python3 python "$root/.venv/bin/python"; do
+    if command -v "$candidate" >/dev/null 2>&1 && usable "$candidate" "$1"; then
+      command -v "$candidate"
+      return 0
+    fi
+  done
+  return 1
+}
+
+install() {
+  local python=python3
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "launch.sh: Python 3.10 or newer is needed." >&2; exit 2; }
+  local command=("$root/.venv/bin/python" -m pip install -c "$root/constraints.txt" -e "$root[dev]")
+  if [ "$no_install" = 1 ]; then
+    echo "launch.sh: no environment has eagle3_ds and its dependencies, and --no-install was given. Run:" >&2
+    echo "  $python -m venv $root/.venv && ${command[*]}" >&2
+    exit 2
+  fi
+  echo "launch.sh: no environment has eagle3_ds and its dependencies; making $root/.venv" >&2
+  [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"
+  echo "launch.sh: ${command[*]}" >&2
+  "${command[@]}" >&2
+}
+
+no_install=0
+arguments=()
+for argument in "$@"; do
+  if [ "$argument" = --no-install ]; then no_install=1; else arguments+=("$argument"); fi
+done
+set -- "${arguments[@]+"${arguments[@]}"}"
+case "${1:-}" in
+  "") usage >&2; exit 2 ;;
+  -h | --help) usage; exit 0 ;;
+esac
+
+mode=run
+[ "$1" = test ] && mode=test
+if ! python="$(find_python "$mode")"; then
+  install
+  python="$root/.venv/bin/python"
+  usable "$python" "$mode" || { echo "launch.sh: the packages in $root/.venv do not import; remove it and retry." >&2; exit 2; }
+fi
+
+if [ "$mode" = test ]; then
+  shift
+  cd "$root"
+  "$python" -m ruff check eagle3_ds benchmarks tests
+  "$python" -m mypy
+  exec "$python" -m pytest tests "$@"
+fi
+case "$1" in
+  prepare | evaluate | export | report) exec "$python" -m eagle3_ds.cli "$@" ;;
+  *) exec "$python" -m eagle3_ds.cli launch "$@" ;;
+esac

@@ -1,0 +1,305 @@
+"""The command line before anything starts: hosts, commands, dry runs of the shipped recipes, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import JsonValue
+
+from eagle3_ds.cli import main
+from eagle3_ds.cli_checks import RESULTS, clear_output
+from eagle3_ds.cli_launcher import (
+    LaunchOptions,
+    free_port,
+    plan_launch,
+    read_hostfile,
+    resolve_hosts,
+    write_environment_file,
+)
+from eagle3_ds.cli_report import draw_report
+from eagle3_ds.config import dump_recipe, load_recipe
+
+ROOT = Path(__file__).parents[2]
+TWO_NODES = ("--hostfile", "recipes/2nodes.hostfile")
+SHIPPED = {
+    "quickstart": ((), "draft_dp 1 x ring 2 x ulysses 2 = 4 ranks"),
+    "llama3.1-8b_8k_zero2": (("--num_gpus", "8"), "draft_dp 8 x ring 1 x ulysses 1 = 8 ranks"),
+    "llama3.1-8b_128k_usp": (("--num_gpus", "8"), "draft_dp 1 x ring 2 x ulysses 4 = 8 ranks"),
+    "qwen3-8b_128k_usp": (("--num_gpus", "8"), "draft_dp 1 x ring 1 x ulysses 8 = 8 ranks"),
+    "qwen3-32b_128k_2nodes": (TWO_NODES, "draft_dp 1 x ring 2 x ulysses 8 = 16 ranks"),
+}
+
+
+@pytest.fixture(autouse=True)
+def at_root_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 2
+    return capsys.readouterr().err
+
+
+def test_every_shipped_recipe_is_dry_run() -> None:
+    assert sorted(SHIPPED) == sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_dry_run(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options, mesh = SHIPPED[name]
+    output = tmp_path / "run"
+    assert main(["launch", f"recipes/{name}.yaml", *options, "--dry-run", f"output_dir={output}"]) == 0
+    text = capsys.readouterr().out
+    assert mesh in text
+    assert "--module eagle3_ds.train.main --recipe" in text
+    assert f"output_dir: {output}" in text
+    assert "nothing was started" in text
+    assert not output.exists()
+
+
+def test_dry_run_says_what_it_could_not_check(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", "recipes/qwen3-8b_128k_usp.yaml", "--num_gpus", "8", "--dry-run"]) == 0
+    assert "Qwen/Qwen3-8B is not a folder here: its heads and vocabulary were not checked" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--num_gpus", "6"], ["world size", "6", "ulysses 2 x ring 2 = 4", "4 or 8"]),
+        (["--num_gpus", "8"], ["parallel.draft_dp 1", "world size is 8"]),
+        (
+            ["parallel.ulysses=4", "parallel.ring=1"],
+            ["parallel.ulysses is 4", "4 query heads and 2 key/value", "to 2;"],
+        ),
+        (["draft.vocab_size=5000"], ["draft.vocab_size is 5000", "4096"]),
+        (["parallel.ulises=4"], ["parallel.ulises", "Did you mean `ulysses`"]),
+        (["deepspeed=nowhere.json"], ["nowhere.json is not a file"]),
+        (["--num_nodes", "2"], ["--num_nodes is 2", "--hostfile"]),
+        (["--num_gpus", "0"], ["is 0", "at least 1"]),
+        (["--hostfile", "nowhere"], ["--hostfile: nowhere is not a file"]),
+        ([*TWO_NODES, "--launcher", "torchrun"], ["torchrun", "this machine only"]),
+        ([*TWO_NODES, "--launcher", "openmpi", "--num_gpus", "4"], ["openmpi", "--num_ranks", "hostfile"]),
+        ([*TWO_NODES, "--include", "node-0", "--num_gpus", "2"], ["--include", "--num_ranks"]),
+    ],
+)
+def test_mistakes_are_told_before_anything_starts(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(capsys, "launch", "recipes/quickstart.yaml", "--dry-run", *arguments)
+    assert "Traceback" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_refused_deepspeed_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"sequence_parallel_size": 4}')
+    message = refusal(capsys, "launch", "recipes/quickstart.yaml", "--dry-run", "--ds_config", str(path))
+    assert "`sequence_parallel_size` is refused" in message
+
+
+def test_unavailable_kernel_is_named_with_what_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(
+        capsys, "launch", "recipes/quickstart.yaml", "attention.kernel=cuda", f"output_dir={tmp_path / 'run'}"
+    )
+    assert "'cuda' cannot run" in message and "blockwise" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_target_and_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = f"output_dir={tmp_path / 'run'}"
+    common = ["launch", "recipes/quickstart.yaml", output]
+    assert "is not a folder" in refusal(capsys, *common, "target.build=null", f"target.path={tmp_path / 'none'}")
+    assert "data.train[0]" in refusal(capsys, *common, "data.train=[nowhere.jsonl]")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    assert "config.json" in refusal(capsys, *common, "target.build=null", f"target.path={foreign}")
+    (foreign / "config.json").write_text('{"model_type": "gpt2"}')
+    assert "gpt2" in refusal(capsys, *common, "target.build=null", f"target.path={foreign}")
+
+
+# The output folder
+
+
+def finished_run(folder: Path, *overrides: str) -> None:
+    folder.mkdir()
+    recipe = load_recipe("recipes/quickstart.yaml", [f"output_dir={folder}", *overrides])
+    (folder / "recipe.resolved.yaml").write_text(dump_recipe(recipe))
+    (folder / "metrics.jsonl").write_text("{}\n")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "latest.json").write_text("{}")
+
+
+def test_a_folder_with_a_run_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    finished_run(folder, "target.aux_layers=[0, 1, 2]")
+    before = sorted(folder.rglob("*"))
+    launch = ["launch", "recipes/quickstart.yaml", f"output_dir={folder}"]
+    message = refusal(capsys, *launch)
+    for words in ("already holds a run", "metrics.jsonl", "--resume", "--overwrite"):
+        assert words in message
+    assert "target.aux_layers: [0, 1, 2] -> None" in refusal(capsys, *launch, "--resume")
+    assert "contradict" in refusal(capsys, *launch, "--resume", "--overwrite")
+    assert "no checkpoint" in refusal(capsys, *launch[:2], f"output_dir={tmp_path / 'new'}", "--resume")
+    (folder / "recipe.resolved.yaml").rename(tmp_path / "elsewhere")
+    assert "is not a run of this program" in refusal(capsys, *launch, "--overwrite")
+    assert sorted(folder.rglob("*")) == [path for path in before if path.name != "recipe.resolved.yaml"]
+
+
+def test_overwriting_removes_only_what_a_run_wrote(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    finished_run(folder)
+    (folder / "notes.txt").write_text("mine")
+    clear_output(folder)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert not any((folder / name).exists() for name in RESULTS)
+
+
+# Hosts and commands
+
+
+def test_hostfile(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("# mine\nb slots=2  # first\n\na slots=1\n")
+    assert list(read_hostfile(path).items()) == [("b", (0, 1)), ("a", (0,))]
+    for text, words in [
+        ("a 8\n", "line 1: 'a 8' is not of the form"),
+        ("a slots=2\na slots=2", "line 2: host a is given twice"),
+        ("\n", "names no host"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            read_hostfile(path)
+
+
+def test_hosts_are_limited_and_filtered_as_deepspeed_does() -> None:
+    runner = pytest.importorskip("deepspeed.launcher.runner")
+    pool = {"node-0": 8, "node-1": 8}
+    for include, exclude in [("node-1", ""), ("node-0@node-1:0,2", ""), ("", "node-1:0"), ("", "node-0")]:
+        expected = runner.parse_inclusion_exclusion(dict(pool), include, exclude)
+        options = LaunchOptions(hostfile="recipes/2nodes.hostfile", include=include or None, exclude=exclude or None)
+        assert resolve_hosts(options, "cpu", 0, 1) == {host: tuple(slots) for host, slots in expected.items()}
+    limited = LaunchOptions(hostfile="recipes/2nodes.hostfile", num_nodes=1, num_ranks=2)
+    assert resolve_hosts(limited, "cpu", 0, 1) == {"node-0": (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_ranks": 9}, "node-0 has 8 slots"),
+        ({"num_nodes": 3}, "names 2 host"),
+        ({"include": "node-7"}, "no host node-7"),
+        ({"include": "node-0:8"}, "no slot 8"),
+        ({"include": "node-0:a"}, "not of the form"),
+        ({"exclude": "node-0@node-1"}, "leaves no slot"),
+        ({"include": "node-0", "exclude": "node-1"}, "cannot be combined"),
+    ],
+)
+def test_hosts_that_do_not_exist(options: dict[str, JsonValue], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        resolve_hosts(LaunchOptions(hostfile="recipes/2nodes.hostfile", **options), "cpu", 0, 1)  # type: ignore[arg-type]
+
+
+def test_more_ranks_than_devices() -> None:
+    with pytest.raises(ValueError, match="8 ranks are asked for, but this machine has 4 cuda"):
+        resolve_hosts(LaunchOptions(num_ranks=8), "cuda", 4, 1)
+    assert resolve_hosts(LaunchOptions(), "cuda", 4, 2) == {"localhost": (0, 1)}
+
+
+def test_single_machine_command(tmp_path: Path) -> None:
+    plan = plan_launch(LaunchOptions(), {"localhost": (0, 1, 2, 3)}, "cpu", tmp_path, True, {})
+    assert plan.world_size == 4
+    assert plan.environment["DS_ACCELERATOR"] == "cpu"
+    assert int(plan.environment["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 4)
+    assert {"--num_gpus=4", "--module", "--resume"} <= set(plan.command)
+    assert plan.exported is None
+    # The flags mean to DeepSpeed what they are meant to.
+    runner = pytest.importorskip("deepspeed.launcher.runner")
+    parsed = runner.parse_args(list(plan.command[3:]))
+    assert (parsed.num_gpus, parsed.module, parsed.no_local_rank) == (4, True, True)
+    assert (parsed.user_script, parsed.user_args[0]) == ("eagle3_ds.train.main", "--recipe")
+    assert runner.fetch_hostfile(parsed.hostfile) is None
+
+
+def test_environment_reaches_the_other_hosts(tmp_path: Path) -> None:
+    environ = {
+        "NCCL_IB_HCA": "mlx5",
+        "HF_HOME": "/data/hf",
+        "HF_TOKEN": "secret",
+        "EDITOR": "vi",
+        "GLOO_SOCKET_IFNAME": "",
+    }
+    options = LaunchOptions(hostfile="recipes/2nodes.hostfile", launcher="slurm", master_port=29501)
+    plan = plan_launch(options, {"node-0": (0, 1), "node-1": (0, 1)}, "cuda", tmp_path, False, environ)
+    write_environment_file(plan)
+    lines = Path(plan.environment["DS_ENV_FILE"]).read_text().splitlines()
+    assert "NCCL_IB_HCA=mlx5" in lines and "HF_HOME=/data/hf" in lines
+    assert "MASTER_ADDR=node-0" in lines and "MASTER_PORT=29501" in lines
+    assert not [line for line in lines if "secret" in line or "EDITOR" in line or line.endswith("=")]
+    with pytest.raises(ValueError, match="NCCL_X"):
+        plan_launch(options, plan.hosts, "cuda", tmp_path, False, {"NCCL_X": "a\nb"})
+
+
+def test_free_ports_are_ports() -> None:
+    assert 1024 <= free_port() < 65536
+
+
+# Report and shell
+
+
+def test_report_is_drawn_with_and_without_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="no optimizer step"):
+        draw_report(tmp_path)
+    records = [{"step": step, "loss": 9.0 / step, "step_accuracy": [0.5, 0.25]} for step in (1, 2)]
+    records[-1]["heldout"] = {"loss": 5.0}
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    without = draw_report(tmp_path).read_bytes()
+    evaluation = {
+        "acceptance_length": 1.7,
+        "acceptance_length_untrained": 1.0,
+        "acceptance_by_position": [0.5, 0.2],
+        "acceptance_by_position_untrained": [0.0, 0.0],
+    }
+    (tmp_path / "eval.json").write_text(json.dumps(evaluation))
+    assert main(["report", "recipes/quickstart.yaml", f"output_dir={tmp_path}"]) == 0
+    assert (tmp_path / "report.png").read_bytes() != without
+
+
+def test_help_has_an_example_for_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["launch", "--help"])
+    options = capsys.readouterr().out
+    shell = subprocess.run(["bash", "launch.sh", "--help"], capture_output=True, text=True, check=True).stdout
+    for option in ("hostfile", "num_gpus", "num_ranks", "num_nodes", "include", "exclude", "master_addr", "master_port",
+                   "launcher", "ds_config", "dry-run", "resume", "overwrite"):  # fmt: skip
+        assert f"--{option}" in options and f"--{option}" in shell
+    assert "--no-install" in shell
+    assert main([]) == 2 and main(["--help"]) == 0 and main(["lunch"]) == 2
+
+
+def test_no_install_refuses_with_the_command(tmp_path: Path) -> None:
+    copy = tmp_path / "launch.sh"
+    copy.write_text((ROOT / "launch.sh").read_text())
+    # A Python without the dependencies: -S leaves site-packages out.
+    for name in ("python3", "python"):
+        (tmp_path / name).write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(
+        ["bash", str(copy), "x.yaml", "--no-install"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--no-install was given" in done.stderr and "-m pip install" in done.stderr
+    assert f"-c {tmp_path}/constraints.txt -e {tmp_path}[dev]" in done.stderr
+    assert not (tmp_path / ".venv").exists()
