@@ -1,0 +1,248 @@
+"""A small Llama and its tokenizer, trained from scratch on the texts handed in, for machines without a real target.
+
+Legend: B rows of a batch, T tokens of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from eagle3_ds.config import TargetBuild, TargetSection
+from eagle3_ds.target.load import choose_aux_layers
+
+Messages = list[dict[str, str]]
+
+RECORD = "build.json"
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHARACTERS_PER_TOKEN = 4
+"""An upper estimate for a byte-level BPE of a few thousand tokens on code: sets how much text is asked for."""
+WARMUP_SHARE = 0.1
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
+    "{{ '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""ChatML. The assistant's mask covers its content and the token that ends its turn, not the newline after."""
+
+
+def build_target(
+    section: TargetSection,
+    texts: Iterable[str],
+    conversations: Iterable[Messages] = (),
+    progress: bool = True,
+) -> Path:
+    """Train the target of `section.build` and save it at `section.path`, unless it is there already.
+
+    Args:
+        texts: plain documents; read only as far as the training needs them.
+        conversations: lists of messages (role, content), rendered with the chat template; half of the training.
+
+    Returns:
+        The folder, as `save_pretrained` writes it, with the weights in fp32 and the build in build.json.
+
+    Raises:
+        ValueError: a folder built from other values, or no build; no section to build from; too little text;
+            sizes without a meaning.
+    """
+    if section.build is None:
+        raise ValueError(f"target.build is null: it says how to build the target at {section.path!r}. Set it.")
+    build, folder = section.build, Path(section.path).expanduser()
+    if folder.exists():
+        _check_same_build(folder, build)
+        return folder
+    choose_aux_layers(build.num_layers, section.aux_layers)  # refused before minutes are spent
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # written aside and renamed: a build that was interrupted leaves no folder that looks whole
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        aside.chmod(0o755)
+        documents = _gather(build, texts, conversations)
+        tokenizer = _train_tokenizer(build, documents)
+        rows = _tokenise(build, tokenizer, documents)
+        model, losses = _train_model(build, tokenizer, rows, progress)
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        record = {
+            "build": build.model_dump(),
+            "tokens": rows.numel(),
+            "unigram_loss": unigram_loss(rows),
+            "losses": losses,
+        }
+        (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.rename(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return folder
+
+
+def unigram_loss(rows: Tensor) -> float:
+    """Cross entropy, in nats per token, of the best prediction that looks at no context."""
+    counts = torch.bincount(rows.flatten()).double()
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * share.log()).sum())
+
+
+def _check_same_build(folder: Path, build: TargetBuild) -> None:
+    record = folder / RECORD
+    if not record.is_file():
+        raise ValueError(
+            f"target.path = {str(folder)!r} exists, but was not built from target.build (no {RECORD}): it is not replaced. "
+            "Remove target.build to use it as it is, or name another path."
+        )
+    found = json.loads(record.read_text(encoding="utf-8"))["build"]
+    wanted = build.model_dump()
+    changed = [f"{key} {found.get(key)} there, {wanted.get(key)} wanted" for key in wanted if found.get(key) != wanted[key]]
+    if changed:
+        raise ValueError(
+            f"target.path = {str(folder)!r} was built from other values ({'; '.join(changed)}): it is not replaced. Name "
+            "another path, remove the folder, or restore target.build."
+        )
+
+
+def _gather(build: TargetBuild, texts: Iterable[str], conversations: Iterable[Messages]) -> list[str | Messages]:
+    """As many documents as the training reads once, half of the characters plain and half chat while both last."""
+    wanted = max(1, build.steps) * build.batch_size * (build.sequence_length + 1) * CHARACTERS_PER_TOKEN
+    plain, chat = iter(texts), iter(conversations)
+    sizes = {"plain": 0, "chat": 0}
+    documents: list[str | Messages] = []
+    while sum(sizes.values()) < wanted:
+        # past its half a kind is asked only when the other has run out
+        kind = "plain" if sizes["plain"] <= sizes["chat"] else "chat"
+        document: str | Messages | None = next(plain, None) if kind == "plain" else next(chat, None)
+        if document is None:
+            kind = "chat" if kind == "plain" else "plain"
+            document = next(plain, None) if kind == "plain" else next(chat, None)
+        if document is None:
+            break
+        documents.append(document)
+        sizes[kind] += len(document) if isinstance(document, str) else sum(len(m["content"]) for m in document)
+    return documents
+
+
+def _train_tokenizer(build: TargetBuild, documents: list[str | Messages]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE, so that any text has tokens, with the chat's special tokens and template."""
+    special = [END_OF_TEXT, TURN_START, TURN_END]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if build.vocab_size < len(alphabet) + len(special):
+        raise ValueError(
+            f"target.build.vocab_size = {build.vocab_size} is less than the {len(alphabet)} bytes and {len(special)} special "
+            f"tokens that every tokenizer has. Use at least {len(alphabet) + len(special)}."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=build.vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    plain = ("\n".join(message["content"] for message in doc) if isinstance(doc, list) else doc for doc in documents)
+    tokenizer.train_from_iterator(plain, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=[TURN_START],
+        model_max_length=build.max_positions,
+        clean_up_tokenization_spaces=False,
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def _tokenise(build: TargetBuild, tokenizer: PreTrainedTokenizerFast, documents: list[str | Messages]) -> Tensor:
+    """All documents in one stream, cut into rows: int64 [N, sequence_length + 1]."""
+    rendered = [tokenizer.apply_chat_template(doc, tokenize=False) if isinstance(doc, list) else doc for doc in documents]
+    separator = tokenizer.pad_token_id
+    stream: list[int] = []
+    for ids in tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"] if rendered else []:
+        stream += ids
+        stream.append(separator)
+    width = build.sequence_length + 1
+    if len(stream) < width:
+        raise ValueError(
+            f"the texts for target.build give {len(stream)} tokens, less than one training row of sequence_length + 1 = "
+            f"{width}. Give more text or lower target.build.sequence_length."
+        )
+    whole = len(stream) // width
+    return torch.tensor(stream[: whole * width]).view(whole, width)
+
+
+def _train_model(
+    build: TargetBuild, tokenizer: PreTrainedTokenizerFast, rows: Tensor, progress: bool
+) -> tuple[LlamaForCausalLM, list[float]]:
+    """AdamW with a short warm-up and a cosine to zero, gradients clipped at 1; the seed leaves the caller's alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(build.seed)
+        model = LlamaForCausalLM(_model_config(build, tokenizer)).float()
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=build.learning_rate, betas=(0.9, 0.95))
+    losses: list[float] = []
+    bar = tqdm(_batches(build, rows), total=build.steps, desc="building the target", disable=not progress, unit="step")
+    model.train()
+    for step, batch in enumerate(bar):
+        for group in optimizer.param_groups:
+            group["lr"] = build.learning_rate * _schedule(step, build.steps)
+        logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+        loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+        bar.set_postfix(loss=f"{losses[-1]:.2f}")
+    return model.eval(), losses
+
+
+def _model_config(build: TargetBuild, tokenizer: Any) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=build.vocab_size,
+        hidden_size=build.hidden_size,
+        intermediate_size=build.intermediate_size,
+        num_hidden_layers=build.num_layers,
+        num_attention_heads=build.num_heads,
+        num_key_value_heads=build.num_kv_heads,
+        max_position_embeddings=build.max_positions,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _batches(build: TargetBuild, rows: Tensor) -> Iterator[Tensor]:
+    """`steps` batches int64 [B, T + 1], every row once per pass, passes shuffled by the seed."""
+    rng, order = random.Random(build.seed), list[int]()
+    for _ in range(build.steps):
+        while len(order) < build.batch_size:
+            order += rng.sample(range(len(rows)), len(rows))
+        chosen, order = order[: build.batch_size], order[build.batch_size :]
+        yield rows[chosen]
+
+
+def _schedule(step: int, steps: int) -> float:
+    warmup = max(1, round(steps * WARMUP_SHARE))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

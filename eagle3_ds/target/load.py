@@ -1,0 +1,184 @@
+"""The frozen target: which models are supported, and loading one."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eagle3_ds.config import TargetSection
+from eagle3_ds.target.weights import load_text_config, weight_files
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+"""Model types whose layers, norms and rotary embedding the draft mirrors."""
+FEWEST_LAYERS = 7
+"""From here on 2, n // 2 and n - 3 are three different layers."""
+SAMPLE_BYTES = 2**20
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A frozen causal LM in eval mode. `config` is its text config."""
+
+    model: Any
+    tokenizer: Any
+    config: Any
+    aux_layers: tuple[int, int, int]
+
+    @property
+    def embedding(self) -> Tensor:
+        """[V, H], on the model's device."""
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def head(self) -> Tensor:
+        """[V, H], on the model's device."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+
+def load_target(section: TargetSection, dtype: str | None = None, device: torch.device | str = "cpu") -> Target:
+    """Load the target frozen, in eval mode, in `dtype` (null: the section's).
+
+    Raises:
+        ValueError: a missing folder, one that is no Hugging Face model, an unsupported family, a sliding window, too few
+            layers, or no tokenizer.
+    """
+    path = resolve_path(section.path)
+    config = load_text_config(path)
+    check_supported(config, section.path)
+    aux_layers = choose_aux_layers(config.num_hidden_layers, section.aux_layers)
+    weight_files(path)  # its errors tell more than those of transformers
+    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=getattr(torch, dtype or section.dtype))
+    model.requires_grad_(False).eval().to(device)
+    return Target(model, load_tokenizer(section), config, aux_layers)
+
+
+def load_tokenizer(section: TargetSection) -> Any:
+    """The target's tokenizer, without its weights.
+
+    Raises:
+        ValueError: a missing folder, or no tokenizer in it.
+    """
+    path = resolve_path(section.path)
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"target.path = {section.path!r} holds no tokenizer that transformers can load ({error}). Put the target's "
+            "tokenizer files beside its weights."
+        ) from error
+
+
+def resolve_path(path: str) -> Path:
+    """The local folder of a target: `path` itself, or the downloaded snapshot of a hub name.
+
+    Raises:
+        ValueError: no such folder, and no such name on the hub.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    # "output/target" looks like a hub name too: an existing first part tells that a folder was meant
+    if not HUB_NAME.fullmatch(path) or folder.parent.is_dir():
+        raise ValueError(
+            f"target.path = {path!r} is not a folder: the target must exist before the run. Correct the path, or add "
+            "target.build to have a small one built there."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=list(HUB_FILES)))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"target.path = {path!r} is neither a folder here nor a model that could be fetched from the hub ({error}). "
+            "Correct it, or download the model and name its folder."
+        ) from error
+
+
+def check_supported(config: Any, path: str) -> None:
+    """Raises ValueError for a family, or a feature of a family, that the draft cannot mirror."""
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"target.path = {path!r} is a model of the family {config.model_type!r}: supported are the decoder-only families "
+            f"{', '.join(FAMILIES)}. Choose a target of one of them."
+        )
+    layer_types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    slides = window is not None if layer_types is None else "sliding_attention" in layer_types
+    if slides:
+        raise ValueError(
+            f"target.path = {path!r} ({config.model_type}) needs sliding-window attention (window {window}), which the draft "
+            "does not have. Choose a target with full attention."
+        )
+
+
+def choose_aux_layers(num_layers: int, wanted: Sequence[int] | None = None) -> tuple[int, int, int]:
+    """The layers whose inputs are captured: `wanted`, or the EAGLE-3 rule (2, n // 2, n - 3).
+
+    Raises:
+        ValueError: too few layers for the rule, or layers that are not three ascending ones of the target.
+    """
+    if wanted is None:
+        if num_layers < FEWEST_LAYERS:
+            raise ValueError(
+                f"the target has {num_layers} layers: the rule (2, n // 2, n - 3) gives three different ones from "
+                f"{FEWEST_LAYERS} layers on. Choose a deeper target, or set target.aux_layers."
+            )
+        return (2, num_layers // 2, num_layers - 3)
+    low, middle, high = wanted
+    # servers collect the layers in ascending order and each once, whatever order the config has
+    if not 0 <= low < middle < high < num_layers:
+        raise ValueError(
+            f"target.aux_layers = {list(wanted)}: they must ascend, each once, and lie in 0..{num_layers - 1}, the target's "
+            "layers. Correct them, or leave them null."
+        )
+    return (low, middle, high)
+
+
+def target_fingerprint(path: str | Path, aux_layers: Sequence[int], dtype: str) -> dict[str, str]:
+    """What hidden states depend on: weights, tokenizer, aux layers and the dtype they are computed in.
+
+    The weights are known by the config, file names and sizes, the safetensors headers and a few MiB of each file, so that a
+    target of hundreds of GB is known in seconds.
+    """
+    folder = resolve_path(str(path))
+    weights = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(set(weight_files(folder).values())):
+        weights.update(f"{file.name} {file.stat().st_size}\n".encode())
+        for piece in _sample(file):
+            weights.update(piece)
+    tokenizer = hashlib.sha256()
+    for pattern in ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja"):
+        for file in sorted(folder.glob(pattern)):
+            tokenizer.update(f"{file.name} {file.stat().st_size}\n".encode())
+            tokenizer.update(file.read_bytes())
+    return {
+        "target_weights": weights.hexdigest(),
+        "tokenizer": tokenizer.hexdigest(),
+        "aux_layers": ",".join(str(layer) for layer in aux_layers),
+        "target_dtype": dtype,
+    }
+
+
+def _sample(file: Path) -> Iterable[bytes]:
+    """The header of a safetensors file, and the start, middle and end of its data."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+        yield stream.read(header)
+        for start in (8 + header, (8 + header + size) // 2, size - SAMPLE_BYTES):
+            stream.seek(max(8 + header, start))
+            yield stream.read(SAMPLE_BYTES)

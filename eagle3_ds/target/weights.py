@@ -1,0 +1,90 @@
+"""Reading parts of a target folder without loading the model.
+
+Legend: V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def load_text_config(path: str | Path) -> Any:
+    """The transformers config of the language model in `path`.
+
+    Raises:
+        ValueError: no readable config.json, so not a Hugging Face model folder.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"target.path = {str(path)!r} holds no config.json: it is not a Hugging Face model folder. Name the folder that "
+            "save_pretrained wrote."
+        )
+    try:
+        return AutoConfig.from_pretrained(str(path)).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"target.path = {str(path)!r}: transformers cannot read its config.json ({error}). Name the folder of a model "
+            "that this version of transformers knows."
+        ) from error
+
+
+def load_embedding_and_head(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """The token embedding and the head, [V, H] each, and nothing else of the weights.
+
+    A target with tied weights gives the same tensor twice. `dtype` None keeps the stored one.
+
+    Raises:
+        ValueError: no safetensors weights, or a tensor is missing from them.
+    """
+    files = weight_files(path)
+    embedding = _read_tensor(path, files, EMBEDDING, dtype)
+    if HEAD not in files and load_text_config(path).tie_word_embeddings:
+        return embedding, embedding
+    return embedding, _read_tensor(path, files, HEAD, dtype)
+
+
+def weight_files(path: str | Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it, from the index or the single file.
+
+    Raises:
+        ValueError: no safetensors weights, or an indexed file is missing.
+    """
+    folder = Path(path)
+    if (folder / INDEX).is_file():
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
+        if missing:
+            raise ValueError(
+                f"target.path = {str(path)!r}: {INDEX} names {', '.join(missing)}, which the folder lacks. Copy or download "
+                "the target again."
+            )
+        return {tensor: folder / name for tensor, name in weight_map.items()}
+    if (folder / SINGLE).is_file():
+        with safe_open(folder / SINGLE, framework="pt") as file:
+            return dict.fromkeys(file.keys(), folder / SINGLE)
+    raise ValueError(
+        f"target.path = {str(path)!r} holds neither {SINGLE} nor {INDEX}: only safetensors weights are read. Convert the "
+        "target with save_pretrained."
+    )
+
+
+def _read_tensor(path: str | Path, files: dict[str, Path], name: str, dtype: torch.dtype | None) -> Tensor:
+    if name not in files:
+        raise ValueError(
+            f"target.path = {str(path)!r} has no tensor {name}: a decoder-only Llama-like model has one. Name such a model."
+        )
+    with safe_open(files[name], framework="pt") as file:
+        return file.get_tensor(name).to(dtype)
