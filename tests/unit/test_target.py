@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_target import build_tiny_target
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen3Config
 
 from eagle3_ds.config import TargetSection
@@ -21,7 +22,6 @@ from eagle3_ds.target import (
     target_fingerprint,
     teacher_tokens,
 )
-from tiny_target import build_tiny_target
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,118 @@
+"""What both layouts share: names and shapes of a whole draft, its geometry as config keys, and writing a folder at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig
+
+from eagle3_ds.model import DraftModel, VocabularyMap
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def geometry(config: LlamaConfig, max_position: int | None) -> dict[str, Any]:
+    """The draft's decoder as config keys, without an architecture.
+
+    Servers read the rotary settings from `rope_theta` and `rope_scaling` (transformers 4) or from `rope_parameters`
+    (transformers 5): both are written and say the same. `max_position` raises `max_position_embeddings` to the length the
+    draft is served at.
+    """
+    rope = dict(config.rope_parameters)
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return {
+        "model_type": "llama",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": config.hidden_act,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": max(config.max_position_embeddings, max_position or 0),
+        "rms_norm_eps": config.rms_norm_eps,
+        "initializer_range": config.initializer_range,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+        "rope_parameters": rope,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
+
+
+def draft_config(keys: Mapping[str, Any], draft_vocab_size: int) -> LlamaConfig:
+    """The config that `geometry` was taken from."""
+    kept = {key: value for key, value in keys.items() if key not in ("model_type", "rope_theta", "rope_scaling")}
+    return LlamaConfig(**kept | {"draft_vocab_size": draft_vocab_size})
+
+
+def check_complete(state: Mapping[str, Tensor], config: LlamaConfig, vocabulary: VocabularyMap) -> None:
+    """Raises ValueError when `state` is not exactly the draft of `config`, or the vocabulary is another's."""
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in DraftModel(config).state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = [
+        f"{name} {found.get(name, 'absent')} instead of {shape}" for name, shape in wanted.items() if found.get(name) != shape
+    ]
+    wrong += [f"{name} is unknown" for name in found if name not in wanted]
+    if wrong:
+        raise ValueError(f"these weights are not the draft of this config: {'; '.join(wrong)}. Use weights of the same recipe.")
+    if len(vocabulary.d2t) != config.draft_vocab_size or len(vocabulary.t2d) != config.vocab_size:
+        raise ValueError(
+            f"the vocabulary map is {len(vocabulary.d2t)} of {len(vocabulary.t2d)} tokens, the draft's config "
+            f"{config.draft_vocab_size} of {config.vocab_size}. Use the map the draft was trained with."
+        )
+
+
+def write_folder(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    """Write config and weights aside and rename: `folder` is whole or absent.
+
+    Raises:
+        ValueError: the folder exists.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"the export folder {str(folder)!r} exists and is not replaced. Remove it or name another one.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        aside.chmod(0o755)
+        (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / WEIGHTS, {"format": "pt"})
+        os.rename(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return folder
+
+
+def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and all tensors of an export.
+
+    Raises:
+        ValueError: one of the two files is missing.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (Path(folder) / name).is_file():
+            raise ValueError(f"{str(folder)!r} holds no {name}: it is not an exported draft. Name the folder of an export.")
+    return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8")), load_file(Path(folder) / WEIGHTS)
+
+
+def cast(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """Copies in `dtype`, on the CPU."""
+    return {name: tensor.detach().to("cpu", getattr(torch, dtype)) for name, tensor in state.items()}

@@ -1,0 +1,92 @@
+"""The layout of the speculators library: its config around the decoder's, our tensor names, and the target's embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+from transformers import LlamaConfig
+
+from eagle3_ds.export.folder import cast, check_complete, draft_config, geometry, read_folder, write_folder
+from eagle3_ds.model import VocabularyMap
+
+EMBEDDING = "embed_tokens.weight"
+
+
+def export_speculators(
+    model_state: Mapping[str, Tensor],
+    config: LlamaConfig,
+    vocabulary: VocabularyMap,
+    embedding: Tensor,
+    folder: str | Path,
+    verifier: str,
+    verifier_architectures: Sequence[str],
+    dtype: str = "bfloat16",
+    max_position: int | None = None,
+    aux_layers: Sequence[int] | None = None,
+    draft_tokens: int = 5,
+) -> Path:
+    """Write the draft in the speculators layout.
+
+    Args:
+        embedding: [V, H], the target's.
+        verifier: name or path of the target; servers fetch it from there.
+        verifier_architectures: as in the target's config.
+        draft_tokens: tokens a server proposes at a time.
+        The others as in `export_vllm`.
+
+    Raises:
+        ValueError: weights, config, vocabulary and embedding do not belong together, or the folder exists.
+    """
+    check_complete(model_state, config, vocabulary)
+    _check_embedding(embedding, config)
+    keys = {
+        "architectures": ["Eagle3DraftModel"],
+        "model_type": "speculator_model",
+        "speculators_model_type": "eagle3",
+        "draft_vocab_size": config.draft_vocab_size,
+        "norm_before_residual": False,
+        "norm_before_fc": False,
+        "tie_word_embeddings": False,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "transformer_layer_config": geometry(config, max_position) | {"dtype": dtype, "torch_dtype": dtype},
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": draft_tokens}],
+            "verifier": {"name_or_path": verifier, "architectures": list(verifier_architectures)},
+        },
+    }
+    if aux_layers is not None:
+        keys["eagle_aux_hidden_state_layer_ids"] = list(aux_layers)
+    tensors = cast({**model_state, EMBEDDING: embedding}, dtype)
+    return write_folder(folder, keys, tensors | {"d2t": vocabulary.d2t.cpu(), "t2d": vocabulary.t2d.cpu()})
+
+
+def load_speculators(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], VocabularyMap, Tensor]:
+    """The config, the weights in our names, the vocabulary map and the embedding of an export.
+
+    Raises:
+        ValueError: not such an export, or one that is incomplete.
+    """
+    keys, tensors = read_folder(folder)
+    if keys.get("speculators_model_type") != "eagle3" or not {"d2t", "t2d", EMBEDDING} <= tensors.keys():
+        raise ValueError(
+            f"{str(folder)!r} is no draft in the speculators layout: speculators_model_type is "
+            f"{keys.get('speculators_model_type')!r}, expected 'eagle3', with the tensors d2t, t2d and {EMBEDDING}. Name the "
+            "folder of such an export."
+        )
+    vocabulary = VocabularyMap(tensors.pop("d2t"), tensors.pop("t2d"))
+    embedding = tensors.pop(EMBEDDING)
+    config = draft_config(keys["transformer_layer_config"], keys["draft_vocab_size"])
+    check_complete(tensors, config, vocabulary)
+    _check_embedding(embedding, config)
+    return config, tensors, vocabulary, embedding
+
+
+def _check_embedding(embedding: Tensor, config: LlamaConfig) -> None:
+    wanted = (config.vocab_size, config.hidden_size)
+    if tuple(embedding.shape) != wanted:
+        raise ValueError(f"the embedding is {list(embedding.shape)}, the draft's config wants {list(wanted)}. Use the target's.")

@@ -1,0 +1,64 @@
+"""An export is believed only after it was read back and gave the same logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eagle3_ds.export.folder import read_folder
+from eagle3_ds.export.speculators import load_speculators
+from eagle3_ds.export.vllm import load_vllm
+from eagle3_ds.model import DraftCache, DraftModel, VocabularyMap
+
+SLOTS = 12
+
+
+@torch.no_grad()
+def verify_export(folder: str | Path, model: DraftModel, vocabulary: VocabularyMap, tolerance: float | None = None) -> float:
+    """Reload either layout, and compare its logits on a fixed random input with those of `model`, the served draft.
+
+    Both run in fp32 on the CPU, so that float32 exports must agree exactly and others up to the rounding of their weights.
+
+    Args:
+        tolerance: largest relative error allowed; null is 0 for float32 exports, and 16 times the epsilon of others.
+
+    Returns:
+        The relative L2 error of the logits.
+
+    Raises:
+        ValueError: the logits, the sizes or the vocabulary map differ.
+    """
+    keys, _ = read_folder(folder)
+    if "speculators_model_type" in keys:
+        config, state, stored, _ = load_speculators(folder)
+    else:
+        config, state, stored = load_vllm(folder)
+    if not (torch.equal(stored.d2t, vocabulary.d2t.cpu()) and torch.equal(stored.t2d, vocabulary.t2d.cpu())):
+        raise ValueError(f"the export {str(folder)!r} has another vocabulary map than the draft. Export it again.")
+    dtype = state["fc.weight"].dtype
+    original = DraftModel(model.config)
+    original.load_state_dict({name: tensor.detach().to("cpu", torch.float32) for name, tensor in model.state_dict().items()})
+    exported = DraftModel(config)
+    exported.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    expected, found = _fixed_logits(original), _fixed_logits(exported)
+    error = float((found - expected).norm() / expected.norm()) if expected.shape == found.shape else float("inf")
+    allowed = tolerance if tolerance is not None else 0.0 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps
+    if not error <= allowed:
+        raise ValueError(
+            f"the export {str(folder)!r} gives other logits than the draft: relative error {error:.3g}, allowed {allowed:.3g} "
+            f"for {dtype}. Export it again; if it happens again, the layout and the draft do not belong together."
+        )
+    return error
+
+
+def _fixed_logits(model: DraftModel) -> Tensor:
+    """Logits [SLOTS + 1, Vd] of a prefill and one more slot, from a seeded input."""
+    width, cache = model.config.hidden_size, DraftCache(model.config.num_hidden_layers)
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.randn(SLOTS + 1, width, generator=generator)
+    aux = torch.randn(SLOTS, 3 * width, generator=generator)
+    first = model.decode(embeds[:SLOTS], model.project_aux(aux), torch.arange(SLOTS), cache)
+    second = model.decode(embeds[SLOTS:], first[-1:], torch.tensor([SLOTS]), cache)
+    return model.logits(torch.cat((first, second)))
