@@ -26,7 +26,7 @@ def select_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim:
         return usable[0]
     names = ", ".join(kernel.name for kernel in usable)
     if name not in reasons:
-        raise ValueError(f"attention.kernel is {name!r}, but no kernel is named so. Use auto, or what runs here: {names}.")
+        raise ValueError(f"attention.kernel is {name!r}, but no kernel is named so. Use auto, or one of these: {names}.")
     if reasons[name] is not None:
         raise ValueError(
             f"attention.kernel {name!r} cannot run with {dtype} heads of {head_dim} on {device}: {reasons[name]}. "

@@ -240,7 +240,7 @@ def test_named_kernel_that_cannot_run_is_refused() -> None:
         select_kernel("cuda", torch.device("cpu"), torch.bfloat16, 64)
     with pytest.raises(ValueError, match=r"'cpu' cannot run .* not torch.float16.* can: blockwise, reference"):
         select_kernel("cpu", torch.device("cpu"), torch.float16, 64)
-    with pytest.raises(ValueError, match=r"'flsh', but no kernel is named so.* here: cpu, blockwise, reference"):
+    with pytest.raises(ValueError, match=r"'flsh', but no kernel is named so.* these: cpu, blockwise, reference"):
         select_kernel("flsh", torch.device("cpu"), torch.float32, 64)
 
 

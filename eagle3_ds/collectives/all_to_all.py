@@ -1,0 +1,119 @@
+"""The Ulysses exchange: a rank trades its rows of all heads for all rows of its heads (Jacobs et al., 2023).
+
+Legend: u ranks of the group, S rows of a rank, H heads in all, h = H / u heads of a rank, D head size, B batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def sequence_to_heads(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[S, H, D] -> [u * S, H / u, D]: rank r receives head slice r of everybody's rows, rows in rank order.
+
+    Raises:
+        ValueError: the ranks do not divide the heads.
+    """
+    if group is None:
+        return x
+    size, (rows, heads, dim) = group.size(), x.shape
+    if heads % size:
+        raise ValueError(f"{heads} heads cannot be shared by {size} ranks. Use a ulysses degree that divides {heads}.")
+    by_rank = x.reshape(rows, size, heads // size, dim).transpose(0, 1).contiguous()
+    return _exchange(by_rank, group).flatten(0, 1)
+
+
+def heads_to_sequence(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[u * S, h, D] -> [S, u * h, D]: the inverse of `sequence_to_heads`.
+
+    Raises:
+        ValueError: the ranks do not divide the rows.
+    """
+    if group is None:
+        return x
+    size, rows = group.size(), x.shape[0]
+    if rows % size:
+        raise ValueError(f"{rows} rows cannot be shared by {size} ranks. Pad them to a multiple of {size}.")
+    by_rank = x.contiguous().unflatten(0, (size, rows // size))
+    return _exchange(by_rank, group).transpose(0, 1).flatten(1, 2)
+
+
+def _exchange(by_rank: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[u, ...]: row r goes to rank r, and comes from rank r."""
+    received = torch.empty_like(by_rank)
+    dist.all_to_all_single(received, by_rank, group=group)
+    return received
+
+
+class SequenceToHeads(torch.autograd.Function):
+    """Forward: sequence_to_heads. Backward: heads_to_sequence. `apply(x, group)`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return sequence_to_heads(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return heads_to_sequence(grad, ctx.group), None
+
+
+class HeadsToSequence(torch.autograd.Function):
+    """Forward: heads_to_sequence. Backward: sequence_to_heads. `apply(x, group)`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return heads_to_sequence(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return sequence_to_heads(grad, ctx.group), None
+
+
+def all_to_all_4D(  # noqa: N802 - the name RFC 338 uses
+    input: Tensor, scatter_idx: int = 2, gather_idx: int = 1, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """The exchange on batches, without autograd: scatter one of the dims sequence (1) and heads (2), gather the other.
+
+    Scatter 2, gather 1: [B, S, H, D] -> [B, u * S, H / u, D].
+    Scatter 1, gather 2: [B, u * S, h, D] -> [B, S, u * h, D], its inverse.
+
+    Raises:
+        ValueError: other dims, not four of them, or the ranks do not divide the scattered one.
+    """
+    if input.dim() != 4:
+        raise ValueError(f"all_to_all_4D takes [batch, sequence, heads, dim], and the input is {tuple(input.shape)}.")
+    if (scatter_idx, gather_idx) not in ((2, 1), (1, 2)):
+        raise ValueError(
+            f"scatter_idx {scatter_idx}, gather_idx {gather_idx}: use 2, 1 (scatter heads) or 1, 2 (scatter rows)."
+        )
+    if group is None:
+        return input
+    batch, dim = input.shape[0], input.shape[3]
+    # The batch travels beside the head's entries, so that rows and heads lead as in the exchange of one sequence.
+    x = input.permute(1, 2, 0, 3).flatten(2)
+    moved = sequence_to_heads(x, group) if scatter_idx == 2 else heads_to_sequence(x, group)
+    return moved.unflatten(2, (batch, dim)).permute(2, 0, 1, 3).contiguous()
+
+
+class SeqAllToAll4D(torch.autograd.Function):
+    """Forward: all_to_all_4D. Backward: all_to_all_4D with the dims exchanged.
+
+    `apply(group, input, scatter_idx, gather_idx)`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, group: dist.ProcessGroup | None, input: Tensor, scatter_idx: int = 2, gather_idx: int = 1
+    ) -> Tensor:
+        ctx.group, ctx.scatter_idx, ctx.gather_idx = group, scatter_idx, gather_idx
+        return all_to_all_4D(input, scatter_idx, gather_idx, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
+        return None, all_to_all_4D(grad, ctx.gather_idx, ctx.scatter_idx, ctx.group), None, None
