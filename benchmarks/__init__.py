@@ -1,0 +1,1 @@
+"""Measurements and judgements; each writes JSON under benchmarks/results."""

@@ -1,0 +1,298 @@
+"""An EAGLE-3 TTT training step, dense and in one process: the judge of the product.
+
+Written from docs/semantics.md alone. It shares no code with the product: full attention matrices, full logits, its own
+rotary code and its own vocabulary, mask and accuracy rules, plain autograd. Slow and large on purpose; use it in fp64.
+
+Legend: L tokens of one micro-batch, K TTT steps, H hidden size, D head size, Hq / Hkv heads, V target vocabulary,
+Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import LlamaConfig
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One packed sequence. token_ids int64 [L], loss_mask bool [L], lengths sum L, aux [L, 3H], teacher [L, H]."""
+
+    token_ids: Tensor
+    loss_mask: Tensor
+    lengths: tuple[int, ...]
+    aux: Tensor
+    teacher: Tensor
+
+
+@dataclass(frozen=True)
+class LossRules:
+    """What the recipe's loss section and `draft.ttt_steps` say."""
+
+    ttt_steps: int
+    decay: float = 0.8
+    alignment: str = "served"
+    reduction: str = "supervised"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The target's embedding [V, H] and head [V, H], and d2t, int64 [Vd]: offsets (target id = draft id + d2t)."""
+
+    embedding: Tensor
+    head: Tensor
+    d2t: Tensor
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW with clipping by the global norm, as DeepSpeed clips; `clip` 0 turns clipping off."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step before the optimizer: numbers, and every parameter's gradient by its name."""
+
+    loss: float
+    step_loss: tuple[float, ...]
+    step_accuracy: tuple[float, ...]
+    tau: float
+    gradients: dict[str, Tensor]
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over the slots of one micro-batch, one entry per TTT step; only `entropy` carries a gradient."""
+
+    slots: int
+    entropy: Tensor
+    in_loss: Tensor
+    hits: Tensor
+    counted: Tensor
+    joint_hits: Tensor
+    joint_counted: Tensor
+
+
+def reference_step(
+    weights: Weights, config: LlamaConfig, frozen: Frozen, batches: Sequence[MicroBatch], rules: LossRules
+) -> StepResult:
+    """Loss, accuracies and gradients of one optimizer step over the micro-batches of all draft_dp ranks.
+
+    The dtype of `weights` is the dtype of everything.
+    """
+    leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+    sums = [_micro_batch(leaves, config, frozen, batch, rules) for batch in batches]
+    entropy = torch.stack([s.entropy for s in sums]).sum(0)
+    in_loss, hits, counted, joint_hits, joint_counted = (
+        torch.stack([getattr(s, name) for s in sums]).sum(0).to(entropy.dtype)
+        for name in ("in_loss", "hits", "counted", "joint_hits", "joint_counted")
+    )
+    if rules.reduction == "slots":
+        in_loss = torch.full_like(in_loss, sum(s.slots for s in sums))
+    step_loss = entropy / in_loss.clamp(min=1)
+    decay = rules.decay ** torch.arange(rules.ttt_steps, dtype=entropy.dtype)
+    loss = (decay * step_loss).sum()
+    gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    return StepResult(
+        loss=loss.item(),
+        step_loss=tuple(step_loss.tolist()),
+        step_accuracy=tuple((hits / counted.clamp(min=1)).tolist()),
+        tau=1.0 + (joint_hits / joint_counted.clamp(min=1)).sum().item(),
+        gradients=gradients,
+        grad_norm=_global_norm(gradients),
+    )
+
+
+def reference_train(
+    weights: Weights,
+    config: LlamaConfig,
+    frozen: Frozen,
+    steps: Sequence[Sequence[MicroBatch]],
+    rules: LossRules,
+    optimization: Optimization,
+) -> tuple[list[StepResult], dict[str, Tensor]]:
+    """Optimizer steps one after the other, over `steps` of micro-batches.
+
+    Returns:
+        The result of each step, and the weights after the last.
+    """
+    masters = {name: torch.nn.Parameter(weight.detach().clone()) for name, weight in weights.items()}
+    optimizer = torch.optim.AdamW(
+        masters.values(),
+        lr=optimization.lr,
+        betas=optimization.betas,
+        eps=optimization.eps,
+        weight_decay=optimization.weight_decay,
+    )
+    results = []
+    for batches in steps:
+        result = reference_step(masters, config, frozen, batches, rules)
+        clipped = 0 < optimization.clip < result.grad_norm
+        factor = optimization.clip / (result.grad_norm + 1e-6) if clipped else 1.0
+        for name, master in masters.items():
+            master.grad = result.gradients[name] * factor
+        optimizer.step()
+        results.append(result)
+    return results, {name: master.detach() for name, master in masters.items()}
+
+
+def rotary_frequencies(config: LlamaConfig) -> Tensor:
+    """Angle per position of each pair of channels, fp64 [D / 2].
+
+    Raises:
+        ValueError: a scaling other than default, linear or llama3.
+    """
+    rope = config.rope_parameters
+    kind = rope["rope_type"]
+    pair = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
+    frequency = 1.0 / rope["rope_theta"] ** (pair / config.head_dim)
+    if kind == "default":
+        return frequency
+    if kind == "linear":
+        return frequency / rope["factor"]
+    if kind != "llama3":
+        raise ValueError(f"rope_type = {kind!r}: the reference knows default, linear and llama3. Use one of them.")
+    # Llama 3.1: long waves are slowed by `factor`, short ones kept, and those between blended.
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequency + (1 - kept) * frequency / rope["factor"]
+
+
+def _micro_batch(
+    weights: Weights, config: LlamaConfig, frozen: Frozen, batch: MicroBatch, rules: LossRules
+) -> _Sums:
+    length, steps = len(batch.token_ids), rules.ttt_steps
+    dtype = weights["fc.weight"].dtype
+    document = torch.repeat_interleave(torch.arange(len(batch.lengths)), torch.tensor(batch.lengths))
+    target_of = torch.arange(len(frozen.d2t)) + frozen.d2t
+    teacher_logits = batch.teacher.to(dtype) @ frozen.head.to(dtype).T
+    best = teacher_logits.argmax(-1)
+    covered = torch.isin(best, target_of)
+    teacher = teacher_logits[:, target_of].softmax(-1)
+
+    entropies, in_loss, hits, counted, joint_hits, joint_counted = [], [], [], [], [], []
+    all_right = all_counted = torch.ones(length, dtype=torch.bool)
+    logits_of_steps = _unroll(weights, config, frozen, batch, document, steps)
+    for k, logits in enumerate(logits_of_steps):
+        read, inside = _read(document, 1 + k)
+        mask_at = read if rules.alignment == "served" else read - 1
+        supervised = inside & batch.loss_mask[mask_at]
+        right = supervised & (target_of[logits.argmax(-1)] == best[read])
+        all_right, all_counted = all_right & right, all_counted & supervised
+        contributing = supervised & covered[read]
+        entropy = -(teacher[read] * logits.log_softmax(-1)).sum(-1)
+        entropies.append(entropy[contributing].sum())
+        in_loss.append(contributing.sum())
+        hits.append(right.sum())
+        counted.append(supervised.sum())
+        joint_hits.append(all_right.sum())
+        joint_counted.append(all_counted.sum())
+    columns = (torch.stack(column) for column in (entropies, in_loss, hits, counted, joint_hits, joint_counted))
+    return _Sums(length, *columns)
+
+
+def _read(document: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
+    """The index `ahead` of each slot, and whether it is still in the slot's document; outside it is the slot itself."""
+    index = torch.arange(len(document))
+    read = (index + ahead).clamp(max=len(document) - 1)
+    inside = (index + ahead < len(document)) & (document[read] == document)
+    return torch.where(inside, read, index), inside
+
+
+def _unroll(
+    weights: Weights, config: LlamaConfig, frozen: Frozen, batch: MicroBatch, document: Tensor, steps: int
+) -> list[Tensor]:
+    """Draft logits [L, Vd] of each TTT step."""
+    dtype = weights["fc.weight"].dtype
+    index = torch.arange(len(document))
+    first = torch.tensor([int((document < d).sum()) for d in document])
+    may_attend = (document[:, None] == document[None, :]) & (index[None, :] <= index[:, None])
+    frequency = rotary_frequencies(config)
+    hidden = batch.aux.to(dtype) @ weights["fc.weight"].T
+    seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(config.num_hidden_layers)]
+    logits = []
+    for k in range(steps):
+        read, inside = _read(document, 1 + k)
+        # What lies outside the document is never read: such a slot is blank, and supervised nowhere.
+        embeds = frozen.embedding.to(dtype)[batch.token_ids[read]] * inside[:, None]
+        angle = ((index - first + k)[:, None] * frequency).to(dtype)
+        for layer, keys_values in enumerate(seen):
+            hidden = _layer(weights, config, layer, embeds, hidden, angle, may_attend, keys_values)
+        logits.append(_rms_norm(hidden, weights["norm.weight"], config) @ weights["lm_head.weight"].T)
+    return logits
+
+
+def _layer(
+    weights: Weights,
+    config: LlamaConfig,
+    layer: int,
+    embeds: Tensor,
+    hidden: Tensor,
+    angle: Tensor,
+    may_attend: Tensor,
+    keys_values: list[tuple[Tensor, Tensor]],
+) -> Tensor:
+    """One decoder layer at one TTT step; appends this step's keys and values."""
+
+    def weight(name: str) -> Tensor:
+        return weights[f"layers.{layer}.{name}.weight"]
+
+    if layer == 0:
+        normed = (_rms_norm(embeds, weight("input_layernorm"), config), _rms_norm(hidden, weight("hidden_norm"), config))
+        x = torch.cat(normed, dim=-1)
+    else:
+        x = _rms_norm(hidden, weight("input_layernorm"), config)
+    q, k, v = (
+        (x @ weight(f"self_attn.{name}_proj").T).view(len(x), -1, config.head_dim).transpose(0, 1) for name in "qkv"
+    )
+    group = config.num_attention_heads // config.num_key_value_heads
+    keys_values.append((_rotate(k, angle).repeat_interleave(group, 0), v.repeat_interleave(group, 0)))
+    attended = _attention(_rotate(q, angle), keys_values, may_attend).transpose(0, 1).flatten(1)
+    hidden = hidden + attended @ weight("self_attn.o_proj").T
+    normed_hidden = _rms_norm(hidden, weight("post_attention_layernorm"), config)
+    gate, up = (normed_hidden @ weight(f"mlp.{name}_proj").T for name in ("gate", "up"))
+    return hidden + (functional.silu(gate) * up) @ weight("mlp.down_proj").T
+
+
+def _attention(q: Tensor, keys_values: list[tuple[Tensor, Tensor]], may_attend: Tensor) -> Tensor:
+    """One softmax over the L step-0 keys and the own-slot keys of each later step: [Hq, L, D] -> [Hq, L, D]."""
+    scale = q.shape[-1] ** -0.5
+    (k0, v0), *later = keys_values
+    scores = (q @ k0.transpose(1, 2) * scale).masked_fill(~may_attend, -math.inf)
+    diagonal = [(q * k).sum(-1, keepdim=True) * scale for k, _ in later]
+    probability = torch.cat([scores, *diagonal], dim=-1).softmax(-1)
+    length = len(may_attend)
+    out = probability[..., :length] @ v0
+    for s, (_, v) in enumerate(later):
+        out = out + probability[..., length + s, None] * v
+    return out
+
+
+def _rotate(x: Tensor, angle: Tensor) -> Tensor:
+    """Llama's rotary embedding: channel c pairs with channel c + D / 2. x [heads, L, D], angle [L, D / 2]."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, config: LlamaConfig) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * weight
+
+
+def _global_norm(gradients: Mapping[str, Tensor]) -> float:
+    return math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))

@@ -1,0 +1,292 @@
+"""The exactness matrix as data: every pair of values of any two factors, and the inputs of each case."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from benchmarks.dense_reference import Frozen, LossRules, MicroBatch, Optimization
+
+Value = tuple[str, Any]
+# Order matters: the generator fills earlier factors first. `topology` is (draft_dp, ring, ulysses).
+FACTORS: Mapping[str, tuple[Any, ...]] = {
+    "topology": (
+        (1, 1, 1), (1, 1, 2), (1, 2, 1), (1, 2, 2), (2, 1, 2), (2, 2, 1), (1, 4, 1), (1, 1, 4), (2, 2, 2),
+    ),
+    "zero_stage": (0, 1, 2, 3),
+    "documents": ("one", "many_unaligned", "unsupervised_rank", "indivisible"),
+    "ttt_steps": (7, 3, 1),
+    "zero_group": ("all", "draft_dp"),
+    "accumulation": (1, 2),
+    "heads": ("gqa", "mha"),
+    "kv_exchange": ("gather", "ring"),
+    "dtype": ("float32", "bfloat16"),
+    "alignment": ("served", "reference"),
+    "reduction": ("supervised", "slots"),
+    "layers": (1, 2),
+    "activation": ("recompute", "keep"),
+    "kernel": ("auto", "blockwise"),
+}  # fmt: skip
+HEADS = {"gqa": (4, 2), "mha": (4, 4)}
+HIDDEN, INTERMEDIATE, VOCABULARY, DRAFT_VOCABULARY = 64, 96, 160, 128
+NUM_STEPS = 3
+# A large epsilon keeps Adam's step proportional to small gradients, so that a wrong scale shows in the weights too.
+OPTIMIZATION = Optimization(lr=2e-3, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.1, clip=1.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the matrix."""
+
+    draft_dp: int
+    ring: int
+    ulysses: int
+    zero_stage: int
+    zero_group: str
+    accumulation: int
+    documents: str
+    heads: str
+    kv_exchange: str
+    ttt_steps: int
+    dtype: str
+    alignment: str
+    reduction: str
+    layers: int
+    activation: str
+    kernel: str
+
+    @property
+    def world_size(self) -> int:
+        return self.draft_dp * self.ring * self.ulysses
+
+    @property
+    def tolerance(self) -> float:
+        """Largest relative error of anything compared."""
+        return 1e-5 if self.dtype == "float32" else 2e-2
+
+    @property
+    def rules(self) -> LossRules:
+        return LossRules(self.ttt_steps, 0.8, self.alignment, self.reduction)
+
+    def factors(self) -> dict[str, Any]:
+        """Value of each factor of the matrix."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"topology": (self.draft_dp, self.ring, self.ulysses), **values}
+
+    def __str__(self) -> str:
+        mesh = f"{self.draft_dp}x{self.ring}x{self.ulysses}"
+        return (
+            f"{mesh} zero{self.zero_stage}/{self.zero_group} acc{self.accumulation} {self.documents} {self.heads} "
+            f"{self.kv_exchange} K{self.ttt_steps} {self.dtype} {self.alignment} {self.reduction} "
+            f"layers{self.layers} {self.activation} {self.kernel}"
+        )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a case reads. `steps[s][r]` are the micro-batches of draft_dp rank r at optimizer step s."""
+
+    config: LlamaConfig
+    weights: dict[str, Tensor]
+    frozen: Frozen
+    steps: list[list[list[MicroBatch]]]
+
+    def step_batches(self) -> list[list[MicroBatch]]:
+        """Micro-batches of all ranks, step by step."""
+        return [[batch for of_rank in step for batch in of_rank] for step in self.steps]
+
+
+def is_allowed(values: Mapping[str, Any]) -> bool:
+    """Whether the factors given so far can stand together."""
+    mesh = values.get("topology")
+    if mesh is None:
+        return True
+    if "heads" in values and HEADS[values["heads"]][1] % mesh[2]:
+        return False  # Ulysses must divide the key heads.
+    # One rank alone cannot be the one without supervision.
+    return not (values.get("documents") == "unsupervised_rank" and mesh == (1, 1, 1))
+
+
+def allowed_pairs() -> set[tuple[Value, Value]]:
+    """Every pair of values of two factors that can stand together."""
+    return {
+        ((a, x), (b, y))
+        for a, b in itertools.combinations(FACTORS, 2)
+        for x, y in itertools.product(FACTORS[a], FACTORS[b])
+        if is_allowed({a: x, b: y})
+    }
+
+
+def covered_pairs(case: Case) -> set[tuple[Value, Value]]:
+    """The pairs of values that a case shows."""
+    values = case.factors()
+    return set(itertools.combinations([(name, values[name]) for name in FACTORS], 2))
+
+
+def full_matrix() -> list[Case]:
+    """Cases that cover every allowed pair: greedy, each built around the first pair that is still missing."""
+    missing = allowed_pairs()
+    cases = []
+    while missing:
+        first = min(missing, key=lambda pair: [_rank(value) for value in pair])
+        case = _build_case(dict(first), missing)
+        missing -= covered_pairs(case)
+        cases.append(case)
+    return cases
+
+
+def short_matrix(max_world: int = 4) -> list[Case]:
+    """A few cases of the full matrix that together show every value of every factor which fits `max_world` ranks."""
+    cases = [case for case in full_matrix() if case.world_size <= max_world]
+    missing = {value for case in cases for value in _values(case)}
+    chosen = []
+    while missing:
+        best = max(cases, key=lambda case: len(missing & _values(case)))
+        missing -= _values(best)
+        chosen.append(best)
+    return chosen
+
+
+def _values(case: Case) -> set[Value]:
+    values = case.factors()
+    return {(name, values[name]) for name in FACTORS}
+
+
+def _rank(value: Value) -> tuple[int, int]:
+    return list(FACTORS).index(value[0]), FACTORS[value[0]].index(value[1])
+
+
+def _build_case(chosen: dict[str, Any], missing: set[Any]) -> Case:
+    """Fill the other factors one by one with the value that covers most missing pairs with those already chosen."""
+    for name in FACTORS:
+        if name in chosen:
+            continue
+        options = [value for value in FACTORS[name] if is_allowed({**chosen, name: value})]
+        chosen[name] = max(options, key=lambda value: _gain(name, value, chosen, missing))
+    draft_dp, ring, ulysses = chosen.pop("topology")
+    return Case(draft_dp=draft_dp, ring=ring, ulysses=ulysses, **chosen)
+
+
+def _gain(name: str, value: Any, chosen: Mapping[str, Any], missing: set[Any]) -> int:
+    pairs = (sorted([(name, value), item], key=lambda v: list(FACTORS).index(v[0])) for item in chosen.items())
+    return sum(tuple(pair) in missing for pair in pairs)
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    """Inputs of a case, fp32 (values that bf16 holds too, where the case is bf16); a pure function of (case, seed)."""
+    generator = torch.Generator().manual_seed(seed)
+    config = _config(case)
+    round_to = getattr(torch, case.dtype)
+    head = torch.randn(VOCABULARY, HIDDEN, generator=generator).to(round_to).float()
+    embedding = torch.randn(VOCABULARY, HIDDEN, generator=generator).to(round_to).float()
+    kept = torch.randperm(VOCABULARY, generator=generator)[:DRAFT_VOCABULARY].sort().values
+    frozen = Frozen(embedding, head, kept - torch.arange(DRAFT_VOCABULARY))
+    weights = _weights(config, head[kept], generator)
+    steps = [
+        [
+            [_micro_batch(case, rank, index, head, generator, round_to) for index in range(case.accumulation)]
+            for rank in range(case.draft_dp)
+        ]
+        for _ in range(NUM_STEPS)
+    ]
+    return Inputs(config, weights, frozen, steps)
+
+
+def _config(case: Case) -> LlamaConfig:
+    num_heads, num_kv_heads = HEADS[case.heads]
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        draft_vocab_size=DRAFT_VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=case.layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=HIDDEN // num_heads,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=False,
+    )
+
+
+def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the draft's parameters."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (hidden, 3 * hidden)}
+    for layer in range(config.num_hidden_layers):
+        wide = hidden * (2 if layer == 0 else 1)
+        norms = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+        of_layer: dict[str, tuple[int, ...]] = {
+            "self_attn.q_proj": (q, wide),
+            "self_attn.k_proj": (kv, wide),
+            "self_attn.v_proj": (kv, wide),
+            "self_attn.o_proj": (hidden, q),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+            **{norm: (hidden,) for norm in norms if layer == 0 or norm != "hidden_norm"},
+        }
+        shapes |= {f"layers.{layer}.{name}.weight": shape for name, shape in of_layer.items()}
+    return shapes | {"norm.weight": (hidden,), "lm_head.weight": (config.draft_vocab_size, hidden)}
+
+
+def _weights(config: LlamaConfig, draft_head: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """A draft that is already half right (fc passes a noisy teacher on, the head is the target's), so that accuracies are
+    well away from zero and argmaxes well away from ties."""
+    weights = {}
+    for name, shape in parameter_shapes(config).items():
+        noise = torch.randn(shape, generator=generator)
+        weights[name] = 1.0 + 0.1 * noise if len(shape) == 1 else noise * 0.3 * shape[1] ** -0.5
+    weights["fc.weight"] = weights["fc.weight"] * 0.3
+    weights["fc.weight"][:, -config.hidden_size :] += torch.eye(config.hidden_size)
+    weights["lm_head.weight"] = 0.15 * (draft_head + 0.1 * weights["lm_head.weight"])
+    return weights
+
+
+def document_lengths(kind: str, index: int) -> tuple[int, ...]:
+    """Lengths of the `index`-th micro-batch of a step; neighbours differ where the kind leaves room."""
+    choices: Mapping[str, Sequence[tuple[int, ...]]] = {
+        "one": [(128,), (96,)],
+        "many_unaligned": [(37, 5, 61, 1, 24), (2, 45, 29, 52)],
+        "unsupervised_rank": [(9, 79, 40)],
+        "indivisible": [(90, 41), (41, 62)],
+    }
+    return choices[kind][index % len(choices[kind])]
+
+
+def _micro_batch(
+    case: Case, rank: int, index: int, head: Tensor, generator: torch.Generator, round_to: torch.dtype
+) -> MicroBatch:
+    lengths = document_lengths(case.documents, rank + index)
+    length = sum(lengths)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    # The teacher favours one token for a while, and the aux features of a slot hold a noisy copy of the teacher ahead.
+    favourite = torch.randint(0, VOCABULARY, (length,), generator=generator)
+    changes = torch.rand(length, generator=generator) < 0.25
+    changes[0] = True
+    favourite = favourite[torch.where(changes, torch.arange(length), 0).cummax(0).values]
+    teacher = 0.12 * head[favourite] + 0.12 * normal(length, HIDDEN)
+    ahead = teacher[(torch.arange(length) + 1).clamp(max=length - 1)]
+    aux = torch.cat((normal(length, 2 * HIDDEN), 8.0 * ahead + 0.5 * normal(length, HIDDEN)), dim=-1)
+    mask = torch.rand(length, generator=generator) < 0.6
+    if case.documents == "unsupervised_rank":
+        # Only the first, short document of the first draft_dp rank is supervised: its slots are on few ranks.
+        mask = (torch.arange(length) < lengths[0]) & (torch.arange(length) >= 2) & torch.tensor(rank == 0)
+    return MicroBatch(
+        token_ids=torch.randint(0, VOCABULARY, (length,), generator=generator),
+        loss_mask=mask,
+        lengths=lengths,
+        aux=aux.to(round_to).float(),
+        teacher=teacher.to(round_to).float(),
+    )
