@@ -8,7 +8,6 @@ from eagle3_ds.attention import LlamaUSPFlashAttention, UnrollMemory
 from eagle3_ds.kernels import select_kernel
 from eagle3_ds.layout import SpanPlan
 from eagle3_ds.topology import maybe_setup_distributed
-from tests.dist.ranks import run_ranks
 
 HEAD_DIM, STEPS = 8, 4
 LENGTHS = (19, 3, 26, 7, 1)
@@ -84,7 +83,7 @@ def dense(plan, num_heads, num_kv_heads):
 @pytest.mark.parametrize("heads", [(8, 4), (4, 4)], ids=["gqa", "mha"])
 @pytest.mark.parametrize("kv_exchange", ["gather", "ring"])
 @pytest.mark.parametrize(("ring", "ulysses"), TOPOLOGIES)
-def test_attention_equals_one_dense_softmax(ring, ulysses, kv_exchange, heads):
+def test_attention_equals_one_dense_softmax(run_ranks, ring, ulysses, kv_exchange, heads):
     results = run_ranks(ring * ulysses, rank_of_attention, ring, ulysses, heads, kv_exchange, "blockwise")
     plan = SpanPlan.make(LENGTHS, ring, ulysses, chunks_per_rank=3)
     real = plan.document >= 0
