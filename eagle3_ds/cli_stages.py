@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from eagle3_ds.cli_finish import export_draft
 from eagle3_ds.cli_launcher import LaunchPlan
 from eagle3_ds.cli_report import draw_report, read_metrics
 from eagle3_ds.config import Recipe
@@ -107,6 +108,12 @@ def train(plan: LaunchPlan, console: Console) -> int:
     """Run the launcher; returns its exit status."""
     _say(console, f"training on {plan.world_size} ranks")
     return subprocess.run(plan.command, env={**os.environ, **plan.environment}, check=False).returncode
+
+
+def export(recipe: Recipe, console: Console) -> None:
+    """Write `draft/` and `draft-speculators/`, each read back and compared."""
+    for folder, error in export_draft(recipe).items():
+        _say(console, f"export: {folder}, relative error of its logits after reloading {error:.2e}")
 
 
 def report(recipe: Recipe, console: Console) -> None:

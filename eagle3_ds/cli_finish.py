@@ -1,0 +1,79 @@
+"""What follows training: the trained draft and its target put together again, exported."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from eagle3_ds.config import Recipe
+from eagle3_ds.export import export_speculators, export_vllm, verify_export
+from eagle3_ds.model import DraftModel, VocabularyMap, build_draft_config
+from eagle3_ds.target import load_embedding_and_head, load_text_config, resolve_path
+
+FOLDERS = {"vllm": "draft", "speculators": "draft-speculators"}
+
+
+def load_draft(recipe: Recipe, weights: str) -> tuple[DraftModel, VocabularyMap]:
+    """The served draft with the weights of `weights`, a file in the output folder, and its vocabulary.
+
+    Raises:
+        ValueError: the run has not come as far as that file.
+    """
+    folder = Path(recipe.output_dir)
+    for name in (weights, "vocabulary.safetensors"):
+        if not (folder / name).is_file():
+            raise ValueError(f"output_dir: {folder} has no {name}: no finished training is there. Run `launch` first.")
+    config = load_text_config(resolve_path(recipe.target.path))
+    draft = DraftModel(build_draft_config(config, recipe.draft))
+    draft.load_state_dict(load_file(folder / weights))
+    draft.eval().requires_grad_(False)
+    return draft, VocabularyMap.load(folder / "vocabulary.safetensors")
+
+
+def export_draft(recipe: Recipe) -> dict[Path, float]:
+    """Write the recipe's formats; an export takes its name only after it was read back and gave the same logits.
+
+    Returns:
+        Each export's folder and the relative error of its logits.
+    """
+    draft, vocabulary = load_draft(recipe, "draft-final.safetensors")
+    errors = {}
+    for layout in recipe.export.formats:
+        folder = Path(recipe.output_dir) / FOLDERS[layout]
+        aside = folder.with_name(f".{folder.name}.unverified")
+        shutil.rmtree(aside, ignore_errors=True)
+        _write(recipe, layout, draft, vocabulary, aside)
+        error = verify_export(aside, draft, vocabulary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        errors[aside.rename(folder)] = error
+    return errors
+
+
+def _write(recipe: Recipe, layout: str, draft: DraftModel, vocabulary: VocabularyMap, folder: Path) -> None:
+    path = resolve_path(recipe.target.path)
+    target = load_text_config(path)
+    num_layers, aux_layers = target.num_hidden_layers, recipe.target.aux_layers
+    # Servers know the rule; SGLang counts explicit ids differently from vLLM, so they are written only when needed.
+    if aux_layers == (2, num_layers // 2, num_layers - 3):
+        aux_layers = None
+    state, dtype = draft.state_dict(), recipe.export.dtype
+    if layout == "vllm":
+        export_vllm(state, draft.config, vocabulary, folder, dtype, recipe.data.max_length, aux_layers)
+        return
+    embedding, _ = load_embedding_and_head(path)
+    export_speculators(
+        state,
+        draft.config,
+        vocabulary,
+        embedding,
+        folder,
+        verifier=recipe.target.path,
+        verifier_architectures=target.architectures or [],
+        dtype=dtype,
+        max_position=recipe.data.max_length,
+        aux_layers=aux_layers,
+        draft_tokens=recipe.eval.draft_tokens,
+    )
