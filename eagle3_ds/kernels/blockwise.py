@@ -1,4 +1,4 @@
-"""The blockwise kernel: plain torch on any device (CPU, CUDA, NPU, MPS), memory bounded by one block.
+"""The blockwise kernel: plain torch on any device (CPU, CUDA, NPU, MPS), temporary memory of one block.
 
 Online softmax over blocks of keys (Dao et al., FlashAttention-2, 2023), computed in fp32 (fp64 for fp64).
 
@@ -32,20 +32,20 @@ class BlockwiseKernel(TileKernel):
         out = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[:2], dtype=dtype, device=q.device)
         num_kv_heads = k.shape[1]
-        k_NLD, v_NLD = (x.transpose(0, 1).to(dtype) for x in (k, v))
         for rows in _blocks(q.shape[0], _QUERY_BLOCK):
             q_NRD = _fold(q[rows], num_kv_heads, dtype) * scale
             best = q_NRD.new_full((*q_NRD.shape[:2], 1), -torch.inf)
             total, summed = torch.zeros_like(best), torch.zeros_like(q_NRD)
             for keys in _visible_blocks(rows, q.shape[0], k.shape[0], causal):
-                s_NRB = q_NRD @ k_NLD[:, keys].mT
+                k_NBD, v_NBD = _wide(k[keys], dtype), _wide(v[keys], dtype)
+                s_NRB = q_NRD @ k_NBD.mT
                 _mask(s_NRB, rows, keys, k.shape[0] - q.shape[0], causal)
                 # The first block of keys starts at key 0, which every row sees: `best` is finite from then on.
                 new_best = torch.maximum(best, s_NRB.amax(-1, keepdim=True))
                 p_NRB = s_NRB.sub_(new_best).exp_()
                 shrink = (best - new_best).exp()
                 total = total * shrink + p_NRB.sum(-1, keepdim=True)
-                summed = summed.mul_(shrink).baddbmm_(p_NRB, v_NLD[:, keys])
+                summed = summed.mul_(shrink).baddbmm_(p_NRB, v_NBD)
                 best = new_best
             out[rows] = _unfold(summed.div_(total), q.shape[1])
             lse[rows] = _unfold(best + total.log(), q.shape[1])[..., 0]
@@ -56,24 +56,24 @@ class BlockwiseKernel(TileKernel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = accumulation_dtype(q.dtype)
         num_kv_heads = k.shape[1]
-        k_NLD, v_NLD = (x.transpose(0, 1).to(dtype) for x in (k, v))
         dq = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
-        dk_NLD, dv_NLD = torch.zeros_like(k_NLD), torch.zeros_like(v_NLD)
+        dk, dv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
         for rows in _blocks(q.shape[0], _QUERY_BLOCK):
             q_NRD, dout_NRD = (_fold(x[rows], num_kv_heads, dtype) for x in (q, dout))
             lse_NR1, delta_NR1 = (_fold(x[rows, :, None], num_kv_heads, dtype) for x in (lse, delta))
             q_NRD = q_NRD * scale
             dq_NRD = torch.zeros_like(q_NRD)
             for keys in _visible_blocks(rows, q.shape[0], k.shape[0], causal):
-                s_NRB = q_NRD @ k_NLD[:, keys].mT
+                k_NBD, v_NBD = _wide(k[keys], dtype), _wide(v[keys], dtype)
+                s_NRB = q_NRD @ k_NBD.mT
                 _mask(s_NRB, rows, keys, k.shape[0] - q.shape[0], causal)
                 p_NRB = s_NRB.sub_(lse_NR1).exp_()
-                dv_NLD[:, keys] += p_NRB.mT @ dout_NRD
-                ds_NRB = (dout_NRD @ v_NLD[:, keys].mT).sub_(delta_NR1).mul_(p_NRB)
-                dk_NLD[:, keys] += ds_NRB.mT @ q_NRD
-                dq_NRD.baddbmm_(ds_NRB, k_NLD[:, keys])
+                dv[keys] += (p_NRB.mT @ dout_NRD).transpose(0, 1)
+                ds_NRB = (dout_NRD @ v_NBD.mT).sub_(delta_NR1).mul_(p_NRB)
+                dk[keys] += (ds_NRB.mT @ q_NRD).transpose(0, 1)
+                dq_NRD.baddbmm_(ds_NRB, k_NBD)
             dq[rows] = _unfold(dq_NRD.mul_(scale), q.shape[1])
-        return dq, dk_NLD.transpose(0, 1), dv_NLD.transpose(0, 1)
+        return dq, dk, dv
 
 
 def _blocks(length: int, size: int) -> Iterator[slice]:
@@ -93,6 +93,10 @@ def _mask(s_NRB: Tensor, rows: slice, keys: slice, offset: int, causal: bool) ->
     last = torch.arange(rows.start, rows.stop, device=s_NRB.device)[:, None] + offset
     hidden = torch.arange(keys.start, keys.stop, device=s_NRB.device) > last
     s_NRB.unflatten(1, (rows.stop - rows.start, -1)).masked_fill_(hidden[:, None], -torch.inf)
+
+
+def _wide(x_BND: Tensor, dtype: torch.dtype) -> Tensor:
+    return x_BND.transpose(0, 1).to(dtype)
 
 
 def _fold(x_LHD: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from ranks import RankFailure, RankPools
 from torch import Tensor
 
+import eagle3_ds.collectives.gather as gather_module
 from eagle3_ds.collectives import (
     Gather,
     HeadsToSequence,
@@ -112,6 +113,17 @@ def rows_case() -> None:
         # bf16 sums round after every rank.
         tolerance = {"rtol": 2e-2, "atol": 4e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
         torch.testing.assert_close(scattered, total[3 * rank : 3 * rank + 3].to(dtype), **tolerance)
+
+
+def older_names_case() -> None:
+    """What torch 2.11 and 2.12 call all_gather_single and reduce_scatter_single."""
+    newer = gather_module._all_gather_single, gather_module._reduce_scatter_single
+    gather_module._all_gather_single = dist.all_gather_into_tensor
+    gather_module._reduce_scatter_single = dist.reduce_scatter_tensor
+    try:
+        rows_case()
+    finally:
+        gather_module._all_gather_single, gather_module._reduce_scatter_single = newer
 
 
 def gather_case(dim: int, sizes: list[int] | None) -> None:
@@ -213,7 +225,16 @@ def my_rank_and_threads(offset: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize(
-    "case", [exchange_case, strided_exchange_case, all_to_all_4d_case, rows_case, ring_case, bad_input_case]
+    "case",
+    [
+        exchange_case,
+        strided_exchange_case,
+        all_to_all_4d_case,
+        rows_case,
+        older_names_case,
+        ring_case,
+        bad_input_case,
+    ],
 )
 def test_every_rank_agrees_with_one_process(run_ranks: RankPools, world_size: int, case: Callable[[], None]) -> None:
     run_ranks(world_size, case)

@@ -14,8 +14,8 @@ from eagle3_ds.kernels import KERNELS, AttentionKernel, Tile, merge_partial, sel
 from eagle3_ds.kernels.base import out_with_delta
 from eagle3_ds.kernels.cuda import CudaKernel
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 HEAD_DIM = 16
 SCALE = 0.3
 
@@ -47,11 +47,18 @@ CASES = {
     "no tile": Case(6, 6, 2, 1, ()),
 }
 
-KERNELS_AND_DTYPES = [
-    pytest.param(kernel, dtype, id=f"{kernel.name}-{str(dtype).removeprefix('torch.')}")
+USABLE = [
+    pytest.param(
+        kernel,
+        device,
+        dtype,
+        id=f"{kernel.name}-{device}-{str(dtype).removeprefix('torch.')}",
+        marks=[pytest.mark.gpu] if device == "cuda" else [],
+    )
     for kernel in KERNELS
+    for device in DEVICES
     for dtype in TOLERANCE
-    if kernel.unavailable_reason(DEVICE, dtype, HEAD_DIM) is None
+    if kernel.unavailable_reason(torch.device(device), dtype, HEAD_DIM) is None
 ]
 
 
@@ -71,12 +78,12 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise_module, "_KEY_BLOCK", 12)
 
 
-def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
+def make_inputs(case: Case, device: str, dtype: torch.dtype) -> Inputs:
     """Random tensors, rounded to `dtype`, and a partial attention over other keys that shares the softmax."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(DEVICE)
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(device)
 
     queries = (case.num_queries, case.num_heads)
     keys = (case.num_keys, case.num_kv_heads, HEAD_DIM)
@@ -132,9 +139,9 @@ def run_backward(
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize(("kernel", "dtype"), KERNELS_AND_DTYPES)
-def test_forward_equals_dense(kernel: AttentionKernel, dtype: torch.dtype, case: Case) -> None:
-    inputs = make_inputs(case, dtype)
+@pytest.mark.parametrize(("kernel", "device", "dtype"), USABLE)
+def test_forward_equals_dense(kernel: AttentionKernel, device: str, dtype: torch.dtype, case: Case) -> None:
+    inputs = make_inputs(case, device, dtype)
     out, lse = kernel.forward(inputs.q, inputs.k, inputs.v, case.tiles, SCALE)
     wanted_out, wanted_lse, *_ = expected(inputs, case, with_others=False)
     assert out.dtype == dtype and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -145,19 +152,21 @@ def test_forward_equals_dense(kernel: AttentionKernel, dtype: torch.dtype, case:
 
 @pytest.mark.parametrize("with_others", [False, True], ids=["own softmax", "merged softmax"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize(("kernel", "dtype"), KERNELS_AND_DTYPES)
-def test_backward_equals_autograd(kernel: AttentionKernel, dtype: torch.dtype, case: Case, with_others: bool) -> None:
-    inputs = make_inputs(case, dtype)
+@pytest.mark.parametrize(("kernel", "device", "dtype"), USABLE)
+def test_backward_equals_autograd(
+    kernel: AttentionKernel, device: str, dtype: torch.dtype, case: Case, with_others: bool
+) -> None:
+    inputs = make_inputs(case, device, dtype)
     _, _, merged, merged_lse, *wanted = expected(inputs, case, with_others)
     for actual, gradient in zip(run_backward(kernel, inputs, case, merged, merged_lse), wanted, strict=True):
         assert error(actual, gradient) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("kernel", "dtype"), KERNELS_AND_DTYPES)
-def test_rows_without_gradient_get_none(kernel: AttentionKernel, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("kernel", "device", "dtype"), USABLE)
+def test_rows_without_gradient_get_none(kernel: AttentionKernel, device: str, dtype: torch.dtype) -> None:
     """A padded or unsupervised row has dout 0: a kernel that rebuilds its output from dout and delta divides by it."""
     case = CASES["documents"]
-    inputs = make_inputs(case, dtype)
+    inputs = make_inputs(case, device, dtype)
     inputs.dout[5:30] = 0
     _, _, merged, merged_lse, *wanted = expected(inputs, case, with_others=True)
     actual = run_backward(kernel, inputs, case, merged, merged_lse)
@@ -165,10 +174,10 @@ def test_rows_without_gradient_get_none(kernel: AttentionKernel, dtype: torch.dt
     assert all(error(a, w) <= TOLERANCE[dtype] for a, w in zip(actual, wanted, strict=True))
 
 
-@pytest.mark.parametrize(("kernel", "dtype"), KERNELS_AND_DTYPES)
-def test_same_bits_twice(kernel: AttentionKernel, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("kernel", "device", "dtype"), USABLE)
+def test_same_bits_twice(kernel: AttentionKernel, device: str, dtype: torch.dtype) -> None:
     case = CASES["rows in several tiles"]
-    inputs = make_inputs(case, dtype)
+    inputs = make_inputs(case, device, dtype)
     torch.use_deterministic_algorithms(True)
     try:
         first, second = (kernel.forward(inputs.q, inputs.k, inputs.v, case.tiles, SCALE) for _ in range(2))
@@ -179,11 +188,11 @@ def test_same_bits_twice(kernel: AttentionKernel, dtype: torch.dtype) -> None:
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize(("kernel", "dtype"), KERNELS_AND_DTYPES)
-def test_operands_need_not_be_contiguous(kernel: AttentionKernel, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("kernel", "device", "dtype"), USABLE)
+def test_operands_need_not_be_contiguous(kernel: AttentionKernel, device: str, dtype: torch.dtype) -> None:
     """The exchanges hand over slices of wider rows."""
     case = CASES["rows in several tiles"]
-    inputs = make_inputs(case, dtype)
+    inputs = make_inputs(case, device, dtype)
     strided = Inputs(*(torch.stack((x, x), dim=1)[:, 1] for x in inputs))
     assert not strided.q.is_contiguous()
     wanted_out, wanted_lse, merged, merged_lse, *wanted = expected(inputs, case, with_others=True)
@@ -193,11 +202,78 @@ def test_operands_need_not_be_contiguous(kernel: AttentionKernel, dtype: torch.d
         assert error(actual, gradient) <= TOLERANCE[dtype]
 
 
+def emulated_flash_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cum_seq_q: None,
+    cum_seq_k: None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    *,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """FlashAttention-2 as torch documents it: [B, L, H, D], GQA, causal at the bottom right, lse [B, H, L]."""
+    assert (cum_seq_q, cum_seq_k, max_q, max_k) == (None, None, q.shape[1], k.shape[1]) and dropout_p == 0.0
+    out, lse = KERNELS[-1].forward(q[0], k[0], v[0], (Tile(0, max_q, 0, max_k, is_causal),), scale)
+    state = torch.empty(2, dtype=torch.uint64)
+    return out[None], lse.T[None].contiguous(), state, torch.empty((), dtype=torch.uint64), q.new_empty(0)
+
+
+def emulated_flash_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cum_seq_q: None,
+    cum_seq_k: None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    rng_state: Tensor,
+    unused: Tensor,
+    *,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """The same for the backward, which computes delta from `out`."""
+    assert (cum_seq_q, cum_seq_k, max_q, max_k) == (None, None, q.shape[1], k.shape[1]) and dropout_p == 0.0
+    assert lse.shape == (1, q.shape[2], max_q) and lse.is_contiguous() and lse.dtype == torch.float32
+    assert out.dtype == q.dtype and rng_state.dtype == unused.dtype == torch.uint64
+    dk, dv = (torch.zeros_like(x[0], dtype=torch.float32) for x in (k, v))
+    delta = (dout * out)[0].float().sum(-1)
+    tile = Tile(0, max_q, 0, max_k, is_causal)
+    dq = KERNELS[-1].backward(dout[0], q[0], k[0], v[0], lse[0].T, delta, (tile,), scale, dk, dv)
+    return tuple(x[None].to(q.dtype) for x in (dq, dk, dv))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_cuda_calls_its_operators_right(case: Case) -> None:
+    """Without a GPU: the real operator schemas, with an emulation behind them. The arithmetic is tested where a GPU is."""
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        library.impl("_flash_attention_forward", emulated_flash_forward, "CPU")
+        library.impl("_flash_attention_backward", emulated_flash_backward, "CPU")
+        inputs = make_inputs(case, "cpu", torch.float32)
+        wanted_out, wanted_lse, merged, merged_lse, *wanted = expected(inputs, case, with_others=True)
+        out, lse = CudaKernel().forward(inputs.q, inputs.k, inputs.v, case.tiles, SCALE)
+        assert error(out, wanted_out) <= 1e-5 and error(lse, wanted_lse) <= 1e-5
+        for actual, gradient in zip(run_backward(CudaKernel(), inputs, case, merged, merged_lse), wanted, strict=True):
+            assert error(actual, gradient) <= 1e-5
+    finally:
+        library._destroy()
+
+
 def test_large_scores_do_not_overflow() -> None:
     case = CASES["causal rectangle"]
-    inputs = make_inputs(case, torch.float32)
+    inputs = make_inputs(case, "cpu", torch.float32)
     for kernel in KERNELS:
-        if kernel.unavailable_reason(DEVICE, torch.float32, HEAD_DIM) is None:
+        if kernel.unavailable_reason(torch.device("cpu"), torch.float32, HEAD_DIM) is None:
             out, lse = kernel.forward(inputs.q * 300, inputs.k, inputs.v, case.tiles, SCALE)
             assert out.isfinite().all() and lse.isfinite().all() and lse.max() > 100
 
