@@ -1,0 +1,197 @@
+"""`python -m benchmarks.exactness`: is the parallel product equal to the dense single-process reference?
+
+Each case trains NUM_STEPS optimizer steps with both, on CPU ranks. A line per case with the relative errors, all of them in
+benchmarks/results/exactness.json, exit status 1 when any case is over its tolerance (fp32 1e-5, bf16 2e-2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.dense_reference import StepResult, reference_train
+from benchmarks.exactness_cases import OPTIMIZATION, Case, full_matrix, make_inputs, short_matrix
+from benchmarks.exactness_product import ProductResult, run_case
+from benchmarks.rank_processes import run_ranks
+
+RESULT = Path(__file__).parent / "results" / "exactness.json"
+COMPARED = ("loss", "step_loss", "accuracy", "tau", "clip_norm", "gradients", "weights")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One case, judged.
+
+    Attributes:
+        errors: largest relative error of each of COMPARED, over the steps and (relative L2 each) over the parameters.
+        worst: the parameter with the largest gradient error, and the one with the largest weight error.
+        ranks_agree: reports and the bits of the weights are the same on all ranks.
+        failure: traceback when the product did not run.
+    """
+
+    case: Case
+    errors: dict[str, float]
+    worst: dict[str, str]
+    ranks_agree: bool
+    seconds: float
+    failure: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        # `not <=` and not `>`: NaN must fail.
+        return self.failure is None and self.ranks_agree and all(e <= self.case.tolerance for e in self.errors.values())
+
+    def line(self) -> str:
+        state = "ok  " if self.passed else "FAIL"
+        if self.failure is not None:
+            return f"{state} {self.case}: {self.failure.strip().splitlines()[-1]}"
+        errors = " ".join(f"{name} {error:.1e}" for name, error in self.errors.items())
+        agreement = "" if self.ranks_agree else " RANKS DIFFER"
+        return f"{state} {self.case}: {errors}{agreement} ({self.seconds:.1f} s)"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "tolerance": self.case.tolerance, "passed": self.passed}
+
+
+def judge(case: Case, seed: int = 0, mutation: str | None = None) -> Verdict:
+    """Run one case with the product (broken by `mutation`, when given) and with the reference, and compare."""
+    started = time.perf_counter()
+    try:
+        ranks: list[ProductResult] = run_ranks(case.world_size, run_case, case, seed, mutation)
+    except RuntimeError as error:
+        return Verdict(case, {}, {}, False, time.perf_counter() - started, failure=str(error))
+    inputs = make_inputs(case, seed)
+    weights = {name: weight.double() for name, weight in inputs.weights.items()}
+    expected, trained = reference_train(
+        weights, inputs.config, inputs.frozen, inputs.step_batches(), case.rules, OPTIMIZATION
+    )
+    errors, worst = compare(ranks[0], expected, trained)
+    agree = all(r.weights_digest == ranks[0].weights_digest and r.reports == ranks[0].reports for r in ranks)
+    return Verdict(case, errors, worst, agree, time.perf_counter() - started)
+
+
+def compare(
+    product: ProductResult, expected: Sequence[StepResult], trained: Mapping[str, Tensor]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Relative errors by the names of COMPARED, and the worst parameters."""
+
+    def over_steps(of_product: Callable[[Any], Any], of_reference: Callable[[StepResult], Any]) -> float:
+        pairs = zip(product.reports, expected, strict=True)
+        return _largest(relative_error(of_product(report), of_reference(result)) for report, result in pairs)
+
+    gradient_errors = _by_parameter(
+        (name, gradients[name], result.gradients[name])
+        for gradients, result in zip(product.gradients, expected, strict=True)
+        for name in _same_names(gradients, result.gradients)
+    )
+    weight_errors = _by_parameter(
+        (name, product.weights[name], trained[name]) for name in _same_names(product.weights, trained)
+    )
+    errors = {
+        "loss": over_steps(lambda r: r.loss, lambda r: r.loss),
+        "step_loss": over_steps(lambda r: r.step_loss, lambda r: r.step_loss),
+        "accuracy": over_steps(lambda r: r.step_accuracy, lambda r: r.step_accuracy),
+        "tau": over_steps(lambda r: r.tau, lambda r: r.tau),
+        "clip_norm": over_steps(lambda r: r.grad_norm, lambda r: r.grad_norm),
+        "gradients": _largest(gradient_errors.values()),
+        "weights": _largest(weight_errors.values()),
+    }
+    assert tuple(errors) == COMPARED
+    return errors, {"gradients": _worst(gradient_errors), "weights": _worst(weight_errors)}
+
+
+def relative_error(value: Any, reference: Any) -> float:
+    """|value - reference| / |reference| in L2; 0 when both are zero, infinite when the reference alone is."""
+    a, b = (torch.as_tensor(x).detach().double().reshape(-1) for x in (value, reference))
+    if a.shape != b.shape:
+        return math.inf
+    difference, size = float((a - b).norm()), float(b.norm())
+    if size == 0.0:
+        return 0.0 if difference == 0.0 else math.inf
+    return difference / size
+
+
+def _by_parameter(triples: Any) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    for name, value, reference in triples:
+        errors[name] = _largest((errors.get(name, 0.0), relative_error(value, reference)))
+    return errors
+
+
+def _same_names(product: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> list[str]:
+    if product.keys() != reference.keys():
+        raise ValueError(f"parameters differ: {sorted(product.keys() ^ reference.keys())} are on one side only.")
+    return sorted(reference)
+
+
+def _largest(errors: Any) -> float:
+    """The maximum; NaN counts as infinite, which `max` would overlook."""
+    return max(math.inf if math.isnan(error) else error for error in errors)
+
+
+def _worst(errors: Mapping[str, float]) -> str:
+    return max(errors, key=lambda name: errors[name])
+
+
+def run_matrix(cases: Sequence[Case], seed: int, path: Path) -> bool:
+    """Judge all cases, printing and writing as it goes. Returns whether all passed."""
+    verdicts = []
+    for number, case in enumerate(cases, 1):
+        verdicts.append(judge(case, seed))
+        print(f"[{number}/{len(cases)}] {verdicts[-1].line()}", flush=True)
+        _write(path, verdicts, len(cases), seed)
+    failed = [verdict for verdict in verdicts if not verdict.passed]
+    print(f"{len(verdicts) - len(failed)} of {len(verdicts)} cases passed; {path}")
+    for verdict in failed:
+        if verdict.failure is not None:
+            print(f"\n{verdict.case}\n{verdict.failure}", file=sys.stderr)
+    return not failed
+
+
+def _write(path: Path, verdicts: Sequence[Verdict], num_cases: int, seed: int) -> None:
+    by_dtype = {
+        dtype: {name: _largest(v.errors[name] for v in ran) for name in COMPARED}
+        for dtype in ("float32", "bfloat16")
+        if (ran := [v for v in verdicts if v.case.dtype == dtype and v.failure is None])
+    }
+    record = {
+        "command": "python -m benchmarks.exactness",
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
+        "seed": seed,
+        "cases": num_cases,
+        "judged": len(verdicts),
+        "passed": sum(verdict.passed for verdict in verdicts),
+        "largest_errors": by_dtype,
+        "verdicts": [verdict.as_dict() for verdict in verdicts],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.exactness", description=__doc__)
+    parser.add_argument("--short", action="store_true", help="a few cases that show every value, at most 4 ranks")
+    parser.add_argument("--json", type=Path, default=RESULT, metavar="PATH", help="where the result goes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose printed line contains TEXT")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    cases = [case for case in (short_matrix() if options.short else full_matrix()) if options.only in str(case)]
+    if not cases:
+        parser.error(f"--only {options.only!r} matches no case.")
+    return 0 if run_matrix(cases, options.seed, options.json) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""The product's side of a case: documents -> plan -> local batch -> patched draft -> loss -> DeepSpeed engine.
+
+Runs on every rank of the case's world.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor
+
+from benchmarks.dense_reference import Frozen, MicroBatch
+from benchmarks.exactness_cases import OPTIMIZATION, Case, Inputs, make_inputs
+from benchmarks.exactness_mutations import mutate, mutate_trainer
+from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config
+from eagle3_ds.layout import PackedSequence
+from eagle3_ds.model import DraftModel, VocabularyMap
+from eagle3_ds.topology import maybe_setup_distributed
+from eagle3_ds.train.trainer import DraftTrainer, StepReport
+
+DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
+
+
+@dataclass(frozen=True)
+class ProductResult:
+    """One rank's view after NUM_STEPS optimizer steps.
+
+    Attributes:
+        reports: what the trainer reported, step by step.
+        gradients: every parameter's whole gradient at each step, before clipping. On rank 0 only, else empty.
+        weights: after the last step. On rank 0 only, else empty.
+        weights_digest: of this rank's own weights.
+    """
+
+    reports: list[StepReport]
+    gradients: list[dict[str, Tensor]]
+    weights: dict[str, Tensor]
+    weights_digest: str
+
+
+def run_case(case: Case, seed: int, mutation: str | None) -> ProductResult:
+    """What each rank calls."""
+    with mutate(mutation, case):
+        return run_product(case, make_inputs(case, seed), mutation)
+
+
+def run_product(case: Case, inputs: Inputs, mutation: str | None = None) -> ProductResult:
+    """Train the product on a case. Collective over the case's world."""
+    topology = maybe_setup_distributed(case.ulysses, case.ring, case.draft_dp)
+    recipe = make_recipe(case)
+    settings = fill_deepspeed_config(
+        load_deepspeed_config(recipe.deepspeed), recipe, topology.mesh.world_size, topology.draft_dp
+    )
+    draft = DraftModel(inputs.config)
+    draft.load_state_dict(inputs.weights)
+    frozen = inputs.frozen
+    trainer = DraftTrainer(recipe, settings, topology, draft, frozen.embedding, frozen.head, vocabulary_map(frozen))
+    mutate_trainer(mutation, trainer)
+    gradients: list[dict[str, Tensor]] = []
+    _record_gradients(trainer, gradients)
+    of_rank = [step[topology.place.dp_rank] for step in inputs.steps]
+    reports = [trainer.step([as_pack(batch, frozen) for batch in batches]) for batches in of_rank]
+    weights = trainer.state_dict()
+    is_first = topology.place.rank == 0
+    return ProductResult(reports, gradients if is_first else [], weights if is_first else {}, digest(weights))
+
+
+def make_recipe(case: Case) -> Recipe:
+    """The recipe of a case; `target` and `data` are there because a recipe has them, and are never opened."""
+    optimization = OPTIMIZATION
+    sections: dict[str, Any] = {
+        "target": {"path": "none"},
+        "data": {"train": ("none",)},
+        "draft": {"ttt_steps": case.ttt_steps, "num_layers": case.layers},
+        "parallel": {
+            "draft_dp": case.draft_dp,
+            "ring": case.ring,
+            "ulysses": case.ulysses,
+            "zero_group": case.zero_group,
+            "kv_exchange": case.kv_exchange,
+        },
+        "attention": {"kernel": case.kernel},
+        "loss": {"mask_alignment": case.alignment, "reduction": case.reduction, "decay": case.rules.decay},
+        "train": {
+            "steps": 3,
+            "accumulation": case.accumulation,
+            "dtype": case.dtype,
+            "learning_rate": optimization.lr,
+            "schedule": "constant",
+            "betas": optimization.betas,
+            "eps": optimization.eps,
+            "weight_decay": optimization.weight_decay,
+            "gradient_clipping": optimization.clip,
+            "activation": case.activation,
+        },
+        "deepspeed": str(DS_CONFIGS / f"zero{case.zero_stage}.json"),
+        "output_dir": "none",
+    }
+    return Recipe.model_validate(sections)
+
+
+def as_pack(batch: MicroBatch, frozen: Frozen) -> PackedSequence:
+    """A micro-batch as the loader hands it over; the teacher's tokens are found here, as capture does."""
+    token = (batch.teacher.double() @ frozen.head.double().T).argmax(-1)
+    return PackedSequence(batch.token_ids, batch.loss_mask, batch.lengths, token, batch.aux, batch.teacher)
+
+
+def vocabulary_map(frozen: Frozen) -> VocabularyMap:
+    t2d = torch.zeros(len(frozen.head), dtype=torch.bool)
+    t2d[frozen.d2t + torch.arange(len(frozen.d2t))] = True
+    return VocabularyMap(frozen.d2t, t2d)
+
+
+def digest(weights: dict[str, Tensor]) -> str:
+    """Bits of all weights, as a hash."""
+    value = hashlib.sha256()
+    for name in sorted(weights):
+        value.update(name.encode() + weights[name].float().contiguous().numpy().tobytes())
+    return value.hexdigest()
+
+
+def _record_gradients(trainer: DraftTrainer, found: list[dict[str, Tensor]]) -> None:
+    """Read every whole gradient between the last backward of an optimizer step and the step itself. Collective."""
+    engine, step = trainer.engine, trainer.engine.step
+
+    def step_with_record(*args: Any, **kwargs: Any) -> Any:
+        if engine.is_gradient_accumulation_boundary():
+            found.append(_whole_gradients(engine.module.named_parameters()))
+        return step(*args, **kwargs)
+
+    engine.step = step_with_record
+
+
+def _whole_gradients(parameters: Sequence[tuple[str, Any]] | Any) -> dict[str, Tensor]:
+    whole = {}
+    for name, parameter in parameters:
+        gradient = safe_get_full_grad(parameter)
+        assert gradient is not None, f"DeepSpeed has no gradient of {name}"
+        whole[name.removeprefix("draft.")] = gradient.detach().cpu().double().reshape(-1)
+    return whole

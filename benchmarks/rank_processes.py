@@ -1,0 +1,101 @@
+"""Fresh gloo ranks on this machine for each call, forked from a server that has torch and DeepSpeed imported already.
+
+Fresh, because DeepSpeed keeps module-level state that one case must not hand to the next; forked, because importing takes
+seconds and forking does not.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
+    """Results by rank of a module-level `function(*args)`, called on every rank of a new world.
+
+    Raises:
+        RuntimeError: a rank raised (with its traceback), died, or did not answer in `timeout` seconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.exactness_product"])
+    # Read by DeepSpeed and by OpenMP while they are imported, so it must stand before the server starts.
+    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        store = str(Path(folder) / "store")
+        connections, processes = [], []
+        # After a failure the others may wait for ever in a collective; after success they are about to leave.
+        grace = 0.0
+        try:
+            for rank in range(world_size):
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_rank, args=(rank, world_size, store, theirs, function, args), daemon=True
+                )
+                process.start()
+                theirs.close()
+                connections.append(ours)
+                processes.append(process)
+            results = _collect(connections, timeout)
+            grace = 10.0
+            return results
+        finally:
+            for process in processes:
+                process.join(grace)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+def _collect(connections: list[Connection], timeout: float) -> list[Any]:
+    deadline = time.monotonic() + timeout
+    results: dict[int, Any] = {}
+    waiting: dict[Any, int] = {connection: rank for rank, connection in enumerate(connections)}
+    while waiting:
+        ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RuntimeError(f"no answer from ranks {sorted(waiting.values())} within {timeout:.0f} s")
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            rank = waiting.pop(connection)
+            try:
+                succeeded, result = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                raise RuntimeError(f"rank {rank} of {len(connections)} died without a word") from None
+            if not succeeded:
+                raise RuntimeError(f"rank {rank} of {len(connections)} raised\n{result}")
+            results[rank] = result
+    return [results[rank] for rank in range(len(connections))]
+
+
+def _rank(
+    rank: int, world_size: int, store: str, connection: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+    )
+    # Read by DeepSpeed, which asks for them although the world exists when it is initialised.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    # Without a resolvable host name gloo finds no interface; the ranks are all on this machine anyway.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        # A file instead of a port: nothing to collide with.
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+        answer = (True, function(*args))
+    except Exception:
+        connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
+        raise SystemExit(1) from None
+    # Plain pickle copies tensors; multiprocessing's own would share them through descriptors that die with this process.
+    connection.send_bytes(pickle.dumps(answer))
+    dist.destroy_process_group()
