@@ -24,7 +24,7 @@ TABLE: dict[str, set[str]] = {
     "target": {"config", "layout", "attention"},
     "data": {"config", "layout"},
     "export": {"config", "model"},
-    "eval": {"data", "model", "target"},
+    "eval": {"config", "data", "model", "target"},
     "train": BELOW_TRAIN,
 }
 
