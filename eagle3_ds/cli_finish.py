@@ -1,16 +1,24 @@
-"""What follows training: the trained draft and its target put together again, exported."""
+"""What follows training: the trained draft and its target put together again, evaluated and exported."""
 
 from __future__ import annotations
 
+import json
+import os
+import random
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from safetensors.torch import load_file
 
 from eagle3_ds.config import Recipe
+from eagle3_ds.data import PreparedData
+from eagle3_ds.eval import evaluate_draft
 from eagle3_ds.export import export_speculators, export_vllm, verify_export
 from eagle3_ds.model import DraftModel, VocabularyMap, build_draft_config
-from eagle3_ds.target import load_embedding_and_head, load_text_config, resolve_path
+from eagle3_ds.target import load_embedding_and_head, load_target, load_text_config, resolve_path
+from eagle3_ds.topology import detect_accelerator
 
 FOLDERS = {"vllm": "draft", "speculators": "draft-speculators"}
 
@@ -30,6 +38,43 @@ def load_draft(recipe: Recipe, weights: str) -> tuple[DraftModel, VocabularyMap]
     draft.load_state_dict(load_file(folder / weights))
     draft.eval().requires_grad_(False)
     return draft, VocabularyMap.load(folder / "vocabulary.safetensors")
+
+
+def evaluate_run(recipe: Recipe) -> dict[str, Any]:
+    """Speculative decoding with the trained and the untrained draft on held-out prompts; writes eval.json.
+
+    Raises:
+        ValueError: no finished training, or no held-out prompt.
+        NotLosslessError: an output differs from the target's own.
+    """
+    trained, vocabulary = load_draft(recipe, "draft-final.safetensors")
+    untrained, _ = load_draft(recipe, "draft-initial.safetensors")
+    folder = Path(recipe.output_dir)
+    prepared = json.loads((folder / "prepared.json").read_text())
+    data = PreparedData.open(Path(prepared["data"]), prepared["data_fingerprint"])
+    target = load_target(recipe.target, recipe.eval.dtype, detect_accelerator())
+    longest = target.config.max_position_embeddings - recipe.eval.max_new_tokens - recipe.eval.draft_tokens
+    prompts = heldout_prompts(data, longest, recipe.eval.num_prompts, recipe.data.seed)
+    result = evaluate_draft(recipe, target, trained, untrained, vocabulary, prompts)
+    aside = folder / ".eval.json"
+    aside.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(aside, folder / "eval.json")
+    return result
+
+
+def heldout_prompts(data: PreparedData, longest: int, number: int, seed: int) -> list[list[int]]:
+    """Up to `number` prompts of at most `longest` tokens: held-out conversations up to where the assistant speaks.
+
+    Every assistant turn is a candidate, so that contexts are short and long; the seed chooses.
+    """
+    prompts = []
+    for row in data.heldout.with_format("numpy"):
+        mask = row["loss_mask"].astype(bool)
+        # The first token of each stretch that the assistant wrote.
+        turns = np.flatnonzero(mask & ~np.concatenate(([False], mask[:-1])))
+        prompts += [row["input_ids"][:turn].tolist() for turn in turns if 0 < turn <= longest]
+    random.Random(seed).shuffle(prompts)
+    return prompts[:number]
 
 
 def export_draft(recipe: Recipe) -> dict[Path, float]:

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from eagle3_ds.cli_finish import export_draft
+from eagle3_ds.cli_finish import evaluate_run, export_draft
 from eagle3_ds.cli_launcher import LaunchPlan
-from eagle3_ds.cli_report import draw_report, read_metrics
 from eagle3_ds.config import Recipe
 from eagle3_ds.data import HiddenStateStore, HiddenStateWriter, Layout, PreparedData, prepare_data
 from eagle3_ds.data.fingerprint import Fingerprint
 from eagle3_ds.data.stdlib_corpus import stdlib_conversations, stdlib_text
+from eagle3_ds.eval import draw_report
 from eagle3_ds.model import VocabularyMap
 from eagle3_ds.target import (
     build_target,
@@ -58,6 +58,11 @@ def prepare(recipe: Recipe, console: Console) -> None:
         f"tokens supervised; {counts.heldout_documents} held out; longest {counts.longest} tokens; "
         f"{counts.too_long_dropped} too long and dropped, {counts.truncated} truncated",
     )
+    if recipe.eval.num_prompts and not counts.heldout_documents:
+        raise ValueError(
+            f"eval.num_prompts is {recipe.eval.num_prompts}, but no conversation is held out (data.heldout_fraction "
+            f"{recipe.data.heldout_fraction}). Raise it, name data.heldout, or set eval.num_prompts to 0."
+        )
     fingerprint = {**fingerprint, "documents": data.fingerprint}
     layout = Layout(3 * config.hidden_size, config.hidden_size, recipe.data.hidden_dtype)
     store = _captured(recipe, data, layout, fingerprint)
@@ -110,6 +115,15 @@ def train(plan: LaunchPlan, console: Console) -> int:
     return subprocess.run(plan.command, env={**os.environ, **plan.environment}, check=False).returncode
 
 
+def evaluate(recipe: Recipe, console: Console) -> None:
+    """Write eval.json, unless the recipe asks for no prompt."""
+    if recipe.eval.num_prompts == 0:
+        _say(console, "evaluation: skipped, eval.num_prompts is 0")
+        return
+    result = evaluate_run(recipe)
+    _say(console, f"evaluation: {result['new_tokens']} tokens after {result['prompts']} prompts, lossless")
+
+
 def export(recipe: Recipe, console: Console) -> None:
     """Write `draft/` and `draft-speculators/`, each read back and compared."""
     for folder, error in export_draft(recipe).items():
@@ -118,13 +132,19 @@ def export(recipe: Recipe, console: Console) -> None:
 
 def report(recipe: Recipe, console: Console) -> None:
     """Draw report.png from metrics.jsonl and, when the draft was evaluated, eval.json."""
-    _say(console, f"report: {draw_report(Path(recipe.output_dir))}")
+    folder = Path(recipe.output_dir)
+    metrics, evaluation = folder / "metrics.jsonl", folder / "eval.json"
+    if not metrics.is_file():
+        raise ValueError(f"output_dir: {folder} has no metrics.jsonl, so there is nothing to report. Train first.")
+    _say(
+        console, f"report: {draw_report(metrics, evaluation if evaluation.is_file() else None, folder / 'report.png')}"
+    )
 
 
 def summary(recipe: Recipe, console: Console) -> None:
     """The run in a few lines."""
     folder = Path(recipe.output_dir)
-    records = read_metrics(folder)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     first, last = records[0], records[-1]
     table = Table("what", "first step", "last step", title=f"{len(records)} optimizer steps")
     for name in ("loss", "tau", "tokens_per_s"):
@@ -134,10 +154,13 @@ def summary(recipe: Recipe, console: Console) -> None:
     evaluation = folder / "eval.json"
     if evaluation.is_file():
         result = json.loads(evaluation.read_text())
+        lengths = [result[name] for name in ("acceptance_length", "acceptance_length_untrained")]
+        # None: every text ended before the draft had a say.
+        trained, untrained = ("none" if length is None else f"{length:.2f}" for length in lengths)
         _say(
             console,
-            f"acceptance length {result['acceptance_length']:.2f} tokens per round, untrained "
-            f"{result['acceptance_length_untrained']:.2f}; lossless: {result['lossless']}",
+            f"acceptance length {trained} tokens per forward of the target, untrained {untrained}; "
+            f"lossless: {result['lossless']}",
         )
     _say(console, f"everything is in {folder}")
 

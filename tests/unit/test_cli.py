@@ -21,7 +21,6 @@ from eagle3_ds.cli_launcher import (
     resolve_hosts,
     write_environment_file,
 )
-from eagle3_ds.cli_report import draw_report
 from eagle3_ds.config import dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -253,22 +252,19 @@ def test_free_ports_are_ports() -> None:
 # Report and shell
 
 
-def test_report_is_drawn_with_and_without_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="no optimizer step"):
-        draw_report(tmp_path)
+def test_report_of_a_run_and_of_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("report", "recipes/quickstart.yaml", f"output_dir={tmp_path}")
+    assert "has no metrics.jsonl" in refusal(capsys, *command)
     records = [{"step": step, "loss": 9.0 / step, "step_accuracy": [0.5, 0.25]} for step in (1, 2)]
-    records[-1]["heldout"] = {"loss": 5.0}
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
-    without = draw_report(tmp_path).read_bytes()
-    evaluation = {
-        "acceptance_length": 1.7,
-        "acceptance_length_untrained": 1.0,
-        "acceptance_by_position": [0.5, 0.2],
-        "acceptance_by_position_untrained": [0.0, 0.0],
-    }
-    (tmp_path / "eval.json").write_text(json.dumps(evaluation))
-    assert main(["report", "recipes/quickstart.yaml", f"output_dir={tmp_path}"]) == 0
-    assert (tmp_path / "report.png").read_bytes() != without
+    assert main(command) == 0
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_stages_that_need_a_trained_draft(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(capsys, command, "recipes/quickstart.yaml", f"output_dir={tmp_path}")
+    assert "no draft-final.safetensors" in message
 
 
 def test_help_has_an_example_for_every_option(capsys: pytest.CaptureFixture[str]) -> None:
