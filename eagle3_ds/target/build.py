@@ -224,6 +224,7 @@ def _model_config(build: TargetBuild, tokenizer: Any) -> LlamaConfig:
         num_attention_heads=build.num_heads,
         num_key_value_heads=build.num_kv_heads,
         max_position_embeddings=build.max_positions,
+        initializer_range=build.hidden_size**-0.5,  # the usual 0.02 is too small for narrow layers: learning starts late
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -1,0 +1,193 @@
+"""Greedy chain speculation, batch 1: the draft proposes some tokens, the target checks them in one forward.
+
+Slots are those of training: slot i holds the target's g_i and the token x_{i+1}, at rotary position i; its output predicts
+x_{i+2}. The draft's k-th guess is made in the slot k places after the last verified one, fed with the draft's own output
+and its own guess, at the next position. Once the target has spoken, the guessed slots are dropped from the draft's cache
+and the verified ones enter with the target's hidden states.
+
+Legend: P prompt tokens, S new slots, n known tokens, Ht hidden size of the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import DynamicCache
+
+from eagle3_ds.model import DraftCache, DraftModel, VocabularyMap
+from eagle3_ds.target import AuxCapture, Target
+
+
+class NotLosslessError(RuntimeError):
+    """Speculative decoding gave another token than the target alone."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One forward of the target that checked `draft_tokens` guesses.
+
+    Attributes:
+        context: tokens known before the round.
+        reached: guesses that mattered: all up to the first wrong one, or up to the end of the text.
+        accepted: guesses that were right.
+        emitted: new tokens, the target's own token included; fewer when the text ended.
+    """
+
+    context: int
+    reached: int
+    accepted: int
+    emitted: int
+
+
+class TargetStream:
+    """The target with a key-value cache that can be cut back.
+
+    `read` feeds tokens after those in the cache; `keep` forgets all but the first ones.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._cache = DynamicCache(config=target.config)
+        self.length = 0
+
+    def read(self, tokens: Sequence[int], last_only: bool = False) -> tuple[Tensor, Tensor]:
+        """Feed S tokens. Returns logits [S, V] (or [1, V] of the last) and g [S, 3 * Ht]."""
+        device = self._target.device
+        positions = torch.arange(self.length, self.length + len(tokens), device=device)
+        base = self._target.model.model
+        with AuxCapture(base, self._target.aux_layers) as capture:
+            output = base(
+                input_ids=torch.tensor([list(tokens)], device=device),
+                position_ids=positions[None],
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+            aux = capture.take()
+        self.length += len(tokens)
+        hidden = output.last_hidden_state[0, -1:] if last_only else output.last_hidden_state[0]
+        return functional.linear(hidden, self._target.head), aux
+
+    def keep(self, length: int) -> None:
+        if length < self.length:
+            self._cache.crop(length - self.length)  # negative: so many tokens less; positive lengths are refused lately
+        self.length = length
+
+
+class DraftStream:
+    """The draft with its cache: verified slots come in, guesses come out."""
+
+    def __init__(self, draft: DraftModel, target: Target, vocabulary: VocabularyMap) -> None:
+        self._draft, self._embedding = draft, target.embedding
+        self._to_target = vocabulary.draft_to_target.to(target.device)
+        self._cache = DraftCache(draft.config.num_hidden_layers)
+
+    def propose(self, aux: Tensor, tokens: Sequence[int], count: int) -> list[int]:
+        """Take in S verified slots and guess `count` tokens after them.
+
+        Args:
+            aux: g [S, 3 * Ht] of the slots; tokens: the S tokens one place later.
+        """
+        verified = len(self._cache) + len(tokens)
+        positions = torch.arange(len(self._cache), verified, device=aux.device)
+        hidden = self._draft.project_aux(aux.to(self._draft.fc.weight.dtype))
+        hidden = self._draft.decode(self._embed(tokens), hidden, positions, self._cache)[-1:]
+        guesses: list[int] = []
+        while True:
+            guesses.append(int(self._to_target[self._draft.logits(hidden)[0].argmax()]))
+            if len(guesses) == count:
+                break
+            position = positions[-1:] + len(guesses)
+            hidden = self._draft.decode(self._embed(guesses[-1:]), hidden, position, self._cache)
+        self._cache.truncate(verified)
+        return guesses
+
+    def _embed(self, tokens: Sequence[int]) -> Tensor:
+        ids = torch.tensor(list(tokens), device=self._embedding.device)
+        return functional.embedding(ids, self._embedding).to(self._draft.fc.weight.dtype)
+
+
+@torch.no_grad()
+def greedy_decode(target: Target, prompt: Sequence[int], max_new_tokens: int, eos_token_id: int | None) -> list[int]:
+    """The target alone: up to `max_new_tokens` tokens after the prompt, the end token included."""
+    stream, output = TargetStream(target), list[int]()
+    tokens = list(prompt)
+    while len(output) < max_new_tokens and (not output or output[-1] != eos_token_id):
+        logits, _ = stream.read(tokens, last_only=True)
+        tokens = [int(logits[0].argmax())]
+        output += tokens
+    return output
+
+
+@torch.no_grad()
+def speculative_decode(
+    target: Target,
+    draft: DraftModel,
+    vocabulary: VocabularyMap,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    draft_tokens: int,
+    eos_token_id: int | None,
+    expected: Sequence[int] | None = None,
+) -> tuple[list[int], list[Round]]:
+    """Decode after the prompt with the draft's help.
+
+    The last round counts whole, even when it goes past `max_new_tokens`: the output is cut, the acceptance is not.
+
+    Args:
+        expected: the target's own greedy output; when given, the result must equal it.
+
+    Returns:
+        The new tokens and the rounds.
+
+    Raises:
+        NotLosslessError: the output differs from `expected`.
+    """
+    stream, drafter = TargetStream(target), DraftStream(draft, target, vocabulary)
+    logits, aux = stream.read(prompt, last_only=True)
+    known = [*prompt, int(logits[0].argmax())]
+    fresh, rounds = known[1:], list[Round]()
+    while len(known) - len(prompt) < max_new_tokens and known[-1] != eos_token_id:
+        guesses = drafter.propose(aux, fresh, draft_tokens)
+        logits, aux = stream.read([known[-1], *guesses])
+        fresh, result = _judge(guesses, logits.argmax(dim=-1).tolist(), eos_token_id, len(known))
+        rounds.append(result)
+        stream.keep(len(known) - 1 + len(fresh))
+        aux = aux[: len(fresh)]
+        known += fresh
+    output = known[len(prompt) :][:max_new_tokens]
+    if expected is not None and output != list(expected):
+        raise NotLosslessError(_difference(target, prompt, output, expected))
+    return output, rounds
+
+
+def _judge(guesses: list[int], choices: list[int], eos: int | None, context: int) -> tuple[list[int], Round]:
+    """The tokens of a round. `choices` are the target's, one per guess and one more after the last guess."""
+    right = 0
+    while right < len(guesses) and guesses[right] == choices[right]:
+        right += 1
+    fresh = choices[: right + 1]
+    if eos in fresh:
+        fresh = fresh[: fresh.index(eos) + 1]
+    accepted = min(right, len(fresh))
+    # a wrong guess was reached only when the text went on to where it stood
+    reached = accepted + int(accepted < len(guesses) and len(fresh) > accepted)
+    return fresh, Round(context, reached, accepted, len(fresh))
+
+
+def _difference(target: Target, prompt: Sequence[int], output: Sequence[int], expected: Sequence[int]) -> str:
+    """Where the two part, and by how much the target prefers its own token."""
+    shorter = min(len(output), len(expected))
+    place = next((i for i in range(shorter) if output[i] != expected[i]), shorter)
+    if place == shorter:
+        return f"speculative decoding gave {len(output)} tokens, the target alone {len(expected)}; the shorter agree."
+    logits, _ = TargetStream(target).read([*prompt, *expected[:place]], last_only=True)
+    gap = float(logits[0, expected[place]] - logits[0, output[place]])
+    return (
+        f"speculative decoding is not lossless: new token {place} (after a prompt of {len(prompt)}) is {output[place]}, the "
+        f"target alone gives {expected[place]}, whose logit is {gap:.3g} higher in {logits.dtype}. A gap of the size of the "
+        "dtype's rounding comes from the different batch shape: set eval.dtype to float32. A larger one is an error."
+    )

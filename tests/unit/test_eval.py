@@ -1,0 +1,198 @@
+"""Speculative decoding: lossless with any draft, caches that forget guesses, counts as told, and the picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_target import build_tiny_target
+
+from eagle3_ds.config import DraftSection, EvalSection, TargetSection
+from eagle3_ds.eval import (
+    NotLosslessError,
+    Round,
+    draw_report,
+    evaluate_draft,
+    greedy_decode,
+    speculative_decode,
+)
+from eagle3_ds.eval.evaluate import _by_context, _by_position
+from eagle3_ds.eval.speculative import DraftStream, TargetStream, _judge
+from eagle3_ds.model import DraftCache, DraftModel, VocabularyMap, build_draft_config
+from eagle3_ds.target import Target, capture_hidden_states, load_target
+
+PROMPT = [260, 70, 80, 90, 100, 3, 5, 7, 11, 13]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    folder = build_tiny_target(tmp_path_factory.mktemp("eval") / "tiny")
+    return load_target(TargetSection(path=str(folder)), dtype="float32")
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def draft(target: Target, request: pytest.FixtureRequest) -> DraftModel:
+    torch.manual_seed(1)
+    draft = DraftModel(build_draft_config(target.config, DraftSection(vocab_size=64, num_layers=request.param)))
+    for parameter in draft.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)  # guesses that depend on the input
+    return draft.eval()
+
+
+@pytest.fixture(scope="module")
+def vocabulary(target: Target) -> VocabularyMap:
+    output = greedy_decode(target, PROMPT, 40, None)
+    return VocabularyMap.from_counts(torch.bincount(torch.tensor(output), minlength=target.config.vocab_size), 64)
+
+
+def test_greedy_equals_decoding_without_a_cache(target: Target) -> None:
+    known = list(PROMPT)
+    for _ in range(20):
+        known.append(int(target.model(input_ids=torch.tensor([known])).logits[0, -1].argmax()))
+    assert greedy_decode(target, PROMPT, 20, None) == known[len(PROMPT) :]
+    ended = known[: known.index(known[len(PROMPT) + 4], len(PROMPT)) + 1]
+    assert greedy_decode(target, PROMPT, 20, ended[-1]) == ended[len(PROMPT) :]
+
+
+def test_target_stream_after_a_rejection_equals_one_forward(target: Target) -> None:
+    stream = TargetStream(target)
+    _, first = stream.read(PROMPT)
+    stream.read([1, 2, 3, 4])
+    stream.keep(len(PROMPT) + 1)
+    logits, second = stream.read([9, 8])
+    tokens = torch.tensor([*PROMPT, 1, 9, 8])
+    aux, teacher = capture_hidden_states(target, tokens)
+    torch.testing.assert_close(first, aux[: len(PROMPT)], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(second, aux[-2:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits, teacher[-2:] @ target.head.T, atol=1e-5, rtol=1e-4)
+
+
+def test_proposals_do_not_depend_on_earlier_guesses(target: Target, draft: DraftModel, vocabulary: VocabularyMap) -> None:
+    aux, _ = capture_hidden_states(target, torch.tensor(PROMPT))
+    following = [*PROMPT[1:], 42]
+    stepwise = DraftStream(draft, target, vocabulary)
+    stepwise.propose(aux[:4], following[:4], 5)
+    stepwise.propose(aux[4:7], following[4:7], 3)
+    whole = DraftStream(draft, target, vocabulary).propose(aux, following, 6)
+    assert stepwise.propose(aux[7:], following[7:], 6) == whole
+    assert set(whole) <= set(vocabulary.draft_to_target.tolist())
+
+
+def test_guesses_follow_the_served_semantics(target: Target, draft: DraftModel, vocabulary: VocabularyMap) -> None:
+    """Slot i: g_i and x_{i+1} at position i; guess k: own output and own guess at position i + k."""
+    aux, _ = capture_hidden_states(target, torch.tensor(PROMPT))
+    tokens = [*PROMPT[1:], 42]
+    guesses = DraftStream(draft, target, vocabulary).propose(aux, tokens, 3)
+    hidden = draft.project_aux(aux)
+    for k in range(3):
+        # all slots again without a cache: verified ones from the target, then one more per guess
+        embeds = target.embedding[torch.tensor(tokens + guesses[:k])]
+        output = draft.decode(embeds, hidden, torch.arange(len(embeds)), DraftCache(draft.config.num_hidden_layers))
+        assert int(vocabulary.draft_to_target[draft.logits(output)[-1].argmax()]) == guesses[k]
+        hidden = torch.cat((hidden, output[-1:]))
+
+
+@pytest.mark.parametrize("draft_tokens", [1, 4])
+def test_any_draft_is_lossless(target: Target, draft: DraftModel, vocabulary: VocabularyMap, draft_tokens: int) -> None:
+    expected = greedy_decode(target, PROMPT, 30, None)
+    output, rounds = speculative_decode(target, draft, vocabulary, PROMPT, 30, draft_tokens, None, expected)
+    assert output == expected
+    assert 1 + sum(each.emitted for each in rounds) >= 30
+    assert [each.context for each in rounds][0] == len(PROMPT) + 1
+
+
+def test_an_oracle_is_accepted_up_to_its_mistakes(
+    target: Target, draft: DraftModel, vocabulary: VocabularyMap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = greedy_decode(target, PROMPT, 60, None)
+    seen: list[int] = []
+
+    def propose(self: DraftStream, aux: torch.Tensor, tokens: list[int], count: int) -> list[int]:
+        assert len(aux) == len(tokens)
+        seen.extend(tokens)
+        known = len(seen) - len(PROMPT) + 1
+        assert seen == [*PROMPT[1:], *expected[:known]]
+        guesses = expected[known : known + count]
+        guesses[2] = (guesses[2] + 1) % target.config.vocab_size
+        return guesses
+
+    monkeypatch.setattr(DraftStream, "propose", propose)
+    output, rounds = speculative_decode(target, draft, vocabulary, PROMPT, 31, 5, None, expected[:31])
+    assert output == expected[:31]
+    assert {(each.reached, each.accepted, each.emitted) for each in rounds} == {(3, 2, 3)}
+
+
+def test_a_difference_is_told_with_its_place_and_gap(target: Target, draft: DraftModel, vocabulary: VocabularyMap) -> None:
+    wrong = greedy_decode(target, PROMPT, 12, None)
+    wrong[5] = (wrong[5] + 1) % target.config.vocab_size
+    with pytest.raises(NotLosslessError, match=r"new token 5 \(after a prompt of 10\) is \d+, the target alone gives"):
+        speculative_decode(target, draft, vocabulary, PROMPT, 12, 3, None, wrong)
+
+
+@pytest.mark.parametrize(
+    ("guesses", "choices", "eos", "fresh", "reached", "accepted"),
+    [
+        ([1, 2, 3], [1, 2, 3, 4], None, [1, 2, 3, 4], 3, 3),
+        ([1, 2, 3], [1, 9, 3, 4], None, [1, 9], 2, 1),
+        ([1, 2, 3], [7, 2, 3, 4], None, [7], 1, 0),
+        ([1, 2, 3], [1, 2, 3, 4], 2, [1, 2], 2, 2),
+        ([1, 2, 3], [1, 2, 3, 4], 4, [1, 2, 3, 4], 3, 3),
+        ([1, 2, 3], [1, 5, 3, 4], 5, [1, 5], 2, 1),
+    ],
+)
+def test_judging_a_round(
+    guesses: list[int], choices: list[int], eos: int | None, fresh: list[int], reached: int, accepted: int
+) -> None:
+    assert _judge(guesses, choices, eos, 20) == (fresh, Round(20, reached, accepted, len(fresh)))
+
+
+def test_counts_by_position_and_context() -> None:
+    rounds = [Round(10, 1, 0, 1), Round(20, 2, 2, 3), Round(21, 2, 1, 2), Round(500, 1, 1, 1)]
+    first, second = _by_position(rounds, 2)
+    assert (first["reached"], first["accepted_when_reached"], first["accepted"]) == (4, 0.75, 0.75)
+    assert (second["reached"], second["accepted_when_reached"], second["accepted"]) == (2, 0.5, 0.25)
+    assert [(row["up_to"], row["rounds"], row["acceptance_length"]) for row in _by_context(rounds, (20, 40))] == [
+        (20, 2, 2.0),
+        (40, 1, 2.0),
+        (None, 1, 1.0),
+    ]
+
+
+class StandInRecipe:
+    """The one section that an evaluation reads."""
+
+    eval = EvalSection(max_new_tokens=10, draft_tokens=3, context_buckets=(16, 64))
+
+
+def test_evaluation_and_picture(target: Target, draft: DraftModel, vocabulary: VocabularyMap, tmp_path: Path) -> None:
+    recipe: Any = StandInRecipe()
+    untrained = DraftModel(draft.config)
+    result = evaluate_draft(recipe, target, draft, untrained, vocabulary, [PROMPT, PROMPT[:3]], progress=False)
+    assert result["lossless"] is True and result["prompts"] == 2
+    assert 1.0 <= result["acceptance_length"] <= 4.0 and 1.0 <= result["acceptance_length_untrained"] <= 4.0
+    assert [row["position"] for row in result["acceptance_by_position"]] == [1, 2, 3]
+    (tmp_path / "eval.json").write_text(json.dumps(result))
+    record = {"loss": 3.0, "step_loss": [2.0, 1.0], "step_accuracy": [0.5, 0.25]}
+    lines = [json.dumps(record | {"step": step, "loss": 3 / step}) for step in (1, 2, 3)]
+    lines.append(json.dumps(record | {"step": 4, "heldout": record}))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    with_eval = draw_report(tmp_path / "metrics.jsonl", tmp_path / "eval.json", tmp_path / "a.png")
+    without = draw_report(tmp_path / "metrics.jsonl", None, tmp_path / "b.png")
+    assert with_eval.stat().st_size > without.stat().st_size > 1000
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="holds no line"):
+        draw_report(tmp_path / "metrics.jsonl", None, tmp_path / "c.png")
+
+
+def test_evaluation_refusals(target: Target, draft: DraftModel, vocabulary: VocabularyMap) -> None:
+    recipe: Any = StandInRecipe()
+    for prompts in ([], [PROMPT, []]):
+        with pytest.raises(ValueError, match="the shortest of 0 tokens"):
+            evaluate_draft(recipe, target, draft, draft, vocabulary, prompts, progress=False)
+    recipe.eval = EvalSection(dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"eval.dtype is bfloat16, the target is in torch.float32"):
+        evaluate_draft(recipe, target, draft, draft, vocabulary, [PROMPT], progress=False)
