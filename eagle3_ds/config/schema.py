@@ -34,8 +34,8 @@ class TargetBuild(Section):
     num_heads: Positive = 4
     num_kv_heads: Positive = 2
     max_positions: Positive = 8192
-    sequence_length: Positive = 512
-    batch_size: Positive = 8
+    sequence_length: Positive = 1024
+    batch_size: Positive = 2
     steps: NonNegative = 300
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     seed: int = 0
