@@ -22,7 +22,7 @@ from eagle3_ds.data.loader import PackedLoader
 from eagle3_ds.data.store import HiddenStateStore
 from eagle3_ds.layout import PackedSequence
 from eagle3_ds.model import DraftModel, VocabularyMap, build_draft_config
-from eagle3_ds.target.weights import load_embedding_and_head, load_text_config
+from eagle3_ds.target import load_embedding_and_head, load_text_config, resolve_path
 from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.loop import run_training, save_weights
 from eagle3_ds.train.trainer import DraftTrainer
@@ -31,8 +31,9 @@ from eagle3_ds.train.trainer import DraftTrainer
 def build_trainer(recipe: Recipe, topology: Topology) -> DraftTrainer:
     """A trainer with a fresh draft, the same on all ranks because all seed alike."""
     torch.manual_seed(recipe.train.seed)
-    draft = DraftModel(build_draft_config(load_text_config(recipe.target.path), recipe.draft))
-    embedding, head = load_embedding_and_head(recipe.target.path)
+    folder = resolve_path(recipe.target.path)
+    draft = DraftModel(build_draft_config(load_text_config(folder), recipe.draft))
+    embedding, head = load_embedding_and_head(folder)
     vocabulary = VocabularyMap.load(Path(recipe.output_dir) / "vocabulary.safetensors")
     settings = fill_deepspeed_config(
         load_deepspeed_config(recipe.deepspeed), recipe, topology.mesh.world_size, topology.draft_dp
