@@ -11,6 +11,7 @@ import os
 import pickle
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -36,6 +37,7 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
     )
     # Without a resolvable host name gloo finds no interface; the ranks are all on this machine anyway.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     import torch
     import torch.distributed as dist
 
@@ -51,6 +53,14 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
     dist.destroy_process_group()
     # Nothing is left to save, and the interpreter's own farewell to torch takes seconds per rank.
     os._exit(0)
+
+
+def _leave_with_parent() -> None:
+    """A rank that waits in a collective never sees its connection close: end it when a killed pytest leaves it behind."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _answer(message: bytes) -> bytes:
