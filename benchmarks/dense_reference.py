@@ -64,12 +64,18 @@ class Optimization:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step before the optimizer: numbers, and every parameter's gradient by its name."""
+    """One optimizer step before the optimizer: numbers, and every parameter's gradient by its name.
+
+    `accuracy_slack` and `tau_slack` say how far rounding may move `step_accuracy` and `tau`: the share of slots whose two
+    largest draft logits are nearly equal, so that rounding decides which of them is the argmax.
+    """
 
     loss: float
     step_loss: tuple[float, ...]
     step_accuracy: tuple[float, ...]
+    accuracy_slack: tuple[float, ...]
     tau: float
+    tau_slack: float
     gradients: dict[str, Tensor]
     grad_norm: float
 
@@ -85,21 +91,27 @@ class _Sums:
     counted: Tensor
     joint_hits: Tensor
     joint_counted: Tensor
+    ties: Tensor
 
 
 def reference_step(
-    weights: Weights, config: LlamaConfig, frozen: Frozen, batches: Sequence[MicroBatch], rules: LossRules
+    weights: Weights,
+    config: LlamaConfig,
+    frozen: Frozen,
+    batches: Sequence[MicroBatch],
+    rules: LossRules,
+    rounding: float = 0.0,
 ) -> StepResult:
     """Loss, accuracies and gradients of one optimizer step over the micro-batches of all draft_dp ranks.
 
-    The dtype of `weights` is the dtype of everything.
+    The dtype of `weights` is the dtype of everything. Logits closer than `rounding` times their largest are ties.
     """
     leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
-    sums = [_micro_batch(leaves, config, frozen, batch, rules) for batch in batches]
+    sums = [_micro_batch(leaves, config, frozen, batch, rules, rounding) for batch in batches]
     entropy = torch.stack([s.entropy for s in sums]).sum(0)
-    in_loss, hits, counted, joint_hits, joint_counted = (
+    in_loss, hits, counted, joint_hits, joint_counted, ties = (
         torch.stack([getattr(s, name) for s in sums]).sum(0).to(entropy.dtype)
-        for name in ("in_loss", "hits", "counted", "joint_hits", "joint_counted")
+        for name in ("in_loss", "hits", "counted", "joint_hits", "joint_counted", "ties")
     )
     if rules.reduction == "slots":
         in_loss = torch.full_like(in_loss, sum(s.slots for s in sums))
@@ -111,7 +123,9 @@ def reference_step(
         loss=loss.item(),
         step_loss=tuple(step_loss.tolist()),
         step_accuracy=tuple((hits / counted.clamp(min=1)).tolist()),
+        accuracy_slack=tuple((ties / counted.clamp(min=1)).tolist()),
         tau=1.0 + (joint_hits / joint_counted.clamp(min=1)).sum().item(),
+        tau_slack=(ties.cumsum(0) / joint_counted.clamp(min=1)).sum().item(),
         gradients=gradients,
         grad_norm=_global_norm(gradients),
     )
@@ -124,6 +138,7 @@ def reference_train(
     steps: Sequence[Sequence[MicroBatch]],
     rules: LossRules,
     optimization: Optimization,
+    rounding: float = 0.0,
 ) -> tuple[list[StepResult], dict[str, Tensor]]:
     """Optimizer steps one after the other, over `steps` of micro-batches.
 
@@ -140,7 +155,7 @@ def reference_train(
     )
     results = []
     for batches in steps:
-        result = reference_step(masters, config, frozen, batches, rules)
+        result = reference_step(masters, config, frozen, batches, rules, rounding)
         clipped = 0 < optimization.clip < result.grad_norm
         factor = optimization.clip / (result.grad_norm + 1e-6) if clipped else 1.0
         for name, master in masters.items():
@@ -174,7 +189,7 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
 
 
 def _micro_batch(
-    weights: Weights, config: LlamaConfig, frozen: Frozen, batch: MicroBatch, rules: LossRules
+    weights: Weights, config: LlamaConfig, frozen: Frozen, batch: MicroBatch, rules: LossRules, rounding: float
 ) -> _Sums:
     length, steps = len(batch.token_ids), rules.ttt_steps
     dtype = weights["fc.weight"].dtype
@@ -185,7 +200,7 @@ def _micro_batch(
     covered = torch.isin(best, target_of)
     teacher = teacher_logits[:, target_of].softmax(-1)
 
-    entropies, in_loss, hits, counted, joint_hits, joint_counted = [], [], [], [], [], []
+    rows: list[tuple[Tensor, ...]] = []
     all_right = all_counted = torch.ones(length, dtype=torch.bool)
     logits_of_steps = _unroll(weights, config, frozen, batch, document, steps)
     for k, logits in enumerate(logits_of_steps):
@@ -196,14 +211,11 @@ def _micro_batch(
         all_right, all_counted = all_right & right, all_counted & supervised
         contributing = supervised & covered[read]
         entropy = -(teacher[read] * logits.log_softmax(-1)).sum(-1)
-        entropies.append(entropy[contributing].sum())
-        in_loss.append(contributing.sum())
-        hits.append(right.sum())
-        counted.append(supervised.sum())
-        joint_hits.append(all_right.sum())
-        joint_counted.append(all_counted.sum())
-    columns = (torch.stack(column) for column in (entropies, in_loss, hits, counted, joint_hits, joint_counted))
-    return _Sums(length, *columns)
+        best_two = logits.topk(2).values
+        tied = supervised & (best_two[:, 0] - best_two[:, 1] < rounding * best_two[:, 0].abs())
+        flags = (contributing, right, supervised, all_right, all_counted, tied)
+        rows.append((entropy[contributing].sum(), *(flag.sum() for flag in flags)))
+    return _Sums(length, *(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
 def _read(document: Tensor, ahead: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from benchmarks.dense_reference import (
     reference_train,
     rotary_frequencies,
 )
-from benchmarks.exactness_cases import full_matrix, make_inputs
+from benchmarks.exactness_cases import full_matrix, make_inputs, short_matrix
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 5e5},
@@ -188,3 +188,25 @@ def test_training_clips_by_the_global_norm_and_steps_like_adamw():
         adam.step()
     for name, master in masters.items():
         assert torch.allclose(trained[name], master, rtol=1e-12, atol=1e-14), name
+
+
+def test_slack_counts_the_slots_that_rounding_decides():
+    inputs, weights = inputs_of("one", 1)
+    batches = inputs.step_batches()[0]
+    none, all_tied = (
+        reference_step(weights, inputs.config, inputs.frozen, batches, LossRules(3), rounding) for rounding in (0.0, 1e9)
+    )
+    assert none.accuracy_slack == (0.0, 0.0, 0.0)
+    assert none.tau_slack == 0.0
+    assert all_tied.accuracy_slack == (1.0, 1.0, 1.0)
+    assert (none.loss, none.step_accuracy, none.tau) == (all_tied.loss, all_tied.step_accuracy, all_tied.tau)
+
+
+def test_slack_is_small_where_it_is_used():
+    """A check that may be off by everything would be none."""
+    for case in short_matrix():
+        inputs = make_inputs(case)
+        weights = {name: weight.double() for name, weight in inputs.weights.items()}
+        first = inputs.step_batches()[0]
+        result = reference_step(weights, inputs.config, inputs.frozen, first, case.rules, case.tolerance)
+        assert sum(result.accuracy_slack) <= (0.05 if case.dtype == "bfloat16" else 0.0) * case.ttt_steps, str(case)

@@ -1,0 +1,78 @@
+"""The short exactness matrix, and the proof that its comparison can reject."""
+
+import pytest
+
+from benchmarks.exactness import COMPARED, judge, main, relative_error
+from benchmarks.exactness_cases import Case, short_matrix
+
+pytestmark = pytest.mark.dist
+TWO_RANKS = Case(
+    draft_dp=1,
+    ring=1,
+    ulysses=2,
+    zero_stage=2,
+    zero_group="all",
+    accumulation=1,
+    documents="many_unaligned",
+    heads="gqa",
+    kv_exchange="gather",
+    ttt_steps=3,
+    dtype="float32",
+    alignment="served",
+    reduction="supervised",
+    layers=1,
+    activation="recompute",
+    kernel="auto",
+)
+
+
+@pytest.mark.parametrize("case", short_matrix(), ids=str)
+def test_the_product_equals_the_dense_reference(case):
+    verdict = judge(case)
+    assert verdict.passed, verdict.failure or verdict.line()
+
+
+def test_the_case_that_is_mutated_passes_unharmed():
+    verdict = judge(TWO_RANKS)
+    assert verdict.passed, verdict.failure or verdict.line()
+    assert tuple(verdict.errors) == COMPARED
+
+
+@pytest.mark.parametrize("mutation", ["scale_by_sp", "dropped_halo", "leaking_document", "rope_off_by_one"])
+def test_a_mutation_is_rejected_for_its_numbers(mutation):
+    verdict = judge(TWO_RANKS, mutation=mutation)
+    assert verdict.failure is None, verdict.failure
+    assert not verdict.passed, verdict.line()
+    assert verdict.errors["gradients"] > 1000 * TWO_RANKS.tolerance
+
+
+def test_an_unknown_mutation_is_a_failure_that_names_the_known_ones():
+    verdict = judge(TWO_RANKS, mutation="nothing")
+    assert not verdict.passed
+    assert "mutation = 'nothing' is unknown. Use one of scale_by_sp" in str(verdict.failure)
+
+
+def test_the_command_exits_1_and_still_writes_when_a_case_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.exactness.run_ranks", _no_ranks)
+    path = tmp_path / "exactness.json"
+    assert main(["--short", "--only", "1x1x1", "--json", str(path)]) == 1
+    assert '"passed": 0' in path.read_text()
+
+
+def _no_ranks(*_args):
+    raise RuntimeError("no ranks today")
+
+
+@pytest.mark.parametrize(
+    ("value", "reference", "slack", "expected"),
+    [
+        (1.1, 1.0, 0.0, 0.1),
+        (1.1, 1.0, 0.2, 0.0),
+        (0.0, 0.0, 0.0, 0.0),
+        (1e-9, 0.0, 0.0, float("inf")),
+        ([1.0, 2.0], [1.0], 0.0, float("inf")),
+        ([3.0, 4.0], [0.0, 4.0], 0.0, 0.75),
+    ],
+)
+def test_relative_error(value, reference, slack, expected):
+    assert relative_error(value, reference, slack) == pytest.approx(expected)
