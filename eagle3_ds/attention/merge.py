@@ -10,18 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def merge_partial(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge two partial attentions over disjoint keys. out [S, H, D], lse [S, H]; a row without keys has lse -inf."""
-    lse = torch.logaddexp(lse_a, lse_b)
-    # (-inf) - (-inf) is nan: a row that has seen no key yet keeps its zero output.
-    safe = torch.where(torch.isneginf(lse), torch.zeros_like(lse), lse)
-    out = out_a * (lse_a - safe).exp()[..., None] + out_b * (lse_b - safe).exp()[..., None]
-    return out, lse
+from eagle3_ds.kernels import accumulation_dtype
 
 
 def _grouped(x_SHD: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:

@@ -12,10 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eagle3_ds.attention.merge import accumulation_dtype
 from eagle3_ds.attention.tiles import gathered_tiles
 from eagle3_ds.collectives import all_gather_rows, reduce_scatter_rows
-from eagle3_ds.kernels import AttentionKernel
+from eagle3_ds.kernels import AttentionKernel, accumulation_dtype
 from eagle3_ds.layout import SpanPlan
 
 

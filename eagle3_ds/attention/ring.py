@@ -13,10 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eagle3_ds.attention.merge import accumulation_dtype, merge_partial
 from eagle3_ds.attention.tiles import block_tiles
 from eagle3_ds.collectives import RingExchange
-from eagle3_ds.kernels import AttentionKernel
+from eagle3_ds.kernels import AttentionKernel, accumulation_dtype, merge_partial
 from eagle3_ds.layout import SpanPlan
 
 

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from eagle3_ds.attention.merge import accumulation_dtype, merge_diagonals, merge_diagonals_backward
+from eagle3_ds.attention.merge import merge_diagonals, merge_diagonals_backward
 from eagle3_ds.attention.prefix_kv import PrefixKV
 from eagle3_ds.attention.ring import RingKV
 from eagle3_ds.collectives import SequenceToHeads, heads_to_sequence, sequence_to_heads
-from eagle3_ds.kernels import AttentionKernel
+from eagle3_ds.kernels import AttentionKernel, accumulation_dtype
 from eagle3_ds.layout import SpanPlan
 
 
