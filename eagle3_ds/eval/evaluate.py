@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eagle3_ds.config import Recipe
+from eagle3_ds.config import EvalSection, Recipe
 from eagle3_ds.eval.speculative import Round, greedy_decode, speculative_decode
 from eagle3_ds.model import DraftModel, VocabularyMap
 from eagle3_ds.target import Target
@@ -62,7 +62,13 @@ def evaluate_draft(
                 target, model, vocabulary, prompt, settings.max_new_tokens, settings.draft_tokens, eos, expected
             )
             rounds[name] += more
-    trained, untrained = rounds["trained"], rounds["untrained"]
+    # lossless: every output above was compared with the target's own, a difference raises
+    sizes = {"lossless": True, "prompts": len(prompts), "new_tokens": new_tokens}
+    return _figures(rounds["trained"], rounds["untrained"], settings) | sizes
+
+
+def _figures(trained: Sequence[Round], untrained: Sequence[Round], settings: EvalSection) -> dict[str, Any]:
+    """What is counted over rounds, and the settings that it depends on."""
     return {
         "acceptance_length": _acceptance_length(trained),
         "acceptance_length_untrained": _acceptance_length(untrained),
@@ -70,9 +76,6 @@ def evaluate_draft(
         "acceptance_by_position_untrained": _by_position(untrained, settings.draft_tokens),
         "acceptance_by_context": _by_context(trained, settings.context_buckets),
         "acceptance_by_context_untrained": _by_context(untrained, settings.context_buckets),
-        "lossless": True,  # every output above was compared; a difference raises
-        "prompts": len(prompts),
-        "new_tokens": new_tokens,
         "target_forwards": len(trained),
         "draft_tokens": settings.draft_tokens,
         "max_new_tokens": settings.max_new_tokens,
