@@ -67,7 +67,7 @@ class StepResult:
     """One optimizer step before the optimizer: numbers, and every parameter's gradient by its name.
 
     `accuracy_slack` and `tau_slack` say how far rounding may move `step_accuracy` and `tau`: the share of slots whose two
-    largest draft logits are nearly equal, so that rounding decides which of them is the argmax.
+    largest draft logits are nearly equal, one of them being right, so that rounding decides whether the argmax is.
     """
 
     loss: float
@@ -92,6 +92,7 @@ class _Sums:
     joint_hits: Tensor
     joint_counted: Tensor
     ties: Tensor
+    joint_ties: Tensor
 
 
 def reference_step(
@@ -109,9 +110,9 @@ def reference_step(
     leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
     sums = [_micro_batch(leaves, config, frozen, batch, rules, rounding) for batch in batches]
     entropy = torch.stack([s.entropy for s in sums]).sum(0)
-    in_loss, hits, counted, joint_hits, joint_counted, ties = (
+    in_loss, hits, counted, joint_hits, joint_counted, ties, joint_ties = (
         torch.stack([getattr(s, name) for s in sums]).sum(0).to(entropy.dtype)
-        for name in ("in_loss", "hits", "counted", "joint_hits", "joint_counted", "ties")
+        for name in ("in_loss", "hits", "counted", "joint_hits", "joint_counted", "ties", "joint_ties")
     )
     if rules.reduction == "slots":
         in_loss = torch.full_like(in_loss, sum(s.slots for s in sums))
@@ -125,7 +126,7 @@ def reference_step(
         step_accuracy=tuple((hits / counted.clamp(min=1)).tolist()),
         accuracy_slack=tuple((ties / counted.clamp(min=1)).tolist()),
         tau=1.0 + (joint_hits / joint_counted.clamp(min=1)).sum().item(),
-        tau_slack=(ties.cumsum(0) / joint_counted.clamp(min=1)).sum().item(),
+        tau_slack=(joint_ties / joint_counted.clamp(min=1)).sum().item(),
         gradients=gradients,
         grad_norm=_global_norm(gradients),
     )
@@ -201,7 +202,8 @@ def _micro_batch(
     teacher = teacher_logits[:, target_of].softmax(-1)
 
     rows: list[tuple[Tensor, ...]] = []
-    all_right = all_counted = torch.ones(length, dtype=torch.bool)
+    all_right = all_counted = may_be_right = torch.ones(length, dtype=torch.bool)
+    any_tied = ~all_right
     logits_of_steps = _unroll(weights, config, frozen, batch, document, steps)
     for k, logits in enumerate(logits_of_steps):
         read, inside = _read(document, 1 + k)
@@ -211,11 +213,18 @@ def _micro_batch(
         all_right, all_counted = all_right & right, all_counted & supervised
         contributing = supervised & covered[read]
         entropy = -(teacher[read] * logits.log_softmax(-1)).sum(-1)
-        best_two = logits.topk(2).values
-        tied = supervised & (best_two[:, 0] - best_two[:, 1] < rounding * best_two[:, 0].abs())
-        flags = (contributing, right, supervised, all_right, all_counted, tied)
+        tied = supervised & _is_decided_by_rounding(logits, target_of, best[read], rounding)
+        may_be_right, any_tied = may_be_right & (right | tied), any_tied | tied
+        flags = (contributing, right, supervised, all_right, all_counted, tied, may_be_right & any_tied)
         rows.append((entropy[contributing].sum(), *(flag.sum() for flag in flags)))
     return _Sums(length, *(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def _is_decided_by_rounding(logits: Tensor, target_of: Tensor, best: Tensor, rounding: float) -> Tensor:
+    """bool [L]: the two largest logits are closer than `rounding` times the largest, and one of them is the teacher's."""
+    value, draft_id = logits.topk(2)
+    close = value[:, 0] - value[:, 1] < rounding * value[:, 0].abs()
+    return close & (target_of[draft_id] == best[:, None]).any(-1)
 
 
 def _read(document: Tensor, ahead: int) -> tuple[Tensor, Tensor]:

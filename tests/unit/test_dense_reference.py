@@ -198,7 +198,9 @@ def test_slack_counts_the_slots_that_rounding_decides():
     )
     assert none.accuracy_slack == (0.0, 0.0, 0.0)
     assert none.tau_slack == 0.0
-    assert all_tied.accuracy_slack == (1.0, 1.0, 1.0)
+    # With everything tied, what is right might be wrong, and what comes second might be right.
+    assert all(slack >= hit for slack, hit in zip(all_tied.accuracy_slack, none.step_accuracy, strict=True))
+    assert all_tied.tau_slack >= none.tau - 1
     assert (none.loss, none.step_accuracy, none.tau) == (all_tied.loss, all_tied.step_accuracy, all_tied.tau)
 
 
@@ -209,4 +211,8 @@ def test_slack_is_small_where_it_is_used():
         weights = {name: weight.double() for name, weight in inputs.weights.items()}
         first = inputs.step_batches()[0]
         result = reference_step(weights, inputs.config, inputs.frozen, first, case.rules, case.tolerance)
-        assert sum(result.accuracy_slack) <= (0.05 if case.dtype == "bfloat16" else 0.0) * case.ttt_steps, str(case)
+        # In a document of few slots, one is a large share of them.
+        bound = 0.2 if case.documents == "unsupervised_rank" else 0.05
+        assert result.tau_slack <= bound * case.ttt_steps, str(case)
+        assert max(result.accuracy_slack) <= bound, str(case)
+        assert case.dtype == "bfloat16" or result.tau_slack == 0.0, str(case)
