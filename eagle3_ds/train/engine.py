@@ -13,6 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
 from eagle3_ds.config import Recipe
@@ -65,7 +66,22 @@ def build_engine(
         config=deepspeed_config,
         mpu=ZeroGroupMpu.create(topology) if by_draft_dp else None,
     )
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        _undo_synthetic_step(engine.optimizer)
     return engine, float(topology.draft_dp if by_draft_dp else topology.mesh.world_size)
+
+
+def _undo_synthetic_step(wrapper: FP16_UnfusedOptimizer) -> None:
+    """Bring the optimizer of stage 0 in bf16 back to where it was before DeepSpeed stepped it.
+
+    The wrapper takes a step on zero gradients to allocate the state (DeepSpeed 0.19.8, `initialize_optimizer_states`). Adam
+    counts it, so that the bias correction makes the first real update 1.4 times too small, and weight decay acts on the masters.
+    """
+    wrapper.optimizer.state.clear()
+    with torch.no_grad():
+        for masters, parameters in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+            for master, parameter in zip(masters, parameters, strict=True):
+                master.copy_(parameter)
 
 
 def _sum_over_group(group: dist.ProcessGroup, gradient: Tensor) -> Tensor:
