@@ -104,9 +104,7 @@ def test_refused_deepspeed_key(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_unavailable_kernel_is_named_with_what_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = refusal(
-        capsys, "launch", "recipes/quickstart.yaml", "attention.kernel=cuda", f"output_dir={tmp_path / 'run'}"
-    )
+    message = refusal(capsys, "launch", "recipes/quickstart.yaml", "attention.kernel=cuda", f"output_dir={tmp_path / 'run'}")
     assert "'cuda' cannot run" in message and "blockwise" in message
     assert not (tmp_path / "run").exists()
 

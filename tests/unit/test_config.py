@@ -121,9 +121,7 @@ def test_docs_explain_every_key() -> None:
     text = (ROOT / "docs" / "recipe.md").read_text()
     schema = Recipe.model_json_schema()
     sections = {**schema["$defs"], "Recipe": schema}
-    missing = [
-        f"{name}.{key}" for name, section in sections.items() for key in section["properties"] if f"`{key}`" not in text
-    ]
+    missing = [f"{name}.{key}" for name, section in sections.items() for key in section["properties"] if f"`{key}`" not in text]
     assert not missing
 
 

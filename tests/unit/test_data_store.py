@@ -189,9 +189,7 @@ def test_bad_tensors_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"teacher of document 0 has shape \(4, 2\), expected \(5, 2\)"):
         out.append(0, aux, teacher[:4], token)
     aux[2, 3] = 1e6
-    with pytest.raises(
-        ValueError, match=r"aux of document 0 is not finite as float16 \(largest input 1e\+06\).*bfloat16"
-    ):
+    with pytest.raises(ValueError, match=r"aux of document 0 is not finite as float16 \(largest input 1e\+06\).*bfloat16"):
         out.append(0, aux, teacher, token)
 
 

@@ -92,9 +92,7 @@ def test_a_pack_equals_its_documents_alone(alignment, reduction, layers):
     alone, start = [], 0
     for length in pack.lengths:
         rows = slice(start, start + length)
-        alone.append(
-            MicroBatch(pack.token_ids[rows], pack.loss_mask[rows], (length,), pack.aux[rows], pack.teacher[rows])
-        )
+        alone.append(MicroBatch(pack.token_ids[rows], pack.loss_mask[rows], (length,), pack.aux[rows], pack.teacher[rows]))
         start += length
     packed = reference_step(weights, inputs.config, inputs.frozen, [pack], rules)
     split = reference_step(weights, inputs.config, inputs.frozen, alone, rules)

@@ -80,9 +80,7 @@ def test_some_rank_has_no_supervised_slot_and_some_rank_has(case):
         for ring_rank, ulysses_rank in itertools.product(range(case.ring), range(case.ulysses)):
             counts.append(0)
             for batch in rank_batches:
-                pack = PackedSequence(
-                    batch.token_ids, batch.loss_mask, batch.lengths, batch.token_ids, batch.aux, batch.teacher
-                )
+                pack = PackedSequence(batch.token_ids, batch.loss_mask, batch.lengths, batch.token_ids, batch.aux, batch.teacher)
                 plan = SpanPlan.make(batch.lengths, case.ring, case.ulysses)
                 local = prepare_usp_input(pack, plan, ring_rank, ulysses_rank, case.ttt_steps, case.alignment)
                 counts[-1] += int(local.supervised.sum())

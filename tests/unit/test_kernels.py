@@ -34,9 +34,7 @@ CASES = {
     "full": Case(17, 40, 4, 1, (Tile(0, 17, 0, 40, False),)),
     "more queries than keys": Case(40, 7, 2, 2, (Tile(0, 40, 0, 7, False),)),
     "one row": Case(1, 9, 4, 2, (Tile(0, 1, 0, 9, True),)),
-    "documents": Case(
-        60, 60, 4, 2, (Tile(0, 21, 0, 21, True), Tile(21, 22, 21, 22, True), Tile(22, 60, 22, 60, True))
-    ),
+    "documents": Case(60, 60, 4, 2, (Tile(0, 21, 0, 21, True), Tile(21, 22, 21, 22, True), Tile(22, 60, 22, 60, True))),
     "chunks of one document": Case(24, 64, 2, 2, (Tile(0, 12, 0, 20, True), Tile(12, 24, 0, 60, True))),
     "rows in several tiles": Case(
         30, 70, 4, 2, (Tile(0, 30, 0, 25, False), Tile(10, 30, 40, 60, True), Tile(5, 12, 60, 70, False))
@@ -126,9 +124,7 @@ def error(actual: Tensor, wanted: Tensor) -> float:
     return float(difference / wanted[finite].norm().clamp_min(1e-6))
 
 
-def run_backward(
-    kernel: AttentionKernel, inputs: Inputs, case: Case, merged: Tensor, lse: Tensor
-) -> tuple[Tensor, ...]:
+def run_backward(kernel: AttentionKernel, inputs: Inputs, case: Case, merged: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
     """dq, dk, dv, from accumulators that already hold ones."""
     wide = torch.float64 if inputs.q.dtype == torch.float64 else torch.float32
     dk, dv = (torch.ones_like(x, dtype=wide) for x in (inputs.k, inputs.v))
@@ -296,9 +292,7 @@ def test_merge_of_two_empty_rows_is_empty() -> None:
 def test_causal_tile_with_too_few_keys_is_a_bug() -> None:
     x = torch.zeros(4, 1, 8)
     with pytest.raises(AssertionError, match="leaves rows without a key"):
-        select_kernel("blockwise", torch.device("cpu"), torch.float32, 8).forward(
-            x, x, x, (Tile(0, 4, 0, 3, True),), 1.0
-        )
+        select_kernel("blockwise", torch.device("cpu"), torch.float32, 8).forward(x, x, x, (Tile(0, 4, 0, 3, True),), 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

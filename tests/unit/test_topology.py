@@ -55,9 +55,7 @@ def test_axis_without_ranks() -> None:
 
 def test_ulysses_must_divide_the_heads() -> None:
     check_heads(4, 32, 8)
-    with pytest.raises(
-        ValueError, match=r"ulysses is 16, but it must divide 8.*32 query.*8 key/value.*ulysses to 8;.*ring"
-    ):
+    with pytest.raises(ValueError, match=r"ulysses is 16, but it must divide 8.*32 query.*8 key/value.*ulysses to 8;.*ring"):
         check_heads(16, 32, 8)
     with pytest.raises(ValueError, match="ulysses to 2;"):
         check_heads(4, 14, 2)

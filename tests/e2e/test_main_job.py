@@ -1,0 +1,134 @@
+"""One command from Python's own sources to an exported draft, by ZeRO-3 x ring 2 x ulysses 2 on four ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_quickstart import QUICKSTART, ROOT, STEPS, Job, small_job
+
+from eagle3_ds.config import load_recipe
+
+pytestmark = pytest.mark.e2e
+TTT_STEPS, NUM_RANKS = 7, 4
+
+
+def test_the_output_folder_holds_everything(finished: Job) -> None:
+    for name in ("recipe.resolved.yaml", "metrics.jsonl", "eval.json", "report.png"):
+        assert (finished.folder / name).stat().st_size > 0, name
+    for name in ("checkpoints", "draft", "draft-speculators"):
+        assert any((finished.folder / name).iterdir()), name
+    assert (finished.folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert load_recipe(finished.folder / "recipe.resolved.yaml") == load_recipe(
+        ROOT / QUICKSTART, [*finished.overrides, "parallel.draft_dp=1"]
+    )
+
+
+def test_metrics_have_a_line_per_step(finished: Job) -> None:
+    records = finished.metrics()
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    for record in records:
+        assert len(record["step_loss"]) == len(record["step_accuracy"]) == TTT_STEPS
+        assert len(record["peak_memory_bytes"]) == NUM_RANKS and min(record["peak_memory_bytes"]) > 0
+        for name in ("loss", "tau", "grad_norm", "lr", "tokens", "tokens_per_s"):
+            assert math.isfinite(record[name]) and record[name] > 0, name
+        assert ("heldout" in record) == (record["step"] % 2 == 0)
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert records[-1]["heldout"]["loss"] < records[1]["heldout"]["loss"]
+
+
+def test_evaluation_is_lossless_and_complete(finished: Job) -> None:
+    result = json.loads((finished.folder / "eval.json").read_text())
+    assert result["lossless"] is True
+    assert result["acceptance_length"] >= 1.0 and result["acceptance_length_untrained"] >= 1.0
+    assert len(result["acceptance_by_position"]) == TTT_STEPS
+    assert result["acceptance_by_context"]
+
+
+def test_exports_hold_the_trained_weights(finished: Job) -> None:
+    trained = load_file(finished.folder / "draft-final.safetensors")
+    for name in ("draft", "draft-speculators"):
+        folder = finished.folder / name
+        tensors = load_file(folder / "model.safetensors")
+        assert torch.equal(tensors["fc.weight"], trained["fc.weight"])
+        assert tensors["d2t"].shape == (1024,) and tensors["t2d"].sum() == 1024
+        assert json.loads((folder / "config.json").read_text())["architectures"]
+
+
+def test_the_terminal_tells_the_result(finished: Job) -> None:
+    for words in ("mesh: draft_dp 1 x ring 2 x ulysses 2 = 4 ranks", "acceptance length", "lossless: True"):
+        assert words in finished.output
+    assert f"everything is in {finished.folder}" in finished.output
+
+
+def test_single_stages_run_again_and_say_the_same(finished: Job) -> None:
+    for stage, product in (("evaluate", "eval.json"), ("export", "draft/model.safetensors"), ("report", "report.png")):
+        path = finished.folder / product
+        before = path.read_bytes()
+        path.unlink()
+        result = finished.launch(command=[stage])
+        assert result.returncode == 0, result.stdout
+        # Evaluation notes its own seconds.
+        assert stage == "evaluate" or path.read_bytes() == before, stage
+
+
+def test_a_second_run_needs_a_word_about_the_first(finished: Job) -> None:
+    before = (finished.folder / "metrics.jsonl").read_bytes()
+    result = finished.launch()
+    assert result.returncode == 2
+    assert "--resume" in result.stdout and "--overwrite" in result.stdout
+    assert (finished.folder / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.fixture(scope="session")
+def resumed(finished: Job, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Half the steps, then the others with --resume; target and hidden states are those of `finished`."""
+    job = small_job(shared, tmp_path_factory.mktemp("resumed") / "output", "eval.num_prompts=0")
+    for arguments in ([f"train.steps={STEPS // 2}"], [f"train.steps={STEPS}", "--resume"]):
+        result = job.launch(*arguments)
+        assert result.returncode == 0, result.stdout
+    return Job(job.folder, job.overrides, result.stdout)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(finished: Job, resumed: Job) -> None:
+    assert [record["step"] for record in resumed.metrics()] == list(range(1, STEPS + 1))
+    assert [record["loss"] for record in resumed.metrics()] == [record["loss"] for record in finished.metrics()]
+    expected = load_file(finished.folder / "draft-final.safetensors")
+    weights = load_file(resumed.folder / "draft-final.safetensors")
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_resuming_with_another_draft_is_refused(resumed: Job) -> None:
+    result = resumed.launch(f"train.steps={STEPS}", "draft.vocab_size=512", "--resume")
+    assert result.returncode == 2
+    assert "draft.vocab_size" in result.stdout
+
+
+def test_a_truncated_store_is_named_before_training(finished: Job, shared: Path) -> None:
+    """Damage, the error, and the repair: nothing is trained on half a file."""
+    path = max((shared / "cache").glob("hidden-*/*.safetensors"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    try:
+        result = finished.launch("--overwrite")
+    finally:
+        path.write_bytes(whole)
+    assert result.returncode == 2
+    assert path.name in result.stdout
+    assert "training on" not in result.stdout
+
+
+def test_the_console_script_has_the_same_commands() -> None:
+    script = Path(sys.executable).with_name("eagle3-ds")
+    result = subprocess.run([script, "--help"], check=False, text=True, capture_output=True)
+    assert result.returncode == 0
+    for command in ("launch", "prepare", "evaluate", "export", "report"):
+        assert command in result.stdout
