@@ -86,7 +86,8 @@ fi
 if [ "$mode" = test ]; then
   shift
   cd "$root"
-  "$python" -m ruff check eagle3_ds benchmarks tests
+  "$python" -m ruff check .
+  "$python" -m ruff format --check --quiet .
   "$python" -m mypy
   exec "$python" -m pytest tests "$@"
 fi

@@ -278,9 +278,7 @@ def _layer(
         x = torch.cat(normed, dim=-1)
     else:
         x = _rms_norm(hidden, weight("input_layernorm"), config)
-    q, k, v = (
-        (x @ weight(f"self_attn.{name}_proj").T).view(len(x), -1, config.head_dim).transpose(0, 1) for name in "qkv"
-    )
+    q, k, v = ((x @ weight(f"self_attn.{name}_proj").T).view(len(x), -1, config.head_dim).transpose(0, 1) for name in "qkv")
     group = config.num_attention_heads // config.num_key_value_heads
     keys_values.append((_rotate(k, angle).repeat_interleave(group, 0), v.repeat_interleave(group, 0)))
     attended = _attention(_rotate(q, angle), keys_values, may_attend).transpose(0, 1).flatten(1)

@@ -96,9 +96,7 @@ def compare(
         for gradients, result in zip(product.gradients, expected, strict=True)
         for name in _same_names(gradients, result.gradients)
     )
-    weight_errors = _by_parameter(
-        (name, product.weights[name], trained[name]) for name in _same_names(product.weights, trained)
-    )
+    weight_errors = _by_parameter((name, product.weights[name], trained[name]) for name in _same_names(product.weights, trained))
     errors = {
         "loss": over_steps(lambda r: r.loss, lambda r: r.loss),
         "step_loss": over_steps(lambda r: r.step_loss, lambda r: r.step_loss),

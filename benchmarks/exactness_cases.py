@@ -14,12 +14,13 @@ from transformers import LlamaConfig
 from benchmarks.dense_reference import Frozen, LossRules, MicroBatch, Optimization
 
 Value = tuple[str, Any]
-# Order matters: the generator fills earlier factors first. `topology` is (draft_dp, ring, ulysses).
+# Order matters: the generator fills earlier factors first. `topology` is (draft_dp, ring, ulysses), `deepspeed` a file of
+# ds_configs/
 FACTORS: Mapping[str, tuple[Any, ...]] = {
     "topology": (
         (1, 1, 1), (1, 1, 2), (1, 2, 1), (1, 2, 2), (2, 1, 2), (2, 2, 1), (1, 4, 1), (1, 1, 4), (2, 2, 2),
     ),
-    "zero_stage": (0, 1, 2, 3),
+    "deepspeed": ("zero0", "zero1", "zero2", "zero3"),
     "documents": ("one", "many_unaligned", "unsupervised_rank", "indivisible"),
     "ttt_steps": (7, 3, 1),
     "zero_group": ("all", "draft_dp"),
@@ -47,7 +48,7 @@ class Case:
     draft_dp: int
     ring: int
     ulysses: int
-    zero_stage: int
+    deepspeed: str
     zero_group: str
     accumulation: int
     documents: str
@@ -82,7 +83,7 @@ class Case:
     def __str__(self) -> str:
         mesh = f"{self.draft_dp}x{self.ring}x{self.ulysses}"
         return (
-            f"{mesh} zero{self.zero_stage}/{self.zero_group} acc{self.accumulation} {self.documents} {self.heads} "
+            f"{mesh} {self.deepspeed}/{self.zero_group} acc{self.accumulation} {self.documents} {self.heads} "
             f"{self.kv_exchange} K{self.ttt_steps} {self.dtype} {self.alignment} {self.reduction} "
             f"layers{self.layers} {self.activation} {self.kernel}"
         )

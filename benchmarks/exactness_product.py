@@ -54,9 +54,7 @@ def run_product(case: Case, inputs: Inputs, mutation: str | None = None) -> Prod
     """Train the product on a case. Collective over the case's world."""
     topology = maybe_setup_distributed(case.ulysses, case.ring, case.draft_dp)
     recipe = make_recipe(case)
-    settings = fill_deepspeed_config(
-        load_deepspeed_config(recipe.deepspeed), recipe, topology.mesh.world_size, topology.draft_dp
-    )
+    settings = fill_deepspeed_config(load_deepspeed_config(recipe.deepspeed), recipe, topology.mesh.world_size, topology.draft_dp)
     draft = DraftModel(inputs.config)
     draft.load_state_dict(inputs.weights)
     frozen = inputs.frozen
@@ -99,7 +97,7 @@ def make_recipe(case: Case) -> Recipe:
             "gradient_clipping": optimization.clip,
             "activation": case.activation,
         },
-        "deepspeed": str(DS_CONFIGS / f"zero{case.zero_stage}.json"),
+        "deepspeed": str(DS_CONFIGS / f"{case.deepspeed}.json"),
         "output_dir": "none",
     }
     return Recipe.model_validate(sections)

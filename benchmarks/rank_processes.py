@@ -36,9 +36,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         try:
             for rank in range(world_size):
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(
-                    target=_rank, args=(rank, world_size, store, theirs, function, args), daemon=True
-                )
+                process = context.Process(target=_rank, args=(rank, world_size, store, theirs, function, args), daemon=True)
                 process.start()
                 theirs.close()
                 connections.append(ours)
@@ -78,9 +76,7 @@ def _collect(connections: list[Connection], timeout: float) -> list[Any]:
 def _rank(
     rank: int, world_size: int, store: str, connection: Connection, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
-    )
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
     # Read by DeepSpeed, which asks for them although the world exists when it is initialised.
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     # Without a resolvable host name gloo finds no interface; the ranks are all on this machine anyway.

@@ -152,9 +152,7 @@ def _filter(hosts: dict[str, tuple[int, ...]], options: LaunchOptions) -> dict[s
             raise ValueError(f"{flag}: {host} has no slot {unknown[0]}; it has {len(hosts[host])}, counted from 0.")
         named[host] = chosen
     keep = bool(options.include)
-    left = {
-        host: tuple(slot for slot in slots if (slot in named.get(host, ())) == keep) for host, slots in hosts.items()
-    }
+    left = {host: tuple(slot for slot in slots if (slot in named.get(host, ())) == keep) for host, slots in hosts.items()}
     left = {host: slots for host, slots in left.items() if slots}
     if not left:
         raise ValueError(f"{flag} {text} leaves no slot to run on.")
@@ -195,9 +193,7 @@ def plan_launch(
     return LaunchPlan(dict(hosts), _command(options, hosts, port, script), environment, exported)
 
 
-def _command(
-    options: LaunchOptions, hosts: Mapping[str, tuple[int, ...]], port: int, script: Sequence[str]
-) -> tuple[str, ...]:
+def _command(options: LaunchOptions, hosts: Mapping[str, tuple[int, ...]], port: int, script: Sequence[str]) -> tuple[str, ...]:
     ranks = len(next(iter(hosts.values())))
     if options.launcher == "torchrun":
         head = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={ranks}"]

@@ -136,9 +136,7 @@ def report(recipe: Recipe, console: Console) -> None:
     metrics, evaluation = folder / "metrics.jsonl", folder / "eval.json"
     if not metrics.is_file():
         raise ValueError(f"output_dir: {folder} has no metrics.jsonl, so there is nothing to report. Train first.")
-    _say(
-        console, f"report: {draw_report(metrics, evaluation if evaluation.is_file() else None, folder / 'report.png')}"
-    )
+    _say(console, f"report: {draw_report(metrics, evaluation if evaluation.is_file() else None, folder / 'report.png')}")
 
 
 def summary(recipe: Recipe, console: Console) -> None:

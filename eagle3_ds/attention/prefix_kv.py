@@ -62,9 +62,7 @@ class _GatherKV(torch.autograd.Function):
     """Forward: all-gather of k and v over the ring, in one call. Backward: reduce-scatter of dk and dv, in one call."""
 
     @staticmethod
-    def forward(
-        ctx: Any, k: Tensor, v: Tensor, prefix: PrefixKV, plan: SpanPlan, group: dist.ProcessGroup | None
-    ) -> Tensor:
+    def forward(ctx: Any, k: Tensor, v: Tensor, prefix: PrefixKV, plan: SpanPlan, group: dist.ProcessGroup | None) -> Tensor:
         ctx.prefix, ctx.plan, ctx.group, ctx.dtype = prefix, plan, group, k.dtype
         kv = torch.cat((k, v), dim=-1)
         if plan.ring > 1:

@@ -11,8 +11,7 @@ from eagle3_ds.layout import Run, SpanPlan
 def gathered_tiles(plan: SpanPlan, ring_rank: int) -> tuple[Tile, ...]:
     """Tiles of this ring rank's columns against all keys in sequence order: one bottom-right causal tile per run."""
     return tuple(
-        Tile(run.column, run.column + run.length, run.document_start, run.slot + run.length, True)
-        for run in plan.runs(ring_rank)
+        Tile(run.column, run.column + run.length, run.document_start, run.slot + run.length, True) for run in plan.runs(ring_rank)
     )
 
 

@@ -142,9 +142,7 @@ class _HybridAttention(torch.autograd.Function):
         dkeys: list[Tensor] = []
         dvalues: list[Tensor] = []
         if half:
-            dq, dkeys, dvalues = merge_diagonals_backward(
-                dout, q, diagonals[:half], diagonals[half:], lse, delta, ctx.scale
-            )
+            dq, dkeys, dvalues = merge_diagonals_backward(dout, q, diagonals[:half], diagonals[half:], lse, delta, ctx.scale)
         dout_heads, (lse_heads, delta_heads) = _with_statistics(sequence_to_heads, dout, (lse, delta), ctx.group)
         dq_heads = ctx.prefix.attend_backward(dout_heads, q_heads, lse_heads, delta_heads, ctx.scale)
         ticket = lse.new_zeros((), dtype=torch.float32)

@@ -89,9 +89,7 @@ def all_to_all_4D(  # noqa: N802 - the name RFC 338 uses
     if input.dim() != 4:
         raise ValueError(f"all_to_all_4D takes [batch, sequence, heads, dim], and the input is {tuple(input.shape)}.")
     if (scatter_idx, gather_idx) not in ((2, 1), (1, 2)):
-        raise ValueError(
-            f"scatter_idx {scatter_idx}, gather_idx {gather_idx}: use 2, 1 (scatter heads) or 1, 2 (scatter rows)."
-        )
+        raise ValueError(f"scatter_idx {scatter_idx}, gather_idx {gather_idx}: use 2, 1 (scatter heads) or 1, 2 (scatter rows).")
     if group is None:
         return input
     batch, dim = input.shape[0], input.shape[3]
@@ -108,9 +106,7 @@ class SeqAllToAll4D(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, group: dist.ProcessGroup | None, input: Tensor, scatter_idx: int = 2, gather_idx: int = 1
-    ) -> Tensor:
+    def forward(ctx: Any, group: dist.ProcessGroup | None, input: Tensor, scatter_idx: int = 2, gather_idx: int = 1) -> Tensor:
         ctx.group, ctx.scatter_idx, ctx.gather_idx = group, scatter_idx, gather_idx
         return all_to_all_4D(input, scatter_idx, gather_idx, group)
 

@@ -42,9 +42,7 @@ def reduce_scatter_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return scattered
 
 
-def all_gather_tensor(
-    local: Tensor, group: dist.ProcessGroup | None, dim: int = 0, sizes: Sequence[int] | None = None
-) -> Tensor:
+def all_gather_tensor(local: Tensor, group: dist.ProcessGroup | None, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
     """Concatenate every rank's `local` along `dim`, in rank order, without autograd.
 
     Args:

@@ -149,9 +149,7 @@ class TrainSection(Section):
                 "train. Set one and remove the other."
             )
         if self.steps is not None and self.warmup_steps > self.steps:
-            raise ValueError(
-                f"train.warmup_steps is {self.warmup_steps}, more than the {self.steps} steps of the run. Lower it."
-            )
+            raise ValueError(f"train.warmup_steps is {self.warmup_steps}, more than the {self.steps} steps of the run. Lower it.")
         return self
 
 

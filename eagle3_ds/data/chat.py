@@ -35,8 +35,7 @@ def resolve_chat_template(tokenizer: Any, chat_template: str | None = None) -> s
     if not GENERATION_MARK.search(template):
         origin = "data.chat_template" if chat_template is not None else f"of the tokenizer {tokenizer.name_or_path!r}"
         raise ValueError(
-            f"the chat template ({origin}) has no {{% generation %}} marks, so no assistant mask can be made from "
-            f"it: {fix}"
+            f"the chat template ({origin}) has no {{% generation %}} marks, so no assistant mask can be made from it: {fix}"
         )
     return template
 
@@ -61,9 +60,7 @@ def validate_row(row: Any, where: str) -> list[dict]:
         raise ValueError(f"{where}: the row is {_kind(row)}, expected an object with the key 'messages'")
     if "messages" not in row:
         keys = ", ".join(repr(key) for key in row) or "none"
-        raise ValueError(
-            f"{where}: key 'messages' is missing (keys present: {keys}): rename the column with the conversation"
-        )
+        raise ValueError(f"{where}: key 'messages' is missing (keys present: {keys}): rename the column with the conversation")
     messages = row["messages"]
     if not isinstance(messages, list):
         raise ValueError(f"{where}: 'messages' is {_kind(messages)}, expected a list of messages")
@@ -144,9 +141,7 @@ def encode_conversations(
     return results
 
 
-def encode_conversation(
-    tokenizer: Any, messages: list[dict], chat_template: str | None = None
-) -> tuple[list[int], list[bool]]:
+def encode_conversation(tokenizer: Any, messages: list[dict], chat_template: str | None = None) -> tuple[list[int], list[bool]]:
     """Token ids and assistant mask, both of the same length, of one conversation.
 
     Errors as in `encode_conversations`.

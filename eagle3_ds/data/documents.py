@@ -65,9 +65,7 @@ class PreparedData:
         """Read a folder that `prepare_data` wrote; the documents stay memory-mapped."""
         for name in (DOCUMENTS_FILE, TABLES_FILE, STATISTICS_FILE):
             if not (path / name).is_file():
-                raise ValueError(
-                    f"{path / name} is missing from the prepared data: remove the folder {path} and run again"
-                )
+                raise ValueError(f"{path / name} is missing from the prepared data: remove the folder {path} and run again")
         documents = datasets.Dataset.from_file(str(path / DOCUMENTS_FILE))
         tables = load_file(path / TABLES_FILE)
         statistics = DataStatistics(**json.loads((path / STATISTICS_FILE).read_text()))

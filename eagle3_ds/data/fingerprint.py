@@ -17,6 +17,4 @@ def require_same(stored: Fingerprint, expected: Fingerprint, where: str, fix: st
         if stored.get(field) != expected.get(field)
     ]
     if different:
-        raise ValueError(
-            f"the hidden states in {where} were captured from something else ({'; '.join(different)}): {fix}"
-        )
+        raise ValueError(f"the hidden states in {where} were captured from something else ({'; '.join(different)}): {fix}")

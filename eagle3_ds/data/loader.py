@@ -33,9 +33,7 @@ class SequenceSource:
         documents = [self.dataset[row] for row in rows]
         ids = [int(document["document_id"]) for document in documents]
         return PackedSequence(
-            token_ids=torch.from_numpy(
-                np.concatenate([document["input_ids"] for document in documents]).astype(np.int64)
-            ),
+            token_ids=torch.from_numpy(np.concatenate([document["input_ids"] for document in documents]).astype(np.int64)),
             loss_mask=torch.from_numpy(np.concatenate([document["loss_mask"] for document in documents]).astype(bool)),
             lengths=tuple(self.lengths[row] for row in rows),
             teacher_token=self.store.view(ids, "teacher_token")[:].long(),

@@ -141,9 +141,7 @@ class _Side:
 class _Builder:
     """One run over the sources. Documents are numbered in the order they are written."""
 
-    def __init__(
-        self, section: DataSection, tokenizer: Any, template: str, vocab_size: int, show_progress: bool
-    ) -> None:
+    def __init__(self, section: DataSection, tokenizer: Any, template: str, vocab_size: int, show_progress: bool) -> None:
         self.section = section
         self.tokenizer = tokenizer
         self.template = template
@@ -200,9 +198,7 @@ class _Builder:
     def _refuse_empty(self, files: Sequence[str], side: str, read: int, unsupervised: int) -> None:
         names = ", ".join(files)
         if read == 0:
-            raise ValueError(
-                f"data.{side}: the data set is empty, no conversation in {names}: name files that hold rows"
-            )
+            raise ValueError(f"data.{side}: the data set is empty, no conversation in {names}: name files that hold rows")
         if unsupervised:
             raise ValueError(
                 f"data.{side}: no supervised token at all in {read} conversations of {names}: {unsupervised} of them "

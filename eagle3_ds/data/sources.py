@@ -30,17 +30,11 @@ def expand_sources(entries: Sequence[str], field: str) -> list[str]:
         elif path.is_dir():
             found = [str(file) for file in sorted(path.rglob("*")) if file.suffix in SUFFIXES and file.is_file()]
             if not found:
-                raise ValueError(
-                    f"{place}, a folder without any .jsonl or .parquet file: name the folder that holds the data"
-                )
+                raise ValueError(f"{place}, a folder without any .jsonl or .parquet file: name the folder that holds the data")
         elif not path.is_file():
-            raise ValueError(
-                f"{place}, which does not exist: name a .jsonl or .parquet file, a folder of them, or 'stdlib'"
-            )
+            raise ValueError(f"{place}, which does not exist: name a .jsonl or .parquet file, a folder of them, or 'stdlib'")
         elif path.suffix not in SUFFIXES:
-            raise ValueError(
-                f"{place}, a file of type {path.suffix!r}: only .jsonl and .parquet can be read; convert it"
-            )
+            raise ValueError(f"{place}, a file of type {path.suffix!r}: only .jsonl and .parquet can be read; convert it")
         else:
             found = [entry]
         twice = set(found) & set(files)
@@ -86,6 +80,4 @@ def _read_jsonl(file: str) -> Iterator[tuple[str, Any]]:
             try:
                 yield f"{file}, row {number}", json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(
-                    f"{file}, line {number}: not valid JSON ({error}): every line holds one JSON object"
-                ) from error
+                raise ValueError(f"{file}, line {number}: not valid JSON ({error}): every line holds one JSON object") from error

@@ -108,9 +108,7 @@ class HiddenStateStore:
         try:
             index = json.loads(index_file.read_text())
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{index_file} is damaged ({error}): remove the folder {path} and capture again"
-            ) from error
+            raise ValueError(f"{index_file} is damaged ({error}): remove the folder {path} and capture again") from error
         if index.get("format") != STORE_FORMAT:
             raise ValueError(
                 f"{index_file} has format {index.get('format')!r}, this version reads {STORE_FORMAT}: remove the "

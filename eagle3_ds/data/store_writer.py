@@ -84,9 +84,7 @@ class HiddenStateWriter:
         self._pending: list[tuple[int, int, dict[str, int]]] = []
         self._pending_bytes = 0
         if (self.path / INDEX_FILE).is_file():
-            raise ValueError(
-                f"there is a complete hidden-state store at {self.path}: open it, or remove the folder first"
-            )
+            raise ValueError(f"there is a complete hidden-state store at {self.path}: open it, or remove the folder first")
         self.partial.mkdir(parents=True, exist_ok=True)
         for leftover in self.partial.glob(f".shard-{rank:04d}-*"):
             leftover.unlink()

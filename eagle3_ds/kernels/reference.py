@@ -48,9 +48,7 @@ class ReferenceKernel(AttentionKernel):
         return (ds_HQK @ k_HKD).transpose(0, 1).contiguous()
 
 
-def _scores(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _scores(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v heads first with the key heads repeated, wide, and the scores [Hq, Lq, Lk].
 
     A score carries the log of how often the tiles show that key to that row: -inf for never.

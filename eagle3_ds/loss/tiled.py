@@ -74,9 +74,7 @@ def tiled_soft_cross_entropy(students: list[Tensor], head_weight: Tensor, inputs
     """
     total, step_loss, hits, joint_hits = _TiledLoss.apply(inputs, head_weight, *students)
     joint = inputs.supervised.cumprod(0)
-    return LossSum(
-        total, step_loss, hits, inputs.supervised.sum(1).float(), joint_hits, joint.sum(1).to(torch.float32)
-    )
+    return LossSum(total, step_loss, hits, inputs.supervised.sum(1).float(), joint_hits, joint.sum(1).to(torch.float32))
 
 
 def tile_columns(tile_bytes: int, vocabulary: int, ttt_steps: int, itemsize: int) -> int:

@@ -71,9 +71,7 @@ def detect_accelerator() -> str:
     return "npu" if npu is not None and npu.is_available() else "cpu"
 
 
-def maybe_setup_distributed(
-    ulysses: int = 1, ring: int = 1, draft_dp: int | None = None, backend: str | None = None
-) -> Topology:
+def maybe_setup_distributed(ulysses: int = 1, ring: int = 1, draft_dp: int | None = None, backend: str | None = None) -> Topology:
     """Join the world that the launcher announces through RANK, and make the groups of the mesh.
 
     Without RANK this is a single process: no process group is made and every group is None. A process group that

@@ -43,9 +43,7 @@ def _loss_terms(inputs: LossInputs, students: list[Tensor], head_weight: Tensor)
     return tuple(vars(tiled_soft_cross_entropy(students, head_weight, inputs)).values())
 
 
-def build_engine(
-    recipe: Recipe, deepspeed_config: dict[str, Any], topology: Topology, model: DraftWithLoss
-) -> tuple[Any, float]:
+def build_engine(recipe: Recipe, deepspeed_config: dict[str, Any], topology: Topology, model: DraftWithLoss) -> tuple[Any, float]:
     """Initialise DeepSpeed.
 
     Returns:

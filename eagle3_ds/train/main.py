@@ -35,9 +35,7 @@ def build_trainer(recipe: Recipe, topology: Topology) -> DraftTrainer:
     draft = DraftModel(build_draft_config(load_text_config(folder), recipe.draft))
     embedding, head = load_embedding_and_head(folder)
     vocabulary = VocabularyMap.load(Path(recipe.output_dir) / "vocabulary.safetensors")
-    settings = fill_deepspeed_config(
-        load_deepspeed_config(recipe.deepspeed), recipe, topology.mesh.world_size, topology.draft_dp
-    )
+    settings = fill_deepspeed_config(load_deepspeed_config(recipe.deepspeed), recipe, topology.mesh.world_size, topology.draft_dp)
     return DraftTrainer(recipe, settings, topology, draft, embedding, head, vocabulary)
 
 

@@ -153,9 +153,7 @@ class DraftTrainer:
         recipe, place = self.recipe, self.topology.place
         batches = []
         for pack in packs:
-            plan = SpanPlan.make(
-                pack.lengths, recipe.parallel.ring, recipe.parallel.ulysses, recipe.parallel.chunks_per_rank
-            )
+            plan = SpanPlan.make(pack.lengths, recipe.parallel.ring, recipe.parallel.ulysses, recipe.parallel.chunks_per_rank)
             batch = prepare_usp_input(
                 pack, plan, place.ring_rank, place.ulysses_rank, recipe.draft.ttt_steps, recipe.loss.mask_alignment
             )
