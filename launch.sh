@@ -26,16 +26,15 @@ usage: ./launch.sh RECIPE [OPTIONS] [section.key=value ...]   the main job, e.g.
 TEXT
 }
 
-# Every requirement, not only torch: a half-installed environment is not taken.
+# Every requirement, not only torch: a half-installed environment is not taken. Found, not imported, which takes seconds.
 usable() {
   "$1" - "$2" >/dev/null 2>&1 <<'PYTHON'
-import importlib, sys
-for name in ["eagle3_ds", "torch", "deepspeed", "transformers", "datasets", "pydantic", "yaml", "safetensors",
-             "tokenizers", "jinja2", "tqdm", "rich", "matplotlib", "numpy"]:
-    importlib.import_module(name)
-if sys.argv[1] == "test":
-    for name in ["pytest", "hypothesis"]:
-        importlib.import_module(name)
+import sys
+from importlib.util import find_spec
+names = ["eagle3_ds", "torch", "deepspeed", "transformers", "datasets", "pydantic", "yaml", "safetensors", "tokenizers",
+         "jinja2", "tqdm", "rich", "matplotlib", "numpy"]
+tools = ["pytest", "hypothesis", "ruff", "mypy"] if sys.argv[1] == "test" else []
+sys.exit(any(find_spec(name) is None for name in names + tools))
 PYTHON
 }
 

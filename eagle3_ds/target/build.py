@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eagle3_ds.config import TargetBuild, TargetSection
 from eagle3_ds.target.load import choose_aux_layers
@@ -140,7 +140,7 @@ def _gather(build: TargetBuild, texts: Iterable[str], conversations: Iterable[Me
     return documents
 
 
-def _train_tokenizer(build: TargetBuild, documents: list[str | Messages]) -> PreTrainedTokenizerFast:
+def _train_tokenizer(build: TargetBuild, documents: list[str | Messages]) -> transformers.PreTrainedTokenizerFast:
     """A byte-level BPE, so that any text has tokens, with the chat's special tokens and template."""
     special = [END_OF_TEXT, TURN_START, TURN_END]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -157,7 +157,7 @@ def _train_tokenizer(build: TargetBuild, documents: list[str | Messages]) -> Pre
     )
     plain = ("\n".join(message["content"] for message in doc) if isinstance(doc, list) else doc for doc in documents)
     tokenizer.train_from_iterator(plain, trainer)
-    wrapped = PreTrainedTokenizerFast(
+    wrapped = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=TURN_END,
         pad_token=END_OF_TEXT,
@@ -169,7 +169,7 @@ def _train_tokenizer(build: TargetBuild, documents: list[str | Messages]) -> Pre
     return wrapped
 
 
-def _tokenise(build: TargetBuild, tokenizer: PreTrainedTokenizerFast, documents: list[str | Messages]) -> Tensor:
+def _tokenise(build: TargetBuild, tokenizer: transformers.PreTrainedTokenizerFast, documents: list[str | Messages]) -> Tensor:
     """All documents in one stream, cut into rows: int64 [N, sequence_length + 1]."""
     rendered = [tokenizer.apply_chat_template(doc, tokenize=False) if isinstance(doc, list) else doc for doc in documents]
     separator = tokenizer.pad_token_id
@@ -188,12 +188,12 @@ def _tokenise(build: TargetBuild, tokenizer: PreTrainedTokenizerFast, documents:
 
 
 def _train_model(
-    build: TargetBuild, tokenizer: PreTrainedTokenizerFast, rows: Tensor, progress: bool
-) -> tuple[LlamaForCausalLM, list[float]]:
+    build: TargetBuild, tokenizer: transformers.PreTrainedTokenizerFast, rows: Tensor, progress: bool
+) -> tuple[transformers.LlamaForCausalLM, list[float]]:
     """AdamW with a short warm-up and a cosine to zero, gradients clipped at 1; the seed leaves the caller's alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(build.seed)
-        model = LlamaForCausalLM(_model_config(build, tokenizer)).float()
+        model = transformers.LlamaForCausalLM(_model_config(build, tokenizer)).float()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -215,8 +215,8 @@ def _train_model(
     return model.eval(), losses
 
 
-def _model_config(build: TargetBuild, tokenizer: Any) -> LlamaConfig:
-    return LlamaConfig(
+def _model_config(build: TargetBuild, tokenizer: Any) -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(
         vocab_size=build.vocab_size,
         hidden_size=build.hidden_size,
         intermediate_size=build.intermediate_size,

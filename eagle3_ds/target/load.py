@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eagle3_ds.config import TargetSection
 from eagle3_ds.target.weights import load_text_config, weight_files
@@ -61,7 +61,7 @@ def load_target(section: TargetSection, dtype: str | None = None, device: torch.
     check_supported(config, section.path)
     aux_layers = choose_aux_layers(config.num_hidden_layers, section.aux_layers)
     weight_files(path)  # its errors tell more than those of transformers
-    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=getattr(torch, dtype or section.dtype))
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=getattr(torch, dtype or section.dtype))
     model.requires_grad_(False).eval().to(device)
     return Target(model, load_tokenizer(section), config, aux_layers)
 
@@ -74,7 +74,7 @@ def load_tokenizer(section: TargetSection) -> Any:
     """
     path = resolve_path(section.path)
     try:
-        return AutoTokenizer.from_pretrained(str(path))
+        return transformers.AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"target.path = {section.path!r} holds no tokenizer that transformers can load ({error}). Put the target's "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_quickstart import QUICKSTART, ROOT, STEPS, Job, small_job
+from small_quickstart import QUICKSTART, ROOT, STEPS, Job
 
 from eagle3_ds.config import load_recipe
 
@@ -87,13 +88,16 @@ def test_a_second_run_needs_a_word_about_the_first(finished: Job) -> None:
 
 
 @pytest.fixture(scope="session")
-def resumed(finished: Job, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """Half the steps, then the others with --resume; target and hidden states are those of `finished`."""
-    job = small_job(shared, tmp_path_factory.mktemp("resumed") / "output", "eval.num_prompts=0")
-    for arguments in ([f"train.steps={STEPS // 2}"], [f"train.steps={STEPS}", "--resume"]):
-        result = job.launch(*arguments)
-        assert result.returncode == 0, result.stdout
-    return Job(job.folder, job.overrides, result.stdout)
+def resumed(finished: Job, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """`finished` as a crash would have left it two steps after its first checkpoint, and then resumed."""
+    folder = tmp_path_factory.mktemp("resumed") / "output"
+    shutil.copytree(finished.folder, folder)
+    (folder / "checkpoints" / "latest.json").write_text(json.dumps({"folder": f"step-{STEPS // 2:06d}", "step": STEPS // 2}))
+    (folder / "draft-final.safetensors").unlink()
+    job = Job(folder, (*finished.overrides, f"output_dir={folder}"))
+    result = job.launch("eval.num_prompts=0", "--resume")
+    assert result.returncode == 0, result.stdout
+    return job
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(finished: Job, resumed: Job) -> None:
@@ -107,18 +111,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished: Job, resumed: Job) 
 
 
 def test_resuming_with_another_draft_is_refused(resumed: Job) -> None:
-    result = resumed.launch(f"train.steps={STEPS}", "draft.vocab_size=512", "--resume")
+    result = resumed.launch("draft.vocab_size=512", "--resume")
     assert result.returncode == 2
     assert "draft.vocab_size" in result.stdout
 
 
-def test_a_truncated_store_is_named_before_training(finished: Job, shared: Path) -> None:
+def test_a_truncated_store_is_named_before_training(finished: Job, shared: Path, tmp_path: Path) -> None:
     """Damage, the error, and the repair: nothing is trained on half a file."""
     path = max((shared / "cache").glob("hidden-*/*.safetensors"))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     try:
-        result = finished.launch("--overwrite")
+        result = finished.launch(f"output_dir={tmp_path}")
     finally:
         path.write_bytes(whole)
     assert result.returncode == 2
