@@ -11,7 +11,7 @@ Legend: S slots, E rows of the extended buffers, K TTT steps, H hidden size, Vd 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,9 +43,10 @@ class LossInputs:
     tile_bytes: int
 
 
-@dataclass(frozen=True)
-class LossSum:
+class LossSum(NamedTuple):
     """This rank's share of the loss and of what is reported, sums over its slots. All but `total` carry no gradient.
+
+    A tuple, because DeepSpeed hooks the tensors of a module's output and does not look into dataclasses.
 
     Attributes:
         total: scalar, sum over k of step_weight[k] * step_loss[k].

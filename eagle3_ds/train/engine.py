@@ -35,12 +35,11 @@ class DraftWithLoss(nn.Module):
 
     def forward(self, batch: LocalBatch, inputs: LossInputs) -> LossSum:
         students = self.draft.unroll(batch, self._frozen[0], self.ttt_steps, self.recompute)
-        return LossSum(*self.draft.lm_head(students, partial(_loss_terms, inputs)))
+        return self.draft.lm_head(students, partial(_loss, inputs))
 
 
-def _loss_terms(inputs: LossInputs, students: list[Tensor], head_weight: Tensor) -> tuple[Tensor, ...]:
-    """A plain tuple, because DeepSpeed hooks the tensors of a module's output and does not look into dataclasses."""
-    return tuple(vars(tiled_soft_cross_entropy(students, head_weight, inputs)).values())
+def _loss(inputs: LossInputs, students: list[Tensor], head_weight: Tensor) -> LossSum:
+    return tiled_soft_cross_entropy(students, head_weight, inputs)
 
 
 def build_engine(recipe: Recipe, deepspeed_config: dict[str, Any], topology: Topology, model: DraftWithLoss) -> tuple[Any, float]:
