@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from eagle3_ds.cli import main
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = "recipes/quickstart.yaml"
@@ -35,13 +40,32 @@ class Job:
     overrides: tuple[str, ...]
     output: str = ""
 
-    def launch(self, *arguments: str, command: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-        """`./launch.sh [COMMAND] RECIPE OVERRIDES ARGUMENTS`, where later overrides win."""
-        line = [str(ROOT / "launch.sh"), *command, QUICKSTART, *self.overrides, *arguments]
+    def launch(self) -> subprocess.CompletedProcess[str]:
+        """`./launch.sh RECIPE OVERRIDES`, as a user does it."""
+        line = [str(ROOT / "launch.sh"), QUICKSTART, *self.overrides]
         return subprocess.run(line, check=False, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def call(self, command: str, *arguments: str) -> tuple[int, str]:
+        """Exit status and output of `eagle3-ds COMMAND RECIPE OVERRIDES ARGUMENTS`, where later overrides win, in this
+        process, which has imported everything already; the ranks are processes of their own all the same."""
+        said = io.StringIO()
+        with _working_in(ROOT), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            status = main([command, QUICKSTART, *self.overrides, *arguments])
+        return status, said.getvalue()
 
     def metrics(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def _working_in(folder: Path) -> Iterator[None]:
+    """`contextlib.chdir`, which Python 3.10 lacks."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def small_job(shared: Path, folder: Path, *more: str) -> Job:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -73,17 +72,17 @@ def test_single_stages_run_again_and_say_the_same(finished: Job) -> None:
         path = finished.folder / product
         before = path.read_bytes()
         path.unlink()
-        result = finished.launch(command=[stage])
-        assert result.returncode == 0, result.stdout
+        status, output = finished.call(stage)
+        assert status == 0, output
         # Evaluation notes its own seconds.
         assert stage == "evaluate" or path.read_bytes() == before, stage
 
 
 def test_a_second_run_needs_a_word_about_the_first(finished: Job) -> None:
     before = (finished.folder / "metrics.jsonl").read_bytes()
-    result = finished.launch()
-    assert result.returncode == 2
-    assert "--resume" in result.stdout and "--overwrite" in result.stdout
+    status, output = finished.call("launch")
+    assert status == 2
+    assert "--resume" in output and "--overwrite" in output
     assert (finished.folder / "metrics.jsonl").read_bytes() == before
 
 
@@ -95,8 +94,8 @@ def resumed(finished: Job, tmp_path_factory: pytest.TempPathFactory) -> Job:
     (folder / "checkpoints" / "latest.json").write_text(json.dumps({"folder": f"step-{STEPS // 2:06d}", "step": STEPS // 2}))
     (folder / "draft-final.safetensors").unlink()
     job = Job(folder, (*finished.overrides, f"output_dir={folder}"))
-    result = job.launch("eval.num_prompts=0", "--resume")
-    assert result.returncode == 0, result.stdout
+    status, output = job.call("launch", "eval.num_prompts=0", "--resume")
+    assert status == 0, output
     return job
 
 
@@ -111,9 +110,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished: Job, resumed: Job) 
 
 
 def test_resuming_with_another_draft_is_refused(resumed: Job) -> None:
-    result = resumed.launch("draft.vocab_size=512", "--resume")
-    assert result.returncode == 2
-    assert "draft.vocab_size" in result.stdout
+    status, output = resumed.call("launch", "draft.vocab_size=512", "--resume")
+    assert status == 2
+    assert "draft.vocab_size" in output
 
 
 def test_a_truncated_store_is_named_before_training(finished: Job, shared: Path, tmp_path: Path) -> None:
@@ -122,17 +121,17 @@ def test_a_truncated_store_is_named_before_training(finished: Job, shared: Path,
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     try:
-        result = finished.launch(f"output_dir={tmp_path}")
+        status, output = finished.call("launch", f"output_dir={tmp_path}")
     finally:
         path.write_bytes(whole)
-    assert result.returncode == 2
-    assert path.name in result.stdout
-    assert "training on" not in result.stdout
+    assert status == 2
+    assert path.name in output
+    assert "training on" not in output
 
 
-def test_the_console_script_has_the_same_commands() -> None:
-    script = Path(sys.executable).with_name("eagle3-ds")
-    result = subprocess.run([script, "--help"], check=False, text=True, capture_output=True)
-    assert result.returncode == 0
+def test_the_console_script_has_the_same_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    (script,) = entry_points(group="console_scripts", name="eagle3-ds")
+    assert script.load()(["--help"]) == 0
+    told = capsys.readouterr().out
     for command in ("launch", "prepare", "evaluate", "export", "report"):
-        assert command in result.stdout
+        assert command in told
