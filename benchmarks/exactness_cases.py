@@ -26,12 +26,13 @@ FACTORS: Mapping[str, tuple[Any, ...]] = {
     "zero_group": ("all", "draft_dp"),
     "accumulation": (1, 2),
     "heads": ("gqa", "mha"),
-    "kv_exchange": ("gather", "ring"),
+    "kv_exchange": ("gather", "ring", "ring_kept"),
     "dtype": ("float32", "bfloat16"),
     "alignment": ("served", "reference"),
     "reduction": ("supervised", "slots"),
     "layers": (1, 2),
-    "activation": ("recompute", "keep"),
+    "activation": ("recompute", "keep", "offload"),
+    "tiles": ("one", "many"),
     "kernel": ("auto", "blockwise"),
 }  # fmt: skip
 HEADS = {"gqa": (4, 2), "mha": (4, 4)}
@@ -60,6 +61,7 @@ class Case:
     reduction: str
     layers: int
     activation: str
+    tiles: str
     kernel: str
 
     @property
@@ -85,7 +87,7 @@ class Case:
         return (
             f"{mesh} {self.deepspeed}/{self.zero_group} acc{self.accumulation} {self.documents} {self.heads} "
             f"{self.kv_exchange} K{self.ttt_steps} {self.dtype} {self.alignment} {self.reduction} "
-            f"layers{self.layers} {self.activation} {self.kernel}"
+            f"layers{self.layers} {self.activation} tiles-{self.tiles} {self.kernel}"
         )
 
 

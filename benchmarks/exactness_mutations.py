@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.exactness_cases import Case
 from eagle3_ds.attention import prefix_kv
 from eagle3_ds.kernels import Tile
-from eagle3_ds.layout import LocalBatch, SpanPlan
+from eagle3_ds.layout import LocalBatch, LocalRows, SpanPlan
 from eagle3_ds.model import draft
 from eagle3_ds.train import trainer as trainer_module
 
@@ -39,7 +39,8 @@ def mutate(name: str | None, case: Case) -> Iterator[None]:
         with mock.patch.object(prefix_kv, "gathered_tiles", _leaking(prefix_kv.gathered_tiles)):
             yield
     elif name == "rope_off_by_one":
-        with mock.patch.object(draft, "rotary_angles", _one_behind(draft.rotary_angles, case.ttt_steps)):
+        # From the second step on. All of them one behind would be no fault: RoPE is relative.
+        with mock.patch.object(draft, "rotary_positions", lambda position, step: position + max(step - 1, 0)):
             yield
     else:
         raise ValueError(f"mutation = {name!r} is unknown. Use one of {', '.join(MUTATIONS)}.")
@@ -58,7 +59,9 @@ def _without_halo(cut: Any) -> Any:
         batch = cut(*args)
         own = torch.zeros(len(batch.token_ids), dtype=torch.bool)
         own[batch.row] = True
-        return replace(batch, token_ids=batch.token_ids * own, teacher=batch.teacher * own[:, None])
+        teacher = batch.teacher[:] * own[:, None]
+        rows = LocalRows(teacher, np.arange(len(own)), len(own))
+        return replace(batch, token_ids=batch.token_ids * own, teacher=rows)
 
     return cut_without_halo
 
@@ -70,15 +73,3 @@ def _leaking(tiles: Any) -> Any:
         return tuple(Tile(q_start, q_stop, 0, k_stop, causal) for q_start, q_stop, _, k_stop, causal in tiles(plan, ring_rank))
 
     return leaking_tiles
-
-
-def _one_behind(angles: Any, ttt_steps: int) -> Any:
-    """Positions one behind at every TTT step but the first. All of them one behind would be no fault: RoPE is relative."""
-    calls = 0
-
-    def angles_one_behind(config: Any, positions: Tensor, longest: int) -> Any:
-        nonlocal calls
-        step, calls = calls % ttt_steps, calls + 1
-        return angles(config, positions - min(step, 1), longest)
-
-    return angles_one_behind

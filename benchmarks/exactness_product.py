@@ -25,6 +25,8 @@ from eagle3_ds.topology import maybe_setup_distributed
 from eagle3_ds.train.trainer import DraftTrainer, StepReport
 
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
+# About ten slots of the loss, about twenty of a layer, and the whole ring.
+LOSS_TILE_BYTES, TILE_BYTES, KEPT_BYTES = 40_000, 120_000, 2**30
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,16 @@ def make_recipe(case: Case) -> Recipe:
             "ring": case.ring,
             "ulysses": case.ulysses,
             "zero_group": case.zero_group,
-            "kv_exchange": case.kv_exchange,
+            "kv_exchange": case.kv_exchange.removesuffix("_kept"),
+            "kv_bytes": KEPT_BYTES if case.kv_exchange == "ring_kept" else 0,
         },
         "attention": {"kernel": case.kernel},
-        "loss": {"mask_alignment": case.alignment, "reduction": case.reduction, "decay": case.rules.decay},
+        "loss": {
+            "mask_alignment": case.alignment,
+            "reduction": case.reduction,
+            "decay": case.rules.decay,
+            **({"tile_bytes": LOSS_TILE_BYTES} if case.tiles == "many" else {}),
+        },
         "train": {
             "steps": 3,
             "accumulation": case.accumulation,
@@ -96,6 +104,7 @@ def make_recipe(case: Case) -> Recipe:
             "weight_decay": optimization.weight_decay,
             "gradient_clipping": optimization.clip,
             "activation": case.activation,
+            **({"tile_bytes": TILE_BYTES} if case.tiles == "many" else {}),
         },
         "deepspeed": str(DS_CONFIGS / f"{case.deepspeed}.json"),
         "output_dir": "none",

@@ -55,13 +55,17 @@ def merge_diagonals_backward(
     lse: Tensor,
     delta: Tensor,
     scale: float,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    dkeys: Sequence[Tensor],
+    dvalues: Sequence[Tensor],
+) -> Tensor:
     """Gradient through the diagonal part: p = exp(s - lse), ds = p (dout . v - delta).
 
-    `lse` [S, H] is the merged one, `delta` [S, H] the row sum of dout * out_merged.
+    Args:
+        lse, delta: [S, H], of the merged softmax; delta is the row sum of dout * out_merged.
+        dkeys, dvalues: one [S, N, D] per diagonal, in the keys' dtype; the gradients are added to them.
 
     Returns:
-        dq [S, H, D] (the diagonal part only), and dk, dv [S, N, D] of each diagonal, in the inputs' dtypes.
+        dq [S, H, D] in the dtype of q, the diagonal part only.
     """
     dtype = accumulation_dtype(q.dtype)
     num_kv_heads = keys[0].shape[1]
@@ -69,12 +73,11 @@ def merge_diagonals_backward(
     lse_SNG = lse.reshape(q_SNGD.shape[:3])
     delta_SNG = delta.reshape(q_SNGD.shape[:3])
     dq = torch.zeros_like(q_SNGD)
-    dkeys, dvalues = [], []
-    for key, value in zip(keys, values, strict=True):
+    for key, value, dkey, dvalue in zip(keys, values, dkeys, dvalues, strict=True):
         k_SN1D, v_SN1D = key[:, :, None].to(dtype), value[:, :, None].to(dtype)
         p_SNG = ((q_SNGD * k_SN1D).sum(-1) * scale - lse_SNG).exp()
         ds_SNG1 = (p_SNG * ((dout_SNGD * v_SN1D).sum(-1) - delta_SNG) * scale)[..., None]
         dq += ds_SNG1 * k_SN1D
-        dkeys.append((ds_SNG1 * q_SNGD).sum(2).to(key.dtype))
-        dvalues.append((p_SNG[..., None] * dout_SNGD).sum(2).to(value.dtype))
-    return dq.reshape(q.shape).to(q.dtype), dkeys, dvalues
+        dkey.add_((ds_SNG1 * q_SNGD).sum(2))
+        dvalue.add_((p_SNG[..., None] * dout_SNGD).sum(2))
+    return dq.reshape(q.shape).to(q.dtype)

@@ -1,22 +1,28 @@
 """The point-to-point ring: for lengths where the gathered keys and values of a whole sequence would not fit.
 
-Blocks of keys and values travel around the ring at every step, double-buffered: the next block is on its way while this
-one is computed. The mask is "hybrid": which tile of a block is full, causal or absent comes from the span plan, so any
-chunk-to-rank map works (Liu et al., Ring Attention, 2023, with the causal balance moved into the plan).
+Blocks of keys and values travel around the ring, double-buffered: the next block is on its way while this one is computed.
+Blocks that fit a byte limit are kept between the TTT steps, the others are streamed again in each of them. The mask is
+"hybrid": which tile of a block is full, causal or absent comes from the span plan, so any chunk-to-rank map works (Liu et al.,
+Ring Attention, 2023, with the causal balance moved into the plan).
+
+Hop h of a ring rank meets the block of rank - h.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from eagle3_ds.attention.tiles import block_tiles
-from eagle3_ds.collectives import RingExchange
-from eagle3_ds.kernels import AttentionKernel, accumulation_dtype, merge_partial
+from eagle3_ds.collectives import RingExchange, RingTransfer
+from eagle3_ds.kernels import AttentionKernel, Tile, accumulation_dtype, merge_partial
 from eagle3_ds.layout import SpanPlan
+
+Block = list[Tensor]
+"""k and v of one ring rank, [Lr, Hkv, D] each."""
 
 
 def ring_attention_hybrid_masked(
@@ -29,7 +35,7 @@ def ring_attention_hybrid_masked(
     kernel: AttentionKernel,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Packed causal attention over the ring, forward only (`RingKV` holds the gradient).
+    """Packed causal attention over the ring, once, forward only (`RingKV` holds the gradient and serves K steps).
 
     Args:
         q: [Lr, Hq, D], k, v: [Lr, Hkv, D], this ring rank's columns.
@@ -37,53 +43,15 @@ def ring_attention_hybrid_masked(
     Returns:
         out [Lr, Hq, D] in fp32 (fp64 for fp64), lse [Lr, Hq]; rows of padding are zero with lse -inf.
     """
-    dtype = accumulation_dtype(q.dtype)
-    out = torch.zeros_like(q, dtype=dtype)
-    lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
-    exchange = RingExchange(ring_group)
-    block = [k, v]
-    for hop in range(plan.ring):
-        pending = exchange.start(block) if hop + 1 < plan.ring else None
-        tiles = block_tiles(plan, ring_rank, (ring_rank - hop) % plan.ring)
-        part, part_lse = kernel.forward(q, block[0], block[1], tiles, scale)
-        out, lse = merge_partial(out, lse, part, part_lse)
-        if pending is not None:
-            block = pending.wait()
-    return out, lse
-
-
-def ring_attention_hybrid_masked_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    plan: SpanPlan,
-    ring_rank: int,
-    ring_group: dist.ProcessGroup | None,
-    kernel: AttentionKernel,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of the ring under a merged lse and delta. The gradient of a block travels with it and comes home last."""
-    dtype = accumulation_dtype(q.dtype)
-    dq = torch.zeros_like(q, dtype=dtype)
-    dk, dv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
-    exchange = RingExchange(ring_group)
-    block = [k, v]
-    for hop in range(plan.ring):
-        pending = exchange.start(block) if hop + 1 < plan.ring else None
-        tiles = block_tiles(plan, ring_rank, (ring_rank - hop) % plan.ring)
-        dq += kernel.backward(dout, q, block[0], block[1], lse, delta, tiles, scale, dk, dv)
-        if pending is not None:
-            block = pending.wait()
-        if plan.ring > 1:
-            dk, dv = exchange.start([dk, dv]).wait()
-    return dq, dk, dv
+    return RingKV(k, v, plan, ring_rank, ring_group, kernel).attend(q, scale)
 
 
 class RingKV:
-    """The second strategy behind the interface of `PrefixKV`: holds this ring rank's block and streams the others."""
+    """The second strategy behind the interface of `PrefixKV`: this ring rank's block, those it keeps, and the stream of others.
+
+    Attributes:
+        num_kept: blocks held between the steps, this rank's own among them; those of hops 0 .. num_kept - 1.
+    """
 
     def __init__(
         self,
@@ -93,39 +61,84 @@ class RingKV:
         ring_rank: int,
         ring_group: dist.ProcessGroup | None,
         kernel: AttentionKernel,
+        keep_bytes: int = 0,
     ) -> None:
-        self.k, self.v = k_heads.detach(), v_heads.detach()
-        self.plan, self.ring_rank, self.ring_group, self.kernel = plan, ring_rank, ring_group, kernel
-        self.dk: Tensor | None = None
-        self.dv: Tensor | None = None
-        self.ticket: Tensor = _KeepKV.apply(k_heads, v_heads, self)
+        """`keep_bytes`: how many bytes of other ranks' keys and values, and of their gradients, may be kept."""
+        self.plan, self.ring_rank, self.kernel = plan, ring_rank, kernel
+        self.exchange = RingExchange(ring_group)
+        self.tiles: list[tuple[Tile, ...]] = [
+            block_tiles(plan, ring_rank, (ring_rank - hop) % plan.ring) for hop in range(plan.ring)
+        ]
+        self.kept: list[Block] = [[k_heads.contiguous(), v_heads.contiguous()]]
+        self.dtype = accumulation_dtype(k_heads.dtype)
+        entry_bytes = k_heads.element_size() + self.dtype.itemsize
+        self.num_kept = min(plan.ring, 1 + keep_bytes // max(1, 2 * k_heads.numel() * entry_bytes))
+        self.gradients: list[Block] = []
 
     def attend(self, q_heads: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return ring_attention_hybrid_masked(
-            q_heads, self.k, self.v, self.plan, self.ring_rank, self.ring_group, self.kernel, scale
-        )
+        """As `PrefixKV.attend`; out in fp32 (fp64 for fp64)."""
+        out = torch.zeros_like(q_heads, dtype=self.dtype)
+        lse = torch.full(q_heads.shape[:2], -torch.inf, dtype=self.dtype, device=q_heads.device)
+        for hop, block in self._blocks():
+            k, v = block
+            part, part_lse = self.kernel.forward(q_heads, k, v, self.tiles[hop], scale)
+            out, lse = merge_partial(out, lse, part, part_lse)
+        return out, lse
 
     def attend_backward(self, dout: Tensor, q_heads: Tensor, lse: Tensor, delta: Tensor, scale: float) -> Tensor:
-        dq, dk, dv = ring_attention_hybrid_masked_backward(
-            dout, q_heads, self.k, self.v, lse, delta, self.plan, self.ring_rank, self.ring_group, self.kernel, scale
-        )
-        self.dk = dk if self.dk is None else self.dk + dk
-        self.dv = dv if self.dv is None else self.dv + dv
+        """As `PrefixKV.attend_backward`. The gradient of a kept block is summed here; of a streamed one it travels along."""
+        dq = torch.zeros_like(q_heads, dtype=self.dtype)
+        if not self.gradients:
+            self.gradients = [[torch.zeros_like(x, dtype=self.dtype) for x in block] for block in self.kept]
+        travelling: RingTransfer | None = None
+        for hop, block in self._blocks():
+            streamed = hop >= self.num_kept
+            gradient = [torch.zeros_like(x) for x in self.gradients[0]] if streamed else self.gradients[hop]
+            (k, v), (dk, dv) = block, gradient
+            dq += self.kernel.backward(dout, q_heads, k, v, lse, delta, self.tiles[hop], scale, dk, dv)
+            if streamed:
+                # What earlier ranks found travelled while this was computed.
+                if travelling is not None:
+                    _add(gradient, travelling.wait())
+                travelling = self.exchange.start(gradient)
+        if travelling is not None:
+            # One hop beyond the last is home.
+            _add(self.gradients[0], travelling.wait())
         return dq
 
+    def take_gradients(self) -> tuple[Tensor, Tensor]:
+        """dk, dv of this ring rank's own block, fp32, over all ranks; forgotten here.
 
-class _KeepKV(torch.autograd.Function):
-    """Forward: nothing moves. Backward: hands out the gradients that the K steps summed in fp32."""
+        The block of hop h is owned h ranks back, which is ring - h hops ahead. So the gradients of the kept blocks board one
+        lap at hop h each, and whatever sits in one message has one owner: they are summed on the way.
+        """
+        home, *others = self.gradients
+        self.gradients = []
+        carried: Block = []
+        for hop in range(1, self.plan.ring) if others else ():
+            if hop <= len(others):
+                if carried:
+                    _add(others[hop - 1], carried)
+                carried = others[hop - 1]
+            carried = self.exchange.start(carried).wait()
+        if carried:
+            _add(home, carried)
+        return home[0], home[1]
 
-    @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, ring_kv: RingKV) -> Tensor:
-        ctx.ring_kv, ctx.dtype = ring_kv, k.dtype
-        return k.new_zeros((), dtype=torch.float32)
+    def _blocks(self) -> Iterator[tuple[int, Block]]:
+        """Every hop and its block. A block that is not here yet is on its way while the one before is computed."""
+        block = self.kept[0]
+        for hop in range(self.plan.ring):
+            arriving = self.exchange.start(block) if len(self.kept) <= hop + 1 < self.plan.ring else None
+            yield hop, block
+            if arriving is None:
+                block = self.kept[hop + 1] if hop + 1 < len(self.kept) else block
+                continue
+            block = arriving.wait()
+            if hop + 1 < self.num_kept:
+                self.kept.append(block)
 
-    @staticmethod
-    def backward(ctx: Any, _ticket: Tensor) -> tuple[Tensor | None, ...]:
-        kept: RingKV = ctx.ring_kv
-        assert kept.dk is not None and kept.dv is not None, "the backward of the kept block ran before any step's"
-        dk, dv = kept.dk.to(ctx.dtype), kept.dv.to(ctx.dtype)
-        kept.dk = kept.dv = None
-        return dk, dv, None
+
+def _add(total: Sequence[Tensor], part: Sequence[Tensor]) -> None:
+    for mine, more in zip(total, part, strict=True):
+        mine.add_(more)

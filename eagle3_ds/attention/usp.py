@@ -1,35 +1,64 @@
 """The USP attention of one draft layer over the K TTT steps (DESIGN: Ulysses inside, ring outside).
 
 Step 0 sends q, k and v in one all-to-all, then exchanges the keys and values over the ring once. Steps >= 1 send q and
-receive (out, lse): their own keys are diagonal, seen by their own slot alone, and never leave the rank.
+receive (out, lse): their own keys are diagonal, seen by their own slot alone, and never leave the rank. In backward each step
+sends (dout, lse, delta) and receives dq; step 0 receives dk and dv with it, summed over all steps. Forward and backward of
+K steps cost 4K all-to-alls, one all-gather and one reduce-scatter.
 
 Legend: S slots of this rank, Lr = S * ulysses columns of this ring rank, Hq / Hkv heads, D head size.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 
 from eagle3_ds.attention.merge import merge_diagonals, merge_diagonals_backward
 from eagle3_ds.attention.prefix_kv import PrefixKV
 from eagle3_ds.attention.ring import RingKV
-from eagle3_ds.collectives import SequenceToHeads, heads_to_sequence, sequence_to_heads
+from eagle3_ds.collectives import heads_to_sequence, sequence_to_heads, start_sequence_to_heads
 from eagle3_ds.kernels import AttentionKernel, accumulation_dtype
 from eagle3_ds.layout import SpanPlan
 
 
 class UnrollMemory:
-    """What one layer remembers over the steps of one unroll: the step-0 keys and values, and the diagonals since."""
+    """What one layer remembers over the steps of one unroll, and what their backward sums up.
+
+    The backward of the steps must run in reverse order, so that a step's own gradients are whole when its turn comes. The
+    ticket, a scalar that each step hands to the next, holds autograd to it.
+
+    Attributes:
+        prefix: the step-0 keys and values; None before step 0.
+        keys, values: the diagonals of the steps since, [S, Hkv, D] each.
+        dkeys, dvalues: their gradients, in their dtype; empty before backward, and one shorter after each step's.
+    """
 
     def __init__(self, plan: SpanPlan, ring_rank: int) -> None:
         self.plan, self.ring_rank = plan, ring_rank
         self.prefix: PrefixKV | RingKV | None = None
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.dkeys: list[Tensor] = []
+        self.dvalues: list[Tensor] = []
+        self.ticket: Tensor | None = None
+
+    @property
+    def next_step(self) -> int:
+        """How many steps have been taken."""
+        return 0 if self.prefix is None else 1 + len(self.keys)
+
+
+class Attended(NamedTuple):
+    """The attention of one step: out [S, Hq, D] in q's dtype, lse fp32 [S, Hq], and q in heads layout [Lr, Hq / u, D]."""
+
+    out: Tensor
+    lse: Tensor
+    q_heads: Tensor
 
 
 class LlamaUSPFlashAttention(nn.Module):
@@ -37,6 +66,7 @@ class LlamaUSPFlashAttention(nn.Module):
 
     Attributes:
         sp_ring_degree, sp_ulysses_degree, sp_world_size, sp_rank: the mesh, as RFC 338 names it.
+        ring_bytes: for `kv_exchange` ring, bytes of other ranks' keys and values that are kept between the TTT steps.
     """
 
     def __init__(
@@ -46,6 +76,7 @@ class LlamaUSPFlashAttention(nn.Module):
         ulysses_group: dist.ProcessGroup | None = None,
         ring_group: dist.ProcessGroup | None = None,
         kv_exchange: Literal["gather", "ring"] = "gather",
+        ring_bytes: int = 0,
     ) -> None:
         super().__init__()
         self.q_proj: nn.Module = attention.q_proj
@@ -54,7 +85,7 @@ class LlamaUSPFlashAttention(nn.Module):
         self.o_proj: nn.Module = attention.o_proj
         self.head_dim: int = attention.head_dim
         self.scale = self.head_dim**-0.5
-        self.kernel, self.kv_exchange = kernel, kv_exchange
+        self.kernel, self.kv_exchange, self.ring_bytes = kernel, kv_exchange, ring_bytes
         self.ulysses_group, self.ring_group = ulysses_group, ring_group
         self.sp_ulysses_degree = ulysses_group.size() if ulysses_group else 1
         self.sp_ring_degree = ring_group.size() if ring_group else 1
@@ -62,29 +93,70 @@ class LlamaUSPFlashAttention(nn.Module):
         ring_rank = ring_group.rank() if ring_group else 0
         self.sp_rank = ring_rank * self.sp_ulysses_degree + (ulysses_group.rank() if ulysses_group else 0)
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [S, 2H] (or [S, H]), cos and sin [S, D] -> rotated q [S, Hq, D], rotated k and v [S, Hkv, D]."""
-        q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, memory: UnrollMemory) -> Tensor:
+        """x [S, 2H] (or [S, H]), cos and sin [S, D] -> [S, H]."""
+        q, k, v = (
+            functional.linear(x, projection.weight).unflatten(-1, (-1, self.head_dim))  # type: ignore[arg-type]
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.o_proj(self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, memory))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, memory: UnrollMemory) -> Tensor:
-        """The attention of one TTT step, [S, Hq * D]; the step is how often `memory` has been here before."""
+        """The attention of one TTT step with autograd, [S, Hq * D]; the step is how often `memory` has been here before.
+
+        q [S, Hq, D], k, v [S, Hkv, D], q and k rotated.
+        """
+        out, memory.ticket = _Attend.apply(q, k, v, memory.ticket, self, memory)
+        return out.flatten(1)
+
+    def attend_forward(self, q: Tensor, k: Tensor, v: Tensor, memory: UnrollMemory) -> Attended:
+        """The attention of one TTT step, outside autograd; its key and value are remembered."""
         if memory.prefix is None:
             q_heads, k_heads, v_heads = self._exchange_qkv(q, k, v)
-            strategy = PrefixKV if self.kv_exchange == "gather" else RingKV
-            memory.prefix = strategy(k_heads, v_heads, memory.plan, memory.ring_rank, self.ring_group, self.kernel)
+            memory.prefix = self._make_prefix(k_heads, v_heads, memory)
         else:
             memory.keys.append(k)
             memory.values.append(v)
-            q_heads = SequenceToHeads.apply(q, self.ulysses_group)
-        prefix = memory.prefix
-        out = _HybridAttention.apply(
-            q_heads, q, prefix.ticket, prefix, self.ulysses_group, self.scale, *memory.keys, *memory.values
-        )
-        return out.flatten(1)
+            q_heads = sequence_to_heads(q, self.ulysses_group)
+        out_heads, lse_heads = memory.prefix.attend(q_heads, self.scale)
+        out0, (lse0,) = self._home_with_statistics(out_heads.to(q.dtype), (lse_heads,))
+        out, lse = merge_diagonals(out0, lse0, q, memory.keys, memory.values, self.scale)
+        return Attended(out, lse, q_heads)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, memory: UnrollMemory) -> Tensor:
-        return self.o_proj(self.attend(*self.project(x, cos, sin), memory))
+    def attend_backward(
+        self, dout: Tensor, q: Tensor, attended: Attended, memory: UnrollMemory, step: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv of TTT step `step`, in the dtype of q; the later steps' backward has run.
+
+        dout [S, Hq, D]; q [S, Hq, D] as in forward.
+        """
+        out, lse, q_heads = attended
+        assert memory.prefix is not None
+        if not memory.dkeys:
+            memory.dkeys = [torch.zeros_like(key) for key in memory.keys]
+            memory.dvalues = [torch.zeros_like(value) for value in memory.values]
+        dtype = accumulation_dtype(out.dtype)
+        delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
+        # On its way while the diagonals are computed.
+        packed, num_columns = _pack_statistics(dout, (lse, delta), self.ulysses_group)
+        pending = start_sequence_to_heads(packed, self.ulysses_group)
+        dq: Tensor | None = None
+        if step > 0:
+            diagonals = (memory.keys[:step], memory.values[:step])
+            gradients = (memory.dkeys[:step], memory.dvalues[:step])
+            dq = merge_diagonals_backward(dout, q, *diagonals, lse, delta, self.scale, *gradients)
+        dout_heads, (lse_heads, delta_heads) = _unpack_statistics(pending.wait(), (lse, delta), num_columns)
+        dq_heads = memory.prefix.attend_backward(dout_heads, q_heads, lse_heads, delta_heads, self.scale).to(q.dtype)
+        if dq is None:
+            dk_heads, dv_heads = (x.to(q.dtype) for x in memory.prefix.take_gradients())
+            return self._exchange_qkv_home(dq_heads, dk_heads, dv_heads)
+        return dq + heads_to_sequence(dq_heads, self.ulysses_group), memory.dkeys.pop(), memory.dvalues.pop()
+
+    def _make_prefix(self, k_heads: Tensor, v_heads: Tensor, memory: UnrollMemory) -> PrefixKV | RingKV:
+        place = (memory.plan, memory.ring_rank, self.ring_group, self.kernel)
+        if self.kv_exchange == "gather":
+            return PrefixKV(k_heads, v_heads, *place)
+        return RingKV(k_heads, v_heads, *place, self.ring_bytes)
 
     def _exchange_qkv(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One all-to-all for all three: each destination's query, key and value heads lie side by side."""
@@ -93,9 +165,23 @@ class LlamaUSPFlashAttention(nn.Module):
             return q, k, v
         parts = [x.unflatten(1, (ulysses, -1)) for x in (q, k, v)]
         sizes = [part.shape[2] for part in parts]
-        heads = SequenceToHeads.apply(torch.cat(parts, dim=2).flatten(1, 2), self.ulysses_group)
+        heads = sequence_to_heads(torch.cat(parts, dim=2).flatten(1, 2), self.ulysses_group)
         q_heads, k_heads, v_heads = heads.split(sizes, dim=1)
         return q_heads.contiguous(), k_heads, v_heads
+
+    def _exchange_qkv_home(self, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The conjugate of `_exchange_qkv`."""
+        if self.sp_ulysses_degree == 1:
+            return dq, dk, dv
+        sizes = [x.shape[1] for x in (dq, dk, dv)]
+        home = heads_to_sequence(torch.cat((dq, dk, dv), dim=1), self.ulysses_group)
+        parts = home.unflatten(1, (self.sp_ulysses_degree, -1)).split(sizes, dim=2)
+        whole_q, whole_k, whole_v = (part.flatten(1, 2) for part in parts)
+        return whole_q, whole_k, whole_v
+
+    def _home_with_statistics(self, x: Tensor, statistics: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        packed, num_columns = _pack_statistics(x, statistics, self.ulysses_group)
+        return _unpack_statistics(heads_to_sequence(packed, self.ulysses_group), statistics, num_columns)
 
 
 def rotate(x_SHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
@@ -106,57 +192,46 @@ def rotate(x_SHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
     return (x * cos_SD[:, None] + turned * sin_SD[:, None]).to(x_SHD.dtype)
 
 
-class _HybridAttention(torch.autograd.Function):
-    """Forward: step-0 attention in heads layout, (out, lse) home in one all-to-all, diagonals merged there.
-
-    Backward: (dout, lse, delta) out in one all-to-all; the step-0 part of dq stays in heads layout, and the conjugate of
-    q's own exchange brings it home.
-    """
+class _Attend(torch.autograd.Function):
+    """Forward: the attention of one step. Backward: of the same step, after those of the later ones (the ticket)."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        q_heads: Tensor,
         q: Tensor,
-        ticket: Tensor,
-        prefix: PrefixKV | RingKV,
-        group: dist.ProcessGroup | None,
-        scale: float,
-        *diagonals: Tensor,
-    ) -> Tensor:
-        half = len(diagonals) // 2
-        out_heads, lse_heads = prefix.attend(q_heads, scale)
-        out0, (lse0,) = _with_statistics(heads_to_sequence, out_heads.to(q.dtype), (lse_heads,), group)
-        out, lse = merge_diagonals(out0, lse0, q, diagonals[:half], diagonals[half:], scale)
-        ctx.save_for_backward(q_heads, q if half else None, out, lse, *diagonals)
-        ctx.prefix, ctx.group, ctx.scale = prefix, group, scale
-        return out
+        k: Tensor,
+        v: Tensor,
+        _ticket: Tensor | None,
+        attention: LlamaUSPFlashAttention,
+        memory: UnrollMemory,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.attention, ctx.memory, ctx.step = attention, memory, memory.next_step
+        attended = attention.attend_forward(q, k, v, memory)
+        ctx.save_for_backward(q, *attended)
+        return attended.out, q.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q_heads, q, out, lse, *diagonals = ctx.saved_tensors
-        half = len(diagonals) // 2
-        dtype = accumulation_dtype(out.dtype)
-        delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
-        dq: Tensor | None = None
-        dkeys: list[Tensor] = []
-        dvalues: list[Tensor] = []
-        if half:
-            dq, dkeys, dvalues = merge_diagonals_backward(dout, q, diagonals[:half], diagonals[half:], lse, delta, ctx.scale)
-        dout_heads, (lse_heads, delta_heads) = _with_statistics(sequence_to_heads, dout, (lse, delta), ctx.group)
-        dq_heads = ctx.prefix.attend_backward(dout_heads, q_heads, lse_heads, delta_heads, ctx.scale)
-        ticket = lse.new_zeros((), dtype=torch.float32)
-        return dq_heads.to(q_heads.dtype), dq, ticket, None, None, None, *dkeys, *dvalues
+    def backward(ctx: Any, dout: Tensor, dticket: Tensor) -> tuple[Tensor | None, ...]:
+        q, *attended = ctx.saved_tensors
+        gradients = ctx.attention.attend_backward(dout, q, Attended(*attended), ctx.memory, ctx.step)
+        return *gradients, dticket if ctx.step else None, None, None
 
 
-def _with_statistics(
-    exchange: Any, x: Tensor, statistics: tuple[Tensor, ...], group: dist.ProcessGroup | None
-) -> tuple[Tensor, list[Tensor]]:
-    """Exchange x [rows, heads, D] together with fp32 (or fp64) statistics [rows, heads] in one call, bits unchanged."""
+def _pack_statistics(x: Tensor, statistics: Sequence[Tensor], group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
+    """x [rows, heads, D] with fp32 (or fp64) statistics [rows, heads] behind it, bits unchanged, for one exchange of both.
+
+    Returns:
+        [rows, heads, D + columns] in x's dtype, and the number of columns; x alone and 0 when nothing will be exchanged.
+    """
     if group is None:
-        return x.contiguous(), list(statistics)
-    dtype = statistics[0].dtype
-    as_columns = torch.stack(statistics, dim=-1).contiguous().view(x.dtype)
-    moved = exchange(torch.cat((x, as_columns), dim=-1), group)
-    columns = moved[..., x.shape[-1] :].contiguous().view(dtype)
-    return moved[..., : x.shape[-1]].contiguous(), list(columns.unbind(-1))
+        return x.contiguous(), 0
+    as_columns = torch.stack(tuple(statistics), dim=-1).contiguous().view(x.dtype)
+    return torch.cat((x, as_columns), dim=-1), as_columns.shape[-1]
+
+
+def _unpack_statistics(packed: Tensor, statistics: Sequence[Tensor], num_columns: int) -> tuple[Tensor, list[Tensor]]:
+    """The inverse of `_pack_statistics`; `statistics` are handed back where nothing was exchanged."""
+    if num_columns == 0:
+        return packed, list(statistics)
+    x, columns = packed.split((packed.shape[-1] - num_columns, num_columns), dim=-1)
+    return x.contiguous(), list(columns.contiguous().view(statistics[0].dtype).unbind(-1))

@@ -1,12 +1,11 @@
 """Communication over torch.distributed groups; a group of None is one rank, for which everything is the identity."""
 
 from eagle3_ds.collectives.all_to_all import (
-    HeadsToSequence,
     SeqAllToAll4D,
-    SequenceToHeads,
     all_to_all_4D,
     heads_to_sequence,
     sequence_to_heads,
+    start_sequence_to_heads,
 )
 from eagle3_ds.collectives.gather import (
     Gather,
@@ -15,14 +14,13 @@ from eagle3_ds.collectives.gather import (
     gather_outputs_and_unpad,
     reduce_scatter_rows,
 )
-from eagle3_ds.collectives.ring import RingExchange
+from eagle3_ds.collectives.ring import RingExchange, RingTransfer
 
 __all__ = [
     "Gather",
-    "HeadsToSequence",
     "RingExchange",
+    "RingTransfer",
     "SeqAllToAll4D",
-    "SequenceToHeads",
     "all_gather_rows",
     "all_gather_tensor",
     "all_to_all_4D",
@@ -30,4 +28,5 @@ __all__ = [
     "heads_to_sequence",
     "reduce_scatter_rows",
     "sequence_to_heads",
+    "start_sequence_to_heads",
 ]

@@ -12,19 +12,43 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class PendingRows:
+    """An exchange under way: `wait` returns what `sequence_to_heads` would. It keeps the sent buffer alive until then."""
+
+    def __init__(self, received: Tensor, work: dist.Work | None = None, sent: Tensor | None = None) -> None:
+        self._received, self._work, self._sent = received, work, sent
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+            self._work = self._sent = None
+        return self._received
+
+
+def start_sequence_to_heads(x: Tensor, group: dist.ProcessGroup | None) -> PendingRows:
+    """Begin `sequence_to_heads`, so that what does not need its result is computed meanwhile.
+
+    Raises:
+        ValueError: the ranks do not divide the heads.
+    """
+    if group is None:
+        return PendingRows(x)
+    size, (rows, heads, dim) = group.size(), x.shape
+    if heads % size:
+        raise ValueError(f"{heads} heads cannot be shared by {size} ranks. Use a ulysses degree that divides {heads}.")
+    by_rank = x.reshape(rows, size, heads // size, dim).transpose(0, 1).contiguous()
+    received = torch.empty_like(by_rank)
+    work = dist.all_to_all_single(received, by_rank, group=group, async_op=True)
+    return PendingRows(received.flatten(0, 1), work, by_rank)
+
+
 def sequence_to_heads(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[S, H, D] -> [u * S, H / u, D]: rank r receives head slice r of everybody's rows, rows in rank order.
 
     Raises:
         ValueError: the ranks do not divide the heads.
     """
-    if group is None:
-        return x
-    size, (rows, heads, dim) = group.size(), x.shape
-    if heads % size:
-        raise ValueError(f"{heads} heads cannot be shared by {size} ranks. Use a ulysses degree that divides {heads}.")
-    by_rank = x.reshape(rows, size, heads // size, dim).transpose(0, 1).contiguous()
-    return _exchange(by_rank, group).flatten(0, 1)
+    return start_sequence_to_heads(x, group).wait()
 
 
 def heads_to_sequence(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -39,40 +63,9 @@ def heads_to_sequence(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if rows % size:
         raise ValueError(f"{rows} rows cannot be shared by {size} ranks. Pad them to a multiple of {size}.")
     by_rank = x.contiguous().unflatten(0, (size, rows // size))
-    return _exchange(by_rank, group).transpose(0, 1).flatten(1, 2)
-
-
-def _exchange(by_rank: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[u, ...]: row r goes to rank r, and comes from rank r."""
     received = torch.empty_like(by_rank)
     dist.all_to_all_single(received, by_rank, group=group)
-    return received
-
-
-class SequenceToHeads(torch.autograd.Function):
-    """Forward: sequence_to_heads. Backward: heads_to_sequence. `apply(x, group)`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        return sequence_to_heads(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return heads_to_sequence(grad, ctx.group), None
-
-
-class HeadsToSequence(torch.autograd.Function):
-    """Forward: heads_to_sequence. Backward: sequence_to_heads. `apply(x, group)`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        return heads_to_sequence(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return sequence_to_heads(grad, ctx.group), None
+    return received.transpose(0, 1).flatten(1, 2)
 
 
 def all_to_all_4D(  # noqa: N802 - the name RFC 338 uses

@@ -102,6 +102,8 @@ class ParallelSection(Section):
     """Null: whatever the world size leaves, world / (ulysses * ring)."""
     zero_group: Literal["all", "draft_dp"] = "all"
     kv_exchange: Literal["auto", "gather", "ring"] = "auto"
+    kv_bytes: NonNegative = 2**33
+    """Bytes of other ranks' step-0 keys and values, and of their gradients, that a rank may hold in each layer."""
     chunks_per_rank: Positive = 8
     """Pieces a ring rank's share of the sequence is cut into for balance."""
 
@@ -115,7 +117,7 @@ class LossSection(Section):
     """Weight of TTT step k is decay**k, not renormalised."""
     mask_alignment: Literal["served", "reference"] = "served"
     reduction: Literal["supervised", "slots"] = "supervised"
-    tile_bytes: Annotated[int, Field(ge=2**20)] = 2**28
+    tile_bytes: Positive = 2**28
     """Byte budget of the transient logits of one loss tile."""
 
 
@@ -134,7 +136,9 @@ class TrainSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     gradient_clipping: Annotated[float, Field(ge=0)] = 0.5
     """Largest global gradient norm; 0 turns clipping off."""
-    activation: Literal["keep", "recompute"] = "recompute"
+    activation: Literal["keep", "recompute", "offload"] = "recompute"
+    tile_bytes: Positive = 2**30
+    """Byte budget of the transient tensors of one tile of slots in a draft layer."""
     eval_every: NonNegative = 0
     """Optimizer steps between held-out evaluations; 0: only at the end."""
     save_every: NonNegative = 0

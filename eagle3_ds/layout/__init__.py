@@ -1,6 +1,18 @@
 """Who holds which slot: span plans, halos and the one cutter from a packed sequence to a rank's batch. Integers first."""
 
-from eagle3_ds.layout.batch import LocalBatch, PackedSequence, Rows, prepare_usp_input
+from eagle3_ds.layout.batch import LocalBatch, PackedSequence, prepare_usp_input
 from eagle3_ds.layout.plan import Run, SpanPlan, attention_work
+from eagle3_ds.layout.rows import LocalRows, Rows, row_tiles, stream_rows
 
-__all__ = ["LocalBatch", "PackedSequence", "Rows", "Run", "SpanPlan", "attention_work", "prepare_usp_input"]
+__all__ = [
+    "LocalBatch",
+    "LocalRows",
+    "PackedSequence",
+    "Rows",
+    "Run",
+    "SpanPlan",
+    "attention_work",
+    "prepare_usp_input",
+    "row_tiles",
+    "stream_rows",
+]

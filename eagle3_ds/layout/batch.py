@@ -7,19 +7,13 @@ Ht hidden size of the target.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from eagle3_ds.layout.plan import IntArray, SpanPlan
-
-
-class Rows(Protocol):
-    """Rows that can be read a slice at a time: a tensor, or a view of a store on disk."""
-
-    def __getitem__(self, rows: slice, /) -> Tensor: ...
+from eagle3_ds.layout.rows import LocalRows, Rows
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,7 @@ class PackedSequence:
 
 @dataclass(frozen=True)
 class LocalBatch:
-    """One rank's share of one packed sequence. The extended buffers are read at `row + 1 + k`.
+    """One rank's share of one packed sequence, on the host. The extended buffers are read at `row + 1 + k`.
 
     Attributes:
         position: int64 [S], position in the document; 0 for padding.
@@ -53,8 +47,8 @@ class LocalBatch:
         supervised: bool [K, S], slots that count at each TTT step, the teacher's token in or out of the draft vocabulary.
         token_ids: int64 [E].
         teacher_token: int64 [E].
-        aux: [S, 3 * Ht], own slots only.
-        teacher: [E, Ht].
+        aux: rows [S, 3 * Ht], own slots only, unread.
+        teacher: rows [E, Ht], unread.
         max_position: largest position of the whole pack, the same on all sp ranks.
         num_own_slots: slots of this rank that hold a token, without padding.
     """
@@ -67,8 +61,8 @@ class LocalBatch:
     supervised: Tensor
     token_ids: Tensor
     teacher_token: Tensor
-    aux: Tensor
-    teacher: Tensor
+    aux: LocalRows
+    teacher: LocalRows
     max_position: int
     num_own_slots: int
 
@@ -101,10 +95,10 @@ def prepare_usp_input(
         position=torch.from_numpy(plan.position[slots]),
         row=torch.from_numpy(np.searchsorted(extended, slots)),
         supervised=torch.from_numpy(_supervised(plan, slots, pack.loss_mask.numpy(), ttt_steps, mask_alignment)),
-        token_ids=_take(pack.token_ids, extended, length),
-        teacher_token=_take(pack.teacher_token, extended, length),
-        aux=_take(pack.aux, slots, length),
-        teacher=_take(pack.teacher, extended, length),
+        token_ids=LocalRows(pack.token_ids, extended, length)[:],
+        teacher_token=LocalRows(pack.teacher_token, extended, length)[:],
+        aux=LocalRows(pack.aux, slots, length),
+        teacher=LocalRows(pack.teacher, extended, length),
         max_position=max(plan.lengths) - 1,
         num_own_slots=int((slots < length).sum()),
     )
@@ -118,15 +112,3 @@ def _supervised(plan: SpanPlan, slots: IntArray, loss_mask: np.ndarray, ttt_step
     read = slots[None, :] + 1 + np.arange(ttt_steps)[:, None]
     masked = mask[read if alignment == "served" else read - 1]
     return masked & (document[read] == document[slots]) & (document[slots] >= 0)
-
-
-def _take(rows: Rows, slots: IntArray, length: int) -> Tensor:
-    """Rows of ascending `slots`, zeros at slots >= length, read as few contiguous slices as there are spans."""
-    inside = slots[slots < length]
-    breaks = np.flatnonzero(np.diff(inside) != 1) + 1
-    spans = [span for span in np.split(inside, breaks) if len(span)]
-    parts = [rows[int(span[0]) : int(span[-1]) + 1] for span in spans] or [rows[0:0]]
-    missing = len(slots) - len(inside)
-    if missing:
-        parts.append(parts[0].new_zeros((missing, *parts[0].shape[1:])))
-    return torch.cat(parts)

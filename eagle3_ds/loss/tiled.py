@@ -2,45 +2,70 @@
 
 A tile is a few columns of this rank. The teacher is projected once per tile and read by all K steps (step k reads it one
 row further than step k - 1), and the gradient is formed in the forward pass, while the logits are at hand. So no
-tensor of slots x vocabulary exists beyond one tile, and the head is used once per optimizer micro-batch, which is one
-parameter gather under ZeRO-3 instead of K.
+tensor of slots x vocabulary exists beyond one tile, and the head is used once per micro-batch. The draft's final norm is
+applied here too, tile by tile.
 
-Legend: S slots, E rows of the extended buffers, K TTT steps, H hidden size, Vd draft vocabulary, t rows of one tile.
+Legend: S slots, E rows of the extended buffers, K TTT steps, H hidden size, Ht the target's, Vd draft vocabulary, t columns and
+R teacher rows of one tile.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
+
+from eagle3_ds.loss.taps import LossTaps
+
+IntArray = NDArray[np.int64]
+
+
+class LossTile(NamedTuple):
+    """Some columns, and what they read; computed on the host, so that no device is waited for.
+
+    Attributes:
+        columns: int64 [t], ascending; rows: int64 [R], the rows of the extended buffers that they read at any step, ascending.
+        place: int64 [K, t], where in `rows` each column reads at each step.
+        starts: per step, `place[k]` as the start of a run of t, or None where it is not one.
+    """
+
+    columns: IntArray
+    rows: IntArray
+    place: IntArray
+    starts: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What the loss reads beside the student; constants all.
+    """What the loss reads beside the student; constants all, on the device but for the tiles.
 
     Attributes:
-        row: int64 [S], each slot's row in the extended buffers; step k reads row + 1 + k. Ascending.
-        teacher: [E, Ht], the target's last hidden states; teacher_head: [Vd, Ht], its head, rows of the draft vocabulary.
+        tiles: the columns that some step supervises, cut by `loss_tiles`.
+        teacher: the rows [R, Ht] of each tile, the target's last hidden states, on the device and in the head's dtype.
+        teacher_head: [Vd, Ht], the target's head, rows of the draft vocabulary.
         teacher_token: int64 [E], the target's full-vocabulary argmax.
         draft_to_target: int64 [Vd].
-        in_vocabulary: bool [E], the teacher's token lies in the draft vocabulary.
+        contributing: bool [K, S], supervised, and the teacher's token lies in the draft vocabulary.
         supervised: bool [K, S].
         step_weight: fp32 [K], decay**k / N_k (0 when no slot of the step is supervised).
-        tile_bytes: budget of one tile's transient logits.
+        eps: of the final norm.
     """
 
-    row: Tensor
-    teacher: Tensor
+    tiles: Sequence[LossTile]
+    teacher: Iterable[Tensor]
     teacher_head: Tensor
     teacher_token: Tensor
     draft_to_target: Tensor
-    in_vocabulary: Tensor
+    contributing: Tensor
     supervised: Tensor
     step_weight: Tensor
-    tile_bytes: int
+    eps: float
 
 
 class LossSum(NamedTuple):
@@ -63,94 +88,151 @@ class LossSum(NamedTuple):
     joint_counts: Tensor
 
 
-def tiled_soft_cross_entropy(students: list[Tensor], head_weight: Tensor, inputs: LossInputs) -> LossSum:
-    """Loss of K steps.
+def tiled_soft_cross_entropy(taps: LossTaps, norm_weight: Tensor, head_weight: Tensor, inputs: LossInputs) -> LossSum:
+    """Loss of the K steps in `taps`.
 
     Args:
-        students: K tensors [S, H], the normed draft outputs.
-        head_weight: [Vd, H], trained.
-
-    Raises:
-        ValueError: the byte budget does not hold the logits of one slot.
+        norm_weight: [H], the draft's final norm; head_weight: [Vd, H]. Trained, both.
     """
-    total, step_loss, hits, joint_hits = _TiledLoss.apply(inputs, head_weight, *students)
+    total, step_loss, hits, joint_hits = _TiledLoss.apply(inputs, taps, norm_weight, head_weight, *taps.tickets)
+    taps.hidden.clear()
     joint = inputs.supervised.cumprod(0)
     return LossSum(total, step_loss, hits, inputs.supervised.sum(1).float(), joint_hits, joint.sum(1).to(torch.float32))
 
 
-def tile_columns(tile_bytes: int, vocabulary: int, ttt_steps: int, itemsize: int) -> int:
-    """Slots per tile: teacher probabilities of t + K rows, and logits, log-probabilities and gradient of t rows.
+def loss_tiles(row: IntArray, supervised: NDArray[np.bool_], tile_bytes: int, vocabulary: int, itemsize: int) -> list[LossTile]:
+    """Cut the columns that some step supervises into tiles whose transient logits fit a byte budget.
+
+    A tile holds the teacher's probabilities of its R rows, R at most t + K where columns are neighbours, and logits, target and
+    gradient of t columns. K and the tiles may differ between ranks: no collective runs among them.
+
+    Args:
+        row: int64 [S], each slot's row in the extended buffers; step k reads row + 1 + k. Ascending.
+        supervised: bool [K, S]. Columns that only miss the draft vocabulary count too: accuracy looks at them.
+        vocabulary: Vd. itemsize: bytes of the trained weights' dtype.
 
     Raises:
         ValueError: the budget is too small for a tile of one slot.
     """
-    per_row = vocabulary * itemsize
-    columns = (tile_bytes - ttt_steps * 2 * per_row) // (6 * per_row)
-    if columns < 1:
+    steps = len(supervised)
+    # fp32 each but the raw logits: teacher logits and probabilities per row, student logits, target and gradient per column.
+    per_row, per_column = vocabulary * (4 + 4 + itemsize), vocabulary * (4 + 4 + 4 + itemsize)
+    columns = np.flatnonzero(supervised.any(0))
+    smallest = steps * per_row + per_column
+    if tile_bytes < smallest:
         raise ValueError(
             f"loss.tile_bytes = {tile_bytes} is too small for a tile of one slot with a draft vocabulary of {vocabulary} "
-            f"and {ttt_steps} TTT steps: at least {(6 + 2 * ttt_steps) * per_row} bytes are needed."
+            f"and {steps} TTT steps: at least {smallest} bytes are needed."
         )
-    return int(columns)
+    ahead = 1 + np.arange(steps)[:, None]
+    tiles: list[LossTile] = []
+    start = 0
+    while start < len(columns):
+        # Scattered columns read more rows each: take as many as fit, at least one.
+        size = max(1, (tile_bytes - (steps - 1) * per_row) // (per_row + per_column))
+        while True:
+            chosen = columns[start : start + size]
+            reads = row[chosen] + ahead
+            rows = np.unique(reads)
+            if len(rows) * per_row + len(chosen) * per_column <= tile_bytes or len(chosen) == 1:
+                break
+            size = max(1, int(len(chosen) * tile_bytes / (len(rows) * per_row + len(chosen) * per_column) * 0.95))
+        place = np.searchsorted(rows, reads)
+        runs = (np.diff(place, axis=1) == 1).all(1)
+        starts = tuple(int(first) if run else None for first, run in zip(place[:, 0], runs, strict=True))
+        tiles.append(LossTile(chosen, rows, place, starts))
+        start += len(chosen)
+    return tiles
 
 
 class _TiledLoss(torch.autograd.Function):
-    """Forward: the loss, and d(total)/d(students, head) beside it. Backward: scales them by the incoming gradient."""
+    """Forward: the loss, and beside it d(total)/d(hidden) left at the taps and d(total)/d(norm, head) kept. Backward: scales."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: LossInputs, head: Tensor, *students: Tensor) -> tuple[Tensor, ...]:
-        steps, needs_grad = len(students), any(ctx.needs_input_grad)
-        dtype = torch.float64 if head.dtype == torch.float64 else torch.float32
-        contributing = inputs.supervised & inputs.in_vocabulary[_read_rows(inputs.row, steps)]
-        weight = contributing.to(dtype) * inputs.step_weight.to(dtype)[:, None]
-        grads = [torch.zeros_like(student) for student in students] if needs_grad else []
-        dhead = torch.zeros_like(head, dtype=dtype) if needs_grad else head.new_zeros(())
-        step_loss, hits, joint_hits = (torch.zeros(steps, dtype=dtype, device=head.device) for _ in range(3))
-        # Only columns that some step supervises cost anything. K and the tile size do not depend on them, and no
-        # collective runs in here, so ranks may differ in their number of tiles.
-        columns = contributing.any(0).nonzero().squeeze(1)
-        size = tile_columns(inputs.tile_bytes, len(head), steps, torch.finfo(dtype).bits // 8)
-        for tile in columns.split(size):
-            probability, projected = _teacher_tile(inputs, tile, steps, dtype)
-            all_right = torch.ones(len(tile), dtype=torch.bool, device=head.device)
-            for k, student in enumerate(students):
-                rows = inputs.row[tile] + 1 + k
-                target = probability[torch.searchsorted(projected, rows)]
-                x = student[tile]
-                log_student = (x @ head.T).to(dtype).log_softmax(-1)
-                entropy = -(target * log_student).sum(-1)
-                step_loss[k] += (entropy * contributing[k, tile]).sum()
-                right = inputs.draft_to_target[log_student.argmax(-1)] == inputs.teacher_token[rows]
-                right &= inputs.supervised[k, tile]
-                all_right &= right
-                hits[k] += right.sum()
-                joint_hits[k] += all_right.sum()
-                if needs_grad:
-                    dlogits = ((log_student.exp_() - target) * weight[k, tile, None]).to(head.dtype)
-                    grads[k][tile] = dlogits @ head
-                    dhead += dlogits.T @ x
-        ctx.save_for_backward(dhead, *grads)
-        ctx.head_dtype = head.dtype
-        total = (step_loss * inputs.step_weight.to(dtype)).sum()
-        ctx.mark_non_differentiable(step_loss, hits, joint_hits)
-        return total, step_loss, hits, joint_hits
+    def forward(
+        ctx: Any, inputs: LossInputs, taps: LossTaps, norm: Tensor, head: Tensor, *_tickets: Tensor
+    ) -> tuple[Tensor, ...]:
+        needs_grad = any(ctx.needs_input_grad)
+        tally = _Tally(inputs, taps, norm.detach(), head.detach(), needs_grad)
+        for tile, teacher in zip(inputs.tiles, inputs.teacher, strict=True):
+            tally.add(tile, teacher)
+        if needs_grad:
+            taps.gradients = tally.gradients
+            ctx.save_for_backward(tally.dnorm, tally.dhead)
+        ctx.taps, ctx.steps, ctx.dtypes = taps, len(taps.hidden), (norm.dtype, head.dtype)
+        total = (tally.step_loss * inputs.step_weight.to(tally.step_loss.dtype)).sum()
+        ctx.mark_non_differentiable(tally.step_loss, tally.hits, tally.joint_hits)
+        return total, tally.step_loss, tally.hits, tally.joint_hits
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        dhead, *grads = ctx.saved_tensors
-        return None, (dhead * dtotal).to(ctx.head_dtype), *(grad * dtotal.to(grad.dtype) for grad in grads)
+        dnorm, dhead = ctx.saved_tensors
+        ctx.taps.scale = dtotal
+        norm_dtype, head_dtype = ctx.dtypes
+        tickets = [dtotal.new_zeros(())] * ctx.steps
+        return None, None, (dnorm * dtotal).to(norm_dtype), (dhead * dtotal).to(head_dtype), *tickets
 
 
-def _read_rows(row: Tensor, steps: int) -> Tensor:
-    """Rows that slot s reads at step k, int64 [K, S]."""
-    return row[None, :] + 1 + torch.arange(steps, device=row.device)[:, None]
+class _Tally:
+    """The running sums over tiles.
 
-
-def _teacher_tile(inputs: LossInputs, tile: Tensor, steps: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Teacher probabilities [R, Vd] of the R rows that the tile's columns read at any step, and these rows, ascending.
-
-    Neighbouring columns read the same rows at different steps, so R is near t + K, not t * K.
+    `gradients` holds, per step, all columns of the tiles and the gradient at them: one buffer each, filled as the tiles come.
     """
-    rows = torch.unique(_read_rows(inputs.row[tile], steps))
-    logits = (inputs.teacher[rows].to(inputs.teacher_head.dtype) @ inputs.teacher_head.T).to(dtype)
-    return logits.softmax(-1), rows
+
+    def __init__(self, inputs: LossInputs, taps: LossTaps, norm: Tensor, head: Tensor, needs_grad: bool) -> None:
+        self.inputs, self.hidden, self.norm, self.head, self.needs_grad = inputs, taps.hidden, norm, head, needs_grad
+        self.dtype = torch.float64 if head.dtype == torch.float64 else torch.float32
+        steps, device = len(self.hidden), head.device
+        self.step_loss, self.hits, self.joint_hits = (torch.zeros(steps, dtype=self.dtype, device=device) for _ in range(3))
+        self.weight = inputs.contributing.to(self.dtype) * inputs.step_weight.to(self.dtype)[:, None]
+        self.done = 0
+        if needs_grad:
+            columns = np.concatenate([tile.columns for tile in inputs.tiles] or [np.empty(0, dtype=np.int64)])
+            where = torch.from_numpy(columns).to(device)
+            self.gradients = [(where, head.new_empty((len(where), head.shape[1]))) for _ in range(steps)]
+            self.dnorm, self.dhead = torch.zeros_like(norm, dtype=self.dtype), torch.zeros_like(head, dtype=self.dtype)
+
+    def add(self, tile: LossTile, teacher: Tensor) -> None:
+        """teacher: [R, Ht], the tile's rows."""
+        inputs, device = self.inputs, self.head.device
+        columns = torch.from_numpy(tile.columns).to(device, non_blocking=True)
+        tokens = inputs.teacher_token[torch.from_numpy(tile.rows).to(device, non_blocking=True)]
+        probability = (teacher @ inputs.teacher_head.T).to(self.dtype).softmax(-1)
+        all_right = torch.ones(len(columns), dtype=torch.bool, device=device)
+        for k, hidden in enumerate(self.hidden):
+            target, token = _read(probability, tile, k), _read(tokens, tile, k)
+            best = self._add_step(k, hidden[columns], target, columns)
+            right = (inputs.draft_to_target[best] == token) & inputs.supervised[k, columns]
+            all_right &= right
+            self.hits[k] += right.sum()
+            self.joint_hits[k] += all_right.sum()
+        self.done += len(columns)
+
+    def _add_step(self, k: int, hidden: Tensor, target: Tensor, columns: Tensor) -> Tensor:
+        """One step of one tile: hidden [t, H], target [t, Vd]. Returns the student's argmax, int64 [t]."""
+        with torch.enable_grad():
+            leaves = (hidden.requires_grad_(), self.norm.detach().requires_grad_())
+            normed = functional.rms_norm(hidden, (hidden.shape[-1],), leaves[1], self.inputs.eps)
+        x = normed.detach()
+        logits = (x @ self.head.T).to(self.dtype)
+        lse = logits.logsumexp(-1)
+        # -sum p log q = lse - sum p * logit, because the p sum to one.
+        entropy = lse - torch.linalg.vecdot(target, logits)
+        weight = self.weight[k, columns]
+        self.step_loss[k] += torch.where(self.inputs.contributing[k, columns], entropy, 0.0).sum()
+        best = logits.argmax(-1)
+        if self.needs_grad:
+            dlogits = logits.sub_(lse[:, None]).exp_().sub_(target).mul_(weight[:, None]).to(self.head.dtype)
+            self.dhead += dlogits.T @ x
+            dhidden, dnorm = torch.autograd.grad(normed, leaves, dlogits @ self.head)
+            self.gradients[k][1][self.done : self.done + len(columns)] = dhidden
+            self.dnorm += dnorm
+        return best
+
+
+def _read(rows: Tensor, tile: LossTile, step: int) -> Tensor:
+    """What the tile's columns read of [R, ...] at a step: a view where they are neighbours."""
+    start = tile.starts[step]
+    if start is not None:
+        return rows[start : start + len(tile.columns)]
+    return rows[torch.from_numpy(tile.place[step]).to(rows.device)]

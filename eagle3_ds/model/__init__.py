@@ -2,8 +2,8 @@
 
 from eagle3_ds.model.config import build_draft_config
 from eagle3_ds.model.decoder import DraftCache
-from eagle3_ds.model.draft import DraftModel
+from eagle3_ds.model.draft import DraftModel, UnrollSettings
 from eagle3_ds.model.patching import patch_attention
 from eagle3_ds.model.vocabulary import VocabularyMap
 
-__all__ = ["DraftCache", "DraftModel", "VocabularyMap", "build_draft_config", "patch_attention"]
+__all__ = ["DraftCache", "DraftModel", "UnrollSettings", "VocabularyMap", "build_draft_config", "patch_attention"]

@@ -1,25 +1,68 @@
-"""One decoder layer of the draft, and the attention it has when it serves.
+"""One decoder layer of the draft: its parameters, its arithmetic, and the attention it has when it serves.
 
-As built, a layer attends the ordinary way over a key-value cache: that is the served draft. Training replaces its attention
-with `LlamaUSPFlashAttention` (see patching.py), which attends over the TTT unroll instead.
+The arithmetic is functions of explicit weights, so that serving and training share it, and training can repeat a tile of it in
+backward with leaves of its own. As built, a layer attends the ordinary way over a key-value cache: that is the served draft.
+Training replaces its attention with `LlamaUSPFlashAttention` (see patching.py) and unrolls it (see ttt_step.py).
 
 Legend: S slots, H hidden size, Hq / Hkv heads, D head size, T cached keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from eagle3_ds.attention import UnrollMemory
 from eagle3_ds.attention.usp import rotate
+
+
+class BeforeWeights(NamedTuple):
+    """What precedes the attention. `hidden_norm` is None in layers after the first, which read the hidden state alone."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    input_norm: Tensor
+    hidden_norm: Tensor | None = None
+
+
+class AfterWeights(NamedTuple):
+    """What follows the attention."""
+
+    o: Tensor
+    norm: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dim, computed in fp32 at least, in the dtype of x."""
+    return functional.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def attention_input(embeds: Tensor, hidden: Tensor, weights: BeforeWeights, eps: float) -> Tensor:
+    """embeds, hidden [S, H] -> [S, 2H] for the first layer, [S, H] for later ones."""
+    if weights.hidden_norm is None:
+        return rms_norm(hidden, weights.input_norm, eps)
+    return torch.cat((rms_norm(embeds, weights.input_norm, eps), rms_norm(hidden, weights.hidden_norm, eps)), dim=-1)
+
+
+def project(x: Tensor, weight: Tensor, head_dim: int) -> Tensor:
+    """[S, in] -> [S, heads, D]."""
+    return functional.linear(x, weight).unflatten(-1, (-1, head_dim))
+
+
+def after_attention(hidden: Tensor, attended: Tensor, weights: AfterWeights, eps: float) -> Tensor:
+    """hidden [S, H], attended [S, Hq * D] -> the layer's output [S, H]."""
+    hidden = hidden + functional.linear(attended, weights.o)
+    x = rms_norm(hidden, weights.norm, eps)
+    gated = functional.silu(functional.linear(x, weights.gate)) * functional.linear(x, weights.up)
+    return hidden + functional.linear(gated, weights.down)
 
 
 class DraftCache:
@@ -55,19 +98,18 @@ class DraftAttention(nn.Module):
         self.v_proj = nn.Linear(input_size, config.num_key_value_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: DraftCache) -> Tensor:
-        """x [S, 2H] or [S, H] of the S newest slots -> [S, H]; their keys and values are appended to the cache."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        keys, values = cache.append(self.layer, rotate(k, cos, sin), v)
-        seen = torch.arange(len(keys), device=x.device) <= torch.arange(len(keys) - len(x), len(keys), device=x.device)[:, None]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: DraftCache) -> Tensor:
+        """Rotated q [S, Hq, D], rotated k and v [S, Hkv, D] of the S newest slots -> [S, Hq * D]."""
+        keys, values = cache.append(self.layer, k, v)
+        seen = torch.arange(len(keys), device=q.device) <= torch.arange(len(keys) - len(q), len(keys), device=q.device)[:, None]
         out = functional.scaled_dot_product_attention(
-            rotate(q, cos, sin).transpose(0, 1)[None],
+            q.transpose(0, 1)[None],
             keys.transpose(0, 1)[None],
             values.transpose(0, 1)[None],
             attn_mask=seen[None, None],
             enable_gqa=True,
         )
-        return self.o_proj(out[0].transpose(0, 1).flatten(1))
+        return out[0].transpose(0, 1).flatten(1)
 
 
 class DraftLayer(nn.Module):
@@ -75,54 +117,35 @@ class DraftLayer(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
+        self.head_dim: int = config.head_dim
+        self.eps: float = config.rms_norm_eps
         self.reads_embedding = layer == 0
-        self.self_attn: nn.Module = DraftAttention(config, config.hidden_size * (2 if layer == 0 else 1), layer)
+        self.self_attn: Any = DraftAttention(config, config.hidden_size * (2 if layer == 0 else 1), layer)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if self.reads_embedding:
             self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    def before_weights(self) -> BeforeWeights:
+        attention = self.self_attn
+        projections = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+        return BeforeWeights(*projections, self.input_layernorm.weight, self.hidden_norm.weight if self.reads_embedding else None)
+
+    def after_weights(self) -> AfterWeights:
+        mlp = self.mlp
+        return AfterWeights(
+            self.self_attn.o_proj.weight,
+            self.post_attention_layernorm.weight,
+            mlp.gate_proj.weight,
+            mlp.up_proj.weight,
+            mlp.down_proj.weight,
+        )
+
     def forward(self, embeds: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, cache: DraftCache) -> Tensor:
-        """Served: embeds, hidden [S, H] -> hidden [S, H]."""
-        attended = self.self_attn(self._attention_input(embeds, hidden), cos, sin, cache)
-        return self._feed_forward(hidden + attended)
-
-    def unroll_step(
-        self,
-        embed: Callable[[], Tensor],
-        hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        memory: UnrollMemory,
-        recompute: bool,
-    ) -> Tensor:
-        """Trained: one TTT step with the USP attention in place. `embed` looks the step's tokens up, [S, H].
-
-        With `recompute`, what precedes and what follows the attention is computed again in backward, the attention never.
-        Non-reentrant, because the reentrant form breaks on ZeRO 2 and 3.
-        """
-        attention: Any = self.self_attn
-
-        def before(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return attention.project(self._attention_input(embed(), hidden), cos, sin)
-
-        def after(hidden: Tensor, attended: Tensor) -> Tensor:
-            return self._feed_forward(hidden + attention.o_proj(attended))
-
-        q, k, v = _maybe_recompute(recompute, before, hidden)
-        return _maybe_recompute(recompute, after, hidden, attention.attend(q, k, v, memory))
-
-    def _attention_input(self, embeds: Tensor, hidden: Tensor) -> Tensor:
-        if not self.reads_embedding:
-            return self.input_layernorm(hidden)
-        return torch.cat((self.input_layernorm(embeds), self.hidden_norm(hidden)), dim=-1)
-
-    def _feed_forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
-
-def _maybe_recompute(recompute: bool, function: Callable[..., Any], *inputs: Tensor) -> Any:
-    if not recompute or not torch.is_grad_enabled():
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        """Served: embeds, hidden [S, H] of the S newest slots -> [S, H]; their keys and values are appended to the cache."""
+        weights = self.before_weights()
+        x = attention_input(embeds, hidden, weights, self.eps)
+        q, k, v = (project(x, weight, self.head_dim) for weight in weights[:3])
+        attended = self.self_attn.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cache)
+        return after_attention(hidden, attended, self.after_weights(), self.eps)

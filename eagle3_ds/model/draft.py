@@ -7,27 +7,30 @@ Vd the draft's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from eagle3_ds.attention import UnrollMemory
-from eagle3_ds.layout import LocalBatch
-from eagle3_ds.model.decoder import DraftCache, DraftLayer
-from eagle3_ds.model.rope import rotary_angles
+from eagle3_ds.layout import LocalBatch, LocalRows, row_tiles, stream_rows
+from eagle3_ds.model.decoder import DraftCache, DraftLayer, rms_norm
+from eagle3_ds.model.offload import HostStash
+from eagle3_ds.model.rope import rotary_frequencies
+from eagle3_ds.model.ttt_step import Activation, LayerMemory, StepConstants, ttt_step
+
+Result = TypeVar("Result")
 
 
-class DraftHead(nn.Linear):
-    """The head over the draft vocabulary. A loss that needs its weight runs in here, because under ZeRO-3 the weight has
-    size 0 outside of its own module's forward."""
+@dataclass(frozen=True)
+class UnrollSettings:
+    """How the TTT steps are run: their number K, what is kept for backward, and the bytes a tile of slots may take."""
 
-    def forward(self, x: Any, loss: Callable[[Any, Tensor], Any] | None = None) -> Any:
-        """Logits [S, Vd] of x [S, H]; or `loss(x, weight)`, with x whatever that loss takes."""
-        return functional.linear(x, self.weight) if loss is None else loss(x, self.weight)
+    ttt_steps: int
+    activation: Activation
+    tile_bytes: int
 
 
 class DraftModel(nn.Module):
@@ -48,37 +51,59 @@ class DraftModel(nn.Module):
         self.fc = nn.Linear(3 * config.hidden_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList(DraftLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_head = DraftHead(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
 
-    def unroll(self, batch: LocalBatch, embedding: Tensor, ttt_steps: int, recompute: bool) -> list[Tensor]:
-        """The draft's output after each TTT step, K tensors [S, H], normed and ready for the head.
+    def forward(
+        self,
+        batch: LocalBatch,
+        embedding: Tensor,
+        settings: UnrollSettings,
+        on_step: Callable[[Tensor], Tensor],
+        finish: Callable[[Tensor, Tensor], Result],
+        anchor: Tensor | None = None,
+    ) -> Result:
+        """The unroll and what is made of it: `finish(final norm's weight [H], head's weight [Vd, H])`.
+
+        Both run in this one call, because under ZeRO-3 the draft is gathered when it starts and released when it returns.
 
         Args:
-            batch: this rank's slots; its tensors on the device of the model.
-            embedding: [V, H], the target's.
+            batch: this rank's slots.
+            embedding: [V, H], the target's, on the device of the model.
+            on_step: called with each step's output, [S, H] before the final norm; what it returns goes into the next step.
+            anchor: a scalar whose (zero) gradient is the last to be computed, for whoever waits for the end of backward.
 
         The attention layers must be patched (`patch_attention`).
         """
-        hidden = self.fc(batch.aux.to(self.fc.weight.dtype))
-        memories = [UnrollMemory(batch.plan, batch.ring_rank) for _ in self.layers]
-        outputs = []
-        for step in range(ttt_steps):
-            cos, sin = rotary_angles(self.config, batch.position + step, batch.max_position + 1 + ttt_steps)
-            tokens = batch.token_ids[batch.row + 1 + step]
+        self.unroll(batch, embedding, settings, on_step, anchor)
+        return finish(self.norm.weight, self.lm_head.weight)
 
-            def embed(tokens: Tensor = tokens) -> Tensor:
-                return functional.embedding(tokens, embedding)
-
+    def unroll(
+        self,
+        batch: LocalBatch,
+        embedding: Tensor,
+        settings: UnrollSettings,
+        on_step: Callable[[Tensor], Tensor],
+        anchor: Tensor | None = None,
+    ) -> None:
+        """Run the K steps, `on_step` with the output of each; see `forward`."""
+        device = embedding.device
+        stash = HostStash(device) if settings.activation == "offload" else None
+        memories = [LayerMemory(batch.plan, batch.ring_rank, stash=stash) for _ in self.layers]
+        rotary = rotary_frequencies(self.config, batch.max_position + 1 + settings.ttt_steps, device)
+        position = batch.position.to(device)
+        hidden = stream_aux(batch.aux, self.fc.weight, settings.tile_bytes, anchor)
+        for step in range(settings.ttt_steps):
+            tokens = batch.token_ids[batch.row + 1 + step].to(device)
+            constants = StepConstants(tokens, rotary_positions(position, step), embedding, rotary)
             for layer, memory in zip(self.layers, memories, strict=True):
                 assert isinstance(layer, DraftLayer)
-                hidden = layer.unroll_step(embed, hidden, cos, sin, memory, recompute)
-            outputs.append(self.norm(hidden))
-        return outputs
+                hidden = ttt_step(layer, hidden, constants, memory, settings.activation, settings.tile_bytes)
+            hidden = on_step(hidden)
 
     def project_aux(self, aux: Tensor) -> Tensor:
         """The step-0 hidden state: aux [S, 3 * Ht] -> [S, H]."""
@@ -87,11 +112,48 @@ class DraftModel(nn.Module):
     @torch.no_grad()
     def decode(self, embeds: Tensor, hidden: Tensor, positions: Tensor, cache: DraftCache) -> Tensor:
         """Served: the S newest slots after those in the cache. embeds, hidden [S, H], positions int64 [S] -> [S, H]."""
-        cos, sin = rotary_angles(self.config, positions, int(positions.max()) + 1)
+        cos, sin = rotary_frequencies(self.config, int(positions.max()) + 1, positions.device).angles(positions)
         for layer in self.layers:
             hidden = layer(embeds, hidden, cos, sin, cache)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [S, H], before the final norm -> [S, Vd]."""
-        return self.lm_head(self.norm(hidden))
+        return self.lm_head(rms_norm(hidden, self.norm.weight, self.config.rms_norm_eps))
+
+
+def rotary_positions(position: Tensor, step: int) -> Tensor:
+    """RoPE position of q and k at TTT step `step`: a step looks one token further."""
+    return position + step
+
+
+def stream_aux(aux: LocalRows, weight: Tensor, tile_bytes: int, anchor: Tensor | None = None) -> Tensor:
+    """The hidden state of step 0: aux rows [S, 3 * Ht] on the host, weight [H, 3 * Ht] -> [S, H] on the weight's device.
+
+    The rows stream through tile by tile, in forward and again in backward; the device never holds them all.
+    """
+    return _StreamAux.apply(aux, tile_bytes, weight, anchor)
+
+
+class _StreamAux(torch.autograd.Function):
+    """Forward: aux @ weight.T. Backward: the weight's gradient, summed over the tiles in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, aux: LocalRows, tile_bytes: int, weight: Tensor, anchor: Tensor | None) -> Tensor:
+        # A tile on the device and the one behind it.
+        size = max(1, tile_bytes // (2 * weight.shape[1] * max(weight.element_size(), 4)))
+        ctx.aux, ctx.tiles, ctx.width = aux, row_tiles(len(aux), size), weight.shape[1]
+        hidden = weight.new_empty((len(aux), weight.shape[0]))
+        rows = stream_rows(aux, ctx.tiles, weight.device, weight.dtype)
+        for tile, part in zip(ctx.tiles, rows, strict=True):
+            hidden[tile[0] : tile[-1] + 1] = part @ weight.T
+        return hidden
+
+    @staticmethod
+    def backward(ctx: Any, dhidden: Tensor) -> tuple[None, None, Tensor, Tensor | None]:
+        dtype = torch.float64 if dhidden.dtype == torch.float64 else torch.float32
+        dweight = dhidden.new_zeros((dhidden.shape[1], ctx.width), dtype=dtype)
+        rows = stream_rows(ctx.aux, ctx.tiles, dhidden.device, dhidden.dtype)
+        for tile, part in zip(ctx.tiles, rows, strict=True):
+            dweight += dhidden[tile[0] : tile[-1] + 1].T @ part
+        return None, None, dweight.to(dhidden.dtype), dhidden.new_zeros(()) if ctx.needs_input_grad[3] else None

@@ -19,6 +19,7 @@ def patch_attention(
     ulysses_group: dist.ProcessGroup | None = None,
     ring_group: dist.ProcessGroup | None = None,
     kv_exchange: Literal["gather", "ring"] = "gather",
+    ring_bytes: int = 0,
 ) -> Model:
     """Replace every attention layer of an existing draft with `LlamaUSPFlashAttention`, in place.
 
@@ -45,7 +46,7 @@ def patch_attention(
                 f"{name} has {heads[0]} query and {heads[1]} key heads, which ulysses = {degree} does not divide. Use a "
                 "divisor of both and give the rest of the sequence-parallel degree to the ring."
             )
-        setattr(parent, name, LlamaUSPFlashAttention(child, kernel, ulysses_group, ring_group, kv_exchange))
+        setattr(parent, name, LlamaUSPFlashAttention(child, kernel, ulysses_group, ring_group, kv_exchange, ring_bytes))
     patched = getattr(found[0][0], found[0][1])
     for attribute in ("sp_ring_degree", "sp_ulysses_degree", "sp_world_size", "sp_rank"):
         setattr(model, attribute, getattr(patched, attribute))

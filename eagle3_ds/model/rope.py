@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
@@ -9,15 +11,26 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 
-def rotary_angles(config: LlamaConfig, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [S, head_dim], of int64 positions [S].
+class RotaryFrequencies(NamedTuple):
+    """Angle per position of each pair of channels, fp32 [D / 2], and the factor that scales cos and sin."""
+
+    frequencies: Tensor
+    factor: float
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, fp32 [S, D], of int64 positions [S]."""
+        angles = positions[:, None].float() * self.frequencies
+        cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
+        return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+
+
+def rotary_frequencies(config: LlamaConfig, longest: int, device: torch.device) -> RotaryFrequencies:
+    """What the rotary embedding of `config` turns by.
 
     Stateless on purpose: transformers' module lets dynamic scaling depend on the positions it has met, which would differ
     between sequence-parallel ranks. `longest` is the length of the longest document plus the TTT steps, the same everywhere.
     """
     kind = config.rope_parameters["rope_type"]
     compute = LlamaRotaryEmbedding.compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
-    frequencies, factor = compute(config, device=positions.device, seq_len=longest)
-    angles = positions[:, None].float() * frequencies.to(positions.device).float()
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos() * factor, angles.sin() * factor
+    frequencies, factor = compute(config, device=device, seq_len=longest)
+    return RotaryFrequencies(frequencies.to(device).float(), float(factor))

@@ -14,32 +14,33 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from eagle3_ds.config import Recipe
 from eagle3_ds.layout import LocalBatch
-from eagle3_ds.loss import LossInputs, LossSum, tiled_soft_cross_entropy
-from eagle3_ds.model import DraftModel
+from eagle3_ds.loss import LossInputs, LossSum, LossTaps, tiled_soft_cross_entropy
+from eagle3_ds.model import DraftModel, UnrollSettings
 from eagle3_ds.topology import Topology, ZeroGroupMpu
 
 
 class DraftWithLoss(nn.Module):
     """The draft and its loss in one forward, so that DeepSpeed sees every use of every parameter."""
 
-    def __init__(self, draft: DraftModel, embedding: Tensor, ttt_steps: int, recompute: bool) -> None:
+    def __init__(self, draft: DraftModel, embedding: Tensor, settings: UnrollSettings) -> None:
         super().__init__()
         self.draft = draft
         # A plain attribute in a list, not a buffer: frozen, and none of DeepSpeed's business.
         self._frozen = [embedding]
-        self.ttt_steps, self.recompute = ttt_steps, recompute
+        self.settings = settings
 
     def forward(self, batch: LocalBatch, inputs: LossInputs) -> LossSum:
-        students = self.draft.unroll(batch, self._frozen[0], self.ttt_steps, self.recompute)
-        return self.draft.lm_head(students, partial(_loss, inputs))
-
-
-def _loss(inputs: LossInputs, students: list[Tensor], head_weight: Tensor) -> LossSum:
-    return tiled_soft_cross_entropy(students, head_weight, inputs)
+        embedding, taps = self._frozen[0], LossTaps()
+        finish = partial(tiled_soft_cross_entropy, taps, inputs=inputs)
+        # DeepSpeed reduces the gradients of a leaf module (see build_engine) once those of its inputs are known. No other
+        # input has one.
+        anchor = torch.zeros((), dtype=embedding.dtype, device=embedding.device, requires_grad=True)
+        return LossSum(*self.draft(batch, embedding, self.settings, taps.add, finish, anchor))
 
 
 def build_engine(recipe: Recipe, deepspeed_config: dict[str, Any], topology: Topology, model: DraftWithLoss) -> tuple[Any, float]:
@@ -53,6 +54,8 @@ def build_engine(recipe: Recipe, deepspeed_config: dict[str, Any], topology: Top
         for parameter in model.parameters():
             # A tensor hook sees each incoming gradient, so accumulation over micro-batches stays right.
             parameter.register_hook(partial(_sum_over_group, topology.sp_group))
+    # One gather of the draft in forward and one in backward, where ZeRO-3 would else gather each matrix K times.
+    set_z3_leaf_modules(model, [DraftModel])
     train = recipe.train
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=train.learning_rate, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from eagle3_ds.config import Recipe
 from eagle3_ds.kernels import select_kernel
-from eagle3_ds.layout import LocalBatch, PackedSequence, SpanPlan, prepare_usp_input
-from eagle3_ds.loss import LossInputs, LossSum
-from eagle3_ds.model import DraftModel, VocabularyMap, patch_attention
+from eagle3_ds.layout import LocalBatch, PackedSequence, SpanPlan, prepare_usp_input, stream_rows
+from eagle3_ds.loss import LossInputs, LossSum, loss_tiles
+from eagle3_ds.model import DraftModel, UnrollSettings, VocabularyMap, patch_attention
 from eagle3_ds.topology import Topology
 from eagle3_ds.train.engine import DraftWithLoss, build_engine, full_parameters, step_and_norm
 
@@ -82,13 +82,13 @@ class DraftTrainer:
             topology.ring_group,
             # Until a planner knows better, gathering is right: it sends the fewest bytes, and memory is the exception.
             "gather" if exchange == "auto" else exchange,
+            recipe.parallel.kv_bytes,
         )
         self._draft_to_target = vocabulary.draft_to_target.to(device)
-        self._in_vocabulary = vocabulary.t2d.to(device)
-        self._teacher_head = head.to(device, self.dtype)[self._draft_to_target]
-        model = DraftWithLoss(
-            draft, embedding.to(device, self.dtype), recipe.draft.ttt_steps, recipe.train.activation == "recompute"
-        )
+        self._in_vocabulary = vocabulary.t2d.cpu()
+        self._teacher_head = head[vocabulary.draft_to_target.to(head.device)].to(device, self.dtype)
+        settings = UnrollSettings(recipe.draft.ttt_steps, recipe.train.activation, recipe.train.tile_bytes)
+        model = DraftWithLoss(draft, embedding.to(device, self.dtype), settings)
         self.engine, self.loss_scale = build_engine(recipe, deepspeed_config, topology, model)
         self._decay = recipe.loss.decay ** torch.arange(recipe.draft.ttt_steps, dtype=torch.float64)
 
@@ -154,37 +154,51 @@ class DraftTrainer:
         batches = []
         for pack in packs:
             plan = SpanPlan.make(pack.lengths, recipe.parallel.ring, recipe.parallel.ulysses, recipe.parallel.chunks_per_rank)
-            batch = prepare_usp_input(
-                pack, plan, place.ring_rank, place.ulysses_rank, recipe.draft.ttt_steps, recipe.loss.mask_alignment
+            batches.append(
+                prepare_usp_input(
+                    pack, plan, place.ring_rank, place.ulysses_rank, recipe.draft.ttt_steps, recipe.loss.mask_alignment
+                )
             )
-            batches.append(_to_device(batch, self.topology.device, self.dtype))
-        normalizer = self._normalizer(batches)
+        contributing = [self._contributing(batch) for batch in batches]
+        normalizer = self._normalizer(batches, contributing)
         weight = torch.where(normalizer > 0, self._decay / normalizer.clamp(min=1), 0.0)
-        return batches, [self._loss_inputs(batch, weight) for batch in batches], normalizer
+        inputs = [self._loss_inputs(batch, counted, weight) for batch, counted in zip(batches, contributing, strict=True)]
+        return batches, inputs, normalizer
 
-    def _normalizer(self, batches: Sequence[LocalBatch]) -> Tensor:
+    def _contributing(self, batch: LocalBatch) -> Tensor:
+        """bool [K, S] on the host: supervised, and the teacher's token lies in the draft vocabulary."""
+        read = batch.row[None, :] + 1 + torch.arange(len(batch.supervised))[:, None]
+        return batch.supervised & self._in_vocabulary[batch.teacher_token][read]
+
+    def _normalizer(self, batches: Sequence[LocalBatch], contributing: Sequence[Tensor]) -> Tensor:
         """N_k over the whole optimizer step and all ranks, float64 [K] on the host."""
-        counts = torch.zeros(self.recipe.draft.ttt_steps, dtype=torch.int64, device=self.topology.device)
-        for batch in batches:
-            if self.recipe.loss.reduction == "slots":
-                counts += batch.num_own_slots
-            else:
-                read = batch.row[None, :] + 1 + torch.arange(len(counts), device=counts.device)[:, None]
-                counts += (batch.supervised & self._in_vocabulary[batch.teacher_token][read]).sum(1)
+        if self.recipe.loss.reduction == "slots":
+            counts = torch.full((self.recipe.draft.ttt_steps,), sum(batch.num_own_slots for batch in batches))
+        else:
+            counts = torch.stack([counted.sum(1) for counted in contributing]).sum(0)
+        counts = counts.to(self.topology.device)
         self._sum_over_world(counts)
         return counts.double().cpu()
 
-    def _loss_inputs(self, batch: LocalBatch, step_weight: Tensor) -> LossInputs:
+    def _loss_inputs(self, batch: LocalBatch, contributing: Tensor, step_weight: Tensor) -> LossInputs:
+        device = self.topology.device
+        tiles = loss_tiles(
+            batch.row.numpy(),
+            batch.supervised.numpy(),
+            self.recipe.loss.tile_bytes,
+            len(self._draft_to_target),
+            self.dtype.itemsize,
+        )
         return LossInputs(
-            row=batch.row,
-            teacher=batch.teacher,
+            tiles=tiles,
+            teacher=stream_rows(batch.teacher, [tile.rows for tile in tiles], device, self.dtype),
             teacher_head=self._teacher_head,
-            teacher_token=batch.teacher_token,
+            teacher_token=batch.teacher_token.to(device),
             draft_to_target=self._draft_to_target,
-            in_vocabulary=self._in_vocabulary[batch.teacher_token],
-            supervised=batch.supervised,
-            step_weight=step_weight.float().to(self.topology.device),
-            tile_bytes=self.recipe.loss.tile_bytes,
+            contributing=contributing.to(device),
+            supervised=batch.supervised.to(device),
+            step_weight=step_weight.float().to(device),
+            eps=self.draft.config.rms_norm_eps,
         )
 
     def _report(self, sums: Sequence[LossSum], normalizer: Tensor, packs: Sequence[PackedSequence]) -> StepReport:
@@ -218,12 +232,3 @@ def learning_rate_at(recipe: Recipe, step: int, total_steps: int) -> float:
     progress = (step - train.warmup_steps) / max(1, total_steps - train.warmup_steps)
     shape = 0.5 * (1 + math.cos(math.pi * progress)) if train.schedule == "cosine" else 1 - progress
     return train.learning_rate * (train.min_lr_ratio + (1 - train.min_lr_ratio) * shape)
-
-
-def _to_device(batch: LocalBatch, device: torch.device, dtype: torch.dtype) -> LocalBatch:
-    moved: dict[str, Any] = {
-        name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
-        for name, value in vars(batch).items()
-        if isinstance(value, Tensor)
-    }
-    return replace(batch, **moved)

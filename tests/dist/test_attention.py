@@ -32,7 +32,7 @@ def whole_inputs(padded_length, num_heads, num_kv_heads):
     return random(num_heads), random(num_kv_heads), random(num_kv_heads), random(num_heads)
 
 
-def rank_of_attention(ring, ulysses, heads, kv_exchange, kernel):
+def rank_of_attention(ring, ulysses, heads, kv_exchange, kept_blocks, kernel):
     topology = maybe_setup_distributed(ulysses, ring)
     plan = SpanPlan.make(LENGTHS, ring, ulysses, chunks_per_rank=3)
     place = topology.place
@@ -46,6 +46,8 @@ def rank_of_attention(ring, ulysses, heads, kv_exchange, kernel):
         topology.ulysses_group,
         topology.ring_group,
         kv_exchange,
+        # A block of keys and values and its gradient, fp64.
+        kept_blocks * 4 * plan.columns_per_ring_rank * heads[1] // ulysses * HEAD_DIM * 8,
     )
     assert (attention.sp_ring_degree, attention.sp_ulysses_degree) == (ring, ulysses)
     assert (attention.sp_world_size, attention.sp_rank) == (ring * ulysses, place.sp_rank)
@@ -81,10 +83,10 @@ def dense(plan, num_heads, num_kv_heads):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("heads", [(8, 4), (4, 4)], ids=["gqa", "mha"])
-@pytest.mark.parametrize("kv_exchange", ["gather", "ring"])
+@pytest.mark.parametrize(("kv_exchange", "kept_blocks"), [("gather", 0), ("ring", 0), ("ring", 1), ("ring", 3)])
 @pytest.mark.parametrize(("ring", "ulysses"), TOPOLOGIES)
-def test_attention_equals_one_dense_softmax(run_ranks, ring, ulysses, kv_exchange, heads):
-    results = run_ranks(ring * ulysses, rank_of_attention, ring, ulysses, heads, kv_exchange, "blockwise")
+def test_attention_equals_one_dense_softmax(run_ranks, ring, ulysses, kv_exchange, kept_blocks, heads):
+    results = run_ranks(ring * ulysses, rank_of_attention, ring, ulysses, heads, kv_exchange, kept_blocks, "blockwise")
     plan = SpanPlan.make(LENGTHS, ring, ulysses, chunks_per_rank=3)
     real = plan.document >= 0
     for name, part, expected in zip(("out", "dq", "dk", "dv"), range(1, 5), dense(plan, *heads), strict=True):

@@ -18,10 +18,8 @@ from torch import Tensor
 import eagle3_ds.collectives.gather as gather_module
 from eagle3_ds.collectives import (
     Gather,
-    HeadsToSequence,
     RingExchange,
     SeqAllToAll4D,
-    SequenceToHeads,
     all_gather_rows,
     all_gather_tensor,
     all_to_all_4D,
@@ -29,6 +27,7 @@ from eagle3_ds.collectives import (
     heads_to_sequence,
     reduce_scatter_rows,
     sequence_to_heads,
+    start_sequence_to_heads,
 )
 
 pytestmark = pytest.mark.dist
@@ -60,19 +59,14 @@ def whole_sequence_to_heads(xs: list[Tensor]) -> list[Tensor]:
     return list(torch.cat(xs, 0).chunk(len(xs), dim=1))
 
 
-def whole_heads_to_sequence(xs: list[Tensor]) -> list[Tensor]:
-    return list(torch.cat(xs, 1).chunk(len(xs), dim=0))
-
-
 def exchange_case() -> None:
     world, size = dist.group.WORLD, dist.get_world_size()
-    check_autograd(lambda x: SequenceToHeads.apply(x, world), whole_sequence_to_heads, [[3, 2 * size, 5]] * size)
-    check_autograd(lambda x: HeadsToSequence.apply(x, world), whole_heads_to_sequence, [[3 * size, 2, 5]] * size)
     for dtype in DTYPES:
         x = share(dist.get_rank(), 3, 2 * size, 5, dtype=dtype)
         heads = sequence_to_heads(x, world)
         wanted = whole_sequence_to_heads([share(r, 3, 2 * size, 5, dtype=dtype) for r in range(size)])
         assert torch.equal(heads, wanted[dist.get_rank()]) and heads.is_contiguous()
+        assert torch.equal(start_sequence_to_heads(x, world).wait(), heads)
         back = heads_to_sequence(heads, world)
         assert torch.equal(back, x) and back.is_contiguous()
 
@@ -275,8 +269,7 @@ def test_a_group_of_none_is_one_rank() -> None:
     transfer = RingExchange(None).start([x, x.float()])
     assert all(torch.equal(a, b) for a, b in zip(transfer.wait(), (x, x.float()), strict=True))
     y = x.clone().requires_grad_()
-    output = Gather.apply(None, SeqAllToAll4D.apply(None, SequenceToHeads.apply(y, None), 1, 2), 0)
-    output = HeadsToSequence.apply(output, None)
+    output = Gather.apply(None, SeqAllToAll4D.apply(None, y, 1, 2), 0)
     assert torch.equal(torch.autograd.grad((output * x).sum(), y)[0], x)
 
 

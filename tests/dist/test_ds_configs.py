@@ -26,6 +26,7 @@ HYBRID = Case(
     reduction="supervised",
     layers=1,
     activation="recompute",
+    tiles="many",
     kernel="auto",
 )
 

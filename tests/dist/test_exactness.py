@@ -22,6 +22,7 @@ TWO_RANKS = Case(
     reduction="supervised",
     layers=1,
     activation="recompute",
+    tiles="many",
     kernel="auto",
 )
 

@@ -101,13 +101,13 @@ def test_a_rank_reads_what_the_whole_sequence_says(plan, steps, alignment):
         slots = torch.from_numpy(plan.slots(*rank))
         real = slots < plan.length
         assert batch.num_own_slots == int(real.sum())
-        assert torch.equal(batch.aux[real], pack.aux[slots[real]])
-        assert not batch.aux[~real].any()
+        assert torch.equal(batch.aux[:][real], pack.aux[slots[real]])
+        assert not batch.aux[:][~real].any()
         for k in range(steps):
             counted = batch.supervised[k]
             read = slots[counted] + 1 + k
             assert torch.equal(batch.token_ids[batch.row + 1 + k][counted], pack.token_ids[read])
-            assert torch.equal(batch.teacher[batch.row + 1 + k][counted], pack.teacher[read])
+            assert torch.equal(batch.teacher[:][batch.row + 1 + k][counted], pack.teacher[read])
             seen[k, slots] = counted
     document = torch.from_numpy(plan.document)
     for k in range(steps):

@@ -1,12 +1,18 @@
-"""The tiled loss against plain autograd over full logits."""
+"""The tiled loss against plain autograd over full logits, through the taps of an unroll."""
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from eagle3_ds.loss import LossInputs, tiled_soft_cross_entropy
+from eagle3_ds.loss import LossInputs, LossTaps, loss_tiles, tiled_soft_cross_entropy
 
 K, S, H, HT, VD, V = 3, 23, 8, 6, 17, 40
 ROWS = S + K + 4
+EPS = 1e-5
+# One fp64 slot reads K rows.
+SMALLEST = K * VD * (4 + 4 + 8) + VD * (4 + 4 + 4 + 8)
 
 
 def make(seed=0, supervised_share=0.6, tile_bytes=2**14):
@@ -19,30 +25,51 @@ def make(seed=0, supervised_share=0.6, tile_bytes=2**14):
     row = torch.cat((torch.arange(10), torch.arange(10, S) + 4))
     draft_to_target = torch.randperm(V, generator=generator)[:VD].sort().values
     teacher_token = torch.randint(0, V, (ROWS,), generator=generator)
+    supervised = torch.rand(K, S, generator=generator) < supervised_share
+    in_vocabulary = torch.isin(teacher_token, draft_to_target)
+    tiles = loss_tiles(row.numpy(), supervised.numpy(), tile_bytes, VD, 8)
+    teacher = random(ROWS, HT)
     inputs = LossInputs(
-        row=row,
-        teacher=random(ROWS, HT),
+        tiles=tiles,
+        teacher=[teacher[torch.from_numpy(tile.rows)] for tile in tiles],
         teacher_head=random(VD, HT),
         teacher_token=teacher_token,
         draft_to_target=draft_to_target,
-        in_vocabulary=torch.isin(teacher_token, draft_to_target),
-        supervised=torch.rand(K, S, generator=generator) < supervised_share,
+        contributing=supervised & in_vocabulary[row[None] + 1 + torch.arange(K)[:, None]],
+        supervised=supervised,
         step_weight=torch.tensor([0.5, 0.3, 0.1], dtype=torch.float64),
-        tile_bytes=tile_bytes,
+        eps=EPS,
     )
-    students = [random(S, H).requires_grad_() for _ in range(K)]
-    return inputs, students, random(VD, H).requires_grad_()
+    leaves = [random(H).requires_grad_(), random(VD, H).requires_grad_(), *(random(S, H).requires_grad_() for _ in range(K))]
+    return inputs, row, teacher, leaves
 
 
-def dense(inputs, students, head):
+def chain(leaves, on_step):
+    """Hidden states that depend on each other as the steps of an unroll do."""
+    hidden, outputs = 0.0, []
+    for leaf in leaves:
+        hidden = on_step(torch.tanh(leaf + 0.5 * hidden))
+        outputs.append(hidden)
+    return outputs
+
+
+def tapped(inputs, leaves):
+    norm, head, *steps = leaves
+    taps = LossTaps()
+    chain(steps, taps.add)
+    return tiled_soft_cross_entropy(taps, norm, head, inputs)
+
+
+def dense(inputs, row, teacher, leaves):
+    norm, head, *steps = leaves
     total, losses, hits, joint = 0.0, [], [], []
     all_right = torch.ones(S, dtype=torch.bool)
-    for k, student in enumerate(students):
-        rows = inputs.row + 1 + k
-        teacher = (inputs.teacher[rows] @ inputs.teacher_head.T).softmax(-1)
-        logits = student @ head.T
-        entropy = -(teacher * logits.log_softmax(-1)).sum(-1)
-        loss = (entropy * inputs.supervised[k] * inputs.in_vocabulary[rows]).sum()
+    for k, hidden in enumerate(chain(steps, lambda x: x)):
+        rows = row + 1 + k
+        target = (teacher[rows] @ inputs.teacher_head.T).softmax(-1)
+        logits = hidden / (hidden.square().mean(-1, keepdim=True) + EPS).sqrt() * norm @ head.T
+        entropy = -(target * logits.log_softmax(-1)).sum(-1)
+        loss = (entropy * inputs.contributing[k]).sum()
         right = (inputs.draft_to_target[logits.argmax(-1)] == inputs.teacher_token[rows]) & inputs.supervised[k]
         all_right = all_right & right
         total = total + loss * inputs.step_weight[k]
@@ -52,13 +79,13 @@ def dense(inputs, students, head):
     return total, losses, hits, joint
 
 
-@pytest.mark.parametrize("tile_bytes", [VD * 8 * 14, 2**14, 2**22])
+@pytest.mark.parametrize("tile_bytes", [SMALLEST, 2**14, 2**22])
 def test_values_and_raw_gradients_equal_full_logits(tile_bytes):
-    inputs, students, head = make(tile_bytes=tile_bytes)
-    result = tiled_soft_cross_entropy(students, head, inputs)
-    grads = torch.autograd.grad(result.total * 3.0, [head, *students])
-    total, losses, hits, joint = dense(inputs, students, head)
-    expected = torch.autograd.grad(total * 3.0, [head, *students])
+    inputs, row, teacher, leaves = make(tile_bytes=tile_bytes)
+    result = tapped(inputs, leaves)
+    grads = torch.autograd.grad(result.total * 3.0, leaves)
+    total, losses, hits, joint = dense(inputs, row, teacher, leaves)
+    expected = torch.autograd.grad(total * 3.0, leaves)
     assert torch.allclose(result.total, total, rtol=1e-13)
     assert torch.allclose(result.step_loss, torch.tensor(losses, dtype=torch.float64), rtol=1e-13)
     assert result.hits.tolist() == hits
@@ -69,22 +96,47 @@ def test_values_and_raw_gradients_equal_full_logits(tile_bytes):
 
 
 def test_a_rank_without_supervision_gives_zero_gradients_not_none():
-    inputs, students, head = make(supervised_share=0.0)
-    result = tiled_soft_cross_entropy(students, head, inputs)
+    inputs, _, _, leaves = make(supervised_share=0.0)
+    result = tapped(inputs, leaves)
     assert result.total.item() == 0.0
-    for grad in torch.autograd.grad(result.total, [head, *students]):
+    for grad in torch.autograd.grad(result.total, leaves):
         assert not grad.any()
 
 
 def test_no_tensor_of_slots_by_vocabulary_survives_the_forward():
-    inputs, students, head = make()
+    inputs, _, _, leaves = make()
+    taps = LossTaps()
+    chain(leaves[2:], taps.add)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        tiled_soft_cross_entropy(students, head, inputs)
-    assert sorted(saved) == sorted([(VD, H)] + [(S, H)] * K)
+        tiled_soft_cross_entropy(taps, *leaves[:2], inputs)
+    assert (VD, H) in saved
+    # What a tile saves while it lasts is [t, H] at most.
+    assert all(shape == (VD, H) or shape[-1:] != (VD,) for shape in saved)
+    columns = int(inputs.supervised.any(0).sum())
+    assert [gradient.shape for _, gradient in taps.gradients] == [(columns, H)] * K
 
 
 def test_a_budget_too_small_for_one_slot_names_the_bytes_needed():
-    inputs, students, head = make(tile_bytes=VD * 8)
-    with pytest.raises(ValueError, match=rf"loss.tile_bytes = {VD * 8} .* at least {(6 + 2 * K) * VD * 8} bytes"):
-        tiled_soft_cross_entropy(students, head, inputs)
+    with pytest.raises(ValueError, match=rf"loss.tile_bytes = {SMALLEST - 1} .* at least {SMALLEST} bytes"):
+        make(tile_bytes=SMALLEST - 1)
+
+
+@given(st.data())
+def test_tiles_hold_every_supervised_column_once_and_keep_to_the_budget(data):
+    steps, slots = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 60))
+    gaps = np.array(data.draw(st.lists(st.sampled_from([1, 1, 1, 1, 9]), min_size=slots, max_size=slots)))
+    row = np.cumsum(gaps) - gaps[0]
+    generator = np.random.default_rng(data.draw(st.integers(0, 9)))
+    supervised = generator.random((steps, slots)) < data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+    per_row, per_column = 10 * 12, 10 * 16
+    budget = data.draw(st.integers(steps * per_row + per_column, 40 * per_row))
+    tiles = loss_tiles(row, supervised, budget, vocabulary=10, itemsize=4)
+    columns = np.concatenate([tile.columns for tile in tiles]) if tiles else np.empty(0)
+    assert columns.tolist() == np.flatnonzero(supervised.any(0)).tolist()
+    for tile in tiles:
+        assert len(tile.rows) * per_row + len(tile.columns) * per_column <= budget
+        for k in range(steps):
+            assert (tile.rows[tile.place[k]] == row[tile.columns] + 1 + k).all()
+            if tile.starts[k] is not None:
+                assert (tile.place[k] == tile.starts[k] + np.arange(len(tile.columns))).all()

@@ -1,0 +1,236 @@
+"""One TTT step of one layer in training, and what it keeps for backward.
+
+`keep` is plain autograd. `recompute` and `offload` are one autograd Function per step: backward repeats, a tile of slots at a
+time, everything but the attention. It keeps the hidden state that came in, the attention's output and its log-sum-exp, and q
+where Ulysses had to send it; `offload` moves these to pinned host memory. The gradients of the weights are summed over the
+tiles and over the K steps in fp32, and leave with step 0.
+
+Legend: S slots of this rank, H hidden size, Hq / Hkv heads, D head size, I width of the MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from eagle3_ds.attention.usp import Attended, LlamaUSPFlashAttention, UnrollMemory, rotate
+from eagle3_ds.model.decoder import AfterWeights, BeforeWeights, DraftLayer, after_attention, attention_input, project
+from eagle3_ds.model.offload import HostStash
+from eagle3_ds.model.rope import RotaryFrequencies
+
+Activation = Literal["keep", "recompute", "offload"]
+
+
+@dataclass(frozen=True)
+class StepConstants:
+    """What a step reads beside the hidden state.
+
+    Attributes:
+        tokens: int64 [S], the token that each slot sees at this step.
+        positions: int64 [S], the rotary positions of this step.
+        embedding: [V, H], the target's, frozen.
+        rotary: the draft's frequencies.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    embedding: Tensor
+    rotary: RotaryFrequencies
+
+
+class LayerMemory(UnrollMemory):
+    """What a layer remembers over the steps of one unroll.
+
+    Attributes:
+        dweights: fp32 (fp64 for fp64) sums of the weights' gradients over the backward of the steps.
+        stash: where `offload` puts what a step keeps; shared by all layers, None for the other modes.
+    """
+
+    def __init__(self, *place: Any, stash: HostStash | None = None) -> None:
+        super().__init__(*place)
+        self.dweights: list[Tensor] = []
+        self.stash = stash
+
+
+def slots_per_tile(layer: DraftLayer, tile_bytes: int, num_slots: int) -> int:
+    """Slots whose transient tensors fit the budget: in backward about 8 of width I and 12 of width H each.
+
+    Raises:
+        ValueError: the budget does not hold one slot.
+    """
+    width, hidden = layer.mlp.gate_proj.out_features, layer.mlp.gate_proj.in_features
+    per_slot = (8 * width + 12 * hidden) * layer.input_layernorm.weight.element_size()
+    if tile_bytes < per_slot:
+        raise ValueError(
+            f"train.tile_bytes = {tile_bytes} is too small for one slot of a draft layer of width {hidden} with an MLP of "
+            f"{width}: at least {per_slot} bytes are needed."
+        )
+    return min(num_slots, tile_bytes // per_slot)
+
+
+def ttt_step(
+    layer: DraftLayer, hidden: Tensor, constants: StepConstants, memory: LayerMemory, activation: Activation, tile_bytes: int
+) -> Tensor:
+    """hidden [S, H] -> the layer's output [S, H]. The step is how often `memory` has been here before."""
+    step = _Step(layer, constants, memory, memory.next_step)
+    if activation == "keep" or not torch.is_grad_enabled():
+        attended = layer.self_attn.attend(*step.before(hidden, slice(None), layer.before_weights()), memory)
+        return after_attention(hidden, attended, layer.after_weights(), layer.eps)
+    size = slots_per_tile(layer, tile_bytes, len(hidden))
+    tiles = [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]
+    # The weights are inputs of step 0 alone, whose backward comes last and hands out the sums.
+    weights = step.weights() if step.number == 0 else ()
+    output, memory.ticket = _RecomputedStep.apply(step, tiles, hidden, memory.ticket, *weights)
+    return output
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The arithmetic of one step on a tile of slots."""
+
+    layer: DraftLayer
+    constants: StepConstants
+    memory: LayerMemory
+    number: int
+
+    @property
+    def attention(self) -> LlamaUSPFlashAttention:
+        return self.layer.self_attn
+
+    def weights(self) -> list[Tensor]:
+        return [*_given(self.layer.before_weights()), *self.layer.after_weights()]
+
+    def _input(self, hidden: Tensor, tile: slice, weights: BeforeWeights) -> Tensor:
+        embeds = functional.embedding(self.constants.tokens[tile], self.constants.embedding)
+        return attention_input(embeds, hidden, weights, self.layer.eps)
+
+    def before(self, hidden: Tensor, tile: slice, weights: BeforeWeights) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [t, H] of the tile's slots -> rotated q [t, Hq, D], rotated k and v [t, Hkv, D]."""
+        x = self._input(hidden, tile, weights)
+        cos, sin = self.constants.rotary.angles(self.constants.positions[tile])
+        q, k, v = (project(x, weight, self.layer.head_dim) for weight in weights[:3])
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def query(self, hidden: Tensor, tile: slice, weights: BeforeWeights) -> Tensor:
+        """The q of `before` alone."""
+        cos, sin = self.constants.rotary.angles(self.constants.positions[tile])
+        return rotate(project(self._input(hidden, tile, weights), weights.q, self.layer.head_dim), cos, sin)
+
+    def after(self, hidden: Tensor, attended: Tensor, weights: AfterWeights) -> Tensor:
+        return after_attention(hidden, attended.flatten(1), weights, self.layer.eps)
+
+
+class _RecomputedStep(torch.autograd.Function):
+    """Forward: one layer at one TTT step. Backward: repeats it tile by tile, all but the attention."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, step: _Step, tiles: Sequence[slice], hidden: Tensor, _ticket: Tensor | None, *_weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        layer, memory = step.layer, step.memory
+        before, after = layer.before_weights(), layer.after_weights()
+        q, k, v = _map_tiles(lambda tile: step.before(hidden[tile], tile, before), tiles)
+        attended = step.attention.attend_forward(q, k, v, memory)
+        (output,) = _map_tiles(lambda tile: (step.after(hidden[tile], attended.out[tile], after),), tiles)
+        ctx.step, ctx.tiles, ctx.lse, ctx.sent_q = step, tiles, attended.lse, attended.q_heads is not q
+        kept = (hidden, attended.out, *((attended.q_heads,) if ctx.sent_q else ()))
+        if memory.stash is None:
+            ctx.save_for_backward(*kept)
+        else:
+            ctx.place = memory.stash.put(kept)
+        return output, hidden.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, doutput: Tensor, dticket: Tensor) -> tuple[Tensor | None, ...]:
+        step, tiles = ctx.step, ctx.tiles
+        stash = step.memory.stash
+        hidden, out, *sent_q = ctx.saved_tensors if stash is None else stash.take(ctx.place)
+        dhidden, dout = _backward_after(step, tiles, hidden, out, doutput)
+        # Step 0 has no diagonals, so it needs q in heads layout alone.
+        q = _query(step, tiles, hidden) if step.number or not sent_q else out
+        attended = Attended(out, ctx.lse, sent_q[0] if sent_q else q)
+        dqkv = step.attention.attend_backward(dout, q, attended, step.memory, step.number)
+        _backward_before(step, tiles, hidden, dqkv, dhidden)
+        if step.number:
+            return None, None, dhidden, dticket
+        sums = _sums(step)
+        step.memory.dweights = []
+        return None, None, dhidden, None, *(total.to(hidden.dtype) for total in sums)
+
+
+def _backward_after(step: _Step, tiles: Sequence[slice], hidden: Tensor, out: Tensor, doutput: Tensor) -> tuple[Tensor, Tensor]:
+    """Through what follows the attention: dhidden [S, H], but for what comes through the attention, and dout [S, Hq, D]."""
+    weights = _leaves(step.layer.after_weights())
+    sums = _sums(step)[-len(weights) :]
+    dhidden, dout = torch.empty_like(hidden), torch.empty_like(out)
+    for tile in tiles:
+        with torch.enable_grad():
+            x, attended = inputs = _leaves([hidden[tile], out[tile]])
+            output = step.after(x, attended, AfterWeights(*weights))
+        dhidden[tile], dout[tile] = _tile_backward([output], [doutput[tile]], inputs, weights, sums)
+    return dhidden, dout
+
+
+def _query(step: _Step, tiles: Sequence[slice], hidden: Tensor) -> Tensor:
+    """q [S, Hq, D] again."""
+    weights = step.layer.before_weights()
+    with torch.no_grad():
+        (q,) = _map_tiles(lambda tile: (step.query(hidden[tile], tile, weights),), tiles)
+    return q
+
+
+def _backward_before(step: _Step, tiles: Sequence[slice], hidden: Tensor, dqkv: Sequence[Tensor], dhidden: Tensor) -> None:
+    """Through what precedes the attention, added to `dhidden`."""
+    weights = _leaves(_given(step.layer.before_weights()))
+    sums = _sums(step)[: len(weights)]
+    for tile in tiles:
+        with torch.enable_grad():
+            (x,) = inputs = _leaves([hidden[tile]])
+            outputs = step.before(x, tile, BeforeWeights(*weights))
+        dhidden[tile] += _tile_backward(outputs, [d[tile] for d in dqkv], inputs, weights, sums)[0]
+
+
+def _map_tiles(function: Callable[[slice], tuple[Tensor, ...]], tiles: Sequence[slice]) -> tuple[Tensor, ...]:
+    """The results of all tiles, rows joined; a tile is written where it belongs as soon as it is computed."""
+    first = function(tiles[0])
+    if len(tiles) == 1:
+        return first
+    joined = tuple(part.new_empty((tiles[-1].stop, *part.shape[1:])) for part in first)
+    for tile in tiles:
+        for whole, part in zip(joined, first if tile is tiles[0] else function(tile), strict=True):
+            whole[tile] = part
+    return joined
+
+
+def _given(weights: BeforeWeights) -> list[Tensor]:
+    """Without the norm that later layers lack, which comes last."""
+    return [weight for weight in weights if weight is not None]
+
+
+def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Leaves of their own: gradients with respect to a weight reach nobody's hooks before they are summed."""
+    return [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def _sums(step: _Step) -> list[Tensor]:
+    """The sums of the weights' gradients, made by the first backward that asks."""
+    if not step.memory.dweights:
+        weights = step.weights()
+        dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
+        step.memory.dweights = [torch.zeros_like(weight, dtype=dtype) for weight in weights]
+    return step.memory.dweights
+
+
+def _tile_backward(
+    outputs: Sequence[Tensor], doutputs: Sequence[Tensor], inputs: list[Tensor], weights: Sequence[Tensor], sums: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Gradients of a tile's inputs; those of the weights are added to `sums`."""
+    gradients = torch.autograd.grad(outputs, [*inputs, *weights], doutputs)
+    for total, gradient in zip(sums, gradients[len(inputs) :], strict=True):
+        total.add_(gradient)
+    return gradients[: len(inputs)]
