@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -28,6 +29,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     context.set_forkserver_preload(["benchmarks.exactness_product"])
     # Read by DeepSpeed and by OpenMP while they are imported, so it must stand before the server starts.
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    # One ninja for all that build DeepSpeed's extension: another version would compile it anew.
+    beside_python = str(Path(sys.executable).parent)
+    if os.environ["PATH"].split(os.pathsep)[0] != beside_python:
+        os.environ["PATH"] = os.pathsep.join((beside_python, os.environ["PATH"]))
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         store = str(Path(folder) / "store")
         connections, processes = [], []
