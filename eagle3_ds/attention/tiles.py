@@ -1,37 +1,78 @@
-"""The step-0 mask as tiles, enumerated from the plan: causal within each document, never an L x L mask."""
+"""The step-0 mask as tiles, enumerated from the plan: causal within each document, never an L x L mask.
+
+A sliding window of w tokens, as transformers counts it, lets slot i see the keys i - w < j <= i.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 
 from eagle3_ds.kernels import Tile
 from eagle3_ds.layout import Run, SpanPlan
 
 
-def gathered_tiles(plan: SpanPlan, ring_rank: int) -> tuple[Tile, ...]:
-    """Tiles of this ring rank's columns against all keys in sequence order: one bottom-right causal tile per run."""
+def gathered_tiles(plan: SpanPlan, ring_rank: int, window: int | None = None) -> tuple[Tile, ...]:
+    """Tiles of this ring rank's columns against all keys in sequence order: one bottom-right causal tile per run.
+
+    Keys before the window of a run's first row are left out.
+
+    Raises:
+        ValueError: a window of less than one token.
+    """
+    left = _left(window)
     return tuple(
-        Tile(run.column, run.column + run.length, run.document_start, run.slot + run.length, True) for run in plan.runs(ring_rank)
+        Tile(
+            run.column,
+            run.column + run.length,
+            run.document_start if left is None else max(run.document_start, run.slot - left),
+            run.slot + run.length,
+            True,
+            left,
+        )
+        for run in plan.runs(ring_rank)
     )
 
 
-def block_tiles(plan: SpanPlan, ring_rank: int, source: int) -> tuple[Tile, ...]:
-    """Tiles of this ring rank's columns against the key block of ring rank `source`, in that rank's column order."""
+def block_tiles(plan: SpanPlan, ring_rank: int, source: int, window: int | None = None) -> tuple[Tile, ...]:
+    """Tiles of this ring rank's columns against the key block of ring rank `source`, in that rank's column order.
+
+    Rows and keys of which nothing is visible are left out.
+
+    Raises:
+        ValueError: a window of less than one token.
+    """
+    left = _left(window)
     keys_of: dict[int, list[Run]] = defaultdict(list)
     for run in plan.runs(source):
         keys_of[run.document_start].append(run)
-    tiles = []
+    tiles: list[Tile] = []
     for query in plan.runs(ring_rank):
         for key in keys_of[query.document_start]:
             # Runs of two ranks never overlap, so a run of keys lies wholly before, at, or after a run of queries.
-            if key.slot <= query.slot:
-                tiles.append(
-                    Tile(
-                        query.column,
-                        query.column + query.length,
-                        key.column,
-                        key.column + key.length,
-                        key.slot == query.slot,
-                    )
-                )
+            if key.slot == query.slot:
+                tiles.append(Tile(query.column, query.column + query.length, key.column, key.column + key.length, True, left))
+            elif key.slot < query.slot:
+                tiles.extend(_earlier_tiles(query, key, left))
     return tuple(tiles)
+
+
+def _earlier_tiles(query: Run, key: Run, left: int | None) -> Iterator[Tile]:
+    """Rows against an earlier run of keys: all of it for the rows near enough, then a left edge that moves with the row."""
+    # Row i sees the keys from i + edge on; the rows from `last` on see none.
+    edge = -query.length if left is None else query.slot - key.slot - left
+    last = max(0, min(query.length, key.length - edge))
+    first = last if last + edge <= 1 else max(0, -edge)
+    k_stop = key.column + key.length
+    if first > 0:
+        yield Tile(query.column, query.column + first, key.column, k_stop, False)
+    if first < last:
+        k_start = key.column + first + edge
+        yield Tile(query.column + first, query.column + last, k_start, k_stop, False, k_stop - k_start - (last - first))
+
+
+def _left(window: int | None) -> int | None:
+    """Keys before its own that a slot sees; None for all of its document."""
+    if window is not None and window < 1:
+        raise ValueError(f"window = {window}: a slot sees at least itself. Use a window of 1 token or more, or no window.")
+    return None if window is None else window - 1

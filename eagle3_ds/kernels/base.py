@@ -8,32 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Tile(NamedTuple):
-    """Query rows [q_start, q_stop) see key rows [k_start, k_stop).
-
-    Causal is aligned at the bottom right: the last query row sees every key of the tile, the one before it all but the
-    last. A causal tile has at least as many keys as query rows, so that no row of it is empty.
-    """
-
-    q_start: int
-    q_stop: int
-    k_start: int
-    k_stop: int
-    causal: bool
-
-    @property
-    def num_queries(self) -> int:
-        return self.q_stop - self.q_start
-
-    @property
-    def num_keys(self) -> int:
-        return self.k_stop - self.k_start
+from eagle3_ds.kernels.tile import Tile, cut_into_squares
 
 
 class AttentionKernel(ABC):
@@ -120,19 +99,30 @@ class TileKernel(AttentionKernel):
     """A kernel made of calls for one tile each: a subclass computes a tile, this class loops and merges.
 
     Attributes:
-        causal_rectangles: whether the backend aligns a causal tile with more keys than rows at the bottom right.
-            Where it does not, such a tile is cut into a full rectangle and a causal square.
+        takes_bands: whether the backend takes every tile as it is. Where it does not, it gets full rectangles, causal
+            squares, and squares with `left` 0, in which row i sees the keys from i on.
     """
 
-    causal_rectangles: bool
+    takes_bands: bool
 
     @abstractmethod
-    def tile_forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def tile_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, left: int | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
         """One tile: q [Lq, Hq, D], k, v [Lk, Hkv, D] -> out [Lq, Hq, D], lse [Lq, Hq]."""
 
     @abstractmethod
     def tile_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, causal: bool, scale: float
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        causal: bool,
+        left: int | None,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One tile under the merged lse and delta -> dq [Lq, Hq, D], dk, dv [Lk, Hkv, D]."""
 
@@ -145,7 +135,7 @@ class TileKernel(AttentionKernel):
         lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
         for part in parts:
             rows, keys = slice(part.q_start, part.q_stop), slice(part.k_start, part.k_stop)
-            new = self.tile_forward(q[rows], k[keys], v[keys], part.causal, scale)
+            new = self.tile_forward(q[rows], k[keys], v[keys], part.causal, part.left, scale)
             out[rows], lse[rows] = merge_partial(out[rows], lse[rows], *new) if merging else new
         return out.to(q.dtype), lse
 
@@ -166,7 +156,7 @@ class TileKernel(AttentionKernel):
         for part in self._parts(tiles):
             rows, keys = slice(part.q_start, part.q_stop), slice(part.k_start, part.k_stop)
             dq_tile, dk_tile, dv_tile = self.tile_backward(
-                dout[rows], q[rows], k[keys], v[keys], lse[rows], delta[rows], part.causal, scale
+                dout[rows], q[rows], k[keys], v[keys], lse[rows], delta[rows], part.causal, part.left, scale
             )
             dq[rows] += dq_tile
             dk_accum[keys] += dk_tile
@@ -178,13 +168,8 @@ class TileKernel(AttentionKernel):
         for tile in tiles:
             if tile.num_queries == 0 or tile.num_keys == 0:
                 continue
-            assert not tile.causal or tile.num_keys >= tile.num_queries, f"{tile} leaves rows without a key"
-            if not tile.causal or tile.num_keys == tile.num_queries or self.causal_rectangles:
-                yield tile
-            else:
-                square = tile.k_stop - tile.num_queries
-                yield tile._replace(k_stop=square, causal=False)
-                yield tile._replace(k_start=square)
+            tile.check()
+            yield from (tile,) if self.takes_bands else cut_into_squares(tile)
 
 
 def _share_rows(tiles: Sequence[Tile]) -> bool:

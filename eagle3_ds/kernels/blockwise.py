@@ -8,6 +8,8 @@ Legend: N key heads, R rows of one query block times the G query heads that shar
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,25 +24,28 @@ _KEY_BLOCK = 256
 
 class BlockwiseKernel(TileKernel):
     name = "blockwise"
-    causal_rectangles = True
+    takes_bands = True
 
     def unavailable_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         return None
 
-    def tile_forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def tile_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, left: int | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(q.dtype)
         out = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[:2], dtype=dtype, device=q.device)
         num_kv_heads = k.shape[1]
+        reach = _Reach.of(q.shape[0], k.shape[0], causal, left)
         for rows in _blocks(q.shape[0], _QUERY_BLOCK):
             q_NRD = _fold(q[rows], num_kv_heads, dtype) * scale
-            best = q_NRD.new_full((*q_NRD.shape[:2], 1), -torch.inf)
+            # The least finite number, not -inf: a row may see no key of a block, and (-inf) - (-inf) is nan.
+            best = q_NRD.new_full((*q_NRD.shape[:2], 1), torch.finfo(dtype).min)
             total, summed = torch.zeros_like(best), torch.zeros_like(q_NRD)
-            for keys in _visible_blocks(rows, q.shape[0], k.shape[0], causal):
+            for keys in _visible_blocks(rows, reach, k.shape[0]):
                 k_NBD, v_NBD = _wide(k[keys], dtype), _wide(v[keys], dtype)
                 s_NRB = q_NRD @ k_NBD.mT
-                _mask(s_NRB, rows, keys, k.shape[0] - q.shape[0], causal)
-                # The first block of keys starts at key 0, which every row sees: `best` is finite from then on.
+                _mask(s_NRB, rows, keys, reach)
                 new_best = torch.maximum(best, s_NRB.amax(-1, keepdim=True))
                 p_NRB = s_NRB.sub_(new_best).exp_()
                 shrink = (best - new_best).exp()
@@ -52,10 +57,20 @@ class BlockwiseKernel(TileKernel):
         return out, lse
 
     def tile_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, causal: bool, scale: float
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        causal: bool,
+        left: int | None,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = accumulation_dtype(q.dtype)
         num_kv_heads = k.shape[1]
+        reach = _Reach.of(q.shape[0], k.shape[0], causal, left)
         dq = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
         dk, dv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
         for rows in _blocks(q.shape[0], _QUERY_BLOCK):
@@ -63,10 +78,10 @@ class BlockwiseKernel(TileKernel):
             lse_NR1, delta_NR1 = (_fold(x[rows, :, None], num_kv_heads, dtype) for x in (lse, delta))
             q_NRD = q_NRD * scale
             dq_NRD = torch.zeros_like(q_NRD)
-            for keys in _visible_blocks(rows, q.shape[0], k.shape[0], causal):
+            for keys in _visible_blocks(rows, reach, k.shape[0]):
                 k_NBD, v_NBD = _wide(k[keys], dtype), _wide(v[keys], dtype)
                 s_NRB = q_NRD @ k_NBD.mT
-                _mask(s_NRB, rows, keys, k.shape[0] - q.shape[0], causal)
+                _mask(s_NRB, rows, keys, reach)
                 p_NRB = s_NRB.sub_(lse_NR1).exp_()
                 dv[keys] += (p_NRB.mT @ dout_NRD).transpose(0, 1)
                 ds_NRB = (dout_NRD @ v_NBD.mT).sub_(delta_NR1).mul_(p_NRB)
@@ -76,22 +91,36 @@ class BlockwiseKernel(TileKernel):
         return dq, dk, dv
 
 
+class _Reach(NamedTuple):
+    """Row i of a tile sees the keys from i + first to i + last, as far as there are any."""
+
+    first: int
+    last: int
+
+    @staticmethod
+    def of(num_queries: int, num_keys: int, causal: bool, left: int | None) -> _Reach:
+        diagonal = num_keys - num_queries
+        return _Reach(-num_queries if left is None else diagonal - left, diagonal if causal else num_keys)
+
+
 def _blocks(length: int, size: int) -> Iterator[slice]:
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
 
 
-def _visible_blocks(rows: slice, num_queries: int, num_keys: int, causal: bool) -> Iterator[slice]:
-    """The blocks of keys that the last of `rows` sees any of."""
-    return _blocks(rows.stop + num_keys - num_queries if causal else num_keys, _KEY_BLOCK)
+def _visible_blocks(rows: slice, reach: _Reach, num_keys: int) -> Iterator[slice]:
+    """The blocks of keys that any of `rows` sees any of."""
+    first = max(0, rows.start + reach.first) // _KEY_BLOCK
+    return islice(_blocks(min(num_keys, rows.stop + reach.last), _KEY_BLOCK), first, None)
 
 
-def _mask(s_NRB: Tensor, rows: slice, keys: slice, offset: int, causal: bool) -> None:
-    """Set the scores of the keys after each row to -inf, in place. Row i sees the keys up to i + offset."""
-    if not causal or keys.stop <= rows.start + offset + 1:
+def _mask(s_NRB: Tensor, rows: slice, keys: slice, reach: _Reach) -> None:
+    """Set the scores of the keys that a row does not see to -inf, in place."""
+    if keys.stop <= rows.start + reach.last + 1 and keys.start >= rows.stop - 1 + reach.first:
         return
-    last = torch.arange(rows.start, rows.stop, device=s_NRB.device)[:, None] + offset
-    hidden = torch.arange(keys.start, keys.stop, device=s_NRB.device) > last
+    row = torch.arange(rows.start, rows.stop, device=s_NRB.device)[:, None]
+    key = torch.arange(keys.start, keys.stop, device=s_NRB.device)
+    hidden = (key > row + reach.last) | (key < row + reach.first)
     s_NRB.unflatten(1, (rows.stop - rows.start, -1)).masked_fill_(hidden[:, None], -torch.inf)
 
 

@@ -12,8 +12,9 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 class CpuKernel(TileKernel):
     name = "cpu"
-    # The operator aligns causal at the top left, which is the same on a square only.
-    causal_rectangles = False
+    # The operator aligns causal at the top left, which is the same on a square only, and knows no left edge: a square
+    # with one is turned upside down, which makes it causal.
+    takes_bands = False
 
     def unavailable_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cpu":
@@ -22,15 +23,33 @@ class CpuKernel(TileKernel):
             return f"it takes {', '.join(map(str, _DTYPES))}, not {dtype}"
         return None
 
-    def tile_forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def tile_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, left: int | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        if left is not None:
+            out, lse = self.tile_forward(q.flip(0), k.flip(0), v.flip(0), True, None, scale)
+            return out.flip(0), lse.flip(0)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             _heads_first(q), _heads_first(k), _heads_first(v), 0.0, causal, scale=scale
         )
         return out[0].transpose(0, 1), lse[0].T
 
     def tile_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, causal: bool, scale: float
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        causal: bool,
+        left: int | None,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if left is not None:
+            dout, q, k, v, lse, delta = (x.flip(0) for x in (dout, q, k, v, lse, delta))
+            dq, dk, dv = self.tile_backward(dout, q, k, v, lse, delta, True, None, scale)
+            return dq.flip(0), dk.flip(0), dv.flip(0)
         num_kv_heads = k.shape[1]
         group = q.shape[1] // num_kv_heads
         # With key heads left unrepeated the operator's backward is about 25 times slower (measured on torch 2.13).

@@ -17,7 +17,7 @@ _MAX_HEAD_DIM = 256
 
 class CudaKernel(TileKernel):
     name = "cuda"
-    causal_rectangles = True
+    takes_bands = True
 
     def unavailable_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cuda":
@@ -38,14 +38,25 @@ class CudaKernel(TileKernel):
             return f"compute capability {capability[0]}.{capability[1]} has no backward for head_dim {head_dim}"
         return None
 
-    def tile_forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def tile_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, left: int | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q[None], k[None], v[None], None, None, q.shape[0], k.shape[0], 0.0, causal, False, scale=scale
+            q[None], k[None], v[None], None, None, q.shape[0], k.shape[0], 0.0, causal, False, scale=scale, window_size_left=left
         )
         return out[0], lse[0].T
 
     def tile_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, causal: bool, scale: float
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        causal: bool,
+        left: int | None,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Read only under dropout, which is off.
         rng_state = torch.empty(2, dtype=torch.uint64, device=q.device)
@@ -67,5 +78,6 @@ class CudaKernel(TileKernel):
             rng_state,
             unused,
             scale=scale,
+            window_size_left=left,
         )
         return dq[0], dk[0], dv[0]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eagle3_ds.kernels.base import AttentionKernel, Tile, accumulation_dtype, sum_over_group
+from eagle3_ds.kernels.base import AttentionKernel, accumulation_dtype, sum_over_group
+from eagle3_ds.kernels.tile import Tile
 
 
 class ReferenceKernel(AttentionKernel):
@@ -60,7 +61,10 @@ def _scores(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float
     times_shown = torch.zeros(q.shape[0], k.shape[0], dtype=dtype, device=q.device)
     for tile in tiles:
         shown = torch.ones(tile.num_queries, tile.num_keys, dtype=dtype, device=q.device)
+        diagonal = tile.num_keys - tile.num_queries
         if tile.causal:
-            shown = shown.tril(tile.num_keys - tile.num_queries)
+            shown = shown.tril(diagonal)
+        if tile.left is not None:
+            shown = shown.triu(diagonal - tile.left)
         times_shown[tile.q_start : tile.q_stop, tile.k_start : tile.k_stop] += shown
     return q_HQD, k_HKD, v_HKD, q_HQD @ k_HKD.mT * scale + times_shown.log()

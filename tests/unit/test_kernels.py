@@ -42,6 +42,12 @@ CASES = {
     "a key shown twice": Case(16, 30, 4, 4, (Tile(0, 16, 0, 20, False), Tile(4, 16, 10, 30, True))),
     "rows without a key": Case(25, 40, 4, 2, (Tile(3, 11, 5, 30, True), Tile(14, 20, 0, 9, False))),
     "empty tiles": Case(8, 12, 2, 1, (Tile(0, 8, 4, 4, False), Tile(3, 3, 0, 5, True), Tile(0, 8, 0, 12, True))),
+    "sliding window": Case(50, 50, 4, 2, (Tile(0, 50, 0, 50, True, 13),)),
+    "window of two tokens": Case(9, 9, 2, 2, (Tile(0, 9, 0, 9, True, 1),)),
+    "window wider than the document": Case(20, 20, 2, 1, (Tile(0, 20, 0, 20, True, 30),)),
+    "window in a later chunk": Case(24, 64, 4, 2, (Tile(0, 24, 8, 64, True, 32),)),
+    "rows that leave an earlier block": Case(20, 40, 4, 2, (Tile(2, 20, 7, 39, False, 14),)),
+    "left edge in a corner": Case(30, 40, 2, 1, (Tile(0, 10, 0, 20, False), Tile(10, 30, 0, 20, False, 0))),
     "no tile": Case(6, 6, 2, 1, ()),
 }
 
@@ -98,7 +104,9 @@ def dense(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile]) -> tuple[Tenso
         seen: list[int] = []
         for tile in tiles:
             if tile.q_start <= row < tile.q_stop:
-                seen += range(tile.k_start, tile.k_stop - (tile.q_stop - 1 - row if tile.causal else 0))
+                own = tile.k_stop - (tile.q_stop - row)
+                first = tile.k_start if tile.left is None else max(tile.k_start, own - tile.left)
+                seen += range(first, own + 1 if tile.causal else tile.k_stop)
         keys, values = (x[seen].repeat_interleave(group, dim=1) for x in (k, v))
         scores = torch.einsum("hd,khd->hk", q[row], keys) * SCALE
         outs.append(torch.einsum("hk,khd->hd", scores.softmax(-1), values))
@@ -211,10 +219,11 @@ def emulated_flash_forward(
     return_debug_mask: bool,
     *,
     scale: float,
+    window_size_left: int | None = None,
 ) -> tuple[Tensor, ...]:
     """FlashAttention-2 as torch documents it: [B, L, H, D], GQA, causal at the bottom right, lse [B, H, L]."""
     assert (cum_seq_q, cum_seq_k, max_q, max_k) == (None, None, q.shape[1], k.shape[1]) and dropout_p == 0.0
-    out, lse = KERNELS[-1].forward(q[0], k[0], v[0], (Tile(0, max_q, 0, max_k, is_causal),), scale)
+    out, lse = KERNELS[-1].forward(q[0], k[0], v[0], (Tile(0, max_q, 0, max_k, is_causal, window_size_left),), scale)
     state = torch.empty(2, dtype=torch.uint64)
     return out[None], lse.T[None].contiguous(), state, torch.empty((), dtype=torch.uint64), q.new_empty(0)
 
@@ -236,6 +245,7 @@ def emulated_flash_backward(
     unused: Tensor,
     *,
     scale: float,
+    window_size_left: int | None = None,
 ) -> tuple[Tensor, ...]:
     """The same for the backward, which computes delta from `out`."""
     assert (cum_seq_q, cum_seq_k, max_q, max_k) == (None, None, q.shape[1], k.shape[1]) and dropout_p == 0.0
@@ -243,7 +253,7 @@ def emulated_flash_backward(
     assert out.dtype == q.dtype and rng_state.dtype == unused.dtype == torch.uint64
     dk, dv = (torch.zeros_like(x[0], dtype=torch.float32) for x in (k, v))
     delta = (dout * out)[0].float().sum(-1)
-    tile = Tile(0, max_q, 0, max_k, is_causal)
+    tile = Tile(0, max_q, 0, max_k, is_causal, window_size_left)
     dq = KERNELS[-1].backward(dout[0], q[0], k[0], v[0], lse[0].T, delta, (tile,), scale, dk, dv)
     return tuple(x[None].to(q.dtype) for x in (dq, dk, dv))
 

@@ -1,0 +1,123 @@
+"""The plan's tiles against the dense mask of the definition, for every ring rank, with and without a sliding window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from eagle3_ds.attention.tiles import block_tiles, gathered_tiles
+from eagle3_ds.kernels import AttentionKernel, Tile, select_kernel
+from eagle3_ds.layout import SpanPlan
+
+plans = st.builds(
+    SpanPlan.make,
+    st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    ring=st.integers(1, 5),
+    ulysses=st.integers(1, 3),
+    chunks_per_rank=st.integers(1, 6),
+)
+windows = st.none() | st.integers(1, 50)
+
+
+def dense_mask(plan: SpanPlan, window: int | None) -> np.ndarray:
+    """[padded_length, padded_length]: slot i sees key j iff same document, j <= i and i - j < window."""
+    slot = np.arange(plan.padded_length)
+    back = slot[:, None] - slot
+    same = (plan.document[:, None] == plan.document) & (plan.document >= 0)
+    return same & (back >= 0) & (back < (window or plan.padded_length))
+
+
+def shown(tiles: Iterable[Tile], num_rows: int, num_keys: int) -> np.ndarray:
+    """How often the tiles show each key to each row, straight from the docstring of `Tile`."""
+    times = np.zeros((num_rows, num_keys), dtype=np.int64)
+    for tile in tiles:
+        tile.check()
+        for row in range(tile.q_start, tile.q_stop):
+            own = tile.k_stop - (tile.q_stop - row)
+            first = tile.k_start if tile.left is None else max(tile.k_start, own - tile.left)
+            stop = own + 1 if tile.causal else tile.k_stop
+            assert first < stop, f"row {row} of {tile} is empty"
+            times[row, first:stop] += 1
+    return times
+
+
+def assert_no_key_is_idle(tiles: Iterable[Tile], num_rows: int, num_keys: int) -> None:
+    for tile in tiles:
+        assert (shown([tile], num_rows, num_keys)[:, tile.k_start : tile.k_stop] > 0).any(0).all(), tile
+
+
+@settings(deadline=None)
+@given(plans, windows)
+def test_gathered_tiles_are_the_dense_mask(plan: SpanPlan, window: int | None) -> None:
+    mask = dense_mask(plan, window)
+    for rank in range(plan.ring):
+        tiles = gathered_tiles(plan, rank, window)
+        assert (shown(tiles, plan.columns_per_ring_rank, plan.padded_length) == mask[plan.ring_slots[rank]]).all()
+        assert_no_key_is_idle(tiles, plan.columns_per_ring_rank, plan.padded_length)
+
+
+@settings(deadline=None)
+@given(plans, windows)
+def test_block_tiles_are_the_dense_mask(plan: SpanPlan, window: int | None) -> None:
+    mask, size = dense_mask(plan, window), plan.columns_per_ring_rank
+    for rank in range(plan.ring):
+        for source in range(plan.ring):
+            tiles = block_tiles(plan, rank, source, window)
+            wanted = mask[np.ix_(plan.ring_slots[rank], plan.ring_slots[source])]
+            assert (shown(tiles, size, size) == wanted).all()
+            assert_no_key_is_idle(tiles, size, size)
+
+
+KERNELS = [select_kernel(name, torch.device("cpu"), torch.float64, 8) for name in ("cpu", "blockwise")]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+@settings(deadline=None, max_examples=30)
+@given(plan=plans, window=windows, gathered=st.booleans())
+def test_kernels_on_random_plans_equal_a_dense_mask(
+    kernel: AttentionKernel, plan: SpanPlan, window: int | None, gathered: bool
+) -> None:
+    """One rank's rows, forward and raw gradients, against a masked softmax in fp64."""
+    rank, source = plan.ring - 1, 0
+    if gathered:
+        tiles, key_slots = gathered_tiles(plan, rank, window), np.arange(plan.padded_length)
+    else:
+        tiles, key_slots = block_tiles(plan, rank, source, window), plan.ring_slots[source]
+    mask = torch.from_numpy(dense_mask(plan, window)[np.ix_(plan.ring_slots[rank], key_slots)])
+    generator = torch.Generator().manual_seed(plan.padded_length)
+    q, k, v, dout = (
+        torch.randn(length, heads, 8, generator=generator, dtype=torch.float64)
+        for length, heads in ((mask.shape[0], 2), (mask.shape[1], 1), (mask.shape[1], 1), (mask.shape[0], 2))
+    )
+    out, lse, *grads = dense_attention(q, k, v, dout, mask)
+    actual_out, actual_lse = kernel.forward(q, k, v, tiles, 0.4)
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    dq = kernel.backward(dout, q, k, v, lse, (dout * out).sum(-1), tiles, 0.4, dk, dv)
+    for actual, wanted in zip((actual_out, actual_lse, dq, dk, dv), (out, lse, *grads), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-11)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """out, lse, dq, dk, dv of one masked softmax; a row without a key has out 0 and lse -inf."""
+    q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+    scores = torch.einsum("ihd,jd->hij", q, k[:, 0]) * 0.4
+    scores = scores.masked_fill(~mask, -torch.inf)
+    weights = torch.where(mask.any(1)[:, None], scores, torch.zeros_like(scores)).softmax(-1) * mask
+    out = torch.einsum("hij,jd->ihd", weights, v[:, 0])
+    grads = torch.autograd.grad((out * dout).sum(), (q, k, v))
+    return out.detach(), scores.logsumexp(-1).T.detach(), *grads
+
+
+@pytest.mark.parametrize("window", [0, -3])
+def test_a_window_without_a_token_is_refused(window: int) -> None:
+    plan = SpanPlan.make([4, 3])
+    with pytest.raises(ValueError, match=f"window = {window}: .* 1 token or more"):
+        gathered_tiles(plan, 0, window)
+    with pytest.raises(ValueError, match=f"window = {window}"):
+        block_tiles(plan, 0, 0, window)
