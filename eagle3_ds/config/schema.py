@@ -109,7 +109,9 @@ class ParallelSection(Section):
 
 
 class AttentionSection(Section):
-    kernel: Literal["auto", "reference", "blockwise", "cpu", "cuda"] = "auto"
+    kernel: Literal["auto", "reference", "blockwise", "cpu", "cuda", "cudnn", "flash_attn2", "flash_attn3", "flash_attn4"] = (
+        "auto"
+    )
 
 
 class LossSection(Section):

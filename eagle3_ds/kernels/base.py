@@ -7,12 +7,13 @@ h // (Hq // Hkv).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from eagle3_ds.kernels.tile import Tile, cut_into_squares
+from eagle3_ds.kernels.tile import Tile
 
 
 class AttentionKernel(ABC):
@@ -95,48 +96,67 @@ def sum_over_group(x: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
     return x.unflatten(1, (num_kv_heads, -1)).sum(2, dtype=dtype)
 
 
+class Call(NamedTuple):
+    """Tiles that a backend computes at once: one kind of mask, rows and keys ascending and in no two of them."""
+
+    tiles: tuple[Tile, ...]
+
+    @property
+    def causal(self) -> bool:
+        return self.tiles[0].causal
+
+    @property
+    def left(self) -> int | None:
+        return self.tiles[0].left
+
+    @property
+    def rows(self) -> list[slice]:
+        return _joined((tile.q_start, tile.q_stop) for tile in self.tiles)
+
+    @property
+    def keys(self) -> list[slice]:
+        return _joined((tile.k_start, tile.k_stop) for tile in self.tiles)
+
+
 class TileKernel(AttentionKernel):
-    """A kernel made of calls for one tile each: a subclass computes a tile, this class loops and merges.
-
-    Attributes:
-        takes_bands: whether the backend takes every tile as it is. Where it does not, it gets full rectangles, causal
-            squares, and squares with `left` 0, in which row i sees the keys from i on.
-    """
-
-    takes_bands: bool
+    """A kernel made of calls that compute one tile, or several at once: a subclass computes, this class loops and merges."""
 
     @abstractmethod
-    def tile_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, left: int | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """One tile: q [Lq, Hq, D], k, v [Lk, Hkv, D] -> out [Lq, Hq, D], lse [Lq, Hq]."""
+    def call_forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
+        """q [Lq, Hq, D], k, v [Lk, Hkv, D]: the call's rows and keys alone, one after another -> out, lse [Lq, Hq]."""
 
     @abstractmethod
-    def tile_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        causal: bool,
-        left: int | None,
-        scale: float,
+    def call_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One tile under the merged lse and delta -> dq [Lq, Hq, D], dk, dv [Lk, Hkv, D]."""
+        """The same rows and keys under the merged lse -> dq [Lq, Hq, D], dk, dv [Lk, Hkv, D].
+
+        `delta` is what `delta_form` made of it.
+        """
+
+    def calls(self, tiles: Iterable[Tile]) -> list[Call]:
+        """The tiles, none of them empty, as the backend takes them."""
+        return [Call((tile,)) for tile in tiles]
+
+    def delta_form(self, dout: Tensor, delta: Tensor) -> Tensor:
+        """How the backend takes delta [Lq, Hq]: as it is, or as an output [Lq, Hq, D] to compute it from."""
+        return delta
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float) -> tuple[Tensor, Tensor]:
-        parts = tuple(self._parts(tiles))
-        merging = _share_rows(parts)
+        calls = self.calls(_nonempty(tiles))
         dtype = accumulation_dtype(q.dtype)
+        if len(calls) == 1 and calls[0].rows == [slice(0, len(q))]:
+            out, lse = self._forward_call(q, k, v, calls[0], scale)
+            return out.to(q.dtype).contiguous(), lse.to(dtype).contiguous()
+        merging = _share_rows(calls)
         # Rows that are written once need no wide copy of the output.
         out = torch.zeros_like(q, dtype=dtype if merging else q.dtype, memory_format=torch.contiguous_format)
         lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
-        for part in parts:
-            rows, keys = slice(part.q_start, part.q_stop), slice(part.k_start, part.k_stop)
-            new = self.tile_forward(q[rows], k[keys], v[keys], part.causal, part.left, scale)
-            out[rows], lse[rows] = merge_partial(out[rows], lse[rows], *new) if merging else new
+        for call in calls:
+            new_out, new_lse = self._forward_call(q, k, v, call, scale)
+            for rows, part in _places(call.rows):
+                new = new_out[part], new_lse[part]
+                out[rows], lse[rows] = merge_partial(out[rows], lse[rows], *new) if merging else new
         return out.to(q.dtype), lse
 
     def backward(
@@ -153,26 +173,53 @@ class TileKernel(AttentionKernel):
         dv_accum: Tensor,
     ) -> Tensor:
         dq = torch.zeros_like(q, dtype=accumulation_dtype(q.dtype), memory_format=torch.contiguous_format)
-        for part in self._parts(tiles):
-            rows, keys = slice(part.q_start, part.q_stop), slice(part.k_start, part.k_stop)
-            dq_tile, dk_tile, dv_tile = self.tile_backward(
-                dout[rows], q[rows], k[keys], v[keys], lse[rows], delta[rows], part.causal, part.left, scale
-            )
-            dq[rows] += dq_tile
-            dk_accum[keys] += dk_tile
-            dv_accum[keys] += dv_tile
+        delta = self.delta_form(dout, delta)
+        for call in self.calls(_nonempty(tiles)):
+            dout_rows, q_rows, lse_rows, delta_rows = (_take(x, call.rows) for x in (dout, q, lse, delta))
+            k_rows, v_rows = _take(k, call.keys), _take(v, call.keys)
+            grads = self.call_backward(dout_rows, q_rows, k_rows, v_rows, lse_rows, delta_rows, call, scale)
+            for total, new, ranges in zip((dq, dk_accum, dv_accum), grads, (call.rows, call.keys, call.keys), strict=True):
+                for place, part in _places(ranges):
+                    total[place] += new[part]
         return dq
 
-    def _parts(self, tiles: Sequence[Tile]) -> Iterator[Tile]:
-        """The tiles as the backend takes them, empty ones left out."""
-        for tile in tiles:
-            if tile.num_queries == 0 or tile.num_keys == 0:
-                continue
+    def _forward_call(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
+        return self.call_forward(_take(q, call.rows), _take(k, call.keys), _take(v, call.keys), call, scale)
+
+
+def _nonempty(tiles: Sequence[Tile]) -> Iterator[Tile]:
+    for tile in tiles:
+        if tile.num_queries and tile.num_keys:
             tile.check()
-            yield from (tile,) if self.takes_bands else cut_into_squares(tile)
+            yield tile
 
 
-def _share_rows(tiles: Sequence[Tile]) -> bool:
+def _joined(ranges: Iterable[tuple[int, int]]) -> list[slice]:
+    """Ascending ranges, adjacent ones joined."""
+    joined: list[slice] = []
+    for start, stop in ranges:
+        if joined and joined[-1].stop == start:
+            joined[-1] = slice(joined[-1].start, stop)
+        else:
+            joined.append(slice(start, stop))
+    return joined
+
+
+def _take(x: Tensor, ranges: list[slice]) -> Tensor:
+    """The rows of `ranges`, one after another; a view where they are one range."""
+    return x[ranges[0]] if len(ranges) == 1 else torch.cat([x[part] for part in ranges])
+
+
+def _places(ranges: list[slice]) -> Iterator[tuple[slice, slice]]:
+    """Each range, and where `_take` has put it."""
+    start = 0
+    for place in ranges:
+        stop = start + place.stop - place.start
+        yield place, slice(start, stop)
+        start = stop
+
+
+def _share_rows(calls: Sequence[Call]) -> bool:
     """Whether some query row is in two tiles."""
-    ordered = sorted((tile.q_start, tile.q_stop) for tile in tiles)
+    ordered = sorted((rows.start, rows.stop) for call in calls for rows in call.rows)
     return any(stop > start for (_, stop), (start, _) in zip(ordered, ordered[1:], strict=False))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3_ds.kernels.base import TileKernel, accumulation_dtype
+from eagle3_ds.kernels.base import Call, TileKernel, accumulation_dtype
 
 # Measured forward + backward, 2048 causal rows, 8 heads of 64, fp32, one CPU core: 128 x 256 181 ms, 256 x 256 190 ms,
 # 512 x 512 285 ms (its scores leave the cache). The larger of the two good ones, for devices where a launch costs.
@@ -24,19 +24,16 @@ _KEY_BLOCK = 256
 
 class BlockwiseKernel(TileKernel):
     name = "blockwise"
-    takes_bands = True
 
     def unavailable_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         return None
 
-    def tile_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, left: int | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def call_forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(q.dtype)
         out = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[:2], dtype=dtype, device=q.device)
         num_kv_heads = k.shape[1]
-        reach = _Reach.of(q.shape[0], k.shape[0], causal, left)
+        reach = _Reach.of(q.shape[0], k.shape[0], call.causal, call.left)
         for rows in _blocks(q.shape[0], _QUERY_BLOCK):
             q_NRD = _fold(q[rows], num_kv_heads, dtype) * scale
             # The least finite number, not -inf: a row may see no key of a block, and (-inf) - (-inf) is nan.
@@ -56,21 +53,12 @@ class BlockwiseKernel(TileKernel):
             lse[rows] = _unfold(best + total.log(), q.shape[1])[..., 0]
         return out, lse
 
-    def tile_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        causal: bool,
-        left: int | None,
-        scale: float,
+    def call_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = accumulation_dtype(q.dtype)
         num_kv_heads = k.shape[1]
-        reach = _Reach.of(q.shape[0], k.shape[0], causal, left)
+        reach = _Reach.of(q.shape[0], k.shape[0], call.causal, call.left)
         dq = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
         dk, dv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
         for rows in _blocks(q.shape[0], _QUERY_BLOCK):

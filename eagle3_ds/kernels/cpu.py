@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eagle3_ds.kernels.base import TileKernel, accumulation_dtype, out_with_delta, sum_over_group
+from eagle3_ds.kernels.base import accumulation_dtype, sum_over_group
+from eagle3_ds.kernels.squares import SquareKernel
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-class CpuKernel(TileKernel):
+class CpuKernel(SquareKernel):
+    """The operator aligns causal at the top left, which is the same on a square only, and knows no left edge."""
+
     name = "cpu"
-    # The operator aligns causal at the top left, which is the same on a square only, and knows no left edge: a square
-    # with one is turned upside down, which makes it causal.
-    takes_bands = False
 
     def unavailable_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cpu":
@@ -23,38 +23,20 @@ class CpuKernel(TileKernel):
             return f"it takes {', '.join(map(str, _DTYPES))}, not {dtype}"
         return None
 
-    def tile_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, left: int | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        if left is not None:
-            out, lse = self.tile_forward(q.flip(0), k.flip(0), v.flip(0), True, None, scale)
-            return out.flip(0), lse.flip(0)
+    def square_forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             _heads_first(q), _heads_first(k), _heads_first(v), 0.0, causal, scale=scale
         )
         return out[0].transpose(0, 1), lse[0].T
 
-    def tile_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        causal: bool,
-        left: int | None,
-        scale: float,
+    def square_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, out: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if left is not None:
-            dout, q, k, v, lse, delta = (x.flip(0) for x in (dout, q, k, v, lse, delta))
-            dq, dk, dv = self.tile_backward(dout, q, k, v, lse, delta, True, None, scale)
-            return dq.flip(0), dk.flip(0), dv.flip(0)
         num_kv_heads = k.shape[1]
         group = q.shape[1] // num_kv_heads
         # With key heads left unrepeated the operator's backward is about 25 times slower (measured on torch 2.13).
         wide_k, wide_v = (x if group == 1 else x.repeat_interleave(group, dim=1) for x in (k, v))
-        operands = (_heads_first(x) for x in (dout, q, wide_k, wide_v, out_with_delta(dout, delta)))
+        operands = (_heads_first(x) for x in (dout, q, wide_k, wide_v, out))
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *operands, lse.T[None].contiguous(), 0.0, causal, scale=scale
         )

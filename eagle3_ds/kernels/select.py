@@ -8,28 +8,40 @@ from eagle3_ds.kernels.base import AttentionKernel
 from eagle3_ds.kernels.blockwise import BlockwiseKernel
 from eagle3_ds.kernels.cpu import CpuKernel
 from eagle3_ds.kernels.cuda import CudaKernel
+from eagle3_ds.kernels.cudnn import CudnnKernel
+from eagle3_ds.kernels.flash_attn import FlashAttn2Kernel, FlashAttn3Kernel, FlashAttn4Kernel
 from eagle3_ds.kernels.reference import ReferenceKernel
 
-# Fastest first. `auto` never reaches the reference: blockwise runs everywhere.
-KERNELS: tuple[AttentionKernel, ...] = (CudaKernel(), CpuKernel(), BlockwiseKernel(), ReferenceKernel())
+# In the order in which `auto` tries them, the fastest for a device first. It never reaches those after blockwise, which
+# runs everywhere: cudnn is for few long documents only, the reference is for checks.
+KERNELS: tuple[AttentionKernel, ...] = (
+    FlashAttn3Kernel(),
+    FlashAttn4Kernel(),
+    FlashAttn2Kernel(),
+    CudaKernel(),
+    CpuKernel(),
+    BlockwiseKernel(),
+    CudnnKernel(),
+    ReferenceKernel(),
+)
 
 
 def select_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionKernel:
-    """The kernel called `name`; `auto` is the first of `cuda`, `cpu`, `blockwise` that runs with these tensors.
+    """The kernel called `name`; `auto` is the first of `KERNELS` that runs with these tensors.
 
     Raises:
         ValueError: no kernel has that name, or it cannot run here; says why and which can.
     """
-    reasons = {kernel.name: kernel.unavailable_reason(device, dtype, head_dim) for kernel in KERNELS}
-    usable = [kernel for kernel in KERNELS if reasons[kernel.name] is None]
     if name == "auto":
-        return usable[0]
-    names = ", ".join(kernel.name for kernel in usable)
-    if name not in reasons:
-        raise ValueError(f"attention.kernel is {name!r}, but no kernel is named so. Use auto, or one of these: {names}.")
-    if reasons[name] is not None:
-        raise ValueError(
-            f"attention.kernel {name!r} cannot run with {dtype} heads of {head_dim} on {device}: {reasons[name]}. "
-            f"Use auto, or one that can: {names}."
-        )
-    return next(kernel for kernel in usable if kernel.name == name)
+        return next(kernel for kernel in KERNELS if kernel.unavailable_reason(device, dtype, head_dim) is None)
+    named = next((kernel for kernel in KERNELS if kernel.name == name), None)
+    reason = named.unavailable_reason(device, dtype, head_dim) if named else None
+    if named is not None and reason is None:
+        return named
+    usable = ", ".join(kernel.name for kernel in KERNELS if kernel.unavailable_reason(device, dtype, head_dim) is None)
+    if named is None:
+        raise ValueError(f"attention.kernel is {name!r}, but no kernel is named so. Use auto, or one of these: {usable}.")
+    raise ValueError(
+        f"attention.kernel {name!r} cannot run with {dtype} heads of {head_dim} on {device}: {reason}. "
+        f"Use auto, or one that can: {usable}."
+    )

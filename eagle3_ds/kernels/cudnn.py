@@ -1,0 +1,94 @@
+"""The cudnn kernel: torch's built-in cuDNN attention, through its raw operators. For few, long documents.
+
+cuDNN builds a plan for every new shape of a tile, which a pack of many documents of any length cannot afford, and torch's
+operator for several sequences builds one in every call. So `auto` does not take this kernel, and tiles of less than
+`_SMALLEST` rows or keys go to torch's flash kernel; cuDNN takes no tile of a single key at all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eagle3_ds.kernels.base import Call
+from eagle3_ds.kernels.cuda import CudaKernel
+from eagle3_ds.kernels.nvidia import nvidia_reason
+from eagle3_ds.kernels.squares import SquareKernel
+
+_SMALLEST = 128
+# From 9.5.1 on the gradient of the output need not have the strides of the output.
+_OLDEST_CUDNN = 90501
+
+
+class CudnnKernel(SquareKernel):
+    name = "cudnn"
+
+    def __init__(self) -> None:
+        self._flash = CudaKernel()
+
+    def unavailable_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        if reason := nvidia_reason(device, dtype, head_dim, max_head_dim=128):
+            return reason
+        version = torch.backends.cudnn.version() or 0
+        if version < _OLDEST_CUDNN:
+            return f"it needs cuDNN {_OLDEST_CUDNN} (9.5.1) or newer, and this torch has {version or 'none'}"
+        if torch.are_deterministic_algorithms_enabled():
+            return "its backward is not deterministic, and torch.use_deterministic_algorithms is on"
+        return self._flash.unavailable_reason(device, dtype, head_dim)
+
+    def call_forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
+        if _is_small(call):
+            return self._flash.call_forward(q, k, v, call, scale)
+        return super().call_forward(q, k, v, call, scale)
+
+    def call_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if _is_small(call):
+            return self._flash.call_backward(dout, q, k, v, lse, delta, call, scale)
+        return super().call_backward(dout, q, k, v, lse, delta, call, scale)
+
+    def square_forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            _heads_first(q), _heads_first(k), _heads_first(v), None, True, 0.0, causal, False, scale=scale
+        )
+        return out[0].transpose(0, 1), lse.view(q.shape[1], q.shape[0]).T
+
+    def square_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, out: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # Read only under dropout, which is off.
+        philox = torch.empty((), dtype=torch.int64, device=q.device)
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *(_heads_first(x) for x in (dout, q, k, v, out)),
+            _statistics(lse, q),
+            philox,
+            philox,
+            None,
+            None,
+            None,
+            q.shape[0],
+            k.shape[0],
+            0.0,
+            causal,
+            scale=scale,
+        )
+        return dq[0].transpose(0, 1), dk[0].transpose(0, 1), dv[0].transpose(0, 1)
+
+
+def _statistics(lse: Tensor, q: Tensor) -> Tensor:
+    """lse [Lq, Hq] as the backward takes it: as the forward gives it, [1, Hq, Lq] or [1, Hq, Lq, 1] by the version of torch."""
+    x = q.new_zeros(1, 1, _SMALLEST, q.shape[-1])
+    _, given, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(x, x, x, None, True, 0.0, False, False, scale=1.0)
+    lse_1HL = lse.T.contiguous()[None]
+    return lse_1HL if given.dim() == 3 else lse_1HL[..., None]
+
+
+def _is_small(call: Call) -> bool:
+    (tile,) = call.tiles
+    return min(tile.num_queries, tile.num_keys) < _SMALLEST
+
+
+def _heads_first(x_LHD: Tensor) -> Tensor:
+    """[1, H, L, D] of rows without gaps: the plan that torch caches for a shape knows the strides of some operands only."""
+    return x_LHD.contiguous().transpose(0, 1)[None]

@@ -1,0 +1,46 @@
+"""What the kernels share whose backend knows rectangles and causal squares only."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from eagle3_ds.kernels.base import Call, TileKernel, out_with_delta
+from eagle3_ds.kernels.tile import Tile, cut_into_squares
+
+
+class SquareKernel(TileKernel):
+    """Each tile is cut into squares and rectangles; a mirrored square is turned upside down, which makes it causal."""
+
+    @abstractmethod
+    def square_forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """q [Lq, Hq, D], k, v [Lk, Hkv, D], Lq = Lk where causal -> out [Lq, Hq, D], lse [Lq, Hq]."""
+
+    @abstractmethod
+    def square_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, out: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Under the merged lse, delta being the row sum of dout * out -> dq [Lq, Hq, D], dk, dv [Lk, Hkv, D]."""
+
+    def calls(self, tiles: Iterable[Tile]) -> list[Call]:
+        return [Call((part,)) for tile in tiles for part in cut_into_squares(tile)]
+
+    def delta_form(self, dout: Tensor, delta: Tensor) -> Tensor:
+        return out_with_delta(dout, delta)
+
+    def call_forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
+        if call.left is None:
+            return self.square_forward(q, k, v, call.causal, scale)
+        out, lse = self.square_forward(q.flip(0), k.flip(0), v.flip(0), True, scale)
+        return out.flip(0), lse.flip(0)
+
+    def call_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if call.left is None:
+            return self.square_backward(dout, q, k, v, lse, delta, call.causal, scale)
+        dout, q, k, v, lse, delta = (x.flip(0) for x in (dout, q, k, v, lse, delta))
+        dq, dk, dv = self.square_backward(dout, q, k, v, lse, delta, True, scale)
+        return dq.flip(0), dk.flip(0), dv.flip(0)

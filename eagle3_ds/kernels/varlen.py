@@ -1,0 +1,96 @@
+"""What the flash kernels share: many tiles in one call, and a backward that computes delta from an output."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eagle3_ds.kernels.base import Call, TileKernel, out_with_delta
+from eagle3_ds.kernels.tile import Tile
+
+
+class Lengths(NamedTuple):
+    """Where the tiles of one call begin and end: rows [cu_q[i], cu_q[i + 1]) see keys [cu_k[i], cu_k[i + 1]).
+
+    cu_q, cu_k: [tiles + 1] int32 on the device; max_q, max_k: the longest tile's rows and keys.
+    """
+
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+    @staticmethod
+    def of(call: Call, device: torch.device) -> Lengths:
+        rows = [tile.num_queries for tile in call.tiles]
+        keys = [tile.num_keys for tile in call.tiles]
+        return Lengths(_offsets(rows, device), _offsets(keys, device), max(rows), max(keys))
+
+
+class VarlenKernel(TileKernel):
+    """Tiles of one kind whose rows and keys do not meet go into one call, so that a pack of many documents is one launch.
+
+    The backend takes q [total_q, Hq, D], k, v [total_k, Hkv, D] with unit stride in D, aligns causal and the left edge at
+    the bottom right of each tile, and has a log-sum-exp [Hq, total_q] fp32. No tile has an empty row, whose log-sum-exp
+    each backend defines differently.
+    """
+
+    @abstractmethod
+    def varlen_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, causal: bool, left: int | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """-> out [total_q, Hq, D], lse [Hq, total_q]."""
+
+    @abstractmethod
+    def varlen_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        lengths: Lengths,
+        causal: bool,
+        left: int | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Under the merged lse, delta being the row sum of dout * out -> dq, dk, dv in the shapes of q, k, v."""
+
+    def calls(self, tiles: Iterable[Tile]) -> list[Call]:
+        groups: list[list[Tile]] = []
+        for tile in sorted(tiles, key=lambda tile: tile[:4]):
+            group = next((group for group in groups if _follows(tile, group[-1])), None)
+            if group is None:
+                groups.append([tile])
+            else:
+                group.append(tile)
+        return [Call(tuple(group)) for group in groups]
+
+    def delta_form(self, dout: Tensor, delta: Tensor) -> Tensor:
+        return out_with_delta(dout, delta)
+
+    def call_forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse = self.varlen_forward(q, k, v, Lengths.of(call, q.device), call.causal, call.left, scale)
+        return out, lse.T
+
+    def call_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        lengths = Lengths.of(call, q.device)
+        return self.varlen_backward(dout, q, k, v, delta, lse.T.contiguous(), lengths, call.causal, call.left, scale)
+
+
+def _follows(tile: Tile, last: Tile) -> bool:
+    same_kind = (tile.causal, tile.left) == (last.causal, last.left)
+    return same_kind and last.q_stop <= tile.q_start and last.k_stop <= tile.k_start
+
+
+def _offsets(sizes: list[int], device: torch.device) -> Tensor:
+    # Pageable memory this small is staged before the copy returns: nothing waits for the device, and the list may go.
+    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(device, non_blocking=True)
