@@ -187,9 +187,8 @@ class LlamaUSPFlashAttention(nn.Module):
 def rotate(x_SHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
     """Rotary embedding in the half-split convention of Llama, computed in the dtype of cos (fp32), returned in x's."""
     x = x_SHD.to(torch.promote_types(cos_SD.dtype, x_SHD.dtype))
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x * cos_SD[:, None] + turned * sin_SD[:, None]).to(x_SHD.dtype)
+    turned = torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1)
+    return torch.addcmul(x * cos_SD[:, None], turned, sin_SD[:, None]).to(x_SHD.dtype)
 
 
 class _Attend(torch.autograd.Function):

@@ -223,7 +223,10 @@ class _Tally:
         best = logits.argmax(-1)
         if self.needs_grad:
             dlogits = logits.sub_(lse[:, None]).exp_().sub_(target).mul_(weight[:, None]).to(self.head.dtype)
-            self.dhead += dlogits.T @ x
+            if self.dhead.dtype == dlogits.dtype:
+                self.dhead.addmm_(dlogits.T, x)
+            else:
+                self.dhead.add_(dlogits.T @ x)
             dhidden, dnorm = torch.autograd.grad(normed, leaves, dlogits @ self.head)
             self.gradients[k][1][self.done : self.done + len(columns)] = dhidden
             self.dnorm += dnorm

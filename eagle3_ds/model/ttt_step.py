@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from eagle3_ds.attention.usp import Attended, LlamaUSPFlashAttention, UnrollMemory, rotate
 from eagle3_ds.model.decoder import AfterWeights, BeforeWeights, DraftLayer, after_attention, attention_input, project
+from eagle3_ds.model.decoder_backward import after_attention_backward, project_backward
 from eagle3_ds.model.offload import HostStash
 from eagle3_ds.model.rope import RotaryFrequencies
 
@@ -103,26 +104,35 @@ class _Step:
         return self.layer.self_attn
 
     def weights(self) -> list[Tensor]:
-        return [*_given(self.layer.before_weights()), *self.layer.after_weights()]
+        before = [weight for weight in self.layer.before_weights() if weight is not None]
+        return [*before, *self.layer.after_weights()]
 
-    def _input(self, hidden: Tensor, tile: slice, weights: BeforeWeights) -> Tensor:
-        embeds = functional.embedding(self.constants.tokens[tile], self.constants.embedding)
-        return attention_input(embeds, hidden, weights, self.layer.eps)
+    def embeds(self, tile: slice) -> Tensor:
+        return functional.embedding(self.constants.tokens[tile], self.constants.embedding)
+
+    def angles(self, tile: slice) -> tuple[Tensor, Tensor]:
+        return self.constants.rotary.angles(self.constants.positions[tile])
 
     def before(self, hidden: Tensor, tile: slice, weights: BeforeWeights) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [t, H] of the tile's slots -> rotated q [t, Hq, D], rotated k and v [t, Hkv, D]."""
-        x = self._input(hidden, tile, weights)
-        cos, sin = self.constants.rotary.angles(self.constants.positions[tile])
-        q, k, v = (project(x, weight, self.layer.head_dim) for weight in weights[:3])
+        x = attention_input(self.embeds(tile), hidden, weights, self.layer.eps)
+        cos, sin = self.angles(tile)
+        q, k, v = (project(x, weight, self.layer.head_dim) for weight in (weights.q, weights.k, weights.v))
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def query(self, hidden: Tensor, tile: slice, weights: BeforeWeights) -> Tensor:
         """The q of `before` alone."""
-        cos, sin = self.constants.rotary.angles(self.constants.positions[tile])
-        return rotate(project(self._input(hidden, tile, weights), weights.q, self.layer.head_dim), cos, sin)
+        x = attention_input(self.embeds(tile), hidden, weights, self.layer.eps)
+        return rotate(project(x, weights.q, self.layer.head_dim), *self.angles(tile))
 
-    def after(self, hidden: Tensor, attended: Tensor, weights: AfterWeights) -> Tensor:
-        return after_attention(hidden, attended.flatten(1), weights, self.layer.eps)
+    def sums(self) -> tuple[BeforeWeights, AfterWeights]:
+        """The sums of the weights' gradients, made by the first backward that asks."""
+        before, after = self.layer.before_weights(), self.layer.after_weights()
+        if not self.memory.dweights:
+            dtype = torch.float64 if before.q.dtype == torch.float64 else torch.float32
+            self.memory.dweights = [torch.zeros_like(weight, dtype=dtype) for weight in self.weights()]
+        sums = self.memory.dweights
+        return BeforeWeights(*sums[: -len(after)]), AfterWeights(*sums[-len(after) :])
 
 
 class _RecomputedStep(torch.autograd.Function):
@@ -136,7 +146,9 @@ class _RecomputedStep(torch.autograd.Function):
         before, after = layer.before_weights(), layer.after_weights()
         q, k, v = _map_tiles(lambda tile: step.before(hidden[tile], tile, before), tiles)
         attended = step.attention.attend_forward(q, k, v, memory)
-        (output,) = _map_tiles(lambda tile: (step.after(hidden[tile], attended.out[tile], after),), tiles)
+        (output,) = _map_tiles(
+            lambda tile: (after_attention(hidden[tile], attended.out[tile].flatten(1), after, layer.eps),), tiles
+        )
         ctx.step, ctx.tiles, ctx.lse, ctx.sent_q = step, tiles, attended.lse, attended.q_heads is not q
         kept = (hidden, attended.out, *((attended.q_heads,) if ctx.sent_q else ()))
         if memory.stash is None:
@@ -158,41 +170,40 @@ class _RecomputedStep(torch.autograd.Function):
         _backward_before(step, tiles, hidden, dqkv, dhidden)
         if step.number:
             return None, None, dhidden, dticket
-        sums = _sums(step)
-        step.memory.dweights = []
+        sums, step.memory.dweights = step.memory.dweights, []
         return None, None, dhidden, None, *(total.to(hidden.dtype) for total in sums)
 
 
 def _backward_after(step: _Step, tiles: Sequence[slice], hidden: Tensor, out: Tensor, doutput: Tensor) -> tuple[Tensor, Tensor]:
     """Through what follows the attention: dhidden [S, H], but for what comes through the attention, and dout [S, Hq, D]."""
-    weights = _leaves(step.layer.after_weights())
-    sums = _sums(step)[-len(weights) :]
+    layer = step.layer
+    weights, (_, sums) = layer.after_weights(), step.sums()
     dhidden, dout = torch.empty_like(hidden), torch.empty_like(out)
     for tile in tiles:
-        with torch.enable_grad():
-            x, attended = inputs = _leaves([hidden[tile], out[tile]])
-            output = step.after(x, attended, AfterWeights(*weights))
-        dhidden[tile], dout[tile] = _tile_backward([output], [doutput[tile]], inputs, weights, sums)
+        dhidden[tile], dattended = after_attention_backward(
+            hidden[tile], out[tile].flatten(1), doutput[tile], weights, sums, layer.eps
+        )
+        dout[tile] = dattended.view_as(out[tile])
     return dhidden, dout
 
 
 def _query(step: _Step, tiles: Sequence[slice], hidden: Tensor) -> Tensor:
     """q [S, Hq, D] again."""
     weights = step.layer.before_weights()
-    with torch.no_grad():
-        (q,) = _map_tiles(lambda tile: (step.query(hidden[tile], tile, weights),), tiles)
+    (q,) = _map_tiles(lambda tile: (step.query(hidden[tile], tile, weights),), tiles)
     return q
 
 
-def _backward_before(step: _Step, tiles: Sequence[slice], hidden: Tensor, dqkv: Sequence[Tensor], dhidden: Tensor) -> None:
+def _backward_before(
+    step: _Step, tiles: Sequence[slice], hidden: Tensor, dqkv: tuple[Tensor, Tensor, Tensor], dhidden: Tensor
+) -> None:
     """Through what precedes the attention, added to `dhidden`."""
-    weights = _leaves(_given(step.layer.before_weights()))
-    sums = _sums(step)[: len(weights)]
+    layer = step.layer
+    weights, (sums, _) = layer.before_weights(), step.sums()
+    dq, dk, dv = dqkv
     for tile in tiles:
-        with torch.enable_grad():
-            (x,) = inputs = _leaves([hidden[tile]])
-            outputs = step.before(x, tile, BeforeWeights(*weights))
-        dhidden[tile] += _tile_backward(outputs, [d[tile] for d in dqkv], inputs, weights, sums)[0]
+        gradients, angles = (dq[tile], dk[tile], dv[tile]), step.angles(tile)
+        dhidden[tile] += project_backward(step.embeds(tile), hidden[tile], gradients, angles, weights, sums, layer.eps)
 
 
 def _map_tiles(function: Callable[[slice], tuple[Tensor, ...]], tiles: Sequence[slice]) -> tuple[Tensor, ...]:
@@ -205,32 +216,3 @@ def _map_tiles(function: Callable[[slice], tuple[Tensor, ...]], tiles: Sequence[
         for whole, part in zip(joined, first if tile is tiles[0] else function(tile), strict=True):
             whole[tile] = part
     return joined
-
-
-def _given(weights: BeforeWeights) -> list[Tensor]:
-    """Without the norm that later layers lack, which comes last."""
-    return [weight for weight in weights if weight is not None]
-
-
-def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Leaves of their own: gradients with respect to a weight reach nobody's hooks before they are summed."""
-    return [tensor.detach().requires_grad_() for tensor in tensors]
-
-
-def _sums(step: _Step) -> list[Tensor]:
-    """The sums of the weights' gradients, made by the first backward that asks."""
-    if not step.memory.dweights:
-        weights = step.weights()
-        dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
-        step.memory.dweights = [torch.zeros_like(weight, dtype=dtype) for weight in weights]
-    return step.memory.dweights
-
-
-def _tile_backward(
-    outputs: Sequence[Tensor], doutputs: Sequence[Tensor], inputs: list[Tensor], weights: Sequence[Tensor], sums: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """Gradients of a tile's inputs; those of the weights are added to `sums`."""
-    gradients = torch.autograd.grad(outputs, [*inputs, *weights], doutputs)
-    for total, gradient in zip(sums, gradients[len(inputs) :], strict=True):
-        total.add_(gradient)
-    return gradients[: len(inputs)]

@@ -1,0 +1,100 @@
+"""The gradient of a layer's arithmetic, by hand: what a tile must repeat of the forward pass, and no matmul more.
+
+Autograd would need the outputs of the projections and of `down` to hang the graph on; their gradients need only their inputs.
+Weight gradients are added to the caller's sums, in the sums' dtype. The norms are left to torch, which has fused kernels.
+
+Legend: t slots of a tile, H hidden size, Hq / Hkv heads, D head size, I width of the MLP.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from eagle3_ds.attention.usp import rotate
+from eagle3_ds.model.decoder import AfterWeights, BeforeWeights, rms_norm
+
+
+def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, without a temporary where the dtypes allow."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
+
+
+class NormTile:
+    """One application of RMSNorm: its output now, its gradient later."""
+
+    def __init__(self, x: Tensor, weight: Tensor, eps: float) -> None:
+        self._x, self._weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        with torch.enable_grad():
+            self._graph = rms_norm(self._x, self._weight, eps)
+        self.output = self._graph.detach()
+
+    def backward(self, doutput: Tensor, dweight: Tensor) -> Tensor:
+        """dx [t, H]; the weight's gradient is added to `dweight`."""
+        dx, dw = torch.autograd.grad(self._graph, (self._x, self._weight), doutput)
+        dweight.add_(dw)
+        return dx
+
+
+def after_attention_backward(
+    hidden: Tensor, attended: Tensor, doutput: Tensor, weights: AfterWeights, sums: AfterWeights, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Backward of `after_attention`: hidden, doutput [t, H], attended [t, Hq * D] -> dhidden, dattended."""
+    norm = NormTile(torch.addmm(hidden, attended, weights.o.T), weights.norm, eps)
+    x = norm.output
+    gate, up = functional.linear(x, weights.gate), functional.linear(x, weights.up)
+    activated = functional.silu(gate)
+    accumulate_product(sums.down, doutput.T, activated * up)
+    dgated = doutput @ weights.down
+    dgate = torch.ops.aten.silu_backward(dgated * up, gate)
+    dup = dgated.mul_(activated)
+    accumulate_product(sums.gate, dgate.T, x)
+    accumulate_product(sums.up, dup.T, x)
+    dhidden = doutput + norm.backward(torch.addmm(dgate @ weights.gate, dup, weights.up), sums.norm)
+    accumulate_product(sums.o, dhidden.T, attended)
+    return dhidden, dhidden @ weights.o
+
+
+def project_backward(
+    embeds: Tensor,
+    hidden: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    angles: tuple[Tensor, Tensor],
+    weights: BeforeWeights,
+    sums: BeforeWeights,
+    eps: float,
+) -> Tensor:
+    """Backward of the input norms and the projections.
+
+    Args:
+        embeds, hidden: [t, H], what the norms read.
+        gradients: of rotated q [t, Hq, D], rotated k and v [t, Hkv, D]. angles: cos and sin [t, D] of the rotation.
+
+    Returns:
+        dhidden [t, H].
+    """
+    cos, sin = angles
+    dq, dk, dv = gradients
+    # The transpose of a rotation turns back.
+    columns = (rotate(dq, cos, -sin).flatten(1), rotate(dk, cos, -sin).flatten(1), dv.flatten(1))
+    if weights.hidden_norm is None:
+        norms = [(NormTile(hidden, weights.input_norm, eps), sums.input_norm)]
+    else:
+        assert sums.hidden_norm is not None
+        norms = [
+            (NormTile(embeds, weights.input_norm, eps), sums.input_norm),
+            (NormTile(hidden, weights.hidden_norm, eps), sums.hidden_norm),
+        ]
+    x = torch.cat([norm.output for norm, _ in norms], dim=-1)
+    dx = torch.zeros_like(x)
+    for column, weight, total in zip(columns, weights[:3], sums[:3], strict=True):
+        assert weight is not None and total is not None
+        accumulate_product(total, column.T, x)
+        dx.addmm_(column, weight)
+    # The embedding is frozen: the first of two norms hands out its weight's gradient, the last one the hidden state's too.
+    parts = [norm.backward(part, total) for (norm, total), part in zip(norms, dx.chunk(len(norms), dim=-1), strict=True)]
+    return parts[-1]
