@@ -1,21 +1,22 @@
 """One softmax over the step-0 keys and the diagonal keys: merging by log-sum-exp, and its gradient.
 
-Legend: S slots, G query heads per key head, N key heads, D head size. Everything is computed in at least fp32.
+Plain torch, block by block, so that the temporaries stay small. Everything is computed in at least fp32.
+
+Legend: S slots, Hq = N * G query heads, N key heads, D head size, B slots of one block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from eagle3_ds.kernels import accumulation_dtype
 
-
-def _grouped(x_SHD: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
-    slots, heads, dim = x_SHD.shape
-    return x_SHD.reshape(slots, num_kv_heads, heads // num_kv_heads, dim).to(dtype)
+# Blocks whose temporaries stay in the cache. Measured on one core, forward with 4096 slots, 8 heads of 64, 7 diagonals,
+# fp32: 0.5 MiB 9.0 ms, 1 MiB 8.4 ms, 2 MiB 8.0 ms, no blocks 8.2 ms and temporaries as large as the output.
+_BLOCK_BYTES = 2**21
 
 
 def merge_diagonals(
@@ -24,27 +25,28 @@ def merge_diagonals(
     """Add the diagonal keys, each seen by its own slot alone, to the step-0 attention.
 
     Args:
-        out0: [S, N * G, D] attention over the step-0 keys; lse0: [S, N * G] its log-sum-exp.
-        q: [S, N * G, D]; keys, values: one [S, N, D] per step s = 1..k.
+        out0: [S, Hq, D] attention over the step-0 keys; lse0: [S, Hq] its log-sum-exp, fp32 (fp64 for fp64).
+        q: [S, Hq, D]; keys, values: one [S, N, D] per step s = 1..k.
 
     Returns:
-        The merged output in the dtype of q, and the merged log-sum-exp.
+        The merged output [S, Hq, D] in the dtype of q, and the merged log-sum-exp [S, Hq] in the dtype of lse0.
     """
     if not keys:
         return out0.to(q.dtype), lse0
-    dtype = accumulation_dtype(q.dtype)
-    num_kv_heads = keys[0].shape[1]
-    q_SNGD = _grouped(q, num_kv_heads, dtype)
-    lse = lse0.to(dtype)
-    scores = []
-    for key in keys:
-        score = (q_SNGD * key[:, :, None].to(dtype)).sum(-1).mul(scale).reshape(lse.shape)
-        scores.append(score)
-        lse = torch.logaddexp(lse, score)
-    out = _grouped(out0, num_kv_heads, dtype) * (lse0 - lse).exp().reshape(q_SNGD.shape[:3])[..., None]
-    for score, value in zip(scores, values, strict=True):
-        out += (score - lse).exp().reshape(q_SNGD.shape[:3])[..., None] * value[:, :, None].to(dtype)
-    return out.reshape(q.shape).to(q.dtype), lse
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty_like(lse0, memory_format=torch.contiguous_format)
+    for rows in _blocks(q):
+        q_BNGD, out_BNGD = (_grouped(x[rows], keys[0]) for x in (q, out0))
+        scores = [lse0[rows].unflatten(1, q_BNGD.shape[1:3])]
+        scores += [(q_BNGD * _wide(key[rows])).sum(-1).mul_(scale) for key in keys]
+        scores_KBNG = torch.stack(scores)
+        lse_BNG = scores_KBNG.logsumexp(0)
+        weights = scores_KBNG.sub_(lse_BNG).exp_().unsqueeze(-1).unbind(0)
+        merged = out_BNGD * weights[0]
+        for weight, value in zip(weights[1:], values, strict=True):
+            merged.addcmul_(weight, _wide(value[rows]))
+        out[rows], lse[rows] = merged.flatten(1, 2), lse_BNG.flatten(1, 2)
+    return out, lse
 
 
 def merge_diagonals_backward(
@@ -61,23 +63,50 @@ def merge_diagonals_backward(
     """Gradient through the diagonal part: p = exp(s - lse), ds = p (dout . v - delta).
 
     Args:
-        lse, delta: [S, H], of the merged softmax; delta is the row sum of dout * out_merged.
-        dkeys, dvalues: one [S, N, D] per diagonal, in the keys' dtype; the gradients are added to them.
+        dout, q, keys, values: as in `merge_diagonals`.
+        lse: [S, Hq], the merged one; delta: [S, Hq], row sum of dout * merged output. Both fp32 (fp64 for fp64).
+        dkeys, dvalues: one [S, N, D] per diagonal, in the dtype of the keys; the gradients are added to them.
 
     Returns:
-        dq [S, H, D] in the dtype of q, the diagonal part only.
+        dq [S, Hq, D] in the dtype of q, the diagonal part only.
     """
-    dtype = accumulation_dtype(q.dtype)
-    num_kv_heads = keys[0].shape[1]
-    q_SNGD, dout_SNGD = _grouped(q, num_kv_heads, dtype), _grouped(dout, num_kv_heads, dtype)
-    lse_SNG = lse.reshape(q_SNGD.shape[:3])
-    delta_SNG = delta.reshape(q_SNGD.shape[:3])
-    dq = torch.zeros_like(q_SNGD)
-    for key, value, dkey, dvalue in zip(keys, values, dkeys, dvalues, strict=True):
-        k_SN1D, v_SN1D = key[:, :, None].to(dtype), value[:, :, None].to(dtype)
-        p_SNG = ((q_SNGD * k_SN1D).sum(-1) * scale - lse_SNG).exp()
-        ds_SNG1 = (p_SNG * ((dout_SNGD * v_SN1D).sum(-1) - delta_SNG) * scale)[..., None]
-        dq += ds_SNG1 * k_SN1D
-        dkey.add_((ds_SNG1 * q_SNGD).sum(2))
-        dvalue.add_((p_SNG[..., None] * dout_SNGD).sum(2))
-    return dq.reshape(q.shape).to(q.dtype)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for rows in _blocks(q):
+        q_BNGD, dout_BNGD = (_grouped(x[rows], keys[0]) for x in (q, dout))
+        lse_BNG, delta_BNG = (x[rows].unflatten(1, q_BNGD.shape[1:3]) for x in (lse, delta))
+        dq_BNGD = torch.zeros_like(q_BNGD)
+        for key, value, dkey, dvalue in zip(keys, values, dkeys, dvalues, strict=True):
+            k_BN1D, v_BN1D = _wide(key[rows]), _wide(value[rows])
+            p_BNG = (q_BNGD * k_BN1D).sum(-1).mul_(scale).sub_(lse_BNG).exp_()
+            ds_BNG = (dout_BNGD * v_BN1D).sum(-1).sub_(delta_BNG).mul_(p_BNG).mul_(scale)
+            dq_BNGD.addcmul_(ds_BNG[..., None], k_BN1D)
+            _add_over_group(dkey[rows], ds_BNG, q_BNGD)
+            _add_over_group(dvalue[rows], p_BNG, dout_BNGD)
+        dq[rows] = dq_BNGD.flatten(1, 2)
+    return dq
+
+
+def _add_over_group(total_BND: Tensor, weight_BNG: Tensor, x_BNGD: Tensor) -> None:
+    """total += the sum of weight * x over the query heads of each key head, rounded once."""
+    wide = total_BND.to(weight_BNG.dtype)
+    for weight_BN, x_BND in zip(weight_BNG.unbind(2), x_BNGD.unbind(2), strict=True):
+        wide.addcmul_(weight_BN[..., None], x_BND)
+    if wide is not total_BND:
+        total_BND.copy_(wide)
+
+
+def _blocks(q: Tensor) -> Iterator[slice]:
+    row_bytes = q[0].numel() * torch.finfo(accumulation_dtype(q.dtype)).bits // 8
+    size = max(1, _BLOCK_BYTES // row_bytes)
+    for start in range(0, len(q), size):
+        yield slice(start, start + size)
+
+
+def _grouped(x_BHD: Tensor, key: Tensor) -> Tensor:
+    """[B, N * G, D] -> [B, N, G, D], wide: the query heads that share a key head lie side by side."""
+    return x_BHD.unflatten(1, (key.shape[1], -1)).to(accumulation_dtype(x_BHD.dtype))
+
+
+def _wide(x_BND: Tensor) -> Tensor:
+    """[B, N, 1, D], wide."""
+    return x_BND[:, :, None].to(accumulation_dtype(x_BND.dtype))
