@@ -34,8 +34,17 @@ FACTORS: Mapping[str, tuple[Any, ...]] = {
     "activation": ("recompute", "keep", "offload"),
     "tiles": ("one", "many"),
     "kernel": ("auto", "blockwise"),
+    "rope": ("default", "llama3", "linear"),
 }  # fmt: skip
 HEADS = {"gqa": (4, 2), "mha": (4, 4)}
+# The original length is short, so that the test's documents reach all three of llama3's ranges.
+ROPE: Mapping[str, Mapping[str, float]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "llama3": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+    },
+}  # fmt: skip
 HIDDEN, INTERMEDIATE, VOCABULARY, DRAFT_VOCABULARY = 64, 96, 160, 128
 NUM_STEPS = 3
 # A large epsilon keeps Adam's step proportional to small gradients, so that a wrong scale shows in the weights too.
@@ -63,6 +72,7 @@ class Case:
     activation: str
     tiles: str
     kernel: str
+    rope: str
 
     @property
     def world_size(self) -> int:
@@ -87,7 +97,7 @@ class Case:
         return (
             f"{mesh} {self.deepspeed}/{self.zero_group} acc{self.accumulation} {self.documents} {self.heads} "
             f"{self.kv_exchange} K{self.ttt_steps} {self.dtype} {self.alignment} {self.reduction} "
-            f"layers{self.layers} {self.activation} tiles-{self.tiles} {self.kernel}"
+            f"layers{self.layers} {self.activation} tiles-{self.tiles} {self.kernel} rope-{self.rope}"
         )
 
 
@@ -214,7 +224,7 @@ def _config(case: Case) -> LlamaConfig:
         head_dim=HIDDEN // num_heads,
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={"rope_theta": 10000.0, "rope_type": case.rope, **ROPE[case.rope]},
         tie_word_embeddings=False,
     )
 

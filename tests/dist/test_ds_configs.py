@@ -28,6 +28,7 @@ HYBRID = Case(
     activation="recompute",
     tiles="many",
     kernel="auto",
+    rope="llama3",
 )
 
 

@@ -24,6 +24,7 @@ TWO_RANKS = Case(
     activation="recompute",
     tiles="many",
     kernel="auto",
+    rope="llama3",
 )
 
 
