@@ -37,6 +37,7 @@ from eagle3_ds.cli_launcher import (
     resolve_hosts,
     write_environment_file,
 )
+from eagle3_ds.cli_supervise import run_ranks
 from eagle3_ds.config import Recipe, dump_recipe, load_recipe
 from eagle3_ds.topology import Mesh, detect_accelerator
 
@@ -108,9 +109,8 @@ def launch(options: argparse.Namespace, console: Console) -> int:
     _save_resolved(run.recipe)
     stages.prepare(run.recipe, console)
     write_environment_file(run.plan)
-    status = stages.train(run.plan, console)
+    status = run_ranks(run.plan, console)
     if status:
-        console.print(f"training ended with exit status {status}; {output_dir} keeps what it wrote", markup=False)
         return status
     stages.evaluate(run.recipe, console)
     stages.export(run.recipe, console)
@@ -146,7 +146,7 @@ def resolve_run(options: argparse.Namespace) -> Run:
     recipe = recipe.model_copy(update={"parallel": parallel.model_copy(update={"draft_dp": mesh.draft_dp})})
     check_deepspeed(recipe, mesh)
     notes = _check_rest(recipe, accelerator, options)
-    plan = plan_launch(launch_options, hosts, accelerator, Path(recipe.output_dir), options.resume, os.environ)
+    plan = plan_launch(launch_options, hosts, accelerator, recipe, options.resume, os.environ)
     return Run(recipe, mesh, plan, tuple(notes))
 
 

@@ -25,6 +25,7 @@ BYPRODUCTS = (
     "draft-initial.safetensors",
     "draft-speculators",
     "deepspeed.env",
+    "logs",
 )
 # A checkpoint holds weights of these sections' making; the others may change between the parts of a run.
 FIXED_ON_RESUME = ("target", "draft", "data", "loss")

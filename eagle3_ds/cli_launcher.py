@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-TRAIN_MODULE = "eagle3_ds.train.main"
+from eagle3_ds.config import Recipe
+
+SUPERVISOR_MODULE, TRAIN_MODULE = "eagle3_ds.watch.supervisor", "eagle3_ds.train.main"
 LAUNCHERS = ("pdsh", "openmpi", "mpich", "impi", "mvapich", "slurm", "torchrun")
 MPI_LAUNCHERS = ("openmpi", "mpich", "impi", "mvapich")
 # What a rank on another host needs to behave as on this one. Secrets (tokens) stay out: pdsh shows its command line.
@@ -44,12 +46,14 @@ class LaunchPlan:
     Attributes:
         hosts: host -> device slots, in rank order.
         command: the launcher, as an argument list.
+        logs: folder of what the ranks say.
         environment: variables set for the launcher on top of the current ones.
         exported: variables handed to every host through DS_ENV_FILE; None on a single machine, which inherits them.
     """
 
     hosts: Mapping[str, tuple[int, ...]]
     command: tuple[str, ...]
+    logs: Path
     environment: Mapping[str, str]
     exported: Mapping[str, str] | None
 
@@ -170,11 +174,12 @@ def plan_launch(
     options: LaunchOptions,
     hosts: Mapping[str, tuple[int, ...]],
     accelerator: str,
-    output_dir: Path,
+    recipe: Recipe,
     resume: bool,
     environ: Mapping[str, str],
 ) -> LaunchPlan:
     """The launcher's command line and environment for these hosts."""
+    output_dir = Path(recipe.output_dir).resolve()
     several_hosts = options.hostfile is not None
     port = options.master_port or (29500 if several_hosts else free_port())
     ranks_per_host = max(len(slots) for slots in hosts.values())
@@ -182,15 +187,16 @@ def plan_launch(
     environment = {"OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", str(max(1, cores // ranks_per_host)))}
     if accelerator == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
-    script = [TRAIN_MODULE, "--recipe", str((output_dir / "recipe.resolved.yaml").resolve())]
-    script += ["--resume"] if resume else []
+    logs = output_dir / "logs"
+    script = [SUPERVISOR_MODULE, f"--logs={logs}", f"--limit={recipe.faults.watchdog_seconds}"]
+    script += [TRAIN_MODULE, f"--recipe={output_dir / 'recipe.resolved.yaml'}", *(["--resume"] if resume else [])]
     exported = None
     if several_hosts:
         rendezvous = {"MASTER_ADDR": options.master_addr or next(iter(hosts)), "MASTER_PORT": str(port)}
         by_mpi = options.launcher in (*MPI_LAUNCHERS, "slurm")
         exported = _exported({**environ, **environment, **(rendezvous if by_mpi else {})})
-        environment["DS_ENV_FILE"] = str((output_dir / "deepspeed.env").resolve())
-    return LaunchPlan(dict(hosts), _command(options, hosts, port, script), environment, exported)
+        environment["DS_ENV_FILE"] = str(output_dir / "deepspeed.env")
+    return LaunchPlan(dict(hosts), _command(options, hosts, port, script), logs, environment, exported)
 
 
 def _command(options: LaunchOptions, hosts: Mapping[str, tuple[int, ...]], port: int, script: Sequence[str]) -> tuple[str, ...]:

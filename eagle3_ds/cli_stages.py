@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import torch
@@ -14,7 +12,6 @@ from rich.table import Table
 from tqdm import tqdm
 
 from eagle3_ds.cli_finish import evaluate_run, export_draft
-from eagle3_ds.cli_launcher import LaunchPlan
 from eagle3_ds.config import Recipe
 from eagle3_ds.data import HiddenStateStore, HiddenStateWriter, Layout, PreparedData, prepare_data
 from eagle3_ds.data.fingerprint import Fingerprint
@@ -107,12 +104,6 @@ def _captured(recipe: Recipe, data: PreparedData, layout: Layout, fingerprint: F
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def train(plan: LaunchPlan, console: Console) -> int:
-    """Run the launcher; returns its exit status."""
-    _say(console, f"training on {plan.world_size} ranks")
-    return subprocess.run(plan.command, env={**os.environ, **plan.environment}, check=False).returncode
 
 
 def evaluate(recipe: Recipe, console: Console) -> None:

@@ -159,6 +159,11 @@ class TrainSection(Section):
         return self
 
 
+class FaultsSection(Section):
+    watchdog_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """A rank that is silent, or in one collective, for longer has failed, and with it the run."""
+
+
 class EvalSection(Section):
     num_prompts: NonNegative = 16
     """Held-out prompts decoded speculatively after training; 0 skips the evaluation."""
@@ -190,6 +195,7 @@ class Recipe(Section):
     attention: AttentionSection = AttentionSection()
     loss: LossSection = LossSection()
     train: TrainSection
+    faults: FaultsSection = FaultsSection()
     eval: EvalSection = EvalSection()
     export: ExportSection = ExportSection()
     deepspeed: Text

@@ -9,16 +9,9 @@ import torch
 import torch.distributed as dist
 
 from eagle3_ds.topology.mesh import Mesh, Place
+from eagle3_ds.watch.announced import announcement
 
 _BACKEND = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
-# How MPI and Slurm announce what torch's own launchers call RANK, WORLD_SIZE and LOCAL_RANK.
-_ANNOUNCED = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    # Of a step, not of the job: a batch script itself has SLURM_PROCID 0 and is no rank.
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-)
 
 
 @dataclass(frozen=True)
@@ -86,7 +79,8 @@ def maybe_setup_distributed(ulysses: int = 1, ring: int = 1, draft_dp: int | Non
         ValueError: the world size is not draft_dp x ring x ulysses.
     """
     kind = detect_accelerator()
-    _adopt_announcement()
+    # What torch and DeepSpeed read, where MPI or Slurm say it otherwise; the launch exported MASTER_ADDR and _PORT.
+    os.environ.update(announcement(os.environ))
     if not dist.is_initialized() and "RANK" not in os.environ:
         mesh = Mesh.from_world(1, ring, ulysses, draft_dp)
         return Topology(mesh, mesh.place(0), torch.device(kind))
@@ -110,17 +104,6 @@ def maybe_setup_distributed(ulysses: int = 1, ring: int = 1, draft_dp: int | Non
         dp_group=_make_group(mesh.dp_groups(), place.rank),
         world_group=dist.group.WORLD if world_size > 1 else None,
     )
-
-
-def _adopt_announcement() -> None:
-    """Under MPI or Slurm, set what torch and DeepSpeed read; the launch exported MASTER_ADDR and _PORT."""
-    if "RANK" in os.environ:
-        return
-    for names in _ANNOUNCED:
-        if all(name in os.environ for name in names) and int(os.environ[names[1]]) > 1:
-            for name, announced in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), names, strict=True):
-                os.environ[name] = os.environ[announced]
-            return
 
 
 def _set_device(kind: str) -> torch.device:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from eagle3_ds.config import Recipe
 from eagle3_ds.layout import PackedSequence
+from eagle3_ds.train.heart import Heart
 from eagle3_ds.train.metrics import MetricsFile, peak_memory_bytes
 from eagle3_ds.train.trainer import DraftTrainer, learning_rate_at
 
@@ -34,7 +35,7 @@ def total_steps(recipe: Recipe, loader: Loader) -> int:
 
 
 def run_training(
-    trainer: DraftTrainer, loader: Loader, heldout: Sequence[PackedSequence], output_dir: Path, resume: bool
+    trainer: DraftTrainer, loader: Loader, heldout: Sequence[PackedSequence], output_dir: Path, resume: bool, heart: Heart
 ) -> None:
     """Train to the end. Collective.
 
@@ -47,6 +48,7 @@ def run_training(
     metrics = MetricsFile(output_dir / "metrics.jsonl", done) if is_first else None
     progress = tqdm(total=last, initial=done, desc="training", unit="step", disable=not is_first)
     for index in range(done, last):
+        heart.at("training", index)
         rate = learning_rate_at(recipe, index, last)
         started = time.perf_counter()
         report = trainer.step(loader.step(index), rate)
@@ -55,10 +57,12 @@ def run_training(
         record["tokens_per_s"] = report.tokens / seconds
         record["peak_memory_bytes"] = peak_memory_bytes(trainer.topology.device)
         if heldout and _due(index + 1, recipe.train.eval_every, last):
+            heart.at("evaluating", index + 1)
             record["heldout"] = trainer.evaluate(heldout).as_dict()
         if metrics is not None:
             metrics.write(record)
         if _due(index + 1, recipe.train.save_every, last):
+            heart.at("saving", index + 1)
             _save(trainer, output_dir, index + 1)
         progress.set_postfix(loss=f"{report.loss:.3f}", tau=f"{report.tau:.2f}", refresh=False)
         progress.update()

@@ -24,6 +24,7 @@ from eagle3_ds.layout import PackedSequence
 from eagle3_ds.model import DraftModel, VocabularyMap, build_draft_config
 from eagle3_ds.target import load_embedding_and_head, load_text_config, resolve_path
 from eagle3_ds.topology import Topology, maybe_setup_distributed
+from eagle3_ds.train.heart import Heart, beating
 from eagle3_ds.train.loop import run_training, save_weights
 from eagle3_ds.train.trainer import DraftTrainer
 
@@ -71,8 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--recipe", required=True, help="the resolved recipe")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher; LOCAL_RANK is what counts")
+    parser.add_argument("--status_fd", type=int, help="where the supervisor listens, set by it")
     options = parser.parse_args(arguments)
-    recipe = load_recipe(options.recipe)
+    with beating(options.status_fd) as heart:
+        train(load_recipe(options.recipe), options.resume, heart)
+
+
+def train(recipe: Recipe, resume: bool, heart: Heart) -> None:
+    """This rank's part of the run. Collective."""
     parallel = recipe.parallel
     topology = maybe_setup_distributed(parallel.ulysses, parallel.ring, parallel.draft_dp)
     trainer = build_trainer(recipe, topology)
@@ -80,9 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output_dir = Path(recipe.output_dir)
     if topology.place.rank == 0:
         print(f"mesh {topology.mesh}, attention kernel {trainer.kernel_name}, {loader.num_packs} packs", flush=True)
-    if not options.resume:
+    if not resume:
         save_weights(trainer, output_dir / "draft-initial.safetensors")
-    run_training(trainer, loader, heldout, output_dir, options.resume)
+    run_training(trainer, loader, heldout, output_dir, resume, heart)
     if dist.is_initialized():
         dist.destroy_process_group()
 

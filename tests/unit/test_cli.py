@@ -21,7 +21,7 @@ from eagle3_ds.cli_launcher import (
     resolve_hosts,
     write_environment_file,
 )
-from eagle3_ds.config import dump_recipe, load_recipe
+from eagle3_ds.config import Recipe, dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 TWO_NODES = ("--hostfile", "recipes/2nodes.hostfile")
@@ -56,7 +56,7 @@ def test_dry_run(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["launch", f"recipes/{name}.yaml", *options, "--dry-run", f"output_dir={output}"]) == 0
     text = capsys.readouterr().out
     assert mesh in text
-    assert "--module eagle3_ds.train.main --recipe" in text
+    assert "--module eagle3_ds.watch.supervisor --logs=" in text and " eagle3_ds.train.main --recipe=" in text
     assert f"output_dir: {output}" in text
     assert "nothing was started" in text
     assert not output.exists()
@@ -209,8 +209,12 @@ def test_more_ranks_than_devices() -> None:
     assert resolve_hosts(LaunchOptions(), "cuda", 4, 2) == {"localhost": (0, 1)}
 
 
+def quickstart(output_dir: Path) -> Recipe:
+    return load_recipe("recipes/quickstart.yaml", [f"output_dir={output_dir}"])
+
+
 def test_single_machine_command(tmp_path: Path) -> None:
-    plan = plan_launch(LaunchOptions(), {"localhost": (0, 1, 2, 3)}, "cpu", tmp_path, True, {})
+    plan = plan_launch(LaunchOptions(), {"localhost": (0, 1, 2, 3)}, "cpu", quickstart(tmp_path), True, {})
     assert plan.world_size == 4
     assert plan.environment["DS_ACCELERATOR"] == "cpu"
     assert int(plan.environment["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 4)
@@ -220,7 +224,10 @@ def test_single_machine_command(tmp_path: Path) -> None:
     runner = pytest.importorskip("deepspeed.launcher.runner")
     parsed = runner.parse_args(list(plan.command[3:]))
     assert (parsed.num_gpus, parsed.module, parsed.no_local_rank) == (4, True, True)
-    assert (parsed.user_script, parsed.user_args[0]) == ("eagle3_ds.train.main", "--recipe")
+    assert parsed.user_script == "eagle3_ds.watch.supervisor"
+    logs, limit, *rank = parsed.user_args
+    assert (logs, limit) == (f"--logs={tmp_path / 'logs'}", "--limit=600.0")
+    assert rank == ["eagle3_ds.train.main", f"--recipe={tmp_path / 'recipe.resolved.yaml'}", "--resume"]
     assert runner.fetch_hostfile(parsed.hostfile) is None
 
 
@@ -233,14 +240,14 @@ def test_environment_reaches_the_other_hosts(tmp_path: Path) -> None:
         "GLOO_SOCKET_IFNAME": "",
     }
     options = LaunchOptions(hostfile="recipes/2nodes.hostfile", launcher="slurm", master_port=29501)
-    plan = plan_launch(options, {"node-0": (0, 1), "node-1": (0, 1)}, "cuda", tmp_path, False, environ)
+    plan = plan_launch(options, {"node-0": (0, 1), "node-1": (0, 1)}, "cuda", quickstart(tmp_path), False, environ)
     write_environment_file(plan)
     lines = Path(plan.environment["DS_ENV_FILE"]).read_text().splitlines()
     assert "NCCL_IB_HCA=mlx5" in lines and "HF_HOME=/data/hf" in lines
     assert "MASTER_ADDR=node-0" in lines and "MASTER_PORT=29501" in lines
     assert not [line for line in lines if "secret" in line or "EDITOR" in line or line.endswith("=")]
     with pytest.raises(ValueError, match="NCCL_X"):
-        plan_launch(options, plan.hosts, "cuda", tmp_path, False, {"NCCL_X": "a\nb"})
+        plan_launch(options, plan.hosts, "cuda", quickstart(tmp_path), False, {"NCCL_X": "a\nb"})
 
 
 def test_free_ports_are_ports() -> None:

@@ -9,14 +9,15 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "eagle3_ds"
 BELOW_TRAIN = {
-    "attention", "collectives", "config", "data", "kernels", "layout", "loss", "model", "plan", "target", "topology",
+    "attention", "collectives", "config", "data", "kernels", "layout", "loss", "model", "plan", "target", "topology", "watch",
 }  # fmt: skip
 TABLE: dict[str, set[str]] = {
     "config": set(),
     "layout": set(),
     "collectives": set(),
     "kernels": set(),
-    "topology": {"config", "layout"},
+    "watch": set(),
+    "topology": {"config", "layout", "watch"},
     "plan": {"config", "layout"},
     "attention": {"layout", "collectives", "kernels"},
     "model": {"config", "layout", "attention"},

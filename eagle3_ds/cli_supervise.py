@@ -1,0 +1,114 @@
+"""The training stage from outside: start the launcher, pass signals on, end it when a rank has failed, and say why last."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+
+from rich.console import Console
+
+from eagle3_ds.cli_launcher import LaunchPlan
+from eagle3_ds.watch.logs import Logs, RankEnd
+
+LOOK_SECONDS = 0.5
+# After a failure the supervisors end their ranks within seconds; a launcher that still waits then waits for a lost host.
+END_SECONDS = 20.0
+# How long the last rank's words may take over a shared file system.
+LATE_SECONDS = 3.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def run_ranks(plan: LaunchPlan, console: Console) -> int:
+    """Run the launcher to its end.
+
+    Returns:
+        0 when every rank has finished. Else the launcher's status, or 1 where it had none, after the first error has been told
+        on stderr.
+    """
+    console.print(f"training on {plan.world_size} ranks; what each says: {plan.logs}/rank_N.log", markup=False, highlight=False)
+    logs = Logs(plan.logs)
+    logs.prepare()
+    # In a session of its own: a signal of the terminal comes to us, and from us to the ranks on all hosts. DeepSpeed's launcher
+    # would answer it by killing them after 30 s.
+    process = subprocess.Popen(plan.command, env={**os.environ, **plan.environment}, start_new_session=True)
+    with _signals_passed_on(logs):
+        _wait(process, logs)
+    ends = _ends(logs, plan.world_size)
+    if process.returncode == 0 and len(ends) == plan.world_size and all(end.how == "finished" for end in ends.values()):
+        return 0
+    sys.stdout.flush()
+    print(describe_failure(ends, plan.world_size, process.returncode, logs), file=sys.stderr, flush=True)
+    return process.returncode if process.returncode > 0 else 1
+
+
+def _wait(process: subprocess.Popen[bytes], logs: Logs) -> None:
+    deadline = None
+    while process.poll() is None:
+        try:
+            process.wait(LOOK_SECONDS)
+        except subprocess.TimeoutExpired:
+            if deadline is None and any(order.startswith("end") for order in logs.orders()):
+                deadline = time.monotonic() + END_SECONDS
+            if deadline is not None and time.monotonic() > deadline:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def _signals_passed_on(logs: Logs) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGUSR1 go to every rank; a second SIGINT ends them at once."""
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        again = number == signal.SIGINT and number in received
+        received.append(number)
+        logs.order("end a second SIGINT came" if again else f"signal {signal.Signals(number).name}")
+
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ends(logs: Logs, world_size: int) -> Mapping[int, RankEnd]:
+    """How the ranks ended; a missing one is waited for a little, because another host may have written it just now."""
+    deadline = time.monotonic() + LATE_SECONDS
+    ends = logs.ends(world_size)
+    while len(ends) < world_size and ends and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
+        ends = logs.ends(world_size)
+    return ends
+
+
+def describe_failure(ends: Mapping[int, RankEnd], world_size: int, status: int, logs: Logs) -> str:
+    """Where every rank was and how it ended, and the first error as the last words."""
+    lines = [f"training failed, the launcher's exit status is {status}; the ranks:"]
+    lines += [_line(rank, ends.get(rank)) for rank in range(world_size)]
+    causes = sorted((end for end in ends.values() if end.how != "finished"), key=lambda end: end.precedence)
+    if not causes:
+        return "\n".join([*lines, "", f"No rank said why. What each wrote is in {logs.folder}."])
+    first = causes[0]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            first.traceback.rstrip(),
+            "",
+            f"First error, of rank {first.rank} on {first.host} while {first.phase}, after {first.step} steps: {first.reason}",
+        ]
+    )
+
+
+def _line(rank: int, end: RankEnd | None) -> str:
+    if end is None:
+        return f"  rank {rank}: no word; its host or its supervisor has gone"
+    collective = f", last collective {end.collective}" if end.collective else ""
+    reason = end.reason.partition("\n")[0]
+    return f"  rank {rank} on {end.host}: {end.phase}, {end.step} steps done{collective}: {end.how}, {reason}"

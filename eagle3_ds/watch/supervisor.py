@@ -1,0 +1,254 @@
+"""The process beside each rank: `python -m eagle3_ds.watch.supervisor --logs DIR --limit SECONDS MODULE ARGUMENTS`.
+
+It starts `python -m MODULE ARGUMENTS` as the rank, keeps what the rank says in a log, and notices when it dies, falls silent or
+waits too long in a collective, even where the rank itself cannot: stopped, or stuck with Python's lock held. The first
+supervisor that notices tells the others through the control file, and all end their ranks, on every host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from eagle3_ds.watch.announced import announcement
+from eagle3_ds.watch.logs import How, Logs, RankEnd, Status
+
+TICK_SECONDS = 0.5
+# Between a rank's last word about an exception and its end, which may hang in the farewell to a broken process group.
+EXIT_SECONDS = 5.0
+# Before its first word a rank imports its packages, which takes minutes where they lie on a busy file system.
+START_SECONDS = 300.0
+TAIL_LINES = 30
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Entries of torch's record of collectives: the newest one is read once a second, all are copied for it.
+RECORDED = {"TORCH_FR_BUFFER_SIZE": "32"}
+
+
+@dataclass
+class Rank:
+    """What the supervisor knows of its rank. Times are of the monotonic clock.
+
+    Attributes:
+        heard: when it last said something; None before its first word.
+        moved: when its phase, step or collective last changed.
+        failed: when it announced an exception.
+    """
+
+    started: float
+    heard: float | None = None
+    moved: float = 0.0
+    failed: float | None = None
+    status: Status = field(default_factory=Status)
+
+    def hear(self, status: Status, now: float) -> None:
+        if status != self.status:
+            self.moved = now
+        self.status, self.heard = status, now
+
+    def trouble(self, now: float, limit: float) -> tuple[How, float] | None:
+        """Whether it has been silent, or in one collective, for longer than `limit` seconds, and for how long."""
+        silent = now - self.heard if self.heard is not None else now - self.started - START_SECONDS
+        if silent > limit:
+            return "silent", silent
+        if self.status.waiting and now - self.moved > limit:
+            return "hung", now - self.moved
+        return None
+
+
+class Supervisor:
+    """Runs one rank to its end and writes how it ended."""
+
+    def __init__(self, logs: Logs, rank: int, limit: float, command: Sequence[str]) -> None:
+        self.logs, self.rank, self.limit = logs, rank, limit
+        self.parent = os.getppid()
+        self.selector = selectors.DefaultSelector()
+        self.log = logs.output(rank).open("ab", buffering=0)
+        self.echo = rank == 0
+        self.end: RankEnd | None = None
+        self.obeyed = 0
+        said, saying = os.pipe()
+        self.child = subprocess.Popen(
+            [*command, f"--status_fd={saying}"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=[saying],
+            # A session of its own: what the rank has started ends with it.
+            start_new_session=True,
+            env={**RECORDED, **os.environ, **announcement(os.environ)},
+        )
+        os.close(saying)
+        self.state = Rank(started=time.monotonic())
+        self._rest = b""
+        assert self.child.stdout is not None
+        for fd, reader in ((self.child.stdout.fileno(), self._keep), (said, self._listen)):
+            os.set_blocking(fd, False)
+            self.selector.register(fd, selectors.EVENT_READ, reader)
+
+    def run(self) -> int:
+        """The exit status: the rank's own, or 1 when a signal ended it."""
+        for number in FORWARDED:
+            signal.signal(number, self._forward)
+        while self.child.poll() is None:
+            self._read(TICK_SECONDS)
+            self._look()
+        self._read(0.0)
+        code = self.child.returncode
+        if self.end is None:
+            self._conclude(*_outcome(code))
+        assert self.end is not None
+        if self.end.how == "finished":
+            return 0
+        return code if code > 0 else 1
+
+    def _read(self, timeout: float) -> None:
+        for key, _ in self.selector.select(timeout):
+            key.data(key.fd)
+
+    def _look(self) -> None:
+        """Judge the rank, and follow what the other supervisors and the launcher ask for."""
+        now = time.monotonic()
+        if self.state.failed is not None:
+            if now - self.state.failed > EXIT_SECONDS:
+                self._kill()
+            return
+        orders = self.logs.orders()
+        for order in orders[self.obeyed :]:
+            word, _, rest = order.partition(" ")
+            if word == "signal":
+                self._forward(signal.Signals[rest], None)
+            else:
+                self._stop("ended", rest)
+                return
+        self.obeyed = len(orders)
+        trouble = self.state.trouble(now, self.limit)
+        if trouble is not None:
+            how, seconds = trouble
+            self._stop(how, self._describe(how, seconds))
+        elif os.getppid() != self.parent:
+            self._stop("killed", "the launcher that started this rank is gone")
+
+    def _describe(self, how: How, seconds: float) -> str:
+        if how == "silent":
+            return f"process {self.child.pid} has not stirred for {seconds:.0f} s{_process_state(self.child.pid)}"
+        return f"waited {seconds:.0f} s in {self.state.status.collective}"
+
+    def _stop(self, how: How, reason: str) -> None:
+        """End the rank, after it has written to its log where each of its threads is."""
+        if how != "ended":
+            self.child.send_signal(signal.SIGUSR2)
+            time.sleep(TICK_SECONDS)
+            self._read(0.0)
+        self._conclude(how, reason)
+        self._kill()
+
+    def _conclude(self, how: How, reason: str, traceback: str = "", follows: bool = False) -> None:
+        """Write how the rank ended; when it was not well and not asked for, tell the other supervisors."""
+        status = self.state.status
+        if how in ("killed", "silent", "hung", "raised") and not traceback:
+            traceback = self._tail()
+        place = (status.phase, status.step, status.collective)
+        self.end = RankEnd(self.rank, socket.gethostname(), how, reason, *place, traceback, follows, time.time())
+        self.logs.write_end(self.end)
+        if how not in ("finished", "ended"):
+            self.logs.order(f"end rank {self.rank} on {self.end.host} failed")
+
+    def _keep(self, fd: int) -> None:
+        chunk = self._take(fd)
+        self.log.write(chunk)
+        if self.echo and chunk:
+            try:
+                sys.stdout.buffer.write(chunk)
+                sys.stdout.buffer.flush()
+            except OSError:
+                # The terminal has gone; the log has everything.
+                self.echo = False
+
+    def _listen(self, fd: int) -> None:
+        *lines, self._rest = (self._rest + self._take(fd)).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if "error" in message:
+                self.state.failed = time.monotonic()
+                self._conclude("raised", **message["error"])
+            else:
+                self.state.hear(Status(**message), time.monotonic())
+
+    def _take(self, fd: int) -> bytes:
+        """What is there to be read, all of it; a stream that has ended is no longer looked at."""
+        chunks = []
+        while True:
+            try:
+                chunk = os.read(fd, 2**16)
+            except BlockingIOError:
+                break
+            if not chunk:
+                self.selector.unregister(fd)
+                break
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    def _tail(self) -> str:
+        with self.logs.output(self.rank).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 2**14))
+            text = file.read().decode(errors="replace")
+        # A progress bar writes over its line: only what it showed last counts.
+        lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
+        return "\n".join(lines[-TAIL_LINES:])
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        if self.child.poll() is None:
+            self.child.send_signal(number)
+
+    def _kill(self) -> None:
+        try:
+            os.killpg(self.child.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+
+def _outcome(code: int) -> tuple[How, str]:
+    """What an exit code says about a rank that said nothing itself."""
+    if code == 0:
+        return "finished", "exit code 0"
+    if code > 0:
+        return "raised", f"exit code {code}"
+    name = signal.Signals(-code).name
+    hint = ": by hand, by the scheduler, or by the kernel because the host's memory was full" if name == "SIGKILL" else ""
+    return "killed", f"signal {-code} ({name}){hint}"
+
+
+def _process_state(pid: int) -> str:
+    """What Linux says the process is doing, as an addition to a sentence."""
+    path = Path(f"/proc/{pid}/status")
+    if not path.is_file():
+        return ""
+    state = next((line for line in path.read_text().splitlines() if line.startswith("State:")), "")
+    return f", its state is {state.partition(':')[2].strip()}" if state else ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--logs", required=True, type=Path, help="output_dir/logs")
+    parser.add_argument("--limit", required=True, type=float, help="seconds of silence, or in one collective, that are a fault")
+    parser.add_argument("module", help="the module that is the rank")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    options = parser.parse_args(arguments)
+    rank = int({**os.environ, **announcement(os.environ)}.get("RANK", "0"))
+    command = [sys.executable, "-u", "-m", options.module, *options.arguments]
+    return Supervisor(Logs(options.logs), rank, options.limit, command).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Supervisors: every way for a rank to end, seen from outside, told to the others and to the terminal.
+
+The ranks are `tests/faults/fake_rank.py`, which has a rank's words and none of its work.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from eagle3_ds.cli_launcher import LaunchPlan
+from eagle3_ds.cli_supervise import describe_failure, run_ranks
+from eagle3_ds.watch.announced import announcement
+from eagle3_ds.watch.logs import Logs, RankEnd, Status
+from eagle3_ds.watch.supervisor import START_SECONDS, Rank
+
+FAULTS = Path(__file__).parents[1] / "faults"
+LIMIT = 3.0
+
+
+def supervisor(logs: Logs, rank: int, deed: str) -> list[str]:
+    return [sys.executable, "-m", "eagle3_ds.watch.supervisor", f"--logs={logs.folder}", f"--limit={LIMIT}", "fake_rank", deed]
+
+
+@contextmanager
+def ranks(logs: Logs, *deeds: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """A supervised rank for each deed; none is left behind."""
+    logs.prepare()
+    paths = os.pathsep.join([str(FAULTS), *sys.path])
+    processes = []
+    for rank, deed in enumerate(deeds):
+        environment = {**os.environ, "RANK": str(rank), "PYTHONPATH": paths}
+        processes.append(subprocess.Popen(supervisor(logs, rank, deed), env=environment, stdout=subprocess.PIPE))
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def ended(tmp_path: Path, *deeds: str) -> tuple[list[int], list[RankEnd]]:
+    """Exit codes and ends of ranks that do these deeds."""
+    logs = Logs(tmp_path / "logs")
+    with ranks(logs, *deeds) as processes:
+        codes = [process.wait(20) for process in processes]
+    ends = logs.ends(len(deeds))
+    return codes, [ends[rank] for rank in range(len(deeds))]
+
+
+def test_all_finish(tmp_path: Path) -> None:
+    codes, ends = ended(tmp_path, "finishes", "finishes")
+    assert codes == [0, 0]
+    assert [(end.how, end.step) for end in ends] == [("finished", 7)] * 2
+    assert Logs(tmp_path / "logs").orders() == []
+    assert "rank 1 starts to: finishes" in Logs(tmp_path / "logs").output(1).read_text()
+
+
+@pytest.mark.parametrize(
+    ("deed", "how", "words"),
+    [
+        ("raises", "raised", "ValueError: a bad row"),
+        ("stays", "raised", "ValueError: a bad row"),
+        ("exits", "raised", "exit code 3"),
+        ("SIGKILL", "killed", "signal 9 (SIGKILL)"),
+        ("SIGSTOP", "silent", "T (stopped)"),
+        ("waits", "hung", "s in gloo:all_reduce number 9 of group 0 on 4"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_others(deed: str, how: str, words: str, tmp_path: Path) -> None:
+    started = time.monotonic()
+    codes, (other, end) = ended(tmp_path, "sleeps", deed)
+    assert time.monotonic() - started < 12
+    assert codes[0] == 1 and codes[1] > 0
+    assert (end.how, end.phase, end.step) == (how, "training", 7)
+    assert words in end.reason
+    assert (other.how, other.collective) == ("ended", "gloo:all_reduce number 9 of group 0 on 4")
+    assert "rank 1 on" in other.reason
+    if deed == "exits":
+        assert "terminate called" in end.traceback
+
+
+def test_signals_go_to_the_ranks(tmp_path: Path) -> None:
+    logs = Logs(tmp_path / "logs")
+    with ranks(logs, "obeys", "obeys") as processes:
+        while not all(logs.output(rank).is_file() and "obeys" in logs.output(rank).read_text() for rank in range(2)):
+            time.sleep(0.05)
+        processes[0].send_signal(signal.SIGUSR1)
+        assert processes[0].wait(10) == 0
+        logs.order("signal SIGUSR1")
+        assert processes[1].wait(10) == 0
+
+
+def test_a_half_written_order_waits(tmp_path: Path) -> None:
+    logs = Logs(tmp_path / "logs")
+    logs.prepare()
+    logs.control.write_text("signal SIGUSR1\nend rank")
+    assert logs.orders() == ["signal SIGUSR1"]
+
+
+def test_only_the_first_rank_speaks_on_the_terminal(tmp_path: Path) -> None:
+    with ranks(Logs(tmp_path / "logs"), "finishes", "finishes") as processes:
+        said = [process.communicate(timeout=20)[0].decode() for process in processes]
+    assert "rank 0 starts" in said[0] and said[1] == ""
+
+
+def test_a_rank_is_given_time_to_start_and_none_to_be_silent() -> None:
+    state = Rank(started=100.0)
+    assert state.trouble(100.0 + START_SECONDS, 10.0) is None
+    assert state.trouble(111.0 + START_SECONDS, 10.0) == ("silent", 11.0)
+    state.hear(Status("training", 1, "all_reduce", True, 1), 500.0)
+    assert state.trouble(509.0, 10.0) is None
+    assert state.trouble(511.0, 10.0) == ("silent", 11.0)
+    for now in (505.0, 510.0, 515.0):
+        state.hear(Status("training", 1, "all_reduce", True, 1), now)
+    assert state.trouble(515.0, 10.0) == ("hung", 15.0)
+    # Long computing is no fault, and neither is a collective after the other.
+    state.hear(Status("training", 1, "all_reduce", True, 2), 516.0)
+    assert state.trouble(517.0, 10.0) is None
+    state.hear(Status("training", 1, "all_reduce", False, 2), 517.0)
+    state.hear(Status("training", 1, "all_reduce", False, 2), 900.0)
+    assert state.trouble(901.0, 10.0) is None
+
+
+def test_announcement() -> None:
+    assert announcement({"RANK": "3", "SLURM_PROCID": "1"}) == {}
+    slurm = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0"}
+    assert announcement(slurm) == {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}
+    assert announcement({**slurm, "SLURM_STEP_NUM_TASKS": "1"}) == {}
+
+
+# The launcher's side
+
+
+def plan(tmp_path: Path, *deeds: str, status: int = 1) -> LaunchPlan:
+    """A launcher that starts a supervised rank for each deed and waits for them, whatever happens."""
+    logs = Logs(tmp_path / "logs")
+    lines = [f"RANK={rank} {' '.join(supervisor(logs, rank, deed))} &" for rank, deed in enumerate(deeds)]
+    command = ("sh", "-c", "\n".join([*lines, "wait", f"exit {status}"]))
+    environment = {"PYTHONPATH": os.pathsep.join([str(FAULTS), *sys.path])}
+    return LaunchPlan({"localhost": tuple(range(len(deeds)))}, command, logs.folder, environment, None)
+
+
+def test_the_first_error_is_the_last_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_ranks(plan(tmp_path, "sleeps", "raises", "sleeps", status=7), Console()) == 7
+    told = capfd.readouterr().err.rstrip().splitlines()
+    assert told[-1].startswith("First error, of rank 1 on ")
+    assert told[-1].endswith("while training, after 7 steps: ValueError: a bad row")
+    assert told[-4:-2] == ["Traceback", "ValueError: a bad row"]
+    for rank in range(3):
+        assert any(f"rank {rank} on" in line and "gloo:all_reduce number 9" in line for line in told), told
+
+
+def test_a_launcher_that_says_all_is_well_is_not_believed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """DeepSpeed's runner exits with 0 when the process that it waits for was killed."""
+    assert run_ranks(plan(tmp_path, "finishes", "SIGKILL", status=0), Console()) == 1
+    assert "signal 9 (SIGKILL)" in capfd.readouterr().err.splitlines()[-1]
+    assert run_ranks(replace(plan(tmp_path, "finishes"), command=("true",)), Console()) == 1
+    assert "No rank said why" in capfd.readouterr().err
+    assert run_ranks(plan(tmp_path, "finishes", "finishes", status=0), Console()) == 0
+    assert capfd.readouterr().err == ""
+
+
+def end(rank: int, how: str, time: float, follows: bool = False) -> RankEnd:
+    return RankEnd(rank, f"host-{rank}", how, f"reason {rank}", "training", rank, "", f"trace {rank}", follows, time)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("ends", "first"),
+    [
+        ((end(0, "raised", 2.0), end(1, "raised", 1.0)), 1),
+        ((end(0, "raised", 1.0, follows=True), end(1, "killed", 2.0)), 1),
+        ((end(0, "hung", 1.0), end(1, "silent", 2.0), end(2, "ended", 0.5)), 1),
+        ((end(0, "hung", 2.0), end(1, "raised", 3.0, follows=True)), 1),
+        ((end(0, "ended", 1.0), end(1, "finished", 0.0)), 0),
+    ],
+)
+def test_causes_come_before_what_follows_from_them(ends: tuple[RankEnd, ...], first: int, tmp_path: Path) -> None:
+    told = describe_failure({end.rank: end for end in ends}, 4, 1, Logs(tmp_path))
+    assert f"First error, of rank {first} on host-{first}" in told.splitlines()[-1]
+    assert "rank 3: no word" in told
