@@ -42,13 +42,11 @@ class Rank:
     Attributes:
         heard: when it last said something; None before its first word.
         moved: when its phase, step or collective last changed.
-        failed: when it announced an exception.
     """
 
     started: float
     heard: float | None = None
     moved: float = 0.0
-    failed: float | None = None
     status: Status = field(default_factory=Status)
 
     def hear(self, status: Status, now: float) -> None:
@@ -76,6 +74,7 @@ class Supervisor:
         self.log = logs.output(rank).open("ab", buffering=0)
         self.echo = rank == 0
         self.end: RankEnd | None = None
+        self.concluded = 0.0
         self.obeyed = 0
         said, saying = os.pipe()
         self.child = subprocess.Popen(
@@ -119,8 +118,8 @@ class Supervisor:
     def _look(self) -> None:
         """Judge the rank, and follow what the other supervisors and the launcher ask for."""
         now = time.monotonic()
-        if self.state.failed is not None:
-            if now - self.state.failed > EXIT_SECONDS:
+        if self.end is not None:
+            if now - self.concluded > EXIT_SECONDS:
                 self._kill()
             return
         orders = self.logs.orders()
@@ -160,6 +159,7 @@ class Supervisor:
             traceback = self._tail()
         place = (status.phase, status.step, status.collective)
         self.end = RankEnd(self.rank, socket.gethostname(), how, reason, *place, traceback, follows, time.time())
+        self.concluded = time.monotonic()
         self.logs.write_end(self.end)
         if how not in ("finished", "ended"):
             self.logs.order(f"end rank {self.rank} on {self.end.host} failed")
@@ -180,7 +180,6 @@ class Supervisor:
         for line in lines:
             message = json.loads(line)
             if "error" in message:
-                self.state.failed = time.monotonic()
                 self._conclude("raised", **message["error"])
             else:
                 self.state.hear(Status(**message), time.monotonic())
