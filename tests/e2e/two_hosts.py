@@ -16,6 +16,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cable import CLONE, MTU, Cable
+
 TOOLS = ("ip", "sshd", "ssh", "ssh-keygen", "pdsh")
 INTERFACE = "cable"
 # Set aside for tests of networks (RFC 2544): no real host has such an address.
@@ -24,6 +26,8 @@ ADDRESSES = ("198.18.0.1", "198.18.0.2")
 
 def why_not() -> str | None:
     """Why two hosts cannot be had on this machine; None when they can."""
+    if not os.access(CLONE, os.R_OK | os.W_OK):
+        return f"{CLONE} cannot be opened here, so there is no cable between two hosts"
     missing = [tool for tool in TOOLS if shutil.which(tool, path=_path()) is None]
     if missing:
         return f"not installed: {', '.join(missing)} (Debian: iproute2 openssh-server openssh-client pdsh)"
@@ -37,12 +41,17 @@ def why_not() -> str | None:
 
 @dataclass(frozen=True)
 class TwoHosts:
-    """Attributes:
-    namespaces: the hosts' network namespaces, in the order of ADDRESSES.
-    hostfile: names both hosts by address.
+    """What a test needs of them.
+
+    Attributes:
+        namespaces: the hosts' network namespaces, in the order of ADDRESSES.
+        cable: the only way from one to the other.
+        hostfile: names both hosts by address.
+        environment: of a user who is logged in on the first host.
     """
 
     namespaces: tuple[str, str]
+    cable: Cable
     hostfile: Path
     environment: Mapping[str, str]
 
@@ -57,10 +66,6 @@ class TwoHosts:
         """Every process on a host."""
         return [int(pid) for pid in _ip("netns", "pids", self.namespaces[host]).stdout.split()]
 
-    def unplug(self) -> None:
-        """Cut the cable: packets vanish, and nobody is told."""
-        _ip("-n", self.namespaces[1], "link", "set", INTERFACE, "down")
-
 
 @contextmanager
 def two_hosts(folder: Path, slots: int) -> Iterator[TwoHosts]:
@@ -70,19 +75,21 @@ def two_hosts(folder: Path, slots: int) -> Iterator[TwoHosts]:
         for namespace in namespaces:
             _ip("netns", "add", namespace)
             stack.callback(_remove, namespace)
-        ends = [argument for namespace in namespaces for argument in ("name", INTERFACE, "netns", namespace)]
-        _ip("link", "add", *ends[:4], "type", "veth", "peer", *ends[4:])
-        for namespace, address in zip(namespaces, ADDRESSES, strict=True):
-            _ip("-n", namespace, "address", "add", f"{address}/30", "dev", INTERFACE)
-            for device in ("lo", INTERFACE):
-                _ip("-n", namespace, "link", "set", device, "up")
+        devices = (f"end-a-{os.getpid()}", f"end-b-{os.getpid()}")
+        cable = Cable(devices)
+        stack.callback(cable.close)
+        for namespace, device, own, peer in zip(namespaces, devices, ADDRESSES, reversed(ADDRESSES), strict=True):
+            _ip("link", "set", device, "netns", namespace, "name", INTERFACE, "mtu", str(MTU), "up")
+            _ip("-n", namespace, "address", "add", own, "peer", peer, "dev", INTERFACE)
+            _ip("-n", namespace, "link", "set", INTERFACE, "up")
+            _ip("-n", namespace, "link", "set", "lo", "up")
         _write_client(folder)
         for namespace, address in zip(namespaces, ADDRESSES, strict=True):
             _start_sshd(folder, namespace, address)
         hostfile = folder / "hostfile"
         hostfile.write_text("".join(f"{address} slots={slots}\n" for address in ADDRESSES))
         environment = {**os.environ, "PATH": f"{folder}:{_path()}", "GLOO_SOCKET_IFNAME": INTERFACE}
-        yield TwoHosts(namespaces, hostfile, environment)
+        yield TwoHosts(namespaces, cable, hostfile, environment)
 
 
 def _write_client(folder: Path) -> None:
