@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from eagle3_ds.cli_finish import evaluate_run, export_draft
 from eagle3_ds.config import Recipe
 from eagle3_ds.data import HiddenStateStore, HiddenStateWriter, Layout, PreparedData, prepare_data
-from eagle3_ds.data.fingerprint import Fingerprint
+from eagle3_ds.data.fingerprint import Fingerprint, store_folder
 from eagle3_ds.data.stdlib_corpus import stdlib_conversations, stdlib_text
 from eagle3_ds.eval import draw_report
 from eagle3_ds.model import VocabularyMap
@@ -62,7 +61,7 @@ def prepare(recipe: Recipe, console: Console) -> None:
         )
     fingerprint = {**fingerprint, "documents": data.fingerprint}
     layout = Layout(3 * config.hidden_size, config.hidden_size, recipe.data.hidden_dtype)
-    store = _captured(recipe, data, layout, fingerprint)
+    store = _captured(recipe, data, layout, fingerprint, console)
     _say(console, f"hidden states: {store}")
     output_dir = Path(recipe.output_dir)
     vocabulary = VocabularyMap.from_counts(data.supervised_counts, recipe.draft.vocab_size)
@@ -78,15 +77,15 @@ def prepare(recipe: Recipe, console: Console) -> None:
     (output_dir / "prepared.json").write_text(json.dumps(prepared, indent=2) + "\n")
 
 
-def _captured(recipe: Recipe, data: PreparedData, layout: Layout, fingerprint: Fingerprint) -> Path:
+def _captured(recipe: Recipe, data: PreparedData, layout: Layout, fingerprint: Fingerprint, console: Console) -> Path:
     """The folder of the store with every document's hidden states, captured now where it is not complete."""
-    identity = json.dumps([dict(fingerprint), layout.dtype], sort_keys=True)
-    path = Path(recipe.data.cache_dir) / f"hidden-{_digest(identity)}"
+    path = store_folder(recipe.data.cache_dir, fingerprint, layout.dtype)
     lengths = data.lengths()
     if path.is_dir():
         HiddenStateStore.open(path, fingerprint).require_documents(lengths)
         return path
     writer = HiddenStateWriter(path, lengths, layout, fingerprint)
+    _say(console, f"hidden states: {writer.size_text}")
     target = load_target(recipe.target, device=detect_accelerator())
     missing = set(writer.missing())
     documents = [dataset.with_format("numpy") for dataset in (data.train, data.heldout)]
@@ -100,10 +99,6 @@ def _captured(recipe: Recipe, data: PreparedData, layout: Layout, fingerprint: F
                 bar.update(len(row["input_ids"]))
     writer.finish()
     return path
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def evaluate(recipe: Recipe, console: Console) -> None:

@@ -91,7 +91,8 @@ class DataSection(Section):
     """A Jinja file used instead of the tokenizer's own template; needs `{% generation %}` marks."""
     cache_dir: str = "output/cache"
     """Tokenised conversations and hidden-state stores, keyed by content."""
-    hidden_dtype: FloatDtype = "bfloat16"
+    hidden_dtype: Literal["float32", "bfloat16", "float16", "float8"] = "bfloat16"
+    """float8 has an exponent per hidden state and takes half the disk of bfloat16."""
     seed: int = 0
 
 

@@ -3,7 +3,8 @@
 from eagle3_ds.data.documents import DataStatistics, PreparedData
 from eagle3_ds.data.loader import PackedLoader, SequenceSource
 from eagle3_ds.data.prepare import prepare_data
-from eagle3_ds.data.store import HiddenStateStore, Layout
+from eagle3_ds.data.store import HiddenStateStore
+from eagle3_ds.data.store_index import Layout
 from eagle3_ds.data.store_writer import HiddenStateWriter, required_bytes
 
 __all__ = [

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 Fingerprint = Mapping[str, str]
 """Field (target weights, tokenizer, aux layers, chat template, dtype, documents, ...) to its value or digest."""
@@ -18,3 +21,9 @@ def require_same(stored: Fingerprint, expected: Fingerprint, where: str, fix: st
     ]
     if different:
         raise ValueError(f"the hidden states in {where} were captured from something else ({'; '.join(different)}): {fix}")
+
+
+def store_folder(cache_dir: str | Path, fingerprint: Fingerprint, dtype: str) -> Path:
+    """Where a run looks for the hidden states of this fingerprint, and puts them."""
+    identity = json.dumps([dict(fingerprint), dtype], sort_keys=True)
+    return Path(cache_dir) / f"hidden-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"

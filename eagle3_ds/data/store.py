@@ -1,95 +1,68 @@
 """Hidden states of the target on disk, read row by row.
 
-A store is a folder with `index.json` and safetensors shards. Document d of length L is three tensors of one shard:
-    aux.d           [L, aux_width]       inputs of the auxiliary target layers, concatenated
-    teacher.d       [L, teacher_width]   last hidden state after the target's final norm
-    teacher_token.d int32 [L]            argmax of the target's logits over its full vocabulary
-`store_writer.py` writes it.
+A store is a folder with `index.json` and safetensors shards. A document of length L has three columns:
+    aux            [L, aux_width]       inputs of the auxiliary target layers, concatenated
+    teacher        [L, teacher_width]   last hidden state after the target's final norm
+    teacher_token  int32 [L]            argmax of the target's logits over its full vocabulary
+It is stored as one or more pieces, each a run of its rows in one shard; pieces may overlap where an interrupted capture was
+continued on another mesh, and then hold the same rows. `store_writer.py` writes it, `store_index.py` says how it looks.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from eagle3_ds.data.fingerprint import Fingerprint, require_same
+from eagle3_ds.data.store_index import (
+    CHECKSUM,
+    FLOAT8,
+    ColumnName,
+    Layout,
+    Piece,
+    Shard,
+    StoreIndex,
+    exponent_of,
+    pieces_by_document,
+    read_index,
+    shard_header,
+)
+from eagle3_ds.data.store_rows import ROWS_AT_ONCE, crc32, decode_float8, row_checksums
 
-INDEX_FILE = "index.json"
-STORE_FORMAT = 1
 OPEN_SHARDS = 64
 """Shards kept mapped at a time, far below the usual limit of open files."""
-TensorName = Literal["aux", "teacher", "teacher_token"]
-TENSOR_NAMES: tuple[TensorName, ...] = ("aux", "teacher", "teacher_token")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NAMED_DAMAGES = 20
+"""Damages that one error message spells out."""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Widths and dtype that all documents of a store share."""
+class _Run:
+    """Rows [start, stop) of a document, read from this piece."""
 
-    aux_width: int
-    teacher_width: int
-    dtype: str
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one token: both hidden states and an int32."""
-        return (self.aux_width + self.teacher_width) * DTYPES[self.dtype].itemsize + 4
-
-    def shape(self, name: TensorName, length: int) -> tuple[int, ...]:
-        return {
-            "aux": (length, self.aux_width),
-            "teacher": (length, self.teacher_width),
-            "teacher_token": (length,),
-        }[name]
-
-    def torch_dtype(self, name: TensorName) -> torch.dtype:
-        return torch.int32 if name == "teacher_token" else DTYPES[self.dtype]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file: its size, checksum, and `[document_id, length, {tensor name: crc32}]` of each document in it."""
-
-    file: str
-    bytes: int
-    sha256: str
-    documents: list[tuple[int, int, dict[str, int]]]
-
-
-def tensor_crc32(tensor: Tensor) -> int:
-    """Checksum of the tensor's bytes, to name the damaged one when a shard's checksum fails."""
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data)
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
+    start: int
+    stop: int
+    piece: Piece
+    shard: Shard
 
 
 class HiddenStateStore:
     """A complete store, opened for reading. `lengths` is {document_id: tokens}."""
 
-    def __init__(self, path: Path, layout: Layout, fingerprint: Fingerprint, shards: Sequence[Shard]) -> None:
+    def __init__(self, path: Path, index: StoreIndex) -> None:
         self.path = path
-        self.layout = layout
-        self.fingerprint = fingerprint
-        self.shards = {shard.file: shard for shard in shards}
-        self.lengths = {document: length for shard in shards for document, length, _ in shard.documents}
-        self._shard_of = {document: shard.file for shard in shards for document, _, _ in shard.documents}
+        self.layout: Layout = index.layout
+        self.fingerprint: Fingerprint = index.fingerprint
+        self.shards = {shard.file: shard for shard in index.shards}
+        self._runs = {document: _runs(pieces) for document, pieces in pieces_by_document(index.shards).items()}
+        self.lengths = {document: runs[-1].stop for document, runs in self._runs.items()}
         self._opened: OrderedDict[str, Any] = OrderedDict()
 
     @classmethod
@@ -99,40 +72,36 @@ class HiddenStateStore:
         A short file must be found here: reading past the end of a mapped file kills the process. Raises ValueError.
         """
         path = Path(path)
-        index_file = path / INDEX_FILE
-        if not index_file.is_file():
-            raise ValueError(
-                f"no hidden-state store at {path}: {INDEX_FILE} is missing. Capture the hidden states (an interrupted "
-                "capture continues where it stopped)"
-            )
-        try:
-            index = json.loads(index_file.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{index_file} is damaged ({error}): remove the folder {path} and capture again") from error
-        if index.get("format") != STORE_FORMAT:
-            raise ValueError(
-                f"{index_file} has format {index.get('format')!r}, this version reads {STORE_FORMAT}: remove the "
-                "folder "
-                f"{path} and capture again"
-            )
+        index = read_index(path)
         if expect is not None:
             fix = f"capture again (remove the folder {path}), or set the recipe back to what the store holds"
-            require_same(index["fingerprint"], expect, str(path), fix)
-        shards = [Shard(**shard) for shard in index["shards"]]
-        for shard in shards:
-            _check_size(path / shard.file, shard.bytes)
-        return cls(path, Layout(**index["layout"]), index["fingerprint"], shards)
+            require_same(index.fingerprint, expect, str(path), fix)
+        for shard in index.shards:
+            _check_file(path / shard.file, shard.bytes)
+        return cls(path, index)
 
-    def rows(self, document_id: int, name: TensorName, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of one tensor of one document; only these are read from the disk."""
-        if document_id not in self._shard_of:
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.bytes for shard in self.shards.values())
+
+    def rows(self, document_id: int, name: ColumnName, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of one column of one document; only these are read from the disk.
+
+        Hidden states come in `layout.read_dtype`. Raises ValueError when the store lacks the document or a file is damaged.
+        """
+        if document_id not in self._runs:
             raise ValueError(f"document {document_id} is not in the hidden-state store {self.path}: capture again")
         length = self.lengths[document_id]
         assert 0 <= start <= stop <= length, f"rows {start}:{stop} of document {document_id} with {length} tokens"
-        piece = self._open_shard(self._shard_of[document_id]).get_slice(f"{name}.{document_id}")
-        return piece[start:stop]
+        parts = [
+            self._read(run, name, max(start, run.start), min(stop, run.stop))
+            for run in self._runs[document_id]
+            if run.start < stop and start < run.stop
+        ]
+        return self._join(parts, name)
 
-    def view(self, documents: Sequence[int], name: TensorName) -> PackedRows:
+    def view(self, documents: Sequence[int], name: ColumnName) -> PackedRows:
         """The rows of several documents end to end, read only when sliced."""
         return PackedRows(self, documents, name)
 
@@ -141,36 +110,108 @@ class HiddenStateStore:
         wrong = [document for document, length in lengths.items() if self.lengths.get(document) != length]
         if wrong:
             raise ValueError(
-                f"the hidden-state store {self.path} does not belong to these documents: {len(wrong)} of "
-                f"{len(lengths)} "
+                f"the hidden-state store {self.path} does not belong to these documents: {len(wrong)} of {len(lengths)} "
                 f"are missing or have another length, the first is document {wrong[0]} with {lengths[wrong[0]]} tokens "
                 f"(store: {self.lengths.get(wrong[0], 'absent')}). Capture again"
             )
 
-    def verify(self) -> None:
-        """Recompute every checksum. Raises ValueError that names the damaged file and the tensors in it."""
-        for shard in self.shards.values():
-            path = self.path / shard.file
-            _check_size(path, shard.bytes)
-            if file_sha256(path) != shard.sha256:
-                raise ValueError(
-                    f"{path} is damaged ({_damage(path, shard)}): its sha256 is not the one in {INDEX_FILE}. Remove "
-                    "the "
-                    f"folder {self.path} and capture again"
-                )
+    def verify(self, progress: Iterable[Shard] | None = None) -> None:
+        """Recompute every checksum; each byte of each shard is covered by one.
 
-    def _open_shard(self, file: str) -> Any:
-        if file in self._opened:
-            self._opened.move_to_end(file)
-        else:
-            self._opened[file] = safe_open(self.path / file, framework="pt")
-            if len(self._opened) > OPEN_SHARDS:
-                self._opened.popitem(last=False)
-        return self._opened[file]
+        Args:
+            progress: the shards, wrapped by a progress bar; default `shards.values()`.
+
+        Raises:
+            ValueError: names the damaged files, the tensors in them and the rows of these.
+        """
+        damages = [damage for shard in progress or self.shards.values() for damage in self._damages(shard)]
+        if damages:
+            more = f"; and {len(damages) - NAMED_DAMAGES} more" if len(damages) > NAMED_DAMAGES else ""
+            raise ValueError(
+                f"the hidden-state store {self.path} is damaged: {'; '.join(damages[:NAMED_DAMAGES])}{more}. Remove the "
+                "folder and capture again"
+            )
+
+    def _damages(self, shard: Shard) -> Iterator[str]:
+        """Each damaged tensor of a shard, in words."""
+        try:
+            self._open_shard(shard)
+        except ValueError as error:
+            yield str(error)
+            return
+        for piece in shard.pieces:
+            place = f"{shard.file}, {{}} of document {piece.document}"
+            checksums = self._slice(shard, piece, CHECKSUM)[:]
+            if crc32(checksums) != piece.checksum_crc32:
+                yield f"{place.format(CHECKSUM)}, rows {piece.start}:{piece.stop}"
+                continue
+            for column, name in enumerate(list(self.layout.tensors(1))[:-1]):
+                rows = _damaged_rows(self._slice(shard, piece, name), checksums[:, column])
+                if rows:
+                    yield f"{place.format(name)}, {_say_rows(rows, piece.start)}"
+
+    def _read(self, run: _Run, name: ColumnName, start: int, stop: int) -> Tensor:
+        first, last = start - run.piece.start, stop - run.piece.start
+        rows = self._slice(run.shard, run.piece, name)[first:last]
+        if self.layout.dtype != FLOAT8 or name == "teacher_token":
+            return rows
+        return decode_float8(rows, self._slice(run.shard, run.piece, exponent_of(name))[first:last])
+
+    def _slice(self, shard: Shard, piece: Piece, name: str) -> Any:
+        """A stored tensor, read only when sliced. Raises ValueError when it is not what the index says."""
+        key = piece.key(name)
+        wanted = self.layout.tensors(piece.length)[name]
+        try:
+            stored = self._open_shard(shard).get_slice(key)
+        except SafetensorError as error:
+            raise self._damaged(shard, f"{key}: {error}") from error
+        found = tuple(stored.get_shape())
+        if found != wanted.shape or stored[0:1].dtype != wanted.dtype:
+            raise self._damaged(shard, f"{key} is {stored.get_dtype()} {found} instead of {wanted.dtype} {wanted.shape}")
+        return stored
+
+    def _open_shard(self, shard: Shard) -> Any:
+        """The mapped shard. Raises ValueError when the file vanished, changed its size, or has a damaged header."""
+        if shard.file in self._opened:
+            self._opened.move_to_end(shard.file)
+            return self._opened[shard.file]
+        path = self.path / shard.file
+        _check_file(path, shard.bytes)
+        if zlib.crc32(shard_header(path)) != shard.header_crc32:
+            raise self._damaged(shard, "its header is not the one that was written")
+        try:
+            self._opened[shard.file] = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise self._damaged(shard, f"header unreadable: {error}") from error
+        if len(self._opened) > OPEN_SHARDS:
+            self._opened.popitem(last=False)
+        return self._opened[shard.file]
+
+    def _damaged(self, shard: Shard, what: str) -> ValueError:
+        return ValueError(f"{self.path / shard.file} is damaged ({what}): remove the folder {self.path} and capture again")
+
+    def _join(self, parts: Sequence[Tensor], name: ColumnName) -> Tensor:
+        if not parts:
+            dtype = torch.int32 if name == "teacher_token" else self.layout.read_dtype
+            return torch.empty((0, *self.layout.width(name)), dtype=dtype)
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _check_size(path: Path, expected: int) -> None:
+def _runs(pieces: Sequence[tuple[Piece, Shard]]) -> tuple[_Run, ...]:
+    """Which piece serves which rows, in order and without overlap. The pieces leave no gap (the index was checked)."""
+    runs: list[_Run] = []
+    reached, last = 0, max(piece.stop for piece, _ in pieces)
+    while reached < last:
+        piece, shard = max((entry for entry in pieces if entry[0].start <= reached), key=lambda entry: entry[0].stop)
+        runs.append(_Run(reached, piece.stop, piece, shard))
+        reached = piece.stop
+    return tuple(runs)
+
+
+def _check_file(path: Path, expected: int) -> None:
     fix = f"remove the folder {path.parent} and capture again"
+    if path.resolve().parent != path.parent.resolve():
+        raise ValueError(f"{path} is a link out of the hidden-state store, to {path.resolve()}, and is not followed: {fix}")
     if not path.is_file():
         raise ValueError(f"{path} is missing from the hidden-state store: {fix}")
     size = path.stat().st_size
@@ -178,33 +219,32 @@ def _check_size(path: Path, expected: int) -> None:
         raise ValueError(f"{path} has {size} bytes instead of {expected}, it is truncated or overwritten: {fix}")
 
 
-def _damage(path: Path, shard: Shard) -> str:
-    """Which tensors of a damaged shard differ, in words."""
-    try:
-        opened = safe_open(path, framework="pt")
-        wrong = [
-            f"{name}.{document} rows 0:{length}"
-            for document, length, checksums in shard.documents
-            for name, checksum in checksums.items()
-            if tensor_crc32(opened.get_tensor(f"{name}.{document}")) != checksum
-        ]
-    except SafetensorError as error:
-        return f"header unreadable: {error}"
-    return ", ".join(wrong) or "header or padding, no tensor"
+def _damaged_rows(piece: Any, checksums: Tensor) -> list[int]:
+    """Rows of a stored tensor whose checksum differs, read a few thousand at a time."""
+    damaged: list[int] = []
+    for start in range(0, len(checksums), ROWS_AT_ONCE):
+        expected = checksums[start : start + ROWS_AT_ONCE]
+        wrong = row_checksums(piece[start : start + len(expected)]) != expected
+        damaged += (wrong.nonzero().flatten() + start).tolist()
+    return damaged
+
+
+def _say_rows(rows: Sequence[int], offset: int) -> str:
+    shown = ", ".join(str(row + offset) for row in rows[:NAMED_DAMAGES])
+    more = f" and {len(rows) - NAMED_DAMAGES} more" if len(rows) > NAMED_DAMAGES else ""
+    return f"{'row' if len(rows) == 1 else 'rows'} {shown}{more}"
 
 
 class PackedRows:
-    """The rows of several documents end to end, [L, width] or [L]; `rows[a:b]` reads just rows a to b, across
-    documents.
-    """
+    """The rows of several documents end to end, [L, width] or [L]; `rows[a:b]` reads just rows a to b, across documents."""
 
-    def __init__(self, store: HiddenStateStore, documents: Sequence[int], name: TensorName) -> None:
+    def __init__(self, store: HiddenStateStore, documents: Sequence[int], name: ColumnName) -> None:
         self.store = store
         self.documents = tuple(documents)
         self.name = name
         length = sum(store.lengths[document] for document in documents)
-        self.shape = store.layout.shape(name, length)
-        self.dtype = store.layout.torch_dtype(name)
+        self.shape = (length, *store.layout.width(name))
+        self.dtype = torch.int32 if name == "teacher_token" else store.layout.read_dtype
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -224,14 +264,3 @@ class PackedRows:
         if not parts:
             return torch.empty((0, *self.shape[1:]), dtype=self.dtype)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def index_text(layout: Layout, fingerprint: Fingerprint, shards: Sequence[Shard]) -> str:
-    """Contents of `index.json`."""
-    index = {
-        "format": STORE_FORMAT,
-        "layout": asdict(layout),
-        "fingerprint": dict(fingerprint),
-        "shards": [asdict(shard) for shard in shards],
-    }
-    return json.dumps(index, indent=1) + "\n"

@@ -1,8 +1,7 @@
 """Writing a hidden-state store so that a crash loses at most one shard.
 
-The store grows in the folder `<path>.partial`. A shard is written under a hidden name, flushed and renamed, and
-carries the list of its documents in its own header: what has its final name is whole. The index comes last, then the
-folder gets its name.
+The store grows in the folder `<path>.partial`. A shard is written under a hidden name, flushed and renamed, and carries the
+list of its pieces in its own header: what has its final name is whole. The index comes last, then the folder gets its name.
 """
 
 from __future__ import annotations
@@ -14,51 +13,55 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle3_ds.data.fingerprint import Fingerprint, require_same
-from eagle3_ds.data.store import (
+from eagle3_ds.data.store import HiddenStateStore
+from eagle3_ds.data.store_index import (
+    CHECKSUM,
     DTYPES,
+    FLOAT8,
+    IDENTITY,
     INDEX_FILE,
-    TENSOR_NAMES,
-    HiddenStateStore,
+    PIECES,
+    ColumnName,
     Layout,
+    Piece,
     Shard,
-    TensorName,
-    file_sha256,
+    covers,
+    exponent_of,
+    header_crc32,
     index_text,
-    tensor_crc32,
 )
+from eagle3_ds.data.store_rows import LARGEST_FLOAT8, crc32, encode_float8, first_beyond, row_checksums
 
 SHARD_BYTES = 2**30
-SHARD_OVERHEAD = 4096
-"""Bytes of header and table per document, rounded up generously."""
+OVERHEAD = 4096
+"""Bytes of headers and index per document, rounded up generously."""
 
 
 def required_bytes(lengths: Mapping[int, int], layout: Layout) -> int:
     """Disk bytes that documents of these lengths (document_id -> tokens) take."""
-    return sum(lengths.values()) * layout.row_bytes + len(lengths) * SHARD_OVERHEAD
-
-
-def require_disk_space(path: Path, required: int) -> None:
-    """Raises ValueError when the file system of `path` has less than `required` bytes free."""
-    free = shutil.disk_usage(path).free
-    if required > free:
-        raise ValueError(
-            f"the hidden states take {required:,} bytes and {path} has {free:,} free: free some space, put "
-            "data.cache_dir on "
-            "another disk, or use fewer or shorter conversations (data.max_conversations, data.max_length)"
-        )
+    return sum(lengths.values()) * layout.row_bytes + len(lengths) * OVERHEAD
 
 
 class HiddenStateWriter:
     """Fills the store at `path` with the documents of `lengths` ({document_id: tokens}), in any order.
 
-    Continues an interrupted capture: `missing()` lists what is still to do. Several processes may write at once, each
-    with its own `rank` and its own documents; after all have called `flush()`, one of them calls `finish()`. Raises
-    ValueError when the disk is too small or the interrupted capture was made from something else.
+    Continues an interrupted capture: `missing()` lists what is still to do. Several processes may write at once, each with
+    its own `rank`: whole documents, or the rows of each document that the rank holds. All are made before any of them
+    writes; after all have called `flush()`, one of them calls `finish()`. Making one writes nothing.
+
+    Attributes:
+        required: bytes that the missing documents take.
+        free: bytes free on the file system of `path`.
+
+    Raises:
+        ValueError: the disk is too small, or there is a store already, or the interrupted capture there is damaged or was
+            made from something else.
     """
 
     def __init__(
@@ -70,8 +73,6 @@ class HiddenStateWriter:
         shard_bytes: int = SHARD_BYTES,
         rank: int = 0,
     ) -> None:
-        if layout.dtype not in DTYPES:
-            raise ValueError(f"data.hidden_dtype is {layout.dtype!r}: use one of {', '.join(DTYPES)}")
         self.path = Path(path)
         self.partial = self.path.with_name(f"{self.path.name}.partial")
         self.lengths = dict(lengths)
@@ -81,52 +82,75 @@ class HiddenStateWriter:
         self.shard_bytes = shard_bytes
         self.rank = rank
         self._tensors: dict[str, Tensor] = {}
-        self._pending: list[tuple[int, int, dict[str, int]]] = []
+        self._pending: list[Piece] = []
         self._pending_bytes = 0
-        if (self.path / INDEX_FILE).is_file():
+        if self.path.exists():
             raise ValueError(f"there is a complete hidden-state store at {self.path}: open it, or remove the folder first")
-        self.partial.mkdir(parents=True, exist_ok=True)
-        for leftover in self.partial.glob(f".shard-{rank:04d}-*"):
-            leftover.unlink()
-        self._written = self._read_written()
-        missing = {document: self.lengths[document] for document in self.missing()}
-        require_disk_space(self.partial, required_bytes(missing, layout))
+        self._spans: dict[int, list[tuple[int, int]]] = {document: [] for document in self.lengths}
+        for file in self._shard_files():
+            for piece in self._read_pieces(file):
+                self._spans[piece.document].append((piece.start, piece.stop))
+        self.required = required_bytes({document: self.lengths[document] for document in self.missing()}, layout)
+        self.free = shutil.disk_usage(_existing(self.partial)).free
+        if self.required > self.free:
+            raise ValueError(
+                f"the hidden states take {self.required:,} bytes and {_existing(self.partial)} has {self.free:,} free: free "
+                "some space, put data.cache_dir on another disk, set data.hidden_dtype to float8, or use fewer or shorter "
+                "conversations (data.max_conversations, data.max_length)"
+            )
+
+    @property
+    def size_text(self) -> str:
+        """What will be written and where, for people."""
+        missing = self.missing()
+        tokens = sum(self.lengths[document] for document in missing)
+        done = f", {len(self.lengths) - len(missing)} documents are there already" if self.partial.exists() else ""
+        return (
+            f"{len(missing)} documents of {tokens:,} tokens take {self.required / 2**30:.2f} GiB as {self.layout.dtype} in "
+            f"{self.path.parent}, {self.free / 2**30:.2f} GiB are free{done}"
+        )
 
     def missing(self) -> list[int]:
-        """Documents not yet in a shard on disk, in the order of `lengths`."""
-        return [document for document in self.lengths if document not in self._written]
+        """Documents of which rows are neither on disk nor waiting in this process, in the order of `lengths`."""
+        return [document for document, length in self.lengths.items() if not covers(self._spans[document], length)]
 
-    def append(self, document_id: int, aux: Tensor, teacher: Tensor, teacher_token: Tensor) -> None:
-        """Add one document: aux [L, aux_width], teacher [L, teacher_width], teacher_token [L]; cast to the store's
-        dtypes.
+    def append(self, document_id: int, aux: Tensor, teacher: Tensor, teacher_token: Tensor, start: int | None = None) -> None:
+        """Add a document, or as many rows of it from row `start` on: aux [n, aux_width], teacher [n, teacher_width],
+        teacher_token [n]; cast to the store's dtypes.
 
-        Raises ValueError for wrong shapes and for values that are not finite in the store's dtype.
+        Raises ValueError for wrong shapes, for values that are not finite in the store's dtype, and when the disk is full.
         """
-        assert document_id in self.lengths, f"document {document_id} is not one of the store's"
-        assert document_id not in self._written, f"document {document_id} is in the store already"
         length = self.lengths[document_id]
-        checksums: dict[str, int] = {}
-        given = dict(zip(TENSOR_NAMES, (aux, teacher, teacher_token), strict=True))
-        for name, tensor in given.items():
-            stored = self._convert(name, tensor, document_id, length)
-            self._tensors[f"{name}.{document_id}"] = stored
-            checksums[name] = tensor_crc32(stored)
-        self._pending.append((document_id, length, checksums))
-        self._written.add(document_id)
-        self._pending_bytes += length * self.layout.row_bytes
+        assert not covers(self._spans[document_id], length), f"document {document_id} is in the store already"
+        rows = length if start is None else len(teacher_token)
+        piece = Piece(document_id, start or 0, rows, 0)
+        assert piece.stop <= length, f"rows up to {piece.stop} of document {document_id} with {length} tokens"
+        tensors = self._encode(piece, {"aux": aux, "teacher": teacher, "teacher_token": teacher_token})
+        self._tensors |= {piece.key(name): tensor for name, tensor in tensors.items()}
+        self._pending.append(piece._replace(checksum_crc32=crc32(tensors[CHECKSUM])))
+        self._spans[document_id].append((piece.start, piece.stop))
+        self._pending_bytes += rows * self.layout.row_bytes
         if self._pending_bytes >= self.shard_bytes:
             self.flush()
 
     def flush(self) -> None:
-        """Write the documents that wait in memory as one shard."""
+        """Write the pieces that wait in memory as one shard. Raises ValueError when the disk is full."""
         if not self._pending:
             return
+        self.partial.mkdir(parents=True, exist_ok=True)
         number = 1 + max((int(file.stem.split("-")[2]) for file in self._shard_files(self.rank)), default=-1)
         name = f"shard-{self.rank:04d}-{number:06d}.safetensors"
         aside = self.partial / f".{name}"
-        metadata = {"documents": json.dumps(self._pending), "identity": json.dumps(self._identity)}
-        save_file(self._tensors, aside, metadata=metadata)
-        _sync(aside)
+        metadata = {"pieces": json.dumps(self._pending), "identity": json.dumps(self._identity)}
+        try:
+            save_file(self._tensors, aside, metadata=metadata)
+            _sync(aside)
+        except (OSError, SafetensorError) as error:
+            aside.unlink(missing_ok=True)
+            raise ValueError(
+                f"{self.partial / name} could not be written ({error}). The shards before it are whole: free some space and "
+                "run again, the capture continues after them"
+            ) from error
         os.rename(aside, self.partial / name)
         _sync(self.partial)
         self._tensors, self._pending, self._pending_bytes = {}, [], 0
@@ -134,18 +158,21 @@ class HiddenStateWriter:
     def finish(self) -> HiddenStateStore:
         """Write the last shard and the index, give the folder its name, and open the store.
 
-        Raises ValueError when documents are missing or two shards hold the same one.
+        Raises ValueError when rows are missing or the disk is full.
         """
         self.flush()
         shards = [self._describe(file) for file in self._shard_files()]
-        held = [document for shard in shards for document, _, _ in shard.documents]
-        absent = set(self.lengths) - set(held)
-        if absent or len(held) != len(self.lengths):
+        spans: dict[int, list[tuple[int, int]]] = {document: [] for document in self.lengths}
+        for piece in (piece for shard in shards for piece in shard.pieces):
+            spans[piece.document].append((piece.start, piece.stop))
+        absent = [document for document, length in self.lengths.items() if not covers(spans[document], length)]
+        if absent:
             raise ValueError(
-                f"the capture into {self.partial} has {len(held)} documents ({len(set(held))} different) instead of "
-                f"{len(self.lengths)}; missing: {sorted(absent)[:5]}. Capture these, or remove the folder and start "
-                "again"
+                f"the capture into {self.partial} has {len(self.lengths) - len(absent)} whole documents instead of "
+                f"{len(self.lengths)}; missing: {absent[:5]}. Capture these, or remove the folder and start again"
             )
+        for leftover in self.partial.glob(".shard-*"):
+            leftover.unlink()
         aside = self.partial / f".{INDEX_FILE}"
         aside.write_text(index_text(self.layout, self.fingerprint, shards))
         _sync(aside)
@@ -155,36 +182,68 @@ class HiddenStateWriter:
         _sync(self.path.parent)
         return HiddenStateStore.open(self.path, self.fingerprint)
 
-    def _convert(self, name: TensorName, tensor: Tensor, document_id: int, length: int) -> Tensor:
-        expected = self.layout.shape(name, length)
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{name} of document {document_id} has shape {tuple(tensor.shape)}, expected {expected}")
-        stored = tensor.detach().to("cpu", self.layout.torch_dtype(name)).contiguous()
-        if stored.is_floating_point() and not torch.isfinite(stored).all():
+    def _encode(self, piece: Piece, given: Mapping[ColumnName, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a piece as they are stored, on the CPU, sharing no memory with the given ones."""
+        encoded: dict[str, Tensor] = {}
+        for name, tensor in given.items():
+            where = f"{name} of document {piece.document}"
+            expected = (piece.length, *self.layout.width(name))
+            if tuple(tensor.shape) != expected:
+                raise ValueError(f"{where} has shape {tuple(tensor.shape)}, expected {expected}")
+            if name == "teacher_token":
+                encoded[name] = tensor.detach().to("cpu", torch.int32, copy=True).contiguous()
+            else:
+                encoded |= self._encode_states(name, tensor.detach(), f"{where} is not finite as {self.layout.dtype}", piece)
+        ordered = {name: encoded[name] for name in self.layout.tensors(1) if name != CHECKSUM}
+        return ordered | {CHECKSUM: torch.stack([row_checksums(tensor) for tensor in ordered.values()], dim=1)}
+
+    def _encode_states(self, name: ColumnName, states: Tensor, not_finite: str, piece: Piece) -> dict[str, Tensor]:
+        if self.layout.dtype == FLOAT8:
+            stored, limit = states.cpu(), LARGEST_FLOAT8
+        else:
+            dtype = DTYPES[self.layout.dtype]
+            stored, limit = states.to("cpu", dtype, copy=True).contiguous(), torch.finfo(dtype).max
+        row = first_beyond(stored, limit)
+        if row is not None:
+            largest = states[row].abs().max().item()
             raise ValueError(
-                f"{name} of document {document_id} is not finite as {self.layout.dtype} (largest input "
-                f"{tensor.abs().max().item():.4g}): set data.hidden_dtype to bfloat16 or float32, or mend the target"
+                f"{not_finite} (largest input {largest:.4g}), first at row {row + piece.start}: set data.hidden_dtype to "
+                "bfloat16 or float32, or mend the target"
             )
-        return stored.clone() if stored.data_ptr() == tensor.data_ptr() else stored
+        if self.layout.dtype != FLOAT8:
+            return {name: stored}
+        codes, exponents = encode_float8(stored, self.layout.teacher_width)
+        return {name: codes, exponent_of(name): exponents}
 
     def _shard_files(self, rank: int | None = None) -> list[Path]:
         return sorted(self.partial.glob(f"shard-{'*' if rank is None else f'{rank:04d}'}-*.safetensors"))
 
-    def _read_written(self) -> set[int]:
-        """Documents in the shards an earlier run left; refuses shards made from something else."""
-        written: set[int] = set()
-        for file in self._shard_files():
+    def _read_pieces(self, file: Path) -> list[Piece]:
+        """Pieces of a shard that an earlier run left. Raises ValueError when it is damaged or made from something else."""
+        try:
             with safe_open(file, framework="pt") as shard:
-                metadata = shard.metadata()
-            fix = f"remove the folder {self.partial} to start again"
-            require_same(json.loads(metadata["identity"]), self._identity, str(file), fix)
-            written.update(document for document, _, _ in json.loads(metadata["documents"]))
-        return written
+                metadata = shard.metadata() or {}
+            pieces = PIECES.validate_json(metadata.get("pieces", ""))
+            identity = IDENTITY.validate_json(metadata.get("identity", ""))
+        except (SafetensorError, ValidationError) as error:
+            raise ValueError(f"{file} is damaged ({error}): remove that file, the capture will make its rows again") from error
+        again = f"remove the folder {self.partial} to start again"
+        require_same(identity, self._identity, str(file), again)
+        strange = [piece for piece in pieces if piece.stop > self.lengths.get(piece.document, 0)]
+        if strange:
+            raise ValueError(
+                f"{file} holds rows up to {strange[0].stop} of document {strange[0].document}, which has "
+                f"{self.lengths.get(strange[0].document, 0)} tokens here: {again}"
+            )
+        return pieces
 
     def _describe(self, file: Path) -> Shard:
-        with safe_open(file, framework="pt") as shard:
-            documents = json.loads(shard.metadata()["documents"])
-        return Shard(file.name, file.stat().st_size, file_sha256(file), documents)
+        return Shard(file=file.name, bytes=file.stat().st_size, header_crc32=header_crc32(file), pieces=self._read_pieces(file))
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder on the way to `path` that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
 
 
 def _sync(path: Path) -> None:

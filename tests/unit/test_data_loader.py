@@ -6,7 +6,7 @@ import torch
 
 from eagle3_ds.data.documents import FEATURES
 from eagle3_ds.data.loader import PackedLoader, SequenceSource
-from eagle3_ds.data.store import Layout
+from eagle3_ds.data.store_index import Layout
 from eagle3_ds.data.store_writer import HiddenStateWriter
 
 LENGTHS = [7, 3, 9, 2, 8, 10, 4, 6, 5, 1, 10]
