@@ -39,6 +39,13 @@ def attention_work(position: IntArray, in_document: NDArray[np.bool_]) -> IntArr
     return np.where(in_document, position + 1, 0)
 
 
+def cut_into_chunks(length: int, ring: int, ulysses: int, chunks_per_rank: int) -> tuple[int, int]:
+    """Chunks of a sequence of `length` tokens, and slots of each; their product is the padded length."""
+    # One ring rank has nothing to balance. Chunks shorter than `ulysses` slots cannot be shared by its peers.
+    num_chunks = ring * (1 if ring == 1 else chunks_per_rank)
+    return num_chunks, _round_up(-(-length // num_chunks), ulysses)
+
+
 @dataclass(frozen=True)
 class SpanPlan:
     """The cut of one packed sequence. Build it with `SpanPlan.make`.
@@ -68,11 +75,7 @@ class SpanPlan:
             raise ValueError(f"lengths = {list(lengths)[:8]}: a packed sequence needs documents of one token or more.")
         if min(ring, ulysses, chunks_per_rank) < 1:
             raise ValueError(f"ring = {ring}, ulysses = {ulysses}, chunks_per_rank = {chunks_per_rank}: each must be >= 1.")
-        # One ring rank has nothing to balance. Chunks shorter than `ulysses` slots cannot be shared by its peers.
-        chunks_per_rank = 1 if ring == 1 else chunks_per_rank
-        length = sum(lengths)
-        num_chunks = ring * chunks_per_rank
-        chunk_size = _round_up(-(-length // num_chunks), ulysses)
+        num_chunks, chunk_size = cut_into_chunks(sum(lengths), ring, ulysses, chunks_per_rank)
         padded_length = num_chunks * chunk_size
         work = attention_work(*_positions(lengths, padded_length)).reshape(num_chunks, chunk_size).sum(1)
         return SpanPlan(tuple(lengths), ring, ulysses, padded_length, chunk_size, _balance(work, ring))

@@ -1,0 +1,73 @@
+"""Counts every torch.distributed call of this rank by group and kind, whoever makes it: ours or DeepSpeed's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# c10d operator -> kind, and the argument that holds what this rank hands in. A receive is counted by its sender.
+OPERATORS = {
+    "alltoall_base_": ("all_to_all", 1),
+    "_allgather_base_": ("all_gather", 1),
+    "allgather_": ("all_gather", 1),
+    "allgather_into_tensor_coalesced_": ("all_gather", 1),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "reduce_scatter_": ("reduce_scatter", 1),
+    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
+    "allreduce_": ("all_reduce", 0),
+    "reduce_": ("reduce", 0),
+    "broadcast_": ("broadcast", 0),
+    "send": ("send", 0),
+}
+UNCOUNTED = ("recv_", "barrier", "monitored_barrier_")
+
+
+@dataclass
+class Count:
+    """Alike calls: how many, the bytes handed in, and the size of the group."""
+
+    calls: int = 0
+    payload: int = 0
+    ranks: int = 1
+
+
+class CollectiveCalls(TorchDispatchMode):
+    """While entered, counts this rank's calls, in forward and backward.
+
+    Attributes:
+        counts: by (axis, kind); an axis is a key of `groups`, or "world" for any other group.
+    """
+
+    def __init__(self, groups: Mapping[str, dist.ProcessGroup | None]) -> None:
+        """`groups` names the groups whose calls are told apart; None stands for an axis without a group."""
+        super().__init__()
+        self.counts: dict[tuple[str, str], Count] = {}
+        self._axis = {group.group_name: axis for axis, group in groups.items() if group is not None}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self._count(func.overloadpacket.__name__, args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, operator: str, args: tuple[Any, ...]) -> None:
+        if operator in UNCOUNTED:
+            return
+        if operator not in OPERATORS:
+            raise NotImplementedError(f"c10d.{operator} is not known here. Add it to OPERATORS.")
+        kind, position = OPERATORS[operator]
+        group = _group_of(args)
+        count = self.counts.setdefault((self._axis.get(group.group_name, "world"), kind), Count(ranks=group.size()))
+        count.calls += 1
+        count.payload += sum(leaf.nbytes for leaf in tree_leaves(args[position]) if isinstance(leaf, Tensor))
+
+
+def _group_of(args: tuple[Any, ...]) -> dist.ProcessGroup:
+    boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
+    return dist.ProcessGroup.unbox(boxed)

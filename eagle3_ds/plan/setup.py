@@ -1,0 +1,207 @@
+"""What the planner plans for: a draft's sizes, and one way of running it.
+
+Legend: H hidden size, K TTT steps, S slots of one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from eagle3_ds.config import Recipe
+from eagle3_ds.layout import cut_into_chunks
+
+Activation = Literal["keep", "recompute", "offload"]
+KVExchange = Literal["gather", "ring"]
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float64": 8}
+
+
+@dataclass(frozen=True)
+class DraftShape:
+    """Sizes of a draft. `vocab_size` is the target's, `draft_vocab_size` the draft's own."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int
+    num_layers: int = 1
+
+    @classmethod
+    def of(cls, config: Any) -> DraftShape:
+        """From the draft's transformers config (`build_draft_config`)."""
+        return cls(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            vocab_size=config.vocab_size,
+            draft_vocab_size=config.draft_vocab_size,
+            num_layers=config.num_hidden_layers,
+        )
+
+    @property
+    def query_size(self) -> int:
+        """Entries of one slot's queries, over all heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Entries of one slot's keys, over all heads; its values have as many."""
+        return self.num_kv_heads * self.head_dim
+
+    def input_size(self, layer: int) -> int:
+        """Width of what q, k and v are projected from: the first layer reads the embedding beside the hidden state."""
+        return self.hidden_size * (2 if layer == 0 else 1)
+
+    def layer_weights(self, layer: int) -> dict[str, int]:
+        """Parameters of each matrix of a layer."""
+        hidden, inner, wide = self.hidden_size, self.intermediate_size, self.input_size(layer)
+        return {
+            "q": self.query_size * wide,
+            "k": self.kv_size * wide,
+            "v": self.kv_size * wide,
+            "o": hidden * self.query_size,
+            "gate": inner * hidden,
+            "up": inner * hidden,
+            "down": hidden * inner,
+        }
+
+    @property
+    def parameter_sizes(self) -> tuple[int, ...]:
+        """Elements of every trained tensor: fc, the layers' matrices and norms, the final norm, the head."""
+        hidden = self.hidden_size
+        sizes = [3 * hidden * hidden]
+        for layer in range(self.num_layers):
+            sizes += [*self.layer_weights(layer).values(), *[hidden] * (3 if layer == 0 else 2)]
+        return (*sizes, hidden, self.draft_vocab_size * hidden)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(self.parameter_sizes)
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """What of a DeepSpeed JSON changes memory or time; the defaults are DeepSpeed's.
+
+    Attributes:
+        reduce_bucket: elements of one gradient bucket, whose buffer has this size however small the model is.
+        secondary_partition: ranks that share ZeRO++'s second copy of the weights; 1 is none.
+        persistence_threshold: a ZeRO-3 parameter of fewer elements stays whole on every rank.
+    """
+
+    stage: int = 0
+    reduce_bucket: int = 500_000_000
+    overlap_comm: bool = False
+    contiguous_gradients: bool = True
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    secondary_partition: int = 1
+    persistence_threshold: int = 100_000
+
+    @classmethod
+    def of(cls, deepspeed_config: Mapping[str, Any]) -> ZeroSettings:
+        """From a DeepSpeed JSON as a mapping."""
+        zero = deepspeed_config.get("zero_optimization", {})
+        stage = zero.get("stage", 0)
+
+        def offloads(key: str) -> bool:
+            return zero.get(key, {}).get("device", "none") != "none"
+
+        return cls(
+            stage=stage,
+            reduce_bucket=int(zero.get("reduce_bucket_size", cls.reduce_bucket)),
+            overlap_comm=zero.get("overlap_comm", stage == 3),
+            contiguous_gradients=zero.get("contiguous_gradients", True),
+            offload_optimizer=offloads("offload_optimizer"),
+            offload_parameters=offloads("offload_param"),
+            secondary_partition=zero.get("zero_hpz_partition_size", 1),
+            persistence_threshold=int(zero.get("stage3_param_persistence_threshold", cls.persistence_threshold)),
+        )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One way of running one shape. Everything the formulas read.
+
+    Attributes:
+        length: tokens of one packed sequence.
+        zero_group: over which ranks ZeRO shards, as in the recipe.
+        accumulation: packed sequences per draft_dp rank and optimizer step.
+        tile_bytes: budget of one tile of the loss.
+    """
+
+    shape: DraftShape
+    length: int
+    ttt_steps: int = 7
+    draft_dp: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    zero: ZeroSettings = ZeroSettings()
+    zero_group: Literal["all", "draft_dp"] = "all"
+    activation: Activation = "recompute"
+    kv_exchange: KVExchange = "gather"
+    dtype: str = "bfloat16"
+    accumulation: int = 1
+    tile_bytes: int = 2**28
+    chunks_per_rank: int = 8
+
+    @classmethod
+    def of(cls, recipe: Recipe, deepspeed_config: Mapping[str, Any], shape: DraftShape, draft_dp: int) -> Setup:
+        """What a recipe says; `kv_exchange: auto` counts as gather until `choose_kv_exchange` has spoken."""
+        parallel = recipe.parallel
+        return cls(
+            shape=shape,
+            length=recipe.data.max_length,
+            ttt_steps=recipe.draft.ttt_steps,
+            draft_dp=draft_dp,
+            ring=parallel.ring,
+            ulysses=parallel.ulysses,
+            zero=ZeroSettings.of(deepspeed_config),
+            zero_group=parallel.zero_group,
+            activation=recipe.train.activation,
+            kv_exchange="ring" if parallel.kv_exchange == "ring" else "gather",
+            dtype=recipe.train.dtype,
+            accumulation=recipe.train.accumulation,
+            tile_bytes=recipe.loss.tile_bytes,
+            chunks_per_rank=parallel.chunks_per_rank,
+        )
+
+    @property
+    def sp(self) -> int:
+        """Ranks that share one sequence."""
+        return self.ring * self.ulysses
+
+    @property
+    def world_size(self) -> int:
+        return self.draft_dp * self.sp
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one entry of the training dtype."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def padded_length(self) -> int:
+        num_chunks, size = cut_into_chunks(self.length, self.ring, self.ulysses, self.chunks_per_rank)
+        return num_chunks * size
+
+    @property
+    def slots(self) -> int:
+        """Slots of one rank."""
+        return self.padded_length // self.sp
+
+    @property
+    def columns(self) -> int:
+        """Slots of one ring rank: its Ulysses peers hold a part each, and attend to all of them with a part of the heads."""
+        return self.padded_length // self.ring
+
+    @property
+    def zero_ranks(self) -> int:
+        """Ranks that share the sharded part of the training state."""
+        return self.world_size if self.zero_group == "all" else self.draft_dp
