@@ -1,0 +1,136 @@
+"""`python -m benchmarks.balance`: how evenly the span plan shares attention work over a ring of 8.
+
+Packs of 131072 tokens with documents of log-normal length, and one whole document. Beside the product's plan stand a contiguous
+cut and the zigzag cut (each rank takes one piece from the front and its mirror from the back), which are how ring attention is
+usually balanced. The measure is the largest rank's attention work over the mean: the ring waits for the largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.result_file import FOLDER, write_result
+from eagle3_ds.layout import SpanPlan, attention_work
+from eagle3_ds.layout.plan import IntArray
+
+LENGTH, RING, SPREAD = 131_072, 8, 1.0
+MEDIANS = (4_000, 16_000, 48_000)
+CUTS = ("span plan", "zigzag", "contiguous")
+
+
+@dataclass(frozen=True)
+class Balance:
+    """One kind of pack. `ratios` is largest over mean work by cut, a number per pack; `planning_ms` the product's time."""
+
+    documents: str
+    ratios: dict[str, list[float]]
+    planning_ms: list[float]
+
+    def quantile(self, cut: str, share: float) -> float:
+        return round(float(np.quantile(self.ratios[cut], share)), 4)
+
+    def as_dict(self) -> dict[str, object]:
+        """The summary that the table shows."""
+        cuts = {cut: {"median": self.quantile(cut, 0.5), "90th_percentile": self.quantile(cut, 0.9)} for cut in CUTS}
+        planning = {"median": round(float(np.median(self.planning_ms)), 2), "largest": round(max(self.planning_ms), 2)}
+        return {"documents": self.documents, "packs": len(self.planning_ms), **cuts, "planning_ms": planning}
+
+
+def simulated_pack(median: int, seed: int) -> list[int]:
+    """Document lengths that fill a pack: log-normal, the last one cut at the end."""
+    rng = np.random.default_rng(seed)
+    lengths: list[int] = []
+    room = LENGTH
+    while room:
+        lengths.append(min(room, max(1, int(rng.lognormal(np.log(median), SPREAD)))))
+        room -= lengths[-1]
+    return lengths
+
+
+def measure(documents: str, packs: Sequence[Sequence[int]]) -> Balance:
+    """Balance of every cut on every pack."""
+    ratios: dict[str, list[float]] = {cut: [] for cut in CUTS}
+    planning_ms = []
+    for lengths in packs:
+        started = time.perf_counter()
+        plan = SpanPlan.make(lengths, ring=RING)
+        planning_ms.append(1e3 * (time.perf_counter() - started))
+        work = attention_work(plan.position, plan.document >= 0)
+        for cut, of_rank in zip(CUTS, (plan.ring_work(), _zigzag(work), work.reshape(RING, -1).sum(1)), strict=True):
+            ratios[cut].append(float(of_rank.max() / of_rank.mean()))
+    return Balance(documents, ratios, planning_ms)
+
+
+def _zigzag(work: IntArray) -> IntArray:
+    pieces = work.reshape(2 * RING, -1).sum(1)
+    return pieces[:RING] + pieces[: RING - 1 : -1]
+
+
+def run(num_packs: int) -> list[Balance]:
+    """Every kind of pack, `num_packs` of each that is drawn by chance."""
+    simulated = [
+        measure(f"median {median // 1000}k", [simulated_pack(median, seed) for seed in range(num_packs)]) for median in MEDIANS
+    ]
+    return [*simulated, measure("one document", [[LENGTH]])]
+
+
+def draw(found: Sequence[Balance], path: Path) -> None:
+    """Box plots, one group per kind of pack: whiskers from the 10th to the 90th percentile."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    colors = ("tab:blue", "tab:orange", "tab:gray")
+    for place, (cut, color) in enumerate(zip(CUTS, colors, strict=True)):
+        boxes = axes.boxplot(
+            [balance.ratios[cut] for balance in found],
+            positions=np.arange(len(found)) + (place - 1) * 0.26,
+            widths=0.22,
+            whis=(10, 90),
+            showfliers=False,
+            patch_artist=True,
+            medianprops={"color": "black"},
+        )
+        for box in boxes["boxes"]:
+            box.set_facecolor(color)
+        axes.plot([], [], color=color, linewidth=8, label=cut)
+    axes.set_xticks(range(len(found)), [balance.documents for balance in found])
+    axes.set_ylabel("largest / mean attention work of a ring rank")
+    axes.set_title(f"Packs of {LENGTH} tokens, ring {RING}")
+    axes.axhline(1.0, color="black", linewidth=0.5)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.balance", description=__doc__)
+    parser.add_argument("--packs", type=int, default=200, help="simulated packs of each kind")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where JSON and PNG go")
+    options = parser.parse_args(arguments)
+    found = run(options.packs)
+    table = Table("documents", "cut", "median", "90th percentile", "planning ms: median", "largest", title="largest / mean work")
+    for balance in found:
+        for cut in CUTS:
+            times = [f"{np.median(balance.planning_ms):.1f}", f"{max(balance.planning_ms):.1f}"] if cut == CUTS[0] else ["", ""]
+            table.add_row(
+                balance.documents, cut, f"{balance.quantile(cut, 0.5):.3f}", f"{balance.quantile(cut, 0.9):.3f}", *times
+            )
+    Console().print(table)
+    body = {"length": LENGTH, "ring": RING, "log_normal_sigma": SPREAD, "balance": [balance.as_dict() for balance in found]}
+    path = write_result("balance", "python -m benchmarks.balance", body, options.folder)
+    draw(found, path.with_suffix(".png"))
+    print(f"{path} and {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()
