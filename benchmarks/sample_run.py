@@ -1,0 +1,154 @@
+"""A trainer and packs of any size, for benchmarks that measure the real step. Random weights and tokens, nothing on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from eagle3_ds.config import Recipe, fill_deepspeed_config
+from eagle3_ds.layout import PackedSequence
+from eagle3_ds.model import DraftModel, VocabularyMap
+from eagle3_ds.plan import DraftShape, Setup
+from eagle3_ds.topology import Topology, maybe_setup_distributed
+from eagle3_ds.train.trainer import DraftTrainer
+
+ROPE = {"rope_type": "default", "rope_theta": 500_000.0}
+
+
+@dataclass(frozen=True)
+class SampleRun:
+    """One run: a recipe's numbers without its files.
+
+    Attributes:
+        lengths: documents of each packed sequence; None is one document of `length`.
+        deepspeed: the DeepSpeed JSON as a mapping.
+        answered: share of each document, at its end, that the assistant said, so that is supervised.
+    """
+
+    shape: DraftShape
+    length: int
+    ttt_steps: int = 7
+    draft_dp: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    deepspeed: dict[str, Any] | None = None
+    zero_group: str = "all"
+    activation: str = "recompute"
+    kv_exchange: str = "gather"
+    dtype: str = "float32"
+    accumulation: int = 1
+    tile_bytes: int = 2**22
+    kernel: str = "auto"
+    lengths: tuple[int, ...] | None = None
+    answered: float = 1.0
+
+    @property
+    def world_size(self) -> int:
+        return self.draft_dp * self.ring * self.ulysses
+
+    def recipe(self) -> Recipe:
+        """`target` and `data` are there because a recipe has them, and are never opened."""
+        sections: dict[str, Any] = {
+            "target": {"path": "none"},
+            "draft": {
+                "vocab_size": self.shape.draft_vocab_size,
+                "ttt_steps": self.ttt_steps,
+                "num_layers": self.shape.num_layers,
+            },
+            "data": {"train": ("none",), "max_length": self.length},
+            "parallel": {
+                "draft_dp": self.draft_dp,
+                "ring": self.ring,
+                "ulysses": self.ulysses,
+                "zero_group": self.zero_group,
+                "kv_exchange": self.kv_exchange,
+            },
+            "attention": {"kernel": self.kernel},
+            "loss": {"tile_bytes": self.tile_bytes},
+            "train": {
+                "steps": 1,
+                "accumulation": self.accumulation,
+                "dtype": self.dtype,
+                "activation": self.activation,
+            },
+            "deepspeed": "none",
+            "output_dir": "none",
+        }
+        return Recipe.model_validate(sections)
+
+    def setup(self) -> Setup:
+        """The same as the planner sees it."""
+        return Setup.of(self.recipe(), self.deepspeed or {}, self.shape, self.draft_dp)
+
+    def config(self) -> LlamaConfig:
+        shape = self.shape
+        return LlamaConfig(
+            vocab_size=shape.vocab_size,
+            draft_vocab_size=shape.draft_vocab_size,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.num_heads,
+            num_key_value_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            max_position_embeddings=self.length,
+            rope_parameters=ROPE,
+            tie_word_embeddings=False,
+        )
+
+    def topology(self) -> Topology:
+        """Joins the world. Collective."""
+        return maybe_setup_distributed(self.ulysses, self.ring, self.draft_dp)
+
+    def trainer(self, topology: Topology) -> DraftTrainer:
+        """Collective; the same weights on all ranks."""
+        torch.manual_seed(0)
+        shape, recipe = self.shape, self.recipe()
+        settings = fill_deepspeed_config(self.deepspeed or {}, recipe, self.world_size, self.draft_dp)
+        embedding, head = (torch.randn(shape.vocab_size, shape.hidden_size) for _ in range(2))
+        kept = torch.arange(shape.draft_vocab_size)
+        vocabulary = VocabularyMap(torch.zeros_like(kept), torch.arange(shape.vocab_size) < len(kept))
+        return DraftTrainer(recipe, settings, topology, DraftModel(self.config()), embedding, head, vocabulary)
+
+    def packs(self, dp_rank: int = 0) -> list[PackedSequence]:
+        """The packs of one step of one draft_dp rank. Every teacher token is in the draft vocabulary."""
+        generator = torch.Generator().manual_seed(dp_rank)
+        return [self._pack(generator) for _ in range(self.accumulation)]
+
+    def _pack(self, generator: torch.Generator) -> PackedSequence:
+        shape, length = self.shape, self.length
+        lengths = self.lengths or (length,)
+        position = torch.cat([torch.arange(n) / n for n in lengths])
+        dtype = getattr(torch, self.dtype)
+
+        def tokens(vocabulary: int) -> Tensor:
+            return torch.randint(0, vocabulary, (length,), generator=generator)
+
+        def hidden(width: int) -> Tensor:
+            return torch.randn(length, width, generator=generator).to(dtype)
+
+        return PackedSequence(
+            token_ids=tokens(shape.vocab_size),
+            loss_mask=position >= 1 - self.answered,
+            lengths=lengths,
+            teacher_token=tokens(shape.draft_vocab_size),
+            aux=hidden(3 * shape.hidden_size),
+            teacher=hidden(shape.hidden_size),
+        )
+
+
+def small_buckets(deepspeed: dict[str, Any], elements: int = 100_000) -> dict[str, Any]:
+    """The same JSON with gradient buckets that fit a small model; DeepSpeed's default holds 500 million elements."""
+    zero = {**deepspeed.get("zero_optimization", {}), "reduce_bucket_size": elements}
+    return {**deepspeed, "zero_optimization": zero}
+
+
+def run_steps(trainer: DraftTrainer, packs: Sequence[PackedSequence], count: int) -> None:
+    """Optimizer steps on the same packs: the first creates the optimizer's state, the later ones are alike."""
+    for _ in range(count):
+        trainer.step(packs)
