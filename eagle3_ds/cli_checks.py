@@ -12,6 +12,8 @@ import torch
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe, recipe_differences
 from eagle3_ds.data.sources import expand_sources
 from eagle3_ds.kernels import select_kernel
+from eagle3_ds.loss import check_tile_bytes
+from eagle3_ds.model import slots_per_tile
 from eagle3_ds.target import check_supported, choose_aux_layers, load_text_config, resolve_path
 from eagle3_ds.topology import Mesh, check_heads
 
@@ -36,6 +38,8 @@ class TargetShape:
     """What the draft's checks need of the target's config."""
 
     vocab_size: int
+    hidden_size: int
+    intermediate_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -55,7 +59,8 @@ def target_shape(recipe: Recipe, dry_run: bool) -> TargetShape | None:
     build, path = recipe.target.build, Path(recipe.target.path)
     if build is not None and not path.exists():
         head_dim = build.hidden_size // build.num_heads
-        return TargetShape(build.vocab_size, build.num_heads, build.num_kv_heads, head_dim)
+        widths = (build.vocab_size, build.hidden_size, build.intermediate_size)
+        return TargetShape(*widths, build.num_heads, build.num_kv_heads, head_dim)
     if dry_run and not path.is_dir():
         return None
     config = load_text_config(resolve_path(recipe.target.path))
@@ -63,11 +68,12 @@ def target_shape(recipe: Recipe, dry_run: bool) -> TargetShape | None:
     choose_aux_layers(config.num_hidden_layers, recipe.target.aux_layers)
     num_heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    return TargetShape(config.vocab_size, num_heads, config.num_key_value_heads, head_dim)
+    widths = (config.vocab_size, config.hidden_size, config.intermediate_size)
+    return TargetShape(*widths, num_heads, config.num_key_value_heads, head_dim)
 
 
 def check_target(recipe: Recipe, shape: TargetShape) -> None:
-    """Raises ValueError when draft vocabulary or Ulysses degree do not fit the target."""
+    """Raises ValueError when draft vocabulary, Ulysses degree or a tile's byte budget do not fit the target."""
     if recipe.draft.vocab_size > shape.vocab_size:
         raise ValueError(
             f"draft.vocab_size is {recipe.draft.vocab_size}, larger than the target's vocabulary of "
@@ -81,6 +87,11 @@ def check_target(recipe: Recipe, shape: TargetShape) -> None:
             "must serve equally many query heads. Set draft.num_heads and draft.num_kv_heads."
         )
     check_heads(recipe.parallel.ulysses, num_heads, num_kv_heads)
+    itemsize = getattr(torch, recipe.train.dtype).itemsize
+    check_tile_bytes(recipe.loss.tile_bytes, recipe.draft.vocab_size, recipe.draft.ttt_steps, itemsize)
+    slots_per_tile(
+        shape.hidden_size, recipe.draft.intermediate_size or shape.intermediate_size, itemsize, recipe.train.tile_bytes
+    )
 
 
 def check_kernel(recipe: Recipe, accelerator: str, shape: TargetShape) -> str:

@@ -115,15 +115,9 @@ def loss_tiles(row: IntArray, supervised: NDArray[np.bool_], tile_bytes: int, vo
         ValueError: the budget is too small for a tile of one slot.
     """
     steps = len(supervised)
-    # fp32 each but the raw logits: teacher logits and probabilities per row, student logits, target and gradient per column.
-    per_row, per_column = vocabulary * (4 + 4 + itemsize), vocabulary * (4 + 4 + 4 + itemsize)
+    check_tile_bytes(tile_bytes, vocabulary, steps, itemsize)
+    per_row, per_column = _row_and_column_bytes(vocabulary, itemsize)
     columns = np.flatnonzero(supervised.any(0))
-    smallest = steps * per_row + per_column
-    if tile_bytes < smallest:
-        raise ValueError(
-            f"loss.tile_bytes = {tile_bytes} is too small for a tile of one slot with a draft vocabulary of {vocabulary} "
-            f"and {steps} TTT steps: at least {smallest} bytes are needed."
-        )
     ahead = 1 + np.arange(steps)[:, None]
     tiles: list[LossTile] = []
     start = 0
@@ -143,6 +137,25 @@ def loss_tiles(row: IntArray, supervised: NDArray[np.bool_], tile_bytes: int, vo
         tiles.append(LossTile(chosen, rows, place, starts))
         start += len(chosen)
     return tiles
+
+
+def check_tile_bytes(tile_bytes: int, vocabulary: int, steps: int, itemsize: int) -> None:
+    """Raises ValueError when the budget does not hold a tile of one slot."""
+    per_row, per_column = _row_and_column_bytes(vocabulary, itemsize)
+    smallest = steps * per_row + per_column
+    if tile_bytes < smallest:
+        raise ValueError(
+            f"loss.tile_bytes = {tile_bytes} is too small for a tile of one slot with a draft vocabulary of {vocabulary} "
+            f"and {steps} TTT steps: at least {smallest} bytes are needed."
+        )
+
+
+def _row_and_column_bytes(vocabulary: int, itemsize: int) -> tuple[int, int]:
+    """Bytes of the teacher's logits and probabilities of a row, and of logits, target and gradient of a column.
+
+    All fp32, but for the logits as the matmul gives them.
+    """
+    return vocabulary * (4 + 4 + itemsize), vocabulary * (4 + 4 + 4 + itemsize)
 
 
 class _TiledLoss(torch.autograd.Function):

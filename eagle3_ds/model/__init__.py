@@ -4,6 +4,15 @@ from eagle3_ds.model.config import build_draft_config
 from eagle3_ds.model.decoder import DraftCache
 from eagle3_ds.model.draft import DraftModel, UnrollSettings
 from eagle3_ds.model.patching import patch_attention
+from eagle3_ds.model.ttt_step import slots_per_tile
 from eagle3_ds.model.vocabulary import VocabularyMap
 
-__all__ = ["DraftCache", "DraftModel", "UnrollSettings", "VocabularyMap", "build_draft_config", "patch_attention"]
+__all__ = [
+    "DraftCache",
+    "DraftModel",
+    "UnrollSettings",
+    "VocabularyMap",
+    "build_draft_config",
+    "patch_attention",
+    "slots_per_tile",
+]

@@ -58,20 +58,19 @@ class LayerMemory(UnrollMemory):
         self.stash = stash
 
 
-def slots_per_tile(layer: DraftLayer, tile_bytes: int, num_slots: int) -> int:
-    """Slots whose transient tensors fit the budget: in backward about 8 of width I and 12 of width H each.
+def slots_per_tile(hidden_size: int, width: int, itemsize: int, tile_bytes: int) -> int:
+    """Slots whose transient tensors fit the budget: in backward about 7 of the MLP's width and 8 of the hidden size each.
 
     Raises:
         ValueError: the budget does not hold one slot.
     """
-    width, hidden = layer.mlp.gate_proj.out_features, layer.mlp.gate_proj.in_features
-    per_slot = (8 * width + 12 * hidden) * layer.input_layernorm.weight.element_size()
+    per_slot = (7 * width + 8 * hidden_size) * itemsize
     if tile_bytes < per_slot:
         raise ValueError(
-            f"train.tile_bytes = {tile_bytes} is too small for one slot of a draft layer of width {hidden} with an MLP of "
+            f"train.tile_bytes = {tile_bytes} is too small for one slot of a draft layer of width {hidden_size} with an MLP of "
             f"{width}: at least {per_slot} bytes are needed."
         )
-    return min(num_slots, tile_bytes // per_slot)
+    return tile_bytes // per_slot
 
 
 def ttt_step(
@@ -82,7 +81,7 @@ def ttt_step(
     if activation == "keep" or not torch.is_grad_enabled():
         attended = layer.self_attn.attend(*step.before(hidden, slice(None), layer.before_weights()), memory)
         return after_attention(hidden, attended, layer.after_weights(), layer.eps)
-    size = slots_per_tile(layer, tile_bytes, len(hidden))
+    size = slots_per_tile(hidden.shape[1], layer.mlp.gate_proj.out_features, hidden.element_size(), tile_bytes)
     tiles = [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]
     # The weights are inputs of step 0 alone, whose backward comes last and hands out the sums.
     weights = step.weights() if step.number == 0 else ()

@@ -77,6 +77,8 @@ def test_dry_run_says_what_it_could_not_check(capsys: pytest.CaptureFixture[str]
             ["parallel.ulysses is 4", "4 query heads and 2 key/value", "to 2;"],
         ),
         (["draft.vocab_size=5000"], ["draft.vocab_size is 5000", "4096"]),
+        (["loss.tile_bytes=1000"], ["loss.tile_bytes = 1000", "draft vocabulary of 2048", "bytes are needed"]),
+        (["train.tile_bytes=1000"], ["train.tile_bytes = 1000", "MLP of 512", f"at least {(7 * 512 + 8 * 192) * 4} bytes"]),
         (["parallel.ulises=4"], ["parallel.ulises", "Did you mean `ulysses`"]),
         (["deepspeed=nowhere.json"], ["nowhere.json is not a file"]),
         (["--num_nodes", "2"], ["--num_nodes is 2", "--hostfile"]),
