@@ -1,6 +1,7 @@
 """One softmax over the step-0 keys and the diagonal keys: merging by log-sum-exp, and its gradient.
 
-Plain torch, block by block, so that the temporaries stay small. Everything is computed in at least fp32.
+On CUDA one fused Triton kernel each way (merge_triton.py), elsewhere plain torch, block by block, so that the temporaries
+stay small. Everything is computed in at least fp32.
 
 Legend: S slots, Hq = N * G query heads, N key heads, D head size, B slots of one block.
 """
@@ -33,6 +34,11 @@ def merge_diagonals(
     """
     if not keys:
         return out0.to(q.dtype), lse0
+    if _is_fused(q):
+        # Triton is imported where it is needed: machines without CUDA need not have it.
+        from eagle3_ds.attention.merge_triton import fused_merge
+
+        return fused_merge(out0, lse0, q, keys, values, scale)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty_like(lse0, memory_format=torch.contiguous_format)
     for rows in _blocks(q):
@@ -65,11 +71,15 @@ def merge_diagonals_backward(
     Args:
         dout, q, keys, values: as in `merge_diagonals`.
         lse: [S, Hq], the merged one; delta: [S, Hq], row sum of dout * merged output. Both fp32 (fp64 for fp64).
-        dkeys, dvalues: one [S, N, D] per diagonal, in the dtype of the keys; the gradients are added to them.
+        dkeys, dvalues: one [S, N, D] per diagonal, contiguous, in the dtype of the keys; the gradients are added to them.
 
     Returns:
         dq [S, Hq, D] in the dtype of q, the diagonal part only.
     """
+    if _is_fused(q):
+        from eagle3_ds.attention.merge_triton import fused_merge_backward
+
+        return fused_merge_backward(dout, q, keys, values, lse, delta, scale, dkeys, dvalues)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     for rows in _blocks(q):
         q_BNGD, dout_BNGD = (_grouped(x[rows], keys[0]) for x in (q, dout))
@@ -84,6 +94,11 @@ def merge_diagonals_backward(
             _add_over_group(dvalue[rows], p_BNG, dout_BNGD)
         dq[rows] = dq_BNGD.flatten(1, 2)
     return dq
+
+
+def _is_fused(q: Tensor) -> bool:
+    """Triton's kernels compute in fp32: fp64, which only checks use, stays with torch."""
+    return q.is_cuda and q.dtype != torch.float64
 
 
 def _add_over_group(total_BND: Tensor, weight_BNG: Tensor, x_BNGD: Tensor) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from eagle3_ds.attention import merge
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SCALE = 0.2
@@ -76,10 +79,14 @@ def assert_close(actual: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     assert distance <= TOLERANCE[dtype], distance
 
 
-def check_merge(shape: Shape, device: str, dtype: torch.dtype) -> None:
+def check_merge(
+    shape: Shape,
+    device: str,
+    dtype: torch.dtype,
+    merge_diagonals: Callable[..., tuple[Tensor, Tensor]] = merge.merge_diagonals,
+    merge_diagonals_backward: Callable[..., Tensor] = merge.merge_diagonals_backward,
+) -> None:
     """Output, log-sum-exp, and every gradient, the diagonals' added to what is there already."""
-    from eagle3_ds.attention.merge import merge_diagonals, merge_diagonals_backward
-
     inputs = make_inputs(shape, device, dtype)
     wanted_out, wanted_lse, wanted_dq, wanted_dkeys, wanted_dvalues = expected(inputs)
     out, lse = merge_diagonals(inputs.out0, inputs.lse0, inputs.q, inputs.keys, inputs.values, SCALE)
