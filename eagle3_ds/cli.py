@@ -48,6 +48,10 @@ COMMANDS = {
     "export": "write the trained draft of a finished run for vLLM / SGLang and speculators",
     "report": "draw report.png of a run from its metrics.jsonl and eval.json",
 }
+# Commands with sub-commands of their own: the module whose `run(arguments, console)` they are, and their meaning.
+TOOLS = {
+    "store": ("eagle3_ds.cli_store", "verify, describe or import hidden states: store verify | info | import"),
+}
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     command, *rest = arguments
     console = Console(soft_wrap=True)
-    if command not in COMMANDS:
-        print(f"eagle3-ds: there is no command {command!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
+    if command not in COMMANDS and command not in TOOLS:
+        print(f"eagle3-ds: there is no command {command!r}. Commands: {', '.join([*COMMANDS, *TOOLS])}.", file=sys.stderr)
         return 2
-    options = _parser(command).parse_intermixed_args(rest)
     try:
-        return _run_command(command, options, console)
+        if command in TOOLS:
+            return int(importlib.import_module(TOOLS[command][0]).run(rest, console))
+        return _run_command(command, _parser(command).parse_intermixed_args(rest), console)
     except ValueError as error:
         print(f"eagle3-ds {command}: {error}", file=sys.stderr)
         return 2
@@ -202,9 +207,10 @@ def _save_resolved(recipe: Recipe) -> None:
 
 
 def _overview() -> str:
-    width = max(map(len, COMMANDS))
+    meanings = COMMANDS | {name: meaning for name, (_, meaning) in TOOLS.items()}
+    width = max(map(len, meanings))
     lines = ["usage: eagle3-ds COMMAND RECIPE [OPTIONS] [section.key=value ...]", ""]
-    lines += [f"  {name:{width}}  {meaning}" for name, meaning in COMMANDS.items()]
+    lines += [f"  {name:{width}}  {meaning}" for name, meaning in meanings.items()]
     return "\n".join([*lines, "", "eagle3-ds COMMAND --help tells a command's options."])
 
 

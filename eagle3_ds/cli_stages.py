@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,6 +33,15 @@ from eagle3_ds.target import (
 from eagle3_ds.topology import detect_accelerator
 
 
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a run, and what their hidden states are and come from."""
+
+    data: PreparedData
+    layout: Layout
+    fingerprint: Fingerprint
+
+
 def prepare(recipe: Recipe, console: Console) -> None:
     """Target, documents, hidden states, draft vocabulary; writes vocabulary.safetensors and prepared.json.
 
@@ -41,27 +51,14 @@ def prepare(recipe: Recipe, console: Console) -> None:
     if section.build is not None:
         _say(console, f"target: {section.path}")
         build_target(section, stdlib_text(), (row["messages"] for row in stdlib_conversations()))
-    folder = resolve_path(section.path)
-    config = load_text_config(folder)
-    check_supported(config, section.path)
-    aux_layers = choose_aux_layers(config.num_hidden_layers, section.aux_layers)
-    fingerprint = target_fingerprint(folder, aux_layers, section.dtype)
-    data = prepare_data(recipe, load_tokenizer(section), fingerprint["tokenizer"], config.vocab_size)
-    counts = data.statistics
-    _say(
-        console,
-        f"data: {counts.train_documents} documents, {counts.train_supervised_tokens:,} of {counts.train_tokens:,} "
-        f"tokens supervised; {counts.heldout_documents} held out; longest {counts.longest} tokens; "
-        f"{counts.too_long_dropped} too long and dropped, {counts.truncated} truncated",
-    )
-    if recipe.eval.num_prompts and not counts.heldout_documents:
+    documents = tokenise(recipe, console)
+    data, fingerprint = documents.data, documents.fingerprint
+    if recipe.eval.num_prompts and not data.statistics.heldout_documents:
         raise ValueError(
             f"eval.num_prompts is {recipe.eval.num_prompts}, but no conversation is held out (data.heldout_fraction "
             f"{recipe.data.heldout_fraction}). Raise it, name data.heldout, or set eval.num_prompts to 0."
         )
-    fingerprint = {**fingerprint, "documents": data.fingerprint}
-    layout = Layout(3 * config.hidden_size, config.hidden_size, recipe.data.hidden_dtype)
-    store = _captured(recipe, data, layout, fingerprint, console)
+    store = _captured(recipe, data, documents.layout, fingerprint, console)
     _say(console, f"hidden states: {store}")
     output_dir = Path(recipe.output_dir)
     vocabulary = VocabularyMap.from_counts(data.supervised_counts, recipe.draft.vocab_size)
@@ -75,6 +72,26 @@ def prepare(recipe: Recipe, console: Console) -> None:
         "store_fingerprint": dict(fingerprint),
     }
     (output_dir / "prepared.json").write_text(json.dumps(prepared, indent=2) + "\n")
+
+
+def tokenise(recipe: Recipe, console: Console) -> Documents:
+    """The documents of the recipe's data, made now or by an earlier run. The target must be there."""
+    section = recipe.target
+    folder = resolve_path(section.path)
+    config = load_text_config(folder)
+    check_supported(config, section.path)
+    aux_layers = choose_aux_layers(config.num_hidden_layers, section.aux_layers)
+    fingerprint = target_fingerprint(folder, aux_layers, section.dtype)
+    data = prepare_data(recipe, load_tokenizer(section), fingerprint["tokenizer"], config.vocab_size)
+    counts = data.statistics
+    _say(
+        console,
+        f"data: {counts.train_documents} documents, {counts.train_supervised_tokens:,} of {counts.train_tokens:,} "
+        f"tokens supervised; {counts.heldout_documents} held out; longest {counts.longest} tokens; "
+        f"{counts.too_long_dropped} too long and dropped, {counts.truncated} truncated",
+    )
+    layout = Layout(3 * config.hidden_size, config.hidden_size, recipe.data.hidden_dtype)
+    return Documents(data, layout, {**fingerprint, "documents": data.fingerprint})
 
 
 def _captured(recipe: Recipe, data: PreparedData, layout: Layout, fingerprint: Fingerprint, console: Console) -> Path:

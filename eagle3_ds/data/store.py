@@ -60,6 +60,7 @@ class HiddenStateStore:
         self.path = path
         self.layout: Layout = index.layout
         self.fingerprint: Fingerprint = index.fingerprint
+        self.origin = index.origin
         self.shards = {shard.file: shard for shard in index.shards}
         self._runs = {document: _runs(pieces) for document, pieces in pieces_by_document(index.shards).items()}
         self.lengths = {document: runs[-1].stop for document, runs in self._runs.items()}

@@ -5,8 +5,9 @@ Everything read here may have been damaged, or written by somebody else: nothing
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal, NamedTuple
@@ -64,7 +65,7 @@ class Layout:
     @property
     def row_bytes(self) -> int:
         """Bytes of one token in a shard, its checksums included."""
-        return sum(shape[1] * dtype.itemsize if len(shape) > 1 else dtype.itemsize for shape, dtype in self.tensors(1).values())
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors(1).values())
 
     @property
     def read_dtype(self) -> torch.dtype:
@@ -128,11 +129,12 @@ class Shard(BaseModel):
 
 
 class StoreIndex(BaseModel):
-    """Contents of index.json."""
+    """Contents of index.json. `origin` says who computed the hidden states."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[2]
+    origin: str
     layout: Layout
     fingerprint: dict[str, str]
     shards: list[Shard]
@@ -202,12 +204,6 @@ def read_index(folder: Path) -> StoreIndex:
         place = ".".join(map(str, first["loc"])) or "index"
         problem = first["msg"].removeprefix("Value error, ")
         raise ValueError(f"{file} is damaged ({place}: {problem}): {again}") from error
-
-
-def index_text(layout: Layout, fingerprint: Mapping[str, str], shards: Sequence[Shard]) -> str:
-    """Contents of index.json."""
-    index = StoreIndex(format=STORE_FORMAT, layout=layout, fingerprint=dict(fingerprint), shards=list(shards))
-    return index.model_dump_json(indent=1) + "\n"
 
 
 def shard_header(path: Path) -> bytes:

@@ -27,17 +27,20 @@ from eagle3_ds.data.store_index import (
     IDENTITY,
     INDEX_FILE,
     PIECES,
+    STORE_FORMAT,
     ColumnName,
     Layout,
     Piece,
     Shard,
+    StoreIndex,
     covers,
     exponent_of,
     header_crc32,
-    index_text,
 )
 from eagle3_ds.data.store_rows import LARGEST_FLOAT8, crc32, encode_float8, first_beyond, row_checksums
 
+CAPTURED = "capture"
+"""Origin of hidden states that this program computed."""
 SHARD_BYTES = 2**30
 OVERHEAD = 4096
 """Bytes of headers and index per document, rounded up generously."""
@@ -49,7 +52,8 @@ def required_bytes(lengths: Mapping[int, int], layout: Layout) -> int:
 
 
 class HiddenStateWriter:
-    """Fills the store at `path` with the documents of `lengths` ({document_id: tokens}), in any order.
+    """Fills the store at `path` with the documents of `lengths` ({document_id: tokens}), in any order. `origin` says who
+    computed their hidden states.
 
     Continues an interrupted capture: `missing()` lists what is still to do. Several processes may write at once, each with
     its own `rank`: whole documents, or the rows of each document that the rank holds. All are made before any of them
@@ -72,13 +76,16 @@ class HiddenStateWriter:
         fingerprint: Fingerprint,
         shard_bytes: int = SHARD_BYTES,
         rank: int = 0,
+        origin: str = CAPTURED,
     ) -> None:
         self.path = Path(path)
         self.partial = self.path.with_name(f"{self.path.name}.partial")
         self.lengths = dict(lengths)
         self.layout = layout
         self.fingerprint = dict(fingerprint)
-        self._identity = {**fingerprint, "layout": f"{layout.aux_width} + {layout.teacher_width} {layout.dtype}"}
+        self.origin = origin
+        text = f"{layout.aux_width} + {layout.teacher_width} {layout.dtype}"
+        self._identity = {**fingerprint, "layout": text, "origin": origin}
         self.shard_bytes = shard_bytes
         self.rank = rank
         self._tensors: dict[str, Tensor] = {}
@@ -174,7 +181,10 @@ class HiddenStateWriter:
         for leftover in self.partial.glob(".shard-*"):
             leftover.unlink()
         aside = self.partial / f".{INDEX_FILE}"
-        aside.write_text(index_text(self.layout, self.fingerprint, shards))
+        index = StoreIndex(
+            format=STORE_FORMAT, origin=self.origin, layout=self.layout, fingerprint=self.fingerprint, shards=shards
+        )
+        aside.write_text(index.model_dump_json(indent=1) + "\n")
         _sync(aside)
         os.rename(aside, self.partial / INDEX_FILE)
         _sync(self.partial)

@@ -88,6 +88,7 @@ def test_an_interrupted_capture_continues(tmp_path):
     store = second.finish()
     store.verify()
     store.require_documents(LENGTHS)
+    assert store.origin == "capture" and filled(tmp_path / "t", origin="elsewhere").origin == "elsewhere"
     assert torch.equal(store.rows(0, "aux", 0, 5), states(0, 5)[0])
     assert not first.partial.exists()
     assert not list((tmp_path / "s").glob(".*"))
@@ -127,7 +128,11 @@ def test_another_fingerprint_is_refused_by_field(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"fingerprint": {**PRINT, "target": "t2"}}, "target: stored t1, expected t2"), ({"dtype": "float16"}, "layout")],
+    [
+        ({"fingerprint": {**PRINT, "target": "t2"}}, "target: stored t1, expected t2"),
+        ({"dtype": "float16"}, "layout"),
+        ({"origin": "x"}, "origin: stored capture, expected x"),
+    ],
 )
 def test_a_capture_does_not_continue_another_one(tmp_path, change, message):
     first = writer(tmp_path / "s")

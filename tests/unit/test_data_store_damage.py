@@ -199,6 +199,7 @@ HOSTILE = {
     "dtype as a list": layout(dtype=["float32"]),
     "fingerprint of numbers": lambda index: index["fingerprint"].update(target=1),
     "no fingerprint": lambda index: index.pop("fingerprint"),
+    "no origin": lambda index: index.pop("origin"),
     "shards are a name": lambda index: index.update(shards="shard-0000-000000.safetensors"),
 }
 

@@ -1,0 +1,180 @@
+"""Importing the offline hidden states of another trainer, checked against the target as far as that can be done.
+
+Legend: L rows, Ht hidden size of the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from eagle3_ds.cli_import_check import COMPARED_SAMPLES, compare_with_target
+from eagle3_ds.cli_stages import Documents, tokenise
+from eagle3_ds.config import Recipe
+from eagle3_ds.data import HiddenStateStore, HiddenStateWriter
+from eagle3_ds.data.fingerprint import store_folder
+from eagle3_ds.data.import_files import ForeignFiles, open_foreign
+from eagle3_ds.data.import_store import fill_store, match_documents, write_rows
+from eagle3_ds.target import (
+    choose_aux_layers,
+    load_embedding_and_head,
+    load_target,
+    load_text_config,
+    resolve_path,
+    teacher_tokens,
+)
+from eagle3_ds.target.weights import weight_files
+from eagle3_ds.topology import detect_accelerator
+
+
+@dataclass(frozen=True)
+class TargetEnd:
+    """What follows the last layer of the target: its final norm, and the head [V, Ht]."""
+
+    norm: nn.Module
+    head: Tensor
+
+    @torch.no_grad()
+    def finish(self, last: Tensor, is_normed: bool) -> tuple[Tensor, Tensor]:
+        """Last states [n, Ht] -> teacher [n, Ht] behind the norm, and its tokens int64 [n]."""
+        last = last.to(self.head.device, self.head.dtype)
+        teacher = last if is_normed else self.norm(last)
+        return teacher, teacher_tokens(teacher, self.head)
+
+
+def import_store(recipe: Recipe, source: Path, hidden_states: Path | None, check: bool, console: Console) -> None:
+    """Write the rows of tokens to `data.train`, and the hidden states to where `prepare` looks for them.
+
+    An interrupted import continues when it is run again.
+
+    Args:
+        hidden_states: the folder of `hs_*.safetensors` where it is not inside the data set of speculators.
+        check: load the target and compare some samples with what it computes.
+
+    Raises:
+        ValueError: files that are damaged or of another target or other layers, or a recipe that they do not fit.
+    """
+    rows_file = _rows_file(recipe)
+    files = open_foreign(source, hidden_states)
+    _say(console, f"import: {len(files)} samples of {files.writer} in {source}")
+    folder = resolve_path(recipe.target.path)
+    config = load_text_config(folder)
+    aux_layers = choose_aux_layers(config.num_hidden_layers, recipe.target.aux_layers)
+    _check_shape(files, source, config)
+    if check:
+        target = load_target(recipe.target, device=detect_accelerator())
+        for line in compare_with_target(files, target):
+            _say(console, f"checked: {line}")
+        end = TargetEnd(target.model.model.norm, target.head)
+        del target
+    else:
+        _check_layers(files, aux_layers, config.num_hidden_layers)
+        end = load_target_end(folder, config, getattr(torch, recipe.target.dtype))
+    rows = write_rows(files, rows_file, recipe.data.max_length, _progress(range(len(files)), "tokens"))
+    _say(console, f"rows: {rows.text}; in {rows_file}")
+    documents = tokenise(recipe, console)
+    matches = match_documents((documents.data.train, documents.data.heldout), rows)
+    store = _fill(recipe, files, documents, matches, end, console)
+    _say(console, f"hidden states: {store}")
+    for line in _on_trust(files, aux_layers, check):
+        _say(console, f"taken on trust: {line}")
+
+
+def _fill(
+    recipe: Recipe,
+    files: ForeignFiles,
+    documents: Documents,
+    matches: dict[int, list[int]],
+    end: TargetEnd,
+    console: Console,
+) -> Path:
+    path = store_folder(recipe.data.cache_dir, documents.fingerprint, documents.layout.dtype)
+    lengths = documents.data.lengths()
+    if path.is_dir():
+        HiddenStateStore.open(path, documents.fingerprint).require_documents(lengths)
+        return path
+    writer = HiddenStateWriter(path, lengths, documents.layout, documents.fingerprint, origin=files.writer)
+    _say(console, f"hidden states: {writer.size_text}")
+    fill_store(
+        files, matches, writer, lambda last: end.finish(last, files.last_is_normed), _progress(list(matches), "hidden states")
+    )
+    writer.finish()
+    return path
+
+
+def _rows_file(recipe: Recipe) -> Path:
+    path = Path(recipe.data.train[0])
+    if len(recipe.data.train) != 1 or path.suffix != ".jsonl" or recipe.data.heldout:
+        raise ValueError(
+            f"data.train is {list(recipe.data.train)} and data.heldout {list(recipe.data.heldout)}: an import writes its rows of "
+            "tokens to the one .jsonl file in data.train, and holds out a share of them. Set data.train='[imported.jsonl]' and "
+            "data.heldout='[]'"
+        )
+    return path
+
+
+def _check_shape(files: ForeignFiles, source: Path, config: Any) -> None:
+    """The first sample's width, before anything is loaded or written."""
+    sample = next((sample for index in range(len(files)) if (sample := files.sample(index)) is not None), None)
+    if sample is None:
+        raise ValueError(f"--from {source}: none of the {len(files)} samples has hidden states. Generate them first.")
+    width = sample.last.shape[1]
+    if width != config.hidden_size:
+        raise ValueError(
+            f"{sample.place} holds hidden states of {width}, the target's are {config.hidden_size} wide: they were computed by "
+            "another model. Name that one in target.path."
+        )
+
+
+def _check_layers(files: ForeignFiles, aux_layers: Sequence[int], num_layers: int) -> None:
+    """Without the target, what the files' writer does by default is all there is to know."""
+    written = files.aux_layers(num_layers)
+    if tuple(aux_layers) != written:
+        raise ValueError(
+            f"{files.writer} writes the inputs of layers {list(written)} of a target of {num_layers} layers, and the recipe "
+            f"wants those of {list(aux_layers)}. Set target.aux_layers='{list(written)}', or leave --skip-check out, so that "
+            "the layers are looked for."
+        )
+
+
+def load_target_end(folder: Path, config: Any, dtype: torch.dtype) -> TargetEnd:
+    """The target's final norm and head, and nothing else of its weights. Raises ValueError when its norm is not found."""
+    with torch.device("meta"):
+        norm = transformers.AutoModelForCausalLM.from_config(config).model.norm
+    files = weight_files(folder)
+    names = {name.removeprefix("model.norm."): name for name in files if name.startswith("model.norm.")}
+    if set(names) != set(norm.state_dict()):
+        raise ValueError(f"{folder} has no weights {', '.join(f'model.norm.{name}' for name in norm.state_dict())}")
+    weights = {}
+    for key, name in names.items():
+        with safe_open(files[name], framework="pt") as file:
+            weights[key] = file.get_tensor(name).to(dtype)
+    norm.load_state_dict(weights, assign=True)
+    device = detect_accelerator()
+    return TargetEnd(norm.to(device), load_embedding_and_head(folder, dtype)[1].to(device))
+
+
+def _on_trust(files: ForeignFiles, aux_layers: Sequence[int], checked: bool) -> list[str]:
+    """What could not be checked."""
+    lines = [f"the tokens and masks, as {files.writer} wrote them: no template or tokenizer was applied"]
+    if checked:
+        return [*lines, f"that the samples which were not compared with the target are like the {COMPARED_SAMPLES} that were"]
+    return [*lines, f"that the hidden states are this target's, of the inputs of its layers {list(aux_layers)}"]
+
+
+def _progress(numbers: Sequence[int], what: str) -> Any:
+    return tqdm(numbers, desc=what, unit=" samples")
+
+
+def _say(console: Console, text: str) -> None:
+    """Plain text: brackets in a path are not markup."""
+    console.print(text, markup=False, highlight=False)

@@ -1,0 +1,92 @@
+"""What imported hidden states are, found out by running the target over the beginning of a few samples.
+
+Legend: n rows that are compared, Ht hidden size of the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from eagle3_ds.data.import_files import ForeignFiles, Sample
+from eagle3_ds.target import Target
+
+COMPARED_SAMPLES = 3
+COMPARED_ROWS = 512
+FAR = 0.1
+"""Relative error above which hidden states are another model's. Other kernels in bfloat16 differ by a hundredth or so."""
+
+
+def compare_with_target(files: ForeignFiles, target: Target) -> Iterator[str]:
+    """A line for each sample that was compared, spread over the files.
+
+    Raises:
+        ValueError: states of another model, of other layers, or on the other side of the final norm.
+    """
+    places = {round(part * (len(files) - 1) / (COMPARED_SAMPLES - 1)) for part in range(COMPARED_SAMPLES)}
+    for index in sorted(places):
+        sample = files.sample(index)
+        if sample is not None:
+            error = _compare(sample, files.last_is_normed, target)
+            yield f"{sample.place} is what the target computes, to a relative error of {error:.1e}"
+
+
+def _compare(sample: Sample, last_is_normed: bool, target: Target) -> float:
+    """The largest of the relative errors of the three aux states and the last one, each a median over the rows."""
+    length = min(len(sample.token_ids), COMPARED_ROWS)
+    token_ids = sample.token_ids[:length]
+    if int(token_ids.max()) >= len(target.head):
+        raise ValueError(
+            f"{sample.place} holds token {int(token_ids.max())}, and the target's vocabulary has {len(target.head)}. Name the "
+            "model that the files were made with in target.path"
+        )
+    layers, ends = _run(target, token_ids)
+    aux, last = sample.states(0, length)
+    distances = [[_distance(part, layer) for layer in layers] for part in aux.chunk(3, dim=-1)]
+    _require_layers(sample.place, distances, target.aux_layers)
+    near, other = (_distance(last, ends[side]) for side in (last_is_normed, not last_is_normed))
+    if near > FAR:
+        raise ValueError(
+            f"{sample.place}: the last hidden state should lie {'behind' if last_is_normed else 'before'} the target's final "
+            f"norm and is {near:.2f} away from it (relative error; {other:.2f} from the other side). The files are another "
+            "model's, or of a version of their writer that is not known here"
+        )
+    return max(near, *(errors[layer] for errors, layer in zip(distances, target.aux_layers, strict=True)))
+
+
+@torch.no_grad()
+def _run(target: Target, token_ids: Tensor) -> tuple[list[Tensor], dict[bool, Tensor]]:
+    """The inputs of all layers, and the last hidden state before (False) and behind (True) the final norm; [n, Ht] each."""
+    base = target.model.model
+    before_norm: list[Tensor] = []
+    hook = base.norm.register_forward_pre_hook(lambda _module, inputs: before_norm.append(inputs[0][0]))
+    output = base(input_ids=token_ids[None].to(target.device), output_hidden_states=True, use_cache=False)
+    hook.remove()
+    # The last one that transformers collects is behind the norm, and no layer's input.
+    inputs = [hidden[0] for hidden in output.hidden_states[:-1]]
+    return inputs, {False: before_norm[0], True: output.last_hidden_state[0]}
+
+
+def _require_layers(place: str, distances: Sequence[Sequence[float]], wanted: Sequence[int]) -> None:
+    """Judge the distance of each aux state from the input of every layer."""
+    nearest = [min(range(len(errors)), key=errors.__getitem__) for errors in distances]
+    least = [errors[layer] for errors, layer in zip(distances, nearest, strict=True)]
+    if max(least) > FAR:
+        raise ValueError(
+            f"{place}: these hidden states are not the target's, they are {max(least):.2f} away from the nearest layers "
+            f"{nearest} (relative error). Name the model that computed them in target.path, with the weights it had then"
+        )
+    # Twice the least: neighbouring layers may be closer to each other than bfloat16 tells apart.
+    if any(errors[layer] > 2 * low for errors, layer, low in zip(distances, wanted, least, strict=True)):
+        raise ValueError(
+            f"{place} holds the inputs of layers {nearest} of the target, and the recipe wants those of {list(wanted)}. Set "
+            f"target.aux_layers='{nearest}'"
+        )
+
+
+def _distance(rows: Tensor, reference: Tensor) -> float:
+    """Median over the rows of the relative error of `rows`, both [n, Ht]."""
+    rows, reference = rows.float().cpu(), reference.float().cpu()
+    return float(((rows - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-30)).median())
