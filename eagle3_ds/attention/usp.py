@@ -132,7 +132,7 @@ class LlamaUSPFlashAttention(nn.Module):
         """
         out, lse, q_heads = attended
         assert memory.prefix is not None
-        if not memory.dkeys:
+        if step > 0 and not memory.dkeys:
             memory.dkeys = [torch.zeros_like(key) for key in memory.keys]
             memory.dvalues = [torch.zeros_like(value) for value in memory.values]
         dtype = accumulation_dtype(out.dtype)
@@ -205,7 +205,8 @@ class _Attend(torch.autograd.Function):
         memory: UnrollMemory,
     ) -> tuple[Tensor, Tensor]:
         ctx.attention, ctx.memory, ctx.step = attention, memory, memory.next_step
-        attended = attention.attend_forward(q, k, v, memory)
+        # Remembered without their graph, which holds the memory: a cycle that no collector sees, and that would outlive the step.
+        attended = attention.attend_forward(q, k.detach(), v.detach(), memory)
         ctx.save_for_backward(q, *attended)
         return attended.out, q.new_zeros(())
 

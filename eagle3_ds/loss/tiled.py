@@ -95,7 +95,9 @@ def tiled_soft_cross_entropy(taps: LossTaps, norm_weight: Tensor, head_weight: T
         norm_weight: [H], the draft's final norm; head_weight: [Vd, H]. Trained, both.
     """
     total, step_loss, hits, joint_hits = _TiledLoss.apply(inputs, taps, norm_weight, head_weight, *taps.tickets)
+    # The tickets hold the graph, which holds the taps: a cycle that no collector sees, and that would outlive the step.
     taps.hidden.clear()
+    taps.tickets.clear()
     joint = inputs.supervised.cumprod(0)
     return LossSum(total, step_loss, hits, inputs.supervised.sum(1).float(), joint_hits, joint.sum(1).to(torch.float32))
 

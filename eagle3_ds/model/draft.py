@@ -104,6 +104,9 @@ class DraftModel(nn.Module):
                 assert isinstance(layer, DraftLayer)
                 hidden = ttt_step(layer, hidden, constants, memory, settings.activation, settings.tile_bytes)
             hidden = on_step(hidden)
+        for memory in memories:
+            # It holds the graph, which holds the memory: a cycle that no collector sees, and that would outlive the step.
+            memory.ticket = None
 
     def project_aux(self, aux: Tensor) -> Tensor:
         """The step-0 hidden state: aux [S, 3 * Ht] -> [S, H]."""
