@@ -42,7 +42,9 @@ class SampleRun:
     kv_exchange: str = "gather"
     dtype: str = "float32"
     accumulation: int = 1
+    kv_bytes: int = 0
     tile_bytes: int = 2**22
+    loss_tile_bytes: int = 2**22
     kernel: str = "auto"
     lengths: tuple[int, ...] | None = None
     answered: float = 1.0
@@ -67,14 +69,16 @@ class SampleRun:
                 "ulysses": self.ulysses,
                 "zero_group": self.zero_group,
                 "kv_exchange": self.kv_exchange,
+                "kv_bytes": self.kv_bytes,
             },
             "attention": {"kernel": self.kernel},
-            "loss": {"tile_bytes": self.tile_bytes},
+            "loss": {"tile_bytes": self.loss_tile_bytes},
             "train": {
                 "steps": 1,
                 "accumulation": self.accumulation,
                 "dtype": self.dtype,
                 "activation": self.activation,
+                "tile_bytes": self.tile_bytes,
             },
             "deepspeed": "none",
             "output_dir": "none",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from eagle3_ds.plan.setup import Setup
+from eagle3_ds.plan.setup import KVExchange, Setup
 
 STATISTIC = 4
 """Bytes of one log-sum-exp or delta: fp32 beside any training dtype."""
@@ -80,15 +80,37 @@ def _gathered(setup: Setup) -> list[Traffic]:
 
 
 def _streamed(setup: Setup) -> Traffic:
-    """Each step passes the blocks of keys and values round, and in backward again, with their fp32 gradients behind.
+    """Blocks of keys and values pass round; those of the first hops are kept after step 0, the others pass in every step.
 
-    A block makes ring - 1 hops; its gradient ring of them, the last one home.
+    In backward the gradients of passing blocks follow them, the last hop being home, and those of kept blocks make one lap at
+    the end, several in one message where they have one owner. Gradients are fp32.
     """
+    steps, ring, kept = setup.ttt_steps, setup.ring, kept_blocks(setup)
+    passing = ring - kept
+    blocks = (ring - 1) + (2 * steps - 1) * passing
+    gradients = steps * passing + (ring - 1 if kept > 1 else 0)
     entries = setup.columns * 2 * setup.shape.kv_size // setup.ulysses
-    hops, layers, steps = setup.ring - 1, setup.shape.num_layers, setup.ttt_steps
-    calls = layers * steps * (2 * hops + setup.ring)
-    payload = layers * steps * entries * (2 * hops * setup.itemsize + setup.ring * ACCUMULATED)
-    return Traffic("ring", "send", calls, payload, setup.ring)
+    layers = setup.shape.num_layers
+    payload = layers * entries * (blocks * setup.itemsize + gradients * ACCUMULATED)
+    return Traffic("ring", "send", layers * (blocks + gradients), payload, ring)
+
+
+def block_bytes(setup: Setup) -> int:
+    """One ring rank's keys and values for one Ulysses rank's heads, one layer, with their fp32 gradients."""
+    return setup.columns * 2 * setup.shape.kv_size // setup.ulysses * (setup.itemsize + ACCUMULATED)
+
+
+def kept_blocks(setup: Setup) -> int:
+    """Blocks that `kv_exchange: ring` holds between the TTT steps in each layer, a rank's own among them."""
+    return min(setup.ring, 1 + setup.kv_bytes // block_bytes(setup))
+
+
+def choose_kv_exchange(setup: Setup) -> KVExchange:
+    """What `kv_exchange: auto` means: gather, which sends least, unless what other ranks contribute exceeds `kv_bytes` a layer.
+
+    The same on all ranks and for all packs, because it depends on the packing length and not on a pack.
+    """
+    return "gather" if (setup.ring - 1) * block_bytes(setup) <= setup.kv_bytes else "ring"
 
 
 def state_traffic(setup: Setup) -> list[Traffic]:

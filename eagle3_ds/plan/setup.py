@@ -133,7 +133,8 @@ class Setup:
         length: tokens of one packed sequence.
         zero_group: over which ranks ZeRO shards, as in the recipe.
         accumulation: packed sequences per draft_dp rank and optimizer step.
-        tile_bytes: budget of one tile of the loss.
+        kv_bytes: what a rank may hold of other ranks' step-0 keys and values in each layer, gradients included.
+        tile_bytes, loss_tile_bytes: budgets of one tile of slots in a layer, and of one tile of the loss.
     """
 
     shape: DraftShape
@@ -148,7 +149,9 @@ class Setup:
     kv_exchange: KVExchange = "gather"
     dtype: str = "bfloat16"
     accumulation: int = 1
-    tile_bytes: int = 2**28
+    kv_bytes: int = 2**33
+    tile_bytes: int = 2**30
+    loss_tile_bytes: int = 2**28
     chunks_per_rank: int = 8
 
     @classmethod
@@ -168,7 +171,9 @@ class Setup:
             kv_exchange="ring" if parallel.kv_exchange == "ring" else "gather",
             dtype=recipe.train.dtype,
             accumulation=recipe.train.accumulation,
-            tile_bytes=recipe.loss.tile_bytes,
+            kv_bytes=parallel.kv_bytes,
+            tile_bytes=recipe.train.tile_bytes,
+            loss_tile_bytes=recipe.loss.tile_bytes,
             chunks_per_rank=parallel.chunks_per_rank,
         )
 

@@ -31,6 +31,7 @@ BASE = Case(
     reduction="supervised",
     layers=1,
     activation="recompute",
+    tiles="one",
     kernel="auto",
 )
 CASES = [
@@ -41,6 +42,7 @@ CASES = [
     replace(BASE, ring=2, kv_exchange="ring", layers=2),
     replace(BASE, ring=2, ulysses=2, dtype="bfloat16", documents="many_unaligned", ttt_steps=2),
     replace(BASE, ring=4, kv_exchange="ring", dtype="bfloat16", activation="keep", zero_group="draft_dp"),
+    replace(BASE, ring=4, kv_exchange="ring_kept", activation="offload", ttt_steps=2),
 ]
 
 
@@ -94,7 +96,7 @@ def test_seven_steps_cost_28_all_to_alls_one_gather_and_one_reduce_scatter_per_l
     calls = {(t.axis, t.kind): t.calls for t in attention_traffic(setup)}
     assert calls == {("ulysses", "all_to_all"): 28, ("ring", "all_gather"): 1, ("ring", "reduce_scatter"): 1}
     assert separate_all_to_alls(setup) == 56
-    ring = replace(setup, kv_exchange="ring")
+    ring = replace(setup, kv_exchange="ring", kv_bytes=0)
     gathered, streamed = (sum(t.sent for t in attention_traffic(s) if t.axis == "ring") for s in (setup, ring))
     assert streamed > 9 * gathered
 
