@@ -9,6 +9,7 @@ usage: ./launch.sh RECIPE [OPTIONS] [section.key=value ...]   the main job, e.g.
        ./launch.sh test [PYTEST OPTIONS]                      lint, types and tests, e.g. ./launch.sh test -k topology
        ./launch.sh prepare|evaluate|export|report RECIPE      one stage alone, e.g. ./launch.sh report recipes/quickstart.yaml
        ./launch.sh store verify|info|import ...               hidden states on disk, e.g. ./launch.sh store verify output/cache/hidden-0
+       ./launch.sh doctor [--head-dim D]                      versions, devices, and which attention kernels run here
 
   --hostfile F          hosts of a multi-node run          --hostfile recipes/2nodes.hostfile
   --num_gpus N          ranks per host (or --num_ranks)    --num_gpus 8
@@ -96,6 +97,6 @@ if [ "$mode" = test ]; then
   exec "$python" -m pytest tests "$@"
 fi
 case "$1" in
-  prepare | evaluate | export | report | store) exec "$python" -m eagle3_ds.cli "$@" ;;
+  prepare | evaluate | export | report | doctor | store) exec "$python" -m eagle3_ds.cli "$@" ;;
   *) exec "$python" -m eagle3_ds.cli launch "$@" ;;
 esac

@@ -1,0 +1,48 @@
+"""Does a kernel compute the right thing on this machine? A small case, forward and backward, against the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eagle3_ds.kernels.base import AttentionKernel, accumulation_dtype
+from eagle3_ds.kernels.reference import ReferenceKernel
+from eagle3_ds.kernels.tile import Tile
+
+# Relative L2 error that rounding explains: a few units of the operands' precision.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+_NUM_HEADS, _NUM_KV_HEADS = 4, 2
+# A short document, a later chunk of a document under a sliding window, and a block of keys that the window leaves.
+_TILES = (Tile(0, 30, 0, 30, True), Tile(30, 190, 40, 260, True, 100), Tile(200, 260, 260, 380, False, 40))
+_NUM_QUERIES, _NUM_KEYS = 260, 380
+
+
+def measured_error(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
+    """Largest relative L2 error of out, log-sum-exp, dq, dk and dv on `device`, against the reference in fp64 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (_NUM_QUERIES, _NUM_HEADS, head_dim), (_NUM_KEYS, _NUM_KV_HEADS, head_dim)
+    operands = [torch.randn(shape, generator=generator).to(dtype) for shape in (queries, keys, keys, queries)]
+    q, k, v, dout = (x.double() for x in operands)
+    out, lse = ReferenceKernel().forward(q, k, v, _TILES, head_dim**-0.5)
+    delta = (dout * out).sum(-1)
+    wanted = _results(ReferenceKernel(), q, k, v, dout, lse, delta)
+    statistics = (x.to(device, accumulation_dtype(dtype)) for x in (lse, delta))
+    actual = _results(kernel, *(x.to(device) for x in operands), *statistics)
+    return max(_distance(a.cpu().double(), w) for a, w in zip(actual, wanted, strict=True))
+
+
+def _results(kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor) -> list[Tensor]:
+    """out, lse, dq, dk, dv; the backward under the exact lse and delta."""
+    scale = q.shape[-1] ** -0.5
+    dk, dv = torch.zeros_like(k, dtype=lse.dtype), torch.zeros_like(v, dtype=lse.dtype)
+    dq = kernel.backward(dout, q, k, v, lse, delta, _TILES, scale, dk, dv)
+    return [*kernel.forward(q, k, v, _TILES, scale), dq, dk, dv]
+
+
+def _distance(actual: Tensor, wanted: Tensor) -> float:
+    """Relative L2 error; infinite where the two differ in what is finite, as in rows without a key."""
+    finite = wanted.isfinite()
+    if not torch.equal(actual.isfinite(), finite):
+        return float("inf")
+    return float((actual[finite] - wanted[finite]).norm() / wanted[finite].norm())

@@ -1,0 +1,67 @@
+"""`eagle3-ds doctor`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eagle3_ds.cli import main
+from eagle3_ds.kernels import KERNELS
+from eagle3_ds.kernels.blockwise import BlockwiseKernel
+from eagle3_ds.kernels.selfcheck import TOLERANCE, measured_error
+
+
+@pytest.fixture(autouse=True)
+def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_lists_every_kernel_with_its_error_or_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--head-dim", "64"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    kernels = lines[next(i for i, line in enumerate(lines) if "attention kernels on cpu with heads of 64" in line) :]
+    row = {kernel.name: next(line for line in kernels if f"│ {kernel.name} " in line) for kernel in KERNELS}
+    assert row["cpu"].count("error") == 2 and row["cpu"].count("auto") == 2
+    assert row["blockwise"].count("error") == 2 and "auto" not in row["blockwise"]
+    for name in ("cuda", "cudnn", "flash_attn2", "flash_attn3", "flash_attn4"):
+        assert "NVIDIA GPUs" in row[name] and "error" not in row[name]
+    assert any("torch" in line and torch.__version__ in line for line in lines)
+    assert any("flash-attn-4" in line for line in lines)
+
+
+@pytest.mark.parametrize("break_it", ["wrong", "raises"])
+def test_a_kernel_that_does_not_hold_its_word_is_found(
+    break_it: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = BlockwiseKernel.backward
+
+    def broken(self: BlockwiseKernel, dout: torch.Tensor, *rest: object) -> torch.Tensor:
+        if break_it == "raises":
+            raise RuntimeError("no kernel image")
+        return right(self, dout * 1.1, *rest)
+
+    monkeypatch.setattr(BlockwiseKernel, "backward", broken)
+    assert main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert (
+        "broken: blockwise in float32: " + {"wrong": "wrong by 1e-01", "raises": "fails: RuntimeError: no kernel"}[break_it]
+        in said
+    )
+    assert "broken: cpu" not in said
+
+
+def test_head_dim_must_be_a_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--head-dim", "0"]) == 2
+    assert "--head-dim is 0" in capsys.readouterr().err
+
+
+def test_measured_error_sees_a_wrong_row_without_keys() -> None:
+    class Filled(BlockwiseKernel):
+        def forward(self, *arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+            out, lse = super().forward(*arguments)
+            return out, lse.nan_to_num(neginf=0.0)
+
+    device = torch.device("cpu")
+    assert measured_error(BlockwiseKernel(), device, torch.float32, 16) <= TOLERANCE[torch.float32]
+    assert measured_error(Filled(), device, torch.float32, 16) == float("inf")
