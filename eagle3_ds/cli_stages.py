@@ -61,7 +61,7 @@ def prepare(recipe: Recipe, console: Console) -> None:
     store = _captured(recipe, data, documents.layout, fingerprint, console)
     _say(console, f"hidden states: {store}")
     output_dir = Path(recipe.output_dir)
-    vocabulary = VocabularyMap.from_counts(data.supervised_counts, recipe.draft.vocab_size)
+    vocabulary = VocabularyMap.from_counts(data.supervised_counts, recipe.draft.vocab_size, data.required_tokens)
     vocabulary.save(output_dir / "vocabulary.safetensors")
     covered = data.supervised_counts[vocabulary.t2d].sum() / data.supervised_counts.sum()
     _say(console, f"draft vocabulary: {recipe.draft.vocab_size} tokens, {covered:.1%} of the supervised ones")
@@ -83,13 +83,9 @@ def tokenise(recipe: Recipe, console: Console) -> Documents:
     aux_layers = choose_aux_layers(config.num_hidden_layers, section.aux_layers)
     fingerprint = target_fingerprint(folder, aux_layers, section.dtype)
     data = prepare_data(recipe, load_tokenizer(section), fingerprint["tokenizer"], config.vocab_size)
-    counts = data.statistics
-    _say(
-        console,
-        f"data: {counts.train_documents} documents, {counts.train_supervised_tokens:,} of {counts.train_tokens:,} "
-        f"tokens supervised; {counts.heldout_documents} held out; longest {counts.longest} tokens; "
-        f"{counts.too_long_dropped} too long and dropped, {counts.truncated} truncated",
-    )
+    for line in data.statistics.lines():
+        _say(console, f"data: {line}")
+    _say(console, f"data: {data.path}, its lengths drawn in lengths.png")
     layout = Layout(3 * config.hidden_size, config.hidden_size, recipe.data.hidden_dtype)
     return Documents(data, layout, {**fingerprint, "documents": data.fingerprint})
 

@@ -78,17 +78,25 @@ class DraftSection(Section):
 
 class DataSection(Section):
     train: Annotated[tuple[Text, ...], Field(min_length=1)]
-    """JSONL / Parquet files, folders of them, or the word `stdlib` (made from Python's standard library)."""
+    """JSONL / Parquet files, folders of them, hub data sets, or the word `stdlib` (made from Python's standard library)."""
+    shape: Literal["auto", "messages", "sharegpt", "prompt_response", "tokenized"] = "auto"
+    """Of the rows; `auto` recognises it by the first row of each file."""
+    supervise: Literal["all", "last"] = "all"
+    """Learn from every turn of the assistant, or from the last one alone."""
     heldout: tuple[Text, ...] = ()
     """Same as `train`; empty means `heldout_fraction` of the training conversations, split by conversation."""
     heldout_fraction: BelowOne = 0.02
     max_length: Positive = 4096
     """Packing length in tokens."""
     max_conversations: Positive | None = None
-    on_too_long: Literal["error", "drop", "truncate"] = "error"
+    on_too_long: Literal["error", "drop", "truncate", "split"] = "error"
     """What to do with a conversation longer than `max_length`; counted and reported."""
     chat_template: str | None = None
-    """A Jinja file used instead of the tokenizer's own template; needs `{% generation %}` marks."""
+    """A Jinja file used instead of the tokenizer's own template."""
+    chat_template_arguments: dict[str, bool | int | float | str] = {}
+    """What the template is rendered with besides the messages, as a server does: enable_thinking, date_string."""
+    workers: Positive | None = None
+    """Processes that tokenise; null: the cores. The documents do not depend on it."""
     cache_dir: str = "output/cache"
     """Tokenised conversations and hidden-state stores, keyed by content."""
     hidden_dtype: Literal["float32", "bfloat16", "float16", "float8"] = "bfloat16"

@@ -10,6 +10,8 @@ import datasets
 from safetensors.torch import load_file
 from torch import Tensor
 
+from eagle3_ds.data.statistics import DataStatistics
+
 FEATURES = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),
@@ -21,42 +23,22 @@ FEATURES = datasets.Features(
 DOCUMENTS_FILE = "documents.arrow"
 TABLES_FILE = "tables.safetensors"
 STATISTICS_FILE = "statistics.json"
-
-
-@dataclass(frozen=True)
-class DataStatistics:
-    """Counts of conversations and tokens. `*_tokens` are over the documents kept; supervised tokens are the
-    assistant's.
-
-    `unsupervised_dropped`: truncated before the assistant's first word. `heldout_in_train`: held-out documents that
-    the training data holds too, which can only happen with `data.heldout` files.
-    """
-
-    conversations: int
-    train_documents: int
-    heldout_documents: int
-    too_long_dropped: int
-    truncated: int
-    unsupervised_dropped: int
-    heldout_in_train: int
-    train_tokens: int
-    train_supervised_tokens: int
-    heldout_tokens: int
-    heldout_supervised_tokens: int
-    longest: int
+PICTURE_FILE = "lengths.png"
 
 
 @dataclass(frozen=True)
 class PreparedData:
     """The documents of a run.
 
-    `fingerprint` names content and settings; `supervised_counts` is int64 [V] over training documents.
+    `fingerprint` names content and settings; `supervised_counts` is int64 [V] over training documents;
+    `required_tokens`, int64 [n], are the special and end tokens that every draft vocabulary holds.
     """
 
     train: datasets.Dataset
     heldout: datasets.Dataset
     statistics: DataStatistics
     supervised_counts: Tensor
+    required_tokens: Tensor
     fingerprint: str
     path: Path
 
@@ -70,7 +52,8 @@ class PreparedData:
         tables = load_file(path / TABLES_FILE)
         statistics = DataStatistics(**json.loads((path / STATISTICS_FILE).read_text()))
         train, heldout = (documents.select(tables[name].numpy()) for name in ("train", "heldout"))
-        return cls(train, heldout, statistics, tables["supervised_counts"], fingerprint, path)
+        counts, required = tables["supervised_counts"], tables["required_tokens"]
+        return cls(train, heldout, statistics, counts, required, fingerprint, path)
 
     def lengths(self) -> dict[int, int]:
         """{document_id: tokens} of every document, training and held-out: what a hidden-state store has to hold."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,18 +24,23 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from eagle3_ds.config.schema import DataSection, Recipe
-from eagle3_ds.data.chat import encode_conversations, read_chat_template, resolve_chat_template, validate_row
+from eagle3_ds.data.chat import ChatTemplate, load_chat_template
 from eagle3_ds.data.documents import (
     DOCUMENTS_FILE,
     FEATURES,
+    PICTURE_FILE,
     TABLES_FILE,
-    DataStatistics,
     PreparedData,
     save_statistics,
 )
-from eagle3_ds.data.sources import expand_sources, read_rows, source_fingerprint
+from eagle3_ds.data.encode import EVENTS, EncodedBatch, RowEncoder
+from eagle3_ds.data.packing import fill, pack
+from eagle3_ds.data.shapes import Shape
+from eagle3_ds.data.sources import expand_sources, open_source, source_fingerprint
+from eagle3_ds.data.statistics import DataStatistics, draw_lengths, length_histogram
+from eagle3_ds.data.workers import map_batches, usable_cores
 
-FORMAT = 1
+FORMAT = 2
 """Part of the cache key: raise it whenever the same input would give other documents."""
 BATCH = 64
 """Conversations per call of the tokenizer."""
@@ -50,32 +58,65 @@ def prepare_data(
     The folder under `data.cache_dir` is named by the contents of the sources, the tokenizer, the template and the
     settings; it appears whole or not at all. `vocab_size` is the number of rows of the target's embedding (default:
     of the tokenizer). Raises ValueError for bad rows, files and templates, an empty data set, one without supervised
-    token, and documents longer than `data.max_length` unless `data.on_too_long` says what to do.
+    token, documents longer than `data.max_length` unless `data.on_too_long` says what to do, and a full disk.
     """
     section = recipe.data
-    template = resolve_chat_template(tokenizer, read_chat_template(section.chat_template))
     train_files = expand_sources(section.train, "data.train")
     heldout_files = expand_sources(section.heldout, "data.heldout")
     shared = sorted(set(train_files) & set(heldout_files))
     if shared:
         raise ValueError(
-            f"{shared[0]} is both in data.train and in data.heldout: held-out data must be apart. Remove it from "
-            "one of "
+            f"{shared[0]} is both in data.train and in data.heldout: held-out data must be apart. Remove it from one of "
             "them, or leave data.heldout empty for a split of the training data"
         )
     vocab_size = vocab_size or len(tokenizer)
+    shapes = source_shapes([*train_files, *heldout_files], section)
+    template = chat_template(tokenizer, section, shapes.values())
     fingerprint = _fingerprint(section, template, tokenizer_fingerprint, vocab_size, train_files, heldout_files)
     path = Path(section.cache_dir) / f"data-{fingerprint[:16]}"
     if not path.is_dir():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        try:
-            builder = _Builder(section, tokenizer, template, vocab_size, show_progress)
-            builder.build(aside, train_files, heldout_files)
-            _publish(aside, path)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        encoder = RowEncoder(tokenizer, template, section, vocab_size)
+        _build(encoder, shapes, train_files, heldout_files, path, show_progress)
     return PreparedData.open(path, fingerprint)
+
+
+def source_shapes(sources: Sequence[str], section: DataSection) -> dict[str, Shape | None]:
+    """The shape of each source's rows, as the recipe says or as the first row shows; None where there is no row."""
+    given = None if section.shape == "auto" else section.shape
+    return {source: open_source(source, given)[0] for source in sources}
+
+
+def chat_template(tokenizer: Any, section: DataSection, shapes: Iterable[Shape | None]) -> ChatTemplate | None:
+    """The template of the recipe or the tokenizer; None when no row of these shapes needs one."""
+    if set(shapes) <= {"tokenized", None}:
+        return None
+    return load_chat_template(tokenizer, section.chat_template, section.chat_template_arguments)
+
+
+def _build(
+    encoder: RowEncoder,
+    shapes: Mapping[str, Shape | None],
+    train_files: Sequence[str],
+    heldout_files: Sequence[str],
+    path: Path,
+    show_progress: bool,
+) -> None:
+    """Write the folder aside, then give it its name: an interrupted run leaves no folder that looks whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        aside.chmod(0o755)  # other users may train from the same cache
+        _Builder(encoder, shapes, show_progress).build(aside, train_files, heldout_files)
+        _publish(aside, path)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ValueError(
+            f"data.cache_dir: no space left on the disk of {path.parent} while writing tokenised documents: free some, or "
+            "choose another folder. Nothing half-written was kept"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _publish(aside: Path, path: Path) -> None:
@@ -91,14 +132,22 @@ def _publish(aside: Path, path: Path) -> None:
 
 
 def _fingerprint(
-    section: DataSection, template: str, tokenizer: str, vocab_size: int, train: Sequence[str], heldout: Sequence[str]
+    section: DataSection,
+    template: ChatTemplate | None,
+    tokenizer: str,
+    vocab_size: int,
+    train: Sequence[str],
+    heldout: Sequence[str],
 ) -> str:
     content = {
         "format": FORMAT,
         "train": [source_fingerprint(file) for file in train],
         "heldout": [source_fingerprint(file) for file in heldout],
         "heldout_fraction": None if heldout else section.heldout_fraction,
-        "template": template,
+        "template": None if template is None else [template.text, template.tool_text, dict(template.special_tokens)],
+        "chat_template_arguments": section.chat_template_arguments,
+        "shape": section.shape,
+        "supervise": section.supervise,
         "tokenizer": tokenizer,
         "vocab_size": vocab_size,
         "max_length": section.max_length,
@@ -107,12 +156,6 @@ def _fingerprint(
         "seed": section.seed,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def conversation_hash(messages: list[dict], seed: int) -> int:
-    """64 bits of (seed, content): the same conversation always falls on the same side of the split."""
-    text = json.dumps([seed, messages], sort_keys=True, default=str)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def heldout_mask(hashes: np.ndarray, fraction: float) -> np.ndarray:
@@ -141,18 +184,17 @@ class _Side:
 class _Builder:
     """One run over the sources. Documents are numbered in the order they are written."""
 
-    def __init__(self, section: DataSection, tokenizer: Any, template: str, vocab_size: int, show_progress: bool) -> None:
-        self.section = section
-        self.tokenizer = tokenizer
-        self.template = template
-        self.vocab_size = vocab_size
+    def __init__(self, encoder: RowEncoder, shapes: Mapping[str, Shape | None], show_progress: bool) -> None:
+        self.encoder = encoder
+        self.section = encoder.section
+        self.shapes = shapes
         self.show_progress = show_progress
-        self.conversations = self.too_long_dropped = self.truncated = self.unsupervised_dropped = 0
+        self.events: Counter[str] = Counter()
         self.lengths: list[int] = []
         self.supervised: list[int] = []
 
     def build(self, folder: Path, train_files: Sequence[str], heldout_files: Sequence[str]) -> None:
-        """Write the three files of `PreparedData` into `folder`."""
+        """Write the files of `PreparedData` into `folder`."""
         with ArrowWriter(path=str(folder / DOCUMENTS_FILE), features=FEATURES) as writer:
             train = self._write(writer, train_files, self.section.max_conversations, "train")
             heldout = self._write(writer, heldout_files, None, "heldout")
@@ -171,96 +213,92 @@ class _Builder:
             )
         tables = {"train": torch.from_numpy(train_documents), "heldout": torch.from_numpy(heldout_documents)}
         tables["supervised_counts"] = self._counts(folder, tables["train"])
+        tables["required_tokens"] = required_tokens(self.encoder.tokenizer, tables["supervised_counts"])
         save_file(tables, folder / TABLES_FILE)
-        save_statistics(folder, self._statistics(train_documents, heldout_documents, seen_in_train))
+        statistics = self._statistics(train_documents, heldout_documents, seen_in_train)
+        save_statistics(folder, statistics)
+        draw_lengths(statistics, folder / PICTURE_FILE)
 
     def _write(self, writer: ArrowWriter, files: Sequence[str], limit: int | None, side: str) -> _Side:
         kept = _Side()
         if not files:
             return kept
-        rows = islice((row for file in files for row in read_rows(file)), limit)
-        before = self.conversations, self.unsupervised_dropped
+        before = Counter(self.events)
+        rows = islice((row for file in files for row in open_source(file, self.shapes[file])[1]), limit)
+        batches = iter(lambda: list(islice(rows, BATCH)), [])
+        workers = self.section.workers or usable_cores()
         progress = tqdm(total=limit, desc=f"tokenise {side}", unit=" conversations", disable=not self.show_progress)
-        with progress:
-            while batch := list(islice(rows, BATCH)):
-                for digest, input_ids, loss_mask in self._encode(batch):
-                    document = len(self.lengths)
-                    writer.write({"input_ids": input_ids, "loss_mask": loss_mask, "document_id": document})
-                    self.lengths.append(len(input_ids))
-                    self.supervised.append(sum(loss_mask))
-                    kept.hashes.append(digest)
-                    kept.documents.append(document)
-                progress.update(len(batch))
+        with progress, closing(map_batches(self.encoder.encode, batches, workers)) as encoded:
+            for batch in encoded:
+                self._write_batch(writer, batch, kept)
+                progress.update(batch.events["conversations"])
         if not kept.documents:
-            self._refuse_empty(files, side, self.conversations - before[0], self.unsupervised_dropped - before[1])
+            self._refuse_empty(files, side, self.events - before)
         return kept
 
-    def _refuse_empty(self, files: Sequence[str], side: str, read: int, unsupervised: int) -> None:
-        names = ", ".join(files)
+    def _write_batch(self, writer: ArrowWriter, batch: EncodedBatch, kept: _Side) -> None:
+        self.events.update(batch.events)
+        if not len(batch.lengths):
+            return
+        numbers = np.arange(len(self.lengths), len(self.lengths) + len(batch.lengths))
+        cuts = np.cumsum(batch.lengths)[:-1]
+        masks = np.split(batch.loss_mask, cuts)
+        writer.write_batch({"input_ids": np.split(batch.input_ids, cuts), "loss_mask": masks, "document_id": numbers})
+        self.lengths += batch.lengths.tolist()
+        self.supervised += [int(mask.sum()) for mask in masks]
+        kept.hashes += batch.hashes.tolist()
+        kept.documents += numbers.tolist()
+
+    def _refuse_empty(self, files: Sequence[str], side: str, events: Counter[str]) -> None:
+        names, read = ", ".join(files), events["conversations"]
         if read == 0:
             raise ValueError(f"data.{side}: the data set is empty, no conversation in {names}: name files that hold rows")
-        if unsupervised:
+        if events["unsupervised_dropped"]:
             raise ValueError(
-                f"data.{side}: no supervised token at all in {read} conversations of {names}: {unsupervised} of them "
-                f"reach data.max_length ({self.section.max_length}) before the assistant speaks. Raise data.max_length"
+                f"data.{side}: no supervised token at all in {read} conversations of {names}: {events['unsupervised_dropped']} "
+                f"of them reach data.max_length ({self.section.max_length}) before the assistant speaks. Raise data.max_length"
             )
         raise ValueError(
             f"data.{side}: all {read} conversations of {names} are longer than data.max_length "
-            f"({self.section.max_length}) and were dropped. Raise data.max_length, or set data.on_too_long: truncate"
+            f"({self.section.max_length}) and were dropped. Raise data.max_length, or set data.on_too_long: split"
         )
-
-    def _encode(self, batch: list[tuple[str, Any]]) -> Iterator[tuple[int, list[int], list[bool]]]:
-        """(hash, input_ids, loss_mask) of the rows that are kept."""
-        places = [place for place, _ in batch]
-        conversations = [validate_row(row, place) for place, row in batch]
-        encoded = encode_conversations(self.tokenizer, conversations, self.template, places)
-        self.conversations += len(batch)
-        limit = self.section.max_length
-        for place, messages, (input_ids, loss_mask) in zip(places, conversations, encoded, strict=True):
-            if len(input_ids) > limit:
-                if self.section.on_too_long == "error":
-                    raise ValueError(
-                        f"{place}: the conversation has {len(input_ids)} tokens, more than data.max_length {limit}: "
-                        "raise "
-                        "data.max_length, or set data.on_too_long to 'drop' or 'truncate'"
-                    )
-                if self.section.on_too_long == "drop":
-                    self.too_long_dropped += 1
-                    continue
-                self.truncated += 1
-                if not any(loss_mask[:limit]):
-                    self.unsupervised_dropped += 1
-                    continue
-            if max(input_ids) >= self.vocab_size:
-                raise ValueError(
-                    f"{place}: token id {max(input_ids)} lies outside the target's vocabulary of {self.vocab_size}: "
-                    "the "
-                    "tokenizer and the target do not belong together"
-                )
-            yield conversation_hash(messages, self.section.seed), input_ids[:limit], loss_mask[:limit]
 
     def _counts(self, folder: Path, train_documents: torch.Tensor) -> torch.Tensor:
         """int64 [V]: how often each token is supervised in the training documents."""
-        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        counts = np.zeros(self.encoder.vocab_size, dtype=np.int64)
         documents = Dataset.from_file(str(folder / DOCUMENTS_FILE)).select(train_documents.numpy()).with_format("numpy")
         for batch in documents.iter(batch_size=256):
             tokens, mask = np.concatenate(list(batch["input_ids"])), np.concatenate(list(batch["loss_mask"]))
-            counts += np.bincount(tokens[mask], minlength=self.vocab_size)
+            counts += np.bincount(tokens[mask], minlength=len(counts))
         return torch.from_numpy(counts)
 
     def _statistics(self, train: np.ndarray, heldout: np.ndarray, seen_in_train: int) -> DataStatistics:
         lengths, supervised = np.array(self.lengths), np.array(self.supervised)
+        packs = pack(lengths[train].tolist(), self.section.max_length, self.section.seed)
         return DataStatistics(
-            conversations=self.conversations,
+            sources=dict(self.shapes),
             train_documents=len(train),
             heldout_documents=len(heldout),
-            too_long_dropped=self.too_long_dropped,
-            truncated=self.truncated,
-            unsupervised_dropped=self.unsupervised_dropped,
             heldout_in_train=seen_in_train,
             train_tokens=int(lengths[train].sum()),
             train_supervised_tokens=int(supervised[train].sum()),
             heldout_tokens=int(lengths[heldout].sum()),
             heldout_supervised_tokens=int(supervised[heldout].sum()),
             longest=int(lengths.max()),
+            packs=len(packs),
+            fill=fill(lengths[train].tolist(), self.section.max_length, packs),
+            histogram=length_histogram(lengths[train], supervised[train]),
+            **{name: self.events[name] for name in EVENTS},
         )
+
+
+def required_tokens(tokenizer: Any, supervised_counts: torch.Tensor) -> torch.Tensor:
+    """int64 [n], ascending: the tokens that a draft vocabulary must hold however rare they are.
+
+    The tokenizer's named special tokens (end of text among them), and every other special token that the assistant
+    generates: those that end its turns and those within them. Reserved tokens that nobody uses are not among them.
+    """
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    used = {number for number in special if number < len(supervised_counts) and supervised_counts[number]}
+    named = {number for number in tokenizer.all_special_ids if number < len(supervised_counts)}
+    return torch.tensor(sorted(named | used), dtype=torch.int64)

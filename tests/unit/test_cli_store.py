@@ -71,7 +71,7 @@ def recipe(tmp_path, monkeypatch):
 
     def tokenise(recipe, _console):
         heldout, train = prepared(tmp_path / "rows.jsonl")
-        data = PreparedData(train, heldout, None, torch.zeros(64), "print", tmp_path)
+        data = PreparedData(train, heldout, None, torch.zeros(64), torch.zeros(0), "print", tmp_path)
         return Documents(data, Layout(48, 16, recipe.data.hidden_dtype), {"documents": "print"})
 
     monkeypatch.setattr(cli_import, "tokenise", tokenise)

@@ -1,86 +1,79 @@
-"""Chat: the mask covers the assistant's words and nothing else; bad rows are named."""
+"""Chat: messages made uniform, templates found, bad rows named."""
 
 import pytest
 from data_samples import TEMPLATE, chat, tiny_tokenizer
 
-from eagle3_ds.data.chat import encode_conversation, encode_conversations, read_chat_template, validate_row
+from eagle3_ds.data.chat import load_chat_template, validate_messages
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-def test_the_mask_marks_the_assistant(tokenizer):
-    messages = chat("one?", "uno é", "two?", "dos", system="be brief")
-    input_ids, loss_mask = encode_conversation(tokenizer, messages)
-    assert len(input_ids) == len(loss_mask)
-    marked = tokenizer.decode([token for token, flag in zip(input_ids, loss_mask, strict=True) if flag])
-    others = tokenizer.decode([token for token, flag in zip(input_ids, loss_mask, strict=True) if not flag])
-    assert marked == "uno é<|end|>dos<|end|>"
-    assert others == "<|system|>be brief<|end|><|user|>one?<|end|><|assistant|><|user|>two?<|end|><|assistant|>"
-
-
-def test_a_batch_equals_its_members(tokenizer):
-    rows = [chat("a", "b"), chat("the question of the fox", "answers", "more", "the end")]
-    assert encode_conversations(tokenizer, rows) == [encode_conversation(tokenizer, row) for row in rows]
-
-
-def test_templates_without_marks_are_refused(tokenizer):
-    plain = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    with pytest.raises(ValueError, match=r"\(data.chat_template\) has no {% generation %} marks.*put {% generation %}"):
-        encode_conversation(tokenizer, chat("a", "b"), plain)
-    with pytest.raises(ValueError, match="has no chat template: copy"):
-        encode_conversation(tiny_tokenizer(chat_template=None), chat("a", "b"))
-    with pytest.raises(ValueError, match=r"of the tokenizer .* has no {% generation %} marks"):
-        encode_conversation(tiny_tokenizer(chat_template=plain), chat("a", "b"))
-
-
-def test_a_template_that_marks_too_little_is_refused(tokenizer):
-    last_only = TEMPLATE.replace("message['role'] == 'assistant'", "message['role'] == 'assistant' and loop.last")
-    with pytest.raises(ValueError, match="f.jsonl, row 3: .* marks 1 stretches of assistant tokens for 2 assistant"):
-        encode_conversations(tokenizer, [chat("a", "b", "c", "d")], last_only, ["f.jsonl, row 3"])
-    never = TEMPLATE.replace("== 'assistant'", "== 'nobody'")
-    with pytest.raises(ValueError, match="marks 0 stretches"):
-        encode_conversation(tokenizer, chat("a", "b"), never)
-
-
-def test_read_chat_template(tmp_path):
-    assert read_chat_template(None) is None
-    (tmp_path / "t.jinja").write_text(TEMPLATE)
-    assert read_chat_template(str(tmp_path / "t.jinja")) == TEMPLATE
+def test_templates_are_found(tmp_path):
+    tokenizer = tiny_tokenizer()
+    assert load_chat_template(tokenizer).text == TEMPLATE
+    (tmp_path / "t.jinja").write_text("other")
+    other = load_chat_template(tokenizer, str(tmp_path / "t.jinja"), {"a": 1})
+    assert other.text == other.tool_text == "other" and other.arguments == {"a": 1}
+    assert other.special.fullmatch("<|end|>") and not other.special.search("<|en")
     with pytest.raises(ValueError, match="data.chat_template is 'no.jinja', which is not a file"):
-        read_chat_template("no.jinja")
+        load_chat_template(tokenizer, "no.jinja")
+    with pytest.raises(ValueError, match=r"has no chat template: .* name the file in data.chat_template"):
+        load_chat_template(tiny_tokenizer(chat_template=None))
+
+
+def test_a_tokenizer_with_a_template_for_tools():
+    template = load_chat_template(
+        tiny_tokenizer({"default": "plain {{ messages[0].content }}", "tool_use": "{{ tools[0].name }}"})
+    )
+    assert template.render(chat("a", "b"), None, "row") == "plain a"
+    assert template.render(chat("a", "b"), [{"name": "f"}], "row") == "f"
+
+
+def test_arguments_reach_the_template():
+    template = load_chat_template(tiny_tokenizer("{{ eos_token }}{{ style }}"), arguments={"style": "terse"})
+    assert template.render(chat("a", "b"), None, "row") == "<|end|>terse"
 
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CALL = {"name": "f", "arguments": {"x": 1}}
 BAD = [
-    ([], "the row is a list, expected an object"),
-    ({"conversations": []}, "key 'messages' is missing (keys present: 'conversations')"),
-    ({"messages": "hi"}, "'messages' is a str, expected a list"),
-    ({"messages": []}, "'messages' is empty"),
-    ({"messages": ["hi"]}, "messages[0] is a str, expected an object"),
-    ({"messages": [{"content": "x"}]}, "messages[0].role is missing or null, expected a string"),
-    ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0].role is 'bot', expected one of 'system', 'user'"),
-    ({"messages": [A]}, "messages[0].role is 'assistant' first, where only 'system', 'user' may stand"),
-    ({"messages": [U, U]}, "messages[1].role is 'user' after 'user', where only 'assistant' may stand"),
-    ({"messages": [U, {"role": "assistant"}]}, "messages[1].content is missing or null, expected a string"),
-    ({"messages": [U, {"role": "assistant", "content": ["a"]}]}, "messages[1].content is a list, expected a string"),
-    ({"messages": [U, {"role": "assistant", "content": ""}]}, "messages[1].content is empty"),
-    ({"messages": [U]}, "no assistant message, so there is nothing to learn from"),
+    ("hi", "'messages' is a str, expected a list"),
+    ([], "'messages' is empty"),
+    (["hi"], "messages[0] is a str, expected an object"),
+    ([{"content": "x"}], "messages[0].role is missing or null, expected a string"),
+    ([{"role": "bot", "content": "x"}], "messages[0].role is 'bot', expected one of 'system', 'developer', 'user'"),
+    ([A], "messages[0].role is 'assistant' first, where only 'system', 'developer', 'user' may stand: correct or remove"),
+    ([U, U], "messages[1].role is 'user' after 'user', where only 'assistant' may stand"),
+    ([U, {"role": "assistant"}], "messages[1].content is missing or null, expected a string"),
+    ([U, {"role": "assistant", "content": ["a"]}], "messages[1].content is a list, expected a string"),
+    ([U, {"role": "assistant", "content": ""}], "messages[1].content is empty"),
+    ([{"role": "user", "content": b"\x00\xff"}, A], "messages[0].content is a bytes, expected a string"),
+    ([{"role": "user", "content": "ab\x00c"}, A], "messages[0].content is binary data, not text (U+0000 at character 2)"),
+    ([{"role": "user", "content": "\ud800"}, A], "messages[0].content is binary data, not text (U+D800 at character 0)"),
+    ([U], "no assistant message, so there is nothing to learn from: remove the row"),
+    ([U, A | {"reasoning": "a", "thinking": "b"}], "messages[1] has different reasoning under several of"),
+    ([U, A | {"reasoning": 3}], "messages[1].reasoning is a int, expected a string"),
+    ([U, A | {"tool_calls": {"name": "f"}}], "messages[1].tool_calls is a dict, expected a list of calls"),
+    ([U, A | {"tool_calls": ["f"]}], "messages[1].tool_calls[0] is a str, expected an object"),
+    ([U, A | {"tool_calls": [{"arguments": {}}]}], "messages[1].tool_calls[0].name is missing or null"),
+    ([U, A | {"tool_calls": [{"function": CALL | {"arguments": "{"}}]}], "tool_calls[0].function.arguments is not valid JSON"),
+    ([U, A | {"tool_calls": [CALL | {"arguments": [1]}]}], "tool_calls[0].arguments is a list, expected an object"),
 ]
 
 
-@pytest.mark.parametrize(("row", "message"), BAD)
-def test_bad_rows_are_named(row, message):
+@pytest.mark.parametrize(("messages", "message"), BAD)
+def test_bad_messages_are_named(messages, message):
     with pytest.raises(ValueError) as caught:
-        validate_row(row, "f.jsonl, row 7")
-    assert str(caught.value).startswith("f.jsonl, row 7: ")
+        validate_messages(messages, "f.jsonl, line 7")
+    assert str(caught.value).startswith("f.jsonl, line 7: ")
     assert message in str(caught.value)
 
 
-def test_good_rows():
-    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+def test_messages_are_made_uniform():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": None, "function": CALL | {"arguments": '{"x": null}'}}]}
     tool = {"role": "tool", "content": "42", "name": None}
-    messages = validate_row({"messages": [U, call, tool, tool, A, U, A]}, "row")
-    assert "content" not in messages[1] and "name" not in messages[2]
+    spoken = {"role": "assistant", "content": "a", "reasoning": "why", "thinking": "", "tool_calls": []}
+    messages = validate_messages([{"role": "developer", "content": "d"}, U, call, tool, tool, spoken, U, A], "row")
+    assert messages[2] == {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": None}}}]}
+    assert messages[3] == {"role": "tool", "content": "42"}
+    assert messages[5] == {"role": "assistant", "content": "a"} | dict.fromkeys(
+        ("reasoning_content", "reasoning", "thinking"), "why"
+    )

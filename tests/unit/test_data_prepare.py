@@ -1,5 +1,9 @@
 """Preparation: what is kept, counted, split, cached and refused."""
 
+import errno
+import json
+import multiprocessing
+
 import datasets
 import numpy as np
 import pytest
@@ -7,7 +11,9 @@ import torch
 from data_samples import chat, data_recipe, tiny_tokenizer, write_jsonl
 
 from eagle3_ds.data import prepare
+from eagle3_ds.data.packing import pack
 from eagle3_ds.data.prepare import heldout_mask, prepare_data
+from eagle3_ds.model import VocabularyMap
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +50,23 @@ def test_a_second_run_opens_the_cache(tmp_path, tokenizer, monkeypatch):
     recipe = data_recipe(tmp_path, train=(path,))
     first = run(recipe, tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "encode_conversations", None)
+        patch.setattr(prepare, "RowEncoder", None)
         second = run(recipe, tokenizer)
-    assert second.path == first.path and second.statistics == first.statistics
+        more_workers = run(data_recipe(tmp_path, train=(path,), workers=5), tokenizer)
+    assert second.path == more_workers.path == first.path and second.statistics == first.statistics
     assert second.train[0] == first.train[0]
+    others = {"shape": "messages"}, {"supervise": "last"}, {"chat_template_arguments": {"a": 1}}, {"on_too_long": "split"}
+    assert all(run(data_recipe(tmp_path, train=(path,), **other), tokenizer).path != first.path for other in others)
     write_jsonl(tmp_path / "a.jsonl", conversations(11))
     third = run(recipe, tokenizer)
     assert third.path != first.path and third.statistics.conversations == 11
     assert prepare_data(recipe, tokenizer, "another", show_progress=False).path not in (first.path, third.path)
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path, tokenizer, monkeypatch):
-    recipe = data_recipe(tmp_path, train=(write_jsonl(tmp_path / "a.jsonl", conversations(200)),))
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_interrupted_run_leaves_nothing(tmp_path, tokenizer, monkeypatch, workers):
+    recipe = data_recipe(tmp_path, train=(write_jsonl(tmp_path / "a.jsonl", conversations(200)),), workers=workers)
+    monkeypatch.setattr(prepare, "BATCH", 8)
     calls = []
 
     def interrupted(*args):
@@ -64,12 +75,60 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, tokenizer, monkeypatch):
             raise KeyboardInterrupt
         return original(*args)
 
-    original = prepare.encode_conversations
+    original = prepare._Builder._write_batch
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare, "encode_conversations", interrupted)
+        patch.setattr(prepare._Builder, "_write_batch", interrupted)
         run(recipe, tokenizer)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert list((tmp_path / "cache").iterdir()) == [] and not multiprocessing.active_children()
     assert len(run(recipe, tokenizer).train) == 196
+
+
+def test_the_documents_do_not_depend_on_the_number_of_processes(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH", 8)
+    files = tuple(write_jsonl(tmp_path / f"{name}.jsonl", conversations(90 + len(name))) for name in ("a", "bb", "ccc"))
+    folders = []
+    for workers in (1, 2, 3):
+        recipe = data_recipe(tmp_path, train=files, workers=workers, cache_dir=str(tmp_path / f"cache{workers}"), max_length=40)
+        folders.append(run(recipe, tokenizer).path)
+    for name in ("documents.arrow", "tables.safetensors", "statistics.json"):
+        assert len({(folder / name).read_bytes() for folder in folders}) == 1, name
+    bad = write_jsonl(tmp_path / "d.jsonl", [*conversations(150), chat("a"), *conversations(20), chat("b", "")])
+    for workers in (1, 2, 3):
+        with pytest.raises(ValueError, match="d.jsonl, line 151: no assistant message"):
+            run(data_recipe(tmp_path, train=(bad,), workers=workers), tokenizer)
+    assert not multiprocessing.active_children()
+
+
+def test_every_shape_in_one_run(tmp_path, tokenizer):
+    said = chat("question", "answer")
+    sharegpt = {"conversations": [{"from": "human", "value": "question"}, {"from": "gpt", "value": "answer"}]}
+    by_hand = tokenizer("<|user|>question<|end|><|assistant|>answer<|end|>")["input_ids"]
+    rows = {
+        "messages": {"messages": said},
+        "sharegpt": sharegpt,
+        "prompt_response": {"prompt": "question", "response": "answer"},
+        "tokenized": {"input_ids": by_hand, "loss_mask": [0] * 3 + [1] * (len(by_hand) - 3)},
+    }
+    files = []
+    for shape, row in rows.items():
+        (tmp_path / f"{shape}.jsonl").write_text(json.dumps(row) + "\n")
+        files.append(str(tmp_path / f"{shape}.jsonl"))
+    data = run(data_recipe(tmp_path, train=tuple(files), heldout_fraction=0.0), tokenizer)
+    assert data.statistics.sources == dict(zip(files, rows, strict=True))
+    assert all(document["input_ids"] == by_hand for document in data.train)
+    assert len({tuple(document["loss_mask"]) for document in list(data.train)[:3]}) == 1
+    assert f"{files[1]}: rows of shape sharegpt" in data.statistics.lines()
+    with pytest.raises(ValueError, match="sharegpt.jsonl, line 1: key 'prompt' is missing .keys present: 'conversations'"):
+        run(data_recipe(tmp_path, train=(files[1],), shape="prompt_response"), tokenizer)
+
+
+def test_tokenised_rows_need_no_template(tmp_path):
+    plain = tiny_tokenizer(chat_template=None)
+    (tmp_path / "t.jsonl").write_text('{"input_ids": [5, 6, 7], "loss_mask": [false, true, true]}\n')
+    recipe = data_recipe(tmp_path, train=(str(tmp_path / "t.jsonl"),), heldout_fraction=0.0)
+    assert run(recipe, plain).train[0] == {"input_ids": [5, 6, 7], "loss_mask": [False, True, True], "document_id": 0}
+    with pytest.raises(ValueError, match="t.jsonl, line 1: token id 7 lies outside the target's vocabulary of 7"):
+        run(recipe, plain, vocab_size=7)
 
 
 def test_own_heldout_files_and_limits(tmp_path, tokenizer):
@@ -93,14 +152,86 @@ def test_too_long(tmp_path, tokenizer):
     rows = [chat("hello", "yes"), chat("q", "long " * 100), chat("long " * 100, "yes")]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     common = {"train": (path,), "max_length": 40, "heldout_fraction": 0.0}
-    message = r"a.jsonl, row 2: the conversation has \d+ tokens, more than data.max_length 40: raise data.max_length"
+    message = r"a.jsonl, line 2: the conversation has (\d+) tokens, more than data.max_length 40: raise data.max_length"
     with pytest.raises(ValueError, match=message):
         run(data_recipe(tmp_path, **common), tokenizer)
+    long = [len(tokenizer.apply_chat_template(row, return_dict=False)) for row in rows[1:]]
     dropped = run(data_recipe(tmp_path, on_too_long="drop", **common), tokenizer)
-    assert (len(dropped.train), dropped.statistics.too_long_dropped) == (1, 2)
+    counts = dropped.statistics
+    assert (len(dropped.train), counts.too_long_dropped, counts.tokens_left_out) == (1, 2, sum(long))
     cut = run(data_recipe(tmp_path, on_too_long="truncate", **common), tokenizer)
+    counts = cut.statistics
     assert [len(row) for row in cut.train["input_ids"]][1] == 40
-    assert (cut.statistics.truncated, cut.statistics.unsupervised_dropped, cut.statistics.longest) == (2, 1, 40)
+    assert (counts.truncated, counts.unsupervised_dropped, counts.longest) == (2, 1, 40)
+    assert counts.train_tokens + counts.tokens_left_out == sum(long) + len(cut.train[0]["input_ids"])
+    assert "2 conversations are too long and were truncated" in counts.lines()
+
+
+def test_split_loses_no_token_that_is_learnt_from(tmp_path, tokenizer):
+    row = chat("q", "long " * 100)
+    path = write_jsonl(tmp_path / "a.jsonl", [row, chat("long " * 100, "yes")])
+    data = run(data_recipe(tmp_path, train=(path,), max_length=40, heldout_fraction=0.0, on_too_long="split"), tokenizer)
+    whole = tokenizer.apply_chat_template(row, return_dict=False)
+    pieces = data.train["input_ids"][:-1]
+    assert [token for piece in pieces for token in piece] == whole
+    assert len(pieces) == -(-len(whole) // 40) and max(map(len, pieces)) - min(map(len, pieces)) <= 1
+    assert (data.statistics.split, data.statistics.conversations) == (2, 2)
+    assert data.statistics.unsupervised_dropped > 0 and data.train["loss_mask"][-1][-1]
+    assert sum(len(ids) for ids in data.train["input_ids"]) + data.statistics.tokens_left_out == len(whole) + len(
+        tokenizer.apply_chat_template(chat("long " * 100, "yes"), return_dict=False)
+    )
+    # pieces of one conversation stay on one side of the split
+    apart = run(data_recipe(tmp_path, train=(path,), max_length=40, heldout_fraction=0.1, on_too_long="split"), tokenizer)
+    assert {len(apart.train), len(apart.heldout)} == {len(pieces), len(data.train) - len(pieces)}
+
+
+def test_last_turns_only(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", [chat("one", "uno", "two", "dos")])
+    data = run(data_recipe(tmp_path, train=(path,), heldout_fraction=0.0, supervise="last"), tokenizer)
+    document = data.train[0]
+    learnt = [token for token, flag in zip(document["input_ids"], document["loss_mask"], strict=True) if flag]
+    assert tokenizer.decode(learnt) == "dos<|end|>"
+
+
+def test_statistics_and_picture(tmp_path, tokenizer):
+    rows = [chat("q", "answer " * count) for count in (1, 2, 4, 8, 16, 32, 64)]
+    data = run(data_recipe(tmp_path, train=(write_jsonl(tmp_path / "a.jsonl", rows),), heldout_fraction=0.2), tokenizer)
+    statistics, lengths = data.statistics, [len(ids) for ids in data.train["input_ids"]]
+    for upper, documents, tokens, supervised in statistics.histogram:
+        inside = [row for row in data.train if upper // 2 < len(row["input_ids"]) <= upper]
+        assert documents == len(inside) and tokens == sum(len(row["input_ids"]) for row in inside)
+        assert supervised == sum(sum(row["loss_mask"]) for row in inside)
+    assert sum(row[1] for row in statistics.histogram) == len(data.train)
+    packs = pack(lengths, 4096, 0)
+    assert (statistics.packs, statistics.fill) == (len(packs), sum(lengths) / (4096 * len(packs)))
+    assert (data.path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert any("training documents" in line and "% " not in line for line in statistics.lines())
+
+
+def test_special_and_end_tokens_are_required(tmp_path, tokenizer):
+    data = run(data_recipe(tmp_path, train=(write_jsonl(tmp_path / "a.jsonl", conversations(5)),)), tokenizer)
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert end in data.required_tokens
+    unused = tokenizer.convert_tokens_to_ids("<|tool|>")
+    assert unused not in data.required_tokens  # special, but neither named nor ever generated
+    counts = torch.zeros(300, dtype=torch.int64)
+    counts[100:200] = 5
+    vocabulary = VocabularyMap.from_counts(counts, 20, always=data.required_tokens)
+    assert vocabulary.t2d[data.required_tokens].all() and int(vocabulary.t2d.sum()) == 20
+    assert torch.equal(vocabulary.draft_to_target, vocabulary.t2d.nonzero().flatten())
+    with pytest.raises(ValueError, match="draft.vocab_size = 2 is smaller than the 3 special and end tokens"):
+        VocabularyMap.from_counts(counts, 2, always=torch.tensor([0, 1, 2]))
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, tokenizer, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prepare, "save_file", full)
+    recipe = data_recipe(tmp_path, train=(write_jsonl(tmp_path / "a.jsonl", conversations(5)),))
+    with pytest.raises(ValueError, match="data.cache_dir: no space left on the disk of .*cache while writing tokenised"):
+        run(recipe, tokenizer)
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_nothing_left(tmp_path, tokenizer):
@@ -117,23 +248,8 @@ def test_nothing_left(tmp_path, tokenizer):
         run(data_recipe(tmp_path, train=(same,)), tokenizer)
 
 
-def test_bad_sources(tmp_path, tokenizer):
+def test_held_out_data_is_apart(tmp_path, tokenizer):
     good = write_jsonl(tmp_path / "a.jsonl", conversations(3))
-    (tmp_path / "hollow").mkdir()
-    (tmp_path / "a.csv").write_text("x")
-    (tmp_path / "bad.jsonl").write_text('{"messages": []\n')
-    (tmp_path / "bad.parquet").write_text("no parquet")
-    cases = {
-        "nowhere.jsonl": r"data.train\[1\] is '.*nowhere.jsonl', which does not exist",
-        "hollow": r"data.train\[1\] is '.*hollow', a folder without any .jsonl or .parquet",
-        "a.csv": r"data.train\[1\] is '.*a.csv', a file of type '.csv'",
-        "a.jsonl": r"a.jsonl is named already: name every file once",
-        "bad.jsonl": r"bad.jsonl, line 1: not valid JSON \(.*: every line holds one JSON object",
-        "bad.parquet": r"bad.parquet cannot be read as Parquet",
-    }
-    for name, message in cases.items():
-        with pytest.raises(ValueError, match=message):
-            run(data_recipe(tmp_path, train=(good, str(tmp_path / name))), tokenizer)
     with pytest.raises(ValueError, match="a.jsonl is both in data.train and in data.heldout"):
         run(data_recipe(tmp_path, train=(good,), heldout=(good,)), tokenizer)
     with pytest.raises(ValueError, match="lies outside the target's vocabulary of 10"):

@@ -2,7 +2,7 @@
 
 from itertools import islice
 
-from eagle3_ds.data.chat import validate_row
+from eagle3_ds.data.chat import validate_messages
 from eagle3_ds.data.stdlib_corpus import MAX_CHARACTERS, stdlib_conversations, stdlib_files, stdlib_text
 
 
@@ -11,7 +11,7 @@ def test_conversations():
     assert len(rows) > 2000
     questions = []
     for number, row in enumerate(rows):
-        messages = validate_row(row, f"row {number}")
+        messages = validate_messages(row["messages"], f"row {number}")
         turns = [message["content"] for message in messages if message["role"] != "system"]
         assert 2 <= len(turns) <= 12
         assert sum(map(len, turns)) <= MAX_CHARACTERS + 200

@@ -1,0 +1,118 @@
+"""What preparation read, kept, cut and left out: counts, as JSON, as lines to print and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+SUPERVISED, OTHER = "#1f6f8b", "#b8b8b8"
+
+
+@dataclass(frozen=True)
+class DataStatistics:
+    """Counts of conversations, documents and tokens. Tokens are over the documents kept; supervised ones are the
+    assistant's.
+
+    Attributes:
+        sources: each source and the shape of its rows, null where it has none.
+        conversations: rows read. Each is one document, none (dropped), or several (split).
+        too_long_dropped, truncated, split: conversations longer than `data.max_length`, by what became of them.
+        tokens_left_out: of the tokens of conversations read, those in no document.
+        unsupervised_dropped: documents that a cut left without a word of the assistant.
+        token_boundaries_cut: conversations where a token would have run across an end of a turn.
+        reasoning_not_rendered: assistant messages with reasoning that the template leaves out.
+        heldout_in_train: held-out documents that the training data holds too: only with `data.heldout`.
+        packs: packed sequences of one epoch. fill: share of their slots that hold a token.
+        histogram: training documents by length: upper end in tokens, documents, tokens, supervised tokens.
+    """
+
+    sources: Mapping[str, str | None]
+    conversations: int
+    train_documents: int
+    heldout_documents: int
+    too_long_dropped: int
+    truncated: int
+    split: int
+    tokens_left_out: int
+    unsupervised_dropped: int
+    token_boundaries_cut: int
+    reasoning_not_rendered: int
+    heldout_in_train: int
+    train_tokens: int
+    train_supervised_tokens: int
+    heldout_tokens: int
+    heldout_supervised_tokens: int
+    longest: int
+    packs: int
+    fill: float
+    histogram: Sequence[tuple[int, int, int, int]]
+
+    def lines(self) -> list[str]:
+        """What a person wants to know, one fact a line; what did not happen is not mentioned."""
+        told = [f"{source}: {f'rows of shape {shape}' if shape else 'no row'}" for source, shape in self.sources.items()]
+        told.append(
+            f"{self.train_documents:,} training documents, {self.train_supervised_tokens:,} of {self.train_tokens:,} tokens "
+            f"supervised ({_share(self.train_supervised_tokens, self.train_tokens)}); {self.heldout_documents:,} held out, "
+            f"{self.heldout_tokens:,} tokens; longest {self.longest:,}"
+        )
+        told.append(f"{self.packs:,} packed sequences, filled to {self.fill:.1%}")
+        happened = (
+            (self.too_long_dropped, "conversations are too long and were dropped"),
+            (self.truncated, "conversations are too long and were truncated"),
+            (self.split, "conversations are too long and were split"),
+            (self.tokens_left_out, "tokens of the conversations read are in no document"),
+            (self.unsupervised_dropped, "pieces without a word of the assistant were dropped"),
+            (self.token_boundaries_cut, "conversations had a token that ran across an end of a turn; it was cut there"),
+            (self.reasoning_not_rendered, "assistant messages have reasoning that the chat template leaves out"),
+            (self.heldout_in_train, "held-out documents are in the training data too"),
+        )
+        told += [f"{count:,} {what}" for count, what in happened if count]
+        widest = max((documents for _, documents, _, _ in self.histogram), default=0)
+        for upper, documents, tokens, _ in self.histogram:
+            told.append(
+                f"up to {upper:>9,} tokens {'#' * -(-40 * documents // widest):40} {documents:,} documents, {tokens:,} tokens"
+            )
+        return told
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "none"
+
+
+def length_histogram(lengths: np.ndarray, supervised: np.ndarray) -> list[tuple[int, int, int, int]]:
+    """(upper end, documents, tokens, supervised tokens) by powers of two, from the first that holds a document to the last.
+
+    lengths, supervised: int64 [n], n >= 1.
+    """
+    powers = np.ceil(np.log2(lengths)).astype(int)  # exact: log2 of a power of two is
+    rows = []
+    for power in range(int(powers.min()), int(powers.max()) + 1):
+        inside = powers == power
+        rows.append((2**power, int(inside.sum()), int(lengths[inside].sum()), int(supervised[inside].sum())))
+    return rows
+
+
+def draw_lengths(statistics: DataStatistics, png: Path) -> None:
+    """Documents and tokens of the training data by length, the supervised tokens apart."""
+    labels = [f"{upper:,}" for upper, *_ in statistics.histogram]
+    documents, tokens, supervised = (np.array(column) for column in list(zip(*statistics.histogram, strict=True))[1:])
+    figure = Figure(figsize=(12, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    left.bar(labels, documents, color=SUPERVISED)
+    left.set(title="Training documents by length", xlabel="tokens, up to", ylabel="documents")
+    right.bar(labels, supervised, color=SUPERVISED, label="supervised")
+    right.bar(labels, tokens - supervised, bottom=supervised, color=OTHER, label="context only")
+    right.set(title="Tokens in documents of a length", xlabel="tokens, up to", ylabel="tokens")
+    right.legend(frameon=False)
+    for axis in (left, right):
+        axis.tick_params(axis="x", rotation=45)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.25)
+        axis.set_axisbelow(True)
+    figure.savefig(png)

@@ -1,0 +1,225 @@
+"""Where the assistant's turns are in a rendered conversation: the characters that a server would have generated.
+
+A turn starts where the prompt ends that a server would have rendered for it, and ends with the special token that closes
+it. Nothing about a template is known beforehand. Two kinds of renders tell everything:
+
+- growing prefixes: the messages before a turn, with the generation prompt, are the server's prompt for that turn;
+- disguises: the same messages with all that one of them says replaced by a mark show where its words are.
+
+What these renders cannot prove is an error, never a guess.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from eagle3_ds.data.chat import REASONING_KEYS, ChatTemplate, Conversation, Span
+
+FIX = (
+    "Copy the template to a file, put {% generation %} and {% endgeneration %} around what the assistant generates, and name "
+    "the file in data.chat_template"
+)
+NO_END = "the template writes no special token that ends the turn"
+MARK = "Zq7x"
+
+
+@dataclass(frozen=True)
+class Words:
+    """Characters [first, last) of a render that one message's own words decide.
+
+    `exact`: `first` is where its words begin. Otherwise the template writes other things before other words (an empty
+    block for reasoning, say), and `first` is where these begin.
+    """
+
+    first: int
+    last: int
+    exact: bool
+
+
+def locate_turns(
+    template: ChatTemplate, conversation: Conversation, supervise: Literal["all", "last"], where: str
+) -> tuple[str, list[Span]]:
+    """The rendered conversation and the spans in it that the assistant generated, in order.
+
+    Every turn, or the last one alone: its reasoning, words and tool calls as far as the render has them, and the special
+    token that ends it; not the generation prompt before, not what the template writes after. Templates with
+    `{% generation %}` marks are taken at their word.
+
+    Raises ValueError, opened by `where`, when the template raises or a turn cannot be told from the rest.
+    """
+    turns = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    view = _View(template, conversation, where)
+    if supervise == "last":
+        turns = turns[-1:]
+    if template.is_marked(conversation.tools):
+        return view.text, _marked_spans(view, turns, supervise)
+    ends: set[str] = set()
+    spans = [_turn_span(view, turn, ends) for turn in reversed(turns)]  # the last turn shows how a turn ends
+    return view.text, spans[::-1]
+
+
+class _View:
+    """One conversation under its template: its render, and the renders of its variants."""
+
+    def __init__(self, template: ChatTemplate, conversation: Conversation, where: str) -> None:
+        self.template = template
+        self.messages = conversation.messages
+        self.tools = conversation.tools
+        self.where = where
+        self.text = self.render(self.messages)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
+        return self.template.render(messages, self.tools, self.where, prompt)
+
+    def words(self, text: str, messages: Sequence[Mapping[str, Any]], index: int, prompt: bool = False) -> Words:
+        """Where `messages[index]` speaks in `text`, the render of `messages`."""
+        mark = unused_mark(text)
+        disguised = [*messages[:index], _disguise(messages[index], mark), *messages[index + 1 :]]
+        other = self.render(disguised, prompt)
+        begin, end = other.find(mark), other.rfind(mark) + len(mark)
+        head = _shared_prefix(text, other[:begin]) if begin >= 0 else 0
+        tail = _shared_suffix(text, other[end:]) if begin >= 0 else 0
+        if begin < 0 or head + tail >= len(text):
+            raise ValueError(
+                f"{self.where}: the chat template leaves out what messages[{index}] ({messages[index]['role']}) says: correct or "
+                "remove the row, or name another template in data.chat_template"
+            )
+        closing = self.template.special.search(other, end)
+        if closing is not None and closing.start() < len(other) - tail:  # it changed, or what stands before it did
+            raise self.unclear(index, "the way its turn ends depends on its words")
+        return Words(head, len(text) - tail, head == begin)
+
+    def unclear(self, index: int, reason: str) -> ValueError:
+        return ValueError(f"{self.where}: the tokens of messages[{index}] cannot be told from the rest: {reason}. {FIX}")
+
+
+def unused_mark(text: str) -> str:
+    """A word that `text` does not hold."""
+    return next(mark for number in itertools.count() if (mark := f"{MARK}{number or ''}") not in text)
+
+
+def _disguise(message: Mapping[str, Any], mark: str) -> dict[str, Any]:
+    """The message with all that it says replaced by `mark`, its structure kept."""
+    disguised = {key: mark if key in ("content", *REASONING_KEYS) and value else value for key, value in message.items()}
+    if "tool_calls" in message:
+        disguised["tool_calls"] = [_disguise_call(call, mark) for call in message["tool_calls"]]
+    return disguised
+
+
+def _disguise_call(call: Mapping[str, Any], mark: str) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _disguise_call(call["function"], mark)}
+    if call["arguments"]:  # the name stays: templates write calls of their built-in tools in another way
+        return {**call, "arguments": dict.fromkeys(call["arguments"], mark)}
+    return {**call, "name": mark}
+
+
+def _shared_prefix(one: str, other: str) -> int:
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _shared_suffix(one: str, other: str) -> int:
+    return len(other) if one.endswith(other) else _shared_prefix(one[::-1], other[::-1])
+
+
+# Turns of a template without marks
+
+
+def _turn_span(view: _View, turn: int, ends: set[str]) -> Span:
+    words = view.words(view.text, view.messages, turn)
+    start, end = _start(view, turn, words), _end(view, turn, words, ends)
+    if not start < words.last:
+        raise view.unclear(turn, "the prompt for its turn already holds them")
+    return start, end
+
+
+def _start(view: _View, turn: int, words: Words) -> int:
+    """Where the server's prompt for this turn ends."""
+    prompt = view.render(view.messages[:turn], prompt=True)
+    if view.text.startswith(prompt):
+        start = len(prompt)
+    else:
+        # Earlier messages are rendered otherwise by now (reasoning dropped, a system message moved on), so that the prompt
+        # is compared from the end of the message before.
+        here = view.words(view.text, view.messages, turn - 1).last
+        opening = prompt[view.words(prompt, view.messages[:turn], turn - 1, prompt=True).last :]
+        if view.text.startswith(opening, here):
+            start = here + len(opening)
+        elif words.exact and opening.startswith(view.text[here : words.first]):
+            # the prompt goes on with something that the render of this turn lacks, like an empty block of reasoning
+            start = words.first
+        else:
+            raise view.unclear(turn, "the generation prompt is not how the template renders the beginning of the turn")
+    if view.text[start : words.first].strip():
+        _check_generation_prompt(view, turn, prompt)
+    return start
+
+
+def _check_generation_prompt(view: _View, turn: int, prompt: str) -> None:
+    """Raises ValueError when the template ignores `add_generation_prompt` although its turns have a header."""
+    before = view.messages[:turn]
+    if prompt != view.render(before):
+        return
+    mark = unused_mark(prompt)
+    answered = view.render([*before, {"role": "assistant", "content": mark}])
+    if not answered.startswith(prompt) or answered[len(prompt) : answered.find(mark)].strip():
+        raise view.unclear(turn, "the template ignores add_generation_prompt, so nothing says where a server's prompt ends")
+
+
+def _end(view: _View, turn: int, words: Words, ends: set[str]) -> int:
+    """The end of the first special token after the turn's words.
+
+    `ends` holds what is proven to end a turn of this conversation, from the words' end to the special token, and gets
+    what this turn proves: whatever stands there without a next message too is not that message's beginning.
+    """
+    closing = view.template.special.search(view.text, words.last)
+    if closing is None:
+        raise view.unclear(turn, NO_END)
+    end = view.text[words.last : closing.end()]
+    if end not in ends and turn + 1 < len(view.messages):
+        upto = view.messages[: turn + 1]
+        alone = view.render(upto)
+        if not alone.startswith(view.text[: closing.end()]):
+            # other words or another end than here: the same must stand between them
+            last = view.words(alone, upto, turn).last
+            own = view.template.special.search(alone, last)
+            if own is None or alone[last : own.start()] != view.text[words.last : closing.start()]:
+                raise view.unclear(turn, NO_END)
+    ends.add(end)
+    for key in ("content", *REASONING_KEYS):
+        if closing.group() in view.messages[turn].get(key, ""):
+            raise ValueError(
+                f"{view.where}: messages[{turn}].{key} holds {closing.group()!r}, the token that ends a turn: correct or remove "
+                "the row"
+            )
+    return closing.end()
+
+
+# Templates with marks
+
+
+def _marked_spans(view: _View, turns: list[int], supervise: str) -> list[Span]:
+    text, marked = view.template.render_marked(view.messages, view.tools, view.where)
+    spans = [(start, end) for start, end in marked if start < end]
+    assert text == view.text
+    for turn in turns:
+        last = view.words(text, view.messages, turn).last
+        if not any(start < last <= end for start, end in spans):
+            raise ValueError(
+                f"{view.where}: the {{% generation %}} marks of the chat template leave out messages[{turn}]: put them around "
+                "every assistant message"
+            )
+    if supervise == "last":
+        asked = view.words(text, view.messages, turns[0] - 1).last
+        spans = [(start, end) for start, end in spans if start >= asked]
+    return spans

@@ -1,0 +1,60 @@
+"""Processes that share a list of batches: results in order, errors in order, no process left behind."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from eagle3_ds.data.workers import POOL_FROM, map_batches, usable_cores
+
+
+def square(number):
+    if number < 0:
+        raise ValueError(f"{number} is negative")
+    return number * number, os.getpid()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("count", [0, 1, POOL_FROM - 1, POOL_FROM, POOL_FROM + 1, 3 * POOL_FROM + 2])
+def test_results_come_in_order(workers, count):
+    results = list(map_batches(square, iter(range(count)), workers))
+    assert [result for result, _ in results] == [number * number for number in range(count)]
+    elsewhere = {process for _, process in results} - {os.getpid()}
+    assert len(elsewhere) == (workers if workers > 1 and count >= POOL_FROM else 0)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_first_error_in_order_is_raised(workers):
+    batches = [*range(POOL_FROM), -3, 5, -1]
+    results = map_batches(square, batches, workers)
+    assert [next(results)[0] for _ in range(POOL_FROM)] == [number * number for number in range(POOL_FROM)]
+    with pytest.raises(ValueError, match="^-3 is negative$"):
+        next(results)
+    assert not multiprocessing.active_children()
+
+
+def test_batches_are_read_only_as_results_are_taken():
+    taken = []
+    results = map_batches(square, (taken.append(number) or number for number in range(1000)), 2)
+    next(results)
+    assert len(taken) <= POOL_FROM + 2
+    results.close()
+    assert not multiprocessing.active_children()
+
+
+def die(number):
+    if number == POOL_FROM:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_a_killed_process_is_reported():
+    with pytest.raises(ValueError, match="one of 2 processes that read the data was killed, .*: lower data.workers"):
+        list(map_batches(die, range(2 * POOL_FROM), 2))
+    assert not multiprocessing.active_children()
+
+
+def test_usable_cores():
+    assert 1 <= usable_cores() <= os.cpu_count()
