@@ -2,25 +2,31 @@
 
 from eagle3_ds.target.build import build_target
 from eagle3_ds.target.capture import AuxCapture, capture_hidden_states, teacher_tokens
+from eagle3_ds.target.families import check_parallel, check_supported
 from eagle3_ds.target.load import (
     Target,
-    check_supported,
     choose_aux_layers,
+    empty_target,
     load_target,
     load_tokenizer,
     resolve_path,
     target_fingerprint,
 )
-from eagle3_ds.target.weights import load_embedding_and_head, load_text_config
+from eagle3_ds.target.packed import SpanForward
+from eagle3_ds.target.weights import load_embedding_and_head, load_full_config, load_text_config
 
 __all__ = [
     "AuxCapture",
+    "SpanForward",
     "Target",
     "build_target",
     "capture_hidden_states",
+    "check_parallel",
     "check_supported",
     "choose_aux_layers",
+    "empty_target",
     "load_embedding_and_head",
+    "load_full_config",
     "load_target",
     "load_text_config",
     "load_tokenizer",

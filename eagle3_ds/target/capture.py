@@ -63,7 +63,7 @@ def capture_hidden_states(target: Target, input_ids: Tensor) -> tuple[Tensor, Te
         aux [L, 3 * Ht]: the concatenated inputs of the aux layers; teacher [L, Ht]: the output of the final norm, which the
         head applies to directly. Both in the target's dtype, on its device.
     """
-    base = target.model.model
+    base = target.base
     with AuxCapture(base, target.aux_layers) as capture:
         output = base(input_ids=input_ids.to(target.device, torch.int64)[None], use_cache=False)
         return capture.take(), output.last_hidden_state[0]

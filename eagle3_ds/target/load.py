@@ -14,10 +14,9 @@ import transformers
 from torch import Tensor
 
 from eagle3_ds.config import TargetSection
-from eagle3_ds.target.weights import load_text_config, weight_files
+from eagle3_ds.target.families import check_supported
+from eagle3_ds.target.weights import load_full_config, load_text_config, weight_files
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
-"""Model types whose layers, norms and rotary embedding the draft mirrors."""
 FEWEST_LAYERS = 7
 """From here on 2, n // 2 and n - 3 are three different layers."""
 SAMPLE_BYTES = 2**20
@@ -33,6 +32,11 @@ class Target:
     tokenizer: Any
     config: Any
     aux_layers: tuple[int, int, int]
+
+    @property
+    def base(self) -> Any:
+        """The decoder without its head; of a vision-language model the language model alone."""
+        return self.model.get_decoder()
 
     @property
     def embedding(self) -> Tensor:
@@ -53,8 +57,8 @@ def load_target(section: TargetSection, dtype: str | None = None, device: torch.
     """Load the target frozen, in eval mode, in `dtype` (null: the section's).
 
     Raises:
-        ValueError: a missing folder, one that is no Hugging Face model, an unsupported family, a sliding window, too few
-            layers, or no tokenizer.
+        ValueError: a missing folder, one that is no Hugging Face model, an unsupported family, too few layers, a head with a
+            bias, or no tokenizer.
     """
     path = resolve_path(section.path)
     config = load_text_config(path)
@@ -62,8 +66,30 @@ def load_target(section: TargetSection, dtype: str | None = None, device: torch.
     aux_layers = choose_aux_layers(config.num_hidden_layers, section.aux_layers)
     weight_files(path)  # its errors tell more than those of transformers
     model = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=getattr(torch, dtype or section.dtype))
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise ValueError(
+            f"target.path = {section.path!r} has a bias in its head: the draft is taught from the product of head and hidden "
+            "state alone. Choose a target without one."
+        )
     model.requires_grad_(False).eval().to(device)
     return Target(model, load_tokenizer(section), config, aux_layers)
+
+
+def empty_target(section: TargetSection) -> Target:
+    """The target without its weights: parameters and buffers on the meta device, for ranks that receive them.
+
+    Raises:
+        ValueError: as `load_target`.
+    """
+    path = resolve_path(section.path)
+    config = load_full_config(path)
+    text_config = config.get_text_config()
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, section.dtype))
+    model.requires_grad_(False).eval()
+    return Target(
+        model, load_tokenizer(section), text_config, choose_aux_layers(text_config.num_hidden_layers, section.aux_layers)
+    )
 
 
 def load_tokenizer(section: TargetSection) -> Any:
@@ -106,23 +132,6 @@ def resolve_path(path: str) -> Path:
             f"target.path = {path!r} is neither a folder here nor a model that could be fetched from the hub ({error}). "
             "Correct it, or download the model and name its folder."
         ) from error
-
-
-def check_supported(config: Any, path: str) -> None:
-    """Raises ValueError for a family, or a feature of a family, that the draft cannot mirror."""
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"target.path = {path!r} is a model of the family {config.model_type!r}: supported are the decoder-only families "
-            f"{', '.join(FAMILIES)}. Choose a target of one of them."
-        )
-    layer_types = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    slides = window is not None if layer_types is None else "sliding_attention" in layer_types
-    if slides:
-        raise ValueError(
-            f"target.path = {path!r} ({config.model_type}) needs sliding-window attention (window {window}), which the draft "
-            "does not have. Choose a target with full attention."
-        )
 
 
 def choose_aux_layers(num_layers: int, wanted: Sequence[int] | None = None) -> tuple[int, int, int]:

@@ -6,6 +6,7 @@ Legend: V vocabulary, H hidden size.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+# The second and third names are those of the language model inside a vision-language checkpoint.
+EMBEDDINGS = (
+    "model.embed_tokens.weight",
+    "model.language_model.embed_tokens.weight",
+    "language_model.model.embed_tokens.weight",
+)
+HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -24,7 +31,16 @@ def load_text_config(path: str | Path) -> Any:
     """The transformers config of the language model in `path`.
 
     Raises:
-        ValueError: no readable config.json, so not a Hugging Face model folder.
+        ValueError: no readable config.json, or the config of no causal language model.
+    """
+    return load_full_config(path).get_text_config()
+
+
+def load_full_config(path: str | Path) -> Any:
+    """The transformers config in `path`, whole: that of a vision-language model holds the language model's.
+
+    Raises:
+        ValueError: no readable config.json, or the config of no causal language model.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
@@ -33,12 +49,18 @@ def load_text_config(path: str | Path) -> Any:
             "save_pretrained wrote."
         )
     try:
-        return AutoConfig.from_pretrained(str(path)).get_text_config()
+        config = AutoConfig.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"target.path = {str(path)!r}: transformers cannot read its config.json ({error}). Name the folder of a model "
             "that this version of transformers knows."
         ) from error
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(
+            f"target.path = {str(path)!r} is a model of the family {config.model_type!r}, which transformers does not load as a "
+            "causal language model, not even its text part alone. Save its language model in a folder of its own and name that."
+        )
+    return config
 
 
 def load_embedding_and_head(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -50,10 +72,10 @@ def load_embedding_and_head(path: str | Path, dtype: torch.dtype | None = None) 
         ValueError: no safetensors weights, or a tensor is missing from them.
     """
     files = weight_files(path)
-    embedding = _read_tensor(path, files, EMBEDDING, dtype)
-    if HEAD not in files and load_text_config(path).tie_word_embeddings:
+    embedding = _read_tensor(path, files, EMBEDDINGS, dtype)
+    if not set(HEADS) & set(files) and load_text_config(path).tie_word_embeddings:
         return embedding, embedding
-    return embedding, _read_tensor(path, files, HEAD, dtype)
+    return embedding, _read_tensor(path, files, HEADS, dtype)
 
 
 def weight_files(path: str | Path) -> dict[str, Path]:
@@ -81,10 +103,12 @@ def weight_files(path: str | Path) -> dict[str, Path]:
     )
 
 
-def _read_tensor(path: str | Path, files: dict[str, Path], name: str, dtype: torch.dtype | None) -> Tensor:
-    if name not in files:
+def _read_tensor(path: str | Path, files: dict[str, Path], names: Sequence[str], dtype: torch.dtype | None) -> Tensor:
+    """The tensor that has one of `names`."""
+    name = next((name for name in names if name in files), None)
+    if name is None:
         raise ValueError(
-            f"target.path = {str(path)!r} has no tensor {name}: a decoder-only Llama-like model has one. Name such a model."
+            f"target.path = {str(path)!r} has no tensor {names[0]}: a decoder-only Llama-like model has one. Name such a model."
         )
     with safe_open(files[name], framework="pt") as file:
         return file.get_tensor(name).to(dtype)

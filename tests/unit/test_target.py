@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_families import AUX_LAYERS, SIZES, random_model, vision_language_config
 from tiny_target import build_tiny_target
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen3Config
+from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 from eagle3_ds.config import TargetSection
 from eagle3_ds.target import (
     AuxCapture,
     capture_hidden_states,
-    check_supported,
     choose_aux_layers,
     load_embedding_and_head,
     load_target,
+    load_text_config,
     target_fingerprint,
     teacher_tokens,
 )
@@ -117,20 +119,44 @@ def test_missing_and_foreign_folders(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no config.json"):
         load_target(TargetSection(path=str(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="family 'gpt2': supported are the decoder-only families llama, qwen2"):
+    with pytest.raises(
+        ValueError,
+        match="family 'gpt2', whose config lacks intermediate_size, num_key_value_heads, rms_norm_eps, rope_parameters",
+    ):
         load_target(TargetSection(path=str(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
     with pytest.raises(ValueError, match="cannot read its config.json"):
         load_target(TargetSection(path=str(tmp_path)))
 
 
-def test_sliding_window_is_refused_by_name() -> None:
-    check_supported(MistralConfig(sliding_window=None), "m")
-    check_supported(Qwen3Config(), "q")
-    with pytest.raises(ValueError, match=r"\(mistral\) needs sliding-window attention \(window 4096\)"):
-        check_supported(MistralConfig(sliding_window=4096), "m")
-    with pytest.raises(ValueError, match=r"\(qwen3\) needs sliding-window"):
-        check_supported(Qwen3Config(use_sliding_window=True, sliding_window=128, max_window_layers=2), "q")
+def test_a_head_with_a_bias_is_refused(folder: Path, tmp_path: Path) -> None:
+    config = PhiConfig(**{**SIZES, "num_hidden_layers": 7, "partial_rotary_factor": 1.0, "head_dim": 8})
+    config.rms_norm_eps = 1e-5
+    PhiForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has a bias in its head"):
+        load_target(TargetSection(path=str(tmp_path)), dtype="float32")
+
+
+def test_text_of_a_vision_language_target(folder: Path, tmp_path: Path) -> None:
+    """Loaded, captured, and its embedding and head found under the names of such a checkpoint."""
+    model = random_model(vision_language_config())
+    model.save_pretrained(tmp_path)
+    for file in folder.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    target = load_target(TargetSection(path=str(tmp_path), aux_layers=AUX_LAYERS), dtype="float32")
+    ids = torch.randint(97, (20,), generator=torch.Generator().manual_seed(0))
+    aux, teacher = capture_hidden_states(target, ids)
+    reference = target.model(input_ids=ids[None], output_hidden_states=True)
+    assert torch.equal(aux, torch.cat([reference.hidden_states[layer][0] for layer in AUX_LAYERS], dim=-1))
+    embedding, head = load_embedding_and_head(tmp_path)
+    assert torch.equal(embedding, target.embedding)
+    assert torch.allclose(teacher @ head.T, reference.logits[0], atol=1e-4)
+
+
+def test_a_vision_language_target_that_is_no_causal_lm_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral3"}))
+    with pytest.raises(ValueError, match="'mistral3', which transformers does not load as a causal"):
+        load_text_config(tmp_path)
 
 
 def test_fingerprint_tells_targets_apart(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,122 @@
+"""Which targets a draft can be taught by, and which can run cut into spans: judged from the config, refused by name.
+
+Any causal LM of transformers is taken that passes; docs/targets.md lists the families that the tests hold to the plain forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+)
+"""What the draft takes over from the target's config."""
+LOGIT_CHANGES = (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0))
+"""Settings that make a target's logits more than head x hidden state, and the value that leaves them so."""
+LAYER_KINDS = ("full_attention", "sliding_attention")
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+"""Rotary scalings whose angles depend on the longest position of the tensor they are handed."""
+
+
+def check_supported(config: Any, path: str) -> None:
+    """Refuse what the draft cannot learn from or mirror. `config`: the target's text config.
+
+    Raises:
+        ValueError: an encoder-decoder, a config without the sizes that the draft takes over, a rotary embedding of part of
+            the head, or logits that are not a plain product with the head.
+    """
+    named = f"target.path = {path!r} is a model of the family {config.model_type!r}"
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{named}, an encoder-decoder: a draft follows a decoder-only model. Choose one.")
+    missing = [name for name in NEEDED if getattr(config, name, None) is None]
+    if missing:
+        raise ValueError(
+            f"{named}, whose config lacks {', '.join(missing)}: the draft takes its sizes, norm and rotary embedding from a "
+            "decoder of the Llama kind. Choose such a target; docs/targets.md names the tested families."
+        )
+    if "rope_type" not in config.rope_parameters and "full_attention" not in config.rope_parameters:
+        raise ValueError(f"{named}, whose rope_parameters name no full attention, which the draft has. Choose another target.")
+    for rope in _ropes(config):
+        share = rope.get("partial_rotary_factor", 1.0)
+        if share != 1.0:
+            raise ValueError(
+                f"{named}, which rotates {share} of each head (partial_rotary_factor); the draft rotates the whole of it, as "
+                "servers do for drafts. Choose a target with full rotary heads."
+            )
+    for name, neutral in LOGIT_CHANGES:
+        value = getattr(config, name, neutral)
+        if value != neutral:
+            raise ValueError(
+                f"{named} with {name} = {value}: its logits are not the product of head and hidden state, from which the "
+                "draft is taught. Choose a target without it."
+            )
+
+
+def check_parallel(full_config: Any, path: str, ulysses: int, longest: int) -> None:
+    """Refuse what cannot run cut over ranks. `full_config`: as AutoConfig reads it; `longest`: data.max_length.
+
+    Raises:
+        ValueError: attention that does not go through transformers' attention interface, or that the kernels cannot compute;
+            layers that are not attention; heads that `ulysses` does not divide; packed or quantized in a way not understood.
+    """
+    config = full_config.get_text_config()
+    named = f"target.path = {path!r} ({config.model_type}) cannot run on several ranks"
+    fix = "Capture it with target.capture: single, which runs it as transformers does, or choose another target."
+    if not _has_attention_interface(full_config):
+        raise ValueError(f"{named}: its attention does not go through transformers' attention interface. {fix}")
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap is not None:
+        raise ValueError(
+            f"{named}: its attention scores are capped (attn_logit_softcapping = {softcap}), no kernel does that. {fix}"
+        )
+    kinds = getattr(config, "layer_types", None) or ()
+    other = sorted(set(kinds) - set(LAYER_KINDS))
+    if other:
+        raise ValueError(
+            f"{named}: it has layers of the kind {', '.join(other)}, only {' and '.join(LAYER_KINDS)} are known. {fix}"
+        )
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
+        raise ValueError(f"{named}: its attention is bidirectional. {fix}")
+    if getattr(full_config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{named}: its weights are quantized, and ZeRO-3 shards plain ones. Name the unquantized model, or: {fix}"
+        )
+    if config.num_attention_heads % ulysses:
+        fitting = max(degree for degree in range(1, ulysses) if config.num_attention_heads % degree == 0)
+        raise ValueError(
+            f"parallel.ulysses is {ulysses}, which does not divide the {config.num_attention_heads} query heads of the target. "
+            f"Set it to {fitting}; the rest of the sequence parallelism belongs to parallel.ring."
+        )
+    _check_rope(config, longest, named, fix)
+
+
+def _check_rope(config: Any, longest: int, named: str, fix: str) -> None:
+    for rope in _ropes(config):
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE and longest > original:
+            raise ValueError(
+                f"{named}: the angles of its {rope['rope_type']} rotary scaling depend on the length of the document, which no "
+                f"rank holds whole, from {original} tokens on (data.max_length is {longest}). {fix}"
+            )
+
+
+def _ropes(config: Any) -> list[Mapping[str, Any]]:
+    """The rotary settings: one for all layers, or one for each kind of layer."""
+    parameters = config.rope_parameters
+    return [parameters] if "rope_type" in parameters else [part for part in parameters.values() if part]
+
+
+def _has_attention_interface(full_config: Any) -> bool:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(full_config), None)
+    return bool(getattr(model_class, "_supports_attention_backend", False))
