@@ -1,6 +1,6 @@
 """What a run costs before it starts: bytes per rank, calls and bytes on the wire, seconds per step, and the best settings."""
 
-from eagle3_ds.plan.communication import Traffic, attention_traffic, separate_all_to_alls, state_traffic
+from eagle3_ds.plan.communication import Traffic, attention_traffic, choose_kv_exchange, separate_all_to_alls, state_traffic
 from eagle3_ds.plan.setup import DraftShape, Setup, ZeroSettings
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Traffic",
     "ZeroSettings",
     "attention_traffic",
+    "choose_kv_exchange",
     "separate_all_to_alls",
     "state_traffic",
 ]

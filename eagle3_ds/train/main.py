@@ -86,7 +86,8 @@ def train(recipe: Recipe, resume: bool, heart: Heart) -> None:
     loader, heldout = build_loaders(recipe, topology)
     output_dir = Path(recipe.output_dir)
     if topology.place.rank == 0:
-        print(f"mesh {topology.mesh}, attention kernel {trainer.kernel_name}, {loader.num_packs} packs", flush=True)
+        strategy = f"attention kernel {trainer.kernel_name}, kv_exchange {trainer.kv_exchange}"
+        print(f"mesh {topology.mesh}, {strategy}, {loader.num_packs} packs", flush=True)
     if not resume:
         save_weights(trainer, output_dir / "draft-initial.safetensors")
     run_training(trainer, loader, heldout, output_dir, resume, heart)

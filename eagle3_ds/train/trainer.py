@@ -20,6 +20,7 @@ from eagle3_ds.kernels import select_kernel
 from eagle3_ds.layout import LocalBatch, PackedSequence, SpanPlan, prepare_usp_input, stream_rows
 from eagle3_ds.loss import LossInputs, LossSum, loss_tiles
 from eagle3_ds.model import DraftModel, UnrollSettings, VocabularyMap, patch_attention
+from eagle3_ds.plan import DraftShape, Setup, choose_kv_exchange
 from eagle3_ds.topology import Topology
 from eagle3_ds.train.engine import DraftWithLoss, build_engine, full_parameters, step_and_norm
 
@@ -74,16 +75,11 @@ class DraftTrainer:
         device = topology.device
         kernel = select_kernel(recipe.attention.kernel, device, self.dtype, draft.config.head_dim)
         self.kernel_name = kernel.name
-        exchange = recipe.parallel.kv_exchange
-        patch_attention(
-            draft,
-            kernel,
-            topology.ulysses_group,
-            topology.ring_group,
-            # Until a planner knows better, gathering is right: it sends the fewest bytes, and memory is the exception.
-            "gather" if exchange == "auto" else exchange,
-            recipe.parallel.kv_bytes,
-        )
+        setup = Setup.of(recipe, deepspeed_config, DraftShape.of(draft.config), topology.draft_dp)
+        asked = recipe.parallel.kv_exchange
+        self.kv_exchange = choose_kv_exchange(setup) if asked == "auto" else asked
+        groups = (topology.ulysses_group, topology.ring_group)
+        patch_attention(draft, kernel, *groups, self.kv_exchange, recipe.parallel.kv_bytes)
         self._draft_to_target = vocabulary.draft_to_target.to(device)
         self._in_vocabulary = vocabulary.t2d.cpu()
         self._teacher_head = head[vocabulary.draft_to_target.to(head.device)].to(device, self.dtype)
