@@ -15,6 +15,12 @@ if not torch.cuda.is_available():
 each_kernel = pytest.mark.parametrize(("kernel", "device", "dtype"), conformance.kernels_on("cuda"))
 
 
+@pytest.fixture(autouse=True)
+def deterministic_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS refuses deterministic mode without it; the kernels in plain torch multiply through cuBLAS."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_is_checked_here(kernel: AttentionKernel) -> None:
     conformance.skip_if_unusable(kernel, "cuda")

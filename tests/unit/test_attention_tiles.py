@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from eagle3_ds.attention.tiles import block_tiles, gathered_tiles
 from eagle3_ds.kernels import AttentionKernel, Tile, select_kernel
+from eagle3_ds.kernels.cuda import CudaKernel
 from eagle3_ds.layout import SpanPlan
 
 plans = st.builds(
@@ -121,3 +123,19 @@ def test_a_window_without_a_token_is_refused(window: int) -> None:
         gathered_tiles(plan, 0, window)
     with pytest.raises(ValueError, match=f"window = {window}"):
         block_tiles(plan, 0, 0, window)
+
+
+@settings(deadline=None)
+@given(plans, windows)
+def test_calls_of_a_varlen_kernel_share_out_the_tiles(plan: SpanPlan, window: int | None) -> None:
+    """Every tile in one call; no row and no key twice in a call; as many calls as a document has chunks, not documents."""
+    for rank in range(plan.ring):
+        tiles = gathered_tiles(plan, rank, window)
+        calls = CudaKernel().calls(tiles)
+        assert sorted(tile for call in calls for tile in call.tiles) == sorted(tiles)
+        for call in calls:
+            for tile, following in pairwise(call.tiles):
+                assert tile.q_stop <= following.q_start and tile.k_stop <= following.k_start
+        documents = [run.document_start for run in plan.runs(rank)]
+        if window is None:
+            assert len(calls) == max(map(documents.count, documents), default=0)
