@@ -26,7 +26,8 @@ class TensorBytes(TorchDispatchMode):
     A storage counts from the operator that returned it until it dies, in forward and in backward, inside of custom autograd
     Functions too. What a kernel allocates and frees within one operator is not seen. A storage that was there before is
     counted from the start as soon as an operator reads it, or at once by `add`: it is part of the baseline. A storage made
-    by no operator (`torch.from_numpy`) cannot be told from one that was there before.
+    by no operator (`torch.from_numpy`, a communication library's buffer) cannot be told from one that was there before, unless
+    the caller says that all of those were added.
 
     One process counts its own storages; on several ranks, each enters a counter of its own.
 
@@ -37,9 +38,13 @@ class TensorBytes(TorchDispatchMode):
         at_peak: what made up the peak, bytes by "operator dtype shape"; filled only with `explain`, which is slow.
     """
 
-    def __init__(self, device_type: str | None = None, explain: bool = False) -> None:
-        """Count storages on `device_type` ("cpu", "cuda"), or on every device but meta, where nothing is held."""
+    def __init__(self, device_type: str | None = None, explain: bool = False, all_added: bool = False) -> None:
+        """Count storages on `device_type` ("cpu", "cuda"), or on every device but meta, where nothing is held.
+
+        `all_added`: whatever was there before is handed to `add`, so a storage met for the first time is new.
+        """
         super().__init__()
+        self._all_added = all_added
         self.live = self.peak = self.baseline = 0
         self.at_peak: Counter[str] = Counter()
         self._device_type, self._explain = device_type, explain
@@ -61,7 +66,9 @@ class TensorBytes(TorchDispatchMode):
         return self.peak - self.baseline
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.add(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self._hold(leaf, "no operator", existed=not self._all_added)
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):

@@ -108,7 +108,9 @@ class DraftTrainer:
         for micro, (batch, constants) in enumerate(zip(batches, inputs, strict=True), start=1):
             loss: LossSum = self.engine(batch, constants)
             self.engine.backward(loss.total * self.loss_scale, scale_wrt_gas=False)
-            sums.append(loss)
+            # Without its graph, which would hold the keys and values of every micro-batch until the step is over.
+            sums.append(LossSum(*(value.detach() for value in loss)))
+            del loss
             if micro < len(batches):
                 self.engine.step()
         grad_norm = step_and_norm(self.engine)

@@ -2,6 +2,7 @@
 
 import gc
 
+import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -32,6 +33,16 @@ def test_what_was_there_before_is_the_baseline_whenever_it_is_met():
         assert (counted.peak, counted.above_baseline) == (2048, 1024)
         late.mul_(2)
         assert (counted.live, counted.baseline, counted.above_baseline) == (3072, 3072, 1024)
+
+
+def test_what_no_operator_made_is_new_where_all_that_was_there_was_added():
+    weight = torch.zeros(KIB)
+    with TensorBytes(all_added=True) as counted:
+        counted.add([weight])
+        counted.mark()
+        made_elsewhere = torch.from_numpy(np.zeros(2 * KIB, dtype=np.float32))
+        made_elsewhere.add_(1)
+        assert (counted.baseline, counted.above_baseline) == (1024, 2048)
 
 
 def test_mark_starts_anew():
