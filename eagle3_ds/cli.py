@@ -51,6 +51,7 @@ COMMANDS = {
 # Commands with sub-commands of their own: the module whose `run(arguments, console)` they are, and their meaning.
 TOOLS = {
     "doctor": ("eagle3_ds.cli_doctor", "versions, devices, and which attention kernels run here, each checked"),
+    "data": ("eagle3_ds.cli_data", "look at a row, or let the target answer the prompts: data inspect | regenerate"),
     "store": ("eagle3_ds.cli_store", "verify, describe or import hidden states: store verify | info | import"),
 }
 

@@ -31,6 +31,7 @@ BYPRODUCTS = (
 )
 # A checkpoint holds weights of these sections' making; the others may change between the parts of a run.
 FIXED_ON_RESUME = ("target", "draft", "data", "loss")
+FREE_ON_RESUME = ("data.workers",)
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _check_resume(recipe: Recipe, folder: Path) -> None:
     changed = [
         line
         for line in recipe_differences(load_recipe(folder / RESOLVED), recipe)
-        if line.partition(":")[0].partition(".")[0] in FIXED_ON_RESUME
+        if (key := line.partition(":")[0]).partition(".")[0] in FIXED_ON_RESUME and key not in FREE_ON_RESUME
     ]
     if changed:
         raise ValueError(

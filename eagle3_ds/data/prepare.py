@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -36,7 +36,7 @@ from eagle3_ds.data.documents import (
 from eagle3_ds.data.encode import EVENTS, EncodedBatch, RowEncoder
 from eagle3_ds.data.packing import fill, pack
 from eagle3_ds.data.shapes import Shape
-from eagle3_ds.data.sources import expand_sources, open_source, source_fingerprint
+from eagle3_ds.data.sources import Row, expand_sources, open_source, source_fingerprint
 from eagle3_ds.data.statistics import DataStatistics, draw_lengths, length_histogram
 from eagle3_ds.data.workers import map_batches, usable_cores
 
@@ -84,6 +84,12 @@ def source_shapes(sources: Sequence[str], section: DataSection) -> dict[str, Sha
     """The shape of each source's rows, as the recipe says or as the first row shows; None where there is no row."""
     given = None if section.shape == "auto" else section.shape
     return {source: open_source(source, given)[0] for source in sources}
+
+
+def recipe_rows(sources: Sequence[str], section: DataSection, limit: int | None = None) -> Iterator[Row]:
+    """The rows of the sources in order, at most `limit`."""
+    given = None if section.shape == "auto" else section.shape
+    return islice((row for source in sources for row in open_source(source, given)[1]), limit)
 
 
 def chat_template(tokenizer: Any, section: DataSection, shapes: Iterable[Shape | None]) -> ChatTemplate | None:
@@ -224,7 +230,7 @@ class _Builder:
         if not files:
             return kept
         before = Counter(self.events)
-        rows = islice((row for file in files for row in open_source(file, self.shapes[file])[1]), limit)
+        rows = recipe_rows(files, self.section, limit)
         batches = iter(lambda: list(islice(rows, BATCH)), [])
         workers = self.section.workers or usable_cores()
         progress = tqdm(total=limit, desc=f"tokenise {side}", unit=" conversations", disable=not self.show_progress)

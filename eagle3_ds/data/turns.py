@@ -157,12 +157,25 @@ def _start(view: _View, turn: int, words: Words) -> int:
             start = here + len(opening)
         elif words.exact and opening.startswith(view.text[here : words.first]):
             # the prompt goes on with something that the render of this turn lacks, like an empty block of reasoning
+            _check_no_reasoning(view, turn)
             start = words.first
         else:
             raise view.unclear(turn, "the generation prompt is not how the template renders the beginning of the turn")
     if view.text[start : words.first].strip():
         _check_generation_prompt(view, turn, prompt)
     return start
+
+
+def _check_no_reasoning(view: _View, turn: int) -> None:
+    """Raises ValueError when the turn is rendered with reasoning where the prompt has other things."""
+    mark = unused_mark(view.text)
+    message = view.messages[turn]
+    thinking = {key: mark if key in REASONING_KEYS else value for key, value in message.items()}
+    if mark in view.render([*view.messages[:turn], thinking, *view.messages[turn + 1 :]]):
+        raise ValueError(
+            f"{view.where}: messages[{turn}] has reasoning, and the generation prompt for its turn rules reasoning out: remove "
+            "it from the row, or change data.chat_template_arguments"
+        )
 
 
 def _check_generation_prompt(view: _View, turn: int, prompt: str) -> None:

@@ -284,6 +284,22 @@ def test_families_that_raise_name_the_row() -> None:
         masked(family_tokenizer("mistral"), short)
 
 
+def test_reasoning_that_the_prompt_rules_out_is_refused() -> None:
+    tokenizer = family_tokenizer("qwen3")
+    with pytest.raises(ValueError, match=r"^row: messages\[3\] has reasoning, and the generation prompt for its turn rules"):
+        masked(tokenizer, REASONED, enable_thinking=False)
+    with pytest.raises(ValueError, match=UNCLEAR + "the generation prompt is not how the template renders"):
+        masked(tokenizer, INLINE, enable_thinking=False)
+    # earlier reasoning is dropped, also where it says what the answer says
+    earlier = [user("Hi"), assistant("Hello!", reasoning="Hello!"), *TWO_TURNS[2:]]
+    assert stretches(tokenizer, masked(tokenizer, earlier, enable_thinking=False)) == ["Hello!<|im_end|>", "It is 42.<|im_end|>"]
+
+
+def test_words_that_are_trimmed_away_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"the chat template leaves out what messages\[1\] \(assistant\) says"):
+        masked(family_tokenizer("gemma"), [user("Hi"), assistant(" \n")])
+
+
 def test_marks_are_taken_at_their_word() -> None:
     marked = chatml(template("qwen2.5-marked"))
     for supervise in ("all", "last"):

@@ -1,0 +1,89 @@
+"""One row as the draft will learn it: its tokens as text, the supervised ones marked."""
+
+from __future__ import annotations
+
+import html
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from rich.text import Text
+
+from eagle3_ds.config.schema import DataSection
+from eagle3_ds.data.encode import RowEncoder
+from eagle3_ds.data.prepare import chat_template, recipe_rows
+from eagle3_ds.data.sources import Row, expand_sources
+from eagle3_ds.data.token_mask import MaskedTokens
+
+STYLES = """
+body { font: 15px/1.5 ui-monospace, monospace; max-width: 72em; margin: 2em auto; color: #666 }
+pre { white-space: pre-wrap; overflow-wrap: anywhere }
+mark { background: #cfe8d5; color: #111; border-radius: 2px }
+"""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One row. `pieces`: text, and whether its tokens are supervised; end to end they are the whole document."""
+
+    row: Row
+    tokens: MaskedTokens
+    pieces: list[tuple[str, bool]]
+
+    @property
+    def summary(self) -> str:
+        total, supervised = len(self.tokens.input_ids), sum(self.tokens.loss_mask)
+        turns = sum(flag for _, flag in self.pieces)
+        cut = "; a token that ran across an end of a turn was cut" if self.tokens.cut else ""
+        return (
+            f"{self.row.place}, shape {self.row.shape}: {total:,} tokens, {supervised:,} of them supervised "
+            f"({supervised / total:.1%}) in {turns} stretches{cut}"
+        )
+
+
+def inspect_row(section: DataSection, tokenizer: Any, number: int) -> Inspection:
+    """Row `number`, counted from 1 over the sources of `data.train`, before anything is cut to `data.max_length`.
+
+    Raises ValueError for a bad row, and when there are fewer rows.
+    """
+    sources = expand_sources(section.train, "data.train")
+    row = next(islice(recipe_rows(sources, section), number - 1, None), None)
+    if row is None:
+        raise ValueError(f"--row is {number}, but {', '.join(sources)} hold fewer rows: ask for a smaller number")
+    encoder = RowEncoder(tokenizer, chat_template(tokenizer, section, [row.shape]), section, len(tokenizer))
+    ((_, _, tokens),) = encoder.tokenise([row], Counter())
+    return Inspection(row, tokens, list(text_pieces(tokenizer, tokens)))
+
+
+def text_pieces(tokenizer: Any, tokens: MaskedTokens) -> Iterable[tuple[str, bool]]:
+    """The text of each stretch of tokens with one mask value, as it reads in its place, and that value."""
+    done, last = "", len(tokens.input_ids) - 1
+    for place, flag in enumerate(tokens.loss_mask):
+        if place == last or tokens.loss_mask[place + 1] != flag:
+            # decoded from the beginning: tokenizers of sentence pieces drop the space at the beginning of a text
+            text = tokenizer.decode(tokens.input_ids[: place + 1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            yield text[len(done) :], flag
+            done = text
+
+
+def as_text(inspection: Inspection, colour: bool) -> Text:
+    """For a terminal. Without colour the supervised stretches stand between >>> and <<<."""
+    text = Text()
+    for piece, supervised in inspection.pieces:
+        if colour:
+            text.append(piece, style="black on green" if supervised else "dim")
+        else:
+            text.append(f">>>{piece}<<<" if supervised else piece)
+    return text
+
+
+def as_html(inspection: Inspection) -> str:
+    """A page of its own, which loads nothing."""
+    pieces = (f"<mark>{html.escape(text)}</mark>" if flag else html.escape(text) for text, flag in inspection.pieces)
+    summary = html.escape(inspection.summary)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{summary}</title>\n<style>{STYLES}</style>\n'
+        f"<p>{summary}; supervised tokens are <mark>marked</mark></p>\n<pre>{''.join(pieces)}</pre>\n</html>\n"
+    )

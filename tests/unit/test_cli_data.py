@@ -1,0 +1,128 @@
+"""`eagle3-ds data`: inspection of recipes and files, and regeneration by a real, tiny target."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from data_samples import chat, write_jsonl
+from tiny_target import build_tiny_target
+
+from eagle3_ds.cli import main
+from eagle3_ds.cli_checks import RESOLVED, check_output
+from eagle3_ds.config import TargetSection, dump_recipe, load_recipe
+from eagle3_ds.eval.speculative import greedy_decode
+from eagle3_ds.target import load_target
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained a little, so that its turns end."""
+    return build_tiny_target(tmp_path_factory.mktemp("data") / "tiny", steps=100)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, target: Path) -> str:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [chat(f"What is f{n}?", "old") for n in (3, 4, 14, 5)])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"target: {{path: {target}, dtype: float32}}\ndata: {{train: [{rows}]}}\ntrain: {{steps: 1}}\n"
+        f"deepspeed: none.json\noutput_dir: {tmp_path / 'run'}\n"
+    )
+    return str(path)
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    status = main(["data", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+def test_inspect(recipe: str, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = said(capsys, "inspect", recipe, "--row", 2)
+    assert status == 0
+    assert "<|im_start|>user\nWhat is f4?<|im_end|>\n<|im_start|>assistant\n>>>old<|im_end|><<<" in text
+    assert "rows.jsonl, line 2, shape messages: " in text
+    assert said(capsys, "inspect", tmp_path / "rows.jsonl", "--target", target, "--row", 2) == (status, text)
+    status, text = said(capsys, "inspect", recipe, "--html", tmp_path / "row.html")
+    assert status == 0 and "<mark>old&lt;|im_end|&gt;</mark>" in (tmp_path / "row.html").read_text()
+    refusals = [
+        (("inspect", recipe, "--row", 0), "--row is 0, but rows are counted from 1"),
+        (("inspect", recipe, "--row", 9), "--row is 9, but "),
+        (("inspect", tmp_path / "rows.jsonl"), "name the target by --target FOLDER"),
+        (("inspect", recipe, "--target", target), "--target is for a data file"),
+        (("inspect", tmp_path / "rows.jsonl", "data.shape=messages", "--target", target), "'data.shape=messages' changes a"),
+        (("inspect", tmp_path / "none.jsonl", "--target", target), "none.jsonl', which does not exist"),
+    ]
+    for arguments, message in refusals:
+        status, text = said(capsys, *arguments)
+        assert status == 2 and message in text, text
+
+
+def test_actions_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = said(capsys, "--help")
+    assert status == 0 and "inspect" in text and "regenerate" in text
+    assert said(capsys)[0] == 2
+    assert "there is no action 'look'. Actions: inspect, regenerate." in said(capsys, "look")[1]
+    assert main(["--help"]) == 0 and "data inspect | regenerate" in capsys.readouterr().out
+
+
+def test_regenerate(recipe: str, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Padded batches answer like the target alone, greedily."""
+    output = tmp_path / "answers.jsonl"
+    command = ("regenerate", recipe, "--output", output, "--batch_size", 3, "--max_new_tokens", 40)
+    status, text = said(capsys, *command)
+    assert status == 0, text
+    alone = load_target(TargetSection(path=str(target)), dtype="float32")
+    stop = alone.tokenizer.eos_token_id
+    expected = []
+    for n in (3, 4, 14, 5):
+        question = [{"role": "user", "content": f"What is f{n}?"}]
+        prompt = alone.tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+        tokens = greedy_decode(alone, prompt, 40, stop)
+        if tokens[-1] == stop:
+            expected.append([*question, {"role": "assistant", "content": alone.tokenizer.decode(tokens[:-1])}])
+    assert expected, "the target never ends its turn: nothing is tested"
+    assert [json.loads(line)["messages"] for line in output.read_text().splitlines()] == expected
+    assert f"4 rows read, {len(expected)} conversations with {len(expected)} answers" in text
+    before = output.read_bytes()
+    assert said(capsys, *command)[0] == 0 and output.read_bytes() == before
+    status, text = said(capsys, *command, "--temperature", 0.5)
+    assert status == 2 and "temperature 0.0 then, 0.5 now" in text
+
+
+def test_sampled_answers_follow_the_seed(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.manual_seed(99)
+        arguments = ("--max_new_tokens", 60, "--temperature", 1.5, "--top_p", 0.95, "--seed", seed)
+        assert said(capsys, "regenerate", recipe, "--output", tmp_path / f"{name}.jsonl", *arguments)[0] == 0
+        texts.append((tmp_path / f"{name}.jsonl").read_text())
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch_size", 0), "--batch_size is 0, but must be at least 1"),
+        (("--temperature", -1), "--temperature is -1.0, but must be at least 0"),
+        (("--top_p", 0), "--top_p is 0.0, but must be above 0"),
+        (("--max_new_tokens", 512), "--max_new_tokens is 512, but the target's context is 512"),
+    ],
+)
+def test_bad_options(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...], message: str
+) -> None:
+    status, text = said(capsys, "regenerate", recipe, "--output", tmp_path / "x.jsonl", *arguments)
+    assert status == 2 and message in text, text
+
+
+def test_a_run_may_go_on_with_other_workers(recipe: str, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "latest.json").write_text("{}")
+    (tmp_path / "run" / RESOLVED).write_text(dump_recipe(load_recipe(recipe)))
+    check_output(load_recipe(recipe, ["data.workers=3"]), resume=True, overwrite=False)
+    with pytest.raises(ValueError, match="data.supervise: 'all' -> 'last'"):
+        check_output(load_recipe(recipe, ["data.workers=3", "data.supervise=last"]), resume=True, overwrite=False)

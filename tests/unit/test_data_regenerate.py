@@ -1,0 +1,130 @@
+"""Regeneration with a target of our own making: which messages it answers, what is written, and going on after a stop."""
+
+import json
+
+import pytest
+from chat_families import family_tokenizer
+from data_samples import chat, data_recipe
+
+from eagle3_ds.data.chat import load_chat_template
+from eagle3_ds.data.prepare import prepare_data, recipe_rows
+from eagle3_ds.data.regenerate import Regenerator
+
+END = "<|im_end|>"
+
+
+class Parrot:
+    """Answers with the last line that it hears, in capitals, and notes what it was asked."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.prompts, self.draws, self.sizes = [], [], []
+
+    def __call__(self, prompts, draw):
+        self.draws.append(draw)
+        self.sizes.append(len(prompts))
+        heard = [self.tokenizer.decode(prompt) for prompt in prompts]
+        self.prompts += heard
+        return [self.tokenizer(self.answer(text), add_special_tokens=False)["input_ids"] for text in heard]
+
+    def answer(self, text):
+        said = text.removesuffix(f"{END}\n<|im_start|>assistant\n").rpartition("\n")[2]
+        if said == "endless":
+            return "and so on"
+        return f"odd {END} words" + END if said == "odd" else said.upper() + END
+
+
+@pytest.fixture
+def tokenizer():
+    return family_tokenizer("qwen2.5")
+
+
+def regenerate(tmp_path, tokenizer, rows, parrot=None, context=1000, stop_after=None, batch_size=2, **settings):
+    """The lines of the output, the regenerator and the parrot."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parrot = parrot or Parrot(tokenizer)
+    end = tokenizer.convert_tokens_to_ids(END)
+    output = tmp_path / "out" / "answers.jsonl"
+    regenerator = Regenerator(tokenizer, load_chat_template(tokenizer), parrot, [end], context, 50, output, settings)
+    section = data_recipe(tmp_path, train=(str(path),)).data
+    for number, _ in enumerate(regenerator.run(recipe_rows(section.train, section), batch_size), 1):
+        if number == stop_after:
+            break
+    return [json.loads(line) for line in output.read_text().splitlines()], regenerator, parrot
+
+
+def contents(row):
+    return [message["content"] for message in row["messages"]]
+
+
+def test_every_answer_is_made_anew_on_top_of_the_answers_before(tmp_path, tokenizer):
+    rows = [{"messages": chat("a", "old", "b", "old", system="s")}, {"messages": chat("c", "old")}]
+    lines, regenerator, parrot = regenerate(tmp_path, tokenizer, rows)
+    assert [contents(line) for line in lines] == [["s", "a", "A", "b", "B"], ["c", "C"]]
+    assert parrot.sizes == [2, 1] and len(set(parrot.draws)) == 2
+    assert "<|im_start|>assistant\nA<|im_end|>" in parrot.prompts[2] and not any("old" in text for text in parrot.prompts)
+    assert lines[0]["source"].endswith("rows.jsonl, line 1")
+    told = regenerator.lines()
+    assert "2 rows read, 2 conversations with 3 answers of 6 tokens in" in told[0]
+    assert told[1:] == ["3 of 3 answers are read back token for token"]
+
+
+def test_a_recipe_reads_what_was_written(tmp_path, tokenizer):
+    regenerate(tmp_path, tokenizer, [{"messages": chat("a", "x", "b", "y")}])
+    recipe = data_recipe(tmp_path, train=(str(tmp_path / "out" / "answers.jsonl"),), heldout_fraction=0.0)
+    data = prepare_data(recipe, tokenizer, "tok", show_progress=False)
+    document = data.train[0]
+    learnt = [token for token, flag in zip(document["input_ids"], document["loss_mask"], strict=True) if flag]
+    assert tokenizer.decode(learnt) == f"A{END}B{END}"
+
+
+def test_tool_calls_and_their_results_stay(tmp_path, tokenizer):
+    call = {"role": "assistant", "content": None, "reasoning": "hm", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
+    talk = [{"role": "user", "content": "a"}, call, {"role": "tool", "content": "t"}, {"role": "assistant", "content": "old"}]
+    lines, _, parrot = regenerate(tmp_path, tokenizer, [{"messages": talk, "tools": [{"name": "f"}]}])
+    assert lines[0]["messages"][1] == {k: v for k, v in call.items() if v and k != "reasoning"} | {"reasoning_content": "hm"}
+    assert lines[0]["messages"][3]["content"] == "</TOOL_RESPONSE>" and lines[0]["tools"] == [{"name": "f"}]
+    assert len(parrot.prompts) == 1 and '"arguments": {"x": 1}' in parrot.prompts[0]
+
+
+def test_answers_that_cannot_be_kept_end_their_conversation(tmp_path, tokenizer):
+    rows = [chat("a", "x", "endless", "x", "b", "x"), chat("odd", "x"), chat("long " * 30, "x"), chat("c", "x")]
+    lines, regenerator, _ = regenerate(tmp_path, tokenizer, [{"messages": row} for row in rows], context=180)
+    assert [contents(line) for line in lines] == [["a", "A"], ["c", "C"]]
+    counts = regenerator.counts
+    assert (counts["unfinished"], counts["unreadable"], counts["too_long"], counts["left_out"]) == (1, 1, 1, 2)
+    assert "2 rows have no answer and were left out" in regenerator.lines()
+
+
+def test_an_interrupted_run_goes_on(tmp_path, tokenizer):
+    rows = [{"messages": chat(f"q{number}", "x")} for number in range(7)]
+    lines, first, _ = regenerate(tmp_path, tokenizer, rows, stop_after=2, seed=1)
+    assert len(lines) == 4 and first.rows == 4
+    with open(first.output, "a") as stream:
+        stream.write('{"messages": [half a li')
+    lines, second, parrot = regenerate(tmp_path, tokenizer, rows, seed=1)
+    assert [contents(line) for line in lines] == [[f"q{number}", f"Q{number}"] for number in range(7)]
+    assert len(parrot.prompts) == 3 and second.counts["answers"] == 7
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    _, other, again = regenerate(whole, tokenizer, rows, seed=1)
+    assert [contents(json.loads(line)) for line in other.output.read_text().splitlines()] == list(map(contents, lines))
+    assert again.draws[2:] == parrot.draws
+    assert regenerate(tmp_path, tokenizer, rows, seed=1)[2].prompts == []
+
+
+def test_a_file_of_other_making_is_not_touched(tmp_path, tokenizer):
+    rows = [{"messages": chat("a", "x")}]
+    _, first, _ = regenerate(tmp_path, tokenizer, rows, seed=1)
+    with pytest.raises(ValueError, match="was begun otherwise .seed 1 then, 2 now.: restore these settings"):
+        regenerate(tmp_path, tokenizer, rows, seed=2)
+    first.output.write_text("")
+    with pytest.raises(ValueError, match="answers.jsonl is shorter than answers.jsonl.progress.json says"):
+        regenerate(tmp_path, tokenizer, rows, seed=1)
+    first.progress_file.unlink()
+    with pytest.raises(ValueError, match="answers.jsonl exists and was not begun by this command: name another file"):
+        regenerate(tmp_path, tokenizer, rows, seed=1)
+    with pytest.raises(ValueError, match="rows.jsonl, line 1: a row of tokens has no prompts to answer"):
+        (tmp_path / "x").mkdir()
+        regenerate(tmp_path / "x", tokenizer, [{"input_ids": [1, 2], "loss_mask": [0, 1]}])
