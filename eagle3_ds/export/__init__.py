@@ -2,6 +2,6 @@
 
 from eagle3_ds.export.speculators import export_speculators, load_speculators
 from eagle3_ds.export.verify import verify_export
-from eagle3_ds.export.vllm import export_vllm, load_vllm
+from eagle3_ds.export.vllm import export_vllm, load_vllm, vllm_tensors
 
-__all__ = ["export_speculators", "export_vllm", "load_speculators", "load_vllm", "verify_export"]
+__all__ = ["export_speculators", "export_vllm", "load_speculators", "load_vllm", "verify_export", "vllm_tensors"]

@@ -51,8 +51,13 @@ def export_vllm(
         keys[AUX_LAYERS] = list(aux_layers)
         # vLLM counts the layer whose input is taken, as we do; SGLang the one whose output is taken, one less
         keys["eagle_config"] = {"use_aux_hidden_state": True, AUX_LAYERS: [layer - 1 for layer in aux_layers]}
+    return write_folder(folder, keys, vllm_tensors(model_state, vocabulary, dtype))
+
+
+def vllm_tensors(model_state: Mapping[str, Tensor], vocabulary: VocabularyMap, dtype: str = "bfloat16") -> dict[str, Tensor]:
+    """The draft's weights under the names that vLLM and SGLang load, on the CPU: what a running server is handed."""
     tensors = {_there(name): tensor for name, tensor in cast(model_state, dtype).items()}
-    return write_folder(folder, keys, tensors | {"d2t": vocabulary.d2t.cpu(), "t2d": vocabulary.t2d.cpu()})
+    return tensors | {"d2t": vocabulary.d2t.cpu(), "t2d": vocabulary.t2d.cpu()}
 
 
 def load_vllm(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], VocabularyMap]:

@@ -34,6 +34,10 @@ class DraftWithLoss(nn.Module):
         self._frozen = [embedding]
         self.settings = settings
 
+    def use_embedding(self, embedding: Tensor) -> None:
+        """From now on; on the device and in the dtype of the one before."""
+        self._frozen[0] = embedding
+
     def forward(self, batch: LocalBatch, inputs: LossInputs) -> LossSum:
         embedding, taps = self._frozen[0], LossTaps()
         finish = partial(tiled_soft_cross_entropy, taps, inputs=inputs)

@@ -82,7 +82,7 @@ class DraftTrainer:
         patch_attention(draft, kernel, *groups, self.kv_exchange, recipe.parallel.kv_bytes)
         self._draft_to_target = vocabulary.draft_to_target.to(device)
         self._in_vocabulary = vocabulary.t2d.cpu()
-        self._teacher_head = head[vocabulary.draft_to_target.to(head.device)].to(device, self.dtype)
+        self._teacher_head = self._draft_rows(head)
         settings = UnrollSettings(recipe.draft.ttt_steps, recipe.train.activation, recipe.train.tile_bytes)
         model = DraftWithLoss(draft, embedding.to(device, self.dtype), settings)
         self.engine, self.loss_scale = build_engine(recipe, deepspeed_config, topology, model)
@@ -123,6 +123,15 @@ class DraftTrainer:
         batches, inputs, normalizer = self._prepare(packs)
         sums = [self.engine(batch, constants) for batch, constants in zip(batches, inputs, strict=True)]
         return self._report(sums, normalizer, packs)
+
+    def update_target(self, embedding: Tensor, head: Tensor) -> None:
+        """Go on with the embedding [V, H] and head [V, Ht] of a target that was trained meanwhile, as a policy is in RL."""
+        self.engine.module.use_embedding(embedding.detach().to(self.topology.device, self.dtype, copy=True))
+        self._teacher_head = self._draft_rows(head.detach())
+
+    def _draft_rows(self, head: Tensor) -> Tensor:
+        """The rows of the target's head that the draft vocabulary has, [Vd, Ht]."""
+        return head[self._draft_to_target.to(head.device)].to(self.topology.device, self.dtype)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The draft's weights, whole, on the CPU, by the names of `DraftModel`."""

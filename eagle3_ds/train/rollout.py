@@ -1,0 +1,248 @@
+"""Training on hidden states that come from anywhere, such as the rollout engine of an RL loop.
+
+Legend: L tokens of a packed sequence, Ht hidden size of the target, V its vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
+from eagle3_ds.layout import LocalRows, PackedSequence, Rows, SpanPlan, row_tiles
+from eagle3_ds.model import DraftModel, VocabularyMap, build_draft_config
+from eagle3_ds.target import load_embedding_and_head, load_text_config, resolve_path, teacher_tokens
+from eagle3_ds.topology import Topology, maybe_setup_distributed
+from eagle3_ds.train.trainer import DraftTrainer, StepReport
+
+ROWS_AT_ONCE = 4096
+"""Rows whose copies exist at a time while a rollout is checked."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Documents laid end to end, prompt and answer each, with what the target computed on the way.
+
+    Attributes:
+        token_ids: integers [L].
+        loss_mask: bool [L], true for the tokens that the target wrote.
+        lengths: of the documents in tokens, sum L.
+        aux: rows [L, 3 * Ht], the inputs of the three auxiliary layers side by side: a tensor, or anything that gives its rows
+            by slices.
+        teacher: rows [L, Ht], the last hidden state behind the final norm.
+        teacher_token: integers [L], the target's argmax over its whole vocabulary; None has it computed from `teacher`.
+    """
+
+    token_ids: Tensor
+    loss_mask: Tensor
+    lengths: tuple[int, ...]
+    aux: Rows
+    teacher: Rows
+    teacher_token: Tensor | None = None
+
+
+class RolloutTrainer:
+    """A `DraftTrainer` that is fed with `Rollout`s instead of a recipe's data.
+
+    Every method is collective: all ranks call it alike, sequence-parallel peers with the same rollouts. Without a launcher it
+    is a world of one rank.
+
+    Args:
+        recipe: a recipe or the path of one; its sections `data` and `eval` are not used. overrides: as on the command line.
+        vocabulary: the draft's; None takes vocabulary.safetensors from `output_dir`, or all tokens when `draft.vocab_size` is
+            the target's.
+        weights: of a draft to go on with, by the names of `state_dict`; None starts a fresh one.
+
+    Raises:
+        ValueError: a mistake in the recipe, or no vocabulary.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe | str | Path,
+        overrides: Sequence[str] = (),
+        vocabulary: VocabularyMap | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+        folder = resolve_path(self.recipe.target.path)
+        config = load_text_config(folder)
+        self.vocabulary = vocabulary or _vocabulary(self.recipe, config.vocab_size)
+        topology = _topology(self.recipe)
+        torch.manual_seed(self.recipe.train.seed)
+        draft = DraftModel(build_draft_config(config, self.recipe.draft))
+        if weights is not None:
+            draft.load_state_dict(dict(weights))
+        embedding, self._head = load_embedding_and_head(folder)
+        user = load_deepspeed_config(self.recipe.deepspeed)
+        settings = fill_deepspeed_config(user, self.recipe, topology.mesh.world_size, topology.draft_dp)
+        self.trainer = DraftTrainer(self.recipe, settings, topology, draft, embedding, self._head, self.vocabulary)
+        self._hidden_size = int(config.hidden_size)
+
+    def step(self, rollouts: Rollout | Sequence[Rollout], learning_rate: float | None = None) -> StepReport:
+        """One optimizer step over `train.accumulation` rollouts of this draft_dp rank.
+
+        Raises:
+            ValueError: a rollout that cannot be trained on, here or on another rank; then no rank takes the step.
+        """
+        given = [rollouts] if isinstance(rollouts, Rollout) else list(rollouts)
+        return self.trainer.step(self._packs(given, self.recipe.train.accumulation), learning_rate)
+
+    def evaluate(self, rollouts: Sequence[Rollout]) -> StepReport:
+        """Loss and accuracy over rollouts of this draft_dp rank, equally many on every rank. Raises ValueError as `step`."""
+        return self.trainer.evaluate(self._packs(rollouts, len(rollouts)))
+
+    def update_target(self, embedding: Tensor, head: Tensor) -> None:
+        """Tell of a target that was trained meanwhile: its embedding [V, H] and head [V, Ht]."""
+        for name, tensor in (("embedding", embedding), ("head", head)):
+            if tensor.shape != self._head.shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the target's is {tuple(self._head.shape)}")
+        self._head = head.detach().cpu().clone()
+        self.trainer.update_target(embedding, head)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The draft's weights, whole, on the CPU, on every rank. `export.vllm_tensors` gives them the names that servers know."""
+        return self.trainer.state_dict()
+
+    def save(self, folder: str | Path, client_state: Mapping[str, Any] | None = None) -> None:
+        """Write a checkpoint with the optimizer's state, from which `load` goes on."""
+        self.trainer.save(Path(folder), dict(client_state or {}))
+
+    def load(self, folder: str | Path) -> dict[str, Any]:
+        """Go on from a checkpoint; returns its client state. Raises ValueError when there is none."""
+        return self.trainer.load(Path(folder))
+
+    def _packs(self, rollouts: Sequence[Rollout], number: int) -> list[PackedSequence]:
+        """The rollouts as packs. A mistake on one rank is an error on all of them: the others would wait for it for ever."""
+        packs, mistake = [], None
+        try:
+            if len(rollouts) != number:
+                raise ValueError(
+                    f"step() got {len(rollouts)} rollouts, and train.accumulation is {number}: give exactly that many"
+                )
+            packs = [self._pack(rollout) for rollout in rollouts]
+        except ValueError as error:
+            mistake = error
+        wrong = torch.tensor([mistake is not None], dtype=torch.int32, device=self.trainer.topology.device)
+        dist.all_reduce(wrong)
+        if mistake is not None:
+            raise mistake
+        if wrong.item():
+            raise ValueError(f"{wrong.item()} other rank(s) refused their rollouts and say why: no rank takes this step")
+        return packs
+
+    def _pack(self, rollout: Rollout) -> PackedSequence:
+        """Checked as far as this rank reads it; the teacher's tokens are those of its own rows, and 0 elsewhere."""
+        length = _check_tokens(rollout, len(self._head))
+        parallel, place = self.recipe.parallel, self.trainer.topology.place
+        plan = SpanPlan.make(rollout.lengths, parallel.ring, parallel.ulysses, parallel.chunks_per_rank)
+        own = plan.slots(place.ring_rank, place.ulysses_rank)
+        read = plan.halo_slots(place.ring_rank, place.ulysses_rank, self.recipe.draft.ttt_steps)
+        for _ in _checked_rows("aux", rollout.aux, own, length, 3 * self._hidden_size):
+            pass
+        token = torch.zeros(length, dtype=torch.int64) if rollout.teacher_token is None else rollout.teacher_token.cpu().long()
+        for slots, rows in _checked_rows("teacher", rollout.teacher, read, length, self._hidden_size):
+            if rollout.teacher_token is None:
+                token[slots] = self._greedy_tokens(rows)
+        return PackedSequence(
+            token_ids=rollout.token_ids.cpu().long(),
+            loss_mask=rollout.loss_mask.cpu().bool(),
+            lengths=tuple(rollout.lengths),
+            teacher_token=token,
+            aux=_HostRows(rollout.aux),
+            teacher=_HostRows(rollout.teacher),
+        )
+
+    def _greedy_tokens(self, teacher: Tensor) -> Tensor:
+        """int64 [n] of hidden states [n, Ht], as capture finds them: in the target's precision."""
+        device, dtype = self.trainer.topology.device, getattr(torch, self.recipe.target.dtype)
+        return teacher_tokens(teacher.to(device, dtype), self._head.to(device, dtype)).cpu()
+
+
+class _HostRows:
+    """Rows that are handed over on the CPU, wherever they lie: the trainer moves them on, tile by tile."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self._rows[rows].detach().cpu()
+
+
+def _check_tokens(rollout: Rollout, vocab_size: int) -> int:
+    """The number of tokens. Raises ValueError for columns that disagree, and for tokens that the target does not have."""
+    length = len(rollout.token_ids)
+    if not rollout.lengths or min(rollout.lengths) < 1 or sum(rollout.lengths) != length:
+        raise ValueError(
+            f"lengths is {list(rollout.lengths)[:8]} with the sum {sum(rollout.lengths)}, and token_ids has {length} tokens: "
+            "give the length of every document, each at least 1"
+        )
+    columns = {"token_ids": rollout.token_ids, "loss_mask": rollout.loss_mask, "teacher_token": rollout.teacher_token}
+    for name, column in columns.items():
+        if column is None:
+            continue
+        if column.shape != (length,) or column.is_floating_point():
+            raise ValueError(f"{name} is {column.dtype} {tuple(column.shape)}, expected integers or booleans ({length},)")
+        if name == "loss_mask":
+            vocabulary, what = 2, "0 or 1"
+        else:
+            vocabulary, what = vocab_size, f"a token of the target, below {vocab_size}"
+        strange = ((column < 0) | (column >= vocabulary)).nonzero()
+        if len(strange):
+            place = int(strange[0])
+            raise ValueError(f"{name} holds {int(column[place])} at row {place}, expected {what}: correct the rollout")
+    return length
+
+
+def _checked_rows(name: str, rows: Rows, slots: NDArray[np.int64], length: int, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(slots int64 [n], rows [n, width]) of those of `slots` that hold a token, a few thousand at a time.
+
+    Raises:
+        ValueError: rows of another shape or dtype, or an infinity or a NaN among them.
+    """
+    if isinstance(rows, Tensor) and rows.shape != (length, width):
+        raise ValueError(
+            f"{name} has shape {tuple(rows.shape)}, expected {(length, width)}: the target's states of {length} tokens"
+        )
+    slots = slots[slots < length]
+    local = LocalRows(rows, slots, length)
+    for tile in row_tiles(len(slots), ROWS_AT_ONCE):
+        piece = local.take(tile)
+        if piece.shape != (len(tile), width) or not piece.is_floating_point():
+            raise ValueError(f"{name} gives {piece.dtype} {tuple(piece.shape)}, expected floating point {(len(tile), width)}")
+        finite = torch.isfinite(piece).all(-1)
+        if not finite.all():
+            row = int(slots[tile][int(finite.logical_not().nonzero()[0])])
+            raise ValueError(f"{name} is not finite at row {row}: leave that document out, or mend what computed it")
+        yield torch.from_numpy(slots[tile]), piece
+
+
+def _vocabulary(recipe: Recipe, vocab_size: int) -> VocabularyMap:
+    file = Path(recipe.output_dir) / "vocabulary.safetensors"
+    if file.is_file():
+        return VocabularyMap.load(file)
+    if recipe.draft.vocab_size == vocab_size:
+        return VocabularyMap.from_counts(torch.zeros(vocab_size, dtype=torch.int64), vocab_size)
+    raise ValueError(
+        f"draft.vocab_size is {recipe.draft.vocab_size} of the target's {vocab_size} tokens, and {file} does not say which: pass "
+        f"`vocabulary` (VocabularyMap.from_counts of the tokens in earlier answers), or set draft.vocab_size to {vocab_size}"
+    )
+
+
+def _topology(recipe: Recipe) -> Topology:
+    parallel = recipe.parallel
+    topology = maybe_setup_distributed(parallel.ulysses, parallel.ring, parallel.draft_dp)
+    if not dist.is_initialized():
+        # No launcher: DeepSpeed wants a process group and LOCAL_RANK all the same. A world of one needs no address.
+        os.environ.setdefault("LOCAL_RANK", "0")
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    return topology

@@ -1,0 +1,191 @@
+"""RolloutTrainer on real ranks: the same step on every mesh, one rank's mistake told to all, weights and checkpoints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from eagle3_ds.config import Recipe, TargetBuild, TargetSection
+from eagle3_ds.export import vllm_tensors
+from eagle3_ds.layout import PackedSequence
+from eagle3_ds.model import VocabularyMap
+from eagle3_ds.target import build_target, capture_hidden_states, load_target, teacher_tokens
+from eagle3_ds.train import Rollout, RolloutTrainer
+
+pytestmark = pytest.mark.dist
+TEXTS = [f"def f{n}(x):\n    return x + {n}\n" * 4 for n in range(30)]
+SIZES = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_layers": 7, "max_positions": 256}
+LENGTHS = ((40, 25), (33, 30, 7))
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("target") / "tiny"
+    build = TargetBuild(**SIZES, sequence_length=32, batch_size=4, steps=0)
+    build_target(TargetSection(path=str(path), build=build), TEXTS, progress=False)
+    return str(path)
+
+
+def make_recipe(target: str, output: Path, draft_dp: int, ulysses: int, stage: int) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "target": {"path": target, "dtype": "float32"},
+            "draft": {"vocab_size": 320, "ttt_steps": 3},
+            "data": {"train": ("none",)},
+            "parallel": {"draft_dp": draft_dp, "ulysses": ulysses},
+            "train": {"steps": 1, "dtype": "float32", "learning_rate": 1e-2, "accumulation": 2 // draft_dp},
+            "deepspeed": str(Path(__file__).parents[2] / "ds_configs" / f"zero{stage}.json"),
+            "output_dir": str(output),
+        }
+    )
+
+
+def make_rollouts(target: str) -> list[Rollout]:
+    """Two packed sequences, their hidden states from the target."""
+    model = load_target(TargetSection(path=target), dtype="float32")
+    generator = torch.Generator().manual_seed(5)
+    rollouts = []
+    for lengths in LENGTHS:
+        documents = [torch.randint(0, 300, (length,), generator=generator) for length in lengths]
+        states = [capture_hidden_states(model, document) for document in documents]
+        mask = torch.rand(sum(lengths), generator=generator) < 0.7
+        aux, teacher = (torch.cat(column) for column in zip(*states, strict=True))
+        rollouts.append(Rollout(torch.cat(documents), mask, lengths, aux, teacher))
+    return rollouts
+
+
+def train(target: str, output: Path, draft_dp: int, ulysses: int, stage: int) -> dict[str, object]:
+    """Two steps, a checkpoint, and a third step that is repeated from it."""
+    trainer = RolloutTrainer(make_recipe(target, output, draft_dp, ulysses, stage))
+    rollouts = make_rollouts(target)
+    place = trainer.trainer.topology.place
+    own = rollouts if draft_dp == 1 else [rollouts[place.dp_rank]]
+    before = trainer.evaluate(own)
+    losses = [trainer.step(own).loss for _ in range(2)]
+    trainer.save(output / "checkpoint", {"iteration": 2})
+    losses.append(trainer.step(own).loss)
+    weights = trainer.state_dict()
+    state = trainer.load(output / "checkpoint")
+    again = trainer.step(own).loss
+    return {"before": before.loss, "losses": losses, "again": again, "state": state, "weights": weights}
+
+
+MESHES = [(1, 1, 2), (1, 2, 2), (2, 1, 3)]
+
+
+@pytest.fixture(scope="module")
+def results(run_ranks, target: str, tmp_path_factory: pytest.TempPathFactory):
+    output = tmp_path_factory.mktemp("runs")
+    return {mesh: run_ranks(mesh[0] * mesh[1], train, target, output / str(mesh), *mesh) for mesh in MESHES}
+
+
+def test_the_step_is_the_same_on_every_mesh(results) -> None:
+    reference = results[MESHES[0]][0]
+    assert reference["losses"] == sorted(reference["losses"], reverse=True)
+    for mesh in MESHES:
+        for rank in results[mesh]:
+            assert rank["before"] == pytest.approx(reference["before"], rel=1e-5)
+            assert rank["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+            for name, weight in rank["weights"].items():
+                torch.testing.assert_close(weight, reference["weights"][name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_checkpoint_goes_on_where_it_was(results) -> None:
+    for ranks in results.values():
+        for rank in ranks:
+            assert rank["state"]["iteration"] == 2
+            assert rank["again"] == pytest.approx(rank["losses"][2], rel=1e-6)
+
+
+def test_the_weights_have_the_names_that_servers_load(results) -> None:
+    vocabulary = VocabularyMap.from_counts(torch.zeros(320, dtype=torch.int64), 320)
+    tensors = vllm_tensors(results[MESHES[0]][0]["weights"], vocabulary)
+    assert {"midlayer.self_attn.q_proj.weight", "fc.weight", "lm_head.weight", "norm.weight", "d2t", "t2d"} <= tensors.keys()
+
+
+def captured(target: str, output: Path) -> tuple[PackedSequence, PackedSequence]:
+    """The pack of a rollout without and with the teacher's tokens, as capture finds them."""
+    trainer = RolloutTrainer(make_recipe(target, output, 1, 1, 2))
+    rollout = make_rollouts(target)[0]
+    head = load_target(TargetSection(path=target), dtype="float32").head
+    given = replace(rollout, teacher_token=teacher_tokens(rollout.teacher, head))
+    return trainer._pack(rollout), trainer._pack(given)
+
+
+def test_the_teachers_tokens_are_found_when_they_are_not_given(run_ranks, target: str, tmp_path: Path) -> None:
+    ((found, given),) = run_ranks(1, captured, target, tmp_path)
+    assert torch.equal(found.teacher_token, given.teacher_token) and len(given.teacher_token.unique()) > 5
+
+
+def one_bad_rank(target: str, output: Path) -> tuple[str, float]:
+    """The message each of two draft_dp ranks gets when rank 1's rollout has a NaN, and the loss of the next, good step."""
+    trainer = RolloutTrainer(make_recipe(target, output, 2, 1, 2))
+    rank = trainer.trainer.topology.place.dp_rank
+    good = make_rollouts(target)[rank]
+    aux = good.aux.clone()
+    aux[11, 3] = float("nan")
+    try:
+        trainer.step(good if rank == 0 else replace(good, aux=aux))
+    except ValueError as error:
+        return str(error), trainer.step(good).loss
+    raise AssertionError("the step was taken")
+
+
+def test_a_mistake_on_one_rank_is_an_error_on_all(run_ranks, target: str, tmp_path: Path) -> None:
+    (other, first), (own, second) = run_ranks(2, one_bad_rank, target, tmp_path)
+    assert "1 other rank(s) refused their rollouts and say why: no rank takes this step" in other
+    assert "aux is not finite at row 11" in own
+    assert first == second and math.isfinite(first)
+
+
+def new_policy(target: str, output: Path) -> tuple[float, float, float, str]:
+    """Loss of a draft: with the target it was trained for, with another embedding and head, and of a trainer that began with these;
+    and what is said to an embedding of another size."""
+    recipe = make_recipe(target, output, 1, 1, 2)
+    model = load_target(TargetSection(path=target), dtype="float32")
+    rollouts = make_rollouts(target)
+    trainer = RolloutTrainer(recipe)
+    for _ in range(5):
+        trainer.step(rollouts)
+    losses = [trainer.evaluate(rollouts).loss]
+    embedding, head = model.embedding.flip(0) * 50, model.head * 50
+    trainer.update_target(model.embedding, head)
+    only_head = trainer.evaluate(rollouts).loss
+    trainer.update_target(embedding, head)
+    losses.append(trainer.evaluate(rollouts).loss)
+    assert abs(losses[-1] - only_head) > 1e-3 and abs(only_head - losses[0]) > 1e-3
+    model.model.get_input_embeddings().weight.data.copy_(embedding)
+    model.model.get_output_embeddings().weight.data.copy_(head)
+    model.model.save_pretrained(output / "moved")
+    moved = recipe.model_copy(update={"target": recipe.target.model_copy(update={"path": str(output / "moved")})})
+    losses.append(RolloutTrainer(moved, weights=trainer.state_dict()).evaluate(rollouts).loss)
+    try:
+        trainer.update_target(embedding[1:], head)
+    except ValueError as error:
+        return losses[0], losses[1], losses[2], str(error)
+    raise AssertionError("a smaller embedding was taken")
+
+
+def test_a_target_that_was_trained_meanwhile_is_taken_over(run_ranks, target: str, tmp_path: Path) -> None:
+    ((before, after, fresh, message),) = run_ranks(1, new_policy, target, tmp_path)
+    assert after == pytest.approx(fresh, rel=1e-6) and abs(after - before) > 1e-3
+    assert "embedding has shape (319, 32), the target's is (320, 32)" in message
+
+
+def no_vocabulary(target: str, output: Path) -> str:
+    recipe = make_recipe(target, output, 1, 1, 2)
+    smaller = recipe.model_copy(update={"draft": recipe.draft.model_copy(update={"vocab_size": 100})})
+    try:
+        RolloutTrainer(smaller)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("a vocabulary was made up")
+
+
+def test_a_draft_vocabulary_is_not_made_up(run_ranks, target: str, tmp_path: Path) -> None:
+    (message,) = run_ranks(1, no_vocabulary, target, tmp_path)
+    assert "draft.vocab_size is 100 of the target's 320 tokens" in message and "vocabulary.safetensors" in message

@@ -1,0 +1,92 @@
+"""What a rollout is refused for, on the rank that reads it."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from eagle3_ds.train.rollout import Rollout, _check_tokens, _checked_rows
+
+LENGTHS, VOCABULARY, HIDDEN = (5, 9), 50, 4
+
+
+def rollout(**changes):
+    length = sum(LENGTHS)
+    generator = torch.Generator().manual_seed(0)
+    honest = Rollout(
+        token_ids=torch.randint(0, VOCABULARY, (length,), generator=generator),
+        loss_mask=torch.arange(length) % 2 == 1,
+        lengths=LENGTHS,
+        aux=torch.randn(length, 3 * HIDDEN, generator=generator),
+        teacher=torch.randn(length, HIDDEN, generator=generator),
+        teacher_token=torch.zeros(length, dtype=torch.int64),
+    )
+    return replace(honest, **changes)
+
+
+def test_a_rollout_in_order_passes():
+    assert _check_tokens(rollout(), VOCABULARY) == 14
+    assert _check_tokens(rollout(teacher_token=None, loss_mask=torch.ones(14, dtype=torch.int8)), VOCABULARY) == 14
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lengths": (5, 8)}, r"lengths is [5, 8] with the sum 13, and token_ids has 14 tokens"),
+        ({"lengths": ()}, "lengths is [] with the sum 0"),
+        ({"lengths": (14, 0)}, "each at least 1"),
+        ({"token_ids": torch.full((14,), VOCABULARY)}, "token_ids holds 50 at row 0, expected a token of the target, below 50"),
+        ({"token_ids": torch.tensor([*range(13), -1])}, "token_ids holds -1 at row 13"),
+        ({"token_ids": torch.zeros(14)}, "token_ids is torch.float32 (14,), expected integers"),
+        ({"loss_mask": torch.ones(13, dtype=torch.bool)}, "loss_mask is torch.bool (13,), expected integers or booleans (14,)"),
+        ({"loss_mask": torch.full((14,), 2)}, "loss_mask holds 2 at row 0, expected 0 or 1"),
+        ({"teacher_token": torch.full((14,), 99)}, "teacher_token holds 99 at row 0"),
+        ({"teacher_token": torch.zeros(14, 1, dtype=torch.int64)}, "teacher_token is torch.int64 (14, 1)"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_named(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _check_tokens(rollout(**changes), VOCABULARY)
+
+
+def read(rows, slots=range(14)):
+    return list(_checked_rows("teacher", rows, np.array(slots), 14, HIDDEN))
+
+
+class Lazy:
+    """Rows that are no tensor, and remember what was asked for."""
+
+    def __init__(self, rows):
+        self.rows, self.asked = rows, []
+
+    def __getitem__(self, rows):
+        self.asked.append(rows)
+        return self.rows[rows]
+
+
+def test_only_a_ranks_own_rows_are_read_and_checked():
+    teacher = rollout().teacher.clone()
+    teacher[3] = float("nan")
+    rows = Lazy(teacher)
+    ((slots, piece),) = read(rows, [0, 1, 5, 6, 7, 20])
+    assert slots.tolist() == [0, 1, 5, 6, 7] and torch.equal(piece, teacher[slots])
+    assert rows.asked == [slice(0, 2), slice(5, 8)]
+    with pytest.raises(ValueError, match="teacher is not finite at row 3: leave that document out"):
+        read(rows, [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.zeros(14, 5), "teacher has shape (14, 5), expected (14, 4)"),
+        (torch.zeros(13, 4), "teacher has shape (13, 4), expected (14, 4)"),
+        (torch.zeros(14, 4, dtype=torch.int64), "teacher gives torch.int64 (14, 4), expected floating point"),
+        (Lazy(torch.zeros(14, 5)), "teacher gives torch.float32 (14, 5), expected floating point (14, 4)"),
+        (Lazy(torch.zeros(9, 4)), "teacher gives torch.float32 (9, 4)"),
+    ],
+)
+def test_rows_that_do_not_fit_are_named(rows, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(rows)
