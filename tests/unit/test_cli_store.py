@@ -7,15 +7,13 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from test_data_import import FOREIGN, KINDS, prepared
+from test_data_import import FOREIGN, KINDS
 from test_data_store import filled
 
-from eagle3_ds import cli_import
 from eagle3_ds.cli import main
 from eagle3_ds.cli_import_check import compare_with_target
-from eagle3_ds.cli_stages import Documents
 from eagle3_ds.config import TargetSection
-from eagle3_ds.data import HiddenStateStore, Layout, PreparedData
+from eagle3_ds.data import HiddenStateStore, PackedLoader, PreparedData
 from eagle3_ds.data.import_files import open_foreign
 from eagle3_ds.target import capture_hidden_states, load_target, teacher_tokens
 
@@ -24,8 +22,9 @@ target: {path: %s, dtype: bfloat16}
 draft: {vocab_size: 32}
 data: {train: [%s], cache_dir: %s, max_length: 100}
 train: {steps: 1}
+eval: {num_prompts: 0}
 deepspeed: none.json
-output_dir: none
+output_dir: %s
 """
 
 
@@ -64,17 +63,10 @@ def test_actions_are_told(capsys):
 
 
 @pytest.fixture
-def recipe(tmp_path, monkeypatch):
-    """A recipe, whose documents are made here of the rows that an import wrote."""
+def recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE % (FOREIGN / "target", tmp_path / "rows.jsonl", tmp_path / "cache"))
-
-    def tokenise(recipe, _console):
-        heldout, train = prepared(tmp_path / "rows.jsonl")
-        data = PreparedData(train, heldout, None, torch.zeros(64), torch.zeros(0), "print", tmp_path)
-        return Documents(data, Layout(48, 16, recipe.data.hidden_dtype), {"documents": "print"})
-
-    monkeypatch.setattr(cli_import, "tokenise", tokenise)
+    places = (FOREIGN / "target", tmp_path / "rows.jsonl", tmp_path / "cache", tmp_path / "out")
+    path.write_text(RECIPE % places)
     return path
 
 
@@ -89,20 +81,31 @@ def test_import(recipe, tmp_path, capsys, kind, skip_check):
     assert ("is what the target computes, to a relative error of" in text) == (not skip_check)
     assert "4 rows of 57 tokens; left out: " in text and "take 0.00 GiB as bfloat16" in text
     assert text.count("taken on trust: ") == 2 and ("of the inputs of its layers" in text) == bool(skip_check)
-    (path,) = (tmp_path / "cache").iterdir()
-    store = HiddenStateStore.open(path, {"documents": "print"})
+    (path,) = (tmp_path / "cache").glob("hidden-*")
+    store = HiddenStateStore.open(path)
     store.verify()
     assert store.origin.startswith(writer)
-    target = load_target(TargetSection(path=str(FOREIGN / "target"), aux_layers=aux_layers))
-    rows = [json.loads(line)["input_ids"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    for document, token_ids in enumerate(rows):
-        aux, teacher = capture_hidden_states(target, torch.tensor(token_ids))
-        assert close(store.rows(document, "aux", 0, len(token_ids)), aux)
-        stored = store.rows(document, "teacher", 0, len(token_ids))
-        assert close(stored, teacher)
-        assert torch.equal(store.rows(document, "teacher_token", 0, len(token_ids)), teacher_tokens(stored, target.head).int())
     before = (path / "index.json").stat().st_mtime_ns
-    assert say(capsys, *command)[0] == 0 and (path / "index.json").stat().st_mtime_ns == before
+    assert say(capsys, *command)[0] == 0
+    assert main(["prepare", str(recipe), *layers]) == 0 and f"hidden states: {path}" in capsys.readouterr().out
+    assert (path / "index.json").stat().st_mtime_ns == before
+    check_against_target(tmp_path / "out" / "prepared.json", aux_layers)
+
+
+def check_against_target(prepared, aux_layers):
+    """What the training would load is what the target computes for these documents, in one packed sequence."""
+    found = json.loads(prepared.read_text())
+    data = PreparedData.open(Path(found["data"]), found["data_fingerprint"])
+    store = HiddenStateStore.open(found["store"], found["store_fingerprint"])
+    assert len(data.train) + len(data.heldout) == 4
+    target = load_target(TargetSection(path=str(FOREIGN / "target"), aux_layers=aux_layers))
+    for loader in (PackedLoader(side, store, 100) for side in (data.train, data.heldout)):
+        (pack,) = loader.step(0)
+        states = [capture_hidden_states(target, document) for document in pack.token_ids.split(pack.lengths)]
+        aux, teacher = (torch.cat(column) for column in zip(*states, strict=True))
+        assert close(pack.aux[:], aux) and close(pack.teacher[:], teacher)
+        assert torch.equal(pack.teacher_token, teacher_tokens(pack.teacher[:], target.head))
+        assert pack.loss_mask.any()
 
 
 def close(rows, reference):
