@@ -7,13 +7,11 @@ benchmarks/results/exactness.json, exit status 1 when any case is over its toler
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,8 @@ from benchmarks.dense_reference import StepResult, reference_train
 from benchmarks.exactness_cases import OPTIMIZATION, Case, full_matrix, make_inputs, short_matrix
 from benchmarks.exactness_product import ProductResult, run_case
 from benchmarks.rank_processes import run_ranks
+from benchmarks.results_file import RESULTS, write_result
 
-RESULT = Path(__file__).parent / "results" / "exactness.json"
 COMPARED = ("loss", "step_loss", "accuracy", "tau", "clip_norm", "gradients", "weights")
 
 
@@ -64,11 +62,11 @@ class Verdict:
         return {**asdict(self), "tolerance": self.case.tolerance, "passed": self.passed}
 
 
-def judge(case: Case, seed: int = 0, mutation: str | None = None) -> Verdict:
-    """Run one case with the product (broken by `mutation`, when given) and with the reference, and compare."""
+def judge(case: Case, seed: int = 0, mutation: str | None = None, device: str = "cpu") -> Verdict:
+    """Run one case with the product (broken by `mutation`, when given) on `device` and with the reference, and compare."""
     started = time.perf_counter()
     try:
-        ranks: list[ProductResult] = run_ranks(case.world_size, run_case, case, seed, mutation)
+        ranks: list[ProductResult] = run_ranks(case.world_size, run_case, case, seed, mutation, device=device)
     except RuntimeError as error:
         return Verdict(case, {}, {}, False, time.perf_counter() - started, failure=str(error))
     inputs = make_inputs(case, seed)
@@ -151,13 +149,13 @@ def _worst(errors: Mapping[str, float]) -> str:
     return max(errors, key=lambda name: errors[name])
 
 
-def run_matrix(cases: Sequence[Case], seed: int, path: Path) -> bool:
-    """Judge all cases, printing and writing as it goes. Returns whether all passed."""
+def run_matrix(cases: Sequence[Case], seed: int, path: Path, arguments: Sequence[str]) -> bool:
+    """Judge all cases, printing and writing as it goes. Returns whether all passed. `arguments` go into the result."""
     verdicts = []
     for number, case in enumerate(cases, 1):
         verdicts.append(judge(case, seed))
         print(f"[{number}/{len(cases)}] {verdicts[-1].line()}", flush=True)
-        _write(path, verdicts, len(cases), seed)
+        write_result(path, "exactness", arguments, 1, _record(verdicts, len(cases), seed))
     failed = [verdict for verdict in verdicts if not verdict.passed]
     print(f"{len(verdicts) - len(failed)} of {len(verdicts)} cases passed; {path}")
     for verdict in failed:
@@ -166,15 +164,13 @@ def run_matrix(cases: Sequence[Case], seed: int, path: Path) -> bool:
     return not failed
 
 
-def _write(path: Path, verdicts: Sequence[Verdict], num_cases: int, seed: int) -> None:
+def _record(verdicts: Sequence[Verdict], num_cases: int, seed: int) -> dict[str, Any]:
     by_dtype = {
         dtype: {name: _largest(v.errors[name] for v in ran) for name in COMPARED}
         for dtype in ("float32", "bfloat16")
         if (ran := [v for v in verdicts if v.case.dtype == dtype and v.failure is None])
     }
-    record = {
-        "command": "python -m benchmarks.exactness",
-        "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
+    return {
         "seed": seed,
         "cases": num_cases,
         "judged": len(verdicts),
@@ -182,14 +178,13 @@ def _write(path: Path, verdicts: Sequence[Verdict], num_cases: int, seed: int) -
         "largest_errors": by_dtype,
         "verdicts": [verdict.as_dict() for verdict in verdicts],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.exactness", description=__doc__)
     parser.add_argument("--short", action="store_true", help="a few cases that show every value, at most 4 ranks")
-    parser.add_argument("--json", type=Path, default=RESULT, metavar="PATH", help="where the result goes")
+    parser.add_argument("--json", type=Path, default=RESULTS / "exactness.json", metavar="PATH", help="where the result goes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose printed line contains TEXT")
     options = parser.parse_args(arguments)
@@ -197,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = [case for case in (short_matrix() if options.short else full_matrix()) if options.only in str(case)]
     if not cases:
         parser.error(f"--only {options.only!r} matches no case.")
-    return 0 if run_matrix(cases, options.seed, options.json) else 1
+    return 0 if run_matrix(cases, options.seed, options.json, arguments) else 1
 
 
 if __name__ == "__main__":

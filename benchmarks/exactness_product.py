@@ -63,7 +63,7 @@ def run_product(case: Case, inputs: Inputs, mutation: str | None = None) -> Prod
     trainer = DraftTrainer(recipe, settings, topology, draft, frozen.embedding, frozen.head, vocabulary_map(frozen))
     mutate_trainer(mutation, trainer)
     gradients: list[dict[str, Tensor]] = []
-    _record_gradients(trainer, gradients)
+    record_gradients(trainer, gradients)
     of_rank = [step[topology.place.dp_rank] for step in inputs.steps]
     reports = [trainer.step([as_pack(batch, frozen) for batch in batches]) for batches in of_rank]
     weights = trainer.state_dict()
@@ -132,7 +132,7 @@ def digest(weights: dict[str, Tensor]) -> str:
     return value.hexdigest()
 
 
-def _record_gradients(trainer: DraftTrainer, found: list[dict[str, Tensor]]) -> None:
+def record_gradients(trainer: DraftTrainer, found: list[dict[str, Tensor]]) -> None:
     """Read every whole gradient between the last backward of an optimizer step and the step itself. Collective."""
     engine, step = trainer.engine, trainer.engine.step
 

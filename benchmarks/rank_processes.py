@@ -1,7 +1,8 @@
-"""Fresh gloo ranks on this machine for each call, forked from a server that has torch and DeepSpeed imported already.
+"""Fresh ranks on this machine for each call, on its CPU (gloo) or its GPUs (NCCL).
 
-Fresh, because DeepSpeed keeps module-level state that one case must not hand to the next; forked, because importing takes
-seconds and forking does not.
+Fresh, because DeepSpeed keeps module-level state that one case must not hand to the next. On the CPU they are forked from a
+server that has torch and DeepSpeed imported already, because importing takes seconds and forking does not; on GPUs they are
+spawned, because CUDA does not survive a fork.
 """
 
 from __future__ import annotations
@@ -19,16 +20,26 @@ from pathlib import Path
 from typing import Any
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
-    """Results by rank of a module-level `function(*args)`, called on every rank of a new world.
+def run_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 300.0,
+    device: str = "cpu",
+    threads: int = 1,
+) -> list[Any]:
+    """Results by rank of a module-level `function(*args)`, called on every rank of a new world on `cpu` or `cuda`.
+
+    `threads` is how many each rank's torch may use.
 
     Raises:
         RuntimeError: a rank raised (with its traceback), died, or did not answer in `timeout` seconds.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.exactness_product"])
-    # Read by DeepSpeed and by OpenMP while they are imported, so it must stand before the server starts.
-    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
+    if device == "cpu":
+        context.set_forkserver_preload(["benchmarks.exactness_product"])
+    # Read by DeepSpeed and by OpenMP while they are imported, so it must stand before the server or a rank starts.
+    os.environ.update(DS_ACCELERATOR=device, OMP_NUM_THREADS="1")
     # One ninja for all that build DeepSpeed's extension: another version would compile it anew.
     beside_python = str(Path(sys.executable).parent)
     if os.environ["PATH"].split(os.pathsep)[0] != beside_python:
@@ -41,7 +52,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         try:
             for rank in range(world_size):
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_rank, args=(rank, world_size, store, theirs, function, args), daemon=True)
+                arguments = (rank, world_size, store, theirs, device, threads, function, args)
+                process = context.Process(target=_rank, args=arguments, daemon=True)
                 process.start()
                 theirs.close()
                 connections.append(ours)
@@ -79,7 +91,14 @@ def _collect(connections: list[Connection], timeout: float) -> list[Any]:
 
 
 def _rank(
-    rank: int, world_size: int, store: str, connection: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    store: str,
+    connection: Connection,
+    device: str,
+    threads: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
     # Read by DeepSpeed, which asks for them although the world exists when it is initialised.
@@ -89,10 +108,11 @@ def _rank(
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     try:
         # A file instead of a port: nothing to collide with.
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+        backend = "gloo" if device == "cpu" else "nccl"
+        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
         answer = (True, function(*args))
     except Exception:
         connection.send_bytes(pickle.dumps((False, traceback.format_exc())))

@@ -1,0 +1,91 @@
+"""What every benchmark writes and prints: one JSON with the command, the versions and the machine, and one table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
+
+
+def write_result(path: Path, benchmark: str, arguments: Sequence[str], threads: int, record: Mapping[str, Any]) -> None:
+    """Write a result, whole: a reader never sees half of it.
+
+    Args:
+        path: the JSON; its folder is made.
+        benchmark: the module's name in `benchmarks`; arguments: what followed it on the command line.
+        threads: torch threads of each process that measured.
+        record: what was measured. Put after `command`, `versions` and `machine`, whose names it may not take.
+    """
+    head = {
+        "command": " ".join(("python -m", f"benchmarks.{benchmark}", *arguments)),
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "deepspeed", "transformers")}},
+        "machine": {**describe_machine(), "torch_threads": threads},
+    }
+    taken = sorted(head.keys() & record.keys())
+    assert not taken, f"the record overwrites {taken}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps({**head, **record}, indent=1) + "\n")
+    unfinished.replace(path)
+
+
+def describe_machine() -> dict[str, Any]:
+    """CPU model, cores that this process may use, and the name and memory (bytes) of each GPU."""
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
+        "cuda": torch.version.cuda,
+    }
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """Floating-point operations per second of a square matrix product: the best of a few, after a first one.
+
+    `size` rows and columns; by default one that takes some ten milliseconds on two cores, or on a GPU.
+    """
+    size = size or (8192 if device.type == "cuda" else 2048)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(6):
+        started = now(device)
+        a @ b
+        seconds.append(now(device) - started)
+    return 2 * size**3 / min(seconds[1:])
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done all it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows under their columns; None is shown as a dash, the first column is aligned left."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*("-" if value is None else str(value) for value in row))
+    Console(width=None if os.isatty(1) else 160).print(table)
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
