@@ -1,0 +1,85 @@
+"""The product's training step at world size 1, with its optimizer timed apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.exactness_product import DS_CONFIGS, record_gradients, vocabulary_map
+from benchmarks.results_file import now
+from benchmarks.step_inputs import StepModel, TimedStep
+from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config
+from eagle3_ds.layout import PackedSequence
+from eagle3_ds.model import DraftModel
+from eagle3_ds.topology import maybe_setup_distributed
+from eagle3_ds.train.trainer import DraftTrainer
+
+
+class ProductStep:
+    """A trainer whose learning rate is zero, so that every step starts from the same weights."""
+
+    def __init__(
+        self, model: StepModel, dtype: str, activation: str, kernel: str = "auto", deepspeed_config: str = "zero0"
+    ) -> None:
+        """Needs a world of one rank (`rank_processes.run_ranks`). `deepspeed_config` is a file of ds_configs."""
+        recipe = _recipe(model, dtype, activation, kernel, deepspeed_config)
+        settings = fill_deepspeed_config(load_deepspeed_config(recipe.deepspeed), recipe, world=1, draft_dp=1)
+        with torch.device("meta"):  # Initial values of an 8B-shaped draft take longer than its step, and are not wanted.
+            draft = DraftModel(model.shape.config())
+        draft.load_state_dict({name: weight.clone() for name, weight in model.weights.items()}, assign=True)
+        frozen = model.frozen
+        self.trainer = DraftTrainer(
+            recipe, settings, maybe_setup_distributed(), draft, frozen.embedding, frozen.head, vocabulary_map(frozen)
+        )
+        self.device = self.trainer.topology.device
+        self._optimizer_seconds = 0.0
+        self._time_the_optimizer()
+
+    def run(self, pack: PackedSequence) -> TimedStep:
+        """One training step, timed: cutting the pack, forward, backward, gradient norm, report.
+
+        The optimizer's part is what `engine.step` does: clip, AdamW, zero the gradients.
+        """
+        self._optimizer_seconds = 0.0
+        started = now(self.device)
+        report = self.trainer.step([pack], learning_rate=0.0)
+        seconds = now(self.device) - started
+        assert report.grad_norm is not None
+        return TimedStep(report.loss, report.grad_norm, seconds - self._optimizer_seconds, self._optimizer_seconds)
+
+    def gradients(self, pack: PackedSequence) -> dict[str, Tensor]:
+        """Every parameter's whole gradient, flat, fp64, on the host."""
+        timed = self.trainer.engine.step
+        found: list[dict[str, Tensor]] = []
+        record_gradients(self.trainer, found)
+        self.trainer.step([pack], learning_rate=0.0)
+        self.trainer.engine.step = timed
+        return found[0]
+
+    def _time_the_optimizer(self) -> None:
+        step = self.trainer.engine.step
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = now(self.device)
+            result = step(*args, **kwargs)
+            self._optimizer_seconds += now(self.device) - started
+            return result
+
+        self.trainer.engine.step = timed
+
+
+def _recipe(model: StepModel, dtype: str, activation: str, kernel: str, deepspeed_config: str) -> Recipe:
+    shape = model.shape
+    sections = {
+        "target": {"path": "none"},
+        "data": {"train": ("none",)},
+        "draft": {"ttt_steps": shape.ttt_steps, "vocab_size": shape.draft_vocabulary},
+        "attention": {"kernel": kernel},
+        "loss": {"decay": shape.decay},
+        "train": {"steps": 1, "dtype": dtype, "activation": activation, "gradient_clipping": 0.0},
+        "deepspeed": str(DS_CONFIGS / f"{deepspeed_config}.json"),
+        "output_dir": "none",
+    }
+    return Recipe.model_validate(sections)
