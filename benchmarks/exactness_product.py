@@ -54,13 +54,8 @@ def run_case(case: Case, seed: int, mutation: str | None) -> ProductResult:
 
 def run_product(case: Case, inputs: Inputs, mutation: str | None = None) -> ProductResult:
     """Train the product on a case. Collective over the case's world."""
-    topology = maybe_setup_distributed(case.ulysses, case.ring, case.draft_dp)
-    recipe = make_recipe(case)
-    settings = fill_deepspeed_config(load_deepspeed_config(recipe.deepspeed), recipe, topology.mesh.world_size, topology.draft_dp)
-    draft = DraftModel(inputs.config)
-    draft.load_state_dict(inputs.weights)
-    frozen = inputs.frozen
-    trainer = DraftTrainer(recipe, settings, topology, draft, frozen.embedding, frozen.head, vocabulary_map(frozen))
+    trainer = make_trainer(case, inputs)
+    topology, frozen = trainer.topology, inputs.frozen
     mutate_trainer(mutation, trainer)
     gradients: list[dict[str, Tensor]] = []
     record_gradients(trainer, gradients)
@@ -69,6 +64,17 @@ def run_product(case: Case, inputs: Inputs, mutation: str | None = None) -> Prod
     weights = trainer.state_dict()
     is_first = topology.place.rank == 0
     return ProductResult(reports, gradients if is_first else [], weights if is_first else {}, digest(weights))
+
+
+def make_trainer(case: Case, inputs: Inputs) -> DraftTrainer:
+    """The trainer of a case, with its weights. Collective over the case's world."""
+    topology = maybe_setup_distributed(case.ulysses, case.ring, case.draft_dp)
+    recipe = make_recipe(case)
+    settings = fill_deepspeed_config(load_deepspeed_config(recipe.deepspeed), recipe, topology.mesh.world_size, topology.draft_dp)
+    draft = DraftModel(inputs.config)
+    draft.load_state_dict(inputs.weights)
+    frozen = inputs.frozen
+    return DraftTrainer(recipe, settings, topology, draft, frozen.embedding, frozen.head, vocabulary_map(frozen))
 
 
 def make_recipe(case: Case) -> Recipe:

@@ -171,6 +171,10 @@ class TrainSection(Section):
 class FaultsSection(Section):
     watchdog_seconds: Annotated[float, Field(gt=0)] = 600.0
     """A rank that is silent, or in one collective, for longer has failed, and with it the run."""
+    max_skipped: NonNegative = 3
+    """Optimizer steps in a row that may be skipped because loss or gradient is not finite."""
+    check_every: NonNegative = 100
+    """Optimizer steps between checks that all ranks hold the same; 0: only before checkpoints."""
 
 
 class EvalSection(Section):

@@ -95,6 +95,11 @@ class PackedLoader:
         """The `accumulation` packed sequences of optimizer step `step` (from 0) for this dp rank."""
         return [self.source.sequence(self.packs[index]) for index in self.pack_indices(step)]
 
+    def documents(self, step: int) -> list[int]:
+        """The ids of the documents in `step(step)`, in their order."""
+        rows = [row for index in self.pack_indices(step) for row in self.packs[index]]
+        return [int(number) for number in self.source.dataset.select_columns(["document_id"])[rows]["document_id"]]
+
     def all_packs(self) -> Iterator[PackedSequence | None]:
         """Every pack once over all dp ranks, for evaluation: this rank's packs in order.
 

@@ -7,6 +7,7 @@ over the sequence-parallel replicas first. Either way the result is the sum of a
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import Tensor, nn
 
 from eagle3_ds.config import Recipe
@@ -31,15 +32,15 @@ class DraftWithLoss(nn.Module):
         super().__init__()
         self.draft = draft
         # A plain attribute in a list, not a buffer: frozen, and none of DeepSpeed's business.
-        self._frozen = [embedding]
+        self.frozen = [embedding]
         self.settings = settings
 
     def use_embedding(self, embedding: Tensor) -> None:
         """From now on; on the device and in the dtype of the one before."""
-        self._frozen[0] = embedding
+        self.frozen[0] = embedding
 
     def forward(self, batch: LocalBatch, inputs: LossInputs) -> LossSum:
-        embedding, taps = self._frozen[0], LossTaps()
+        embedding, taps = self.frozen[0], LossTaps()
         finish = partial(tiled_soft_cross_entropy, taps, inputs=inputs)
         # DeepSpeed reduces the gradients of a leaf module (see build_engine) once those of its inputs are known. No other
         # input has one.
@@ -64,12 +65,11 @@ def build_engine(recipe: Recipe, deepspeed_config: dict[str, Any], topology: Top
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=train.learning_rate, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
     )
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config=deepspeed_config,
-        mpu=ZeroGroupMpu.create(topology) if by_draft_dp else None,
-    )
+    mpu = ZeroGroupMpu.create(topology) if by_draft_dp else None
+    # DeepSpeed keeps the mpu of the last engine that had one for those that have none: a second trainer in one process would
+    # reduce its gradients over the first one's groups.
+    groups.mpu = mpu
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config, mpu=mpu)
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         _undo_synthetic_step(engine.optimizer)
     return engine, float(topology.draft_dp if by_draft_dp else topology.mesh.world_size)
@@ -95,14 +95,24 @@ def _sum_over_group(group: dist.ProcessGroup, gradient: Tensor) -> Tensor:
 
 
 def step_and_norm(engine: Any) -> float:
-    """Take the optimizer step of the last micro-batch; returns the global gradient norm before clipping."""
+    """Take the optimizer step of the last micro-batch; returns the global gradient norm before clipping.
+
+    Where the norm is not finite, on any rank and so on all, nothing is updated. DeepSpeed's optimizers do so by themselves.
+    """
     if hasattr(engine.optimizer, "_global_grad_norm"):
         engine.step()
         return float(engine.get_global_grad_norm())
     # DeepSpeed reports no norm for a plain fp32 optimizer (stage 0). Its gradients are reduced by now, and whole.
     gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients))
-    engine.step()
+    if math.isfinite(norm):
+        engine.step()
+    else:
+        # AdamW passes over a parameter without a gradient: weights, moments and step count stay. DeepSpeed's clipping, which
+        # comes before, does not bear that.
+        hook = engine.optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.zero_grad(set_to_none=True))
+        engine.step()
+        hook.remove()
     return norm
 
 

@@ -15,8 +15,10 @@ from tqdm import tqdm
 
 from eagle3_ds.config import Recipe
 from eagle3_ds.layout import PackedSequence
+from eagle3_ds.train.divergence import DivergenceGuard
 from eagle3_ds.train.heart import Heart
 from eagle3_ds.train.metrics import MetricsFile, peak_memory_bytes
+from eagle3_ds.train.replicas import require_same_replicas
 from eagle3_ds.train.trainer import DraftTrainer, learning_rate_at
 
 
@@ -27,6 +29,10 @@ class Loader(Protocol):
     def steps_per_epoch(self) -> int: ...
 
     def step(self, index: int) -> list[PackedSequence]: ...
+
+    def documents(self, index: int) -> list[int]: ...
+
+    def pack_indices(self, index: int) -> list[int]: ...
 
 
 def total_steps(recipe: Recipe, loader: Loader) -> int:
@@ -47,13 +53,18 @@ def run_training(
     done = _resume(trainer, output_dir) if resume else 0
     metrics = MetricsFile(output_dir / "metrics.jsonl", done) if is_first else None
     progress = tqdm(total=last, initial=done, desc="training", unit="step", disable=not is_first)
+    require_same_replicas(trainer, loader, done)
+    guard = DivergenceGuard(trainer, loader, output_dir, recipe.faults.max_skipped)
     for index in range(done, last):
         heart.at("training", index)
         rate = learning_rate_at(recipe, index, last)
         started = time.perf_counter()
         report = trainer.step(loader.step(index), rate)
         seconds = time.perf_counter() - started
+        skipped = guard.skipped(index, report)
         record: dict[str, Any] = {"step": index + 1, "lr": rate, **report.as_dict()}
+        if skipped:
+            record["skipped"] = True
         record["tokens_per_s"] = report.tokens / seconds
         record["peak_memory_bytes"] = peak_memory_bytes(trainer.topology.device)
         if heldout and _due(index + 1, recipe.train.eval_every, last):
@@ -61,7 +72,10 @@ def run_training(
             record["heldout"] = trainer.evaluate(heldout).as_dict()
         if metrics is not None:
             metrics.write(record)
-        if _due(index + 1, recipe.train.save_every, last):
+        save_now = _due(index + 1, recipe.train.save_every, last)
+        if save_now or _due(index + 1, recipe.faults.check_every, last):
+            require_same_replicas(trainer, loader, index + 1)
+        if save_now:
             heart.at("saving", index + 1)
             _save(trainer, output_dir, index + 1)
         progress.set_postfix(loss=f"{report.loss:.3f}", tau=f"{report.tau:.2f}", refresh=False)

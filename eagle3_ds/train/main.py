@@ -25,6 +25,7 @@ from eagle3_ds.model import DraftModel, VocabularyMap, build_draft_config
 from eagle3_ds.target import load_embedding_and_head, load_text_config, resolve_path
 from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.heart import Heart, beating
+from eagle3_ds.train.identity import require_same_identity
 from eagle3_ds.train.loop import run_training, save_weights
 from eagle3_ds.train.trainer import DraftTrainer
 
@@ -82,6 +83,7 @@ def train(recipe: Recipe, resume: bool, heart: Heart) -> None:
     """This rank's part of the run. Collective."""
     parallel = recipe.parallel
     topology = maybe_setup_distributed(parallel.ulysses, parallel.ring, parallel.draft_dp)
+    require_same_identity(recipe, topology)
     trainer = build_trainer(recipe, topology)
     loader, heldout = build_loaders(recipe, topology)
     output_dir = Path(recipe.output_dir)

@@ -107,7 +107,9 @@ class DraftTrainer:
         sums = []
         for micro, (batch, constants) in enumerate(zip(batches, inputs, strict=True), start=1):
             loss: LossSum = self.engine(batch, constants)
-            self.engine.backward(loss.total * self.loss_scale, scale_wrt_gas=False)
+            # The gradients of a loss that is not finite are made NaN, so that no rank takes the step.
+            scale = torch.where(loss.total.isfinite(), self.loss_scale, math.nan)
+            self.engine.backward(loss.total * scale, scale_wrt_gas=False)
             # Without its graph, which would hold the keys and values of every micro-batch until the step is over.
             sums.append(LossSum(*(value.detach() for value in loss)))
             del loss
@@ -132,6 +134,18 @@ class DraftTrainer:
     def _draft_rows(self, head: Tensor) -> Tensor:
         """The rows of the target's head that the draft vocabulary has, [Vd, Ht]."""
         return head[self._draft_to_target.to(head.device)].to(self.topology.device, self.dtype)
+
+    @torch.no_grad()
+    def own_losses(self, pack: PackedSequence) -> Tensor:
+        """This rank's share of the summed loss of each TTT step, fp32 [K] on the host. Shows which documents are to blame."""
+        self.engine.eval()
+        (batch,), (inputs,), _ = self._prepare([pack])
+        loss: LossSum = self.engine(batch, inputs)
+        return loss.step_loss.cpu()
+
+    def frozen_tensors(self) -> list[Tensor]:
+        """What is not trained and the same on every rank: the target's embedding, and its head's rows of the draft vocabulary."""
+        return [*self.engine.module.frozen, self._teacher_head]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The draft's weights, whole, on the CPU, by the names of `DraftModel`."""

@@ -1,0 +1,92 @@
+"""Whether all ranks run the same program on the same data: compared once, before the first weight is made."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import socket
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import eagle3_ds
+from eagle3_ds.config import Recipe, dump_recipe
+from eagle3_ds.topology import Topology
+
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy", "pydantic")
+_FIX = {
+    "recipe": "Put output_dir on storage that all hosts share.",
+    "DeepSpeed JSON": "Put it on storage that all hosts share, or copy it to all of them.",
+    "data": "Put data.cache_dir and output_dir on storage that all hosts share.",
+    "code of eagle3_ds": "Run the same checkout of eagle3_ds on all hosts.",
+}
+
+
+def require_same_identity(recipe: Recipe, topology: Topology) -> None:
+    """Collective.
+
+    Raises:
+        ValueError: on all ranks, naming everything that differs and on which ranks and hosts.
+    """
+    texts = _gather([f"{key}\n{value}" for key, value in own_identity(recipe).items()], topology.device)
+    different = differences([dict(line.split("\n", 1) for line in lines) for lines in texts])
+    if different:
+        raise ValueError("\n  ".join(["The ranks are not alike, so they would not train one model:", *different]))
+
+
+def own_identity(recipe: Recipe) -> dict[str, str]:
+    """What must be the same on every rank, and `host`, which says where this one is."""
+    output_dir = Path(recipe.output_dir)
+    return {
+        "host": socket.gethostname(),
+        "code of eagle3_ds": code_digest(Path(eagle3_ds.__file__).parent),
+        "Python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "recipe": _digest(dump_recipe(recipe).encode()),
+        "DeepSpeed JSON": _digest(Path(recipe.deepspeed).read_bytes()),
+        "data": _digest((output_dir / "prepared.json").read_bytes() + (output_dir / "vocabulary.safetensors").read_bytes()),
+    }
+
+
+def code_digest(folder: Path) -> str:
+    """Of every Python source below a folder, by its name and contents."""
+    value = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        value.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    return value.hexdigest()[:16]
+
+
+def differences(identities: Sequence[Mapping[str, str]]) -> list[str]:
+    """One line for each fact that is not the same on all ranks: every value, and who has it."""
+    lines = []
+    for key in identities[0]:
+        holders: dict[str, list[int]] = {}
+        for rank, identity in enumerate(identities):
+            holders.setdefault(identity[key], []).append(rank)
+        if key != "host" and len(holders) > 1:
+            told = [
+                f"{value} on ranks {ranks} ({', '.join(sorted({identities[rank]['host'] for rank in ranks}))})"
+                for value, ranks in holders.items()
+            ]
+            lines.append(f"{key}: {'; '.join(told)}. {_FIX.get(key, f'Install the same {key} on all hosts.')}")
+    return lines
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _gather(lines: Sequence[str], device: torch.device) -> list[list[str]]:
+    """Every rank's lines, by rank. Sent as numbers, so that nothing is unpickled."""
+    if not dist.is_initialized():
+        return [list(lines)]
+    own = "\0".join(lines).encode()
+    longest = torch.tensor([len(own)], device=device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    rows = torch.zeros(dist.get_world_size(), int(longest), dtype=torch.int32, device=device)
+    rows[dist.get_rank(), : len(own)] = torch.tensor(list(own), dtype=torch.int32)
+    dist.all_reduce(rows)
+    return [bytes(row).rstrip(b"\0").decode().split("\0") for row in rows.tolist()]
