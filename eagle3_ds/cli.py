@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -26,10 +26,12 @@ from eagle3_ds.cli_checks import (
     check_kernel,
     check_output,
     check_target,
+    check_target_on_ranks,
     clear_output,
     target_shape,
 )
 from eagle3_ds.cli_launcher import (
+    CAPTURE_MODULE,
     LAUNCHERS,
     LaunchOptions,
     LaunchPlan,
@@ -44,6 +46,7 @@ from eagle3_ds.topology import Mesh, detect_accelerator
 COMMANDS = {
     "launch": "the main job: prepare, train, evaluate, export, report",
     "prepare": "build the target if asked, tokenise the data, capture hidden states",
+    "capture": "capture hidden states by many ranks, each its spans; goes on where it was interrupted",
     "evaluate": "speculative decoding with the trained and the untrained draft of a finished run",
     "export": "write the trained draft of a finished run for vLLM / SGLang and speculators",
     "report": "draw report.png of a run from its metrics.jsonl and eval.json",
@@ -63,6 +66,7 @@ class Run:
     recipe: Recipe
     mesh: Mesh
     plan: LaunchPlan
+    capture_plan: LaunchPlan
     notes: tuple[str, ...]
 
 
@@ -89,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_command(command: str, options: argparse.Namespace, console: Console) -> int:
     if command == "launch":
         return launch(options, console)
+    if command == "capture":
+        return capture(options, console)
     recipe = load_recipe(options.recipe, options.overrides)
     if command == "prepare":
         check_data(recipe)
@@ -115,6 +121,9 @@ def launch(options: argparse.Namespace, console: Console) -> int:
         clear_output(output_dir)
     _save_resolved(run.recipe)
     stages.prepare(run.recipe, console)
+    status = stages.capture(run.recipe, run.capture_plan, console)
+    if status:
+        return status
     write_environment_file(run.plan)
     status = run_ranks(run.plan, console)
     if status:
@@ -124,6 +133,20 @@ def launch(options: argparse.Namespace, console: Console) -> int:
     stages.report(run.recipe, console)
     stages.summary(run.recipe, console)
     return 0
+
+
+def capture(options: argparse.Namespace, console: Console) -> int:
+    """Hidden states by all ranks, and nothing after. Returns the launcher's exit status when that fails."""
+    options.overrides = [*options.overrides, "target.capture=parallel", "data.hidden_states=offline"]
+    run = resolve_run(options)
+    _describe(replace(run, plan=run.capture_plan), console)
+    if options.dry_run:
+        console.print("dry run: nothing was started")
+        return 0
+    _save_resolved(run.recipe)
+    stages = _stages()
+    stages.prepare(run.recipe, console)
+    return int(stages.capture(run.recipe, run.capture_plan, console))
 
 
 def resolve_run(options: argparse.Namespace) -> Run:
@@ -154,7 +177,8 @@ def resolve_run(options: argparse.Namespace) -> Run:
     check_deepspeed(recipe, mesh)
     notes = _check_rest(recipe, accelerator, options)
     plan = plan_launch(launch_options, hosts, accelerator, recipe, options.resume, os.environ)
-    return Run(recipe, mesh, plan, tuple(notes))
+    capture_plan = plan_launch(launch_options, hosts, accelerator, recipe, False, os.environ, CAPTURE_MODULE)
+    return Run(recipe, mesh, plan, capture_plan, tuple(notes))
 
 
 def _check_rest(recipe: Recipe, accelerator: str, options: argparse.Namespace) -> list[str]:
@@ -165,6 +189,7 @@ def _check_rest(recipe: Recipe, accelerator: str, options: argparse.Namespace) -
         notes.append(f"target {recipe.target.path} is not a folder here: its heads and vocabulary were not checked")
     else:
         check_target(recipe, shape)
+        check_target_on_ranks(recipe)
         try:
             notes.append(f"attention kernel {check_kernel(recipe, accelerator, shape)}")
         except ValueError as error:
@@ -221,40 +246,49 @@ def _parser(command: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("recipe", help="recipe file, e.g. recipes/quickstart.yaml")
     add("overrides", nargs="*", metavar="section.key=value", help="e.g. parallel.ulysses=4 data.max_length=131072")
+    if command in ("launch", "capture"):
+        _add_where(parser)
     if command == "launch":
-        add("--hostfile", metavar="F", help="hosts of a multi-node run, e.g. --hostfile recipes/2nodes.hostfile")
-        add(
-            "--num_gpus",
-            "--num_ranks",
-            dest="num_ranks",
-            type=int,
-            metavar="N",
-            help="ranks per host, e.g. --num_gpus 8",
-        )
-        add("--num_nodes", type=int, metavar="N", help="use the first N hosts of the hostfile, e.g. --num_nodes 2")
-        add("--include", metavar="SPEC", help="only these hosts or slots, e.g. --include node-0@node-1:0,2")
-        add("--exclude", metavar="SPEC", help="not these hosts or slots, e.g. --exclude node-1:0")
-        add("--master_addr", metavar="A", help="address of the first host, e.g. --master_addr 10.0.0.1")
-        add("--master_port", type=int, metavar="P", help="rendezvous port, e.g. --master_port 29501; else a free one")
-        add(
-            "--launcher",
-            choices=LAUNCHERS,
-            type=str.lower,
-            help="multi-node backend, e.g. --launcher slurm (else pdsh)",
-        )
         add(
             "--ds_config",
             metavar="F",
             help="DeepSpeed JSON instead of the recipe's, e.g. --ds_config ds_configs/zero3.json",
         )
-        add(
-            "--dry-run",
-            action="store_true",
-            help="print recipe, mesh and command, start nothing, e.g. with --num_gpus 8",
-        )
         add("--resume", action="store_true", help="go on from the newest checkpoint, e.g. train.steps=200 --resume")
         add("--overwrite", action="store_true", help="replace the run in output_dir, e.g. train.seed=1 --overwrite")
+    else:
+        parser.set_defaults(ds_config=None, resume=False, overwrite=False)
     return parser
+
+
+def _add_where(parser: argparse.ArgumentParser) -> None:
+    """The options that say where ranks run."""
+    add = parser.add_argument
+    add("--hostfile", metavar="F", help="hosts of a multi-node run, e.g. --hostfile recipes/2nodes.hostfile")
+    add(
+        "--num_gpus",
+        "--num_ranks",
+        dest="num_ranks",
+        type=int,
+        metavar="N",
+        help="ranks per host, e.g. --num_gpus 8",
+    )
+    add("--num_nodes", type=int, metavar="N", help="use the first N hosts of the hostfile, e.g. --num_nodes 2")
+    add("--include", metavar="SPEC", help="only these hosts or slots, e.g. --include node-0@node-1:0,2")
+    add("--exclude", metavar="SPEC", help="not these hosts or slots, e.g. --exclude node-1:0")
+    add("--master_addr", metavar="A", help="address of the first host, e.g. --master_addr 10.0.0.1")
+    add("--master_port", type=int, metavar="P", help="rendezvous port, e.g. --master_port 29501; else a free one")
+    add(
+        "--launcher",
+        choices=LAUNCHERS,
+        type=str.lower,
+        help="multi-node backend, e.g. --launcher slurm (else pdsh)",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print recipe, mesh and command, start nothing, e.g. with --num_gpus 8",
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,15 @@ from eagle3_ds.data.sources import expand_sources
 from eagle3_ds.kernels import select_kernel
 from eagle3_ds.loss import check_tile_bytes
 from eagle3_ds.model import slots_per_tile
-from eagle3_ds.target import check_supported, choose_aux_layers, load_text_config, resolve_path
+from eagle3_ds.target import (
+    check_parallel,
+    check_supported,
+    choose_aux_layers,
+    head_size,
+    load_full_config,
+    load_text_config,
+    resolve_path,
+)
 from eagle3_ds.topology import Mesh, check_heads
 
 RESOLVED = "recipe.resolved.yaml"
@@ -68,9 +76,8 @@ def target_shape(recipe: Recipe, dry_run: bool) -> TargetShape | None:
     check_supported(config, recipe.target.path)
     choose_aux_layers(config.num_hidden_layers, recipe.target.aux_layers)
     num_heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     widths = (config.vocab_size, config.hidden_size, config.intermediate_size)
-    return TargetShape(*widths, num_heads, config.num_key_value_heads, head_dim)
+    return TargetShape(*widths, num_heads, config.num_key_value_heads, head_size(config))
 
 
 def check_target(recipe: Recipe, shape: TargetShape) -> None:
@@ -97,8 +104,23 @@ def check_target(recipe: Recipe, shape: TargetShape) -> None:
 
 def check_kernel(recipe: Recipe, accelerator: str, shape: TargetShape) -> str:
     """The attention kernel's name. Raises ValueError when it is not available, naming what is."""
-    dtype = getattr(torch, recipe.train.dtype)
-    return select_kernel(recipe.attention.kernel, torch.device(accelerator), dtype, shape.head_dim).name
+    device = torch.device(accelerator)
+    if target_runs_on_ranks(recipe):
+        select_kernel(recipe.attention.kernel, device, getattr(torch, recipe.target.dtype), shape.head_dim)
+    return select_kernel(recipe.attention.kernel, device, getattr(torch, recipe.train.dtype), shape.head_dim).name
+
+
+def target_runs_on_ranks(recipe: Recipe) -> bool:
+    """Whether the target runs cut over ranks, before training or during it."""
+    return recipe.target.capture == "parallel" or recipe.data.hidden_states == "online"
+
+
+def check_target_on_ranks(recipe: Recipe) -> None:
+    """Raises ValueError when the target is to run cut over ranks and cannot. One that is still to be built can."""
+    path = Path(recipe.target.path)
+    if target_runs_on_ranks(recipe) and (recipe.target.build is None or path.exists()):
+        config = load_full_config(resolve_path(recipe.target.path))
+        check_parallel(config, recipe.target.path, recipe.parallel.ulysses, recipe.data.max_length)
 
 
 def check_data(recipe: Recipe) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from eagle3_ds.config import Recipe
 
-SUPERVISOR_MODULE, TRAIN_MODULE = "eagle3_ds.watch.supervisor", "eagle3_ds.train.main"
+SUPERVISOR_MODULE = "eagle3_ds.watch.supervisor"
+TRAIN_MODULE, CAPTURE_MODULE = "eagle3_ds.train.main", "eagle3_ds.train.capture"
 LAUNCHERS = ("pdsh", "openmpi", "mpich", "impi", "mvapich", "slurm", "torchrun")
 MPI_LAUNCHERS = ("openmpi", "mpich", "impi", "mvapich")
 # What a rank on another host needs to behave as on this one. Secrets (tokens) stay out: pdsh shows its command line.
@@ -177,8 +178,9 @@ def plan_launch(
     recipe: Recipe,
     resume: bool,
     environ: Mapping[str, str],
+    module: str = TRAIN_MODULE,
 ) -> LaunchPlan:
-    """The launcher's command line and environment for these hosts."""
+    """The launcher's command line and environment for these hosts. `module`: what each rank runs."""
     output_dir = Path(recipe.output_dir).resolve()
     several_hosts = options.hostfile is not None
     port = options.master_port or (29500 if several_hosts else free_port())
@@ -189,7 +191,7 @@ def plan_launch(
         environment["DS_ACCELERATOR"] = "cpu"
     logs = output_dir / "logs"
     script = [SUPERVISOR_MODULE, f"--logs={logs}", f"--limit={recipe.faults.watchdog_seconds}"]
-    script += [TRAIN_MODULE, f"--recipe={output_dir / 'recipe.resolved.yaml'}", *(["--resume"] if resume else [])]
+    script += [module, f"--recipe={output_dir / 'recipe.resolved.yaml'}", *(["--resume"] if resume else [])]
     exported = None
     if several_hosts:
         rendezvous = {"MASTER_ADDR": options.master_addr or next(iter(hosts)), "MASTER_PORT": str(port)}

@@ -6,31 +6,28 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
+from eagle3_ds.cli_capture import place_of_states
 from eagle3_ds.cli_finish import evaluate_run, export_draft
+from eagle3_ds.cli_launcher import LaunchPlan, write_environment_file
+from eagle3_ds.cli_supervise import run_ranks
 from eagle3_ds.config import Recipe
-from eagle3_ds.data import HiddenStateStore, HiddenStateWriter, Layout, PreparedData, prepare_data
-from eagle3_ds.data.fingerprint import Fingerprint, store_folder
+from eagle3_ds.data import Layout, PreparedData, prepare_data
+from eagle3_ds.data.fingerprint import Fingerprint
 from eagle3_ds.data.stdlib_corpus import stdlib_conversations, stdlib_text
 from eagle3_ds.eval import draw_report
 from eagle3_ds.model import VocabularyMap
 from eagle3_ds.target import (
     build_target,
-    capture_hidden_states,
     check_supported,
     choose_aux_layers,
-    load_target,
     load_text_config,
     load_tokenizer,
     resolve_path,
     target_fingerprint,
-    teacher_tokens,
 )
-from eagle3_ds.topology import detect_accelerator
 
 
 @dataclass(frozen=True)
@@ -58,8 +55,7 @@ def prepare(recipe: Recipe, console: Console) -> None:
             f"eval.num_prompts is {recipe.eval.num_prompts}, but no conversation is held out (data.heldout_fraction "
             f"{recipe.data.heldout_fraction}). Raise it, name data.heldout, or set eval.num_prompts to 0."
         )
-    store = _captured(recipe, data, documents.layout, fingerprint, console)
-    _say(console, f"hidden states: {store}")
+    store = place_of_states(recipe, data, documents.layout, fingerprint, console)
     output_dir = Path(recipe.output_dir)
     vocabulary = VocabularyMap.from_counts(data.supervised_counts, recipe.draft.vocab_size, data.required_tokens)
     vocabulary.save(output_dir / "vocabulary.safetensors")
@@ -68,7 +64,7 @@ def prepare(recipe: Recipe, console: Console) -> None:
     prepared = {
         "data": str(data.path.resolve()),
         "data_fingerprint": data.fingerprint,
-        "store": str(store.resolve()),
+        "store": None if store is None else str(store.resolve()),
         "store_fingerprint": dict(fingerprint),
     }
     (output_dir / "prepared.json").write_text(json.dumps(prepared, indent=2) + "\n")
@@ -90,28 +86,13 @@ def tokenise(recipe: Recipe, console: Console) -> Documents:
     return Documents(data, layout, {**fingerprint, "documents": data.fingerprint})
 
 
-def _captured(recipe: Recipe, data: PreparedData, layout: Layout, fingerprint: Fingerprint, console: Console) -> Path:
-    """The folder of the store with every document's hidden states, captured now where it is not complete."""
-    path = store_folder(recipe.data.cache_dir, fingerprint, layout.dtype)
-    lengths = data.lengths()
-    if path.is_dir():
-        HiddenStateStore.open(path, fingerprint).require_documents(lengths)
-        return path
-    writer = HiddenStateWriter(path, lengths, layout, fingerprint)
-    _say(console, f"hidden states: {writer.size_text}")
-    target = load_target(recipe.target, device=detect_accelerator())
-    missing = set(writer.missing())
-    documents = [dataset.with_format("numpy") for dataset in (data.train, data.heldout)]
-    with tqdm(total=sum(lengths[number] for number in missing), desc="capture", unit=" tokens", unit_scale=True) as bar:
-        for dataset in documents:
-            for row in dataset:
-                if int(row["document_id"]) not in missing:
-                    continue
-                aux, teacher = capture_hidden_states(target, torch.from_numpy(row["input_ids"]).long())
-                writer.append(int(row["document_id"]), aux, teacher, teacher_tokens(teacher, target.head))
-                bar.update(len(row["input_ids"]))
-    writer.finish()
-    return path
+def capture(recipe: Recipe, plan: LaunchPlan, console: Console) -> int:
+    """Run the ranks that capture, unless all hidden states are there or none are wanted; returns their exit status."""
+    store = json.loads((Path(recipe.output_dir) / "prepared.json").read_text())["store"]
+    if store is None or Path(store).is_dir():
+        return 0
+    write_environment_file(plan)
+    return run_ranks(plan, console, "capture")
 
 
 def evaluate(recipe: Recipe, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""The training stage from outside: start the launcher, pass signals on, end it when a rank has failed, and say why last."""
+"""The ranks of a stage from outside: start the launcher, pass signals on, end it when a rank has failed, and say why last."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ LATE_SECONDS = 3.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def run_ranks(plan: LaunchPlan, console: Console) -> int:
+def run_ranks(plan: LaunchPlan, console: Console, what: str = "training") -> int:
     """Run the launcher to its end.
 
     Returns:
         0 when every rank has finished. Else the launcher's status, or 1 where it had none, after the first error has been told
         on stderr.
     """
-    console.print(f"training on {plan.world_size} ranks; what each says: {plan.logs}/rank_N.log", markup=False, highlight=False)
+    console.print(f"{what} on {plan.world_size} ranks; what each says: {plan.logs}/rank_N.log", markup=False, highlight=False)
     logs = Logs(plan.logs)
     logs.prepare()
     # In a session of its own: a signal of the terminal comes to us, and from us to the ranks on all hosts. DeepSpeed's launcher
@@ -43,7 +43,7 @@ def run_ranks(plan: LaunchPlan, console: Console) -> int:
     if process.returncode == 0 and len(ends) == plan.world_size and all(end.how == "finished" for end in ends.values()):
         return 0
     sys.stdout.flush()
-    print(describe_failure(ends, plan.world_size, process.returncode, logs), file=sys.stderr, flush=True)
+    print(describe_failure(ends, plan.world_size, process.returncode, logs, what), file=sys.stderr, flush=True)
     return process.returncode if process.returncode > 0 else 1
 
 
@@ -87,9 +87,9 @@ def _ends(logs: Logs, world_size: int) -> Mapping[int, RankEnd]:
     return ends
 
 
-def describe_failure(ends: Mapping[int, RankEnd], world_size: int, status: int, logs: Logs) -> str:
+def describe_failure(ends: Mapping[int, RankEnd], world_size: int, status: int, logs: Logs, what: str = "training") -> str:
     """Where every rank was and how it ended, and the first error as the last words."""
-    lines = [f"training failed, the launcher's exit status is {status}; the ranks:"]
+    lines = [f"{what} failed, the launcher's exit status is {status}; the ranks:"]
     lines += [_line(rank, ends.get(rank)) for rank in range(world_size)]
     causes = sorted((end for end in ends.values() if end.how != "finished"), key=lambda end: end.precedence)
     if not causes:

@@ -59,6 +59,8 @@ class TargetSection(Section):
     aux_layers: tuple[NonNegative, NonNegative, NonNegative] | None = None
     """Layers whose inputs are captured; null is the EAGLE-3 rule (2, n // 2, n - 3)."""
     dtype: FloatDtype = "bfloat16"
+    capture: Literal["single", "parallel"] = "single"
+    """Who captures hidden states before training: one process, document by document, or all ranks, cut as training is."""
 
 
 class DraftSection(Section):
@@ -99,6 +101,8 @@ class DataSection(Section):
     """Processes that tokenise; null: the cores. The documents do not depend on it."""
     cache_dir: str = "output/cache"
     """Tokenised conversations and hidden-state stores, keyed by content."""
+    hidden_states: Literal["offline", "online"] = "offline"
+    """Captured before training into a store, or computed in each step by the target, which then lives beside the draft."""
     hidden_dtype: Literal["float32", "bfloat16", "float16", "float8"] = "bfloat16"
     """float8 has an exponent per hidden state and takes half the disk of bfloat16."""
     seed: int = 0

@@ -1,7 +1,7 @@
 """From conversations to packed sequences: chat, preparation, packing, the hidden-state store and the loader."""
 
 from eagle3_ds.data.documents import PreparedData
-from eagle3_ds.data.loader import PackedLoader, SequenceSource
+from eagle3_ds.data.loader import HeldoutPacks, HiddenStates, PackedLoader, SequenceSource
 from eagle3_ds.data.prepare import prepare_data
 from eagle3_ds.data.statistics import DataStatistics
 from eagle3_ds.data.store import HiddenStateStore
@@ -10,8 +10,10 @@ from eagle3_ds.data.store_writer import HiddenStateWriter, required_bytes
 
 __all__ = [
     "DataStatistics",
+    "HeldoutPacks",
     "HiddenStateStore",
     "HiddenStateWriter",
+    "HiddenStates",
     "Layout",
     "PackedLoader",
     "PreparedData",

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
 
 import datasets
 import numpy as np
 import torch
+from torch import Tensor
 
 from eagle3_ds.data.documents import document_lengths
 from eagle3_ds.data.packing import pack
-from eagle3_ds.data.store import HiddenStateStore
-from eagle3_ds.layout.batch import PackedSequence
+from eagle3_ds.layout import PackedSequence, Rows
+
+
+class HiddenStates(Protocol):
+    """Where hidden states come from: the store on disk, or the target itself."""
+
+    def require_documents(self, lengths: Mapping[int, int]) -> None:
+        """Raises ValueError unless there are hidden states for every document of `lengths` ({document_id: tokens})."""
+
+    def states(self, documents: Sequence[int], token_ids: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Rows, Rows]:
+        """`teacher_token`, `aux` and `teacher` of `PackedSequence` for these documents end to end; token_ids int64 [L]."""
 
 
 class SequenceSource:
-    """Makes packed sequences from rows of the documents and the store of their hidden states.
+    """Makes packed sequences from rows of the documents and their hidden states.
 
     Raises ValueError when the store lacks a document or has it with another length.
     """
 
-    def __init__(self, dataset: datasets.Dataset, store: HiddenStateStore) -> None:
+    def __init__(self, dataset: datasets.Dataset, store: HiddenStates) -> None:
         lengths = document_lengths(dataset)
         store.require_documents(lengths)
         self.dataset = dataset.with_format("numpy")
@@ -29,16 +41,20 @@ class SequenceSource:
         self.lengths = list(lengths.values())
 
     def sequence(self, rows: Sequence[int]) -> PackedSequence:
-        """The documents in these rows of the data set, end to end. Hidden states stay on disk until they are sliced."""
+        """The documents in these rows of the data set, end to end. Stored hidden states stay on disk until they are sliced;
+        those of a target that runs now are computed here, by all ranks together."""
         documents = [self.dataset[row] for row in rows]
         ids = [int(document["document_id"]) for document in documents]
+        token_ids = torch.from_numpy(np.concatenate([document["input_ids"] for document in documents]).astype(np.int64))
+        lengths = tuple(self.lengths[row] for row in rows)
+        teacher_token, aux, teacher = self.store.states(ids, token_ids, lengths)
         return PackedSequence(
-            token_ids=torch.from_numpy(np.concatenate([document["input_ids"] for document in documents]).astype(np.int64)),
+            token_ids=token_ids,
             loss_mask=torch.from_numpy(np.concatenate([document["loss_mask"] for document in documents]).astype(bool)),
-            lengths=tuple(self.lengths[row] for row in rows),
-            teacher_token=self.store.view(ids, "teacher_token")[:].long(),
-            aux=self.store.view(ids, "aux"),
-            teacher=self.store.view(ids, "teacher"),
+            lengths=lengths,
+            teacher_token=teacher_token,
+            aux=aux,
+            teacher=teacher,
         )
 
 
@@ -55,7 +71,7 @@ class PackedLoader:
     def __init__(
         self,
         dataset: datasets.Dataset,
-        store: HiddenStateStore,
+        store: HiddenStates,
         max_length: int,
         draft_dp: int = 1,
         dp_rank: int = 0,
@@ -100,19 +116,32 @@ class PackedLoader:
         rows = [row for index in self.pack_indices(step) for row in self.packs[index]]
         return [int(number) for number in self.source.dataset.select_columns(["document_id"])[rows]["document_id"]]
 
-    def all_packs(self) -> Iterator[PackedSequence | None]:
-        """Every pack once over all dp ranks, for evaluation: this rank's packs in order.
-
-        All ranks yield equally often, because a rank that stopped early would leave the others waiting in a
-        collective. Where the packs do not divide, the last turn gives None to the ranks without a pack; they take
-        part in the collectives with nothing.
-        """
-        turns = -(-self.num_packs // self.draft_dp)
-        for turn in range(turns):
-            index = turn * self.draft_dp + self.dp_rank
-            yield self.source.sequence(self.packs[index]) if index < self.num_packs else None
-
     def _order(self, epoch: int) -> list[int]:
         order = list(range(self.num_packs))
         random.Random(f"{self.seed}/{epoch}").shuffle(order)
         return order
+
+
+class HeldoutPacks(Sequence[PackedSequence]):
+    """Every pack once over all dp ranks, for evaluation: this rank's packs in order, made when they are asked for.
+
+    All ranks have equally many, because a rank that stopped early would leave the others waiting in a collective. A rank that
+    has none left repeats the first pack without supervision: it takes part in everything and adds nothing.
+    """
+
+    def __init__(self, loader: PackedLoader) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return (self.loader.num_packs + self.loader.draft_dp - 1) // self.loader.draft_dp
+
+    def __getitem__(self, turn: int) -> PackedSequence:  # type: ignore[override]
+        """The pack of one turn; all ranks of the world ask for the same turn."""
+        loader = self.loader
+        if turn >= len(self):
+            raise IndexError(turn)
+        index = turn * loader.draft_dp + loader.dp_rank
+        if index < loader.num_packs:
+            return loader.source.sequence(loader.packs[index])
+        first = loader.source.sequence(loader.packs[0])
+        return replace(first, loss_mask=torch.zeros_like(first.loss_mask))

@@ -36,6 +36,7 @@ from eagle3_ds.data.store_index import (
     shard_header,
 )
 from eagle3_ds.data.store_rows import ROWS_AT_ONCE, crc32, decode_float8, row_checksums
+from eagle3_ds.layout import Rows
 
 OPEN_SHARDS = 64
 """Shards kept mapped at a time, far below the usual limit of open files."""
@@ -105,6 +106,10 @@ class HiddenStateStore:
     def view(self, documents: Sequence[int], name: ColumnName) -> PackedRows:
         """The rows of several documents end to end, read only when sliced."""
         return PackedRows(self, documents, name)
+
+    def states(self, documents: Sequence[int], token_ids: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Rows, Rows]:
+        """`teacher_token`, `aux` and `teacher` of `PackedSequence` for these documents end to end."""
+        return self.view(documents, "teacher_token")[:].long(), self.view(documents, "aux"), self.view(documents, "teacher")
 
     def require_documents(self, lengths: Mapping[int, int]) -> None:
         """Raises ValueError unless the store holds every document of `lengths` with that many tokens."""

@@ -119,7 +119,11 @@ class HiddenStateWriter:
 
     def missing(self) -> list[int]:
         """Documents of which rows are neither on disk nor waiting in this process, in the order of `lengths`."""
-        return [document for document, length in self.lengths.items() if not covers(self._spans[document], length)]
+        return [document for document in self.lengths if not self.holds(document)]
+
+    def holds(self, document_id: int) -> bool:
+        """Whether all rows of the document are on disk or wait in this process."""
+        return covers(self._spans[document_id], self.lengths[document_id])
 
     def append(self, document_id: int, aux: Tensor, teacher: Tensor, teacher_token: Tensor, start: int | None = None) -> None:
         """Add a document, or as many rows of it from row `start` on: aux [n, aux_width], teacher [n, teacher_width],
@@ -128,7 +132,7 @@ class HiddenStateWriter:
         Raises ValueError for wrong shapes, for values that are not finite in the store's dtype, and when the disk is full.
         """
         length = self.lengths[document_id]
-        assert not covers(self._spans[document_id], length), f"document {document_id} is in the store already"
+        assert not self.holds(document_id), f"document {document_id} is in the store already"
         rows = length if start is None else len(teacher_token)
         piece = Piece(document_id, start or 0, rows, 0)
         assert piece.stop <= length, f"rows up to {piece.stop} of document {document_id} with {length} tokens"

@@ -2,7 +2,7 @@
 
 from eagle3_ds.target.build import build_target
 from eagle3_ds.target.capture import AuxCapture, capture_hidden_states, teacher_tokens
-from eagle3_ds.target.families import check_parallel, check_supported
+from eagle3_ds.target.families import check_parallel, check_supported, head_size
 from eagle3_ds.target.load import (
     Target,
     choose_aux_layers,
@@ -25,6 +25,7 @@ __all__ = [
     "check_supported",
     "choose_aux_layers",
     "empty_target",
+    "head_size",
     "load_embedding_and_head",
     "load_full_config",
     "load_target",

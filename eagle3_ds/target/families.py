@@ -27,6 +27,11 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Rotary scalings whose angles depend on the longest position of the tensor they are handed."""
 
 
+def head_size(config: Any) -> int:
+    """Channels of one attention head. `config`: a text config."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def check_supported(config: Any, path: str) -> None:
     """Refuse what the draft cannot learn from or mirror. `config`: the target's text config.
 

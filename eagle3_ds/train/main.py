@@ -1,7 +1,7 @@
 """What each rank runs: `python -m eagle3_ds.train.main --recipe OUTPUT/recipe.resolved.yaml [--resume]`, under the launcher.
 
 It reads `prepared.json` in the recipe's output folder, which the prepare stage wrote:
-`{"data": folder, "data_fingerprint": str, "store": folder, "store_fingerprint": {...}}`.
+`{"data": folder, "data_fingerprint": str, "store": folder or null, "store_fingerprint": {...}}`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch.distributed as dist
 
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
 from eagle3_ds.data.documents import PreparedData
-from eagle3_ds.data.loader import PackedLoader
+from eagle3_ds.data.loader import HeldoutPacks, HiddenStates, PackedLoader
 from eagle3_ds.data.store import HiddenStateStore
 from eagle3_ds.layout import PackedSequence
 from eagle3_ds.model import DraftModel, VocabularyMap, build_draft_config
@@ -27,6 +26,8 @@ from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.heart import Heart, beating
 from eagle3_ds.train.identity import require_same_identity
 from eagle3_ds.train.loop import run_training, save_weights
+from eagle3_ds.train.online import OnlineStates
+from eagle3_ds.train.target_engine import TargetEngine
 from eagle3_ds.train.trainer import DraftTrainer
 
 
@@ -41,15 +42,29 @@ def build_trainer(recipe: Recipe, topology: Topology) -> DraftTrainer:
     return DraftTrainer(recipe, settings, topology, draft, embedding, head, vocabulary)
 
 
-def build_loaders(recipe: Recipe, topology: Topology) -> tuple[PackedLoader, list[PackedSequence]]:
+def open_states(recipe: Recipe, topology: Topology) -> HiddenStates:
+    """The hidden-state store, or the target itself.
+
+    Called before the draft's engine is built: DeepSpeed would shard the target over the draft's groups afterwards.
+    """
+    if recipe.data.hidden_states == "online":
+        return OnlineStates(TargetEngine(recipe, topology), recipe.draft.ttt_steps)
+    prepared = read_prepared(recipe)
+    return HiddenStateStore.open(prepared["store"], prepared["store_fingerprint"])
+
+
+def read_prepared(recipe: Recipe) -> dict[str, Any]:
+    return json.loads((Path(recipe.output_dir) / "prepared.json").read_text())
+
+
+def build_loaders(recipe: Recipe, topology: Topology, states: HiddenStates) -> tuple[PackedLoader, Sequence[PackedSequence]]:
     """The training loader, and the held-out packs of this draft_dp rank."""
-    prepared: dict[str, Any] = json.loads((Path(recipe.output_dir) / "prepared.json").read_text())
+    prepared = read_prepared(recipe)
     data = PreparedData.open(Path(prepared["data"]), prepared["data_fingerprint"])
-    store = HiddenStateStore.open(prepared["store"], prepared["store_fingerprint"])
     mesh = {"draft_dp": topology.draft_dp, "dp_rank": topology.place.dp_rank}
     loader = PackedLoader(
         data.train,
-        store,
+        states,
         recipe.data.max_length,
         accumulation=recipe.train.accumulation,
         seed=recipe.train.seed,
@@ -57,15 +72,7 @@ def build_loaders(recipe: Recipe, topology: Topology) -> tuple[PackedLoader, lis
     )
     if not len(data.heldout):
         return loader, []
-    return loader, _heldout_packs(PackedLoader(data.heldout, store, recipe.data.max_length, **mesh))
-
-
-def _heldout_packs(loader: PackedLoader) -> list[PackedSequence]:
-    """Equally many packs on every rank. A rank that has none left repeats one without supervision: it takes part in
-    every collective, the ZeRO-3 gathers among them, and adds nothing."""
-    first = loader.source.sequence(loader.packs[0])
-    filler = replace(first, loss_mask=torch.zeros_like(first.loss_mask))
-    return [pack if pack is not None else filler for pack in loader.all_packs()]
+    return loader, HeldoutPacks(PackedLoader(data.heldout, states, recipe.data.max_length, **mesh))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -84,8 +91,9 @@ def train(recipe: Recipe, resume: bool, heart: Heart) -> None:
     parallel = recipe.parallel
     topology = maybe_setup_distributed(parallel.ulysses, parallel.ring, parallel.draft_dp)
     require_same_identity(recipe, topology)
+    states = open_states(recipe, topology)
     trainer = build_trainer(recipe, topology)
-    loader, heldout = build_loaders(recipe, topology)
+    loader, heldout = build_loaders(recipe, topology, states)
     output_dir = Path(recipe.output_dir)
     if topology.place.rank == 0:
         strategy = f"attention kernel {trainer.kernel_name}, kv_exchange {trainer.kv_exchange}"

@@ -25,6 +25,7 @@ from eagle3_ds.target import (
     Target,
     check_parallel,
     empty_target,
+    head_size,
     load_full_config,
     load_target,
     resolve_path,
@@ -67,9 +68,7 @@ class TargetEngine:
         target = _load_sharded(recipe.target, topology)
         self.dtype = getattr(torch, recipe.target.dtype)
         self.vocab_size: int = target.config.vocab_size
-        config = target.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.kernel = select_kernel(recipe.attention.kernel, topology.device, self.dtype, head_dim)
+        self.kernel = select_kernel(recipe.attention.kernel, topology.device, self.dtype, head_size(target.config))
         self._head: nn.Parameter = target.model.get_output_embeddings().weight
         self._forward: Any = _hook_up(SpanForward(target), topology)
         self._probe()

@@ -116,15 +116,24 @@ class DraftTrainer:
             if micro < len(batches):
                 self.engine.step()
         grad_norm = step_and_norm(self.engine)
-        return replace(self._report(sums, normalizer, packs), grad_norm=grad_norm)
+        tokens = sum(sum(pack.lengths) for pack in packs)
+        return replace(self._report(sums, normalizer, tokens), grad_norm=grad_norm)
 
     @torch.no_grad()
     def evaluate(self, packs: Sequence[PackedSequence]) -> StepReport:
-        """Loss and accuracy over `packs` of this draft_dp rank; every rank brings the same number of them."""
+        """Loss and accuracy over `packs` of this draft_dp rank; every rank brings the same number of them.
+
+        One pack at a time: where the target runs beside the draft, its hidden states exist only while they are in use.
+        """
         self.engine.eval()
-        batches, inputs, normalizer = self._prepare(packs)
-        sums = [self.engine(batch, constants) for batch, constants in zip(batches, inputs, strict=True)]
-        return self._report(sums, normalizer, packs)
+        sums, tokens = [], 0
+        normalizer = torch.zeros(self.recipe.draft.ttt_steps, dtype=torch.float64)
+        for pack in packs:
+            (batch,), (inputs,), counted = self._prepare([pack])
+            sums.append(self.engine(batch, inputs))
+            normalizer += counted
+            tokens += sum(pack.lengths)
+        return self._report(sums, normalizer, tokens)
 
     def update_target(self, embedding: Tensor, head: Tensor) -> None:
         """Go on with the embedding [V, H] and head [V, Ht] of a target that was trained meanwhile, as a policy is in RL."""
@@ -222,10 +231,10 @@ class DraftTrainer:
             eps=self.draft.config.rms_norm_eps,
         )
 
-    def _report(self, sums: Sequence[LossSum], normalizer: Tensor, packs: Sequence[PackedSequence]) -> StepReport:
+    def _report(self, sums: Sequence[LossSum], normalizer: Tensor, own_tokens: int) -> StepReport:
         names = ("step_loss", "hits", "counts", "joint_hits", "joint_counts")
-        own_tokens = torch.tensor([sum(sum(pack.lengths) for pack in packs)], device=self.topology.device)
-        flat = torch.cat([*(sum(getattr(s, name).double() for s in sums) for name in names), own_tokens.double()])
+        count = torch.tensor([float(own_tokens)], dtype=torch.float64, device=self.topology.device)
+        flat = torch.cat([*(sum(getattr(s, name).double() for s in sums) for name in names), count])
         self._sum_over_world(flat)
         *columns, tokens = flat.cpu().split([len(normalizer)] * len(names) + [1])
         loss, hits, counts, joint_hits, joint_counts = columns

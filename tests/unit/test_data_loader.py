@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from eagle3_ds.data.documents import FEATURES
-from eagle3_ds.data.loader import PackedLoader, SequenceSource
+from eagle3_ds.data.loader import HeldoutPacks, PackedLoader, SequenceSource
 from eagle3_ds.data.store_index import Layout
 from eagle3_ds.data.store_writer import HiddenStateWriter
 
@@ -71,12 +71,14 @@ def test_a_step_is_a_pure_function_and_epochs_differ(world):
 
 
 @pytest.mark.parametrize("draft_dp", [1, 2, 4, 16])
-def test_all_packs_gives_every_rank_as_many_turns(world, draft_dp):
-    turns = [list(PackedLoader(*world, 10, draft_dp, rank).all_packs()) for rank in range(draft_dp)]
+def test_heldout_packs_give_every_rank_as_many_turns(world, draft_dp):
+    turns = [list(HeldoutPacks(PackedLoader(*world, 10, draft_dp, rank))) for rank in range(draft_dp)]
     assert len({len(packs) for packs in turns}) == 1
-    packs = [pack for rank in turns for pack in rank if pack is not None]
+    packs = [pack for rank in turns for pack in rank if pack.loss_mask.any()]
     assert sorted(length for pack in packs for length in pack.lengths) == sorted(LENGTHS)
-    assert all(pack is not None for rank in turns for pack in rank[:-1])
+    assert all(pack.loss_mask.any() for rank in turns for pack in rank[:-1])
+    with pytest.raises(IndexError):
+        HeldoutPacks(PackedLoader(*world, 10, draft_dp))[len(turns[0])]
 
 
 def test_errors(world, tmp_path):

@@ -1,0 +1,62 @@
+"""Hidden states before training: where they are kept, and their capture by this process alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from tqdm import tqdm
+
+from eagle3_ds.config import Recipe
+from eagle3_ds.data import HiddenStateStore, HiddenStateWriter, Layout, PreparedData
+from eagle3_ds.data.fingerprint import Fingerprint, store_folder
+from eagle3_ds.target import capture_hidden_states, load_target, teacher_tokens
+from eagle3_ds.topology import detect_accelerator
+
+
+def place_of_states(
+    recipe: Recipe, data: PreparedData, layout: Layout, fingerprint: Fingerprint, console: Console
+) -> Path | None:
+    """The folder with every document's hidden states, captured now where this process is to do it; None when they are online.
+
+    With `target.capture: parallel` the folder may still be missing: the ranks of `cli_stages.capture` fill it.
+
+    Raises:
+        ValueError: a damaged store, one of other documents, or a disk that cannot hold what is missing.
+    """
+    if recipe.data.hidden_states == "online":
+        _say(console, "hidden states: computed by the target while the draft is trained")
+        return None
+    path = store_folder(recipe.data.cache_dir, fingerprint, layout.dtype)
+    if path.is_dir():
+        HiddenStateStore.open(path, fingerprint).require_documents(data.lengths())
+    else:
+        writer = HiddenStateWriter(path, data.lengths(), layout, fingerprint)
+        _say(console, f"hidden states: {writer.size_text}")
+        if recipe.target.capture == "parallel":
+            _say(console, f"hidden states: many ranks write {path} (launch, or eagle3-ds capture)")
+            return path
+        _capture_alone(recipe, data, writer)
+    _say(console, f"hidden states: {path}")
+    return path
+
+
+def _capture_alone(recipe: Recipe, data: PreparedData, writer: HiddenStateWriter) -> None:
+    target = load_target(recipe.target, device=detect_accelerator())
+    missing = set(writer.missing())
+    documents = [dataset.with_format("numpy") for dataset in (data.train, data.heldout)]
+    total = sum(writer.lengths[number] for number in missing)
+    with tqdm(total=total, desc="capture", unit=" tokens", unit_scale=True) as bar:
+        for dataset in documents:
+            for row in dataset:
+                if int(row["document_id"]) not in missing:
+                    continue
+                aux, teacher = capture_hidden_states(target, torch.from_numpy(row["input_ids"]).long())
+                writer.append(int(row["document_id"]), aux, teacher, teacher_tokens(teacher, target.head))
+                bar.update(len(row["input_ids"]))
+    writer.finish()
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False)

@@ -1,0 +1,67 @@
+"""Hidden states of a target that runs beside the draft: one forward per packed sequence, nothing on disk.
+
+Every rank runs the target over the very slots that it trains on, so that only the halo and the teacher's tokens travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from eagle3_ds.collectives import all_gather_rows
+from eagle3_ds.layout import Rows
+from eagle3_ds.train.row_exchange import IntArray, RowExchange
+from eagle3_ds.train.target_engine import SpanStates, TargetEngine
+
+
+class OnlineStates:
+    """Takes the place of a hidden-state store. `states` is collective over the world, as the target's forward is."""
+
+    def __init__(self, engine: TargetEngine, ttt_steps: int) -> None:
+        self.engine, self.ttt_steps = engine, ttt_steps
+
+    def require_documents(self, lengths: Mapping[int, int]) -> None:
+        """Any document will do: its hidden states are computed when it is trained on."""
+
+    def states(self, documents: Sequence[int], token_ids: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Rows, Rows]:
+        """`teacher_token` whole, `aux` for this rank's slots, `teacher` for these and their halo; all in host memory.
+
+        Raises:
+            ValueError: hidden states that are not finite.
+        """
+        states = self.engine.run(token_ids, lengths)
+        plan, topology = states.plan, self.engine.topology
+        own = states.slots[states.slots < plan.length]
+        _require_finite(states, own, documents)
+        halos = [plan.halo_slots(ring, ulysses, self.ttt_steps) for ring in range(plan.ring) for ulysses in range(plan.ulysses)]
+        wanted = [slots[slots < plan.length] for slots in halos]
+        teacher = RowExchange(plan, wanted, topology.sp_rank, topology.sp_group)(states.teacher)
+        tokens = all_gather_rows(states.teacher_token, topology.sp_group).cpu()[plan.sequence_order[: plan.length]]
+        return tokens, HeldRows(own, states.aux[: len(own)].cpu()), HeldRows(wanted[topology.sp_rank], teacher.cpu())
+
+
+class HeldRows:
+    """Rows of a packed sequence, asked for by their place in it, of which this rank holds those of ascending `slots`."""
+
+    def __init__(self, slots: IntArray, rows: Tensor) -> None:
+        assert len(slots) == len(rows), (len(slots), len(rows))
+        self._slots, self._rows = slots, rows
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        first = int(np.searchsorted(self._slots, rows.start))
+        held = slice(first, first + rows.stop - rows.start)
+        assert np.array_equal(self._slots[held], np.arange(rows.start, rows.stop)), f"rows {rows} are not all on this rank"
+        return self._rows[held]
+
+
+def _require_finite(states: SpanStates, own: IntArray, documents: Sequence[int]) -> None:
+    for name, rows in (("auxiliary hidden states", states.aux), ("last hidden state", states.teacher)):
+        finite = rows[: len(own)].isfinite().all(dim=1).cpu().numpy()
+        if not finite.all():
+            slot = own[np.flatnonzero(~finite)[0]]
+            raise ValueError(
+                f"the target's {name} of document {documents[states.plan.document[slot]]} are not finite at token "
+                f"{states.plan.position[slot]}: set target.dtype to bfloat16 or float32, or mend the target."
+            )
