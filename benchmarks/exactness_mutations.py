@@ -70,6 +70,6 @@ def _leaking(tiles: Any) -> Any:
     """Every slot attends to the documents before its own, too."""
 
     def leaking_tiles(plan: SpanPlan, ring_rank: int) -> tuple[Tile, ...]:
-        return tuple(Tile(q_start, q_stop, 0, k_stop, causal) for q_start, q_stop, _, k_stop, causal in tiles(plan, ring_rank))
+        return tuple(tile._replace(k_start=0) for tile in tiles(plan, ring_rank))
 
     return leaking_tiles

@@ -33,6 +33,7 @@ BASE = Case(
     activation="recompute",
     tiles="one",
     kernel="auto",
+    rope="default",
 )
 CASES = [
     replace(BASE, ulysses=2, ttt_steps=7),
