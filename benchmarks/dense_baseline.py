@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers import LlamaConfig
 
 from benchmarks.dense_reference import Frozen, LossRules, MicroBatch, rotary_frequencies
-from benchmarks.results_file import now
+from benchmarks.result_file import now
 from benchmarks.step_inputs import TimedStep, as_batch
 from eagle3_ds.layout import PackedSequence
 

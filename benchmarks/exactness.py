@@ -22,7 +22,7 @@ from benchmarks.dense_reference import StepResult, reference_train
 from benchmarks.exactness_cases import OPTIMIZATION, Case, full_matrix, make_inputs, short_matrix
 from benchmarks.exactness_product import ProductResult, run_case
 from benchmarks.rank_processes import run_ranks
-from benchmarks.results_file import RESULTS, write_result
+from benchmarks.result_file import FOLDER, write_result
 
 COMPARED = ("loss", "step_loss", "accuracy", "tau", "clip_norm", "gradients", "weights")
 
@@ -149,13 +149,13 @@ def _worst(errors: Mapping[str, float]) -> str:
     return max(errors, key=lambda name: errors[name])
 
 
-def run_matrix(cases: Sequence[Case], seed: int, path: Path, arguments: Sequence[str]) -> bool:
-    """Judge all cases, printing and writing as it goes. Returns whether all passed. `arguments` go into the result."""
+def run_matrix(cases: Sequence[Case], seed: int, path: Path, command: str) -> bool:
+    """Judge all cases, printing and writing as it goes. Returns whether all passed. `command` goes into the result."""
     verdicts = []
     for number, case in enumerate(cases, 1):
         verdicts.append(judge(case, seed))
         print(f"[{number}/{len(cases)}] {verdicts[-1].line()}", flush=True)
-        write_result(path, "exactness", arguments, 1, _record(verdicts, len(cases), seed))
+        write_result(path.stem, command, _record(verdicts, len(cases), seed), path.parent)
     failed = [verdict for verdict in verdicts if not verdict.passed]
     print(f"{len(verdicts) - len(failed)} of {len(verdicts)} cases passed; {path}")
     for verdict in failed:
@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.exactness", description=__doc__)
     parser.add_argument("--short", action="store_true", help="a few cases that show every value, at most 4 ranks")
-    parser.add_argument("--json", type=Path, default=RESULTS / "exactness.json", metavar="PATH", help="where the result goes")
+    parser.add_argument("--json", type=Path, default=FOLDER / "exactness.json", metavar="PATH", help="where the result goes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose printed line contains TEXT")
     options = parser.parse_args(arguments)
@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = [case for case in (short_matrix() if options.short else full_matrix()) if options.only in str(case)]
     if not cases:
         parser.error(f"--only {options.only!r} matches no case.")
-    return 0 if run_matrix(cases, options.seed, options.json, arguments) else 1
+    return 0 if run_matrix(cases, options.seed, options.json, " ".join(("python -m benchmarks.exactness", *arguments))) else 1
 
 
 if __name__ == "__main__":

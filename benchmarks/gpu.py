@@ -28,25 +28,20 @@ import torch
 from benchmarks.dense_baseline import ATTENTION_FORMS, DenseDraft
 from benchmarks.product_step import ProductStep
 from benchmarks.rank_processes import run_ranks
-from benchmarks.results_file import RESULTS, matmul_rate, print_table, write_result
-from benchmarks.step_inputs import DraftShape, Side, StepModel, TimedStep, make_model, make_pack, map_rows
+from benchmarks.result_file import FOLDER, matmul_rate, print_table, write_result
+from benchmarks.step_inputs import Side, StepModel, StepShape, TimedStep, make_model, make_pack, map_rows
 from benchmarks.tensor_bytes import TensorBytes
 from eagle3_ds.config.schema import TrainSection
 from eagle3_ds.kernels import KERNELS, select_kernel
 from eagle3_ds.layout import PackedSequence
+from eagle3_ds.plan import DraftShape
 
 ROOT = Path(__file__).parents[1]
-SHAPE_8B = DraftShape(
-    hidden=4096,
-    intermediate=14336,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    target_vocabulary=128256,
-    draft_vocabulary=32000,
+SHAPE_8B = StepShape(
+    DraftShape(4096, 14336, num_heads=32, num_kv_heads=8, head_dim=128, vocab_size=128256, draft_vocab_size=32000)
 )
-SHAPE_TINY = DraftShape(
-    hidden=64, intermediate=96, num_heads=4, num_kv_heads=2, head_dim=16, target_vocabulary=160, draft_vocabulary=128, ttt_steps=3
+SHAPE_TINY = StepShape(
+    DraftShape(64, 96, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=160, draft_vocab_size=128), ttt_steps=3
 )
 AGREEMENT = 2e-2
 """Largest relative difference of loss and gradient norm between product and dense implementation, bf16 each."""
@@ -123,7 +118,7 @@ class Job:
     """
 
     series: Series
-    shape: DraftShape
+    shape: StepShape
     device: str
     folder: str
     rows: int
@@ -216,9 +211,8 @@ def run_series(job: Job) -> list[Measurement]:
     if left <= _START_SECONDS:
         failure = f"not run: {max(0.0, left):.0f} s are left"
     else:
-        cores = len(os.sched_getaffinity(0))
         try:
-            run_ranks(1, measure_series, job, timeout=left, device=job.device, threads=cores)
+            run_ranks(1, measure_series, job, timeout=left, device=job.device, threads=_threads(job.device))
         except RuntimeError as error:
             print(error, file=sys.stderr)
             failure = f"failed: {str(error).strip().splitlines()[-1]}"
@@ -228,6 +222,11 @@ def run_series(job: Job) -> list[Measurement]:
         lengths = job.series.lengths
         found.append(Measurement(job.series, lengths[min(len(found), len(lengths) - 1)], missing=failure))
     return found
+
+
+def _threads(device: str) -> int:
+    """Beside a GPU the host has nothing else to do; in tiny there is nothing to share."""
+    return len(os.sched_getaffinity(0)) if device == "cuda" else 1
 
 
 def run_gpu_tests(seconds: float) -> dict[str, Any]:
@@ -293,9 +292,9 @@ def show(measurements: Sequence[Measurement]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(arguments)
-    deadline = time.time() + 60 * options.minutes
+    command, deadline = " ".join(("python -m benchmarks.gpu", *arguments)), time.time() + 60 * options.minutes
     device, shape = ("cpu", SHAPE_TINY) if options.tiny else ("cuda", SHAPE_8B)
-    auto, others = _kernels(torch.device(device), shape.head_dim)
+    auto, others = _kernels(torch.device(device), shape.draft.head_dim)
     activations = get_args(TrainSection.model_fields["activation"].annotation)
     modes = [mode for mode in ("recompute", "offload") if mode in activations]
     lengths = TINY_LENGTHS if options.tiny else LENGTHS
@@ -309,24 +308,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measurements += run_series(job)
             record["measurements"] = [asdict(m) for m in measurements]
             record["summary"] = summarise(measurements, auto, modes[0])
-            write_result(options.json, "gpu", arguments, len(os.sched_getaffinity(0)), record)
+            path = write_result("gpu", command, record, options.folder, _threads(device))
             print(f"{series}: {measurements[-1].length} slots, {deadline - time.time():.0f} s left", flush=True)
     show(measurements)
-    print(*record["tests"]["output"][-1:], record["summary"], options.json, sep="\n")
+    print(*record["tests"]["output"][-1:], record["summary"], path, sep="\n")
     return 0 if _is_good(record) else 1
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--json", type=Path, default=RESULTS / "gpu.json", metavar="PATH")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the JSON goes")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything; what does not fit is reported as not run")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="where the hidden states of the longest length lie, 17 GB")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU: checks this program, measures nothing")
     options = parser.parse_args(arguments)
-    if options.tiny and RESULTS.resolve() in options.json.resolve().parents:
-        parser.error(f"--tiny measures nothing, so {options.json} is no place for it: give --json a path outside of {RESULTS}.")
+    if options.tiny and options.folder.resolve().is_relative_to(FOLDER.resolve()):
+        parser.error(f"--tiny measures nothing, so {options.folder} is no place for it: give --folder one outside of {FOLDER}.")
     if not options.tiny and not torch.cuda.is_available():
-        parser.error("no CUDA device here. --tiny --json PATH runs this program in tiny on the CPU.")
+        parser.error("no CUDA device here. --tiny --folder DIR runs this program in tiny on the CPU.")
     return options
 
 
@@ -337,8 +336,8 @@ def _kernels(device: torch.device, head_dim: int) -> tuple[str, list[str]]:
     return auto, [name for name in usable if name not in (auto, *_NOT_RACED)]
 
 
-def _require_disk(folder: Path, shape: DraftShape, length: int) -> None:
-    needed, free = length * 4 * shape.hidden * 2, shutil.disk_usage(folder).free
+def _require_disk(folder: Path, shape: StepShape, length: int) -> None:
+    needed, free = length * 4 * shape.draft.hidden_size * 2, shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
             f"--scratch: hidden states of {length} slots take {needed / 1e9:.1f} GB, and {folder.parent} has {free / 1e9:.1f} GB "

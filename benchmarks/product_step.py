@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.exactness_product import DS_CONFIGS, record_gradients, vocabulary_map
-from benchmarks.results_file import now
+from benchmarks.result_file import now
 from benchmarks.step_inputs import StepModel, TimedStep
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config
 from eagle3_ds.layout import PackedSequence
@@ -75,7 +75,7 @@ def _recipe(model: StepModel, dtype: str, activation: str, kernel: str, deepspee
     sections = {
         "target": {"path": "none"},
         "data": {"train": ("none",)},
-        "draft": {"ttt_steps": shape.ttt_steps, "vocab_size": shape.draft_vocabulary},
+        "draft": {"ttt_steps": shape.ttt_steps, "vocab_size": shape.draft.draft_vocab_size},
         "attention": {"kernel": kernel},
         "loss": {"decay": shape.decay},
         "train": {"steps": 1, "dtype": dtype, "activation": activation, "gradient_clipping": 0.0},

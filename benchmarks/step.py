@@ -24,20 +24,13 @@ import torch
 from benchmarks.dense_baseline import ATTENTION_FORMS, DenseDraft
 from benchmarks.product_step import ProductStep
 from benchmarks.rank_processes import run_ranks
-from benchmarks.results_file import PICTURES, RESULTS, matmul_rate, print_table, write_result
-from benchmarks.step_inputs import DraftShape, Side, TimedStep, make_model, make_pack, make_rows
+from benchmarks.result_file import FOLDER, PICTURES, matmul_rate, print_table, write_result
+from benchmarks.step_inputs import Side, StepShape, TimedStep, make_model, make_pack, make_rows
 from benchmarks.tensor_bytes import TensorBytes
 from eagle3_ds.layout import PackedSequence
+from eagle3_ds.plan import DraftShape
 
-SHAPE = DraftShape(
-    hidden=512,
-    intermediate=1536,
-    num_heads=8,
-    num_kv_heads=8,
-    head_dim=64,
-    target_vocabulary=32000,
-    draft_vocabulary=8192,
-)
+SHAPE = StepShape(DraftShape(512, 1536, num_heads=8, num_kv_heads=8, head_dim=64, vocab_size=32000, draft_vocab_size=8192))
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 TOLERANCE = 1e-4
 """Largest relative difference of loss, gradient norm and gradients, fp32 against fp32."""
@@ -96,7 +89,7 @@ class DisagreementError(Exception):
 class Comparison:
     """Both sides of one shape. Needs a world of one rank (`run_ranks`)."""
 
-    def __init__(self, shape: DraftShape, activation: str, choose_at: int = _CHOOSE_AT) -> None:
+    def __init__(self, shape: StepShape, activation: str, choose_at: int = _CHOOSE_AT) -> None:
         """Builds both, checks every gradient, and takes the faster form of dense attention at `choose_at` slots."""
         self.model = make_model(shape)
         self.ours = ProductStep(self.model, "float32", activation)
@@ -246,7 +239,7 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def run(
-    shape: DraftShape, lengths: Sequence[int], rounds: int, activation: str, choose_at: int = _CHOOSE_AT
+    shape: StepShape, lengths: Sequence[int], rounds: int, activation: str, choose_at: int = _CHOOSE_AT
 ) -> tuple[list[Row], dict[str, Any]]:
     """Measure. Returns the rows and the record that goes to the JSON."""
     comparison = Comparison(shape, activation, choose_at)
@@ -277,19 +270,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="alternations per length; the median counts")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--activation", default="recompute", help="train.activation of the recipe")
-    parser.add_argument("--kv-heads", type=int, default=SHAPE.num_kv_heads)
-    parser.add_argument("--json", type=Path, default=RESULTS / "step.json", metavar="PATH")
-    parser.add_argument("--picture", type=Path, default=PICTURES / "step.png", metavar="PATH")
+    parser.add_argument("--kv-heads", type=int, default=SHAPE.draft.num_kv_heads)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the JSON goes")
+    parser.add_argument("--pictures", type=Path, default=PICTURES, help="where the picture goes")
     options = parser.parse_args(arguments)
     if min(*options.lengths, options.rounds) < 1:
         parser.error(f"--lengths {options.lengths} and --rounds {options.rounds} must be positive.")
-    shape = replace(SHAPE, num_kv_heads=options.kv_heads)
+    shape = replace(SHAPE, draft=replace(SHAPE.draft, num_kv_heads=options.kv_heads))
     job = (shape, options.lengths, options.rounds, options.activation)
     ((rows, record),) = run_ranks(1, run, *job, timeout=_PATIENCE, threads=options.threads)
     show(rows)
-    write_result(options.json, "step", arguments, options.threads, record)
-    draw(rows, options.picture)
-    print(f"{options.json}, {options.picture}")
+    command = " ".join(("python -m benchmarks.step", *arguments))
+    path, picture = write_result("step", command, record, options.folder, options.threads), options.pictures / "step.png"
+    draw(rows, picture)
+    print(f"{path} and {picture}")
     return 0
 
 

@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 from benchmarks.dense_reference import Frozen, LossRules, MicroBatch
 from benchmarks.exactness_cases import parameter_shapes
 from eagle3_ds.layout import PackedSequence
+from eagle3_ds.plan import DraftShape
 
 # Logit of a teacher's favourite; the largest of V unit normals stays below 6, so the favourite is always the argmax.
 _FAVOURITE_LOGIT = 16.0
@@ -24,16 +25,10 @@ PATTERN_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class DraftShape:
-    """Sizes of a one-layer draft and of its target, which are equally wide."""
+class StepShape:
+    """A training step, but for its length. The target is as wide as the draft."""
 
-    hidden: int
-    intermediate: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    target_vocabulary: int
-    draft_vocabulary: int
+    draft: DraftShape
     ttt_steps: int = 7
     decay: float = 0.8
 
@@ -42,15 +37,16 @@ class DraftShape:
         return LossRules(self.ttt_steps, self.decay)
 
     def config(self) -> LlamaConfig:
+        draft = self.draft
         return LlamaConfig(
-            vocab_size=self.target_vocabulary,
-            draft_vocab_size=self.draft_vocabulary,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=1,
-            num_attention_heads=self.num_heads,
-            num_key_value_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
+            vocab_size=draft.vocab_size,
+            draft_vocab_size=draft.draft_vocab_size,
+            hidden_size=draft.hidden_size,
+            intermediate_size=draft.intermediate_size,
+            num_hidden_layers=draft.num_layers,
+            num_attention_heads=draft.num_heads,
+            num_key_value_heads=draft.num_kv_heads,
+            head_dim=draft.head_dim,
             max_position_embeddings=2**20,
             rms_norm_eps=1e-5,
             rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
@@ -58,26 +54,25 @@ class DraftShape:
         )
 
     def flops(self, lengths: tuple[int, ...]) -> float:
-        """Floating-point operations that one step cannot do without, over documents of these lengths.
+        """Floating-point operations that one step of a one-layer draft cannot do without, over documents of these lengths.
 
         Matrix products forward and twice that backward (fc: once, its input needs no gradient); attention backward 2.5 times
         forward, because scores are not kept; the teacher's draft-vocabulary logits once. Neither recomputation nor the
         teacher's full-vocabulary logits count.
         """
-        slots, hidden = sum(lengths), self.hidden
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        layer = 2 * hidden * (q + 2 * kv) + q * hidden + 3 * hidden * self.intermediate
+        draft, slots = self.draft, sum(lengths)
+        layer = sum(draft.layer_weights(0).values())
+        head = draft.hidden_size * draft.draft_vocab_size
         pairs = sum(length * (length + 1) / 2 for length in lengths)
-        head = hidden * self.draft_vocabulary
-        per_step = 6 * slots * (layer + head) + 3.5 * 4 * q * pairs
-        return self.ttt_steps * per_step + 4 * slots * 3 * hidden * hidden + 2 * slots * head
+        per_step = 6 * slots * (layer + head) + 3.5 * 4 * draft.query_size * pairs
+        return self.ttt_steps * per_step + 4 * slots * 3 * draft.hidden_size**2 + 2 * slots * head
 
 
 @dataclass(frozen=True)
 class StepModel:
     """What does not depend on the length: `weights` by the names of DraftModel, in fp32, and the target's, all on the host."""
 
-    shape: DraftShape
+    shape: StepShape
     weights: dict[str, Tensor]
     frozen: Frozen
 
@@ -110,20 +105,17 @@ class Side(Protocol):
     def run(self, pack: PackedSequence) -> TimedStep: ...
 
 
-def make_model(shape: DraftShape, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> StepModel:
+def make_model(shape: StepShape, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> StepModel:
     """Random weights that `dtype` can hold, drawn on `device`, which decides which ones, and kept on the host."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int, std: float) -> Tensor:
         return torch.randn(size, generator=generator, device=device).mul_(std).to(dtype).cpu()
 
-    head = normal(shape.target_vocabulary, shape.hidden, std=shape.hidden**-0.5)
-    embedding = normal(shape.target_vocabulary, shape.hidden, std=1.0)
-    kept = (
-        torch.randperm(shape.target_vocabulary, generator=torch.Generator().manual_seed(0))[: shape.draft_vocabulary]
-        .sort()
-        .values
-    )
+    vocabulary, hidden = shape.draft.vocab_size, shape.draft.hidden_size
+    head, embedding = normal(vocabulary, hidden, std=hidden**-0.5), normal(vocabulary, hidden, std=1.0)
+    permuted = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))
+    kept = permuted[: shape.draft.draft_vocab_size].sort().values
     weights = {
         name: torch.ones(size) if len(size) == 1 else normal(*size, std=size[1] ** -0.5).float()
         for name, size in parameter_shapes(shape.config()).items()
@@ -139,7 +131,7 @@ def make_pack(model: StepModel, length: int, rows: HiddenRows) -> PackedSequence
     """
     generator = torch.Generator().manual_seed(length)
     return PackedSequence(
-        token_ids=torch.randint(0, model.shape.target_vocabulary, (length,), generator=generator),
+        token_ids=torch.randint(0, model.shape.draft.vocab_size, (length,), generator=generator),
         loss_mask=torch.ones(length, dtype=torch.bool),
         lengths=(length,),
         teacher_token=_favourites(model, length),
@@ -182,7 +174,7 @@ def map_rows(model: StepModel, length: int, folder: Path, dtype: torch.dtype) ->
 
 def _pattern(model: StepModel) -> HiddenRows:
     """PATTERN_ROWS rows: auxiliary hidden states without meaning, and a teacher with a clear favourite at each position."""
-    hidden, generator = model.shape.hidden, torch.Generator().manual_seed(2)
+    hidden, generator = model.shape.draft.hidden_size, torch.Generator().manual_seed(2)
     aux = torch.randn(PATTERN_ROWS, 3 * hidden, generator=generator)
     favourite = model.frozen.head[_favourites(model, PATTERN_ROWS)].float()
     noise = torch.randn(PATTERN_ROWS, hidden, generator=generator)

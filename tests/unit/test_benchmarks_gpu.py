@@ -9,14 +9,14 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.gpu import Figures, Job, Measurement, Series
-from benchmarks.results_file import RESULTS
+from benchmarks.result_file import FOLDER
 
 
 def test_one_command_runs_tests_and_series_and_writes_one_json(tmp_path, capsys):
     path = tmp_path / "gpu.json"
-    assert gpu.main(["--tiny", "--json", str(path), "--scratch", str(tmp_path)]) == 0
+    assert gpu.main(["--tiny", "--folder", str(tmp_path), "--scratch", str(tmp_path)]) == 0
     written = json.loads(path.read_text())
-    assert written["command"] == f"python -m benchmarks.gpu --tiny --json {path} --scratch {tmp_path}"
+    assert written["command"] == f"python -m benchmarks.gpu --tiny --folder {tmp_path} --scratch {tmp_path}"
     assert written["tests"]["passed"]
     assert torch.cuda.is_available() or "skipped" in written["tests"]["output"][-1]
     measured = {(m["series"]["side"], m["series"]["way"], m["length"]) for m in written["measurements"]}
@@ -32,10 +32,10 @@ def test_one_command_runs_tests_and_series_and_writes_one_json(tmp_path, capsys)
 
 
 def test_tiny_figures_cannot_become_results(capsys):
-    for path in (RESULTS / "gpu.json", RESULTS / "deeper" / "gpu.json"):
+    for path in (FOLDER, FOLDER / "deeper"):
         with pytest.raises(SystemExit):
-            gpu.main(["--tiny", "--json", str(path)])
-        assert "give --json a path outside of" in capsys.readouterr().err
+            gpu.main(["--tiny", "--folder", str(path)])
+        assert "give --folder one outside of" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

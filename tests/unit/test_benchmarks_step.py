@@ -9,14 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import step
 from benchmarks.dense_baseline import DenseDraft
+from benchmarks.gpu import SHAPE_TINY as TINY
 from benchmarks.rank_processes import run_ranks
-from benchmarks.results_file import write_result
+from benchmarks.result_file import write_result
 from benchmarks.step import DisagreementError, Measured, Row, draw
-from benchmarks.step_inputs import DraftShape, as_batch, make_model, make_pack, make_rows, map_rows
-
-TINY = DraftShape(
-    hidden=64, intermediate=96, num_heads=4, num_kv_heads=2, head_dim=16, target_vocabulary=160, draft_vocabulary=128, ttt_steps=3
-)
+from benchmarks.step_inputs import as_batch, make_model, make_pack, make_rows, map_rows
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +25,7 @@ def test_every_slot_is_supervised_and_its_teacher_is_in_the_draft_vocabulary(mod
     pack = make_pack(model, 1500, make_rows(model, 1500))
     best = (pack.teacher @ model.frozen.head.T).argmax(-1)
     assert torch.equal(best, pack.teacher_token)
-    draft_to_target = model.frozen.d2t + torch.arange(TINY.draft_vocabulary)
+    draft_to_target = model.frozen.d2t + torch.arange(TINY.draft.draft_vocab_size)
     assert torch.isin(best, draft_to_target).all()
     assert pack.loss_mask.all()
     assert len(best.unique()) > 50
@@ -46,14 +43,14 @@ def test_mapped_rows_are_the_rows_and_are_written_once(model, tmp_path):
 
 def test_flops_are_those_that_torch_counts(model):
     """The dense side's, but for what the product is spared: masked scores, and the teacher's full vocabulary."""
-    length, steps, width = 96, TINY.ttt_steps, TINY.num_heads * TINY.head_dim
+    length, steps, width = 96, TINY.ttt_steps, TINY.draft.query_size
     batch = as_batch(make_pack(model, length, make_rows(model, length)))
     dense = DenseDraft(model.weights, TINY.config(), model.frozen, TINY.rules)
     with FlopCounterMode(display=False) as counter:
         dense.step(batch)
     causal_attention = 3.5 * 4 * width * steps * length * (length + 1) / 2
     full_attention = 3 * 4 * width * steps * length**2
-    spared_head = 2 * length * TINY.hidden * (TINY.target_vocabulary - TINY.draft_vocabulary)
+    spared_head = 2 * length * TINY.draft.hidden_size * (TINY.draft.vocab_size - TINY.draft.draft_vocab_size)
     assert counter.get_total_flops() == TINY.flops((length,)) - causal_attention + full_attention + spared_head
 
 
@@ -111,8 +108,8 @@ def test_the_picture_and_the_table_take_rows_without_a_dense_side(tmp_path, caps
 
 
 def test_a_result_says_how_and_where_it_was_measured(tmp_path):
-    path = tmp_path / "new" / "result.json"
-    write_result(path, "step", ["--rounds", "2"], 3, {"rows": []})
+    path = write_result("result", "python -m benchmarks.step --rounds 2", {"rows": []}, tmp_path / "new", threads=3)
+    assert path == tmp_path / "new" / "result.json"
     written = json.loads(path.read_text())
     assert written["command"] == "python -m benchmarks.step --rounds 2"
     assert written["machine"]["torch_threads"] == 3
