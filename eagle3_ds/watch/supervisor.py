@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
 from eagle3_ds.watch.announced import announcement
 from eagle3_ds.watch.logs import How, Logs, RankEnd, Status
@@ -71,8 +72,9 @@ class Supervisor:
         self.logs, self.rank, self.limit = logs, rank, limit
         self.parent = os.getppid()
         self.selector = selectors.DefaultSelector()
-        self.log = logs.output(rank).open("ab", buffering=0)
-        self.echo = rank == 0
+        self.streams: list[BinaryIO] = [logs.output(rank).open("ab")]
+        if rank == 0:
+            self.streams.append(sys.stdout.buffer)
         self.end: RankEnd | None = None
         self.concluded = 0.0
         self.obeyed = 0
@@ -160,20 +162,23 @@ class Supervisor:
         place = (status.phase, status.step, status.collective)
         self.end = RankEnd(self.rank, socket.gethostname(), how, reason, *place, traceback, follows, time.time())
         self.concluded = time.monotonic()
-        self.logs.write_end(self.end)
-        if how not in ("finished", "ended"):
-            self.logs.order(f"end rank {self.rank} on {self.end.host} failed")
+        try:
+            self.logs.write_end(self.end)
+            if how not in ("finished", "ended"):
+                self.logs.order(f"end rank {self.rank} on {self.end.host} failed")
+        except OSError as error:
+            # A full disk: the terminal is what is left. The launcher ends the other ranks when this one has gone.
+            print(f"rank {self.rank}: {reason}\n{traceback}\n{error}", file=sys.stderr, flush=True)
 
     def _keep(self, fd: int) -> None:
         chunk = self._take(fd)
-        self.log.write(chunk)
-        if self.echo and chunk:
+        for stream in list(self.streams):
             try:
-                sys.stdout.buffer.write(chunk)
-                sys.stdout.buffer.flush()
+                stream.write(chunk)
+                stream.flush()
             except OSError:
-                # The terminal has gone; the log has everything.
-                self.echo = False
+                # The terminal has gone, or the disk is full. A rank does not fail because nobody can hear it.
+                self.streams.remove(stream)
 
     def _listen(self, fd: int) -> None:
         *lines, self._rest = (self._rest + self._take(fd)).split(b"\n")

@@ -1,0 +1,71 @@
+"""A fault in a rank of a real run: how soon the run ends, and what the terminal says last."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small_quickstart import Job, small_job
+
+from eagle3_ds import cli_launcher
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
+from faulty_rank import Fault  # noqa: E402
+
+pytestmark = pytest.mark.e2e
+OVERRIDES = (
+    "train.steps=3",
+    "train.eval_every=0",
+    "train.save_every=1",
+    "draft.ttt_steps=2",
+    "eval.num_prompts=0",
+    "export.formats=[]",
+    "parallel.ring=1",
+    "parallel.ulysses=2",
+    "faults.watchdog_seconds=8",
+)
+END_SECONDS = 30.0
+
+
+@pytest.fixture
+def faulty(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Fault], Job]:
+    """A job whose ranks run `faulty_rank`."""
+    monkeypatch.setattr(cli_launcher, "TRAIN_MODULE", "faulty_rank")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1] / "faults"), *sys.path]))
+
+    def make(fault: Fault) -> Job:
+        job = small_job(shared, tmp_path / "output", *OVERRIDES)
+        job.folder.mkdir()
+        fault.put_beside(job.folder / "recipe.resolved.yaml")
+        return job
+
+    return make
+
+
+def test_a_rank_that_raises_has_the_last_word(faulty: Callable[[Fault], Job]) -> None:
+    job = faulty(Fault("raise in backward", rank=1, step=2))
+    status, output = job.call("launch")
+    ended = time.time()
+    assert status != 0
+    assert ended - (job.folder / "fault.done").stat().st_ctime < END_SECONDS
+    last = output.rstrip().splitlines()
+    assert last[-1].startswith("First error, of rank 1 on ") and last[-1].endswith("RuntimeError: a fault was injected")
+    assert "while training, after 1 steps" in last[-1]
+    assert "in raise_an_error" in "\n".join(last[-6:])
+    assert "injecting: Fault(deed='raise in backward', rank=1" in (job.folder / "logs" / "rank_1.log").read_text()
+
+
+def test_a_rank_that_stops_is_found_by_the_watchdog(faulty: Callable[[Fault], Job]) -> None:
+    job = faulty(Fault("SIGSTOP", rank=1, step=2))
+    status, output = job.call("launch")
+    ended = time.time()
+    assert status != 0
+    assert ended - (job.folder / "fault.done").stat().st_ctime < END_SECONDS
+    last = output.rstrip().splitlines()[-1]
+    assert "First error, of rank 1 on" in last and "its state is T (stopped)" in last
+    # The other rank tells which collective it waited in.
+    assert "rank 0 on" in output and "gloo:" in output

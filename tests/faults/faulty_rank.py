@@ -1,0 +1,205 @@
+"""A rank of the product with a fault put into it: `python -m faulty_rank` in place of `python -m eagle3_ds.train.main`.
+
+What goes wrong, where and when stands in `fault.json` beside the recipe, which all hosts see; it is renamed when the fault
+happens, so that the run that goes on is whole.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eagle3_ds.train import identity, main
+from eagle3_ds.train.heart import Heart
+
+FOR_EVER = 10**6
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Attributes:
+    deed: one of DEEDS or AT_START.
+    rank: who does it.
+    step: before which optimizer step, counted from 1.
+    phase: what the rank is doing then.
+    """
+
+    deed: str
+    rank: int = 0
+    step: int = 1
+    phase: str = "training"
+
+    def put_beside(self, recipe: Path) -> None:
+        (recipe.parent / "fault.json").write_text(json.dumps(asdict(self)))
+
+
+@dataclass
+class Parts:
+    """What a fault can take hold of."""
+
+    trainer: Any = None
+    loader: Any = None
+
+
+def raise_an_error(parts: Parts) -> None:
+    raise RuntimeError("a fault was injected")
+
+
+def raise_in_backward(parts: Parts) -> None:
+    next(parts.trainer.engine.module.parameters()).register_hook(lambda _: raise_an_error(parts))
+
+
+def hang(parts: Parts) -> None:
+    time.sleep(FOR_EVER)
+
+
+def hold_the_lock(parts: Parts) -> None:
+    """In C, with Python's lock held: no other thread of the rank runs."""
+    ctypes.PyDLL(None).sleep(FOR_EVER)
+
+
+def run_out_of_host_memory(parts: Parts) -> None:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, resource.RLIM_INFINITY))
+    torch.empty(2**28)
+
+
+def run_out_of_device_memory(parts: Parts) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB (injected)")
+
+
+def slow_down(parts: Parts) -> None:
+    step = parts.trainer.step
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(1.0)
+        return step(*args)
+
+    parts.trainer.step = slowly
+
+
+def spoil_a_step(parts: Parts) -> None:
+    _spoil(parts, times=1)
+
+
+def spoil_every_step(parts: Parts) -> None:
+    _spoil(parts, times=FOR_EVER)
+
+
+def _spoil(parts: Parts, times: int) -> None:
+    """The hidden states of the next packs are NaN, as after a bad capture."""
+    step = parts.loader.step
+    left = [times]
+
+    def spoiled(index: int) -> Any:
+        packs = step(index)
+        if left[0] == 0:
+            return packs
+        left[0] -= 1
+        return [replace(pack, aux=torch.full_like(pack.aux[: len(pack.token_ids)], math.nan)) for pack in packs]
+
+    parts.loader.step = spoiled
+
+
+def spoil_a_gradient(parts: Parts) -> None:
+    parameter = next(parts.trainer.engine.module.parameters())
+    handle = parameter.register_hook(lambda gradient: (handle.remove(), gradient * math.inf)[1])
+
+
+def flip_a_bit(parts: Parts) -> None:
+    parameter = list(parts.trainer.engine.module.parameters())[-1]
+    held = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
+    words = held.detach().view(-1)[:1].view(torch.int32)
+    words ^= 1 << 20
+
+
+def flip_a_bit_of_the_target(parts: Parts) -> None:
+    words = parts.trainer.frozen_tensors()[0].view(-1)[:1].view(torch.int32)
+    words ^= 1 << 20
+
+
+def draw_a_number(parts: Parts) -> None:
+    torch.rand(1)
+
+
+def lose_the_place(parts: Parts) -> None:
+    pack_indices = parts.loader.pack_indices
+    parts.loader.pack_indices = lambda index: pack_indices(index + 1)
+
+
+def send(number: signal.Signals) -> Callable[[Parts], None]:
+    return lambda parts: os.kill(os.getpid(), number)
+
+
+DEEDS: dict[str, Callable[[Parts], None]] = {
+    "raise": raise_an_error,
+    "raise in backward": raise_in_backward,
+    "exit": lambda parts: os._exit(7),
+    "SIGKILL": send(signal.SIGKILL),
+    "SIGSEGV": send(signal.SIGSEGV),
+    "SIGABRT": send(signal.SIGABRT),
+    "SIGSTOP": send(signal.SIGSTOP),
+    "hang": hang,
+    "hold the lock": hold_the_lock,
+    "host memory": run_out_of_host_memory,
+    "device memory": run_out_of_device_memory,
+    "slow down": slow_down,
+    "spoil a step": spoil_a_step,
+    "spoil every step": spoil_every_step,
+    "spoil a gradient": spoil_a_gradient,
+    "flip a bit": flip_a_bit,
+    "flip a bit of the target": flip_a_bit_of_the_target,
+    "draw a number": draw_a_number,
+    "lose the place": lose_the_place,
+}
+AT_START = {"other package": "torch", "other code": "code of eagle3_ds", "other data": "data", "other recipe": "recipe"}
+
+
+def put_in(fault: Fault, path: Path) -> None:
+    """Put a fault into this process, which is the rank that shall have it."""
+    parts = Parts()
+    if fault.deed in AT_START:
+        path.rename(path.with_suffix(".done"))
+        own = identity.own_identity
+        identity.own_identity = lambda recipe: {**own(recipe), AT_START[fault.deed]: "another"}
+        return
+    build_trainer, build_loaders, at = main.build_trainer, main.build_loaders, Heart.at
+
+    def keep_trainer(*args: Any) -> Any:
+        parts.trainer = build_trainer(*args)
+        return parts.trainer
+
+    def keep_loader(*args: Any) -> Any:
+        parts.loader, heldout = build_loaders(*args)
+        return parts.loader, heldout
+
+    def at_with_fault(self: Heart, phase: str, step: int) -> None:
+        at(self, phase, step)
+        if (phase, step) == (fault.phase, fault.step - 1) and path.is_file():
+            path.rename(path.with_suffix(".done"))
+            print(f"injecting: {fault}", flush=True)
+            DEEDS[fault.deed](parts)
+
+    main.build_trainer, main.build_loaders, Heart.at = keep_trainer, keep_loader, at_with_fault  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    (recipe,) = (argument.partition("=")[2] for argument in sys.argv if argument.startswith("--recipe="))
+    path = Path(recipe).with_name("fault.json")
+    if path.is_file():
+        fault = Fault(**json.loads(path.read_text()))
+        if fault.rank == int(os.environ["RANK"]):
+            put_in(fault, path)
+    main.main()
