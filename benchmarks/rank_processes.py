@@ -37,7 +37,7 @@ def run_ranks(
     """
     context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
     if device == "cpu":
-        context.set_forkserver_preload(["benchmarks.exactness_product"])
+        context.set_forkserver_preload(["benchmarks.exactness_product", "eagle3_ds.train.main"])
     # Read by DeepSpeed and by OpenMP while they are imported, so it must stand before the server or a rank starts.
     os.environ.update(DS_ACCELERATOR=device, OMP_NUM_THREADS="1")
     # One ninja for all that build DeepSpeed's extension: another version would compile it anew.

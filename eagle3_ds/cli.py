@@ -42,6 +42,7 @@ from eagle3_ds.cli_launcher import (
 from eagle3_ds.cli_supervise import run_ranks
 from eagle3_ds.config import Recipe, dump_recipe, load_recipe
 from eagle3_ds.topology import Mesh, detect_accelerator
+from eagle3_ds.train.checkpoint import FINAL_WEIGHTS
 
 COMMANDS = {
     "launch": "the main job: prepare, train, evaluate, export, report",
@@ -68,6 +69,7 @@ class Run:
     plan: LaunchPlan
     capture_plan: LaunchPlan
     notes: tuple[str, ...]
+    checkpoint: Path | None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command in TOOLS:
             return int(importlib.import_module(TOOLS[command][0]).run(rest, console))
-        return _run_command(command, _parser(command).parse_intermixed_args(rest), console)
+        return _run_command(command, _parser(command).parse_intermixed_args(_with_explicit_resume(rest)), console)
     except ValueError as error:
         print(f"eagle3-ds {command}: {error}", file=sys.stderr)
         return 2
@@ -117,10 +119,10 @@ def launch(options: argparse.Namespace, console: Console) -> int:
         return 0
     stages = _stages()
     output_dir = Path(run.recipe.output_dir)
-    if not options.resume:
+    if run.checkpoint is None:
         clear_output(output_dir)
     _save_resolved(run.recipe)
-    stages.prepare(run.recipe, console)
+    stages.prepare(run.recipe, console, run.checkpoint)
     status = stages.capture(run.recipe, run.capture_plan, console)
     if status:
         return status
@@ -128,6 +130,9 @@ def launch(options: argparse.Namespace, console: Console) -> int:
     status = run_ranks(run.plan, console)
     if status:
         return status
+    if not (output_dir / FINAL_WEIGHTS).is_file():
+        console.print("training was stopped before its end: the same command with --resume goes on, then evaluates and exports")
+        return 0
     stages.evaluate(run.recipe, console)
     stages.export(run.recipe, console)
     stages.report(run.recipe, console)
@@ -176,13 +181,17 @@ def resolve_run(options: argparse.Namespace) -> Run:
     recipe = recipe.model_copy(update={"parallel": parallel.model_copy(update={"draft_dp": mesh.draft_dp})})
     check_deepspeed(recipe, mesh)
     notes = _check_rest(recipe, accelerator, options)
-    plan = plan_launch(launch_options, hosts, accelerator, recipe, options.resume, os.environ)
-    capture_plan = plan_launch(launch_options, hosts, accelerator, recipe, False, os.environ, CAPTURE_MODULE)
-    return Run(recipe, mesh, plan, capture_plan, tuple(notes))
+    checkpoint, resume = None, "latest" if options.resume else None
+    if not options.dry_run:
+        checkpoint, told = check_output(recipe, options.resume, options.overwrite)
+        notes, resume = [*notes, *told], checkpoint.name if checkpoint else None
+    plan = plan_launch(launch_options, hosts, accelerator, recipe, resume, os.environ)
+    capture_plan = plan_launch(launch_options, hosts, accelerator, recipe, None, os.environ, CAPTURE_MODULE)
+    return Run(recipe, mesh, plan, capture_plan, tuple(notes), checkpoint)
 
 
 def _check_rest(recipe: Recipe, accelerator: str, options: argparse.Namespace) -> list[str]:
-    """Target, kernel, data and output folder; a dry run only notes what this machine lacks."""
+    """Target, kernel, data and the draft to start from; a dry run only notes what this machine lacks."""
     notes = []
     shape = target_shape(recipe, options.dry_run)
     if shape is None:
@@ -198,7 +207,8 @@ def _check_rest(recipe: Recipe, accelerator: str, options: argparse.Namespace) -
             notes.append(f"on this machine: {error}")
     if not options.dry_run:
         check_data(recipe)
-        check_output(recipe, options.resume, options.overwrite)
+        if recipe.train.init_from is not None and Path(recipe.target.path).is_dir() and not options.resume:
+            _stages().load_initial_draft(recipe)
     return notes
 
 
@@ -241,6 +251,17 @@ def _overview() -> str:
     return "\n".join([*lines, "", "eagle3-ds COMMAND --help tells a command's options."])
 
 
+def _with_explicit_resume(arguments: Sequence[str]) -> list[str]:
+    """`--resume` as `--resume=latest`, `--resume auto` in one word: else an override behind it would be taken for its value."""
+    found: list[str] = []
+    for argument in arguments:
+        if argument == "auto" and found and found[-1] == "--resume=latest":
+            found[-1] = "--resume=auto"
+        else:
+            found.append("--resume=latest" if argument == "--resume" else argument)
+    return found
+
+
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"eagle3-ds {command}", description=COMMANDS[command], allow_abbrev=False)
     add = parser.add_argument
@@ -254,10 +275,15 @@ def _parser(command: str) -> argparse.ArgumentParser:
             metavar="F",
             help="DeepSpeed JSON instead of the recipe's, e.g. --ds_config ds_configs/zero3.json",
         )
-        add("--resume", action="store_true", help="go on from the newest checkpoint, e.g. train.steps=200 --resume")
+        add(
+            "--resume",
+            choices=("latest", "auto"),
+            help="go on from the newest checkpoint, e.g. train.steps=200 --resume; `--resume auto`: from the newest intact one, "
+            "or from the start when there is none",
+        )
         add("--overwrite", action="store_true", help="replace the run in output_dir, e.g. train.seed=1 --overwrite")
     else:
-        parser.set_defaults(ds_config=None, resume=False, overwrite=False)
+        parser.set_defaults(ds_config=None, resume=None, overwrite=False)
     return parser
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe, recipe_differences
 from eagle3_ds.data.sources import expand_sources
@@ -24,21 +26,29 @@ from eagle3_ds.target import (
     resolve_path,
 )
 from eagle3_ds.topology import Mesh, check_heads
+from eagle3_ds.train.checkpoint import (
+    CHECKPOINTS,
+    FINAL_WEIGHTS,
+    INITIAL_WEIGHTS,
+    newest_intact,
+    read_manifest,
+    require_intact,
+)
 
 RESOLVED = "recipe.resolved.yaml"
 # What only a run that got as far as training leaves behind, then what goes with it when it is overwritten.
-RESULTS = ("metrics.jsonl", "checkpoints", "draft-final.safetensors", "eval.json", "report.png", "draft")
+RESULTS = ("metrics.jsonl", CHECKPOINTS, FINAL_WEIGHTS, "eval.json", "report.png", "draft")
 BYPRODUCTS = (
     RESOLVED,
     "prepared.json",
     "vocabulary.safetensors",
-    "draft-initial.safetensors",
+    INITIAL_WEIGHTS,
     "draft-speculators",
     "deepspeed.env",
     "logs",
 )
-# A checkpoint holds weights of these sections' making; the others may change between the parts of a run.
-FIXED_ON_RESUME = ("target", "draft", "data", "loss")
+# A checkpoint is of these keys' making; the others may change between the parts of a run.
+FIXED_ON_RESUME = ("target.", "draft.", "data.", "loss.", "train.seed", "train.init_from")
 FREE_ON_RESUME = ("data.workers",)
 
 
@@ -129,12 +139,18 @@ def check_data(recipe: Recipe) -> None:
     expand_sources(recipe.data.heldout, "data.heldout")
 
 
-def check_output(recipe: Recipe, resume: bool, overwrite: bool) -> None:
+def check_output(recipe: Recipe, resume: str | None, overwrite: bool) -> tuple[Path | None, list[str]]:
     """Refuse to mix two runs in one folder. Changes nothing.
 
+    Args:
+        resume: `latest`, `auto` or None, as `--resume` says.
+
+    Returns:
+        The checkpoint to go on from, every file of it checked, or None for a fresh start; and what to tell about the choice.
+
     Raises:
-        ValueError: the folder holds a run and neither flag is given, or there is nothing to resume, or what would be
-            resumed was another experiment.
+        ValueError: the folder holds a run and neither flag is given, there is nothing to resume, it is damaged, or it was
+            another experiment.
     """
     folder = Path(recipe.output_dir)
     if resume and overwrite:
@@ -143,32 +159,69 @@ def check_output(recipe: Recipe, resume: bool, overwrite: bool) -> None:
         raise ValueError(f"output_dir: {folder} is a file. Choose another folder.")
     present = [name for name in RESULTS if (folder / name).exists()]
     if resume:
-        _check_resume(recipe, folder)
+        root = folder / CHECKPOINTS
+        checkpoint, passed_over = (require_intact(root), []) if resume == "latest" else _newest_or_none(root)
+        _check_same_experiment(recipe, folder, checkpoint)
+        if checkpoint is not None:
+            return checkpoint, [*(f"passed over: {problem}" for problem in passed_over), f"going on from {checkpoint}"]
     elif present and not overwrite:
         raise ValueError(
             f"output_dir: {folder} already holds a run ({', '.join(present)}). Go on with it by --resume, replace it "
             "by --overwrite, or choose another folder."
         )
-    elif present and not (folder / RESOLVED).is_file():
+    if present and not (folder / RESOLVED).is_file():
         raise ValueError(
             f"output_dir: {folder} has {', '.join(present)} but no {RESOLVED}, so it is not a run of this program and "
-            "--overwrite will not touch it. Choose another folder."
+            "will not be replaced. Choose another folder."
         )
+    return None, ["there is no checkpoint yet, so the run starts from the beginning"] if resume else []
 
 
-def _check_resume(recipe: Recipe, folder: Path) -> None:
-    if not (folder / "checkpoints" / "latest.json").is_file():
-        raise ValueError(f"--resume: {folder} holds no checkpoint to go on from. Start the run without --resume.")
+def _newest_or_none(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest intact checkpoint, or None when there never was one, and what is wrong with newer ones.
+
+    Raises:
+        ValueError: all of them are damaged.
+    """
+    found, problems = newest_intact(root)
+    if found is None and problems:
+        raise ValueError(
+            f"--resume auto: no checkpoint in {root} is intact ({'; '.join(problems)}). Restore a file, or start again by "
+            "--overwrite."
+        )
+    return found, problems
+
+
+def _check_same_experiment(recipe: Recipe, folder: Path, checkpoint: Path | None) -> None:
+    """Raises ValueError with the keys that differ from those of the checkpoint, or of the run that has none yet."""
+    if checkpoint is not None:
+        before = saved_recipe(checkpoint)
+    elif (folder / RESOLVED).is_file():
+        before = load_recipe(folder / RESOLVED)
+    else:
+        return
     changed = [
         line
-        for line in recipe_differences(load_recipe(folder / RESOLVED), recipe)
-        if (key := line.partition(":")[0]).partition(".")[0] in FIXED_ON_RESUME and key not in FREE_ON_RESUME
+        for line in recipe_differences(before, recipe)
+        if (key := line.partition(":")[0]).startswith(FIXED_ON_RESUME) and key not in FREE_ON_RESUME
     ]
     if changed:
         raise ValueError(
             f"--resume: the run in {folder} was another experiment ({'; '.join(changed)}). Undo these changes, or "
             "choose another output_dir."
         )
+
+
+def saved_recipe(checkpoint: Path) -> Recipe:
+    """The recipe a checkpoint was written by. Raises ValueError when this version does not know it."""
+    try:
+        return Recipe.model_validate_json(json.dumps(read_manifest(checkpoint).recipe))
+    except ValidationError as error:
+        keys = ", ".join(".".join(map(str, detail["loc"])) for detail in error.errors())
+        raise ValueError(
+            f"{checkpoint} was written by another version of this program, which has other recipe keys ({keys}). Resume with "
+            "that version."
+        ) from error
 
 
 def clear_output(folder: Path) -> None:

@@ -176,11 +176,14 @@ def plan_launch(
     hosts: Mapping[str, tuple[int, ...]],
     accelerator: str,
     recipe: Recipe,
-    resume: bool,
+    resume: str | None,
     environ: Mapping[str, str],
     module: str = TRAIN_MODULE,
 ) -> LaunchPlan:
-    """The launcher's command line and environment for these hosts. `module`: what each rank runs."""
+    """The launcher's command line and environment for these hosts.
+
+    `resume` names the checkpoint to go on from; `module` is what each rank runs.
+    """
     output_dir = Path(recipe.output_dir).resolve()
     several_hosts = options.hostfile is not None
     port = options.master_port or (29500 if several_hosts else free_port())
@@ -191,7 +194,7 @@ def plan_launch(
         environment["DS_ACCELERATOR"] = "cpu"
     logs = output_dir / "logs"
     script = [SUPERVISOR_MODULE, f"--logs={logs}", f"--limit={recipe.faults.watchdog_seconds}"]
-    script += [module, f"--recipe={output_dir / 'recipe.resolved.yaml'}", *(["--resume"] if resume else [])]
+    script += [module, f"--recipe={output_dir / 'recipe.resolved.yaml'}", *([f"--resume={resume}"] if resume else [])]
     exported = None
     if several_hosts:
         rendezvous = {"MASTER_ADDR": options.master_addr or next(iter(hosts)), "MASTER_PORT": str(port)}

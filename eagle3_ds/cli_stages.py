@@ -11,6 +11,7 @@ from rich.table import Table
 
 from eagle3_ds.cli_capture import place_of_states
 from eagle3_ds.cli_finish import evaluate_run, export_draft
+from eagle3_ds.cli_init import write_initial_draft
 from eagle3_ds.cli_launcher import LaunchPlan, write_environment_file
 from eagle3_ds.cli_supervise import run_ranks
 from eagle3_ds.config import Recipe
@@ -28,6 +29,7 @@ from eagle3_ds.target import (
     resolve_path,
     target_fingerprint,
 )
+from eagle3_ds.train.checkpoint import VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,11 @@ class Documents:
     fingerprint: Fingerprint
 
 
-def prepare(recipe: Recipe, console: Console) -> None:
+def prepare(recipe: Recipe, console: Console, checkpoint: Path | None = None) -> None:
     """Target, documents, hidden states, draft vocabulary; writes vocabulary.safetensors and prepared.json.
 
-    What earlier runs left in the cache folder is used again when it was made from the same inputs.
+    What earlier runs left in the cache folder is used again when it was made from the same inputs. Weights to start from, of
+    a checkpoint or of `train.init_from`, bring the vocabulary that they were trained with.
     """
     section = recipe.target
     if section.build is not None:
@@ -57,8 +60,8 @@ def prepare(recipe: Recipe, console: Console) -> None:
         )
     store = place_of_states(recipe, data, documents.layout, fingerprint, console)
     output_dir = Path(recipe.output_dir)
-    vocabulary = VocabularyMap.from_counts(data.supervised_counts, recipe.draft.vocab_size, data.required_tokens)
-    vocabulary.save(output_dir / "vocabulary.safetensors")
+    vocabulary = _vocabulary(recipe, data, console, checkpoint)
+    vocabulary.save(output_dir / VOCABULARY)
     covered = data.supervised_counts[vocabulary.t2d].sum() / data.supervised_counts.sum()
     _say(console, f"draft vocabulary: {recipe.draft.vocab_size} tokens, {covered:.1%} of the supervised ones")
     prepared = {
@@ -93,6 +96,15 @@ def capture(recipe: Recipe, plan: LaunchPlan, console: Console) -> int:
         return 0
     write_environment_file(plan)
     return run_ranks(plan, console, "capture")
+
+
+def _vocabulary(recipe: Recipe, data: PreparedData, console: Console, checkpoint: Path | None) -> VocabularyMap:
+    if checkpoint is not None:
+        return VocabularyMap.load(checkpoint / VOCABULARY)
+    if recipe.train.init_from is not None:
+        _say(console, f"draft: weights and vocabulary of {recipe.train.init_from}")
+        return write_initial_draft(recipe)
+    return VocabularyMap.from_counts(data.supervised_counts, recipe.draft.vocab_size, data.required_tokens)
 
 
 def evaluate(recipe: Recipe, console: Console) -> None:

@@ -22,7 +22,7 @@ from eagle3_ds.config import load_recipe
 from eagle3_ds.data.stdlib_corpus import stdlib_conversations, stdlib_text
 from eagle3_ds.export import vllm_tensors
 from eagle3_ds.target import Target, build_target, capture_hidden_states, load_target
-from eagle3_ds.train import Rollout, RolloutTrainer
+from eagle3_ds.train.rollout import Rollout, RolloutTrainer
 
 PROMPTS_PER_ITERATION = 6
 PROMPT_TOKENS, ANSWER_TOKENS = 48, 48
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
             f"{report.loss:.3f}, tau {report.tau:.2f}, {len(weights)} tensors for the server",
             flush=True,
         )
-    trainer.save(f"{recipe.output_dir}/checkpoint")
+    trainer.save(f"{recipe.output_dir}/checkpoints")
     return taus
 
 

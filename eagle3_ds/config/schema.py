@@ -158,6 +158,14 @@ class TrainSection(Section):
     """Optimizer steps between held-out evaluations; 0: only at the end."""
     save_every: NonNegative = 0
     """Optimizer steps between checkpoints; 0: only at the end."""
+    save_async: bool = False
+    """Write a checkpoint while training goes on."""
+    keep_checkpoints: Positive | None = 2
+    """The newest so many, and the best by held-out loss besides; null: all."""
+    timeout_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Stop with a checkpoint after so many minutes of training."""
+    init_from: Text | None = None
+    """Folder of an exported draft to start from, in either layout of the export section."""
     seed: int = 0
 
     @model_validator(mode="after")

@@ -65,7 +65,8 @@ class PackedLoader:
     takes the next `accumulation * draft_dp` packs of it, and dp rank r every draft_dp-th of these. When the packs of
     an epoch do not fill its last step, that step goes on with the next epoch's first packs: nothing is lost, nothing
     is padded. So what a rank sees depends on (seed, step, dp_rank, draft_dp, accumulation) only, and resuming at a
-    step needs no state.
+    step needs no state. A run that is resumed with another `accumulation * draft_dp` says with `resumed` that step
+    `resumed[0]` starts at place `resumed[1]` of the row; nothing is lost or seen twice then either.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class PackedLoader:
         dp_rank: int = 0,
         accumulation: int = 1,
         seed: int = 0,
+        resumed: tuple[int, int] = (0, 0),
     ) -> None:
         assert 0 <= dp_rank < draft_dp and accumulation >= 1
         if not len(dataset):
@@ -87,22 +89,26 @@ class PackedLoader:
         self.dp_rank = dp_rank
         self.accumulation = accumulation
         self.seed = seed
+        self.resumed = resumed
 
     @property
     def num_packs(self) -> int:
         """Packs of one epoch, over all ranks."""
         return len(self.packs)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps after which every pack has been seen at least once: num_packs / (accumulation * draft_dp),
-        rounded up.
-        """
-        return -(-self.num_packs // (self.accumulation * self.draft_dp))
+    def packs_before(self, step: int) -> int:
+        """The place in the row at which optimizer step `step` (from 0) starts, for all dp ranks together."""
+        first_step, first_pack = self.resumed
+        return first_pack + (step - first_step) * self.accumulation * self.draft_dp
+
+    def steps_in(self, epochs: int) -> int:
+        """Optimizer steps after which every pack has been seen at least `epochs` times."""
+        first_step, first_pack = self.resumed
+        return first_step - (first_pack - epochs * self.num_packs) // (self.accumulation * self.draft_dp)
 
     def pack_indices(self, step: int) -> list[int]:
         """The packs that optimizer step `step` (from 0) gives to this rank, `accumulation` of them."""
-        first = step * self.accumulation * self.draft_dp + self.dp_rank
+        first = self.packs_before(step) + self.dp_rank
         places = [divmod(first + turn * self.draft_dp, self.num_packs) for turn in range(self.accumulation)]
         orders = {epoch: self._order(epoch) for epoch in {epoch for epoch, _ in places}}
         return [orders[epoch][place] for epoch, place in places]

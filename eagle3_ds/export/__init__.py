@@ -1,7 +1,15 @@
 """Drafts on disk as servers read them: the vLLM / SGLang layout and the speculators layout."""
 
 from eagle3_ds.export.speculators import export_speculators, load_speculators
-from eagle3_ds.export.verify import verify_export
+from eagle3_ds.export.verify import load_export, verify_export
 from eagle3_ds.export.vllm import export_vllm, load_vllm, vllm_tensors
 
-__all__ = ["export_speculators", "export_vllm", "load_speculators", "load_vllm", "verify_export", "vllm_tensors"]
+__all__ = [
+    "export_speculators",
+    "export_vllm",
+    "load_export",
+    "load_speculators",
+    "load_vllm",
+    "verify_export",
+    "vllm_tensors",
+]

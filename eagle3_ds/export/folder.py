@@ -56,8 +56,12 @@ def geometry(config: LlamaConfig, max_position: int | None) -> dict[str, Any]:
 
 
 def draft_config(keys: Mapping[str, Any], draft_vocab_size: int) -> LlamaConfig:
-    """The config that `geometry` was taken from."""
-    kept = {key: value for key, value in keys.items() if key not in ("model_type", "rope_theta", "rope_scaling")}
+    """The config that `geometry` was taken from, or that another program wrote in its way.
+
+    The rotary settings are read from `rope_parameters`; where transformers 4 wrote `rope_theta` and `rope_scaling`, from those.
+    """
+    doubled = {"rope_theta", "rope_scaling"} if keys.get("rope_parameters") else set()
+    kept = {key: value for key, value in keys.items() if key not in {"model_type", *doubled}}
     return LlamaConfig(**kept | {"draft_vocab_size": draft_vocab_size})
 
 

@@ -78,6 +78,9 @@ def load_speculators(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor]
             f"{keys.get('speculators_model_type')!r}, expected 'eagle3', with the tensors d2t, t2d and {EMBEDDING}. Name the "
             "folder of such an export."
         )
+    unlike = [name for name in ("norm_before_residual", "norm_before_fc") if keys.get(name)]
+    if unlike:
+        raise ValueError(f"{str(folder)!r} has {unlike[0]} true: such a draft computes otherwise than ours. Name another one.")
     vocabulary = VocabularyMap(tensors.pop("d2t"), tensors.pop("t2d"))
     embedding = tensors.pop(EMBEDDING)
     config = draft_config(keys["transformer_layer_config"], keys["draft_vocab_size"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from eagle3_ds.export.folder import read_folder
 from eagle3_ds.export.speculators import load_speculators
@@ -30,11 +31,7 @@ def verify_export(folder: str | Path, model: DraftModel, vocabulary: VocabularyM
     Raises:
         ValueError: the logits, the sizes or the vocabulary map differ.
     """
-    keys, _ = read_folder(folder)
-    if "speculators_model_type" in keys:
-        config, state, stored, _ = load_speculators(folder)
-    else:
-        config, state, stored = load_vllm(folder)
+    config, state, stored = load_export(folder)
     if not (torch.equal(stored.d2t, vocabulary.d2t.cpu()) and torch.equal(stored.t2d, vocabulary.t2d.cpu())):
         raise ValueError(f"the export {str(folder)!r} has another vocabulary map than the draft. Export it again.")
     dtype = state["fc.weight"].dtype
@@ -51,6 +48,16 @@ def verify_export(folder: str | Path, model: DraftModel, vocabulary: VocabularyM
             f"for {dtype}. Export it again; if it happens again, the layout and the draft do not belong together."
         )
     return error
+
+
+def load_export(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], VocabularyMap]:
+    """The config, the weights in our names, and the vocabulary map of an export in either layout.
+
+    Raises:
+        ValueError: neither layout, or incomplete.
+    """
+    keys, _ = read_folder(folder)
+    return load_speculators(folder)[:3] if "speculators_model_type" in keys else load_vllm(folder)
 
 
 def _fixed_logits(model: DraftModel) -> Tensor:

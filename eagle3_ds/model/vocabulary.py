@@ -51,6 +51,9 @@ class VocabularyMap:
         """Target id of each draft id, int64 [Vd]."""
         return self.d2t + torch.arange(len(self.d2t))
 
+    def equals(self, other: VocabularyMap) -> bool:
+        return torch.equal(self.d2t, other.d2t) and torch.equal(self.t2d, other.t2d)
+
     def save(self, path: str | Path) -> None:
         save_file({"d2t": self.d2t, "t2d": self.t2d}, str(path))
 

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch.distributed as dist
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from eagle3_ds.config import Recipe
 from eagle3_ds.layout import PackedSequence
+from eagle3_ds.train.agreement import max_over_ranks
+from eagle3_ds.train.checkpoint import CHECKPOINTS, FINAL_WEIGHTS, Manifest, folder_name
 from eagle3_ds.train.divergence import DivergenceGuard
 from eagle3_ds.train.heart import Heart
 from eagle3_ds.train.metrics import MetricsFile, peak_memory_bytes
 from eagle3_ds.train.replicas import require_same_replicas
+from eagle3_ds.train.saver import WRITING, CheckpointSaver, Progress
+from eagle3_ds.train.stop import REASONS, StopRequest
 from eagle3_ds.train.trainer import DraftTrainer, learning_rate_at
 
 
 class Loader(Protocol):
-    """What the loop needs of the data: a pure function of the step, and an epoch's length."""
+    """What the loop needs of the data: pure functions, all of them."""
 
-    @property
-    def steps_per_epoch(self) -> int: ...
+    def steps_in(self, epochs: int) -> int: ...
+
+    def packs_before(self, step: int) -> int: ...
 
     def step(self, index: int) -> list[PackedSequence]: ...
 
@@ -37,51 +40,91 @@ class Loader(Protocol):
 
 def total_steps(recipe: Recipe, loader: Loader) -> int:
     """Optimizer steps of the whole run."""
-    return recipe.train.steps or loader.steps_per_epoch * (recipe.train.epochs or 1)
+    return recipe.train.steps or loader.steps_in(recipe.train.epochs or 1)
 
 
 def run_training(
-    trainer: DraftTrainer, loader: Loader, heldout: Sequence[PackedSequence], output_dir: Path, resume: bool, heart: Heart
+    trainer: DraftTrainer,
+    loader: Loader,
+    heldout: Sequence[PackedSequence],
+    output_dir: Path,
+    stop: StopRequest,
+    heart: Heart,
+    resumed: Manifest | None = None,
 ) -> None:
-    """Train to the end. Collective.
+    """Train until the end or a request to stop; then the last checkpoint, or the final weights, are in place. Collective.
 
-    `heldout` holds the packs of this draft_dp rank, equally many on every rank. Files are written by rank 0 alone, but for
-    checkpoints.
+    `heldout` holds the packs of this draft_dp rank, equally many on every rank. `resumed` is the checkpoint that the trainer
+    was put to. Files are written by rank 0 alone, but for checkpoints.
+
+    Raises:
+        ValueError: the checkpoint is from beyond the end of the run.
+        CheckpointError: a checkpoint could not be written.
     """
     recipe, is_first = trainer.recipe, trainer.topology.place.rank == 0
-    last = total_steps(recipe, loader)
-    done = _resume(trainer, output_dir) if resume else 0
+    last, done = total_steps(recipe, loader), resumed.step if resumed else 0
+    if done > last:
+        raise ValueError(f"The checkpoint is of step {done}, the run ends after step {last}. Raise train.steps or train.epochs.")
     metrics = MetricsFile(output_dir / "metrics.jsonl", done) if is_first else None
+    if is_first:
+        # Of an earlier, shorter run: this one has not come to its end.
+        (output_dir / FINAL_WEIGHTS).unlink(missing_ok=True)
+    saver = CheckpointSaver(trainer, output_dir / CHECKPOINTS)
+    saved, reason = resumed.step if resumed else None, ""
     progress = tqdm(total=last, initial=done, desc="training", unit="step", disable=not is_first)
     require_same_replicas(trainer, loader, done)
     guard = DivergenceGuard(trainer, loader, output_dir, recipe.faults.max_skipped)
-    for index in range(done, last):
-        heart.at("training", index)
-        rate = learning_rate_at(recipe, index, last)
-        started = time.perf_counter()
-        report = trainer.step(loader.step(index), rate)
-        seconds = time.perf_counter() - started
-        skipped = guard.skipped(index, report)
-        record: dict[str, Any] = {"step": index + 1, "lr": rate, **report.as_dict()}
-        if skipped:
-            record["skipped"] = True
-        record["tokens_per_s"] = report.tokens / seconds
-        record["peak_memory_bytes"] = peak_memory_bytes(trainer.topology.device)
-        if heldout and _due(index + 1, recipe.train.eval_every, last):
-            heart.at("evaluating", index + 1)
+    while done < last and not (reason := _between_steps(stop, saver, trainer)):
+        heart.at("training", done)
+        record = _step(trainer, loader, guard, done, last)
+        done += 1
+        if heldout and _due(done, recipe.train.eval_every, last):
+            heart.at("evaluating", done)
             record["heldout"] = trainer.evaluate(heldout).as_dict()
+        save_now = _due(done, recipe.train.save_every, last)
         if metrics is not None:
-            metrics.write(record)
-        save_now = _due(index + 1, recipe.train.save_every, last)
-        if save_now or _due(index + 1, recipe.faults.check_every, last):
-            require_same_replicas(trainer, loader, index + 1)
+            metrics.write(record, durably=save_now)
+        if save_now or _due(done, recipe.faults.check_every, last):
+            require_same_replicas(trainer, loader, done)
         if save_now:
-            heart.at("saving", index + 1)
-            _save(trainer, output_dir, index + 1)
-        progress.set_postfix(loss=f"{report.loss:.3f}", tau=f"{report.tau:.2f}", refresh=False)
+            heart.at("saving", done)
+            saver.save(Progress(done, loader.packs_before(done), record.get("heldout", {}).get("loss")))
+            saved = done
+        progress.set_postfix(loss=f"{record['loss']:.3f}", tau=f"{record['tau']:.2f}", refresh=False)
         progress.update()
     progress.close()
-    save_weights(trainer, output_dir / "draft-final.safetensors")
+    if reason and saved != done:
+        saver.save(Progress(done, loader.packs_before(done)))
+    saver.finish()
+    if not reason:
+        save_weights(trainer, output_dir / FINAL_WEIGHTS)
+    elif is_first:
+        where = output_dir / CHECKPOINTS / folder_name(done)
+        print(f"stopped by {reason} after step {done} of {last}; start again with --resume to go on from {where}", flush=True)
+
+
+def _between_steps(stop: StopRequest, saver: CheckpointSaver, trainer: DraftTrainer) -> str:
+    """Why all ranks stop here, or an empty text; and a checkpoint that all ranks have written gets its name. Collective."""
+    reason, writing = max_over_ranks([stop.reason, saver.state], trainer.topology.device)
+    if saver.is_pending and writing != WRITING:
+        saver.finish()
+    return REASONS[reason]
+
+
+def _step(trainer: DraftTrainer, loader: Loader, guard: DivergenceGuard, index: int, last: int) -> dict[str, Any]:
+    """Optimizer step `index` (from 0) and what metrics.jsonl says about it."""
+    rate = learning_rate_at(trainer.recipe, index, last)
+    started = time.perf_counter()
+    report = trainer.step(loader.step(index), rate)
+    seconds = time.perf_counter() - started
+    return {
+        "step": index + 1,
+        "lr": rate,
+        **report.as_dict(),
+        **({"skipped": True} if guard.skipped(index, report) else {}),
+        "tokens_per_s": report.tokens / seconds,
+        "peak_memory_bytes": peak_memory_bytes(trainer.topology.device),
+    }
 
 
 def save_weights(trainer: DraftTrainer, path: Path) -> None:
@@ -95,24 +138,3 @@ def save_weights(trainer: DraftTrainer, path: Path) -> None:
 
 def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
-
-
-def _save(trainer: DraftTrainer, output_dir: Path, step: int) -> None:
-    """A checkpoint counts once `latest.json` names it; that file is replaced last and whole."""
-    name = f"step-{step:06d}"
-    trainer.save(output_dir / "checkpoints" / name, {"step": step})
-    if dist.is_initialized():
-        dist.barrier()
-    if trainer.topology.place.rank == 0:
-        latest = output_dir / "checkpoints" / "latest.json"
-        aside = latest.with_name(".latest.json")
-        aside.write_text(json.dumps({"folder": name, "step": step}) + "\n")
-        os.replace(aside, latest)
-
-
-def _resume(trainer: DraftTrainer, output_dir: Path) -> int:
-    latest = output_dir / "checkpoints" / "latest.json"
-    if not latest.is_file():
-        raise ValueError(f"--resume: {latest} does not exist, so there is no checkpoint to go on from. Start without it.")
-    folder = json.loads(latest.read_text())["folder"]
-    return int(trainer.load(latest.parent / folder)["step"])

@@ -1,4 +1,4 @@
-"""What each rank runs: `python -m eagle3_ds.train.main --recipe OUTPUT/recipe.resolved.yaml [--resume]`, under the launcher.
+"""What each rank runs: `python -m eagle3_ds.train.main --recipe OUTPUT/recipe.resolved.yaml [--resume step-N]`.
 
 It reads `prepared.json` in the recipe's output folder, which the prepare stage wrote:
 `{"data": folder, "data_fingerprint": str, "store": folder or null, "store_fingerprint": {...}}`.
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
 from eagle3_ds.data.documents import PreparedData
@@ -23,19 +24,24 @@ from eagle3_ds.layout import PackedSequence
 from eagle3_ds.model import DraftModel, VocabularyMap, build_draft_config
 from eagle3_ds.target import load_embedding_and_head, load_text_config, resolve_path
 from eagle3_ds.topology import Topology, maybe_setup_distributed
+from eagle3_ds.train.checkpoint import CHECKPOINTS, INITIAL_WEIGHTS, latest
 from eagle3_ds.train.heart import Heart, beating
 from eagle3_ds.train.identity import require_same_identity
 from eagle3_ds.train.loop import run_training, save_weights
 from eagle3_ds.train.online import OnlineStates
+from eagle3_ds.train.restore import load_checkpoint
+from eagle3_ds.train.stop import StopRequest
 from eagle3_ds.train.target_engine import TargetEngine
 from eagle3_ds.train.trainer import DraftTrainer
 
 
 def build_trainer(recipe: Recipe, topology: Topology) -> DraftTrainer:
-    """A trainer with a fresh draft, the same on all ranks because all seed alike."""
+    """A trainer with a fresh draft, the same on all ranks because all seed alike, or with the one of `train.init_from`."""
     torch.manual_seed(recipe.train.seed)
     folder = resolve_path(recipe.target.path)
     draft = DraftModel(build_draft_config(load_text_config(folder), recipe.draft))
+    if recipe.train.init_from is not None:
+        draft.load_state_dict(load_file(Path(recipe.output_dir) / INITIAL_WEIGHTS))
     embedding, head = load_embedding_and_head(folder)
     vocabulary = VocabularyMap.load(Path(recipe.output_dir) / "vocabulary.safetensors")
     settings = fill_deepspeed_config(load_deepspeed_config(recipe.deepspeed), recipe, topology.mesh.world_size, topology.draft_dp)
@@ -57,52 +63,60 @@ def read_prepared(recipe: Recipe) -> dict[str, Any]:
     return json.loads((Path(recipe.output_dir) / "prepared.json").read_text())
 
 
-def build_loaders(recipe: Recipe, topology: Topology, states: HiddenStates) -> tuple[PackedLoader, Sequence[PackedSequence]]:
-    """The training loader, and the held-out packs of this draft_dp rank."""
+def build_loaders(
+    recipe: Recipe, topology: Topology, states: HiddenStates, resumed: tuple[int, int] = (0, 0)
+) -> tuple[PackedLoader, Sequence[PackedSequence]]:
+    """The training loader, and the held-out packs of this draft_dp rank. `resumed`: steps done and packs seen."""
     prepared = read_prepared(recipe)
     data = PreparedData.open(Path(prepared["data"]), prepared["data_fingerprint"])
-    mesh = {"draft_dp": topology.draft_dp, "dp_rank": topology.place.dp_rank}
+    mesh = (topology.draft_dp, topology.place.dp_rank)
     loader = PackedLoader(
         data.train,
         states,
         recipe.data.max_length,
+        *mesh,
         accumulation=recipe.train.accumulation,
         seed=recipe.train.seed,
-        **mesh,
+        resumed=resumed,
     )
     if not len(data.heldout):
         return loader, []
-    return loader, HeldoutPacks(PackedLoader(data.heldout, states, recipe.data.max_length, **mesh))
+    return loader, HeldoutPacks(PackedLoader(data.heldout, states, recipe.data.max_length, *mesh))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", required=True, help="the resolved recipe")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--resume", metavar="FOLDER", help="name of the checkpoint to go on from, or `latest`")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher; LOCAL_RANK is what counts")
     parser.add_argument("--status_fd", type=int, help="where the supervisor listens, set by it")
     options = parser.parse_args(arguments)
     with beating(options.status_fd) as heart:
         train(load_recipe(options.recipe), options.resume, heart)
-
-
-def train(recipe: Recipe, resume: bool, heart: Heart) -> None:
-    """This rank's part of the run. Collective."""
-    parallel = recipe.parallel
-    topology = maybe_setup_distributed(parallel.ulysses, parallel.ring, parallel.draft_dp)
-    require_same_identity(recipe, topology)
-    states = open_states(recipe, topology)
-    trainer = build_trainer(recipe, topology)
-    loader, heldout = build_loaders(recipe, topology, states)
-    output_dir = Path(recipe.output_dir)
-    if topology.place.rank == 0:
-        strategy = f"attention kernel {trainer.kernel_name}, kv_exchange {trainer.kv_exchange}"
-        print(f"mesh {topology.mesh}, {strategy}, {loader.num_packs} packs", flush=True)
-    if not resume:
-        save_weights(trainer, output_dir / "draft-initial.safetensors")
-    run_training(trainer, loader, heldout, output_dir, resume, heart)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def train(recipe: Recipe, resume: str | None, heart: Heart) -> None:
+    """This rank's part of the run. Collective."""
+    parallel, output_dir = recipe.parallel, Path(recipe.output_dir)
+    topology = maybe_setup_distributed(parallel.ulysses, parallel.ring, parallel.draft_dp)
+    is_first = topology.place.rank == 0
+    require_same_identity(recipe, topology)
+    with StopRequest(recipe.train.timeout_minutes if is_first else None) as stop:
+        states = open_states(recipe, topology)
+        trainer = build_trainer(recipe, topology)
+        checkpoints = output_dir / CHECKPOINTS
+        resumed = None
+        if resume is not None:
+            resumed = load_checkpoint(trainer, latest(checkpoints) if resume == "latest" else checkpoints / resume)
+        loader, heldout = build_loaders(recipe, topology, states, (resumed.step, resumed.packs) if resumed else (0, 0))
+        if is_first:
+            strategy = f"attention kernel {trainer.kernel_name}, kv_exchange {trainer.kv_exchange}"
+            print(f"mesh {topology.mesh}, {strategy}, {loader.num_packs} packs", flush=True)
+        if resumed is None:
+            save_weights(trainer, output_dir / INITIAL_WEIGHTS)
+        run_training(trainer, loader, heldout, output_dir, stop, heart, resumed)
 
 
 if __name__ == "__main__":

@@ -10,20 +10,35 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from eagle3_ds.train.checkpoint import sync_file, write_durably
+
 
 class MetricsFile:
-    """Appends lines; a resumed run drops the lines of steps it is about to repeat, so each step stands once."""
+    """Appends lines; a resumed run drops the lines of steps it is about to repeat, so each step stands once.
+
+    Raises:
+        ValueError: an earlier line is not one of ours.
+    """
 
     def __init__(self, path: Path, first_step: int) -> None:
         self.path = path
-        kept = []
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        lines = path.read_text().split("\n") if path.exists() else [""]
+        # The part after the last line break is empty, or a line that a crash has cut short: its step is repeated.
+        kept = [line for number, line in enumerate(lines[:-1], 1) if self._step(line, number) <= first_step]
+        write_durably(path, "".join(f"{line}\n" for line in kept))
 
-    def write(self, record: dict[str, Any]) -> None:
+    def _step(self, line: str, number: int) -> int:
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path}, line {number} is no step's metrics: {line[:80]!r}. Remove it.") from error
+
+    def write(self, record: dict[str, Any], durably: bool) -> None:
+        """`durably` before a checkpoint, which must not outlive the metrics of its steps."""
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        if durably:
+            sync_file(self.path)
 
 
 def peak_memory_bytes(device: torch.device) -> list[int]:

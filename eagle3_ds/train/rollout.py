@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,9 @@ from eagle3_ds.layout import LocalRows, PackedSequence, Rows, SpanPlan, row_tile
 from eagle3_ds.model import DraftModel, VocabularyMap, build_draft_config
 from eagle3_ds.target import load_embedding_and_head, load_text_config, resolve_path, teacher_tokens
 from eagle3_ds.topology import Topology, maybe_setup_distributed
+from eagle3_ds.train.checkpoint import folder_name
+from eagle3_ds.train.restore import load_checkpoint
+from eagle3_ds.train.saver import CheckpointSaver, Progress
 from eagle3_ds.train.trainer import DraftTrainer, StepReport
 
 ROWS_AT_ONCE = 4096
@@ -87,6 +89,7 @@ class RolloutTrainer:
         settings = fill_deepspeed_config(user, self.recipe, topology.mesh.world_size, topology.draft_dp)
         self.trainer = DraftTrainer(self.recipe, settings, topology, draft, embedding, self._head, self.vocabulary)
         self._hidden_size = int(config.hidden_size)
+        self.steps = 0
 
     def step(self, rollouts: Rollout | Sequence[Rollout], learning_rate: float | None = None) -> StepReport:
         """One optimizer step over `train.accumulation` rollouts of this draft_dp rank.
@@ -95,7 +98,9 @@ class RolloutTrainer:
             ValueError: a rollout that cannot be trained on, here or on another rank; then no rank takes the step.
         """
         given = [rollouts] if isinstance(rollouts, Rollout) else list(rollouts)
-        return self.trainer.step(self._packs(given, self.recipe.train.accumulation), learning_rate)
+        report = self.trainer.step(self._packs(given, self.recipe.train.accumulation), learning_rate)
+        self.steps += 1
+        return report
 
     def evaluate(self, rollouts: Sequence[Rollout]) -> StepReport:
         """Loss and accuracy over rollouts of this draft_dp rank, equally many on every rank. Raises ValueError as `step`."""
@@ -113,13 +118,26 @@ class RolloutTrainer:
         """The draft's weights, whole, on the CPU, on every rank. `export.vllm_tensors` gives them the names that servers know."""
         return self.trainer.state_dict()
 
-    def save(self, folder: str | Path, client_state: Mapping[str, Any] | None = None) -> None:
-        """Write a checkpoint with the optimizer's state, from which `load` goes on."""
-        self.trainer.save(Path(folder), dict(client_state or {}))
+    def save(self, folder: str | Path) -> Path:
+        """Write a checkpoint with the optimizer's state under `folder`; returns its own folder, which `load` goes on from.
 
-    def load(self, folder: str | Path) -> dict[str, Any]:
-        """Go on from a checkpoint; returns its client state. Raises ValueError when there is none."""
-        return self.trainer.load(Path(folder))
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        saver = CheckpointSaver(self.trainer, Path(folder))
+        packs = self.steps * self.recipe.train.accumulation * self.trainer.topology.draft_dp
+        saver.save(Progress(self.steps, packs))
+        saver.finish()
+        return Path(folder) / folder_name(self.steps)
+
+    def load(self, folder: str | Path) -> int:
+        """Go on from a checkpoint of `save`, of any mesh and ZeRO stage; returns the steps it had done.
+
+        Raises:
+            ValueError: it is missing, damaged, or of another draft.
+        """
+        self.steps = load_checkpoint(self.trainer, Path(folder)).step
+        return self.steps
 
     def _packs(self, rollouts: Sequence[Rollout], number: int) -> list[PackedSequence]:
         """The rollouts as packs. A mistake on one rank is an error on all of them: the others would wait for it for ever."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,7 +69,7 @@ class DraftTrainer:
         head: Tensor,
         vocabulary: VocabularyMap,
     ) -> None:
-        self.recipe, self.topology, self.draft = recipe, topology, draft
+        self.recipe, self.topology, self.draft, self.vocabulary = recipe, topology, draft, vocabulary
         self.dtype = getattr(torch, recipe.train.dtype)
         device = topology.device
         kernel = select_kernel(recipe.attention.kernel, device, self.dtype, draft.config.head_dim)
@@ -159,25 +158,6 @@ class DraftTrainer:
     def state_dict(self) -> dict[str, Tensor]:
         """The draft's weights, whole, on the CPU, by the names of `DraftModel`."""
         return {name.removeprefix("draft."): tensor for name, tensor in full_parameters(self.engine.module).items()}
-
-    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
-        """Write a resumable checkpoint."""
-        self.engine.save_checkpoint(str(self._replica(folder)), tag="state", client_state=client_state)
-
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Continue from a checkpoint of the same shape; returns its client state.
-
-        Raises:
-            ValueError: there is no checkpoint in the folder for this rank.
-        """
-        path, client_state = self.engine.load_checkpoint(str(self._replica(folder)), tag="state")
-        if path is None:
-            raise ValueError(f"{folder} holds no checkpoint for rank {self.topology.place.rank} of this mesh.")
-        return client_state
-
-    def _replica(self, folder: Path) -> Path:
-        # Under `zero_group: draft_dp` each SP rank holds a replica of the same shards: a folder each, so they never race.
-        return folder / f"sp{self.topology.sp_rank}" if self.recipe.parallel.zero_group == "draft_dp" else folder
 
     def _prepare(self, packs: Sequence[PackedSequence]) -> tuple[list[LocalBatch], list[LossInputs], Tensor]:
         recipe, place = self.recipe, self.topology.place

@@ -14,7 +14,7 @@ from eagle3_ds.export import vllm_tensors
 from eagle3_ds.layout import PackedSequence
 from eagle3_ds.model import VocabularyMap
 from eagle3_ds.target import build_target, capture_hidden_states, load_target, teacher_tokens
-from eagle3_ds.train import Rollout, RolloutTrainer
+from eagle3_ds.train.rollout import Rollout, RolloutTrainer
 
 pytestmark = pytest.mark.dist
 TEXTS = [f"def f{n}(x):\n    return x + {n}\n" * 4 for n in range(30)]
@@ -66,12 +66,12 @@ def train(target: str, output: Path, draft_dp: int, ulysses: int, stage: int) ->
     own = rollouts if draft_dp == 1 else [rollouts[place.dp_rank]]
     before = trainer.evaluate(own)
     losses = [trainer.step(own).loss for _ in range(2)]
-    trainer.save(output / "checkpoint", {"iteration": 2})
+    checkpoint = trainer.save(output / "checkpoints")
     losses.append(trainer.step(own).loss)
     weights = trainer.state_dict()
-    state = trainer.load(output / "checkpoint")
+    steps = trainer.load(checkpoint)
     again = trainer.step(own).loss
-    return {"before": before.loss, "losses": losses, "again": again, "state": state, "weights": weights}
+    return {"before": before.loss, "losses": losses, "again": again, "steps": steps, "weights": weights}
 
 
 MESHES = [(1, 1, 2), (1, 2, 2), (2, 1, 3)]
@@ -97,7 +97,7 @@ def test_the_step_is_the_same_on_every_mesh(results) -> None:
 def test_a_checkpoint_goes_on_where_it_was(results) -> None:
     for ranks in results.values():
         for rank in ranks:
-            assert rank["state"]["iteration"] == 2
+            assert rank["steps"] == 2
             assert rank["again"] == pytest.approx(rank["losses"][2], rel=1e-6)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 from pydantic import JsonValue
 
+from eagle3_ds import cli
 from eagle3_ds.cli import main
-from eagle3_ds.cli_checks import RESULTS, clear_output
+from eagle3_ds.cli_checks import RESULTS, check_output, clear_output
 from eagle3_ds.cli_launcher import (
     LaunchOptions,
     free_port,
@@ -22,6 +24,7 @@ from eagle3_ds.cli_launcher import (
     write_environment_file,
 )
 from eagle3_ds.config import Recipe, dump_recipe, load_recipe
+from eagle3_ds.train.checkpoint import Manifest, aside_folder, folder_name, publish, read_manifest, write_manifest
 
 ROOT = Path(__file__).parents[2]
 TWO_NODES = ("--hostfile", "recipes/2nodes.hostfile")
@@ -131,8 +134,29 @@ def finished_run(folder: Path, *overrides: str) -> None:
     recipe = load_recipe("recipes/quickstart.yaml", [f"output_dir={folder}", *overrides])
     (folder / "recipe.resolved.yaml").write_text(dump_recipe(recipe))
     (folder / "metrics.jsonl").write_text("{}\n")
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "latest.json").write_text("{}")
+    add_checkpoint(folder, recipe, 4)
+
+
+def add_checkpoint(folder: Path, recipe: Recipe, step: int) -> Path:
+    """As a run leaves it, but without any tensor."""
+    root = folder / "checkpoints"
+    aside = aside_folder(root, step)
+    aside.mkdir(parents=True)
+    manifest = Manifest(
+        step=step,
+        packs=step,
+        adam_steps=step,
+        skipped_steps=0,
+        heldout_loss=None,
+        recipe=recipe.model_dump(mode="json"),
+        mesh={},
+        parameters={},
+        versions={},
+        files={},
+    )
+    write_manifest(aside, manifest)
+    publish(aside, root / folder_name(step), step)
+    return root / folder_name(step)
 
 
 def test_a_folder_with_a_run_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,10 +169,89 @@ def test_a_folder_with_a_run_is_not_touched(tmp_path: Path, capsys: pytest.Captu
         assert words in message
     assert "target.aux_layers: [0, 1, 2] -> None" in refusal(capsys, *launch, "--resume")
     assert "contradict" in refusal(capsys, *launch, "--resume", "--overwrite")
+    assert "target.aux_layers: [0, 1, 2] -> None" in refusal(capsys, *launch, "--resume", "auto")
     assert "no checkpoint" in refusal(capsys, *launch[:2], f"output_dir={tmp_path / 'new'}", "--resume")
     (folder / "recipe.resolved.yaml").rename(tmp_path / "elsewhere")
     assert "is not a run of this program" in refusal(capsys, *launch, "--overwrite")
     assert sorted(folder.rglob("*")) == [path for path in before if path.name != "recipe.resolved.yaml"]
+
+
+def test_what_resuming_starts_from(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    recipe = load_recipe("recipes/quickstart.yaml", [f"output_dir={folder}"])
+    assert check_output(recipe, "auto", overwrite=False)[0] is None
+    finished_run(folder)
+    older, newer = folder / "checkpoints" / "step-000004", add_checkpoint(folder, recipe, 8)
+    for how in ("latest", "auto"):
+        assert check_output(recipe, how, overwrite=False) == (newer, [f"going on from {newer}"])
+    (newer / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest.json .*step-000004 is the newest intact one; `--resume auto` takes it"):
+        check_output(recipe, "latest", overwrite=False)
+    found, told = check_output(recipe, "auto", overwrite=False)
+    assert found == older and told[-1] == f"going on from {older}"
+    assert told[0].startswith(f"passed over: {newer / 'manifest.json'} is damaged")
+    (older / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="no checkpoint in .* is intact .*step-000008.*step-000004.*--overwrite"):
+        check_output(recipe, "auto", overwrite=False)
+
+
+def test_a_run_without_a_checkpoint_is_begun_again_by_resume_auto(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    finished_run(folder)
+    shutil.rmtree(folder / "checkpoints")
+    recipe = load_recipe("recipes/quickstart.yaml", [f"output_dir={folder}"])
+    found, told = check_output(recipe, "auto", overwrite=False)
+    assert found is None and told == ["there is no checkpoint yet, so the run starts from the beginning"]
+    other = load_recipe("recipes/quickstart.yaml", [f"output_dir={folder}", "train.seed=7"])
+    with pytest.raises(ValueError, match="train.seed: 0 -> 7"):
+        check_output(other, "auto", overwrite=False)
+    (folder / "recipe.resolved.yaml").unlink()
+    with pytest.raises(ValueError, match="is not a run of this program"):
+        check_output(recipe, "auto", overwrite=False)
+
+
+def test_mesh_zero_stage_and_schedule_may_change_on_resume_but_not_the_experiment(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    finished_run(folder)
+    common = [f"output_dir={folder}"]
+    free = [
+        "parallel.ring=1",
+        "parallel.zero_group=draft_dp",
+        "deepspeed=ds_configs/zero1.json",
+        "train.steps=90",
+        "train.accumulation=2",
+    ]
+    found, _ = check_output(load_recipe("recipes/quickstart.yaml", common + free), "latest", overwrite=False)
+    assert found is not None
+    for fixed in ("train.seed=1", "train.init_from=draft", "data.max_length=2048", "draft.ttt_steps=3", "loss.decay=0.5"):
+        with pytest.raises(ValueError, match=fixed.partition("=")[0]):
+            check_output(load_recipe("recipes/quickstart.yaml", [*common, fixed]), "latest", overwrite=False)
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_its_keys(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    finished_run(folder)
+    recipe = load_recipe("recipes/quickstart.yaml", [f"output_dir={folder}"])
+    manifest = read_manifest(folder / "checkpoints" / "step-000004")
+    content = {**manifest.recipe, "draft": {**manifest.recipe["draft"], "unheard_of": 1}}
+    write_manifest(folder / "checkpoints" / "step-000004", manifest.model_copy(update={"recipe": content}))
+    with pytest.raises(ValueError, match="another version of this program, which has other recipe keys .draft.unheard_of."):
+        check_output(recipe, "latest", overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--resume", "train.steps=9"], ("latest", ["train.steps=9"])),
+        (["train.steps=9", "--resume"], ("latest", ["train.steps=9"])),
+        (["--resume", "auto", "train.steps=9"], ("auto", ["train.steps=9"])),
+        (["--resume=auto"], ("auto", [])),
+        (["train.steps=9"], (None, ["train.steps=9"])),
+    ],
+)
+def test_resume_takes_no_override_for_its_value(words: list[str], expected: tuple[str | None, list[str]]) -> None:
+    options = cli._parser("launch").parse_intermixed_args(cli._with_explicit_resume(["recipe.yaml", *words]))
+    assert (options.resume, options.overrides) == expected
 
 
 def test_overwriting_removes_only_what_a_run_wrote(tmp_path: Path) -> None:
@@ -216,11 +319,11 @@ def quickstart(output_dir: Path) -> Recipe:
 
 
 def test_single_machine_command(tmp_path: Path) -> None:
-    plan = plan_launch(LaunchOptions(), {"localhost": (0, 1, 2, 3)}, "cpu", quickstart(tmp_path), True, {})
+    plan = plan_launch(LaunchOptions(), {"localhost": (0, 1, 2, 3)}, "cpu", quickstart(tmp_path), "step-000004", {})
     assert plan.world_size == 4
     assert plan.environment["DS_ACCELERATOR"] == "cpu"
     assert int(plan.environment["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 4)
-    assert {"--num_gpus=4", "--module", "--resume"} <= set(plan.command)
+    assert {"--num_gpus=4", "--module", "--resume=step-000004"} <= set(plan.command)
     assert plan.exported is None
     # The flags mean to DeepSpeed what they are meant to.
     runner = pytest.importorskip("deepspeed.launcher.runner")
@@ -229,7 +332,7 @@ def test_single_machine_command(tmp_path: Path) -> None:
     assert parsed.user_script == "eagle3_ds.watch.supervisor"
     logs, limit, *rank = parsed.user_args
     assert (logs, limit) == (f"--logs={tmp_path / 'logs'}", "--limit=600.0")
-    assert rank == ["eagle3_ds.train.main", f"--recipe={tmp_path / 'recipe.resolved.yaml'}", "--resume"]
+    assert rank == ["eagle3_ds.train.main", f"--recipe={tmp_path / 'recipe.resolved.yaml'}", "--resume=step-000004"]
     assert runner.fetch_hostfile(parsed.hostfile) is None
 
 
@@ -242,14 +345,14 @@ def test_environment_reaches_the_other_hosts(tmp_path: Path) -> None:
         "GLOO_SOCKET_IFNAME": "",
     }
     options = LaunchOptions(hostfile="recipes/2nodes.hostfile", launcher="slurm", master_port=29501)
-    plan = plan_launch(options, {"node-0": (0, 1), "node-1": (0, 1)}, "cuda", quickstart(tmp_path), False, environ)
+    plan = plan_launch(options, {"node-0": (0, 1), "node-1": (0, 1)}, "cuda", quickstart(tmp_path), None, environ)
     write_environment_file(plan)
     lines = Path(plan.environment["DS_ENV_FILE"]).read_text().splitlines()
     assert "NCCL_IB_HCA=mlx5" in lines and "HF_HOME=/data/hf" in lines
     assert "MASTER_ADDR=node-0" in lines and "MASTER_PORT=29501" in lines
     assert not [line for line in lines if "secret" in line or "EDITOR" in line or line.endswith("=")]
     with pytest.raises(ValueError, match="NCCL_X"):
-        plan_launch(options, plan.hosts, "cuda", quickstart(tmp_path), False, {"NCCL_X": "a\nb"})
+        plan_launch(options, plan.hosts, "cuda", quickstart(tmp_path), None, {"NCCL_X": "a\nb"})
 
 
 def test_free_ports_are_ports() -> None:

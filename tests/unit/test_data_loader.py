@@ -49,15 +49,28 @@ def test_a_sequence_is_its_documents_end_to_end(world):
 def test_epochs_follow_each_other_without_loss(world, draft_dp, accumulation):
     loaders = [PackedLoader(*world, 10, draft_dp, rank, accumulation, seed=3) for rank in range(draft_dp)]
     num_packs = loaders[0].num_packs
-    steps = 3 * loaders[0].steps_per_epoch
+    steps = loaders[0].steps_in(3)
     stream = []
     for step in range(steps):
         shares = [loader.pack_indices(step) for loader in loaders]
         assert all(len(share) == accumulation for share in shares)
         stream += [share[turn] for turn in range(accumulation) for share in shares]
-    assert (steps // 3 - 1) * draft_dp * accumulation < num_packs <= len(stream) // 3
+    assert (steps - 1) * draft_dp * accumulation < 3 * num_packs <= len(stream)
     for start in range(0, len(stream) - num_packs + 1, num_packs):
         assert sorted(stream[start : start + num_packs]) == list(range(num_packs))
+
+
+def test_another_batch_size_goes_on_where_the_first_stopped(world):
+    before = PackedLoader(*world, 10, accumulation=4, seed=3)
+    assert before.packs_before(2) == 8
+    after = [PackedLoader(*world, 10, 3, rank, 1, seed=3, resumed=(2, 8)) for rank in range(3)]
+    assert after[0].packs_before(2) == 8
+    stream = [*before.pack_indices(0), *before.pack_indices(1)]
+    while len(stream) < 3 * before.num_packs:
+        stream += [loader.pack_indices(2 + (len(stream) - 8) // 3)[0] for loader in after]
+    whole = PackedLoader(*world, 10, seed=3)
+    assert stream == [whole.pack_indices(step)[0] for step in range(len(stream))]
+    assert 8 + 3 * (after[0].steps_in(3) - 3) < 3 * before.num_packs <= 8 + 3 * (after[0].steps_in(3) - 2)
 
 
 def test_a_step_is_a_pure_function_and_epochs_differ(world):

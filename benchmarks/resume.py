@@ -1,0 +1,156 @@
+"""Runs that are killed at random moments and resumed, and runs that are resumed in another shape, against uninterrupted ones.
+
+    python -m benchmarks.resume --kills 20
+
+Every ZeRO stage is trained under sequence parallelism with accumulation over packed documents that do not end with an epoch.
+It is killed by SIGKILL again and again, all ranks at once or one of them, at moments that the seed chooses, and each time
+resumed by new processes from the newest intact checkpoint. Losses and final weights must be bitwise those of the run that
+nobody killed. Then every shape goes on from every other shape's checkpoint. Exit status 1 when anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+
+from benchmarks.rank_processes import run_ranks
+from benchmarks.resume_runs import (
+    SHAPES,
+    STEPS,
+    Death,
+    continue_from,
+    make_recipe,
+    prepare_inputs,
+    read_metrics,
+    run,
+    run_until_death,
+    start_output,
+)
+from eagle3_ds.train.checkpoint import CHECKPOINTS, FINAL_WEIGHTS, folder_name, newest_intact, read_manifest
+
+RESULTS = Path(__file__).parent / "results" / "resume.json"
+# Longer than a step with its checkpoint takes, so that a kill can hit either, or the step after.
+LONGEST = 0.4
+# Of losses in fp32 when ranks sum in another order.
+TOLERANCE = 1e-5
+
+
+def uninterrupted(inputs: Path, shape: str, output: Path) -> None:
+    """A run of `shape` that keeps a checkpoint of every step."""
+    start_output(inputs, output)
+    run(make_recipe(inputs, shape, output, keep_checkpoints=None), SHAPES[shape].world_size)
+
+
+def killed_and_resumed(inputs: Path, shape: str, output: Path, seed: int, most: int) -> int:
+    """A run that is killed and resumed up to `most` times, then brought to its end. Returns how often it was killed."""
+    chance, world_size = random.Random(seed), SHAPES[shape].world_size
+    start_output(inputs, output)
+    # Every second run writes its checkpoints in the background, so that more of it can be hit half written.
+    recipe = make_recipe(inputs, shape, output, save_async=seed % 2 == 1)
+    for kills in range(most):
+        done = last_step(output)
+        if done == STEPS:
+            return kills
+        death = Death(chance.randrange(done, STEPS), chance.uniform(0, LONGEST), chance.choice([None, *range(world_size)]))
+        if not run_until_death(recipe, world_size, death):
+            return kills
+    run(recipe, world_size)
+    return most
+
+
+def last_step(output: Path) -> int:
+    """Of the newest intact checkpoint; 0 when there is none."""
+    found, _ = newest_intact(output / CHECKPOINTS)
+    return read_manifest(found).step if found else 0
+
+
+def differences(output: Path, reference: Path) -> list[str]:
+    """Where a run is not bitwise the reference."""
+    found = []
+    for name in ("step", "lr", "loss", "step_loss", "step_accuracy", "tau", "grad_norm", "tokens", "heldout"):
+        values, expected = ([record.get(name) for record in read_metrics(folder)] for folder in (output, reference))
+        if values != expected:
+            found.append(f"{name} {values} instead of {expected}")
+    weights, wanted = (load_file(folder / FINAL_WEIGHTS) for folder in (output, reference))
+    found += [f"weight {name}" for name in wanted if name not in weights or not torch.equal(weights[name], wanted[name])]
+    return found
+
+
+def largest_relative_error(records: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]) -> float:
+    """Of the losses; infinite when the steps are not the same."""
+    if [record["step"] for record in records] != [record["step"] for record in expected]:
+        return float("inf")
+    return max(abs(record["loss"] / other["loss"] - 1) for record, other in zip(records, expected, strict=True))
+
+
+def in_other_shapes(inputs: Path, shape: str, references: dict[str, Path], output: Path) -> dict[str, float]:
+    """`shape` goes on from each reference's checkpoint of half way: relative errors of its losses, by reference."""
+    start_output(inputs, output)
+    checkpoints = {name: folder / CHECKPOINTS / folder_name(STEPS // 2) for name, folder in references.items()}
+    recipe = make_recipe(inputs, shape, output, save_every=0)
+    metrics = run_ranks(SHAPES[shape].world_size, continue_from, recipe, checkpoints)[0]
+    expected = {name: read_metrics(folder)[STEPS // 2 :] for name, folder in references.items()}
+    return {name: largest_relative_error(metrics[name], expected[name]) for name in references}
+
+
+def measure(folder: Path, kills: int, progress: Console) -> dict[str, Any]:
+    """Everything, in `folder`: for each shape the kills, what then differed, and the errors in other shapes."""
+    inputs = folder / "inputs"
+    inputs.mkdir()
+    prepare_inputs(inputs)
+    references = {shape: folder / f"{shape}-whole" for shape in SHAPES}
+    found: dict[str, Any] = {}
+    for shape, reference in references.items():
+        uninterrupted(inputs, shape, reference)
+        found[shape] = {"kills": 0, "runs": 0, "differences": []}
+        while found[shape]["kills"] < kills:
+            seed = found[shape]["runs"]
+            output = folder / f"{shape}-{seed}"
+            found[shape]["kills"] += killed_and_resumed(inputs, shape, output, seed, kills - found[shape]["kills"])
+            found[shape]["runs"] += 1
+            found[shape]["differences"] += differences(output, reference)
+        progress.print(f"{shape}: {found[shape]}", soft_wrap=True)
+    for shape in SHAPES:
+        found[shape]["losses_from"] = in_other_shapes(inputs, shape, references, folder / f"{shape}-others")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="of each shape")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="resume-") as folder:
+        found = measure(Path(folder), options.kills, console)
+    table = Table("shape", "killed", "bitwise equal after", *(f"loss from {name}" for name in SHAPES))
+    for name, result in found.items():
+        errors = [f"{error:.1e}" for error in result["losses_from"].values()]
+        table.add_row(name, str(result["kills"]), "no" if result["differences"] else "yes", *errors)
+    console.print(table)
+    record = {
+        "command": f"python -m benchmarks.resume --kills {options.kills}",
+        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+        "steps": STEPS,
+        "shapes": {name: {**asdict(SHAPES[name]), **result} for name, result in found.items()},
+    }
+    options.json.write_text(json.dumps(record, indent=2) + "\n")
+    exact = not any(result["differences"] for result in found.values())
+    return 0 if exact and all(error <= TOLERANCE for r in found.values() for error in r["losses_from"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""The draft that training starts from, where the recipe names one: `train.init_from`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from eagle3_ds.config import Recipe
+from eagle3_ds.export import load_export
+from eagle3_ds.model import VocabularyMap, build_draft_config
+from eagle3_ds.target import load_text_config, resolve_path
+from eagle3_ds.train.checkpoint import INITIAL_WEIGHTS
+
+# What must be equal for the weights to mean the same in this run.
+GEOMETRY = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "draft_vocab_size", "hidden_act", "rms_norm_eps", "rope_parameters",
+)  # fmt: skip
+
+
+def load_initial_draft(recipe: Recipe) -> tuple[dict[str, Tensor], VocabularyMap]:
+    """Weights in fp32, by our names, and the vocabulary map of the export that `train.init_from` names.
+
+    Raises:
+        ValueError: it is no export in a layout of ours, or not of this run's geometry.
+    """
+    folder = recipe.train.init_from
+    assert folder is not None
+    try:
+        config, state, vocabulary = load_export(folder)
+    except ValueError as error:
+        raise ValueError(f"train.init_from: {error}") from error
+    wanted = build_draft_config(load_text_config(resolve_path(recipe.target.path)), recipe.draft)
+    differing = [
+        f"{key} is {getattr(config, key)} there and {getattr(wanted, key)} here"
+        for key in GEOMETRY
+        if getattr(config, key) != getattr(wanted, key)
+    ]
+    if differing:
+        raise ValueError(
+            f"train.init_from: the draft in {folder} is not of this run's geometry: {'; '.join(differing)}. Change the draft "
+            "section or the target, or name another draft."
+        )
+    return {name: tensor.float() for name, tensor in state.items()}, vocabulary
+
+
+def write_initial_draft(recipe: Recipe) -> VocabularyMap:
+    """Put the weights where every rank reads them, and return the vocabulary map. Raises ValueError as `load_initial_draft`."""
+    state, vocabulary = load_initial_draft(recipe)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, Path(recipe.output_dir) / INITIAL_WEIGHTS)
+    return vocabulary

@@ -1,0 +1,36 @@
+"""Small facts that all ranks must agree on. Every function is collective, and trivial without a process group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+def max_over_ranks(values: Sequence[int], device: torch.device) -> list[int]:
+    """The largest of each of the values."""
+    return _reduced(values, device, dist.ReduceOp.MAX)
+
+
+def sum_over_ranks(values: Sequence[int], device: torch.device) -> list[int]:
+    """The sum of each of the values."""
+    return _reduced(values, device, dist.ReduceOp.SUM)
+
+
+def gather_bytes(row: bytes, device: torch.device) -> list[bytes]:
+    """Every rank's row, equally long on all, by rank. As numbers, so that nothing is unpickled."""
+    if not dist.is_initialized():
+        return [row]
+    rows = torch.zeros(dist.get_world_size(), len(row), dtype=torch.int32, device=device)
+    rows[dist.get_rank()] = torch.tensor(list(row), dtype=torch.int32)
+    dist.all_reduce(rows)
+    return [bytes(numbers) for numbers in rows.tolist()]
+
+
+def _reduced(values: Sequence[int], device: torch.device, operation: dist.ReduceOp.RedOpType) -> list[int]:
+    if not dist.is_initialized():
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(tensor, operation)
+    return tensor.tolist()

@@ -1,0 +1,362 @@
+"""A checkpoint on disk: whole fp32 masters and Adam moments in pieces, readable by any other mesh, ZeRO stage or zero_group.
+
+    checkpoints/latest.json               {"folder": "step-000120", "step": 120}, moved last
+    checkpoints/step-000120/
+        rank-00000.safetensors ...        pieces `KIND/PARAMETER/START`, fp32 [numel], and this rank's random states `rng/...`
+        vocabulary.safetensors            d2t, t2d
+        manifest.json                     what else a run goes on from, and size and sha256 of every other file
+
+A folder is written aside under a hidden name, made durable, and renamed: whatever is called `step-...` was whole once. This
+file knows no ranks and no DeepSpeed, so that the command line can judge a checkpoint before anything starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+KINDS = (MASTER, *MOMENTS)
+CHECKPOINTS = "checkpoints"
+# The draft before the first and after the last step, beside the checkpoints. The second stands for a run that came to its end.
+INITIAL_WEIGHTS, FINAL_WEIGHTS = "draft-initial.safetensors", "draft-final.safetensors"
+LATEST, MANIFEST, VOCABULARY = "latest.json", "manifest.json", "vocabulary.safetensors"
+_STEP_FOLDER = re.compile(r"step-(\d{6,})")
+
+# A plain name: no separator and no leading dot, so that nothing a manifest says can lead out of its folder.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}$")]
+Count = Annotated[int, Field(ge=0)]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the one before it is untouched."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements `start` to `start + numel` of the flattened parameter `name`, from element `offset` of a flat master on."""
+
+    name: str
+    start: int
+    offset: int
+    numel: int
+
+    def share(self, index: int, count: int) -> Piece:
+        """The `index`-th of `count` nearly equal cuts."""
+        first, last = (self.numel * end // count for end in (index, index + 1))
+        return Piece(self.name, self.start + first, self.offset + first, last - first)
+
+    def of(self, flat: Tensor) -> Tensor:
+        """This piece in a flat master or moment: a view, fp32 [numel]."""
+        return flat.narrow(0, self.offset, self.numel)
+
+    def key(self, kind: str) -> str:
+        """Its name in a file."""
+        return f"{kind}/{self.name}/{self.start}"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class FileEntry(_Strict):
+    """Attributes: size in bytes, and the digest in hexadecimal."""
+
+    bytes: Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Manifest(_Strict):
+    """What a checkpoint says about itself.
+
+    Attributes:
+        step: optimizer steps done; the learning rate is a function of it.
+        packs: packed sequences that all draft_dp ranks together have taken: the loader's position.
+        adam_steps: updates that AdamW made, without the skipped ones.
+        skipped_steps: as DeepSpeed counts them.
+        heldout_loss: of this very step, when it was evaluated.
+        recipe: the resolved recipe, as JSON.
+        mesh: draft_dp, ring, ulysses and ZeRO stage it was written by; for people, nothing depends on it.
+        parameters: shape by name, as in `DraftModel`.
+        versions: of the packages that wrote it; for people.
+        files: every file but the manifest.
+    """
+
+    format: Literal[1] = 1
+    step: Count
+    packs: Count
+    adam_steps: Count
+    skipped_steps: Count
+    heldout_loss: float | None
+    recipe: dict[str, Any]
+    mesh: dict[str, int]
+    parameters: dict[str, tuple[Count, ...]]
+    versions: dict[str, str]
+    files: dict[FileName, FileEntry]
+
+
+class _Sealed(_Strict):
+    """The manifest file. `sha256` is of the canonical JSON of `manifest`, so that a flipped digit is noticed there too."""
+
+    sha256: str
+    manifest: dict[str, Any]
+
+
+class _Latest(_Strict):
+    folder: Annotated[str, Field(pattern="^" + _STEP_FOLDER.pattern + "$")]
+    step: Count
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    content = manifest.model_dump(mode="json")
+    write_durably(folder / MANIFEST, json.dumps({"sha256": _digest(content), "manifest": content}, indent=1) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises ValueError when the file is missing, altered, or not one of this format."""
+    path = folder / MANIFEST
+    try:
+        sealed = _Sealed.model_validate_json(path.read_bytes())
+        if sealed.sha256 != _digest(sealed.manifest):
+            raise ValueError("its own sha256 does not fit its content")
+        return Manifest.model_validate_json(json.dumps(sealed.manifest))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ValueError(f"{path} is damaged or of another format: {where}: {first['msg']}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is missing or damaged: {error}") from error
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Size and digest of a file as it is on disk."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+        return FileEntry(bytes=file.tell(), sha256=digest.hexdigest())
+
+
+def damage(folder: Path, manifest: Manifest, names: Collection[str] | None = None) -> str | None:
+    """What is wrong with the files of a checkpoint (only `names`, if given), or None. Sizes first, they are cheap."""
+    entries = {name: entry for name, entry in manifest.files.items() if names is None or name in names}
+    for name, entry in entries.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != entry.bytes:
+            return f"{path} has {path.stat().st_size} bytes instead of {entry.bytes}"
+    for name, entry in entries.items():
+        if file_entry(folder / name) != entry:
+            return f"{folder / name} has been altered: its sha256 is not the manifest's"
+    return None
+
+
+def step_folders(root: Path) -> list[Path]:
+    """Everything in `root` that was once a whole checkpoint, newest first."""
+    found = [(int(match[1]), path) for path in root.glob("step-*") if (match := _STEP_FOLDER.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest_intact(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose every file is as its manifest says, and what is wrong with the newer ones."""
+    problems: list[str] = []
+    for folder in step_folders(root):
+        try:
+            problem = damage(folder, read_manifest(folder))
+        except ValueError as error:
+            problem = str(error)
+        if problem is None:
+            return folder, problems
+        problems.append(problem)
+    return None, problems
+
+
+def latest(root: Path) -> Path:
+    """The folder that latest.json names. Raises ValueError when that file is missing or damaged."""
+    path = root / LATEST
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist, so there is no checkpoint to go on from. Start the run without --resume.")
+    try:
+        return root / _Latest.model_validate_json(path.read_bytes()).folder
+    except ValidationError as error:
+        raise ValueError(f"{path} is damaged: {error.errors()[0]['msg']}. `--resume auto` does not need it.") from error
+
+
+def require_intact(root: Path) -> Path:
+    """The newest checkpoint, checked in full. Raises ValueError that names what is damaged and the newest intact one."""
+    folder = latest(root)
+    try:
+        problem = damage(folder, read_manifest(folder))
+    except ValueError as error:
+        problem = str(error)
+    if problem is None:
+        return folder
+    other, _ = newest_intact(root)
+    offer = f"{other} is the newest intact one; `--resume auto` takes it" if other else "No other checkpoint is intact"
+    raise ValueError(f"The newest checkpoint is damaged: {problem}. {offer}.")
+
+
+def publish(aside: Path, folder: Path, step: int) -> None:
+    """Give a finished folder its name, then let latest.json name it. What had that name (a damaged one) goes."""
+    root = folder.parent
+    sync_folder(aside)
+    if folder.exists():
+        hide(folder)
+    os.rename(aside, folder)
+    sync_folder(root)
+    write_durably(root / LATEST, json.dumps({"folder": folder.name, "step": step}) + "\n")
+
+
+def rotate(root: Path, newest: Path, keep: int | None) -> None:
+    """Remove all but `newest`, the `keep - 1` before it, and the best by held-out loss; None keeps all of these.
+
+    Folders newer than `newest` go too: the run was resumed from before them, because they were damaged.
+    """
+    folders = step_folders(root)
+    own = folders[folders.index(newest) :]
+    best = min((pair for folder in own if (pair := _heldout(folder))), default=None, key=lambda pair: pair[0])
+    kept = {*own[:keep], best[1] if best else newest}
+    for folder in folders:
+        if folder not in kept:
+            hide(folder)
+    remove_hidden(root)
+
+
+def _heldout(folder: Path) -> tuple[float, Path] | None:
+    try:
+        loss = read_manifest(folder).heldout_loss
+    except ValueError:
+        # A damaged one is nobody's best; resuming names the damage, rotation need not.
+        return None
+    return None if loss is None else (loss, folder)
+
+
+def hide(folder: Path) -> None:
+    """Take a checkpoint's name away at once, so that a removal which is cut short leaves no damaged one behind."""
+    os.rename(folder, folder.with_name(f".{folder.name}.{os.getpid()}.old"))
+
+
+def remove_hidden(root: Path) -> None:
+    """Remove what an interrupted writing or removing left."""
+    for path in root.glob(".step-*"):
+        shutil.rmtree(path)
+
+
+def aside_folder(root: Path, step: int) -> Path:
+    """Where a checkpoint is written before it has its name."""
+    return root / f".{folder_name(step)}.new"
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a small file whole: written aside, synced, renamed."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    sync_file(aside)
+    os.replace(aside, path)
+    sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the file's content is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class PieceReader:
+    """Reads any slice of any parameter's state, however the ranks that wrote it had cut it.
+
+    Raises:
+        ValueError: the files are not safetensors, or their pieces do not cover every parameter exactly once.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+        for name in sorted(manifest.files):
+            if name.startswith("rank-"):
+                self._index(folder / name)
+        for parameter, shape in manifest.parameters.items():
+            for kind in KINDS:
+                self._check_cover(folder, kind, parameter, torch.Size(shape).numel())
+
+    def _index(self, path: Path) -> None:
+        try:
+            file = safe_open(path, framework="pt")
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                kind, _, rest = key.partition("/")
+                name, _, start = rest.rpartition("/")
+                if kind in KINDS:
+                    entry = (int(start), file.get_slice(key).get_shape()[0], file, key)
+                    self._pieces.setdefault((kind, name), []).append(entry)
+        except (SafetensorError, ValueError, IndexError) as error:
+            raise ValueError(f"{path} is not a file of a checkpoint: {error}") from error
+
+    def _check_cover(self, folder: Path, kind: str, parameter: str, numel: int) -> None:
+        found = sorted(self._pieces.get((kind, parameter), []), key=lambda entry: entry[:2])
+        end = 0
+        for start, size, *_ in found:
+            if start != end:
+                raise ValueError(f"{folder}: {kind} of {parameter} has a gap or an overlap at element {min(start, end)}.")
+            end += size
+        if end != numel:
+            raise ValueError(f"{folder}: {kind} of {parameter} has {end} elements instead of {numel}.")
+
+    def read(self, kind: str, piece: Piece) -> Tensor:
+        """fp32 [piece.numel] on the CPU."""
+        out = torch.empty(piece.numel)
+        last = piece.start + piece.numel
+        for start, size, file, key in self._pieces[kind, piece.name]:
+            low, high = max(start, piece.start), min(start + size, last)
+            if low < high:
+                out[low - piece.start : high - piece.start] = file.get_slice(key)[low - start : high - start]
+        return out
+
+
+def read_prefix(path: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a file whose names begin with `prefix`."""
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118 - not a dict
+
+
+def differing_shapes(manifest: Manifest, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Parameters that the checkpoint has otherwise than the model, as text."""
+    saved = {name: list(shape) for name, shape in manifest.parameters.items()}
+    wanted = {name: list(shape) for name, shape in shapes.items()}
+    return [
+        f"{name} {saved.get(name, 'absent')} instead of {wanted.get(name, 'absent')}"
+        for name in sorted(saved.keys() | wanted.keys())
+        if saved.get(name) != wanted.get(name)
+    ]

@@ -1,0 +1,215 @@
+"""Writing checkpoints with all ranks: each writes the share of the state that it holds."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from eagle3_ds import __version__
+from eagle3_ds.train.agreement import gather_bytes, max_over_ranks, sum_over_ranks
+from eagle3_ds.train.checkpoint import (
+    KINDS,
+    VOCABULARY,
+    CheckpointError,
+    FileEntry,
+    Manifest,
+    aside_folder,
+    file_entry,
+    folder_name,
+    publish,
+    rank_file,
+    remove_hidden,
+    rotate,
+    sync_file,
+    write_manifest,
+)
+from eagle3_ds.train.rng import random_states
+from eagle3_ds.train.shards import Shard, adam_steps, find_shards, parameter_shapes, read_state, shares
+from eagle3_ds.train.trainer import DraftTrainer
+
+# How the loop stands with the thread that writes; the largest over all ranks counts.
+IDLE, WRITING, FAILED = range(3)
+# Room for headers, random states, manifest and vocabulary map, per rank.
+_SMALL_FILES = 2**20
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Attributes: optimizer steps done, packs taken by all draft_dp ranks, held-out loss when this step was evaluated."""
+
+    step: int
+    packs: int
+    heldout_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written. Attributes: its manifest without files, bytes of all ranks, this rank's file."""
+
+    manifest: Manifest
+    needed: int
+    written: Future[FileEntry]
+
+
+class CheckpointSaver:
+    """Writes the checkpoints of a run. `save` and `finish` are collective.
+
+    With `train.save_async` a thread writes a host copy of this rank's state while training goes on; the checkpoint counts once
+    `finish` was called, which the loop does as soon as every rank's thread is done.
+    """
+
+    def __init__(self, trainer: DraftTrainer, root: Path) -> None:
+        self._trainer, self._root = trainer, root
+        self._device, self._rank = trainer.topology.device, trainer.topology.place.rank
+        self._shards = find_shards(trainer.engine)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: _Pending | None = None
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a checkpoint waits for `finish`. The same on all ranks."""
+        return self._pending is not None
+
+    @property
+    def state(self) -> int:
+        """Of this rank's thread."""
+        if self._pending is None:
+            return IDLE
+        if not self._pending.written.done():
+            return WRITING
+        return FAILED if self._pending.written.exception() else IDLE
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint; without `train.save_async` it is in place on return.
+
+        Raises:
+            CheckpointError: this one, or the one before, could not be written. What was in place stays.
+        """
+        self.finish()
+        own = shares(self._shards, *self._replica())
+        numel = sum(piece.numel for shard in own for piece in shard.pieces)
+        needed = self._require_space(progress.step, len(KINDS) * 4 * numel + _SMALL_FILES)
+        aside = aside_folder(self._root, progress.step)
+        # By every rank: on shared storage another host may not see the folder at once.
+        aside.mkdir(exist_ok=True)
+        if self._rank == 0:
+            self._trainer.vocabulary.save(aside / VOCABULARY)
+        written = self._thread.submit(_write, aside / rank_file(self._rank), self._host_copy(own))
+        self._pending = _Pending(self._describe(progress), needed, written)
+        if not self._trainer.recipe.train.save_async:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if any, and put it in its place.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        error = pending.written.exception()
+        rows = gather_bytes(bytes(_ROW) if error else _as_row(pending.written.result()), self._device)
+        complete = all(any(row) for row in rows)
+        if complete and self._rank == 0:
+            try:
+                self._publish(pending.manifest, [_from_row(row) for row in rows])
+            except OSError as caught:
+                error = caught
+        (failed,) = max_over_ranks([self._rank + 1 if error else 0], self._device)
+        if failed:
+            self._give_up(pending, error, failed - 1)
+
+    def _replica(self) -> tuple[int, int]:
+        """Which of how many equal copies of the sharded state this rank is: copies write a part each."""
+        topology = self._trainer.topology
+        if self._trainer.engine.zero_optimization_stage() == 0:
+            return topology.place.rank, topology.mesh.world_size
+        return (topology.sp_rank, topology.sp_world_size) if self._trainer.recipe.parallel.zero_group == "draft_dp" else (0, 1)
+
+    def _require_space(self, step: int, own_bytes: int) -> int:
+        """Bytes that all ranks together are about to write. Raises CheckpointError when they would not fit."""
+        if self._rank == 0:
+            self._root.mkdir(parents=True, exist_ok=True)
+            remove_hidden(self._root)
+        (needed,) = sum_over_ranks([own_bytes], self._device)
+        short = self._rank == 0 and needed > shutil.disk_usage(self._root).free
+        if max_over_ranks([int(short)], self._device)[0]:
+            raise CheckpointError(
+                f"{folder_name(step)} was not written: it needs {needed:,} bytes, and {self._root} has "
+                f"{shutil.disk_usage(self._root).free:,} free. Free some space or lower train.keep_checkpoints, then go on with "
+                "--resume. Earlier checkpoints are untouched."
+            )
+        return needed
+
+    def _host_copy(self, own: Sequence[Shard]) -> dict[str, Tensor]:
+        tensors = random_states(self._device)
+        for shard in own:
+            for kind, flat in read_state(self._trainer.engine, shard).items():
+                tensors |= {piece.key(kind): piece.of(flat).to("cpu", torch.float32, copy=True) for piece in shard.pieces}
+        return tensors
+
+    def _describe(self, progress: Progress) -> Manifest:
+        engine, mesh = self._trainer.engine, self._trainer.topology.mesh
+        loss = progress.heldout_loss
+        return Manifest(
+            step=progress.step,
+            packs=progress.packs,
+            adam_steps=adam_steps(engine, self._shards),
+            skipped_steps=engine.skipped_steps,
+            heldout_loss=loss if loss is not None and math.isfinite(loss) else None,
+            recipe=self._trainer.recipe.model_dump(mode="json"),
+            mesh={**vars(mesh), "zero_stage": engine.zero_optimization_stage()},
+            parameters=parameter_shapes(engine.module),
+            versions={"eagle3_ds": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__},
+            files={},
+        )
+
+    def _publish(self, manifest: Manifest, entries: Sequence[FileEntry]) -> None:
+        aside = aside_folder(self._root, manifest.step)
+        files = {rank_file(rank): entry for rank, entry in enumerate(entries)}
+        for name, entry in files.items():
+            if not (aside / name).is_file() or (aside / name).stat().st_size != entry.bytes:
+                raise OSError(f"rank 0 does not see {name} as it was written; output_dir must be on storage that all hosts share")
+        files[VOCABULARY] = file_entry(aside / VOCABULARY)
+        write_manifest(aside, manifest.model_copy(update={"files": files}))
+        folder = self._root / folder_name(manifest.step)
+        publish(aside, folder, manifest.step)
+        rotate(self._root, folder, self._trainer.recipe.train.keep_checkpoints)
+
+    def _give_up(self, pending: _Pending, error: BaseException | None, failed: int) -> None:
+        name, free = folder_name(pending.manifest.step), shutil.disk_usage(self._root).free
+        if self._rank == 0:
+            remove_hidden(self._root)
+        cause = f"{type(error).__name__}: {error}" if error else f"rank {failed} says why"
+        raise CheckpointError(
+            f"{name} could not be written ({cause}). It needs {pending.needed:,} bytes; {self._root} had {free:,} free. Earlier "
+            "checkpoints are untouched: free some space, then go on with --resume."
+        ) from error
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> FileEntry:
+    save_file(tensors, path)
+    sync_file(path)
+    return file_entry(path)
+
+
+# A rank's file for the others: 8 bytes of size, 32 of digest; all zeros when it was not written.
+_ROW = 40
+
+
+def _as_row(entry: FileEntry) -> bytes:
+    return entry.bytes.to_bytes(8, "big") + bytes.fromhex(entry.sha256)
+
+
+def _from_row(row: bytes) -> FileEntry:
+    return FileEntry(bytes=int.from_bytes(row[:8], "big"), sha256=row[8:].hex())
