@@ -19,6 +19,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+# The last one DeepSpeed imports while it makes an optimizer, and torch's whole compiler with it: seconds for each rank.
+PRELOADED = ["benchmarks.exactness_product", "eagle3_ds.train.main", "deepspeed.runtime.zero.muon.original_muon"]
+
 
 def run_ranks(
     world_size: int,
@@ -37,7 +40,7 @@ def run_ranks(
     """
     context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
     if device == "cpu":
-        context.set_forkserver_preload(["benchmarks.exactness_product", "eagle3_ds.train.main"])
+        context.set_forkserver_preload(PRELOADED)
     # Read by DeepSpeed and by OpenMP while they are imported, so it must stand before the server or a rank starts.
     os.environ.update(DS_ACCELERATOR=device, OMP_NUM_THREADS="1")
     # One ninja for all that build DeepSpeed's extension: another version would compile it anew.
@@ -120,3 +123,5 @@ def _rank(
     # Plain pickle copies tensors; multiprocessing's own would share them through descriptors that die with this process.
     connection.send_bytes(pickle.dumps(answer))
     dist.destroy_process_group()
+    # Nothing is left to save, and the interpreter's own farewell to torch takes seconds.
+    os._exit(0)

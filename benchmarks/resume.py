@@ -42,8 +42,6 @@ from benchmarks.resume_runs import (
 from eagle3_ds.train.checkpoint import CHECKPOINTS, FINAL_WEIGHTS, folder_name, newest_intact, read_manifest
 
 RESULTS = Path(__file__).parent / "results" / "resume.json"
-# Longer than a step with its checkpoint takes, so that a kill can hit either, or the step after.
-LONGEST = 0.4
 # Of losses in fp32 when ranks sum in another order.
 TOLERANCE = 1e-5
 
@@ -64,7 +62,9 @@ def killed_and_resumed(inputs: Path, shape: str, output: Path, seed: int, most: 
         done = last_step(output)
         if done == STEPS:
             return kills
-        death = Death(chance.randrange(done, STEPS), chance.uniform(0, LONGEST), chance.choice([None, *range(world_size)]))
+        # Before the last step, which may be over too soon, unless only that one is left.
+        step = chance.randrange(done, max(done + 1, STEPS - 1))
+        death = Death(step, chance.random(), chance.choice([None, *range(world_size)]))
         if not run_until_death(recipe, world_size, death):
             return kills
     run(recipe, world_size)

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,17 @@ from eagle3_ds.config import Recipe, TargetBuild, TargetSection
 from eagle3_ds.target import build_target
 from eagle3_ds.topology import maybe_setup_distributed
 from eagle3_ds.train import loop
-from eagle3_ds.train.checkpoint import CHECKPOINTS, newest_intact
+from eagle3_ds.train.checkpoint import CHECKPOINTS, folder_name, newest_intact
 from eagle3_ds.train.heart import Heart
 from eagle3_ds.train.main import build_loaders, build_trainer, open_states, train
 from eagle3_ds.train.restore import load_checkpoint
+from eagle3_ds.train.saver import CheckpointSaver, Progress
 from eagle3_ds.train.stop import StopRequest
 
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
-STEPS = 6
+STEPS = 4
+# Taken for the time of a step where none has been seen.
+FIRST_STEP_SECONDS = 0.2
 BUILD = TargetBuild(
     vocab_size=320, hidden_size=32, intermediate_size=64, num_layers=7, num_heads=4, num_kv_heads=2, max_positions=512,
     sequence_length=32, batch_size=4, steps=0,
@@ -61,8 +65,8 @@ class Shape:
 SHAPES = {
     "zero0": Shape(1, 1, 2, 4, "zero0", "all"),
     "zero1": Shape(2, 1, 2, 2, "zero1", "draft_dp"),
-    "zero2": Shape(1, 2, 1, 4, "zero2", "all"),
-    "zero3": Shape(2, 2, 1, 2, "zero3", "all"),
+    "zero2": Shape(2, 2, 1, 2, "zero2", "all"),
+    "zero3": Shape(1, 2, 1, 4, "zero3", "all"),
 }
 
 
@@ -81,7 +85,7 @@ def make_recipe(inputs: Path, shape: str, output: Path, **train_keys: Any) -> Re
     how = SHAPES[shape]
     sections: dict[str, dict[str, Any]] = {
         "target": {"path": str(inputs / "target"), "dtype": "float32"},
-        "draft": {"vocab_size": 192, "ttt_steps": 3},
+        "draft": {"vocab_size": 192, "ttt_steps": 2},
         "data": {"train": (str(inputs / "data.jsonl"),), "max_length": 128, "heldout_fraction": 0.1, "hidden_dtype": "float32"},
         "parallel": {"draft_dp": how.draft_dp, "ring": how.ring, "ulysses": how.ulysses, "zero_group": how.zero_group},
         "train": {"steps": STEPS, "accumulation": how.accumulation, "dtype": "float32", "learning_rate": 3e-3, "warmup_steps": 2},
@@ -111,31 +115,42 @@ def _train(recipe: Recipe, resume: str | None) -> None:
 
 @dataclass(frozen=True)
 class Death:
-    """A rank (None: all of them at once) gets SIGKILL `seconds` after it began optimizer step `step` (from 0)."""
+    """A rank (None: all of them at once) gets SIGKILL in optimizer step `step` (from 0) or the saving after it.
+
+    `moment` says when, as a share of the time from one step's beginning to the next.
+    """
 
     step: int
-    seconds: float
+    moment: float
     rank: int | None
 
 
 def run_until_death(recipe: Recipe, world_size: int, death: Death) -> bool:
     """As `run`, but killed; False when the run ended before."""
     found, _ = newest_intact(Path(recipe.output_dir) / CHECKPOINTS)
+    died = Path(recipe.output_dir) / "died"
+    died.unlink(missing_ok=True)
     try:
         run_ranks(world_size, _train_and_die, recipe, found.name if found else None, death)
-    except RuntimeError as error:
-        if "died without a word" not in str(error):
+    except RuntimeError:
+        # From the rank itself, or from one that lost it.
+        if not died.exists():
             raise
-        return True
-    return False
+    return died.exists()
 
 
 def _train_and_die(recipe: Recipe, resume: str | None, death: Death) -> None:
-    rate_at = loop.learning_rate_at
+    rate_at, began = loop.learning_rate_at, list[float]()
+
+    def die() -> None:
+        (Path(recipe.output_dir) / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def rate_or_die(recipe: Recipe, step: int, total_steps: int) -> float:
+        began.append(time.monotonic())
         if step == death.step and death.rank in (None, int(os.environ["RANK"])):
-            threading.Timer(death.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            took = began[-1] - began[-2] if len(began) > 1 else FIRST_STEP_SECONDS
+            threading.Timer(death.moment * took, die).start()
         return rate_at(recipe, step, total_steps)
 
     # What the loop asks for first in every step; this process was made for one run.
@@ -161,3 +176,20 @@ def continue_from(recipe: Recipe, checkpoints: dict[str, Path]) -> dict[str, lis
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def restored_in_place(recipe: Recipe) -> tuple[list[Any], list[Any]]:
+    """On every rank: reports of two steps after a checkpoint, and again after the trainer was put back to it."""
+    parallel = recipe.parallel
+    topology = maybe_setup_distributed(parallel.ulysses, parallel.ring, parallel.draft_dp)
+    trainer = build_trainer(recipe, topology)
+    loader, _ = build_loaders(recipe, topology)
+    root = Path(recipe.output_dir) / CHECKPOINTS
+    saver = CheckpointSaver(trainer, root)
+    trainer.step(loader.step(0))
+    saver.save(Progress(1, loader.packs_before(1)))
+    # With `train.save_async` the checkpoint is written while these are trained.
+    before = [trainer.step(loader.step(index)) for index in (1, 2)]
+    saver.finish()
+    load_checkpoint(trainer, root / folder_name(1))
+    return before, [trainer.step(loader.step(index)) for index in (1, 2)]

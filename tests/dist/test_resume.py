@@ -1,0 +1,77 @@
+"""Every ZeRO stage under sequence parallelism: killed and resumed bitwise, and gone on with in every other shape.
+
+`python -m benchmarks.resume --kills N` does the same with more kills.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.rank_processes import run_ranks
+from benchmarks.resume import (
+    TOLERANCE,
+    differences,
+    in_other_shapes,
+    killed_and_resumed,
+    largest_relative_error,
+    uninterrupted,
+)
+from benchmarks.resume_runs import SHAPES, STEPS, make_recipe, prepare_inputs, read_metrics, restored_in_place, start_output
+from eagle3_ds.train.checkpoint import CHECKPOINTS, folder_name, step_folders
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    prepare_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def references(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An uninterrupted run of each shape."""
+    outputs = {shape: tmp_path_factory.mktemp(shape) / "whole" for shape in SHAPES}
+    for shape, output in outputs.items():
+        uninterrupted(inputs, shape, output)
+    return outputs
+
+
+# These seeds kill after the first checkpoint; the odd ones write in the background.
+@pytest.mark.parametrize(("shape", "seed"), [("zero0", 0), ("zero1", 7), ("zero2", 6), ("zero3", 5)])
+def test_a_killed_run_ends_as_if_nothing_had_been(
+    shape: str, seed: int, inputs: Path, references: dict[str, Path], tmp_path: Path
+) -> None:
+    killed = killed_and_resumed(inputs, shape, tmp_path / "run", seed, most=1)
+    assert killed == 1
+    assert differences(tmp_path / "run", references[shape]) == []
+    # The newest two; the best by held-out loss is among them, as losses fall.
+    assert [path.name for path in step_folders(tmp_path / "run" / CHECKPOINTS)] == [folder_name(STEPS), folder_name(STEPS - 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_shape_goes_on_from_any_other(shape: str, inputs: Path, references: dict[str, Path], tmp_path: Path) -> None:
+    errors = in_other_shapes(inputs, shape, references, tmp_path / "others")
+    assert errors.keys() == SHAPES.keys()
+    assert errors.pop(shape) == 0.0
+    assert max(errors.values()) <= TOLERANCE, errors
+
+
+def test_the_comparison_of_losses_can_fail(inputs: Path, references: dict[str, Path]) -> None:
+    records = read_metrics(references["zero0"])
+    assert largest_relative_error(records[2:], records[:-2]) == float("inf")
+    shifted = [{**record, "step": record["step"] + 1} for record in records[:-1]]
+    assert largest_relative_error(shifted, records[1:]) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize(("shape", "deepspeed"), [("zero0", "zero0"), ("zero3", "zero3_offload")])
+def test_bf16_goes_on_bitwise(shape: str, deepspeed: str, inputs: Path, tmp_path: Path) -> None:
+    start_output(inputs, tmp_path / "run")
+    recipe = make_recipe(inputs, shape, tmp_path / "run", dtype="bfloat16", save_async=True)
+    path = Path(recipe.deepspeed).with_name(f"{deepspeed}.json")
+    results = run_ranks(SHAPES[shape].world_size, restored_in_place, recipe.model_copy(update={"deepspeed": str(path)}))
+    for before, after in results:
+        assert before == after
