@@ -183,7 +183,7 @@ def restored_in_place(recipe: Recipe) -> tuple[list[Any], list[Any]]:
     parallel = recipe.parallel
     topology = maybe_setup_distributed(parallel.ulysses, parallel.ring, parallel.draft_dp)
     trainer = build_trainer(recipe, topology)
-    loader, _ = build_loaders(recipe, topology)
+    loader, _ = build_loaders(recipe, topology, open_states(recipe, topology))
     root = Path(recipe.output_dir) / CHECKPOINTS
     saver = CheckpointSaver(trainer, root)
     trainer.step(loader.step(0))
