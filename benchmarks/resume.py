@@ -30,7 +30,7 @@ from benchmarks.rank_processes import run_ranks
 from benchmarks.resume_runs import (
     SHAPES,
     STEPS,
-    Death,
+    Blow,
     continue_from,
     make_recipe,
     prepare_inputs,
@@ -64,8 +64,8 @@ def killed_and_resumed(inputs: Path, shape: str, output: Path, seed: int, most: 
             return kills
         # Before the last step, which may be over too soon, unless only that one is left.
         step = chance.randrange(done, max(done + 1, STEPS - 1))
-        death = Death(step, chance.random(), chance.choice([None, *range(world_size)]))
-        if not run_until_death(recipe, world_size, death):
+        blow = Blow(step, chance.random(), chance.choice([None, *range(world_size)]))
+        if not run_until_death(recipe, world_size, blow):
             return kills
     run(recipe, world_size)
     return most

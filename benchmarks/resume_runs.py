@@ -114,8 +114,8 @@ def _train(recipe: Recipe, resume: str | None) -> None:
 
 
 @dataclass(frozen=True)
-class Death:
-    """A rank (None: all of them at once) gets SIGKILL in optimizer step `step` (from 0) or the saving after it.
+class Blow:
+    """A rank (None: all of them at once) gets a signal in optimizer step `step` (from 0), or in the saving after it.
 
     `moment` says when, as a share of the time from one step's beginning to the next.
     """
@@ -123,38 +123,44 @@ class Death:
     step: int
     moment: float
     rank: int | None
+    number: signal.Signals = signal.SIGKILL
 
 
-def run_until_death(recipe: Recipe, world_size: int, death: Death) -> bool:
+def run_until_death(recipe: Recipe, world_size: int, blow: Blow) -> bool:
     """As `run`, but killed; False when the run ended before."""
-    found, _ = newest_intact(Path(recipe.output_dir) / CHECKPOINTS)
-    died = Path(recipe.output_dir) / "died"
-    died.unlink(missing_ok=True)
+    struck = Path(recipe.output_dir) / "struck"
+    struck.unlink(missing_ok=True)
     try:
-        run_ranks(world_size, _train_and_die, recipe, found.name if found else None, death)
+        run_struck(recipe, world_size, blow)
     except RuntimeError:
         # From the rank itself, or from one that lost it.
-        if not died.exists():
+        if not struck.exists():
             raise
-    return died.exists()
+    return struck.exists()
 
 
-def _train_and_die(recipe: Recipe, resume: str | None, death: Death) -> None:
+def run_struck(recipe: Recipe, world_size: int, blow: Blow) -> None:
+    """As `run`, under a blow."""
+    found, _ = newest_intact(Path(recipe.output_dir) / CHECKPOINTS)
+    run_ranks(world_size, _train_under, recipe, found.name if found else None, blow)
+
+
+def _train_under(recipe: Recipe, resume: str | None, blow: Blow) -> None:
     rate_at, began = loop.learning_rate_at, list[float]()
 
-    def die() -> None:
-        (Path(recipe.output_dir) / "died").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+    def strike() -> None:
+        (Path(recipe.output_dir) / "struck").touch()
+        os.kill(os.getpid(), blow.number)
 
-    def rate_or_die(recipe: Recipe, step: int, total_steps: int) -> float:
+    def rate_under(recipe: Recipe, step: int, total_steps: int) -> float:
         began.append(time.monotonic())
-        if step == death.step and death.rank in (None, int(os.environ["RANK"])):
+        if step == blow.step and blow.rank in (None, int(os.environ["RANK"])):
             took = began[-1] - began[-2] if len(began) > 1 else FIRST_STEP_SECONDS
-            threading.Timer(death.moment * took, die).start()
+            threading.Timer(blow.moment * took, strike).start()
         return rate_at(recipe, step, total_steps)
 
     # What the loop asks for first in every step; this process was made for one run.
-    with mock.patch.object(loop, "learning_rate_at", rate_or_die):
+    with mock.patch.object(loop, "learning_rate_at", rate_under):
         _train(recipe, resume)
 
 

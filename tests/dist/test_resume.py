@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,19 @@ from benchmarks.resume import (
     largest_relative_error,
     uninterrupted,
 )
-from benchmarks.resume_runs import SHAPES, STEPS, make_recipe, prepare_inputs, read_metrics, restored_in_place, start_output
-from eagle3_ds.train.checkpoint import CHECKPOINTS, folder_name, step_folders
+from benchmarks.resume_runs import (
+    SHAPES,
+    STEPS,
+    Blow,
+    make_recipe,
+    prepare_inputs,
+    read_metrics,
+    restored_in_place,
+    run,
+    run_struck,
+    start_output,
+)
+from eagle3_ds.train.checkpoint import CHECKPOINTS, FINAL_WEIGHTS, folder_name, require_intact, step_folders
 
 pytestmark = pytest.mark.dist
 
@@ -50,6 +62,20 @@ def test_a_killed_run_ends_as_if_nothing_had_been(
     assert differences(tmp_path / "run", references[shape]) == []
     # The newest two; the best by held-out loss is among them, as losses fall.
     assert [path.name for path in step_folders(tmp_path / "run" / CHECKPOINTS)] == [folder_name(STEPS), folder_name(STEPS - 1)]
+
+
+def test_all_ranks_stop_after_the_same_step_when_one_gets_a_signal(
+    inputs: Path, references: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output, world_size = tmp_path / "run", SHAPES["zero0"].world_size
+    start_output(inputs, output)
+    recipe = make_recipe(inputs, "zero0", output, save_every=0)
+    run_struck(recipe, world_size, Blow(step=1, moment=0.0, rank=1, number=signal.SIGTERM))
+    assert f"stopped by SIGTERM after step 2 of {STEPS}; start again with --resume" in capfd.readouterr().out
+    assert require_intact(output / CHECKPOINTS).name == folder_name(2)
+    assert not (output / FINAL_WEIGHTS).exists()
+    run(recipe, world_size)
+    assert differences(output, references["zero0"]) == []
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,0 +1,43 @@
+"""A scheduler's view: one command that is started, told to stop, and started again."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from small_quickstart import QUICKSTART, ROOT, Job, small_job
+
+pytestmark = pytest.mark.e2e
+TWO_RANKS = ("parallel.ring=1", "train.steps=1000", "eval.num_prompts=0")
+
+
+def test_a_run_that_is_told_to_stop_is_gone_on_with_by_the_same_command(finished: Job, shared: Path, tmp_path: Path) -> None:
+    """`finished` has made the target and the hidden states that this run uses again."""
+    job = small_job(shared, tmp_path / "output", *TWO_RANKS)
+    line = [str(ROOT / "launch.sh"), QUICKSTART, *job.overrides, "--resume", "auto"]
+    process = subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    metrics = job.folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") > 1):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    done = json.loads((job.folder / "checkpoints" / "latest.json").read_text())["step"]
+    assert len(job.metrics()) == done < 1000
+    for words in (
+        "there is no checkpoint yet",
+        f"stopped by SIGTERM after step {done} of 1000",
+        "the same command with --resume",
+    ):
+        assert words in output
+    assert not (job.folder / "draft").exists()
+
+    status, output = job.call("launch", f"train.steps={done + 1}", "--resume", "auto")
+    assert status == 0, output
+    assert f"going on from {job.folder / 'checkpoints' / f'step-{done:06d}'}" in output
+    assert [record["step"] for record in job.metrics()] == list(range(1, done + 2))
+    assert (job.folder / "draft" / "model.safetensors").is_file()
