@@ -51,14 +51,15 @@ class TargetStream:
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        self._cache = DynamicCache(config=target.config)
+        # Without the config: a layer with a sliding window would keep only the window, and could not be cut back.
+        self._cache = DynamicCache()
         self.length = 0
 
     def read(self, tokens: Sequence[int], last_only: bool = False) -> tuple[Tensor, Tensor]:
         """Feed S tokens. Returns logits [S, V] (or [1, V] of the last) and g [S, 3 * Ht]."""
         device = self._target.device
         positions = torch.arange(self.length, self.length + len(tokens), device=device)
-        base = self._target.model.model
+        base = self._target.base
         with AuxCapture(base, self._target.aux_layers) as capture:
             output = base(
                 input_ids=torch.tensor([list(tokens)], device=device),

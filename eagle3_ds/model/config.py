@@ -34,6 +34,9 @@ def build_draft_config(target_config: Any, draft: DraftSection) -> LlamaConfig:
             f"draft.num_heads = {num_heads} is not a multiple of draft.num_kv_heads = {num_kv_heads}: each key head serves "
             "the same number of query heads. Change one of them."
         )
+    # Where kinds of layers differ in their rotary embedding, the draft has that of full attention, as it has no window.
+    rope = target_config.rope_parameters
+    rope = rope if "rope_type" in rope else rope["full_attention"]
     head_dim = getattr(target_config, "head_dim", None) or target_config.hidden_size // target_config.num_attention_heads
     return LlamaConfig(
         vocab_size=target_config.vocab_size,
@@ -47,7 +50,7 @@ def build_draft_config(target_config: Any, draft: DraftSection) -> LlamaConfig:
         hidden_act="silu",
         max_position_embeddings=target_config.max_position_embeddings,
         rms_norm_eps=target_config.rms_norm_eps,
-        rope_parameters=dict(target_config.rope_parameters),
+        rope_parameters=dict(rope),
         tie_word_embeddings=False,
         bos_token_id=target_config.bos_token_id,
         eos_token_id=target_config.eos_token_id,

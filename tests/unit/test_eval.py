@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import AUX_LAYERS, family_config, random_model
 from tiny_target import build_tiny_target
 
 from eagle3_ds.config import DraftSection, EvalSection, TargetSection
@@ -69,6 +70,20 @@ def test_target_stream_after_a_rejection_equals_one_forward(target: Target) -> N
     torch.testing.assert_close(first, aux[: len(PROMPT)], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(second, aux[-2:], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(logits, teacher[-2:] @ target.head.T, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gpt_oss"])
+def test_target_stream_is_cut_back_beyond_a_sliding_window(family: str) -> None:
+    config = family_config(family)
+    target = Target(random_model(config), None, config, AUX_LAYERS)
+    stream, prompt = TargetStream(target), list(range(20))
+    stream.read(prompt)
+    stream.read([1, 2, 3, 4])
+    stream.keep(21)
+    logits, aux = stream.read([9, 8])
+    expected, teacher = capture_hidden_states(target, torch.tensor([*prompt, 1, 9, 8]))
+    torch.testing.assert_close(aux, expected[-2:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits, teacher[-2:] @ target.head.T, atol=1e-4, rtol=1e-4)
 
 
 def test_proposals_do_not_depend_on_earlier_guesses(target: Target, draft: DraftModel, vocabulary: VocabularyMap) -> None:

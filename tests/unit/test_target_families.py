@@ -12,8 +12,11 @@ from torch import nn
 from transformers import CohereConfig, FalconH1Config, Glm4Config, GPT2Config, GraniteConfig, Llama4TextConfig, Qwen3NextConfig
 
 from eagle3_ds.attention import PackedAttention
+from eagle3_ds.config import DraftSection
 from eagle3_ds.kernels import select_kernel
 from eagle3_ds.layout import SpanPlan
+from eagle3_ds.model import build_draft_config
+from eagle3_ds.model.rope import rotary_frequencies
 from eagle3_ds.target import SpanForward, Target, capture_hidden_states, check_parallel, check_supported, packed
 
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
@@ -78,6 +81,16 @@ def test_length_dependent_angles_pass_below_the_length_they_start_at() -> None:
 def test_ulysses_must_divide_the_query_heads() -> None:
     with pytest.raises(ValueError, match=r"parallel.ulysses is 3, which does not divide the 4 query heads .* Set it to 2"):
         check_parallel(family_config("llama"), "t", ulysses=3, longest=10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_a_draft_that_unrolls_its_rotary_embedding(family: str) -> None:
+    config = family_config(family)
+    draft = build_draft_config(config, DraftSection(vocab_size=64))
+    rope = config.rope_parameters
+    assert draft.rope_parameters == rope.get("full_attention", rope)
+    frequencies = rotary_frequencies(draft, 64, torch.device("cpu")).frequencies
+    assert frequencies.shape == (4,) and frequencies.isfinite().all()
 
 
 def attention(lengths: tuple[int, ...]) -> PackedAttention:
