@@ -22,21 +22,15 @@ FIX = (
     "Copy the template to a file, put {% generation %} and {% endgeneration %} around what the assistant generates, and name "
     "the file in data.chat_template"
 )
-NO_END = "the template writes no special token that ends the turn"
 MARK = "Zq7x"
 
 
 @dataclass(frozen=True)
 class Words:
-    """Characters [first, last) of a render that one message's own words decide.
-
-    `exact`: `first` is where its words begin. Otherwise the template writes other things before other words (an empty
-    block for reasoning, say), and `first` is where these begin.
-    """
+    """Characters [first, last) of a render that one message's own words decide."""
 
     first: int
     last: int
-    exact: bool
 
 
 def locate_turns(
@@ -90,7 +84,7 @@ class _View:
         closing = self.template.special.search(other, end)
         if closing is not None and closing.start() < len(other) - tail:  # it changed, or what stands before it did
             raise self.unclear(index, "the way its turn ends depends on its words")
-        return Words(head, len(text) - tail, head == begin)
+        return Words(head, len(text) - tail)
 
     def unclear(self, index: int, reason: str) -> ValueError:
         return ValueError(f"{self.where}: the tokens of messages[{index}] cannot be told from the rest: {reason}. {FIX}")
@@ -145,37 +139,37 @@ def _turn_span(view: _View, turn: int, ends: set[str]) -> Span:
 
 def _start(view: _View, turn: int, words: Words) -> int:
     """Where the server's prompt for this turn ends."""
+    text = view.text
     prompt = view.render(view.messages[:turn], prompt=True)
-    if view.text.startswith(prompt):
+    if text.startswith(prompt):
         start = len(prompt)
     else:
         # Earlier messages are rendered otherwise by now (reasoning dropped, a system message moved on), so that the prompt
         # is compared from the end of the message before.
-        here = view.words(view.text, view.messages, turn - 1).last
+        here = view.words(text, view.messages, turn - 1).last
         opening = prompt[view.words(prompt, view.messages[:turn], turn - 1, prompt=True).last :]
-        if view.text.startswith(opening, here):
+        if text.startswith(opening, here):
             start = here + len(opening)
-        elif words.exact and opening.startswith(view.text[here : words.first]):
-            # the prompt goes on with something that the render of this turn lacks, like an empty block of reasoning
-            _check_no_reasoning(view, turn)
-            start = words.first
         else:
-            raise view.unclear(turn, "the generation prompt is not how the template renders the beginning of the turn")
-    if view.text[start : words.first].strip():
+            # The prompt may go on with what this turn was rendered without by now, like an empty block of reasoning.
+            start = _answer_start(view, turn)
+            if start < here or not opening.startswith(text[here:start]):
+                raise view.unclear(
+                    turn,
+                    "the generation prompt is not how the template renders the beginning of the turn (does the one ask for "
+                    "reasoning that the other lacks, or rule it out? data.chat_template_arguments may change that)",
+                )
+    if text[start : words.first].strip():
         _check_generation_prompt(view, turn, prompt)
     return start
 
 
-def _check_no_reasoning(view: _View, turn: int) -> None:
-    """Raises ValueError when the turn is rendered with reasoning where the prompt has other things."""
+def _answer_start(view: _View, turn: int) -> int:
+    """Where the turn begins if it begins as an answer without reasoning would in its place; else -1."""
     mark = unused_mark(view.text)
-    message = view.messages[turn]
-    thinking = {key: mark if key in REASONING_KEYS else value for key, value in message.items()}
-    if mark in view.render([*view.messages[:turn], thinking, *view.messages[turn + 1 :]]):
-        raise ValueError(
-            f"{view.where}: messages[{turn}] has reasoning, and the generation prompt for its turn rules reasoning out: remove "
-            "it from the row, or change data.chat_template_arguments"
-        )
+    answer = {key: value for key, value in view.messages[turn].items() if key not in REASONING_KEYS} | {"content": mark}
+    before = view.render([*view.messages[:turn], answer, *view.messages[turn + 1 :]]).partition(mark)[0]
+    return len(before) if view.text.startswith(before) else -1
 
 
 def _check_generation_prompt(view: _View, turn: int, prompt: str) -> None:
@@ -190,32 +184,64 @@ def _check_generation_prompt(view: _View, turn: int, prompt: str) -> None:
 
 
 def _end(view: _View, turn: int, words: Words, ends: set[str]) -> int:
-    """The end of the first special token after the turn's words.
+    """Where the turn's last special token ends: what follows its words both with a message after it and without.
 
-    `ends` holds what is proven to end a turn of this conversation, from the words' end to the special token, and gets
-    what this turn proves: whatever stands there without a next message too is not that message's beginning.
+    `ends` holds what is proven to end a turn of this conversation, from its words on, and gets what this turn proves.
     """
-    closing = view.template.special.search(view.text, words.last)
-    if closing is None:
-        raise view.unclear(turn, NO_END)
-    end = view.text[words.last : closing.end()]
-    if end not in ends and turn + 1 < len(view.messages):
-        upto = view.messages[: turn + 1]
-        alone = view.render(upto)
-        if not alone.startswith(view.text[: closing.end()]):
-            # other words or another end than here: the same must stand between them
-            last = view.words(alone, upto, turn).last
-            own = view.template.special.search(alone, last)
-            if own is None or alone[last : own.start()] != view.text[words.last : closing.start()]:
-                raise view.unclear(turn, NO_END)
-    ends.add(end)
+    known = max((end for end in ends if view.text.startswith(end, words.last)), key=len, default=None)
+    if known is None:
+        followed, alone = _closings(view, turn, words)
+        known = _up_to_special(view.template, followed[: _shared_prefix(followed, alone)])
+        if known is None:
+            # The two may differ in the very token, as where only the last turn of all ends a text.
+            known, other = (_up_to_special(view.template, closing, first=True) for closing in (followed, alone))
+            before = [view.template.special.split(closing, maxsplit=1)[0] for closing in (followed, alone)]
+            if known is None or other is None or before[0] != before[1]:
+                raise view.unclear(turn, "the template writes no special token that ends the turn")
+        ends.add(known)
+    closing = view.template.special.findall(known)[-1]
     for key in ("content", *REASONING_KEYS):
-        if closing.group() in view.messages[turn].get(key, ""):
+        if closing in view.messages[turn].get(key, ""):
             raise ValueError(
-                f"{view.where}: messages[{turn}].{key} holds {closing.group()!r}, the token that ends a turn: correct or remove "
-                "the row"
+                f"{view.where}: messages[{turn}].{key} holds {closing!r}, the token that ends a turn: correct or remove the row"
             )
-    return closing.end()
+    return words.last + len(known)
+
+
+def _closings(view: _View, turn: int, words: Words) -> tuple[str, str]:
+    """What the template writes after the turn's words: with a message after the turn, and without.
+
+    The first is what the conversation itself has there, except where the turn is the last one and writes several special
+    tokens, of which some may end not the turn but the whole text.
+    """
+    rest = view.text[words.last :]
+    upto = view.messages[: turn + 1]
+    if turn + 1 < len(view.messages):
+        alone = view.render(upto)
+        last = words.last if alone.startswith(view.text[: words.last]) else view.words(alone, upto, turn).last
+        return rest, alone[last:]
+    if len(view.template.special.findall(rest)) < 2:
+        return rest, rest
+    longer = [*upto, _next_message(upto[-1])]
+    text = view.render(longer)
+    return text[view.words(text, longer, turn).last :], rest
+
+
+def _next_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message that may follow this one of the assistant."""
+    if "tool_calls" not in message:
+        return {"role": "user", "content": MARK}
+    call = message["tool_calls"][0]
+    name = call.get("function", call)["name"]
+    return {"role": "tool", "content": MARK, "name": name, "tool_call_id": call.get("id", "")}
+
+
+def _up_to_special(template: ChatTemplate, closing: str, first: bool = False) -> str | None:
+    """`closing` up to its last (or first) special token, at most up to the tokenizer's end token; None without any."""
+    found = list(template.special.finditer(closing))
+    ends = [match for match in found if match.group() == template.special_tokens.get("eos_token")]
+    match = found[:1] if first else ends[:1] or found[-1:]
+    return closing[: match[0].end()] if match else None
 
 
 # Templates with marks

@@ -127,6 +127,9 @@ CASES: dict[str, tuple[str, Messages, Any, dict[str, Any], list[str]]] = {
     "qwen3, not thinking: the prompt holds more than earlier turns": (
         "qwen3", TWO_TURNS, None, {"enable_thinking": False}, ["Hello! I am here.<|im_end|>", "It is 42.<|im_end|>"],
     ),
+    "qwen3, not thinking, tools": (
+        "qwen3", CALLS, [WEATHER], {"enable_thinking": False}, [QWEN_CALL[1:], "It is sunny.<|im_end|>", "Welcome.<|im_end|>"],
+    ),
     "qwen3, tools: reasoning of the last question stays": (
         "qwen3", REASONED_CALLS[:4], [WEATHER], {},
         ['<think>\nAsk the tool.\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
@@ -284,15 +287,31 @@ def test_families_that_raise_name_the_row() -> None:
         masked(family_tokenizer("mistral"), short)
 
 
-def test_reasoning_that_the_prompt_rules_out_is_refused() -> None:
+@pytest.mark.parametrize("messages", [REASONED, INLINE])
+def test_reasoning_that_the_prompt_rules_out_is_refused(messages: Messages) -> None:
     tokenizer = family_tokenizer("qwen3")
-    with pytest.raises(ValueError, match=r"^row: messages\[3\] has reasoning, and the generation prompt for its turn rules"):
-        masked(tokenizer, REASONED, enable_thinking=False)
-    with pytest.raises(ValueError, match=UNCLEAR + "the generation prompt is not how the template renders"):
-        masked(tokenizer, INLINE, enable_thinking=False)
+    with pytest.raises(ValueError, match=UNCLEAR + "the generation prompt .* rule it out. data.chat_template_arguments may"):
+        masked(tokenizer, messages, enable_thinking=False)
     # earlier reasoning is dropped, also where it says what the answer says
     earlier = [user("Hi"), assistant("Hello!", reasoning="Hello!"), *TWO_TURNS[2:]]
     assert stretches(tokenizer, masked(tokenizer, earlier, enable_thinking=False)) == ["Hello!<|im_end|>", "It is 42.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("turn_end", "text_end", "supervised"),
+    [
+        ("<|endoftext|><|im_end|>\\n", "", "<|endoftext|><|im_end|>"),  # two tokens end a turn, the second is the end token
+        ("<|im_end|><|endoftext|>\\n", "", "<|im_end|>"),  # the end token stops a server, whatever is written after it
+        ("<|im_end|>", "<|endoftext|>", "<|im_end|>"),  # the second ends the text as a whole
+        ("<|im_end|>\\n", "<|endoftext|>\\n", "<|im_end|>"),
+    ],
+)
+@pytest.mark.parametrize("length", [2, 4])
+def test_several_special_tokens_after_a_turn(turn_end: str, text_end: str, supervised: str, length: int) -> None:
+    after_all = f"{{% if not add_generation_prompt %}}{{{{ '{text_end}' }}}}{{% endif %}}"
+    tokenizer = chatml(CHATML.replace("<|im_end|>\\n", turn_end) + after_all + PROMPT)
+    expected = [message["content"] + supervised for message in TWO_TURNS[1:length:2]]
+    assert stretches(tokenizer, masked(tokenizer, TWO_TURNS[:length])) == expected
 
 
 def test_words_that_are_trimmed_away_are_refused() -> None:
