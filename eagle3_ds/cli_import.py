@@ -149,7 +149,7 @@ def _check_layers(files: ForeignFiles, aux_layers: Sequence[int], num_layers: in
 def load_target_end(folder: Path, config: Any, dtype: torch.dtype) -> TargetEnd:
     """The target's final norm and head, and nothing else of its weights. Raises ValueError when its norm is not found."""
     with torch.device("meta"):
-        norm = transformers.AutoModelForCausalLM.from_config(config).model.norm
+        norm = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).model.norm
     files = weight_files(folder)
     names = {name.removeprefix("model.norm."): name for name in files if name.startswith("model.norm.")}
     if set(names) != set(norm.state_dict()):

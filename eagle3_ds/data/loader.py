@@ -119,8 +119,15 @@ class PackedLoader:
 
     def documents(self, step: int) -> list[int]:
         """The ids of the documents in `step(step)`, in their order."""
-        rows = [row for index in self.pack_indices(step) for row in self.packs[index]]
-        return [int(number) for number in self.source.dataset.select_columns(["document_id"])[rows]["document_id"]]
+        numbers = self.source.dataset.select_columns(["document_id"])[self._rows(step)]["document_id"]
+        return [int(number) for number in numbers]
+
+    def document(self, step: int, place: int) -> PackedSequence:
+        """The document at `place` in `documents(step)`, as a pack of its own."""
+        return self.source.sequence([self._rows(step)[place]])
+
+    def _rows(self, step: int) -> list[int]:
+        return [row for index in self.pack_indices(step) for row in self.packs[index]]
 
     def _order(self, epoch: int) -> list[int]:
         order = list(range(self.num_packs))

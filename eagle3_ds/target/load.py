@@ -65,7 +65,8 @@ def load_target(section: TargetSection, dtype: str | None = None, device: torch.
     check_supported(config, section.path)
     aux_layers = choose_aux_layers(config.num_hidden_layers, section.aux_layers)
     weight_files(path)  # its errors tell more than those of transformers
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=getattr(torch, dtype or section.dtype))
+    settings = {"dtype": getattr(torch, dtype or section.dtype), "trust_remote_code": False}
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(path), **settings)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ValueError(
             f"target.path = {section.path!r} has a bias in its head: the draft is taught from the product of head and hidden "
@@ -85,7 +86,9 @@ def empty_target(section: TargetSection) -> Target:
     config = load_full_config(path)
     text_config = config.get_text_config()
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, section.dtype))
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, section.dtype), trust_remote_code=False
+        )
     model.requires_grad_(False).eval()
     return Target(
         model, load_tokenizer(section), text_config, choose_aux_layers(text_config.num_hidden_layers, section.aux_layers)
@@ -100,7 +103,7 @@ def load_tokenizer(section: TargetSection) -> Any:
     """
     path = resolve_path(section.path)
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(path))
+        return transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"target.path = {section.path!r} holds no tokenizer that transformers can load ({error}). Put the target's "

@@ -49,7 +49,7 @@ def load_full_config(path: str | Path) -> Any:
             "save_pretrained wrote."
         )
     try:
-        config = AutoConfig.from_pretrained(str(path))
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"target.path = {str(path)!r}: transformers cannot read its config.json ({error}). Name the folder of a model "

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from itertools import accumulate
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -23,9 +22,23 @@ FOLDER = "divergence"
 class Loader(Protocol):
     """What is asked of the data: pure functions of the step, counted from 0."""
 
-    def step(self, index: int) -> list[PackedSequence]: ...
+    def documents(self, step: int) -> list[int]: ...
 
-    def documents(self, index: int) -> list[int]: ...
+    def document(self, step: int, place: int) -> PackedSequence: ...
+
+
+@dataclass(frozen=True)
+class Blame:
+    """What is not finite about a document: its hidden states, and its loss at these TTT steps."""
+
+    hidden_states: bool = False
+    steps: frozenset[int] = frozenset()
+
+    def __or__(self, other: Blame) -> Blame:
+        return Blame(self.hidden_states or other.hidden_states, self.steps | other.steps)
+
+    def __str__(self) -> str:
+        return f"at TTT steps {sorted(self.steps)}" + (", its hidden states are not finite either" if self.hidden_states else "")
 
 
 class DivergenceGuard:
@@ -61,80 +74,56 @@ class DivergenceGuard:
             print(f"{text} Skipped, {self.in_a_row} in a row of at most {self.max_skipped}.", flush=True)
         return True
 
-    def _blamed(self, index: int) -> dict[int, list[int]]:
-        """{document: TTT steps at which its loss is not finite}, over all ranks; documents that are well are left out.
+    def _blamed(self, index: int) -> dict[int, Blame]:
+        """By document, over all ranks; documents that are well are left out.
 
-        Each document is run by itself, as often on every rank. Those of this draft_dp rank are saved by its first sp rank.
+        Each document is run by itself, equally many on every rank. Those of this draft_dp rank are saved by its first sp rank.
         """
         topology = self.trainer.topology
-        documents = [document for pack in self.loader.step(index) for document in split_documents(pack)]
         numbers = self.loader.documents(index)
-        turns = int(_over_ranks(torch.tensor([len(documents)], device=topology.device), dist.ReduceOp.MAX))
-        width = 1 + self.trainer.recipe.draft.ttt_steps
-        # Per rank and turn: 1 + the document's number, then which TTT steps are not finite.
-        rows = torch.zeros(topology.mesh.world_size, turns, width, dtype=torch.int64, device=topology.device)
+        turns = int(_over_ranks(torch.tensor([len(numbers)], device=topology.device), dist.ReduceOp.MAX))
+        # Per rank and turn: 1 + the document's number, whether its hidden states are bad, and which TTT steps are.
+        width = 2 + self.trainer.recipe.draft.ttt_steps
+        table = torch.zeros(topology.mesh.world_size, turns, width, dtype=torch.int64, device=topology.device)
+        documents: dict[int, dict[str, Tensor]] = {}
         for turn in range(turns):
-            if turn < len(documents):
-                bad = ~self.trainer.own_losses(documents[turn]).isfinite()
-                rows[topology.place.rank, turn] = torch.tensor([1 + numbers[turn], *bad.tolist()])
-            else:
-                # Takes part in the others' collectives.
-                self.trainer.own_losses(replace(documents[0], loss_mask=torch.zeros_like(documents[0].loss_mask)))
-        blamed: dict[int, set[int]] = {}
-        for number, *bad in _over_ranks(rows, dist.ReduceOp.SUM).flatten(0, 1).tolist():
+            # A rank that has none left repeats its first: it takes part in the others' collectives.
+            pack = self.loader.document(index, turn if turn < len(numbers) else 0)
+            losses, finite = self.trainer.own_losses(pack)
+            if turn < len(numbers):
+                row = [1 + numbers[turn], not finite, *(~losses.isfinite()).tolist()]
+                table[topology.place.rank, turn] = torch.tensor(row, dtype=torch.int64)
+                documents[numbers[turn]] = {"token_ids": pack.token_ids, "loss_mask": pack.loss_mask}
+        blamed: dict[int, Blame] = {}
+        for number, *bad in _over_ranks(table, dist.ReduceOp.SUM).flatten(0, 1).tolist():
             if any(bad):
-                blamed.setdefault(number - 1, set()).update(step for step, flag in enumerate(bad) if flag)
+                found = Blame(bool(bad[0]), frozenset(step for step, flag in enumerate(bad[1:]) if flag))
+                blamed[number - 1] = blamed.get(number - 1, Blame()) | found
         if topology.sp_rank == 0:
-            self._save(index, dict(zip(numbers, documents, strict=True)), blamed)
-        return {number: sorted(steps) for number, steps in sorted(blamed.items())}
+            self._save(index, documents, blamed)
+        return dict(sorted(blamed.items()))
 
-    def _save(self, index: int, documents: Mapping[int, PackedSequence], blamed: Mapping[int, set[int]]) -> None:
+    def _save(self, index: int, documents: Mapping[int, dict[str, Tensor]], blamed: Mapping[int, Blame]) -> None:
         """The blamed ones among these documents, or all when nobody is to blame, one file each."""
         self.folder.mkdir(exist_ok=True)
-        for number, document in documents.items():
+        for number, tensors in documents.items():
             if number in blamed or not blamed:
-                tensors = {
-                    "token_ids": document.token_ids,
-                    "loss_mask": document.loss_mask,
-                    "bad_rows_of_aux": _bad_rows(document.aux[: len(document.token_ids)]),
-                    "bad_rows_of_teacher": _bad_rows(document.teacher[: len(document.token_ids)]),
-                    "bad_ttt_steps": torch.tensor(sorted(blamed.get(number, ())), dtype=torch.int64),
-                }
-                save_file(tensors, str(self.folder / f"step-{index + 1:06d}_document-{number}.safetensors"))
+                steps = torch.tensor(sorted(blamed.get(number, Blame()).steps), dtype=torch.int64)
+                path = self.folder / f"step-{index + 1:06d}_document-{number}.safetensors"
+                save_file({**tensors, "bad_ttt_steps": steps}, str(path))
 
 
-def split_documents(pack: PackedSequence) -> list[PackedSequence]:
-    """A pack for each of a pack's documents, hidden states read."""
-    ends = list(accumulate(pack.lengths))
-    pieces = [slice(end - length, end) for end, length in zip(ends, pack.lengths, strict=True)]
-    return [
-        PackedSequence(
-            pack.token_ids[rows],
-            pack.loss_mask[rows],
-            (rows.stop - rows.start,),
-            pack.teacher_token[rows],
-            pack.aux[rows],
-            pack.teacher[rows],
-        )
-        for rows in pieces
-    ]
-
-
-def _explain(index: int, report: StepReport, blamed: Mapping[int, Sequence[int]], folder: Path) -> str:
+def _explain(index: int, report: StepReport, blamed: Mapping[int, Blame], folder: Path) -> str:
     steps = [step for step, loss in enumerate(report.step_loss) if not math.isfinite(loss)]
     if steps:
         what = f"the loss of step {index + 1} is not finite at TTT steps {steps}"
     else:
         what = f"the gradient of step {index + 1} is not finite (norm {report.grad_norm}), its loss {report.loss:.4g} is"
     whose = (
-        "; ".join(f"document {number} at TTT steps {list(steps)}" for number, steps in blamed.items())
+        "; ".join(f"document {number} {blame}" for number, blame in blamed.items())
         or "no single document has a loss that is not finite"
     )
     return f"{what}: {whose}. See {folder} for the documents."
-
-
-def _bad_rows(rows: Tensor) -> Tensor:
-    return (~rows.isfinite().all(1)).nonzero()[:, 0]
 
 
 def _over_ranks(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:

@@ -144,12 +144,13 @@ class DraftTrainer:
         return head[self._draft_to_target.to(head.device)].to(self.topology.device, self.dtype)
 
     @torch.no_grad()
-    def own_losses(self, pack: PackedSequence) -> Tensor:
-        """This rank's share of the summed loss of each TTT step, fp32 [K] on the host. Shows which documents are to blame."""
+    def own_losses(self, pack: PackedSequence) -> tuple[Tensor, bool]:
+        """This rank's share of the summed loss of each TTT step, fp32 [K] on the host, and whether the hidden states that it
+        was computed from are finite. Shows which documents are to blame."""
         self.engine.eval()
         (batch,), (inputs,), _ = self._prepare([pack])
         loss: LossSum = self.engine(batch, inputs)
-        return loss.step_loss.cpu()
+        return loss.step_loss.cpu(), all(bool(rows[:].isfinite().all()) for rows in (batch.aux, batch.teacher))
 
     def frozen_tensors(self) -> list[Tensor]:
         """What is not trained and the same on every rank: the target's embedding, and its head's rows of the draft vocabulary."""

@@ -103,3 +103,12 @@ def test_errors(world, tmp_path):
     stranger = datasets.Dataset.from_list([row(99, 4)], features=FEATURES)
     with pytest.raises(ValueError, match="1 of 1 are missing .* document 99 with 4 tokens .store: absent."):
         PackedLoader(stranger, store, 10)
+
+
+def test_the_documents_of_a_step_one_by_one(world):
+    loader = PackedLoader(*world, 10, draft_dp=2, dp_rank=1, accumulation=2)
+    packs, documents = loader.step(1), loader.documents(1)
+    singles = [loader.document(1, place) for place in range(len(documents))]
+    assert [number for pack in packs for number in (pack.token_ids // 100).unique_consecutive().tolist()] == documents
+    assert torch.equal(torch.cat([pack.token_ids for pack in singles]), torch.cat([pack.token_ids for pack in packs]))
+    assert all(len(pack.lengths) == 1 for pack in singles)
