@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eagle3_ds.config import Recipe
+from eagle3_ds.config import Recipe, read_text
 
 SUPERVISOR_MODULE = "eagle3_ds.watch.supervisor"
 TRAIN_MODULE, CAPTURE_MODULE = "eagle3_ds.train.main", "eagle3_ds.train.capture"
@@ -22,6 +22,9 @@ EXPORTED = (
     "HF_HUB_CACHE", "HF_HUB_OFFLINE", "LD_LIBRARY_PATH", "MASTER_", "NCCL_", "NVIDIA_", "OMP_", "PATH", "PYTORCH_",
     "TORCH_", "TRANSFORMERS_", "TRITON_", "UCX_",
 )  # fmt: skip
+# Goes on the command lines of ssh and pdsh, which take a leading dash for an option and brackets for a list of hosts.
+HOST_LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._:-]*)\s+slots=([0-9]{1,9})")
+MOST_SLOTS = 1024
 NO_HOSTFILE = os.devnull
 """Not a regular file, so DeepSpeed takes this machine and does not look at /job/hostfile."""
 
@@ -121,17 +124,19 @@ def read_hostfile(path: str | Path) -> dict[str, tuple[int, ...]]:
     if not Path(path).is_file():
         raise ValueError(f"--hostfile: {path} is not a file. Write one line per host: `worker-0 slots=8`.")
     hosts: dict[str, tuple[int, ...]] = {}
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(Path(path)).split("\n"), 1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        match = re.fullmatch(r"(\S+)\s+slots=([1-9][0-9]*)", text)
+        match = HOST_LINE.fullmatch(text)
         if match is None:
-            raise ValueError(f"{path}, line {number}: {text!r} is not of the form `host slots=N`, N at least 1.")
-        host, slots = match.groups()
+            raise ValueError(f"{path}, line {number}: {text!r} is not of the form `host slots=N`, the host a name or an address.")
+        host, slots = match[1], int(match[2])
+        if not 1 <= slots <= MOST_SLOTS:
+            raise ValueError(f"{path}, line {number}: {host} has slots={slots}, but a host has 1 to {MOST_SLOTS}.")
         if host in hosts:
             raise ValueError(f"{path}, line {number}: host {host} is given twice. Keep one line with all its slots.")
-        hosts[host] = tuple(range(int(slots)))
+        hosts[host] = tuple(range(slots))
     if not hosts:
         raise ValueError(f"{path} names no host. Write one line per host: `worker-0 slots=8`.")
     return hosts

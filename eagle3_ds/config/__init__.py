@@ -15,6 +15,7 @@ from eagle3_ds.config.schema import (
     TargetSection,
     TrainSection,
 )
+from eagle3_ds.config.yaml_strict import read_text
 
 __all__ = [
     "AttentionSection",
@@ -32,5 +33,6 @@ __all__ = [
     "fill_deepspeed_config",
     "load_deepspeed_config",
     "load_recipe",
+    "read_text",
     "recipe_differences",
 ]

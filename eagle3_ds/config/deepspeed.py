@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle3_ds.config.schema import Recipe
+from eagle3_ds.config.yaml_strict import read_text
 
 _BATCH = "batch sizes follow from the packing and the mesh", "Set train.accumulation in the recipe and remove it."
 _SP = (
@@ -60,8 +61,8 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"deepspeed: {path} is not a file. Give a path from here, for example ds_configs/zero2.json.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
-    except ValueError as error:
+        config = json.loads(read_text(path), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: a DeepSpeed configuration is a JSON object, not {type(config).__name__}.")

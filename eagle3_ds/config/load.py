@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from eagle3_ds.config.schema import Recipe
-from eagle3_ds.config.yaml_strict import parse_yaml
+from eagle3_ds.config.yaml_strict import parse_yaml, read_text
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -29,7 +29,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"recipe: {path} is not a file. Give the path of one, for example recipes/quickstart.yaml.")
-    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    tree = parse_yaml(read_text(path), str(path))
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: a recipe is a mapping of sections, not {type(tree).__name__}. See docs/recipe.md.")
     for override in overrides:

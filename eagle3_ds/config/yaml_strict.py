@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -52,6 +53,14 @@ StrictLoader.add_implicit_resolver(
 StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
+def read_text(path: Path) -> str:
+    """The text of a file that people write. Raises ValueError when it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """Parse one YAML document.
 
@@ -62,5 +71,7 @@ def parse_yaml(text: str, source: str) -> Any:
         return yaml.load(text, Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{source}: not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{source}: nested far deeper than any recipe. Look for brackets that are not closed.") from error
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error

@@ -136,7 +136,7 @@ def parse_json(text: str, where: str) -> Any:
     """The value of JSON text within a row."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where} is not valid JSON ({error}): correct or remove the row") from error
 
 

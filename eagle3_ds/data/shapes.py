@@ -104,7 +104,7 @@ def _from_sharegpt(turns: Any, where: str) -> list[dict[str, Any]]:
         if not isinstance(turn, Mapping):
             raise ValueError(f"{place} is {kind(turn)}, expected an object with 'from' and 'value'")
         speaker = turn.get("from")
-        if speaker not in SHAREGPT_ROLES:
+        if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
             raise ValueError(f"{place}.from is {speaker!r}, expected one of {', '.join(map(repr, SHAREGPT_ROLES))}")
         role, value = SHAREGPT_ROLES[speaker], turn.get("value")
         if speaker == "function_call":

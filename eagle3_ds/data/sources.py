@@ -34,7 +34,7 @@ class Row(NamedTuple):
             return self.content
         try:
             return json.loads(self.content)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{self.place}: not valid JSON ({error}): every line holds one JSON object") from error
 
 
