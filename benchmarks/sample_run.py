@@ -87,7 +87,7 @@ class SampleRun:
 
     def setup(self) -> Setup:
         """The same as the planner sees it."""
-        return Setup.of(self.recipe(), self.deepspeed or {}, self.shape, self.draft_dp)
+        return Setup.of(self.recipe(), self.deepspeed or {}, self.shape, self.draft_dp, device="cpu")
 
     def config(self) -> LlamaConfig:
         shape = self.shape

@@ -14,6 +14,7 @@ from eagle3_ds.layout import cut_into_chunks
 
 Activation = Literal["keep", "recompute", "offload"]
 KVExchange = Literal["gather", "ring"]
+ZeroGroup = Literal["all", "draft_dp"]
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float64": 8}
 
 
@@ -134,6 +135,7 @@ class Setup:
         zero_group: over which ranks ZeRO shards, as in the recipe.
         accumulation: packed sequences per draft_dp rank and optimizer step.
         kv_bytes: what a rank may hold of other ranks' step-0 keys and values in each layer, gradients included.
+        device: whose attention kernel's workspace counts; any accelerator's is like cuda's.
         tile_bytes, loss_tile_bytes: budgets of one tile of slots in a layer, and of one tile of the loss.
     """
 
@@ -144,7 +146,7 @@ class Setup:
     ring: int = 1
     ulysses: int = 1
     zero: ZeroSettings = ZeroSettings()
-    zero_group: Literal["all", "draft_dp"] = "all"
+    zero_group: ZeroGroup = "all"
     activation: Activation = "recompute"
     kv_exchange: KVExchange = "gather"
     dtype: str = "bfloat16"
@@ -153,9 +155,17 @@ class Setup:
     tile_bytes: int = 2**30
     loss_tile_bytes: int = 2**28
     chunks_per_rank: int = 8
+    device: Literal["cuda", "cpu"] = "cuda"
 
     @classmethod
-    def of(cls, recipe: Recipe, deepspeed_config: Mapping[str, Any], shape: DraftShape, draft_dp: int) -> Setup:
+    def of(
+        cls,
+        recipe: Recipe,
+        deepspeed_config: Mapping[str, Any],
+        shape: DraftShape,
+        draft_dp: int,
+        device: Literal["cuda", "cpu"] = "cuda",
+    ) -> Setup:
         """What a recipe says; `kv_exchange: auto` counts as gather until `choose_kv_exchange` has spoken."""
         parallel = recipe.parallel
         return cls(
@@ -175,6 +185,7 @@ class Setup:
             tile_bytes=recipe.train.tile_bytes,
             loss_tile_bytes=recipe.loss.tile_bytes,
             chunks_per_rank=parallel.chunks_per_rank,
+            device=device,
         )
 
     @property

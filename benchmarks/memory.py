@@ -1,0 +1,110 @@
+"""`python -m benchmarks.memory`: predicted bytes of a rank beside the bytes counted in the real step.
+
+Counted are tensor storages, on CPU ranks, in the second optimizer step: what is alive between two steps, and the peak. The packs
+themselves, which a run reads from disk, are left out. Exit status 1 when a prediction is off by more than TOLERANCE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.rank_processes import run_ranks
+from benchmarks.result_file import write_result
+from benchmarks.sample_run import SampleRun, small_buckets
+from benchmarks.tensor_bytes import TensorBytes
+from eagle3_ds.plan import DraftShape, predict_memory
+
+TOLERANCE = 0.10
+DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
+SHAPE = DraftShape(256, 768, 8, 2, 32, 4096, 2048)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Bytes of one rank: between steps, and at the peak of a step."""
+
+    between_steps: int
+    peak: int
+
+
+def count(run: SampleRun) -> Counted:
+    """On every rank. Collective."""
+    topology = run.topology()
+    packs = run.packs(topology.place.dp_rank)
+    with TensorBytes(all_added=True) as counted:
+        counted.add(tensor for pack in packs for tensor in vars(pack).values() if isinstance(tensor, Tensor))
+        of_packs = counted.live
+        trainer = run.trainer(topology)
+        trainer.step(packs)
+        gc.collect()
+        counted.mark()
+        trainer.step(packs)
+    return Counted(counted.baseline - of_packs, counted.peak - of_packs)
+
+
+def varied_runs() -> dict[str, SampleRun]:
+    """Configurations that differ in everything the formulas know."""
+    base = SampleRun(SHAPE, 2048, tile_bytes=2**21, loss_tile_bytes=2**21)
+
+    def run(deepspeed: str, **changes: Any) -> SampleRun:
+        config = json.loads((DS_CONFIGS / f"{deepspeed}.json").read_text())
+        return replace(base, deepspeed=small_buckets(config), **changes)
+
+    two_layers = replace(SHAPE, num_layers=2)
+    return {
+        "one rank, fp32": run("zero0"),
+        "one rank, bf16, keep": run("zero1", dtype="bfloat16", activation="keep", length=1024, ttt_steps=4),
+        "ulysses 2, bf16": run("zero2", dtype="bfloat16", ulysses=2),
+        "ring 2, gathered, fp32": run("zero3", ring=2),
+        "ring 2, streamed, two layers": run("zero2", ring=2, kv_exchange="ring", shape=two_layers, ttt_steps=3),
+        "ulysses 2 x ring 2, bf16, accumulation 2": run("zero3", dtype="bfloat16", ulysses=2, ring=2, accumulation=2),
+        "draft_dp 2 x ulysses 2, zero_group draft_dp": run("zero2", draft_dp=2, ulysses=2, zero_group="draft_dp", ttt_steps=3),
+        "short: the optimizer's step is the peak": run("zero2", length=128, ttt_steps=2, ulysses=2),
+    }
+
+
+def compare(name: str, run: SampleRun) -> dict[str, Any]:
+    """One configuration, counted on all ranks (the largest counts) and predicted."""
+    ranks = run_ranks(run.world_size, count, run)
+    memory = predict_memory(run.setup())
+    rest, peak = max(r.between_steps for r in ranks), max(r.peak for r in ranks)
+    return {
+        "name": name,
+        "counted": {"between_steps": rest, "peak": peak},
+        "predicted": {"between_steps": memory.states, "peak": memory.peak, "phase": memory.phase},
+        "ratio": {"between_steps": round(memory.states / rest, 4), "peak": round(memory.peak / peak, 4)},
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
+    parser.add_argument("--only", default="", metavar="TEXT", help="only configurations whose name contains TEXT")
+    options = parser.parse_args(arguments)
+    runs = {name: run for name, run in varied_runs().items() if options.only in name}
+    if not runs:
+        parser.error(f"--only {options.only!r} matches no configuration: {', '.join(varied_runs())}.")
+    rows = [compare(name, run) for name, run in runs.items()]
+    table = Table("configuration", "between steps MiB", "predicted", "peak MiB", "predicted", "ratio", "phase of the peak")
+    for row in rows:
+        sizes = (row[of][at] / 2**20 for at in ("between_steps", "peak") for of in ("counted", "predicted"))
+        table.add_row(row["name"], *(f"{size:.2f}" for size in sizes), f"{row['ratio']['peak']:.3f}", row["predicted"]["phase"])
+    console = Console()
+    console.print(table)
+    path = write_result("memory", "python -m benchmarks.memory", {"tolerance": TOLERANCE, "rows": rows})
+    off = [row["name"] for row in rows if any(abs(ratio - 1) > TOLERANCE for ratio in row["ratio"].values())]
+    console.print(f"{len(rows) - len(off)} of {len(rows)} within {TOLERANCE:.0%}; {path}", markup=False, highlight=False)
+    return 1 if off else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

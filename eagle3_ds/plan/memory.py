@@ -1,0 +1,387 @@
+"""Bytes of one rank in each phase of an optimizer step, as pure functions of the setup.
+
+Every term is a tensor of the training step that can be named; none is fitted. Only tensors count: no allocator's rounding, no
+CUDA context (about 0.5 GiB), no communication library's own buffers.
+
+Legend: S slots of a rank, C columns of a ring rank, L padded length, H hidden size, A = Hq * D entries of a slot's queries, K
+TTT steps, Vd draft vocabulary, P parameters, n ranks that ZeRO shards over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from eagle3_ds.plan.communication import kept_blocks
+from eagle3_ds.plan.setup import Setup
+
+FP32 = 4
+INT64 = 8
+Parts = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted bytes of one rank.
+
+    Attributes:
+        phases: by phase of the step, what is alive at its worst moment, part by part; on the device.
+        host: what the offload modes keep in host memory.
+    """
+
+    phases: dict[str, Parts]
+    host: Parts
+
+    @property
+    def phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def at_peak(self) -> Parts:
+        return self.phases[self.phase]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.at_peak.values())
+
+    @property
+    def states(self) -> int:
+        """What is alive between two steps."""
+        return sum(self.phases["between steps"].values())
+
+
+def predict_memory(setup: Setup, supervised: float = 1.0) -> Memory:
+    """Bytes per rank. `supervised`: share of the slots whose loss counts."""
+    states, host = _states(setup)
+    batch = {"batch": _batch(setup) * setup.accumulation}
+    columns = round(setup.slots * supervised)
+    working = {**states, **batch, **_gathered_weights(setup)}
+    phases = {
+        "between steps": states,
+        "loss": {**working, **_forward_done(setup), **_loss(setup, columns)},
+        **{name: {**working, **parts} for name, parts in _backward(setup, columns).items()},
+        "end of backward": {**working, **_whole_gradients(setup), **_gradient_buckets(setup)},
+        "optimizer": {**states, **batch, **_optimizer_transients(setup)},
+    }
+    return Memory(phases, {**host, "saved activations": offloaded_activations(setup)})
+
+
+def offloaded_activations(setup: Setup) -> int:
+    """Bytes that `offload` moves to the host for one packed sequence; on a CPU they are there already."""
+    if setup.activation != "offload" or setup.device == "cpu":
+        return 0
+    return setup.ttt_steps * setup.shape.num_layers * sum(_saved_by_step(setup))
+
+
+def _states(setup: Setup) -> tuple[Parts, Parts]:
+    """Weights, optimizer state and frozen tensors, on the device and on the host."""
+    shape, zero, item = setup.shape, setup.zero, setup.itemsize
+    P, n = shape.num_parameters, setup.zero_ranks
+    sharded = P // n
+    whole = {"weights": P * item} if zero.stage < 3 else {"weights": sharded * item, "weights kept whole": _persistent(setup)}
+    owned = P if zero.stage == 0 else sharded
+    optimizer = {
+        # A plain fp32 optimizer steps the weights themselves; ZeRO always steps a flat copy.
+        "fp32 masters": owned * FP32 if zero.stage or setup.dtype != "float32" else 0,
+        "Adam moments": 2 * owned * FP32,
+        # ZeRO-3's gradient partition is allocated once and stays.
+        "gradient partition": sharded * item if zero.stage == 3 else 0,
+    }
+    frozen = {
+        "frozen embedding": shape.vocab_size * shape.hidden_size * item,
+        "teacher's head": shape.draft_vocab_size * shape.hidden_size * item,
+    }
+    # ZeRO-3's bucket is allocated once too; that of the lower stages comes with the first gradient of a backward.
+    bucket = {"gradient buckets": zero.reduce_bucket * item if zero.stage == 3 and zero.contiguous_gradients else 0}
+    host: Parts = {}
+    if zero.offload_optimizer:
+        host, optimizer = optimizer, {}
+    if zero.offload_parameters:
+        host["weights"] = whole.pop("weights")
+    return {**whole, **optimizer, **frozen, **bucket}, host
+
+
+def _persistent(setup: Setup) -> int:
+    """Bytes of the parameters that ZeRO-3 leaves gathered on every rank; alone on its shard, a rank has them anyway."""
+    if setup.zero_ranks == 1:
+        return 0
+    threshold = setup.zero.persistence_threshold
+    return sum(size for size in setup.shape.parameter_sizes if size < threshold) * setup.itemsize
+
+
+def _gathered_weights(setup: Setup) -> Parts:
+    """ZeRO-3 gathers the whole draft, one leaf module, for forward and for backward."""
+    if setup.zero.stage < 3 or setup.zero_ranks == 1:
+        return {}
+    return {"gathered weights": setup.shape.num_parameters * setup.itemsize - _persistent(setup)}
+
+
+def _batch(setup: Setup) -> int:
+    """Integers and masks of one packed sequence; hidden states of the target stay on the host and stream through tiles."""
+    # int64: position and teacher token of each slot; bool: supervised, and in the draft vocabulary too, per step.
+    return setup.slots * (2 * INT64 + 2 * setup.ttt_steps)
+
+
+def _saved_by_step(setup: Setup) -> tuple[int, int]:
+    """What one layer keeps of one step for backward: up to the attention's output, and after it.
+
+    `recompute` keeps the hidden state, the attention's output, and q where Ulysses sent it; the rest is what autograd keeps of
+    the functions in model/decoder.py. Without statistics.
+    """
+    shape, S, item = setup.shape, setup.slots, setup.itemsize
+    H, A, inner = shape.hidden_size, shape.query_size, shape.intermediate_size
+    sent_query = A if setup.ulysses > 1 else 0
+    if setup.activation != "keep":
+        return S * (H + A + sent_query) * item, 0
+    # Norms beside each other and q feed matmuls and the attention; the angles are fp32.
+    before = S * ((2 * H + 2 * A + sent_query) * item + 2 * shape.head_dim * FP32)
+    # The norm's output, gate, up, silu(gate) and their product.
+    after = S * (H + 4 * inner) * item
+    if setup.device == "cuda":
+        # A fused norm keeps its input: the embedding and the hidden state, and the hidden state after the attention.
+        return before + 2 * S * H * item, after + S * H * item
+    # Composed of elementwise operators it keeps, in fp32, its input (the embedding's has no gradient) and the normalised one.
+    return before + 3 * S * H * FP32, after + 2 * S * H * FP32
+
+
+def _statistics(setup: Setup) -> int:
+    """Of all steps: log-sum-exps, and the indices of tokens and positions."""
+    layers = setup.shape.num_layers
+    return setup.ttt_steps * setup.slots * (layers * setup.shape.num_heads * FP32 + 2 * INT64)
+
+
+def _forward_done(setup: Setup) -> Parts:
+    """What is kept when the last step is through."""
+    K, layers, S = setup.ttt_steps, setup.shape.num_layers, setup.slots
+    hidden = S * setup.shape.hidden_size * setup.itemsize
+    saved = K * layers * sum(_saved_by_step(setup))
+    if offloaded_activations(setup):
+        # The loss reads the K outputs of the last layer before they may go; one step's tensors are on their way.
+        saved = K * hidden + sum(_saved_by_step(setup))
+    # The last output is nobody's input, but the loss reads it.
+    return {"saved activations": saved + hidden + _statistics(setup), **_keys_and_values(setup)}
+
+
+def _keys_and_values(setup: Setup) -> Parts:
+    """Step 0's, gathered or this ring rank's own with the kept blocks, and the diagonals of the later steps."""
+    shape, item, layers = setup.shape, setup.itemsize, setup.shape.num_layers
+    rows = setup.padded_length if setup.kv_exchange == "gather" else setup.columns * kept_blocks(setup)
+    step_0 = layers * rows * 2 * shape.kv_size // setup.ulysses * item
+    diagonals = layers * (setup.ttt_steps - 1) * setup.slots * 2 * shape.kv_size * item
+    return {"step-0 keys and values": step_0, "diagonal keys and values": diagonals}
+
+
+def _backward(setup: Setup, columns: int) -> dict[str, Parts]:
+    """The worst moments of the backward, each in the first layer.
+
+    The attention's backward of the last step makes the sums that stay until step 0, while nearly all that was saved is there.
+    The tiles of what follows the attention come before it, so that they meet those sums one step later.
+    """
+    last = {**_saved_in_backward(setup, columns, steps_done=0), **_sums(setup, steps_done=0)}
+    moments = {
+        "backward, attention": {**last, "transients": _through(setup) + _attention_backward(setup)},
+        "backward, MLP of the last step": {
+            **_saved_in_backward(setup, columns, steps_done=0),
+            "sums of weight gradients": _weight_sums(setup),
+            "transients": _through(setup) + _tile_after(setup),
+        },
+    }
+    if setup.activation != "keep":
+        shape = setup.shape
+        dq_and_q = 2 * setup.slots * shape.query_size * setup.itemsize
+        moments["backward, projections"] = {**last, "transients": _through(setup) + dq_and_q + _tile_before(setup)}
+    if setup.ttt_steps > 1:
+        moments["backward, MLP of the step before"] = {
+            **_saved_in_backward(setup, columns, steps_done=1),
+            **_sums(setup, steps_done=1),
+            "transients": _through(setup) + _tile_after(setup),
+        }
+    early = _gradient_partition(setup) if setup.zero.stage == 2 and _head_overflows_bucket(setup) else {}
+    common = {"whole gradients": _head_gradient(setup), **_gradient_buckets(setup), **early}
+    return {name: {**parts, **common} for name, parts in moments.items()}
+
+
+def _saved_in_backward(setup: Setup, columns: int, steps_done: int) -> Parts:
+    """What is still kept in the first layer's backward, when `steps_done` steps are behind it."""
+    shape, layers = setup.shape, setup.shape.num_layers
+    steps = setup.ttt_steps - steps_done
+    before, after = _saved_by_step(setup)
+    # The later layers of this step are through, and what autograd kept after this layer's attention is used up.
+    saved = steps * layers * (before + after) - (layers - 1) * (before + after) - after
+    if offloaded_activations(setup):
+        saved = 2 * (before + after)
+    return {
+        "saved activations": saved + _statistics(setup),
+        **_keys_and_values(setup),
+        # This step's has been added to the hidden state's gradient.
+        "loss gradients": (steps - 1) * columns * shape.hidden_size * setup.itemsize,
+    }
+
+
+def _sums(setup: Setup, steps_done: int) -> Parts:
+    """Gradients of keys and values (step 0's in fp32; the diagonals' of the steps behind are used), and of the weights."""
+    kv = _keys_and_values(setup)
+    step_0 = kv["step-0 keys and values"] // setup.itemsize * FP32
+    diagonals = kv["diagonal keys and values"] * (setup.ttt_steps - 1 - steps_done) // max(1, setup.ttt_steps - 1)
+    return {"gradients of keys and values": step_0 + diagonals, "sums of weight gradients": _weight_sums(setup)}
+
+
+def _weight_sums(setup: Setup) -> int:
+    """The layers' weight gradients, summed over the steps in fp32, or by autograd in the weights' own dtype."""
+    shape = setup.shape
+    weights = sum(sum(shape.layer_weights(layer).values()) for layer in range(shape.num_layers))
+    return weights * (setup.itemsize if setup.activation == "keep" else FP32)
+
+
+def _head_overflows_bucket(setup: Setup) -> bool:
+    """The first gradients of a backward, the head's and the final norm's, are reduced at once when a bucket cannot hold them."""
+    return (setup.shape.draft_vocab_size + 1) * setup.shape.hidden_size > setup.zero.reduce_bucket
+
+
+def _head_gradient(setup: Setup) -> int:
+    """The head's is whole before any other; a bucket of stage 1 or 2 that takes it holds it."""
+    zero = setup.zero
+    if zero.stage in (1, 2) and zero.contiguous_gradients and not _head_overflows_bucket(setup):
+        return 0
+    return setup.shape.draft_vocab_size * setup.shape.hidden_size * setup.itemsize
+
+
+def _through(setup: Setup) -> int:
+    """Gradients that pass through a layer's backward: of its output, of its input, of the attention's output."""
+    shape = setup.shape
+    hidden = 1 if setup.activation == "keep" else 2
+    return setup.slots * (hidden * shape.hidden_size + shape.query_size) * setup.itemsize
+
+
+def _tile_slots(setup: Setup) -> int:
+    """Slots of one tile of a layer; without recomputation all of them."""
+    shape = setup.shape
+    if setup.activation == "keep":
+        return setup.slots
+    per_slot = (7 * shape.intermediate_size + 8 * shape.hidden_size) * setup.itemsize
+    return min(setup.slots, setup.tile_bytes // per_slot)
+
+
+def _norm(setup: Setup) -> int:
+    """Entries of the hidden size, in the training dtype's bytes, that one norm holds for its backward, its output included."""
+    if setup.device == "cuda":
+        return setup.itemsize
+    # Composed: the normalised input in fp32, beside a copy of the input where that is of another dtype.
+    return setup.itemsize + FP32 * (1 if setup.dtype == "float32" else 2)
+
+
+def _tile_after(setup: Setup) -> int:
+    """The tile of what follows the attention: repeated up to gate and up, and its gradients."""
+    shape, item = setup.shape, setup.itemsize
+    H, inner = shape.hidden_size, shape.intermediate_size
+    if setup.activation == "keep":
+        # Of the MLP's product: the gradients of it, of gate and of up; autograd has kept the rest.
+        return _tile_slots(setup) * 3 * inner * item
+    largest = max(max(shape.layer_weights(layer).values()) for layer in range(shape.num_layers))
+    # A product in a half dtype is rounded before it is added to its fp32 sum, when five of the MLP's width are left of six.
+    slots = _tile_slots(setup)
+    product = max(0, (0 if setup.dtype == "float32" else largest * item) - slots * inner * item)
+    return slots * (6 * inner * item + H * (item + _norm(setup))) + product
+
+
+def _tile_before(setup: Setup) -> int:
+    """The tile of what precedes the attention: norms repeated, gradients of the projections turned back and multiplied."""
+    shape, item = setup.shape, setup.itemsize
+    turned = shape.query_size + shape.kv_size
+    # The embedding, both norms side by side and the gradient of that, and one norm's backward.
+    norm_backward = item if setup.device == "cuda" else 3 * FP32
+    return _tile_slots(setup) * (turned * item + shape.hidden_size * (5 * item + 2 * _norm(setup) + norm_backward))
+
+
+def _attention_backward(setup: Setup) -> int:
+    shape, S, item = setup.shape, setup.slots, setup.itemsize
+    query, statistic = S * shape.query_size * item, S * shape.num_heads * FP32
+    wide_query = S * shape.query_size * FP32
+    total = statistic
+    if setup.ttt_steps > 1:
+        # The diagonals' part of q's gradient, and q again where it was not kept.
+        total += query if setup.activation == "keep" else 2 * query
+    if setup.ulysses > 1:
+        # dout with its two statistics as it is sent, as it arrives, and taken apart.
+        total += 3 * (query + 2 * statistic)
+    # The kernel's dq in fp32, and the output that it computes delta from.
+    total += wide_query + query
+    return total + _kernel_workspace(setup)
+
+
+def _kernel_workspace(setup: Setup) -> int:
+    """What a flash kernel's backward makes: gradients in the input's dtype, those of keys expanded over the query heads."""
+    shape, item = setup.shape, setup.itemsize
+    rows, keys = _kernel_call(setup)
+    query, kv = shape.query_size // setup.ulysses, 2 * shape.kv_size // setup.ulysses
+    grouped = shape.num_heads > shape.num_kv_heads
+    expanded = keys * 2 * query * item
+    gradients = rows * query * item + expanded + keys * kv * FP32
+    if setup.device == "cpu":
+        return gradients + (expanded if grouped else 0)
+    # dq is accumulated in fp32, and a row has a statistic more.
+    return gradients + rows * (query + shape.num_heads // setup.ulysses) * FP32
+
+
+def _kernel_call(setup: Setup) -> tuple[int, int]:
+    """Query rows and keys of the largest call, for one document: all of them on one ring rank, else a chunk's."""
+    if setup.ring == 1:
+        return setup.columns, setup.padded_length
+    chunk = setup.columns // setup.chunks_per_rank
+    return chunk, setup.padded_length - chunk if setup.kv_exchange == "gather" else chunk
+
+
+def _loss(setup: Setup, columns: int) -> Parts:
+    """Gradients at the K steps' outputs, the head's in fp32, and one tile of logits."""
+    shape, item, K = setup.shape, setup.itemsize, setup.ttt_steps
+    per_row, per_column = (8 + item) * shape.draft_vocab_size, (12 + item) * shape.draft_vocab_size
+    tile_columns = max(1, min(columns, (setup.loss_tile_bytes - (K - 1) * per_row) // (per_row + per_column)))
+    # Alive at a time: teacher probabilities of the rows, logits of the columns, and their gradient in the head's dtype.
+    tile = (2 * tile_columns + K - 1) * shape.draft_vocab_size * FP32
+    head = shape.draft_vocab_size * shape.hidden_size
+    if setup.dtype != "float32":
+        tile += tile_columns * shape.draft_vocab_size * item + head * item
+    # The tile's rows of the teacher, its columns of a student, their norm and their gradient.
+    tile += tile_columns * shape.hidden_size * (4 * item + _norm(setup))
+    return {
+        "loss gradients": K * columns * shape.hidden_size * item,
+        "sums of weight gradients": head * FP32,
+        "transients": tile + K * setup.slots * FP32,
+    }
+
+
+def _gradient_buckets(setup: Setup) -> Parts:
+    zero = setup.zero
+    if zero.stage not in (1, 2) or not zero.contiguous_gradients:
+        return {}
+    return {"gradient buckets": zero.reduce_bucket * setup.itemsize * (2 if zero.overlap_comm else 1)}
+
+
+def _gradient_partition(setup: Setup) -> Parts:
+    """What a rank owns of each reduced gradient is copied into a tensor that the first reduction makes."""
+    if setup.zero.stage not in (1, 2):
+        return {}
+    return {"gradient partition": setup.shape.num_parameters // setup.zero_ranks * setup.itemsize}
+
+
+def _whole_gradients(setup: Setup) -> Parts:
+    """Every gradient, and with it the larger of the sums that step 0 hands them out from and of what they are reduced into."""
+    whole = setup.shape.num_parameters * setup.itemsize
+    # Sums of the gradients' own dtype are handed out as they are.
+    sums = 0 if setup.dtype == "float32" else _weight_sums(setup)
+    # Stage 0 flattens all of them, and stages 1 and 2 copy out what they own.
+    reduced = whole if setup.zero.stage == 0 else _gradient_partition(setup).get("gradient partition", 0)
+    return {"whole gradients": whole, "transients": max(sums, reduced)}
+
+
+def _optimizer_transients(setup: Setup) -> Parts:
+    """Gradients as the optimizer takes them, and AdamW's two temporaries of the tensor that it steps."""
+    shape, zero = setup.shape, setup.zero
+    if zero.offload_optimizer:
+        return {}
+    P = shape.num_parameters
+    if zero.stage == 0:
+        gradients = P * setup.itemsize + (P * FP32 if setup.dtype != "float32" else 0)
+        return {"gradients": gradients, "transients": 2 * max(shape.parameter_sizes) * FP32}
+    owned = P // setup.zero_ranks
+    return {"gradients": owned * FP32, "transients": 2 * owned * FP32}

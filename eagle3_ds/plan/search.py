@@ -1,0 +1,95 @@
+"""The largest length that fits, and the fastest way to run a shape on a number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from eagle3_ds.plan.devices import Device
+from eagle3_ds.plan.memory import Memory, predict_memory
+from eagle3_ds.plan.setup import Activation, KVExchange, Setup, ZeroGroup, ZeroSettings
+from eagle3_ds.plan.time import StepTime, attention_pairs, predict_time
+
+GRAIN = 1024
+"""Lengths are searched in steps of so many tokens."""
+ACTIVATIONS: tuple[Activation, ...] = ("keep", "recompute", "offload")
+EXCHANGES: tuple[KVExchange, ...] = ("gather", "ring")
+ZERO_GROUPS: tuple[ZeroGroup, ...] = ("all", "draft_dp")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setup with what it costs. `deepspeed` is the file whose ZeRO settings it has."""
+
+    setup: Setup
+    deepspeed: str
+    memory: Memory
+    time: StepTime
+
+
+def largest_length(setup: Setup, budget: int) -> int:
+    """Longest packed sequence, a multiple of GRAIN tokens, whose peak is within `budget` bytes per rank; 0 when none is."""
+
+    def fits(grains: int) -> bool:
+        return predict_memory(replace(setup, length=grains * GRAIN)).peak <= budget
+
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * GRAIN
+
+
+def meshes(setup: Setup, world_size: int) -> Iterator[Setup]:
+    """Every draft_dp x ring x ulysses of `world_size` ranks whose Ulysses degree the heads allow."""
+    heads = math.gcd(setup.shape.num_heads, setup.shape.num_kv_heads)
+    for sp in _divisors(world_size):
+        for ulysses in _divisors(math.gcd(sp, heads)):
+            yield replace(setup, draft_dp=world_size // sp, ring=sp // ulysses, ulysses=ulysses)
+
+
+def variants(setup: Setup, deepspeed: Mapping[str, ZeroSettings]) -> Iterator[tuple[str, Setup]]:
+    """Every other choice on one mesh: ZeRO, its group, activations, exchange. Yields the DeepSpeed file and the setup."""
+    groups = ZERO_GROUPS if setup.sp > 1 else ZERO_GROUPS[:1]
+    exchanges = EXCHANGES if setup.ring > 1 else EXCHANGES[:1]
+    for file, zero in deepspeed.items():
+        for group in groups:
+            if zero.secondary_partition > 1 and (group != "all" or setup.world_size % zero.secondary_partition):
+                continue
+            for activation in ACTIVATIONS:
+                for exchange in exchanges:
+                    yield (
+                        file,
+                        replace(setup, zero=zero, zero_group=group, activation=activation, kv_exchange=exchange),
+                    )
+
+
+def fastest(
+    setup: Setup,
+    world_size: int,
+    budget: int,
+    device: Device,
+    deepspeed: Mapping[str, ZeroSettings],
+    ranks_per_node: int = 8,
+) -> list[Candidate]:
+    """The setups of `world_size` ranks that fit `budget` bytes per rank at this length, most tokens per second first.
+
+    Between equals the one with less memory, then the plainer one, which is enumerated earlier.
+    """
+    found = []
+    for mesh in meshes(setup, world_size):
+        pairs = attention_pairs(mesh)
+        for file, variant in variants(mesh, deepspeed):
+            memory = predict_memory(variant)
+            if memory.peak <= budget:
+                found.append(Candidate(variant, file, memory, predict_time(variant, device, pairs, ranks_per_node)))
+    return sorted(found, key=lambda c: (-round(c.time.tokens_per_second), c.memory.peak))
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
