@@ -49,21 +49,20 @@ def _verify(path: str, console: Console) -> None:
 def _info(path: str, console: Console) -> None:
     store = HiddenStateStore.open(path)
     layout, lengths = store.layout, store.lengths.values()
-    rows = {
-        "documents": f"{len(lengths):,}",
-        "tokens": f"{sum(lengths):,}",
-        "longest": f"{max(lengths, default=0):,}",
-        "shards": f"{len(store.shards):,}",
-        "bytes": f"{store.num_bytes:,}",
-        "bytes per token": f"{layout.row_bytes:,}",
-        "dtype": layout.dtype,
-        "aux": f"{layout.aux_width} wide",
-        "teacher": f"{layout.teacher_width} wide",
-        "computed by": store.origin,
-        **store.fingerprint,
-    }
     table = Table("what", "value", title=path)
-    for name, value in rows.items():
+    for name, value in (
+        ("documents", f"{len(lengths):,}"),
+        ("tokens", f"{sum(lengths):,}"),
+        ("longest", f"{max(lengths, default=0):,}"),
+        ("shards", f"{len(store.shards):,}"),
+        ("bytes", f"{store.num_bytes:,}"),
+        ("bytes per token", f"{layout.row_bytes:,}"),
+        ("dtype", layout.dtype),
+        ("aux", f"{layout.aux_width} wide"),
+        ("teacher", f"{layout.teacher_width} wide"),
+        ("computed by", store.origin),
+        *((f"made from: {field}", value) for field, value in store.fingerprint.items()),
+    ):
         table.add_row(name, value)
     console.print(table)
 

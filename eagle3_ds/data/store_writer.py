@@ -6,14 +6,16 @@ list of its pieces in its own header: what has its final name is whole. The inde
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
+from rich.filesize import decimal
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -113,8 +115,8 @@ class HiddenStateWriter:
         tokens = sum(self.lengths[document] for document in missing)
         done = f", {len(self.lengths) - len(missing)} documents are there already" if self.partial.exists() else ""
         return (
-            f"{len(missing)} documents of {tokens:,} tokens take {self.required / 2**30:.2f} GiB as {self.layout.dtype} in "
-            f"{self.path.parent}, {self.free / 2**30:.2f} GiB are free{done}"
+            f"{len(missing)} documents of {tokens:,} tokens take {decimal(self.required)} as {self.layout.dtype} in "
+            f"{self.path.parent}, {decimal(self.free)} are free{done}"
         )
 
     def missing(self) -> list[int]:
@@ -153,15 +155,9 @@ class HiddenStateWriter:
         name = f"shard-{self.rank:04d}-{number:06d}.safetensors"
         aside = self.partial / f".{name}"
         metadata = {"pieces": json.dumps(self._pending), "identity": json.dumps(self._identity)}
-        try:
+        with self._full_disk_told(aside):
             save_file(self._tensors, aside, metadata=metadata)
             _sync(aside)
-        except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
-            raise ValueError(
-                f"{self.partial / name} could not be written ({error}). The shards before it are whole: free some space and "
-                "run again, the capture continues after them"
-            ) from error
         os.rename(aside, self.partial / name)
         _sync(self.partial)
         self._tensors, self._pending, self._pending_bytes = {}, [], 0
@@ -188,13 +184,26 @@ class HiddenStateWriter:
         index = StoreIndex(
             format=STORE_FORMAT, origin=self.origin, layout=self.layout, fingerprint=self.fingerprint, shards=shards
         )
-        aside.write_text(index.model_dump_json(indent=1) + "\n")
-        _sync(aside)
+        with self._full_disk_told(aside):
+            aside.write_text(index.model_dump_json(indent=1) + "\n")
+            _sync(aside)
         os.rename(aside, self.partial / INDEX_FILE)
         _sync(self.partial)
         os.rename(self.partial, self.path)
         _sync(self.path.parent)
         return HiddenStateStore.open(self.path, self.fingerprint)
+
+    @contextlib.contextmanager
+    def _full_disk_told(self, aside: Path) -> Iterator[None]:
+        """Remove the file that could not be written, and say what that means."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            aside.unlink(missing_ok=True)
+            raise ValueError(
+                f"{aside.with_name(aside.name.removeprefix('.'))} could not be written ({error}). The shards before it are "
+                "whole: free some space and run again, the capture continues after them"
+            ) from error
 
     def _encode(self, piece: Piece, given: Mapping[ColumnName, Tensor]) -> dict[str, Tensor]:
         """The tensors of a piece as they are stored, on the CPU, sharing no memory with the given ones."""

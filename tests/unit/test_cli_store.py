@@ -36,13 +36,15 @@ def say(capsys, *arguments):
 
 
 def test_verify_and_info(tmp_path, capsys):
-    store = filled(tmp_path / "s", dtype="float8")
+    store = filled(tmp_path / "s", dtype="float8", fingerprint={"documents": "d1"})
     status, text = say(capsys, "verify", store.path)
     assert status == 0 and "every checksum is right" in text
     status, text = say(capsys, "info", store.path)
     assert status == 0
-    for words in ("float8", "tokens", "18", "computed by", "capture", "t1", "6 wide"):
-        assert words in text
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line.startswith("│")]
+    rows = dict(cells)
+    assert (rows["documents"], rows["tokens"], rows["longest"], rows["dtype"]) == ("4", "18", "9", "float8")
+    assert (rows["aux"], rows["computed by"], rows["made from: documents"]) == ("6 wide", "capture", "d1")
     path = store.path / next(iter(store.shards))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -79,7 +81,7 @@ def test_import(recipe, tmp_path, capsys, kind, skip_check):
     status, text = say(capsys, *command)
     assert status == 0, text
     assert ("is what the target computes, to a relative error of" in text) == (not skip_check)
-    assert "4 rows of 57 tokens; left out: " in text and "take 0.00 GiB as bfloat16" in text
+    assert "4 rows of 57 tokens; left out: " in text and "kB as bfloat16 in " in text
     assert text.count("taken on trust: ") == 2 and ("of the inputs of its layers" in text) == bool(skip_check)
     (path,) = (tmp_path / "cache").glob("hidden-*")
     store = HiddenStateStore.open(path)

@@ -167,7 +167,7 @@ def test_the_disk_is_measured_first(tmp_path, monkeypatch):
 def test_the_size_is_known_before_anything_is_written(tmp_path):
     out = writer(tmp_path / "new" / "s")
     assert not list(tmp_path.iterdir())
-    assert "4 documents of 18 tokens take 0.00 GiB as float32" in out.size_text and "there already" not in out.size_text
+    assert "4 documents of 18 tokens take 17.2 kB as float32" in out.size_text and "there already" not in out.size_text
     out.append(0, *states(0, 5))
     again = writer(tmp_path / "new" / "s")
     assert again.required == required_bytes({1: 1, 4: 9, 7: 3}, Layout(6, 2, "float32"))
@@ -201,7 +201,18 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_written(tmp_path, monkeypat
         ):
             out.append(4, *states(4, 9))
     assert not list(out.partial.glob(".*"))
-    assert filled(tmp_path / "s").lengths == LENGTHS
+    again = writer(tmp_path / "s")
+    for document in again.missing():
+        again.append(document, *states(document, LENGTHS[document]))
+    with monkeypatch.context() as patch:
+        patch.setattr(store_writer.Path, "write_text", lambda *_: raise_(error))
+        with pytest.raises(ValueError, match="s.partial/index.json could not be written .*No space left"):
+            again.finish()
+    assert writer(tmp_path / "s").finish().lengths == LENGTHS
+
+
+def raise_(error):
+    raise error
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))

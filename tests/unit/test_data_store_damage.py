@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_data_store import LENGTHS, filled, states, writer
 
+from eagle3_ds.data import store as store_reader
 from eagle3_ds.data import store_writer
 from eagle3_ds.data.store import HiddenStateStore
 from eagle3_ds.data.store_index import DTYPES
@@ -51,7 +52,8 @@ def damage(store, path, content, place):
     return str(error.value)
 
 
-def test_all_damages_are_named_at_once(tmp_path):
+def test_all_damages_are_named_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_reader, "ROWS_AT_ONCE", 4)
     store = filled(tmp_path / "s", shard_bytes=2**20)
     (path,) = (tmp_path / "s").glob("*.safetensors")
     content = bytearray(path.read_bytes())
