@@ -135,8 +135,8 @@ def show(outcomes: Sequence[Outcome], steps: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.store_precision", description=__doc__)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("output/store-precision"), help="where target and stores go")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the JSON goes")
     options = parser.parse_args(arguments)
