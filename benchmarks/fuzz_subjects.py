@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from abc import ABC, abstractmethod
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.fuzz_mutations import damage_bytes, damage_values
+from eagle3_ds.cli import main
 from eagle3_ds.cli_launcher import LaunchOptions, read_hostfile, resolve_hosts
 from eagle3_ds.config import dump_recipe, load_recipe
 from eagle3_ds.config.schema import DataSection
@@ -79,6 +82,9 @@ class Recipes(Subject):
         recipe = load_recipe(self.path)
         self.path.write_text(dump_recipe(recipe), encoding="utf-8")
         assert load_recipe(self.path) == recipe
+        # What its values mean to machine and target is judged by the launch, which starts nothing here.
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            assert main(["launch", str(self.path), "--dry-run"]) in (0, 2)
 
 
 class Hostfiles(Subject):

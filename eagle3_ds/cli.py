@@ -87,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command in TOOLS:
             return int(importlib.import_module(TOOLS[command][0]).run(rest, console))
         return _run_command(command, _parser(command).parse_intermixed_args(_with_explicit_resume(rest)), console)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        # What the system refuses (a path too long, a folder of somebody else) is the user's to mend too.
         print(f"eagle3-ds {command}: {error}", file=sys.stderr)
         return 2
 

@@ -81,6 +81,8 @@ def resolve_hosts(options: LaunchOptions, accelerator: str, devices: int, wanted
         if (options.num_nodes or 1) > 1:
             raise ValueError(f"--num_nodes is {options.num_nodes}, but without --hostfile there is only this machine.")
         count = options.num_ranks or ((devices or wanted) if options.include or options.exclude else wanted)
+        if count > MOST_SLOTS:
+            raise ValueError(f"{count} ranks are asked for on this machine, but one has {MOST_SLOTS} at most. Give --hostfile.")
         if accelerator != "cpu" and 0 < devices < count:
             raise ValueError(
                 f"{count} ranks are asked for, but this machine has {devices} {accelerator} device(s). "
