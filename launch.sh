@@ -22,6 +22,7 @@ usage: ./launch.sh RECIPE [OPTIONS] [section.key=value ...]   the main job, e.g.
   --ds_config F         DeepSpeed JSON                     --ds_config ds_configs/zero3.json
   --dry-run             print recipe, mesh, places, command; start nothing   --dry-run --num_gpus 8
   --resume              go on from the newest checkpoint   train.steps=200 --resume
+  --max-restarts N      start a failed run again           --max-restarts 3
   --overwrite           replace the run in output_dir      train.seed=1 --overwrite
   --no-install          never install; say what to run     --no-install
   section.key=value     any key of docs/recipe.md          parallel.ulysses=4 data.max_length=131072

@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -39,7 +40,7 @@ from eagle3_ds.cli_launcher import (
     resolve_hosts,
     write_environment_file,
 )
-from eagle3_ds.cli_supervise import run_ranks
+from eagle3_ds.cli_supervise import run_with_restarts
 from eagle3_ds.config import Recipe, dump_recipe, load_recipe
 from eagle3_ds.topology import Mesh, detect_accelerator
 from eagle3_ds.train.checkpoint import FINAL_WEIGHTS
@@ -128,7 +129,7 @@ def launch(options: argparse.Namespace, console: Console) -> int:
     if status:
         return status
     write_environment_file(run.plan)
-    status = run_ranks(run.plan, console)
+    status = run_with_restarts(run.plan, partial(_plan_again, options, console), run.recipe.faults.max_restarts, console)
     if status:
         return status
     if not (output_dir / FINAL_WEIGHTS).is_file():
@@ -139,6 +140,15 @@ def launch(options: argparse.Namespace, console: Console) -> int:
     stages.report(run.recipe, console)
     stages.summary(run.recipe, console)
     return 0
+
+
+def _plan_again(options: argparse.Namespace, console: Console) -> LaunchPlan:
+    """The same command, from the newest intact checkpoint, or from the start where there is none yet."""
+    run = resolve_run(argparse.Namespace(**{**vars(options), "resume": "auto", "overwrite": False}))
+    for note in run.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    write_environment_file(run.plan)
+    return run.plan
 
 
 def capture(options: argparse.Namespace, console: Console) -> int:
@@ -160,6 +170,8 @@ def resolve_run(options: argparse.Namespace) -> Run:
     overrides = list(options.overrides)
     if options.ds_config is not None:
         overrides.append(f"deepspeed={options.ds_config}")
+    if options.max_restarts is not None:
+        overrides.append(f"faults.max_restarts={options.max_restarts}")
     recipe = load_recipe(options.recipe, overrides)
     accelerator = detect_accelerator()
     parallel = recipe.parallel
@@ -281,6 +293,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
             choices=("latest", "auto"),
             help="go on from the newest checkpoint, e.g. train.steps=200 --resume; `--resume auto`: from the newest intact one, "
             "or from the start when there is none",
+        )
+        add(
+            "--max-restarts",
+            type=int,
+            metavar="N",
+            help="restart a failed run by itself, at most so often, e.g. --max-restarts 3",
         )
         add("--overwrite", action="store_true", help="replace the run in output_dir, e.g. train.seed=1 --overwrite")
     else:

@@ -13,6 +13,7 @@ from pathlib import Path
 from eagle3_ds.config import Recipe, read_text
 
 SUPERVISOR_MODULE = "eagle3_ds.watch.supervisor"
+SUPERVISOR_FILE = Path(__file__).parent / "watch" / "supervisor.py"
 TRAIN_MODULE, CAPTURE_MODULE = "eagle3_ds.train.main", "eagle3_ds.train.capture"
 LAUNCHERS = ("pdsh", "openmpi", "mpich", "impi", "mvapich", "slurm", "torchrun")
 MPI_LAUNCHERS = ("openmpi", "mpich", "impi", "mvapich")
@@ -200,13 +201,16 @@ def plan_launch(
     if accelerator == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
     logs = output_dir / "logs"
-    script = [SUPERVISOR_MODULE, f"--logs={logs}", f"--limit={recipe.faults.watchdog_seconds}"]
+    script = [SUPERVISOR_MODULE, f"--log_folder={logs}", f"--limit={recipe.faults.watchdog_seconds}"]
     script += [module, f"--recipe={output_dir / 'recipe.resolved.yaml'}", *([f"--resume={resume}"] if resume else [])]
     exported = None
     if several_hosts:
         rendezvous = {"MASTER_ADDR": options.master_addr or next(iter(hosts)), "MASTER_PORT": str(port)}
-        by_mpi = options.launcher in (*MPI_LAUNCHERS, "slurm")
-        exported = _exported({**environ, **environment, **(rendezvous if by_mpi else {})})
+        if options.launcher == "slurm":
+            # srun hands the whole environment over; on its command line, DeepSpeed would break values at their commas.
+            exported = rendezvous
+        else:
+            exported = _exported({**environ, **environment, **(rendezvous if options.launcher in MPI_LAUNCHERS else {})})
         environment["DS_ENV_FILE"] = str(output_dir / "deepspeed.env")
     return LaunchPlan(dict(hosts), _command(options, hosts, port, script), logs, environment, exported)
 
@@ -224,12 +228,16 @@ def _command(options: LaunchOptions, hosts: Mapping[str, tuple[int, ...]], port:
             command.append(f"--num_nodes={options.num_nodes}")
         if options.num_ranks is not None or options.hostfile is None:
             command.append(f"--num_gpus={ranks}")
-    if options.master_addr:
-        command.append(f"--master_addr={options.master_addr}")
+    if options.master_addr or options.launcher == "slurm":
+        command.append(f"--master_addr={options.master_addr or next(iter(hosts))}")
     command.append(f"--master_port={port}")
     if options.launcher:
         command.append(f"--launcher={options.launcher}")
-    return (*command, "--log_level=warning", "--no_local_rank", "--module", *script)
+    command += ["--log_level=warning", "--no_local_rank"]
+    if options.launcher == "slurm":
+        # No ssh where srun starts the ranks. And this backend runs a file, whatever --module says (DeepSpeed 0.19.8).
+        return (*command, "--no_ssh_check", str(SUPERVISOR_FILE), *script[1:])
+    return (*command, "--module", *script)
 
 
 def _exported(environ: Mapping[str, str]) -> dict[str, str]:

@@ -95,7 +95,7 @@ def capture(recipe: Recipe, plan: LaunchPlan, console: Console) -> int:
     if store is None or Path(store).is_dir():
         return 0
     write_environment_file(plan)
-    return run_ranks(plan, console, "capture")
+    return run_ranks(plan, console, "capture").status
 
 
 def _vocabulary(recipe: Recipe, data: PreparedData, console: Console, checkpoint: Path | None) -> VocabularyMap:

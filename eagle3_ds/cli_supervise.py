@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -24,27 +25,47 @@ LATE_SECONDS = 3.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def run_ranks(plan: LaunchPlan, console: Console, what: str = "training") -> int:
-    """Run the launcher to its end.
-
-    Returns:
-        0 when every rank has finished. Else the launcher's status, or 1 where it had none, after the first error has been told
-        on stderr.
+class Outcome(NamedTuple):
+    """Attributes:
+    status: 0 when every rank has finished; else the launcher's status, or 1 where it had none.
+    signalled: somebody asked the run to stop.
     """
+
+    status: int
+    signalled: bool
+
+
+def run_ranks(plan: LaunchPlan, console: Console, what: str = "training") -> Outcome:
+    """Run the launcher to its end. When a rank fails, the first error is told on stderr, last of all."""
     console.print(f"{what} on {plan.world_size} ranks; what each says: {plan.logs}/rank_N.log", markup=False, highlight=False)
     logs = Logs(plan.logs)
     logs.prepare()
     # In a session of its own: a signal of the terminal comes to us, and from us to the ranks on all hosts. DeepSpeed's launcher
     # would answer it by killing them after 30 s.
     process = subprocess.Popen(plan.command, env={**os.environ, **plan.environment}, start_new_session=True)
-    with _signals_passed_on(logs):
+    with _signals_passed_on(logs) as received:
         _wait(process, logs)
     ends = _ends(logs, plan.world_size)
     if process.returncode == 0 and len(ends) == plan.world_size and all(end.how == "finished" for end in ends.values()):
-        return 0
+        return Outcome(0, bool(received))
     sys.stdout.flush()
     print(describe_failure(ends, plan.world_size, process.returncode, logs, what), file=sys.stderr, flush=True)
-    return process.returncode if process.returncode > 0 else 1
+    return Outcome(process.returncode if process.returncode > 0 else 1, bool(received))
+
+
+def run_with_restarts(plan: LaunchPlan, again: Callable[[], LaunchPlan], most: int, console: Console) -> int:
+    """Run the launcher, and when the run fails, start it again up to `most` times by the plan that `again` makes.
+
+    A run that was asked to stop is not started again. Returns the exit status of the last one.
+    """
+    outcome = run_ranks(plan, console)
+    for restart in range(1, most + 1):
+        if outcome.status == 0 or outcome.signalled:
+            break
+        plan = again()
+        console.print(f"restart {restart} of at most {most}")
+        outcome = run_ranks(plan, console)
+    return outcome.status
 
 
 def _wait(process: subprocess.Popen[bytes], logs: Logs) -> None:
@@ -60,8 +81,8 @@ def _wait(process: subprocess.Popen[bytes], logs: Logs) -> None:
 
 
 @contextmanager
-def _signals_passed_on(logs: Logs) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 go to every rank; a second SIGINT ends them at once."""
+def _signals_passed_on(logs: Logs) -> Iterator[list[int]]:
+    """SIGINT, SIGTERM and SIGUSR1 go to every rank; a second SIGINT ends them at once. Yields those that have come."""
     received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -71,7 +92,7 @@ def _signals_passed_on(logs: Logs) -> Iterator[None]:
 
     before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

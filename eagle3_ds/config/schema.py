@@ -185,6 +185,8 @@ class FaultsSection(Section):
     """A rank that is silent, or in one collective, for longer has failed, and with it the run."""
     max_skipped: NonNegative = 3
     """Optimizer steps in a row that may be skipped because loss or gradient is not finite."""
+    max_restarts: NonNegative = 0
+    """How often the launch starts a failed run again by itself, from the newest intact checkpoint."""
     check_every: NonNegative = 100
     """Optimizer steps between checks that all ranks hold the same; 0: only before checkpoints."""
 

@@ -1,4 +1,4 @@
-"""The process beside each rank: `python -m eagle3_ds.watch.supervisor --logs DIR --limit SECONDS MODULE ARGUMENTS`.
+"""The process beside each rank: `python -m eagle3_ds.watch.supervisor --log_folder DIR --limit SECONDS MODULE ARGUMENTS`.
 
 It starts `python -m MODULE ARGUMENTS` as the rank, keeps what the rank says in a log, and notices when it dies, falls silent or
 waits too long in a collective, even where the rank itself cannot: stopped, or stuck with Python's lock held. The first
@@ -244,14 +244,14 @@ def _process_state(pid: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--logs", required=True, type=Path, help="output_dir/logs")
+    parser.add_argument("--log_folder", required=True, type=Path, help="output_dir/logs")
     parser.add_argument("--limit", required=True, type=float, help="seconds of silence, or in one collective, that are a fault")
     parser.add_argument("module", help="the module that is the rank")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     options = parser.parse_args(arguments)
     rank = int({**os.environ, **announcement(os.environ)}.get("RANK", "0"))
     command = [sys.executable, "-u", "-m", options.module, *options.arguments]
-    return Supervisor(Logs(options.logs), rank, options.limit, command).run()
+    return Supervisor(Logs(options.log_folder), rank, options.limit, command).run()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ END_SECONDS = 30.0
 @pytest.fixture
 def faulty(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Fault], Job]:
     """A job whose ranks run `faulty_rank`."""
-    monkeypatch.setattr(cli_launcher, "TRAIN_MODULE", "faulty_rank")
+    monkeypatch.setattr(cli_launcher.plan_launch, "__defaults__", ("faulty_rank",))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1] / "faults"), *sys.path]))
 
     def make(fault: Fault) -> Job:

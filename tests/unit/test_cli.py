@@ -17,6 +17,7 @@ from eagle3_ds.cli import main
 from eagle3_ds.cli_checks import RESULTS, check_output, clear_output
 from eagle3_ds.cli_launcher import (
     LaunchOptions,
+    LaunchPlan,
     free_port,
     plan_launch,
     read_hostfile,
@@ -59,7 +60,7 @@ def test_dry_run(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["launch", f"recipes/{name}.yaml", *options, "--dry-run", f"output_dir={output}"]) == 0
     text = capsys.readouterr().out
     assert mesh in text
-    assert "--module eagle3_ds.watch.supervisor --logs=" in text and " eagle3_ds.train.main --recipe=" in text
+    assert "--module eagle3_ds.watch.supervisor --log_folder=" in text and " eagle3_ds.train.main --recipe=" in text
     assert f"output_dir: {output}" in text
     assert "nothing was started" in text
     assert not output.exists()
@@ -331,7 +332,7 @@ def test_single_machine_command(tmp_path: Path) -> None:
     assert (parsed.num_gpus, parsed.module, parsed.no_local_rank) == (4, True, True)
     assert parsed.user_script == "eagle3_ds.watch.supervisor"
     logs, limit, *rank = parsed.user_args
-    assert (logs, limit) == (f"--logs={tmp_path / 'logs'}", "--limit=600.0")
+    assert (logs, limit) == (f"--log_folder={tmp_path / 'logs'}", "--limit=600.0")
     assert rank == ["eagle3_ds.train.main", f"--recipe={tmp_path / 'recipe.resolved.yaml'}", "--resume=step-000004"]
     assert runner.fetch_hostfile(parsed.hostfile) is None
 
@@ -344,7 +345,7 @@ def test_environment_reaches_the_other_hosts(tmp_path: Path) -> None:
         "EDITOR": "vi",
         "GLOO_SOCKET_IFNAME": "",
     }
-    options = LaunchOptions(hostfile="recipes/2nodes.hostfile", launcher="slurm", master_port=29501)
+    options = LaunchOptions(hostfile="recipes/2nodes.hostfile", launcher="openmpi", master_port=29501)
     plan = plan_launch(options, {"node-0": (0, 1), "node-1": (0, 1)}, "cuda", quickstart(tmp_path), None, environ)
     write_environment_file(plan)
     lines = Path(plan.environment["DS_ENV_FILE"]).read_text().splitlines()
@@ -353,6 +354,60 @@ def test_environment_reaches_the_other_hosts(tmp_path: Path) -> None:
     assert not [line for line in lines if "secret" in line or "EDITOR" in line or line.endswith("=")]
     with pytest.raises(ValueError, match="NCCL_X"):
         plan_launch(options, plan.hosts, "cuda", quickstart(tmp_path), None, {"NCCL_X": "a\nb"})
+
+
+def started_by_deepspeed(plan: LaunchPlan, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What DeepSpeed's runner makes of a plan, where every launcher is installed and nothing is started."""
+    runner = pytest.importorskip("deepspeed.launcher.runner")
+    started: list[list[str]] = []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            started.append(command)
+
+        def wait(self) -> None: ...
+
+    monkeypatch.setattr(runner.subprocess, "Popen", Process)
+    monkeypatch.setattr(runner.subprocess, "check_call", lambda *_, **__: pytest.fail("asks for ssh"))
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    # Read once, when its module was imported.
+    monkeypatch.setattr(runner, "DEEPSPEED_ENVIRONMENT_NAME", plan.environment["DS_ENV_FILE"])
+    write_environment_file(plan)
+    runner.main(list(plan.command[3:]))
+    (command,) = started
+    return command
+
+
+def test_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = quickstart(tmp_path)
+    options = LaunchOptions(hostfile="recipes/2nodes.hostfile", launcher="slurm", num_ranks=4, master_port=29501)
+    hosts = resolve_hosts(options, "cuda", 0, 1)
+    plan = plan_launch(options, hosts, "cuda", recipe, "step-000010", {"NCCL_IB_HCA": "mlx5_0,mlx5_1", "PATH": "/bin"})
+    command = started_by_deepspeed(plan, monkeypatch)
+    assert command[:3] == ["srun", "-n", "8"] and command[command.index("--gpus-per-node") + 1] == "4"
+    (export,) = (argument for argument in command if argument.startswith("--export="))
+    assert export.startswith("--export=ALL,") and "MASTER_ADDR=node-0,MASTER_PORT=29501" in export
+    # It would become two variables there; srun hands it over whole.
+    assert "mlx5" not in export
+    python, unbuffered, supervisor, *arguments = command[command.index(export) + 1 :]
+    assert (python, unbuffered, Path(supervisor).is_file()) == (sys.executable, "-u", True)
+    assert arguments == [
+        f"--log_folder={tmp_path / 'logs'}", "--limit=600.0", "eagle3_ds.train.main",
+        f"--recipe={tmp_path / 'recipe.resolved.yaml'}", "--resume=step-000010",
+    ]  # fmt: skip
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    """The options mean to torch what they are meant to."""
+    from torch.distributed.run import parse_args
+
+    plan = plan_launch(LaunchOptions(launcher="torchrun"), {"localhost": (0, 1)}, "cpu", quickstart(tmp_path), None, {})
+    parsed = parse_args(list(plan.command[3:]))
+    assert (parsed.nnodes, parsed.nproc_per_node, parsed.module) == ("1", "2", True)
+    assert parsed.training_script == "eagle3_ds.watch.supervisor"
+    assert parsed.training_script_args[2] == "eagle3_ds.train.main"
 
 
 def test_free_ports_are_ports() -> None:
@@ -383,7 +438,7 @@ def test_help_has_an_example_for_every_option(capsys: pytest.CaptureFixture[str]
     options = capsys.readouterr().out
     shell = subprocess.run(["bash", "launch.sh", "--help"], capture_output=True, text=True, check=True).stdout
     for option in ("hostfile", "num_gpus", "num_ranks", "num_nodes", "include", "exclude", "master_addr", "master_port",
-                   "launcher", "ds_config", "dry-run", "resume", "overwrite"):  # fmt: skip
+                   "launcher", "ds_config", "dry-run", "resume", "max-restarts", "overwrite"):  # fmt: skip
         assert f"--{option}" in options and f"--{option}" in shell
     assert "--no-install" in shell
     assert main([]) == 2 and main(["--help"]) == 0 and main(["lunch"]) == 2

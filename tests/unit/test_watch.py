@@ -15,12 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from rich.console import Console
 
 from eagle3_ds.cli_launcher import LaunchPlan
-from eagle3_ds.cli_supervise import describe_failure, run_ranks
+from eagle3_ds.cli_supervise import describe_failure, run_ranks, run_with_restarts
 from eagle3_ds.watch.announced import announcement
 from eagle3_ds.watch.logs import Logs, RankEnd, Status
 from eagle3_ds.watch.supervisor import START_SECONDS, Rank
@@ -30,7 +31,15 @@ LIMIT = 3.0
 
 
 def supervisor(logs: Logs, rank: int, deed: str) -> list[str]:
-    return [sys.executable, "-m", "eagle3_ds.watch.supervisor", f"--logs={logs.folder}", f"--limit={LIMIT}", "fake_rank", deed]
+    return [
+        sys.executable,
+        "-m",
+        "eagle3_ds.watch.supervisor",
+        f"--log_folder={logs.folder}",
+        f"--limit={LIMIT}",
+        "fake_rank",
+        deed,
+    ]
 
 
 @contextmanager
@@ -173,7 +182,7 @@ def plan(tmp_path: Path, *deeds: str, status: int = 1) -> LaunchPlan:
 
 
 def test_the_first_error_is_the_last_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_ranks(plan(tmp_path, "sleeps", "raises", "sleeps", status=7), Console()) == 7
+    assert run_ranks(plan(tmp_path, "sleeps", "raises", "sleeps", status=7), Console()).status == 7
     told = capfd.readouterr().err.rstrip().splitlines()
     assert told[-1].startswith("First error, of rank 1 on ")
     assert told[-1].endswith("while training, after 7 steps: ValueError: a bad row")
@@ -184,12 +193,37 @@ def test_the_first_error_is_the_last_word(tmp_path: Path, capfd: pytest.CaptureF
 
 def test_a_launcher_that_says_all_is_well_is_not_believed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """DeepSpeed's runner exits with 0 when the process that it waits for was killed."""
-    assert run_ranks(plan(tmp_path, "finishes", "SIGKILL", status=0), Console()) == 1
+    assert run_ranks(plan(tmp_path, "finishes", "SIGKILL", status=0), Console()).status == 1
     assert "signal 9 (SIGKILL)" in capfd.readouterr().err.splitlines()[-1]
-    assert run_ranks(replace(plan(tmp_path, "finishes"), command=("true",)), Console()) == 1
+    assert run_ranks(replace(plan(tmp_path, "finishes"), command=("true",)), Console()).status == 1
     assert "No rank said why" in capfd.readouterr().err
-    assert run_ranks(plan(tmp_path, "finishes", "finishes", status=0), Console()) == 0
+    assert run_ranks(plan(tmp_path, "finishes", "finishes", status=0), Console()) == (0, False)
     assert capfd.readouterr().err == ""
+
+
+def test_a_failed_run_is_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    failing, well = plan(tmp_path, "raises"), plan(tmp_path, "finishes", status=0)
+    coming = [failing, well, failing]
+    assert run_with_restarts(failing, lambda: coming.pop(0), 5, Console()) == 0
+    assert coming == [failing]
+    assert [line for line in capfd.readouterr().out.splitlines() if "restart" in line] == [
+        f"restart {n} of at most 5" for n in (1, 2)
+    ]
+    assert run_with_restarts(failing, lambda: failing, 1, Console()) == 1
+    assert run_with_restarts(well, failing_is_not_asked_for, 1, Console()) == 0
+
+
+def failing_is_not_asked_for() -> LaunchPlan:
+    raise AssertionError("a run that is well is not started again")
+
+
+def test_a_run_that_was_asked_to_stop_is_not_started_again(tmp_path: Path) -> None:
+    """This rank does not heed SIGUSR1, so that it ends as a failure."""
+    stopper = Timer(2.0, os.kill, (os.getpid(), signal.SIGUSR1))
+    stopper.start()
+    assert run_with_restarts(plan(tmp_path, "sleeps"), failing_is_not_asked_for, 3, Console()) == 1
+    (told,) = Logs(tmp_path / "logs").ends(1).values()
+    assert (told.how, told.reason) == ("killed", "signal 10 (SIGUSR1)")
 
 
 def end(rank: int, how: str, time: float, follows: bool = False) -> RankEnd:
