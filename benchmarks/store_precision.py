@@ -22,10 +22,10 @@ from benchmarks.result_file import FOLDER, write_result
 from eagle3_ds.cli_stages import prepare
 from eagle3_ds.config import Recipe
 from eagle3_ds.data import HiddenStateStore, HiddenStateWriter, Layout, PackedLoader, PreparedData
+from eagle3_ds.data.loader import HeldoutPacks
 from eagle3_ds.data.store_index import DTYPES
-from eagle3_ds.layout import PackedSequence
 from eagle3_ds.model import VocabularyMap
-from eagle3_ds.train import RolloutTrainer
+from eagle3_ds.train.rollout import RolloutTrainer
 
 REFERENCE = "float32"
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 2048, "num_layers": 8, "steps": 200}
@@ -80,10 +80,6 @@ def convert(store: HiddenStateStore, dtype: str, path: Path) -> HiddenStateStore
     return writer.finish()
 
 
-def heldout(data: PreparedData, store: HiddenStateStore) -> list[PackedSequence]:
-    return [pack for pack in PackedLoader(data.heldout, store, MAX_LENGTH).all_packs() if pack is not None]
-
-
 def train(recipe: Recipe, data: PreparedData, store: HiddenStateStore, reference: HiddenStateStore) -> Outcome:
     """A fresh draft, `train.steps` steps from `store`."""
     vocabulary = VocabularyMap.load(Path(recipe.output_dir) / "vocabulary.safetensors")
@@ -91,7 +87,7 @@ def train(recipe: Recipe, data: PreparedData, store: HiddenStateStore, reference
     loader = PackedLoader(data.train, store, MAX_LENGTH, seed=recipe.train.seed)
     steps = recipe.train.steps or 0
     losses = [trainer.step(loader.step(step)).loss for step in range(steps)]
-    own, common = (trainer.evaluate(heldout(data, kind)) for kind in (store, reference))
+    own, common = (trainer.evaluate(HeldoutPacks(PackedLoader(data.heldout, kind, MAX_LENGTH))) for kind in (store, reference))
     return Outcome(
         dtype=store.layout.dtype,
         seed=recipe.train.seed,
