@@ -8,6 +8,7 @@ usage() {
 usage: ./launch.sh RECIPE [OPTIONS] [section.key=value ...]   the main job, e.g. ./launch.sh recipes/quickstart.yaml
        ./launch.sh test [PYTEST OPTIONS]                      lint, types and tests, e.g. ./launch.sh test -k topology
        ./launch.sh prepare|evaluate|export|report RECIPE      one stage alone, e.g. ./launch.sh report recipes/quickstart.yaml
+       ./launch.sh plan RECIPE [--gpus N --gpu-memory GIB]    what it costs, how long it may be, e.g. ./launch.sh plan RECIPE --gpus 8
        ./launch.sh store verify|info|import ...               hidden states on disk, e.g. ./launch.sh store verify output/cache/hidden-0
        ./launch.sh doctor [--head-dim D]                      versions, devices, and which attention kernels run here
 
@@ -98,6 +99,6 @@ if [ "$mode" = test ]; then
   exec "$python" -m pytest tests "$@"
 fi
 case "$1" in
-  prepare | evaluate | export | report | doctor | store) exec "$python" -m eagle3_ds.cli "$@" ;;
+  prepare | evaluate | export | report | plan | doctor | store) exec "$python" -m eagle3_ds.cli "$@" ;;
   *) exec "$python" -m eagle3_ds.cli launch "$@" ;;
 esac

@@ -33,7 +33,7 @@ SHAPE = DraftShape(256, 768, 8, 2, 32, 4096, 2048)
 class Counted:
     """Bytes of one rank: between steps, and at the peak of a step."""
 
-    between_steps: int
+    rest: int
     peak: int
 
 
@@ -77,12 +77,12 @@ def compare(name: str, run: SampleRun) -> dict[str, Any]:
     """One configuration, counted on all ranks (the largest counts) and predicted."""
     ranks = run_ranks(run.world_size, count, run)
     memory = predict_memory(run.setup())
-    rest, peak = max(r.between_steps for r in ranks), max(r.peak for r in ranks)
+    rest, peak = max(r.rest for r in ranks), max(r.peak for r in ranks)
     return {
         "name": name,
-        "counted": {"between_steps": rest, "peak": peak},
-        "predicted": {"between_steps": memory.states, "peak": memory.peak, "phase": memory.phase},
-        "ratio": {"between_steps": round(memory.states / rest, 4), "peak": round(memory.peak / peak, 4)},
+        "counted": {"rest": rest, "peak": peak},
+        "predicted": {"rest": memory.states, "peak": memory.peak, "phase": memory.phase},
+        "ratio": {"rest": round(memory.states / rest, 4), "peak": round(memory.peak / peak, 4)},
     }
 
 
@@ -94,9 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not runs:
         parser.error(f"--only {options.only!r} matches no configuration: {', '.join(varied_runs())}.")
     rows = [compare(name, run) for name, run in runs.items()]
-    table = Table("configuration", "between steps MiB", "predicted", "peak MiB", "predicted", "ratio", "phase of the peak")
+    table = Table("configuration", "rest MiB", "predicted", "peak MiB", "predicted", "ratio", "phase of the peak")
     for row in rows:
-        sizes = (row[of][at] / 2**20 for at in ("between_steps", "peak") for of in ("counted", "predicted"))
+        sizes = (row[of][at] / 2**20 for at in ("rest", "peak") for of in ("counted", "predicted"))
         table.add_row(row["name"], *(f"{size:.2f}" for size in sizes), f"{row['ratio']['peak']:.3f}", row["predicted"]["phase"])
     console = Console()
     console.print(table)

@@ -57,6 +57,7 @@ COMMANDS = {
 TOOLS = {
     "doctor": ("eagle3_ds.cli_doctor", "versions, devices, and which attention kernels run here, each checked"),
     "data": ("eagle3_ds.cli_data", "look at a row, or let the target answer the prompts: data inspect | regenerate"),
+    "plan": ("eagle3_ds.cli_plan", "bytes per rank, the longest sequence that fits, and the fastest settings of a recipe"),
     "store": ("eagle3_ds.cli_store", "verify, describe or import hidden states: store verify | info | import"),
 }
 

@@ -34,6 +34,7 @@ from eagle3_ds.target import check_supported, load_text_config
 from eagle3_ds.topology import Mesh, check_heads
 
 GIB = 2**30
+SHOWN = 6
 SIZES = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
 # Sizes of targets in the order of SIZES, as their config.json gives them.
 SHAPES: Mapping[str, tuple[int, ...]] = {
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus", type=_positive, default=8, metavar="N", help="ranks of the run, e.g. --gpus 16 (else 8)")
     add("--gpus-per-node", type=_positive, default=8, metavar="N", help="ranks with fast links between them (else 8)")
     add("--gpu-memory", type=_gibibytes, metavar="GIB", help="memory a rank may use, e.g. --gpu-memory 80 (else the device's)")
+    add("--reserve", type=_gibibytes, default=2.0, metavar="GIB", help="of it for context, NCCL and fragmentation (else 2)")
     add("--device", choices=sorted(DEVICES), default="H100", help="whose peaks predict the time (else H100)")
     add("--shape", choices=sorted(SHAPES), help="sizes of a target that is not here, e.g. --shape llama3.1-8b")
     for size in SIZES:
@@ -75,7 +77,9 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     shape = DraftShape.of(build_draft_config(_target_config(recipe, options), recipe.draft))
     check_heads(parallel.ulysses, shape.num_heads, shape.num_kv_heads)
     device = DEVICES[options.device]
-    budget = int((options.gpu_memory or device.memory) * GIB)
+    budget = int(((options.gpu_memory or device.memory) - options.reserve) * GIB)
+    if budget <= 0:
+        raise ValueError(f"--reserve {options.reserve} leaves nothing of the device's memory. Lower it.")
     files = _deepspeed_files(recipe)
     setup = Setup.of(recipe, load_deepspeed_config(recipe.deepspeed), shape, mesh.draft_dp)
     if parallel.kv_exchange == "auto":
@@ -90,7 +94,7 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     _print_memory(setup, budget, console)
     _print_lengths(setup, budget, console)
     _print_time(setup, device, options.gpus_per_node, console)
-    _print_candidates(candidates[:5], budget, console)
+    _print_candidates(candidates, budget, console)
     if not fits:
         _say(console, "The recipe as it stands does not fit. " + explain_shortage(setup, budget, files))
     return 0 if fits else 1
@@ -153,24 +157,27 @@ def _print_setup(setup: Setup, device: Device, budget: int, console: Console) ->
         f"draft: {shape.num_parameters / 1e6:.0f} M trained parameters, hidden {shape.hidden_size}, {shape.num_heads}/"
         f"{shape.num_kv_heads} heads of {shape.head_dim}, draft vocabulary {shape.draft_vocab_size}, K {setup.ttt_steps}",
     )
-    _say(console, f"run: {_mesh_text(setup)}, {setup.length} tokens per sequence, {setup.slots} slots per rank, {setup.dtype}")
-    _say(console, f"device: {device.name}, {budget / GIB:.1f} GiB per rank")
+    _say(
+        console,
+        f"run: draft_dp x ring x ulysses = {_mesh_text(setup)}, {setup.dtype}, {setup.length} tokens per sequence, "
+        f"{setup.slots} slots per rank",
+    )
+    _say(console, f"device: {device.name}, {budget / GIB:.1f} GiB per rank for tensors")
 
 
 def _print_memory(setup: Setup, budget: int, console: Console) -> None:
     memory = predict_memory(setup)
     phases = list(memory.phases)
-    table = Table("GiB per rank", *phases, title="predicted bytes, phase by phase")
+    table = Table("GiB per rank", *phases, title="predicted tensors, phase by phase of a step")
     for part in dict.fromkeys(part for parts in memory.phases.values() for part in parts):
         sizes = [memory.phases[phase].get(part, 0) for phase in phases]
         if any(sizes):
             table.add_row(part, *(f"{size / GIB:.2f}" if size else "" for size in sizes))
     table.add_section()
-    totals = [sum(memory.phases[phase].values()) for phase in phases]
-    table.add_row("total", *(f"{total / GIB:.2f}" for total in totals))
+    table.add_row("total", *(f"{sum(memory.phases[phase].values()) / GIB:.2f}" for phase in phases))
     console.print(table)
     verdict = "fits" if memory.peak <= budget else "does NOT fit"
-    _say(console, f"peak {memory.peak / GIB:.2f} GiB in {memory.phase}: {verdict} in {budget / GIB:.1f} GiB")
+    _say(console, f"peak {memory.peak / GIB:.2f} GiB, in {memory.phase}: {verdict} in {budget / GIB:.1f} GiB")
     host = ", ".join(f"{part} {size / GIB:.2f} GiB" for part, size in memory.host.items() if size)
     _say(console, f"in the host's memory, per rank: {host or 'nothing'}")
 
@@ -193,23 +200,23 @@ def _print_time(setup: Setup, device: Device, ranks_per_node: int, console: Cons
     _say(console, "assumed: one document fills each sequence, every token is supervised, no communication is hidden")
 
 
-def _print_candidates(candidates: list[Candidate], budget: int, console: Console) -> None:
+def _print_candidates(candidates: Sequence[Candidate], budget: int, console: Console) -> None:
+    """The fastest setting of each mesh, the best few of them."""
     if not candidates:
         _say(console, "No mesh of these ranks fits this length with the DeepSpeed files at hand.")
         return
-    table = Table("mesh", "DeepSpeed", "zero_group", "activation", "kv_exchange", "GiB", "tokens/s", "longest", title="fastest")
+    of_mesh: dict[str, Candidate] = {}
     for candidate in candidates:
-        setup = candidate.setup
-        table.add_row(
-            _mesh_text(setup),
-            Path(candidate.deepspeed).stem,
-            setup.zero_group,
-            setup.activation,
-            setup.kv_exchange if setup.ring > 1 else "-",
-            f"{candidate.memory.peak / GIB:.1f}",
-            f"{candidate.time.tokens_per_second:.0f}",
-            str(largest_length(setup, budget)),
-        )
+        of_mesh.setdefault(_mesh_text(candidate.setup), candidate)
+    table = Table("mesh", "DeepSpeed", "group", "activation", "exchange", "GiB", "tokens/s", "longest")
+    table.title = "fastest setting of each mesh (draft_dp x ring x ulysses)"
+    table.columns[0].no_wrap = True
+    for mesh, candidate in list(of_mesh.items())[:SHOWN]:
+        setup, file = candidate.setup, Path(candidate.deepspeed).stem
+        exchange = setup.kv_exchange if setup.ring > 1 else "-"
+        numbers = f"{candidate.memory.peak / GIB:.1f}", f"{candidate.time.tokens_per_second:.0f}"
+        longest = str(largest_length(setup, budget))
+        table.add_row(mesh, file, setup.zero_group, setup.activation, exchange, *numbers, longest)
     console.print(table)
     _say(console, f"best as overrides: {_overrides(candidates[0])}")
 
@@ -229,7 +236,7 @@ def _overrides(candidate: Candidate) -> str:
 
 
 def _mesh_text(setup: Setup) -> str:
-    return f"draft_dp {setup.draft_dp} x ring {setup.ring} x ulysses {setup.ulysses}"
+    return f"{setup.draft_dp} x {setup.ring} x {setup.ulysses}"
 
 
 def _positive(text: str) -> int:

@@ -67,5 +67,4 @@ def _single_changes(setup: Setup, deepspeed: Mapping[str, ZeroSettings]) -> list
     found.append(("parallel.zero_group=all", replace(setup, zero_group="all")))
     found.append((f"train.tile_bytes={setup.tile_bytes // 4}", replace(setup, tile_bytes=setup.tile_bytes // 4)))
     half = setup.length // 2
-    found.append((f"data.max_length={half}", replace(setup, length=half)))
-    return found
+    return [*found, (f"data.max_length={half}", replace(setup, length=half))] if half else found

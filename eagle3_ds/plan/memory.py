@@ -24,7 +24,8 @@ class Memory:
     """Predicted bytes of one rank.
 
     Attributes:
-        phases: by phase of the step, what is alive at its worst moment, part by part; on the device.
+        phases: what is alive on the device at the worst moment of each phase, part by part: at `rest` between two steps, in the
+            `loss`, in `backward`, when it ends and gradients are reduced (`reduce`), and in the optimizer's `update`.
         host: what the offload modes keep in host memory.
     """
 
@@ -34,7 +35,7 @@ class Memory:
     @property
     def phase(self) -> str:
         """The phase that needs most."""
-        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+        return max(self.phases, key=lambda phase: _total(self.phases[phase]))
 
     @property
     def at_peak(self) -> Parts:
@@ -42,12 +43,16 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        return sum(self.at_peak.values())
+        return _total(self.at_peak)
 
     @property
     def states(self) -> int:
         """What is alive between two steps."""
-        return sum(self.phases["between steps"].values())
+        return _total(self.phases["rest"])
+
+
+def _total(parts: Parts) -> int:
+    return sum(parts.values())
 
 
 def predict_memory(setup: Setup, supervised: float = 1.0) -> Memory:
@@ -57,11 +62,11 @@ def predict_memory(setup: Setup, supervised: float = 1.0) -> Memory:
     columns = round(setup.slots * supervised)
     working = {**states, **batch, **_gathered_weights(setup)}
     phases = {
-        "between steps": states,
+        "rest": states,
         "loss": {**working, **_forward_done(setup), **_loss(setup, columns)},
-        **{name: {**working, **parts} for name, parts in _backward(setup, columns).items()},
-        "end of backward": {**working, **_whole_gradients(setup), **_gradient_buckets(setup)},
-        "optimizer": {**states, **batch, **_optimizer_transients(setup)},
+        "backward": {**working, **_backward(setup, columns)},
+        "reduce": {**working, **_whole_gradients(setup), **_gradient_buckets(setup)},
+        "update": {**states, **batch, **_optimizer_transients(setup)},
     }
     return Memory(phases, {**host, "saved activations": offloaded_activations(setup)})
 
@@ -168,37 +173,31 @@ def _keys_and_values(setup: Setup) -> Parts:
     rows = setup.padded_length if setup.kv_exchange == "gather" else setup.columns * kept_blocks(setup)
     step_0 = layers * rows * 2 * shape.kv_size // setup.ulysses * item
     diagonals = layers * (setup.ttt_steps - 1) * setup.slots * 2 * shape.kv_size * item
-    return {"step-0 keys and values": step_0, "diagonal keys and values": diagonals}
+    return {"step-0 KV": step_0, "diagonal KV": diagonals}
 
 
-def _backward(setup: Setup, columns: int) -> dict[str, Parts]:
-    """The worst moments of the backward, each in the first layer.
+def _backward(setup: Setup, columns: int) -> Parts:
+    """The worst moment of the backward, in the first layer.
 
     The attention's backward of the last step makes the sums that stay until step 0, while nearly all that was saved is there.
     The tiles of what follows the attention come before it, so that they meet those sums one step later.
     """
-    last = {**_saved_in_backward(setup, columns, steps_done=0), **_sums(setup, steps_done=0)}
-    moments = {
-        "backward, attention": {**last, "transients": _through(setup) + _attention_backward(setup)},
-        "backward, MLP of the last step": {
-            **_saved_in_backward(setup, columns, steps_done=0),
-            "sums of weight gradients": _weight_sums(setup),
-            "transients": _through(setup) + _tile_after(setup),
-        },
-    }
+    through = _through(setup)
+    last = _saved_in_backward(setup, columns, steps_done=0)
+    sums = _sums(setup, steps_done=0)
+    moments: list[Parts] = [
+        {**last, **sums, "attention's backward": through + _attention_backward(setup)},
+        {**last, "weight-gradient sums": _weight_sums(setup), "tile of the MLP": through + _tile_after(setup)},
+    ]
     if setup.activation != "keep":
-        shape = setup.shape
-        dq_and_q = 2 * setup.slots * shape.query_size * setup.itemsize
-        moments["backward, projections"] = {**last, "transients": _through(setup) + dq_and_q + _tile_before(setup)}
+        dq_and_q = 2 * setup.slots * setup.shape.query_size * setup.itemsize
+        moments.append({**last, **sums, "tile of the projections": through + dq_and_q + _tile_before(setup)})
     if setup.ttt_steps > 1:
-        moments["backward, MLP of the step before"] = {
-            **_saved_in_backward(setup, columns, steps_done=1),
-            **_sums(setup, steps_done=1),
-            "transients": _through(setup) + _tile_after(setup),
-        }
+        earlier = {**_saved_in_backward(setup, columns, steps_done=1), **_sums(setup, steps_done=1)}
+        moments.append({**earlier, "tile of the MLP": through + _tile_after(setup)})
     early = _gradient_partition(setup) if setup.zero.stage == 2 and _head_overflows_bucket(setup) else {}
-    common = {"whole gradients": _head_gradient(setup), **_gradient_buckets(setup), **early}
-    return {name: {**parts, **common} for name, parts in moments.items()}
+    worst = max(moments, key=_total)
+    return {**worst, "whole gradients": _head_gradient(setup), **_gradient_buckets(setup), **early}
 
 
 def _saved_in_backward(setup: Setup, columns: int, steps_done: int) -> Parts:
@@ -221,9 +220,9 @@ def _saved_in_backward(setup: Setup, columns: int, steps_done: int) -> Parts:
 def _sums(setup: Setup, steps_done: int) -> Parts:
     """Gradients of keys and values (step 0's in fp32; the diagonals' of the steps behind are used), and of the weights."""
     kv = _keys_and_values(setup)
-    step_0 = kv["step-0 keys and values"] // setup.itemsize * FP32
-    diagonals = kv["diagonal keys and values"] * (setup.ttt_steps - 1 - steps_done) // max(1, setup.ttt_steps - 1)
-    return {"gradients of keys and values": step_0 + diagonals, "sums of weight gradients": _weight_sums(setup)}
+    step_0 = kv["step-0 KV"] // setup.itemsize * FP32
+    diagonals = kv["diagonal KV"] * (setup.ttt_steps - 1 - steps_done) // max(1, setup.ttt_steps - 1)
+    return {"KV gradients": step_0 + diagonals, "weight-gradient sums": _weight_sums(setup)}
 
 
 def _weight_sums(setup: Setup) -> int:
@@ -345,8 +344,8 @@ def _loss(setup: Setup, columns: int) -> Parts:
     tile += tile_columns * shape.hidden_size * (4 * item + _norm(setup))
     return {
         "loss gradients": K * columns * shape.hidden_size * item,
-        "sums of weight gradients": head * FP32,
-        "transients": tile + K * setup.slots * FP32,
+        "weight-gradient sums": head * FP32,
+        "tile of the loss": tile + K * setup.slots * FP32,
     }
 
 
@@ -371,7 +370,7 @@ def _whole_gradients(setup: Setup) -> Parts:
     sums = 0 if setup.dtype == "float32" else _weight_sums(setup)
     # Stage 0 flattens all of them, and stages 1 and 2 copy out what they own.
     reduced = whole if setup.zero.stage == 0 else _gradient_partition(setup).get("gradient partition", 0)
-    return {"whole gradients": whole, "transients": max(sums, reduced)}
+    return {"whole gradients": whole, "their sums or copies": max(sums, reduced)}
 
 
 def _optimizer_transients(setup: Setup) -> Parts:
@@ -382,6 +381,6 @@ def _optimizer_transients(setup: Setup) -> Parts:
     P = shape.num_parameters
     if zero.stage == 0:
         gradients = P * setup.itemsize + (P * FP32 if setup.dtype != "float32" else 0)
-        return {"gradients": gradients, "transients": 2 * max(shape.parameter_sizes) * FP32}
+        return {"gradients": gradients, "AdamW's temporaries": 2 * max(shape.parameter_sizes) * FP32}
     owned = P // setup.zero_ranks
-    return {"gradients": owned * FP32, "transients": 2 * owned * FP32}
+    return {"gradients": owned * FP32, "AdamW's temporaries": 2 * owned * FP32}

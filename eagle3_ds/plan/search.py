@@ -79,7 +79,7 @@ def fastest(
 ) -> list[Candidate]:
     """The setups of `world_size` ranks that fit `budget` bytes per rank at this length, most tokens per second first.
 
-    Between equals the one with less memory, then the plainer one, which is enumerated earlier.
+    Predictions a percent apart count as equal: then the one with less memory comes first.
     """
     found = []
     for mesh in meshes(setup, world_size):
@@ -88,7 +88,7 @@ def fastest(
             memory = predict_memory(variant)
             if memory.peak <= budget:
                 found.append(Candidate(variant, file, memory, predict_time(variant, device, pairs, ranks_per_node)))
-    return sorted(found, key=lambda c: (-round(c.time.tokens_per_second), c.memory.peak))
+    return sorted(found, key=lambda c: (-round(math.log(c.time.tokens_per_second, 1.01)), c.memory.peak))
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,0 +1,104 @@
+"""`eagle3-ds plan` from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eagle3_ds.cli import main
+from eagle3_ds.config import load_recipe
+
+ROOT = Path(__file__).parents[2]
+LLAMA = ("recipes/llama3.1-8b_128k_usp.yaml", "--shape", "llama3.1-8b")
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> str:
+    assert main(["plan", *arguments]) == status
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["plan", *arguments]) == 2
+    return capsys.readouterr().err
+
+
+def test_a_target_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
+    text = planned(capsys, *LLAMA, "--gpus", "8", "--gpu-memory", "80")
+    assert "425 M trained parameters" in text
+    assert "fits in 78.0 GiB" in text
+    for part in ("Adam moments", "saved activations", "KV gradients", "longest sequence that fits", "tokens/s"):
+        assert part in text
+    line = next(line for line in text.splitlines() if line.startswith("best as overrides: "))
+    best = load_recipe(LLAMA[0], line.removeprefix("best as overrides: ").split())
+    assert best.parallel.ulysses * best.parallel.ring * (best.parallel.draft_dp or 0) == 8
+
+
+def test_a_target_that_will_be_built_and_one_of_which_only_the_config_is_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built = planned(capsys, "recipes/quickstart.yaml", "--gpus", "4", f"target.path={tmp_path / 'none'}")
+    assert "hidden 192, 4/2 heads of 48" in built
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 48,
+        "num_hidden_layers": 8,
+        "vocab_size": 4096,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    here = planned(capsys, "recipes/quickstart.yaml", "--gpus", "4", f"target.path={tmp_path}", "target.build=null")
+    assert "hidden 192, 4/2 heads of 48" in here
+
+
+def test_sizes_over_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    text = planned(capsys, *LLAMA, "--num-kv-heads", "4", "--head-dim", "64", "data.max_length=16384")
+    assert "32/4 heads of 64" in text and "16384 tokens" in text
+
+
+def test_what_does_not_fit_is_said_with_bytes_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    text = planned(capsys, *LLAMA, "--gpu-memory", "12", "train.activation=keep", status=1)
+    assert "does NOT fit" in text
+    assert "bytes" in text and "What would help most" in text and "train.activation=offload" in text
+    assert "best as overrides" in text
+    error = refused(capsys, *LLAMA, "--gpu-memory", "3")
+    assert "fits no mesh and no setting" in error and "What would help most" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpus", "6"], ["world size", "6", "ulysses 4 x ring 2 = 8"]),
+        (["--gpus", "16"], ["parallel.draft_dp", "16"]),
+        (["parallel.ulysses=8", "parallel.ring=1", "--num-kv-heads", "4"], ["parallel.ulysses is 8", "divide 4"]),
+        (["--gpu-memory", "1"], ["--reserve 2.0 leaves nothing"]),
+    ],
+)
+def test_a_plan_that_cannot_be(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(capsys, *LLAMA, *arguments)
+    assert all(word in error for word in words), error
+
+
+def test_missing_sizes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(capsys, "recipes/llama3.1-8b_128k_usp.yaml", "--hidden-size", "4096")
+    assert "--intermediate-size" in error and "--vocab-size" in error and "--shape" in error
+
+
+def test_an_unreachable_hub_name_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def unreachable(name: str) -> None:
+        raise OSError(f"{name} cannot be reached")
+
+    monkeypatch.setattr("eagle3_ds.cli_plan.AutoConfig.from_pretrained", unreachable)
+    error = refused(capsys, "recipes/llama3.1-8b_128k_usp.yaml")
+    assert "meta-llama/Llama-3.1-8B-Instruct" in error and "cannot be reached" in error and "--shape llama3.1-8b" in error
