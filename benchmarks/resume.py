@@ -11,7 +11,6 @@ nobody killed. Then every shape goes on from every other shape's checkpoint. Exi
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -20,13 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file
 
 from benchmarks.rank_processes import run_ranks
+from benchmarks.result_file import FOLDER, print_table, write_result
 from benchmarks.resume_runs import (
     SHAPES,
     STEPS,
@@ -41,7 +38,6 @@ from benchmarks.resume_runs import (
 )
 from eagle3_ds.train.checkpoint import CHECKPOINTS, FINAL_WEIGHTS, folder_name, newest_intact, read_manifest
 
-RESULTS = Path(__file__).parent / "results" / "resume.json"
 # Of losses in fp32 when ranks sum in another order.
 TOLERANCE = 1e-5
 
@@ -106,7 +102,7 @@ def in_other_shapes(inputs: Path, shape: str, references: dict[str, Path], outpu
     return {name: largest_relative_error(metrics[name], expected[name]) for name in references}
 
 
-def measure(folder: Path, kills: int, progress: Console) -> dict[str, Any]:
+def measure(folder: Path, kills: int) -> dict[str, Any]:
     """Everything, in `folder`: for each shape the kills, what then differed, and the errors in other shapes."""
     inputs = folder / "inputs"
     inputs.mkdir()
@@ -122,7 +118,7 @@ def measure(folder: Path, kills: int, progress: Console) -> dict[str, Any]:
             found[shape]["kills"] += killed_and_resumed(inputs, shape, output, seed, kills - found[shape]["kills"])
             found[shape]["runs"] += 1
             found[shape]["differences"] += differences(output, reference)
-        progress.print(f"{shape}: {found[shape]}", soft_wrap=True)
+        print(f"{shape}: {found[shape]}", flush=True)
     for shape in SHAPES:
         found[shape]["losses_from"] = in_other_shapes(inputs, shape, references, folder / f"{shape}-others")
     return found
@@ -131,23 +127,23 @@ def measure(folder: Path, kills: int, progress: Console) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each shape")
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--json", type=Path, default=FOLDER, metavar="FOLDER", help="where resume.json goes")
     options = parser.parse_args(arguments)
-    console = Console()
     with tempfile.TemporaryDirectory(prefix="resume-") as folder:
-        found = measure(Path(folder), options.kills, console)
-    table = Table("shape", "killed", "bitwise equal after", *(f"loss from {name}" for name in SHAPES))
-    for name, result in found.items():
-        errors = [f"{error:.1e}" for error in result["losses_from"].values()]
-        table.add_row(name, str(result["kills"]), "no" if result["differences"] else "yes", *errors)
-    console.print(table)
-    record = {
-        "command": f"python -m benchmarks.resume --kills {options.kills}",
-        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
-        "steps": STEPS,
-        "shapes": {name: {**asdict(SHAPES[name]), **result} for name, result in found.items()},
-    }
-    options.json.write_text(json.dumps(record, indent=2) + "\n")
+        found = measure(Path(folder), options.kills)
+    rows = [
+        (
+            name,
+            result["kills"],
+            "no" if result["differences"] else "yes",
+            *(f"{error:.1e}" for error in result["losses_from"].values()),
+        )
+        for name, result in found.items()
+    ]
+    print_table("killed and resumed", ("shape", "killed", "bitwise equal", *(f"loss from {name}" for name in SHAPES)), rows)
+    shapes = {name: {**asdict(SHAPES[name]), **result} for name, result in found.items()}
+    command = f"python -m benchmarks.resume --kills {options.kills}"
+    write_result("resume", command, {"steps": STEPS, "shapes": shapes}, options.json, threads=1)
     exact = not any(result["differences"] for result in found.values())
     return 0 if exact and all(error <= TOLERANCE for r in found.values() for error in r["losses_from"].values()) else 1
 

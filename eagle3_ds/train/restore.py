@@ -25,7 +25,7 @@ from eagle3_ds.train.trainer import DraftTrainer
 def load_checkpoint(trainer: DraftTrainer, folder: Path) -> Manifest:
     """Put a trainer of any shape where a checkpoint was. Collective; files are checked before any tensor is read.
 
-    A rank takes the random states of the rank of its number; where the checkpoint had fewer ranks, a new rank keeps its own.
+    A rank takes the random states of the rank of its number, counted round when the checkpoint had fewer ranks.
 
     Raises:
         ValueError: a damaged file, another geometry or vocabulary, or a checkpoint that does not hold every element once.
@@ -42,8 +42,8 @@ def load_checkpoint(trainer: DraftTrainer, folder: Path) -> Manifest:
     if not VocabularyMap.load(folder / VOCABULARY).equals(trainer.vocabulary):
         raise ValueError(f"{folder / VOCABULARY} is another draft vocabulary than this run's. Resume with its own recipe.")
     write_state(trainer.engine, find_shards(trainer.engine), manifest.adam_steps, PieceReader(folder, manifest).read)
-    if rank_file(place.rank) in manifest.files:
-        restore_random_states(read_prefix(folder / rank_file(place.rank), PREFIX), device)
+    num_saved = sum(name.startswith("rank-") for name in manifest.files)
+    restore_random_states(read_prefix(folder / rank_file(place.rank % num_saved), PREFIX), device)
     engine = trainer.engine
     engine.global_steps, engine.skipped_steps = manifest.step, manifest.skipped_steps
     engine.micro_steps = manifest.step * engine.gradient_accumulation_steps()

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle3_ds import __version__
+from eagle3_ds.model import VocabularyMap
 from eagle3_ds.train.agreement import gather_bytes, max_over_ranks, sum_over_ranks
 from eagle3_ds.train.checkpoint import (
     KINDS,
@@ -98,12 +99,9 @@ class CheckpointSaver:
         own = shares(self._shards, *self._replica())
         numel = sum(piece.numel for shard in own for piece in shard.pieces)
         needed = self._require_space(progress.step, len(KINDS) * 4 * numel + _SMALL_FILES)
+        vocabulary = self._trainer.vocabulary if self._rank == 0 else None
         aside = aside_folder(self._root, progress.step)
-        # By every rank: on shared storage another host may not see the folder at once.
-        aside.mkdir(exist_ok=True)
-        if self._rank == 0:
-            self._trainer.vocabulary.save(aside / VOCABULARY)
-        written = self._thread.submit(_write, aside / rank_file(self._rank), self._host_copy(own))
+        written = self._thread.submit(_write, aside, self._rank, self._host_copy(own), vocabulary)
         self._pending = _Pending(self._describe(progress), needed, written)
         if not self._trainer.recipe.train.save_async:
             self.finish()
@@ -197,7 +195,14 @@ class CheckpointSaver:
         ) from error
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> FileEntry:
+def _write(aside: Path, rank: int, tensors: dict[str, Tensor], vocabulary: VocabularyMap | None) -> FileEntry:
+    """This rank's file, and the vocabulary map on rank 0."""
+    # By every rank: on shared storage another host may not see a new folder at once.
+    aside.mkdir(exist_ok=True)
+    if vocabulary is not None:
+        vocabulary.save(aside / VOCABULARY)
+        sync_file(aside / VOCABULARY)
+    path = aside / rank_file(rank)
     save_file(tensors, path)
     sync_file(path)
     return file_entry(path)

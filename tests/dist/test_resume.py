@@ -65,14 +65,14 @@ def test_a_killed_run_ends_as_if_nothing_had_been(
 
 
 def test_all_ranks_stop_after_the_same_step_when_one_gets_a_signal(
-    inputs: Path, references: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    inputs: Path, references: dict[str, Path], tmp_path: Path
 ) -> None:
     output, world_size = tmp_path / "run", SHAPES["zero0"].world_size
     start_output(inputs, output)
     recipe = make_recipe(inputs, "zero0", output, save_every=0)
     run_struck(recipe, world_size, Blow(step=1, moment=0.0, rank=1, number=signal.SIGTERM))
-    assert f"stopped by SIGTERM after step 2 of {STEPS}; start again with --resume" in capfd.readouterr().out
     assert require_intact(output / CHECKPOINTS).name == folder_name(2)
+    assert len(read_metrics(output)) == 2
     assert not (output / FINAL_WEIGHTS).exists()
     run(recipe, world_size)
     assert differences(output, references["zero0"]) == []
