@@ -23,6 +23,7 @@ usage: ./launch.sh RECIPE [OPTIONS] [section.key=value ...]   the main job, e.g.
   --ds_config F         DeepSpeed JSON                     --ds_config ds_configs/zero3.json
   --dry-run             print recipe, mesh, places, command; start nothing   --dry-run --num_gpus 8
   --resume              go on from the newest checkpoint   train.steps=200 --resume
+  --resume auto         from the newest intact one, or from the start when there is none   --resume auto
   --max-restarts N      start a failed run again           --max-restarts 3
   --overwrite           replace the run in output_dir      train.seed=1 --overwrite
   --no-install          never install; say what to run     --no-install

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from benchmarks.rank_processes import run_ranks
 from benchmarks.resume import (
@@ -31,7 +34,7 @@ from benchmarks.resume_runs import (
     run_struck,
     start_output,
 )
-from eagle3_ds.train.checkpoint import CHECKPOINTS, FINAL_WEIGHTS, folder_name, require_intact, step_folders
+from eagle3_ds.train.checkpoint import CHECKPOINTS, FINAL_WEIGHTS, INITIAL_WEIGHTS, folder_name, require_intact, step_folders
 
 pytestmark = pytest.mark.dist
 
@@ -84,6 +87,17 @@ def test_any_shape_goes_on_from_any_other(shape: str, inputs: Path, references: 
     assert errors.keys() == SHAPES.keys()
     assert errors.pop(shape) == 0.0
     assert max(errors.values()) <= TOLERANCE, errors
+
+
+def test_a_run_starts_from_the_draft_it_was_given(inputs: Path, references: dict[str, Path], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    start_output(inputs, output)
+    given = references["zero3"] / FINAL_WEIGHTS
+    shutil.copy(given, output / INITIAL_WEIGHTS)
+    run(make_recipe(inputs, "zero3", output, steps=1, init_from="an export"), SHAPES["zero3"].world_size)
+    expected, found = load_file(given), load_file(output / INITIAL_WEIGHTS)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert read_metrics(output)[0]["loss"] < read_metrics(references["zero3"])[0]["loss"]
 
 
 def test_the_comparison_of_losses_can_fail(inputs: Path, references: dict[str, Path]) -> None:
