@@ -146,6 +146,8 @@ class LlamaUSPFlashAttention(nn.Module):
             gradients = (memory.dkeys[:step], memory.dvalues[:step])
             dq = merge_diagonals_backward(dout, q, *diagonals, lse, delta, self.scale, *gradients)
         dout_heads, (lse_heads, delta_heads) = _unpack_statistics(pending.wait(), (lse, delta), num_columns)
+        # What travelled is as large as dout, twice, and the kernel's workspace comes now.
+        del packed, pending
         dq_heads = memory.prefix.attend_backward(dout_heads, q_heads, lse_heads, delta_heads, self.scale).to(q.dtype)
         if dq is None:
             dk_heads, dv_heads = (x.to(q.dtype) for x in memory.prefix.take_gradients())

@@ -301,8 +301,8 @@ def _attention_backward(setup: Setup) -> int:
         # The diagonals' part of q's gradient, and q again where it was not kept.
         total += query if setup.activation == "keep" else 2 * query
     if setup.ulysses > 1:
-        # dout with its two statistics as it is sent, as it arrives, and taken apart.
-        total += 3 * (query + 2 * statistic)
+        # dout and its two statistics in heads layout.
+        total += query + 2 * statistic
     # The kernel's dq in fp32, and the output that it computes delta from.
     total += wide_query + query
     return total + _kernel_workspace(setup)
@@ -323,11 +323,14 @@ def _kernel_workspace(setup: Setup) -> int:
 
 
 def _kernel_call(setup: Setup) -> tuple[int, int]:
-    """Query rows and keys of the largest call, for one document: all of them on one ring rank, else a chunk's."""
+    """Query rows and keys of the largest call, for one document: all of them on one ring rank, else a chunk's rows.
+
+    These meet the gathered keys a ring rank's share at a time, or a chunk of a streamed block.
+    """
     if setup.ring == 1:
-        return setup.columns, setup.padded_length
+        return setup.columns, setup.columns
     chunk = setup.columns // setup.chunks_per_rank
-    return chunk, setup.padded_length - chunk if setup.kv_exchange == "gather" else chunk
+    return chunk, setup.columns if setup.kv_exchange == "gather" else chunk
 
 
 def _loss(setup: Setup, columns: int) -> Parts:

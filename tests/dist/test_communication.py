@@ -4,90 +4,49 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.collective_calls import CollectiveCalls
-from benchmarks.exactness_cases import Case, make_inputs
-from benchmarks.exactness_product import DS_CONFIGS, as_pack, make_recipe, vocabulary_map
-from eagle3_ds.config import fill_deepspeed_config, load_deepspeed_config
-from eagle3_ds.model import DraftModel
-from eagle3_ds.plan.communication import attention_traffic, separate_all_to_alls, state_traffic
-from eagle3_ds.plan.setup import DraftShape, Setup
-from eagle3_ds.topology import maybe_setup_distributed
-from eagle3_ds.train.trainer import DraftTrainer
+from benchmarks.comm import SMALL, counted_step
+from benchmarks.sample_run import SampleRun
+from eagle3_ds.plan import DraftShape, Setup, attention_traffic, separate_all_to_alls, state_traffic
 
 pytestmark = pytest.mark.dist
-BASE = Case(
-    draft_dp=1,
-    ring=1,
-    ulysses=1,
-    deepspeed="zero2",
-    zero_group="all",
-    accumulation=1,
-    documents="one",
-    heads="gqa",
-    kv_exchange="gather",
-    ttt_steps=3,
-    dtype="float32",
-    alignment="served",
-    reduction="supervised",
-    layers=1,
-    activation="recompute",
-    tiles="one",
-    kernel="auto",
-    rope="default",
-)
-CASES = [
-    replace(BASE, ulysses=2, ttt_steps=7),
-    replace(BASE, ulysses=2, dtype="bfloat16", documents="indivisible", layers=2, ttt_steps=1),
-    replace(BASE, ring=2, ttt_steps=7),
-    replace(BASE, ring=2, dtype="bfloat16", accumulation=2, deepspeed="zero3"),
-    replace(BASE, ring=2, kv_exchange="ring", layers=2),
-    replace(BASE, ring=2, ulysses=2, dtype="bfloat16", documents="many_unaligned", ttt_steps=2),
-    replace(BASE, ring=4, kv_exchange="ring", dtype="bfloat16", activation="keep", zero_group="draft_dp"),
-    replace(BASE, ring=4, kv_exchange="ring_kept", activation="offload", ttt_steps=2),
-]
+BASE = SampleRun(SMALL, 128, ttt_steps=3)
+ZERO_3 = {"zero_optimization": {"stage": 3}}
+# Of one layer on a ring of 4, fp32: 32 columns of 2 * 4 * 8 entries, 4 bytes each and 4 more of their gradient.
+BLOCK = 32 * 64 * 8
+RUNS = {
+    "ulysses 2, K 7": replace(BASE, ulysses=2, ttt_steps=7),
+    "ulysses 2, bf16, two layers, a length that does not divide": replace(
+        BASE, ulysses=2, dtype="bfloat16", shape=replace(SMALL, num_layers=2), length=131, ttt_steps=1
+    ),
+    "ring 2, K 7": replace(BASE, ring=2, ttt_steps=7),
+    "ring 2, bf16, two micro-batches, ZeRO-3": replace(BASE, ring=2, dtype="bfloat16", accumulation=2, deepspeed=ZERO_3),
+    "ring 2, streamed, two layers": replace(BASE, ring=2, kv_exchange="ring", shape=replace(SMALL, num_layers=2)),
+    "ulysses 2 x ring 2, packed documents": replace(BASE, ring=2, ulysses=2, length=128, lengths=(37, 5, 61, 1, 24)),
+    "ring 4, streamed, replicas summed": replace(
+        BASE, ring=4, kv_exchange="ring", dtype="bfloat16", activation="keep", zero_group="draft_dp"
+    ),
+    "ring 4, two of four blocks kept": replace(BASE, ring=4, kv_exchange="ring", kv_bytes=BLOCK, activation="offload"),
+    "ring 4, all blocks kept": replace(BASE, ring=4, kv_exchange="ring", kv_bytes=3 * BLOCK, ttt_steps=2),
+}
 
 
-def setup_of(case, config, length):
-    recipe = make_recipe(case)
-    setup = Setup.of(recipe, load_deepspeed_config(DS_CONFIGS / f"{case.deepspeed}.json"), DraftShape.of(config), case.draft_dp)
-    return replace(setup, length=length)
-
-
-def counted_step(case):
-    """On every rank: one optimizer step through the trainer; counts by (axis, kind)."""
-    inputs = make_inputs(case)
-    topology = maybe_setup_distributed(case.ulysses, case.ring, case.draft_dp)
-    recipe = make_recipe(case)
-    settings = fill_deepspeed_config(load_deepspeed_config(recipe.deepspeed), recipe, topology.mesh.world_size, case.draft_dp)
-    draft = DraftModel(inputs.config)
-    draft.load_state_dict(inputs.weights)
-    frozen = inputs.frozen
-    trainer = DraftTrainer(recipe, settings, topology, draft, frozen.embedding, frozen.head, vocabulary_map(frozen))
-    packs = [as_pack(batch, frozen) for batch in inputs.steps[0][topology.place.dp_rank]]
-    with CollectiveCalls({"ulysses": topology.ulysses_group, "ring": topology.ring_group}) as calls:
-        trainer.step(packs)
-    return {key: (count.calls, count.payload) for key, count in calls.counts.items()}
-
-
-def predicted(case):
-    """The same from the formulas, summed over the micro-batches of the step."""
-    inputs = make_inputs(case)
-    total = {}
-    for batch in inputs.steps[0][0]:
-        for traffic in attention_traffic(setup_of(case, inputs.config, len(batch.token_ids))):
-            calls, payload = total.get((traffic.axis, traffic.kind), (0, 0))
-            total[traffic.axis, traffic.kind] = (calls + traffic.calls, payload + traffic.payload)
-    for traffic in state_traffic(setup_of(case, inputs.config, length=1)):
+def predicted(run):
+    """By (axis, kind): calls and payload of one optimizer step."""
+    found = {
+        (t.axis, t.kind): (run.accumulation * t.calls, run.accumulation * t.payload) for t in attention_traffic(run.setup())
+    }
+    for traffic in state_traffic(run.setup()):
         if traffic.axis == "sp":
             # The sum of the gradients over one sequence's ranks runs on the one group that they have here.
-            total["ring" if case.ulysses == 1 else "ulysses", traffic.kind] = (traffic.calls, traffic.payload)
-    return total
+            found["ring" if run.ulysses == 1 else "ulysses", traffic.kind] = (traffic.calls, traffic.payload)
+    return found
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_step_sends_what_the_formulas_say(run_ranks, case):
-    expected = predicted(case)
-    for counts in run_ranks(case.world_size, counted_step, case):
+@pytest.mark.parametrize("name", RUNS)
+def test_the_step_sends_what_the_formulas_say(run_ranks, name):
+    run = RUNS[name]
+    expected = predicted(run)
+    for counts in run_ranks(run.world_size, counted_step, run):
         assert {key: value for key, value in counts.items() if key[0] in ("ulysses", "ring")} == expected
 
 
@@ -103,6 +62,6 @@ def test_seven_steps_cost_28_all_to_alls_one_gather_and_one_reduce_scatter_per_l
 
 
 def test_one_rank_sends_nothing():
-    alone = Setup(DraftShape(64, 96, 4, 2, 16, 160, 128), length=128)
+    alone = Setup(SMALL, length=128)
     assert attention_traffic(alone) == state_traffic(alone) == []
     assert separate_all_to_alls(alone) == 0

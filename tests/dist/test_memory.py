@@ -1,12 +1,13 @@
-"""Bytes of the real training step."""
+"""Bytes of the real training step: nothing leaks, and the planner predicts them."""
 
 import gc
 
 import pytest
 
-from benchmarks.sample_run import SampleRun
+from benchmarks.memory import count
+from benchmarks.sample_run import SampleRun, small_buckets
 from benchmarks.tensor_bytes import TensorBytes
-from eagle3_ds.plan import DraftShape
+from eagle3_ds.plan import DraftShape, predict_memory
 
 pytestmark = pytest.mark.dist
 SHAPE = DraftShape(32, 64, 4, 2, 8, 128, 64)
@@ -55,3 +56,26 @@ def test_a_step_leaves_nothing_behind(run_ranks, activation):
     run = SampleRun(SHAPE, 64, ttt_steps=3, activation=activation)
     first, second, third = run_ranks(1, live_bytes_after_steps, run, 3)[0]
     assert first == second == third
+
+
+def of_stage(stage, **changes):
+    deepspeed = small_buckets({"zero_optimization": {"stage": stage}}, 10_000)
+    return SampleRun(WIDE, 1024, ttt_steps=3, deepspeed=deepspeed, tile_bytes=2**20, loss_tile_bytes=2**20, **changes)
+
+
+WIDE = DraftShape(128, 384, 4, 2, 32, 1024, 512)
+PREDICTED = {
+    "one rank, bf16": of_stage(2, dtype="bfloat16"),
+    "kept, fp32": of_stage(0, activation="keep"),
+    "ulysses 2": of_stage(3, ulysses=2),
+    "ring 2, streamed, bf16": of_stage(1, ring=2, kv_exchange="ring", dtype="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", PREDICTED)
+def test_the_planner_predicts_the_peak_within_ten_percent(run_ranks, name):
+    run = PREDICTED[name]
+    counted = run_ranks(run.world_size, count, run)
+    memory = predict_memory(run.setup())
+    assert memory.states == pytest.approx(max(c.rest for c in counted), rel=0.02)
+    assert memory.peak == pytest.approx(max(c.peak for c in counted), rel=0.10)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eagle3_ds.attention.tiles import block_tiles, gathered_tiles
+from eagle3_ds.attention.tiles import block_tiles, cut_keys, gathered_tiles
 from eagle3_ds.kernels import AttentionKernel, Tile, select_kernel
 from eagle3_ds.kernels.cuda import CudaKernel
 from eagle3_ds.layout import SpanPlan
@@ -62,6 +62,17 @@ def test_gathered_tiles_are_the_dense_mask(plan: SpanPlan, window: int | None) -
         tiles = gathered_tiles(plan, rank, window)
         assert (shown(tiles, plan.columns_per_ring_rank, plan.padded_length) == mask[plan.ring_slots[rank]]).all()
         assert_no_key_is_idle(tiles, plan.columns_per_ring_rank, plan.padded_length)
+
+
+@settings(deadline=None)
+@given(plans, windows, st.integers(1, 40))
+def test_tiles_of_few_keys_show_the_same(plan: SpanPlan, window: int | None, most: int) -> None:
+    mask = dense_mask(plan, window)
+    for rank in range(plan.ring):
+        tiles = cut_keys(gathered_tiles(plan, rank, window), most)
+        assert (shown(tiles, plan.columns_per_ring_rank, plan.padded_length) == mask[plan.ring_slots[rank]]).all()
+        assert all(tile.left is not None or tile.num_keys < most + tile.num_queries or not tile.causal for tile in tiles)
+        assert all(tile.causal or tile.num_keys == most for tile in tiles)
 
 
 @settings(deadline=None)
