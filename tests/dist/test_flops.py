@@ -1,0 +1,33 @@
+"""The planner's FLOPs against torch's own counter in the real training step."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.sample_run import SampleRun
+from eagle3_ds.plan import DraftShape, attention_pairs, step_flops
+
+pytestmark = pytest.mark.dist
+SHAPE = DraftShape(128, 384, 4, 2, 32, 1024, 512)
+
+
+def product_flops(_total, a, b, **_):
+    """Shapes [m, k] and [k, n]. torch counts addmm, but not its form in place."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+def counted_matmuls(run):
+    """On every rank: FLOPs of the matmuls of one optimizer step; the attention is one operator that torch does not count."""
+    trainer, packs = run.trainer(run.topology()), run.packs()
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product_flops}) as counter:
+        trainer.step(packs)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("activation", ["keep", "recompute"])
+def test_matmuls_are_those_of_the_step(run_ranks, activation):
+    run = SampleRun(SHAPE, 512, ttt_steps=3, activation=activation, tile_bytes=2**20, loss_tile_bytes=2**20)
+    flops = step_flops(run.setup(), attention_pairs(run.setup()))
+    counted = run_ranks(1, counted_matmuls, run)[0]
+    # The last slots of a document have nothing ahead to learn from.
+    assert counted == pytest.approx(flops.layers + flops.recompute + flops.loss, rel=2e-3)
