@@ -8,12 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from eagle3_ds.plan.setup import KVExchange, Setup
-
-STATISTIC = 4
-"""Bytes of one log-sum-exp or delta: fp32 beside any training dtype."""
-ACCUMULATED = 4
-"""Bytes of one entry of a key's or value's summed gradient: fp32."""
+from eagle3_ds.plan.setup import FP32, KVExchange, Setup
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ def _ulysses(setup: Setup) -> Traffic:
     Backward: (dout, lse, delta) of every step, dq of each later step, dq, dk and dv of step 0 in one call.
     """
     shape, steps, item = setup.shape, setup.ttt_steps, setup.itemsize
-    q, kv, statistics = shape.query_size * item, 2 * shape.kv_size * item, shape.num_heads * STATISTIC
+    q, kv, statistics = shape.query_size * item, 2 * shape.kv_size * item, shape.num_heads * FP32
     forward = (q + kv) + (steps - 1) * q + steps * (q + statistics)
     backward = steps * (q + 2 * statistics) + (steps - 1) * q + (q + kv)
     layers = shape.num_layers
@@ -75,7 +70,7 @@ def _gathered(setup: Setup) -> list[Traffic]:
     layers = setup.shape.num_layers
     return [
         Traffic("ring", "all_gather", layers, layers * setup.columns * entries * setup.itemsize, setup.ring),
-        Traffic("ring", "reduce_scatter", layers, layers * setup.padded_length * entries * ACCUMULATED, setup.ring),
+        Traffic("ring", "reduce_scatter", layers, layers * setup.padded_length * entries * FP32, setup.ring),
     ]
 
 
@@ -91,13 +86,13 @@ def _streamed(setup: Setup) -> Traffic:
     gradients = steps * passing + (ring - 1 if kept > 1 else 0)
     entries = setup.columns * 2 * setup.shape.kv_size // setup.ulysses
     layers = setup.shape.num_layers
-    payload = layers * entries * (blocks * setup.itemsize + gradients * ACCUMULATED)
+    payload = layers * entries * (blocks * setup.itemsize + gradients * FP32)
     return Traffic("ring", "send", layers * (blocks + gradients), payload, ring)
 
 
 def block_bytes(setup: Setup) -> int:
     """One ring rank's keys and values for one Ulysses rank's heads, one layer, with their fp32 gradients."""
-    return setup.columns * 2 * setup.shape.kv_size // setup.ulysses * (setup.itemsize + ACCUMULATED)
+    return setup.columns * 2 * setup.shape.kv_size // setup.ulysses * (setup.itemsize + FP32)
 
 
 def kept_blocks(setup: Setup) -> int:

@@ -3,20 +3,37 @@
 Every term is a tensor of the training step that can be named; none is fitted. Only tensors count: no allocator's rounding, no
 CUDA context (about 0.5 GiB), no communication library's own buffers.
 
-Legend: S slots of a rank, C columns of a ring rank, L padded length, H hidden size, A = Hq * D entries of a slot's queries, K
-TTT steps, Vd draft vocabulary, P parameters, n ranks that ZeRO shards over.
+What the model holds is in states.py, what the sequence holds in activations.py; here they meet, phase by phase.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from eagle3_ds.plan.communication import kept_blocks
-from eagle3_ds.plan.setup import Setup
-
-FP32 = 4
-INT64 = 8
-Parts = dict[str, int]
+from eagle3_ds.plan.activations import (
+    attention_backward,
+    backward_sums,
+    batch_bytes,
+    kept_by_forward,
+    kept_in_backward,
+    loss_parts,
+    offloaded_activations,
+    passing_gradients,
+    tile_after_attention,
+    tile_before_attention,
+    weight_sums,
+)
+from eagle3_ds.plan.setup import Parts, Setup
+from eagle3_ds.plan.states import (
+    accumulated_gradient,
+    gathered_weights,
+    gradient_buckets,
+    gradient_partition,
+    head_gradient,
+    head_overflows_bucket,
+    model_states,
+    optimizer_transients,
+)
 
 
 @dataclass(frozen=True)
@@ -57,123 +74,18 @@ def _total(parts: Parts) -> int:
 
 def predict_memory(setup: Setup, supervised: float = 1.0) -> Memory:
     """Bytes per rank. `supervised`: share of the slots whose loss counts."""
-    states, host = _states(setup)
-    batch = {"batch": _batch(setup) * setup.accumulation}
+    states, host = model_states(setup)
+    batch = {"batch": batch_bytes(setup) * setup.accumulation}
     columns = round(setup.slots * supervised)
-    working = {**states, **batch, **_gathered_weights(setup)}
+    working = {**states, **batch, **gathered_weights(setup), **accumulated_gradient(setup)}
     phases = {
         "rest": states,
-        "loss": {**working, **_forward_done(setup), **_loss(setup, columns)},
+        "loss": {**working, **kept_by_forward(setup), **loss_parts(setup, columns)},
         "backward": {**working, **_backward(setup, columns)},
-        "reduce": {**working, **_whole_gradients(setup), **_gradient_buckets(setup)},
-        "update": {**states, **batch, **_optimizer_transients(setup)},
+        "reduce": {**working, **_whole_gradients(setup), **gradient_buckets(setup)},
+        "update": {**states, **batch, **optimizer_transients(setup)},
     }
     return Memory(phases, {**host, "saved activations": offloaded_activations(setup)})
-
-
-def offloaded_activations(setup: Setup) -> int:
-    """Bytes that `offload` moves to the host for one packed sequence; on a CPU they are there already."""
-    if setup.activation != "offload" or setup.device == "cpu":
-        return 0
-    return setup.ttt_steps * setup.shape.num_layers * sum(_saved_by_step(setup))
-
-
-def _states(setup: Setup) -> tuple[Parts, Parts]:
-    """Weights, optimizer state and frozen tensors, on the device and on the host."""
-    shape, zero, item = setup.shape, setup.zero, setup.itemsize
-    P, n = shape.num_parameters, setup.zero_ranks
-    sharded = P // n
-    whole = {"weights": P * item} if zero.stage < 3 else {"weights": sharded * item, "weights kept whole": _persistent(setup)}
-    owned = P if zero.stage == 0 else sharded
-    optimizer = {
-        # A plain fp32 optimizer steps the weights themselves; ZeRO always steps a flat copy.
-        "fp32 masters": owned * FP32 if zero.stage or setup.dtype != "float32" else 0,
-        "Adam moments": 2 * owned * FP32,
-        # ZeRO-3's gradient partition is allocated once and stays.
-        "gradient partition": sharded * item if zero.stage == 3 else 0,
-    }
-    frozen = {
-        "frozen embedding": shape.vocab_size * shape.hidden_size * item,
-        "teacher's head": shape.draft_vocab_size * shape.hidden_size * item,
-    }
-    # ZeRO-3's bucket is allocated once too; that of the lower stages comes with the first gradient of a backward.
-    bucket = {"gradient buckets": zero.reduce_bucket * item if zero.stage == 3 and zero.contiguous_gradients else 0}
-    host: Parts = {}
-    if zero.offload_optimizer:
-        host, optimizer = optimizer, {}
-    if zero.offload_parameters:
-        host["weights"] = whole.pop("weights")
-    return {**whole, **optimizer, **frozen, **bucket}, host
-
-
-def _persistent(setup: Setup) -> int:
-    """Bytes of the parameters that ZeRO-3 leaves gathered on every rank; alone on its shard, a rank has them anyway."""
-    if setup.zero_ranks == 1:
-        return 0
-    threshold = setup.zero.persistence_threshold
-    return sum(size for size in setup.shape.parameter_sizes if size < threshold) * setup.itemsize
-
-
-def _gathered_weights(setup: Setup) -> Parts:
-    """ZeRO-3 gathers the whole draft, one leaf module, for forward and for backward."""
-    if setup.zero.stage < 3 or setup.zero_ranks == 1:
-        return {}
-    return {"gathered weights": setup.shape.num_parameters * setup.itemsize - _persistent(setup)}
-
-
-def _batch(setup: Setup) -> int:
-    """Integers and masks of one packed sequence; hidden states of the target stay on the host and stream through tiles."""
-    # int64: position and teacher token of each slot; bool: supervised, and in the draft vocabulary too, per step.
-    return setup.slots * (2 * INT64 + 2 * setup.ttt_steps)
-
-
-def _saved_by_step(setup: Setup) -> tuple[int, int]:
-    """What one layer keeps of one step for backward: up to the attention's output, and after it.
-
-    `recompute` keeps the hidden state, the attention's output, and q where Ulysses sent it; the rest is what autograd keeps of
-    the functions in model/decoder.py. Without statistics.
-    """
-    shape, S, item = setup.shape, setup.slots, setup.itemsize
-    H, A, inner = shape.hidden_size, shape.query_size, shape.intermediate_size
-    sent_query = A if setup.ulysses > 1 else 0
-    if setup.activation != "keep":
-        return S * (H + A + sent_query) * item, 0
-    # Norms beside each other and q feed matmuls and the attention; the angles are fp32.
-    before = S * ((2 * H + 2 * A + sent_query) * item + 2 * shape.head_dim * FP32)
-    # The norm's output, gate, up, silu(gate) and their product.
-    after = S * (H + 4 * inner) * item
-    if setup.device == "cuda":
-        # A fused norm keeps its input: the embedding and the hidden state, and the hidden state after the attention.
-        return before + 2 * S * H * item, after + S * H * item
-    # Composed of elementwise operators it keeps, in fp32, its input (the embedding's has no gradient) and the normalised one.
-    return before + 3 * S * H * FP32, after + 2 * S * H * FP32
-
-
-def _statistics(setup: Setup) -> int:
-    """Of all steps: log-sum-exps, and the indices of tokens and positions."""
-    layers = setup.shape.num_layers
-    return setup.ttt_steps * setup.slots * (layers * setup.shape.num_heads * FP32 + 2 * INT64)
-
-
-def _forward_done(setup: Setup) -> Parts:
-    """What is kept when the last step is through."""
-    K, layers, S = setup.ttt_steps, setup.shape.num_layers, setup.slots
-    hidden = S * setup.shape.hidden_size * setup.itemsize
-    saved = K * layers * sum(_saved_by_step(setup))
-    if offloaded_activations(setup):
-        # The loss reads the K outputs of the last layer before they may go; one step's tensors are on their way.
-        saved = K * hidden + sum(_saved_by_step(setup))
-    # The last output is nobody's input, but the loss reads it.
-    return {"saved activations": saved + hidden + _statistics(setup), **_keys_and_values(setup)}
-
-
-def _keys_and_values(setup: Setup) -> Parts:
-    """Step 0's, gathered or this ring rank's own with the kept blocks, and the diagonals of the later steps."""
-    shape, item, layers = setup.shape, setup.itemsize, setup.shape.num_layers
-    rows = setup.padded_length if setup.kv_exchange == "gather" else setup.columns * kept_blocks(setup)
-    step_0 = layers * rows * 2 * shape.kv_size // setup.ulysses * item
-    diagonals = layers * (setup.ttt_steps - 1) * setup.slots * 2 * shape.kv_size * item
-    return {"step-0 KV": step_0, "diagonal KV": diagonals}
 
 
 def _backward(setup: Setup, columns: int) -> Parts:
@@ -182,208 +94,29 @@ def _backward(setup: Setup, columns: int) -> Parts:
     The attention's backward of the last step makes the sums that stay until step 0, while nearly all that was saved is there.
     The tiles of what follows the attention come before it, so that they meet those sums one step later.
     """
-    through = _through(setup)
-    last = _saved_in_backward(setup, columns, steps_done=0)
-    sums = _sums(setup, steps_done=0)
+    through = passing_gradients(setup)
+    last = kept_in_backward(setup, columns, steps_done=0)
+    sums = backward_sums(setup, steps_done=0)
     moments: list[Parts] = [
-        {**last, **sums, "attention's backward": through + _attention_backward(setup)},
-        {**last, "weight-gradient sums": _weight_sums(setup), "tile of the MLP": through + _tile_after(setup)},
+        {**last, **sums, "attention's backward": through + attention_backward(setup)},
+        {**last, "weight-gradient sums": weight_sums(setup), "tile of the MLP": through + tile_after_attention(setup)},
     ]
     if setup.activation != "keep":
         dq_and_q = 2 * setup.slots * setup.shape.query_size * setup.itemsize
-        moments.append({**last, **sums, "tile of the projections": through + dq_and_q + _tile_before(setup)})
+        moments.append({**last, **sums, "tile of the projections": through + dq_and_q + tile_before_attention(setup)})
     if setup.ttt_steps > 1:
-        earlier = {**_saved_in_backward(setup, columns, steps_done=1), **_sums(setup, steps_done=1)}
-        moments.append({**earlier, "tile of the MLP": through + _tile_after(setup)})
-    early = _gradient_partition(setup) if setup.zero.stage == 2 and _head_overflows_bucket(setup) else {}
+        earlier = {**kept_in_backward(setup, columns, steps_done=1), **backward_sums(setup, steps_done=1)}
+        moments.append({**earlier, "tile of the MLP": through + tile_after_attention(setup)})
+    early = gradient_partition(setup) if setup.zero.stage == 2 and head_overflows_bucket(setup) else {}
     worst = max(moments, key=_total)
-    return {**worst, "whole gradients": _head_gradient(setup), **_gradient_buckets(setup), **early}
-
-
-def _saved_in_backward(setup: Setup, columns: int, steps_done: int) -> Parts:
-    """What is still kept in the first layer's backward, when `steps_done` steps are behind it."""
-    shape, layers = setup.shape, setup.shape.num_layers
-    steps = setup.ttt_steps - steps_done
-    before, after = _saved_by_step(setup)
-    # The later layers of this step are through, and what autograd kept after this layer's attention is used up.
-    saved = steps * layers * (before + after) - (layers - 1) * (before + after) - after
-    if offloaded_activations(setup):
-        saved = 2 * (before + after)
-    return {
-        "saved activations": saved + _statistics(setup),
-        **_keys_and_values(setup),
-        # This step's has been added to the hidden state's gradient.
-        "loss gradients": (steps - 1) * columns * shape.hidden_size * setup.itemsize,
-    }
-
-
-def _sums(setup: Setup, steps_done: int) -> Parts:
-    """Gradients of keys and values (step 0's in fp32; the diagonals' of the steps behind are used), and of the weights."""
-    kv = _keys_and_values(setup)
-    step_0 = kv["step-0 KV"] // setup.itemsize * FP32
-    diagonals = kv["diagonal KV"] * (setup.ttt_steps - 1 - steps_done) // max(1, setup.ttt_steps - 1)
-    return {"KV gradients": step_0 + diagonals, "weight-gradient sums": _weight_sums(setup)}
-
-
-def _weight_sums(setup: Setup) -> int:
-    """The layers' weight gradients, summed over the steps in fp32, or by autograd in the weights' own dtype."""
-    shape = setup.shape
-    weights = sum(sum(shape.layer_weights(layer).values()) for layer in range(shape.num_layers))
-    return weights * (setup.itemsize if setup.activation == "keep" else FP32)
-
-
-def _head_overflows_bucket(setup: Setup) -> bool:
-    """The first gradients of a backward, the head's and the final norm's, are reduced at once when a bucket cannot hold them."""
-    return (setup.shape.draft_vocab_size + 1) * setup.shape.hidden_size > setup.zero.reduce_bucket
-
-
-def _head_gradient(setup: Setup) -> int:
-    """The head's is whole before any other; a bucket of stage 1 or 2 that takes it holds it."""
-    zero = setup.zero
-    if zero.stage in (1, 2) and zero.contiguous_gradients and not _head_overflows_bucket(setup):
-        return 0
-    return setup.shape.draft_vocab_size * setup.shape.hidden_size * setup.itemsize
-
-
-def _through(setup: Setup) -> int:
-    """Gradients that pass through a layer's backward: of its output, of its input, of the attention's output."""
-    shape = setup.shape
-    hidden = 1 if setup.activation == "keep" else 2
-    return setup.slots * (hidden * shape.hidden_size + shape.query_size) * setup.itemsize
-
-
-def _tile_slots(setup: Setup) -> int:
-    """Slots of one tile of a layer; without recomputation all of them."""
-    shape = setup.shape
-    if setup.activation == "keep":
-        return setup.slots
-    per_slot = (7 * shape.intermediate_size + 8 * shape.hidden_size) * setup.itemsize
-    return min(setup.slots, setup.tile_bytes // per_slot)
-
-
-def _norm(setup: Setup) -> int:
-    """Entries of the hidden size, in the training dtype's bytes, that one norm holds for its backward, its output included."""
-    if setup.device == "cuda":
-        return setup.itemsize
-    # Composed: the normalised input in fp32, beside a copy of the input where that is of another dtype.
-    return setup.itemsize + FP32 * (1 if setup.dtype == "float32" else 2)
-
-
-def _tile_after(setup: Setup) -> int:
-    """The tile of what follows the attention: repeated up to gate and up, and its gradients."""
-    shape, item = setup.shape, setup.itemsize
-    H, inner = shape.hidden_size, shape.intermediate_size
-    if setup.activation == "keep":
-        # Of the MLP's product: the gradients of it, of gate and of up; autograd has kept the rest.
-        return _tile_slots(setup) * 3 * inner * item
-    largest = max(max(shape.layer_weights(layer).values()) for layer in range(shape.num_layers))
-    # A product in a half dtype is rounded before it is added to its fp32 sum, when five of the MLP's width are left of six.
-    slots = _tile_slots(setup)
-    product = max(0, (0 if setup.dtype == "float32" else largest * item) - slots * inner * item)
-    return slots * (6 * inner * item + H * (item + _norm(setup))) + product
-
-
-def _tile_before(setup: Setup) -> int:
-    """The tile of what precedes the attention: norms repeated, gradients of the projections turned back and multiplied."""
-    shape, item = setup.shape, setup.itemsize
-    turned = shape.query_size + shape.kv_size
-    # The embedding, both norms side by side and the gradient of that, and one norm's backward.
-    norm_backward = item if setup.device == "cuda" else 3 * FP32
-    return _tile_slots(setup) * (turned * item + shape.hidden_size * (5 * item + 2 * _norm(setup) + norm_backward))
-
-
-def _attention_backward(setup: Setup) -> int:
-    shape, S, item = setup.shape, setup.slots, setup.itemsize
-    query, statistic = S * shape.query_size * item, S * shape.num_heads * FP32
-    wide_query = S * shape.query_size * FP32
-    total = statistic
-    if setup.ttt_steps > 1:
-        # The diagonals' part of q's gradient, and q again where it was not kept.
-        total += query if setup.activation == "keep" else 2 * query
-    if setup.ulysses > 1:
-        # dout and its two statistics in heads layout.
-        total += query + 2 * statistic
-    # The kernel's dq in fp32, and the output that it computes delta from.
-    total += wide_query + query
-    return total + _kernel_workspace(setup)
-
-
-def _kernel_workspace(setup: Setup) -> int:
-    """What a flash kernel's backward makes: gradients in the input's dtype, those of keys expanded over the query heads."""
-    shape, item = setup.shape, setup.itemsize
-    rows, keys = _kernel_call(setup)
-    query, kv = shape.query_size // setup.ulysses, 2 * shape.kv_size // setup.ulysses
-    grouped = shape.num_heads > shape.num_kv_heads
-    expanded = keys * 2 * query * item
-    gradients = rows * query * item + expanded + keys * kv * FP32
-    if setup.device == "cpu":
-        return gradients + (expanded if grouped else 0)
-    # dq is accumulated in fp32, and a row has a statistic more.
-    return gradients + rows * (query + shape.num_heads // setup.ulysses) * FP32
-
-
-def _kernel_call(setup: Setup) -> tuple[int, int]:
-    """Query rows and keys of the largest call, for one document: all of them on one ring rank, else a chunk's rows.
-
-    These meet the gathered keys a ring rank's share at a time, or a chunk of a streamed block.
-    """
-    if setup.ring == 1:
-        return setup.columns, setup.columns
-    chunk = setup.columns // setup.chunks_per_rank
-    return chunk, setup.columns if setup.kv_exchange == "gather" else chunk
-
-
-def _loss(setup: Setup, columns: int) -> Parts:
-    """Gradients at the K steps' outputs, the head's in fp32, and one tile of logits."""
-    shape, item, K = setup.shape, setup.itemsize, setup.ttt_steps
-    per_row, per_column = (8 + item) * shape.draft_vocab_size, (12 + item) * shape.draft_vocab_size
-    tile_columns = max(1, min(columns, (setup.loss_tile_bytes - (K - 1) * per_row) // (per_row + per_column)))
-    # Alive at a time: teacher probabilities of the rows, logits of the columns, and their gradient in the head's dtype.
-    tile = (2 * tile_columns + K - 1) * shape.draft_vocab_size * FP32
-    head = shape.draft_vocab_size * shape.hidden_size
-    if setup.dtype != "float32":
-        tile += tile_columns * shape.draft_vocab_size * item + head * item
-    # The tile's rows of the teacher, its columns of a student, their norm and their gradient.
-    tile += tile_columns * shape.hidden_size * (4 * item + _norm(setup))
-    return {
-        "loss gradients": K * columns * shape.hidden_size * item,
-        "weight-gradient sums": head * FP32,
-        "tile of the loss": tile + K * setup.slots * FP32,
-    }
-
-
-def _gradient_buckets(setup: Setup) -> Parts:
-    zero = setup.zero
-    if zero.stage not in (1, 2) or not zero.contiguous_gradients:
-        return {}
-    return {"gradient buckets": zero.reduce_bucket * setup.itemsize * (2 if zero.overlap_comm else 1)}
-
-
-def _gradient_partition(setup: Setup) -> Parts:
-    """What a rank owns of each reduced gradient is copied into a tensor that the first reduction makes."""
-    if setup.zero.stage not in (1, 2):
-        return {}
-    return {"gradient partition": setup.shape.num_parameters // setup.zero_ranks * setup.itemsize}
+    return {**worst, "whole gradients": head_gradient(setup), **gradient_buckets(setup), **early}
 
 
 def _whole_gradients(setup: Setup) -> Parts:
     """Every gradient, and with it the larger of the sums that step 0 hands them out from and of what they are reduced into."""
     whole = setup.shape.num_parameters * setup.itemsize
     # Sums of the gradients' own dtype are handed out as they are.
-    sums = 0 if setup.dtype == "float32" else _weight_sums(setup)
+    sums = 0 if setup.dtype == "float32" else weight_sums(setup)
     # Stage 0 flattens all of them, and stages 1 and 2 copy out what they own.
-    reduced = whole if setup.zero.stage == 0 else _gradient_partition(setup).get("gradient partition", 0)
+    reduced = whole if setup.zero.stage == 0 else gradient_partition(setup).get("gradient partition", 0)
     return {"whole gradients": whole, "their sums or copies": max(sums, reduced)}
-
-
-def _optimizer_transients(setup: Setup) -> Parts:
-    """Gradients as the optimizer takes them, and AdamW's two temporaries of the tensor that it steps."""
-    shape, zero = setup.shape, setup.zero
-    if zero.offload_optimizer:
-        return {}
-    P = shape.num_parameters
-    if zero.stage == 0:
-        gradients = P * setup.itemsize + (P * FP32 if setup.dtype != "float32" else 0)
-        return {"gradients": gradients, "AdamW's temporaries": 2 * max(shape.parameter_sizes) * FP32}
-    owned = P // setup.zero_ranks
-    return {"gradients": owned * FP32, "AdamW's temporaries": 2 * owned * FP32}

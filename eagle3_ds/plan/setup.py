@@ -15,7 +15,10 @@ from eagle3_ds.layout import cut_into_chunks
 Activation = Literal["keep", "recompute", "offload"]
 KVExchange = Literal["gather", "ring"]
 ZeroGroup = Literal["all", "draft_dp"]
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float64": 8}
+Parts = dict[str, int]
+"""Bytes by what they are."""
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+FP32, INT64 = 4, 8
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from eagle3_ds.layout import SpanPlan
+from eagle3_ds.plan.activations import offloaded_activations
 from eagle3_ds.plan.communication import Traffic, step_traffic
 from eagle3_ds.plan.devices import ESTIMATES, Assumptions, Device
-from eagle3_ds.plan.memory import offloaded_activations
-from eagle3_ds.plan.setup import Setup
-
-FP32 = 4
+from eagle3_ds.plan.setup import FP32, Setup
 
 
 @dataclass(frozen=True)
