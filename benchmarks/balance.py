@@ -15,10 +15,8 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.result_file import FOLDER, write_result
+from benchmarks.result_file import FOLDER, PICTURES, print_table, write_result
 from eagle3_ds.layout import SpanPlan, attention_work
 from eagle3_ds.layout.plan import IntArray
 
@@ -112,24 +110,29 @@ def draw(found: Sequence[Balance], path: Path) -> None:
     pyplot.close(figure)
 
 
+def _row(balance: Balance, cut: str) -> tuple[object, ...]:
+    planning = (f"{np.median(balance.planning_ms):.1f}", f"{max(balance.planning_ms):.1f}") if cut == CUTS[0] else (None, None)
+    return balance.documents, cut, balance.quantile(cut, 0.5), balance.quantile(cut, 0.9), *planning
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.balance", description=__doc__)
     parser.add_argument("--packs", type=int, default=200, help="simulated packs of each kind")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where JSON and PNG go")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the JSON goes")
+    parser.add_argument("--pictures", type=Path, default=PICTURES, help="where the picture goes")
     options = parser.parse_args(arguments)
     found = run(options.packs)
-    table = Table("documents", "cut", "median", "90th percentile", "planning ms: median", "largest", title="largest / mean work")
-    for balance in found:
-        for cut in CUTS:
-            times = [f"{np.median(balance.planning_ms):.1f}", f"{max(balance.planning_ms):.1f}"] if cut == CUTS[0] else ["", ""]
-            table.add_row(
-                balance.documents, cut, f"{balance.quantile(cut, 0.5):.3f}", f"{balance.quantile(cut, 0.9):.3f}", *times
-            )
-    Console().print(table)
+    print_table(
+        f"largest / mean attention work of {RING} ring ranks, packs of {LENGTH} tokens",
+        ("documents", "cut", "median", "90th percentile", "planning ms, median", "largest"),
+        [_row(balance, cut) for balance in found for cut in CUTS],
+    )
     body = {"length": LENGTH, "ring": RING, "log_normal_sigma": SPREAD, "balance": [balance.as_dict() for balance in found]}
     path = write_result("balance", "python -m benchmarks.balance", body, options.folder)
-    draw(found, path.with_suffix(".png"))
-    print(f"{path} and {path.with_suffix('.png')}")
+    picture = options.pictures / "balance.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(found, picture)
+    print(f"{path} and {picture}")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.collective_calls import CollectiveCalls
 from benchmarks.rank_processes import run_ranks
-from benchmarks.result_file import write_result
+from benchmarks.result_file import print_table, write_result
 from benchmarks.sample_run import SampleRun, small_buckets
 from eagle3_ds.plan import DraftShape, Setup, Traffic, attention_traffic, separate_all_to_alls
 
@@ -74,7 +71,7 @@ def small_runs() -> list[SampleRun]:
 def large_row(ulysses: int, ring: int) -> Row:
     """Sent by one rank at 131072 tokens, K = 7, bf16: ours by strategy, and the plain designs."""
     setup = Setup(LARGE, 131_072, ulysses=ulysses, ring=ring)
-    streamed = replace(setup, kv_exchange="ring")
+    streamed = replace(setup, kv_exchange="ring", kv_bytes=0)
     return {
         "ulysses": ulysses,
         "ring": ring,
@@ -98,22 +95,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser(prog="python -m benchmarks.comm", description=__doc__).parse_args(arguments)
     rows = [count_row(run) for run in small_runs()]
     large = [large_row(*mesh) for mesh in LARGE_MESHES]
-    console = Console()
-    table = Table("ulysses", "ring", "K", "strategy", "counted: calls, bytes", "formula", title="one step, rank 0, per layer")
-    for row in rows:
-        counted = "\n".join(f"{name} {calls}, {size}" for name, (calls, size) in row["counted"].items())
-        mesh = (row[key] for key in ("ulysses", "ring", "ttt_steps", "strategy"))
-        table.add_row(*map(str, mesh), counted, "equal" if row["equal"] else str(row["predicted"]))
-    console.print(table)
-    table = Table("ulysses", "ring", "all-to-alls", "plain", "gathered GB", "ring per step GB", "ulysses GB")
-    table.title = "8B-shaped draft, 131072 tokens, K 7, bf16: sent by one rank"
-    for row in large:
-        sizes = (f"{row[key] / 1e9:.2f}" for key in ("gather_bytes", "ring_every_step_bytes", "ulysses_bytes"))
-        table.add_row(*(str(row[key]) for key in ("ulysses", "ring", "all_to_alls", "plain_all_to_alls")), *sizes)
-    console.print(table)
+    print_table(
+        "one step of rank 0, one layer",
+        ("ulysses", "ring", "K", "strategy", "counted: calls, bytes", "formula"),
+        [
+            (
+                *(row[key] for key in ("ulysses", "ring", "ttt_steps", "strategy")),
+                "\n".join(f"{name} {calls}, {size}" for name, (calls, size) in row["counted"].items()),
+                "equal" if row["equal"] else row["predicted"],
+            )
+            for row in rows
+        ],
+    )
+    print_table(
+        "8B-shaped draft, 131072 tokens, K 7, bf16: sent by one rank in a step, GB",
+        ("ulysses", "ring", "all-to-alls", "plain", "gathered once", "ring at every step", "ulysses"),
+        [
+            (
+                *(row[key] for key in ("ulysses", "ring", "all_to_alls", "plain_all_to_alls")),
+                *(f"{row[key] / 1e9:.2f}" for key in ("gather_bytes", "ring_every_step_bytes", "ulysses_bytes")),
+            )
+            for row in large
+        ],
+    )
     path = write_result("comm", "python -m benchmarks.comm", {"counted": rows, "large": large})
     differing = sum(not row["equal"] for row in rows)
-    console.print(f"{len(rows) - differing} of {len(rows)} rows equal their formula to the byte; {path}", markup=False)
+    print(f"{len(rows) - differing} of {len(rows)} rows equal their formula to the byte; {path}")
     return 1 if differing else 0
 
 

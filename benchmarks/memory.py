@@ -14,12 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks.rank_processes import run_ranks
-from benchmarks.result_file import write_result
+from benchmarks.result_file import print_table, write_result
 from benchmarks.sample_run import SampleRun, small_buckets
 from benchmarks.tensor_bytes import TensorBytes
 from eagle3_ds.plan import DraftShape, predict_memory
@@ -67,9 +65,10 @@ def varied_runs() -> dict[str, SampleRun]:
         "ulysses 2, bf16": run("zero2", dtype="bfloat16", ulysses=2),
         "ring 2, gathered, fp32": run("zero3", ring=2),
         "ring 2, streamed, two layers": run("zero2", ring=2, kv_exchange="ring", shape=two_layers, ttt_steps=3),
-        "ulysses 2 x ring 2, bf16, accumulation 2": run("zero3", dtype="bfloat16", ulysses=2, ring=2, accumulation=2),
-        "draft_dp 2 x ulysses 2, zero_group draft_dp": run("zero2", draft_dp=2, ulysses=2, zero_group="draft_dp", ttt_steps=3),
-        "short: the optimizer's step is the peak": run("zero2", length=128, ttt_steps=2, ulysses=2),
+        "two micro-batches, bf16": run("zero1", dtype="bfloat16", accumulation=2, length=1024, ttt_steps=3),
+        "ulysses 2 x ring 2, bf16, two micro-batches": run("zero3", dtype="bfloat16", ulysses=2, ring=2, accumulation=2),
+        "draft_dp 2 x ulysses 2, replicas": run("zero2", draft_dp=2, ulysses=2, zero_group="draft_dp", ttt_steps=3),
+        "short, the model is all": run("zero2", length=64, ttt_steps=1, dtype="bfloat16"),
     }
 
 
@@ -94,15 +93,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not runs:
         parser.error(f"--only {options.only!r} matches no configuration: {', '.join(varied_runs())}.")
     rows = [compare(name, run) for name, run in runs.items()]
-    table = Table("configuration", "rest MiB", "predicted", "peak MiB", "predicted", "ratio", "phase of the peak")
-    for row in rows:
-        sizes = (row[of][at] / 2**20 for at in ("rest", "peak") for of in ("counted", "predicted"))
-        table.add_row(row["name"], *(f"{size:.2f}" for size in sizes), f"{row['ratio']['peak']:.3f}", row["predicted"]["phase"])
-    console = Console()
-    console.print(table)
-    path = write_result("memory", "python -m benchmarks.memory", {"tolerance": TOLERANCE, "rows": rows})
+    print_table(
+        "bytes of a rank, counted in the real step beside predicted; MiB",
+        ("configuration", "rest", "predicted", "peak", "predicted", "ratio", "phase"),
+        [
+            (
+                row["name"],
+                *(f"{row[of][at] / 2**20:.2f}" for at in ("rest", "peak") for of in ("counted", "predicted")),
+                f"{row['ratio']['peak']:.3f}",
+                row["predicted"]["phase"],
+            )
+            for row in rows
+        ],
+    )
+    path = write_result("memory", "python -m benchmarks.memory", {"tolerance": TOLERANCE, "rows": rows}, threads=1)
     off = [row["name"] for row in rows if any(abs(ratio - 1) > TOLERANCE for ratio in row["ratio"].values())]
-    console.print(f"{len(rows) - len(off)} of {len(rows)} within {TOLERANCE:.0%}; {path}", markup=False, highlight=False)
+    print(f"{len(rows) - len(off)} of {len(rows)} within {TOLERANCE:.0%}; {path}")
     return 1 if off else 0
 
 
