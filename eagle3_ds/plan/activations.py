@@ -5,7 +5,7 @@ Legend: S slots of a rank, H hidden size, A = Hq * D entries of a slot's queries
 
 from __future__ import annotations
 
-from eagle3_ds.plan.communication import kept_blocks
+from eagle3_ds.plan.communication import block_bytes, kept_blocks
 from eagle3_ds.plan.setup import FP32, INT64, Parts, Setup
 
 
@@ -163,7 +163,19 @@ def attention_backward(setup: Setup) -> int:
         total += query + 2 * statistic
     # The kernel's dq in fp32, and the output that it computes delta from.
     total += wide_query + query
-    return total + _kernel_workspace(setup)
+    return total + _kernel_workspace(setup) + _passing_blocks(setup)
+
+
+def _passing_blocks(setup: Setup) -> int:
+    """Of the ring strategy: dq summed over the blocks, and the blocks that pass with their fp32 gradients.
+
+    Each is here once, and where another follows, that one is on its way: as it was sent and as it arrives.
+    """
+    if setup.ring == 1 or setup.kv_exchange == "gather":
+        return 0
+    passing = setup.ring - kept_blocks(setup)
+    copies = 0 if passing == 0 else 1 if passing == 1 else 3
+    return setup.slots * setup.shape.query_size * FP32 + copies * block_bytes(setup)
 
 
 def _kernel_workspace(setup: Setup) -> int:
