@@ -84,7 +84,6 @@ def capture(recipe: Recipe, heart: Heart) -> None:
     if topology.world_group is not None:
         # Nobody leaves before the store has its name.
         dist.barrier()
-        dist.destroy_process_group()
 
 
 class _Tokens:
@@ -125,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with beating(options.status_fd) as heart:
         capture(load_recipe(options.recipe), heart)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

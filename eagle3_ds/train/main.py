@@ -51,7 +51,7 @@ def build_trainer(recipe: Recipe, topology: Topology) -> DraftTrainer:
 def open_states(recipe: Recipe, topology: Topology) -> HiddenStates:
     """The hidden-state store, or the target itself.
 
-    Called before the draft's engine is built: DeepSpeed would shard the target over the draft's groups afterwards.
+    Opened before the draft's engine is built, while the device is empty: the target passes through it layer by layer.
     """
     if recipe.data.hidden_states == "online":
         return OnlineStates(TargetEngine(recipe, topology), recipe.draft.ttt_steps)

@@ -13,7 +13,7 @@ from torch import Tensor
 from eagle3_ds.collectives import all_gather_rows
 from eagle3_ds.layout import Rows
 from eagle3_ds.train.row_exchange import IntArray, RowExchange
-from eagle3_ds.train.target_engine import SpanStates, TargetEngine
+from eagle3_ds.train.target_engine import TargetEngine
 
 
 class OnlineStates:
@@ -26,15 +26,10 @@ class OnlineStates:
         """Any document will do: its hidden states are computed when it is trained on."""
 
     def states(self, documents: Sequence[int], token_ids: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Rows, Rows]:
-        """`teacher_token` whole, `aux` for this rank's slots, `teacher` for these and their halo; all in host memory.
-
-        Raises:
-            ValueError: hidden states that are not finite.
-        """
+        """`teacher_token` whole, `aux` for this rank's slots, `teacher` for these and their halo; all in host memory."""
         states = self.engine.run(token_ids, lengths)
         plan, topology = states.plan, self.engine.topology
         own = states.slots[states.slots < plan.length]
-        _require_finite(states, own, documents)
         halos = [plan.halo_slots(ring, ulysses, self.ttt_steps) for ring in range(plan.ring) for ulysses in range(plan.ulysses)]
         wanted = [slots[slots < plan.length] for slots in halos]
         teacher = RowExchange(plan, wanted, topology.sp_rank, topology.sp_group)(states.teacher)
@@ -54,14 +49,3 @@ class HeldRows:
         held = slice(first, first + rows.stop - rows.start)
         assert np.array_equal(self._slots[held], np.arange(rows.start, rows.stop)), f"rows {rows} are not all on this rank"
         return self._rows[held]
-
-
-def _require_finite(states: SpanStates, own: IntArray, documents: Sequence[int]) -> None:
-    for name, rows in (("auxiliary hidden states", states.aux), ("last hidden state", states.teacher)):
-        finite = rows[: len(own)].isfinite().all(dim=1).cpu().numpy()
-        if not finite.all():
-            slot = own[np.flatnonzero(~finite)[0]]
-            raise ValueError(
-                f"the target's {name} of document {documents[states.plan.document[slot]]} are not finite at token "
-                f"{states.plan.position[slot]}: set target.dtype to bfloat16 or float32, or mend the target."
-            )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import JsonValue
+from transformers import LlamaConfig
 
 from eagle3_ds import cli
 from eagle3_ds.cli import main
@@ -64,6 +65,27 @@ def test_dry_run(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert f"output_dir: {output}" in text
     assert "nothing was started" in text
     assert not output.exists()
+
+
+def test_capture_is_launched_like_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["recipes/quickstart.yaml", "--num_ranks", "8", "parallel.draft_dp=2", f"output_dir={tmp_path / 'run'}"]
+    assert main(["capture", *where, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "draft_dp 2 x ring 2 x ulysses 2 = 8 ranks" in text and "capture: parallel" in text
+    assert " eagle3_ds.train.capture --recipe=" in text and "eagle3_ds.train.main" not in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["target.capture=parallel", "data.hidden_states=online"])
+def test_a_target_that_cannot_be_cut_is_refused_before_anything_starts(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 2048}
+    LlamaConfig(vocab_size=4096, num_key_value_heads=8, rope_parameters=rope).save_pretrained(tmp_path / "target")
+    arguments = ["recipes/quickstart.yaml", "target.build=null", f"target.path={tmp_path / 'target'}"]
+    message = refusal(capsys, "launch", *arguments, key, f"output_dir={tmp_path / 'run'}")
+    assert "dynamic rotary scaling depend on the length" in message and "target.capture: single" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_dry_run_says_what_it_could_not_check(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,60 @@
+"""The target engine on one rank: what it computes, its probe, its refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_target import build_tiny_target
+
+from eagle3_ds.config import load_recipe
+from eagle3_ds.target import capture_hidden_states, load_target, packed, teacher_tokens
+from eagle3_ds.topology import maybe_setup_distributed
+from eagle3_ds.train.online import OnlineStates
+from eagle3_ds.train.target_engine import TargetEngine
+
+LENGTHS = (13, 5, 24)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_target(tmp_path_factory.mktemp("target") / "tiny")
+
+
+def engine(folder: Path, **changes: str) -> TargetEngine:
+    overrides = [f"target.path={folder}", "target.build=null", "parallel.ring=1", "parallel.ulysses=1"]
+    recipe = load_recipe("recipes/quickstart.yaml", [*overrides, *(f"{key}={value}" for key, value in changes.items())])
+    return TargetEngine(recipe, maybe_setup_distributed())
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(300, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
+
+
+def test_online_states_are_those_of_each_document(folder: Path) -> None:
+    target_engine = engine(folder)
+    target = load_target(target_engine.recipe.target)
+    documents = [capture_hidden_states(target, ids) for ids in tokens().split(LENGTHS)]
+    aux, teacher = (torch.cat(parts) for parts in zip(*documents, strict=True))
+    token, found_aux, found_teacher = OnlineStates(target_engine, ttt_steps=3).states([7, 8, 9], tokens(), LENGTHS)
+    assert (found_aux[0 : len(aux)] - aux).norm() <= 1e-5 * aux.norm()
+    assert (found_teacher[0 : len(teacher)] - teacher).norm() <= 1e-5 * teacher.norm()
+    assert torch.equal(token, teacher_tokens(teacher, target.head))
+
+
+def test_a_target_that_runs_otherwise_over_spans_is_found_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = packed.packed_attention
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        return right(*args, **{**kwargs, "scaling": 0.5 * kwargs["scaling"]})
+
+    monkeypatch.setattr(packed, "packed_attention", wrong)
+    with pytest.raises(ValueError, match=r"differ from those of its plain forward by .* target.capture: single"):
+        engine(folder)
+
+
+def test_a_target_that_cannot_be_cut_is_refused_before_it_is_loaded(folder: Path) -> None:
+    with pytest.raises(ValueError, match="parallel.ulysses is 3, which does not divide the 4 query heads"):
+        engine(folder, **{"parallel.ulysses": "3"})
