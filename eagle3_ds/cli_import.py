@@ -100,7 +100,9 @@ def _fill(
     path = store_folder(recipe.data.cache_dir, documents.fingerprint, documents.layout.dtype)
     lengths = documents.data.lengths()
     if path.is_dir():
-        HiddenStateStore.open(path, documents.fingerprint).require_documents(lengths)
+        store = HiddenStateStore.open(path, documents.fingerprint)
+        store.require_documents(lengths)
+        _say(console, f"hidden states: there already, computed by {store.origin}")
         return path
     writer = HiddenStateWriter(path, lengths, documents.layout, documents.fingerprint, origin=files.writer)
     _say(console, f"hidden states: {writer.size_text}")

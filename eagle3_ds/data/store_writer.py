@@ -250,7 +250,7 @@ class HiddenStateWriter:
             identity = IDENTITY.validate_json(metadata.get("identity", ""))
         except (SafetensorError, ValidationError) as error:
             raise ValueError(f"{file} is damaged ({error}): remove that file, the capture will make its rows again") from error
-        again = f"remove the folder {self.partial} to start again"
+        again = f"finish what began it, or remove the folder {self.partial} to start again"
         require_same(identity, self._identity, str(file), again)
         strange = [piece for piece in pieces if piece.stop > self.lengths.get(piece.document, 0)]
         if strange:

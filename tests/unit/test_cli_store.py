@@ -88,7 +88,8 @@ def test_import(recipe, tmp_path, capsys, kind, skip_check):
     store.verify()
     assert store.origin.startswith(writer)
     before = (path / "index.json").stat().st_mtime_ns
-    assert say(capsys, *command)[0] == 0
+    status, text = say(capsys, *command)
+    assert status == 0 and f"there already, computed by {writer}" in text
     assert main(["prepare", str(recipe), *layers]) == 0 and f"hidden states: {path}" in capsys.readouterr().out
     assert (path / "index.json").stat().st_mtime_ns == before
     check_against_target(tmp_path / "out" / "prepared.json", aux_layers)

@@ -155,7 +155,7 @@ def test_a_damaged_shard_of_an_interrupted_capture_is_named(tmp_path):
 def test_a_shard_of_other_documents_is_named(tmp_path):
     first = writer(tmp_path / "s")
     first.append(4, *states(4, 9))
-    with pytest.raises(ValueError, match="rows up to 9 of document 4, which has 8 tokens here: remove the folder"):
+    with pytest.raises(ValueError, match="rows up to 9 of document 4, which has 8 tokens here: finish what began"):
         writer(tmp_path / "s", lengths={4: 8})
 
 
