@@ -62,9 +62,8 @@ def run_with_restarts(plan: LaunchPlan, again: Callable[[], LaunchPlan], most: i
     for restart in range(1, most + 1):
         if outcome.status == 0 or outcome.signalled:
             break
-        plan = again()
         console.print(f"restart {restart} of at most {most}")
-        outcome = run_ranks(plan, console)
+        outcome = run_ranks(again(), console)
     return outcome.status
 
 
