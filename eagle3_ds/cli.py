@@ -130,9 +130,13 @@ def launch(options: argparse.Namespace, console: Console) -> int:
     if status:
         return status
     write_environment_file(run.plan)
-    status = run_with_restarts(run.plan, partial(_plan_again, options, console), run.recipe.faults.max_restarts, console)
-    if status:
-        return status
+    outcome = run_with_restarts(run.plan, partial(_plan_again, options, console), run.recipe.faults.max_restarts, console)
+    if outcome.status:
+        ranks_per_host = max(len(slots) for slots in run.plan.hosts.values())
+        advice = importlib.import_module("eagle3_ds.cli_memory").advise_on_memory(outcome.reason, run.recipe, ranks_per_host)
+        if advice is not None:
+            print(f"\n{advice}", file=sys.stderr)
+        return outcome.status
     if not (output_dir / FINAL_WEIGHTS).is_file():
         console.print("training was stopped before its end: the same command with --resume goes on, then evaluates and exports")
         return 0

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, LlamaConfig
 
+from eagle3_ds.cli_memory import deepspeed_files
 from eagle3_ds.config import Recipe, load_deepspeed_config, load_recipe
 from eagle3_ds.model import build_draft_config
 from eagle3_ds.plan import (
@@ -20,7 +21,6 @@ from eagle3_ds.plan import (
     Device,
     DraftShape,
     Setup,
-    ZeroSettings,
     attention_pairs,
     choose_kv_exchange,
     explain_shortage,
@@ -80,7 +80,7 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     budget = int(((options.gpu_memory or device.memory) - options.reserve) * GIB)
     if budget <= 0:
         raise ValueError(f"--reserve {options.reserve} leaves nothing of the device's memory. Lower it.")
-    files = _deepspeed_files(recipe)
+    files = deepspeed_files(recipe)
     setup = Setup.of(recipe, load_deepspeed_config(recipe.deepspeed), shape, mesh.draft_dp)
     if parallel.kv_exchange == "auto":
         setup = replace(setup, kv_exchange=choose_kv_exchange(setup))
@@ -141,13 +141,6 @@ def _hub_config(name: str) -> Any:
             f"target.path = {name!r} is no folder here, and its config could not be fetched from the hub ({reason}). Say its "
             f"sizes instead: --shape {' | '.join(SHAPES)}, or --hidden-size and the others."
         ) from error
-
-
-def _deepspeed_files(recipe: Recipe) -> dict[str, ZeroSettings]:
-    """ZeRO settings by file: the recipe's own first, then what lies beside it."""
-    own = Path(recipe.deepspeed)
-    files = [own, *sorted(path for path in own.parent.glob("*.json") if path != own)]
-    return {str(file): ZeroSettings.of(load_deepspeed_config(file)) for file in files}
 
 
 def _print_setup(setup: Setup, device: Device, budget: int, console: Console) -> None:

@@ -29,10 +29,12 @@ class Outcome(NamedTuple):
     """Attributes:
     status: 0 when every rank has finished; else the launcher's status, or 1 where it had none.
     signalled: somebody asked the run to stop.
+    reason: of the first error; empty without one.
     """
 
     status: int
     signalled: bool
+    reason: str = ""
 
 
 def run_ranks(plan: LaunchPlan, console: Console, what: str = "training") -> Outcome:
@@ -50,13 +52,14 @@ def run_ranks(plan: LaunchPlan, console: Console, what: str = "training") -> Out
         return Outcome(0, bool(received))
     sys.stdout.flush()
     print(describe_failure(ends, plan.world_size, process.returncode, logs, what), file=sys.stderr, flush=True)
-    return Outcome(process.returncode if process.returncode > 0 else 1, bool(received))
+    first = first_error(ends)
+    return Outcome(process.returncode if process.returncode > 0 else 1, bool(received), first.reason if first else "")
 
 
-def run_with_restarts(plan: LaunchPlan, again: Callable[[], LaunchPlan], most: int, console: Console) -> int:
+def run_with_restarts(plan: LaunchPlan, again: Callable[[], LaunchPlan], most: int, console: Console) -> Outcome:
     """Run the launcher, and when the run fails, start it again up to `most` times by the plan that `again` makes.
 
-    A run that was asked to stop is not started again. Returns the exit status of the last one.
+    A run that was asked to stop is not started again. Returns how the last one ended.
     """
     outcome = run_ranks(plan, console)
     for restart in range(1, most + 1):
@@ -64,7 +67,7 @@ def run_with_restarts(plan: LaunchPlan, again: Callable[[], LaunchPlan], most: i
             break
         console.print(f"restart {restart} of at most {most}")
         outcome = run_ranks(again(), console)
-    return outcome.status
+    return outcome
 
 
 def _wait(process: subprocess.Popen[bytes], logs: Logs) -> None:
@@ -107,14 +110,18 @@ def _ends(logs: Logs, world_size: int) -> Mapping[int, RankEnd]:
     return ends
 
 
+def first_error(ends: Mapping[int, RankEnd]) -> RankEnd | None:
+    """The end that caused the others; None when no rank has told of one."""
+    return min((end for end in ends.values() if end.how != "finished"), key=lambda end: end.precedence, default=None)
+
+
 def describe_failure(ends: Mapping[int, RankEnd], world_size: int, status: int, logs: Logs, what: str = "training") -> str:
     """Where every rank was and how it ended, and the first error as the last words."""
     lines = [f"{what} failed, the launcher's exit status is {status}; the ranks:"]
     lines += [_line(rank, ends.get(rank)) for rank in range(world_size)]
-    causes = sorted((end for end in ends.values() if end.how != "finished"), key=lambda end: end.precedence)
-    if not causes:
+    first = first_error(ends)
+    if first is None:
         return "\n".join([*lines, "", f"No rank said why. What each wrote is in {logs.folder}."])
-    first = causes[0]
     return "\n".join(
         [
             *lines,

@@ -197,20 +197,20 @@ def test_a_launcher_that_says_all_is_well_is_not_believed(tmp_path: Path, capfd:
     assert "signal 9 (SIGKILL)" in capfd.readouterr().err.splitlines()[-1]
     assert run_ranks(replace(plan(tmp_path, "finishes"), command=("true",)), Console()).status == 1
     assert "No rank said why" in capfd.readouterr().err
-    assert run_ranks(plan(tmp_path, "finishes", "finishes", status=0), Console()) == (0, False)
+    assert run_ranks(plan(tmp_path, "finishes", "finishes", status=0), Console()) == (0, False, "")
     assert capfd.readouterr().err == ""
 
 
 def test_a_failed_run_is_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     failing, well = plan(tmp_path, "raises"), plan(tmp_path, "finishes", status=0)
     coming = [failing, well, failing]
-    assert run_with_restarts(failing, lambda: coming.pop(0), 5, Console()) == 0
+    assert run_with_restarts(failing, lambda: coming.pop(0), 5, Console()).status == 0
     assert coming == [failing]
     assert [line for line in capfd.readouterr().out.splitlines() if "restart" in line] == [
         f"restart {n} of at most 5" for n in (1, 2)
     ]
-    assert run_with_restarts(failing, lambda: failing, 1, Console()) == 1
-    assert run_with_restarts(well, failing_is_not_asked_for, 1, Console()) == 0
+    assert run_with_restarts(failing, lambda: failing, 1, Console()).status == 1
+    assert run_with_restarts(well, failing_is_not_asked_for, 1, Console()).status == 0
 
 
 def failing_is_not_asked_for() -> LaunchPlan:
@@ -221,7 +221,7 @@ def test_a_run_that_was_asked_to_stop_is_not_started_again(tmp_path: Path) -> No
     """This rank does not heed SIGUSR1, so that it ends as a failure."""
     stopper = Timer(2.0, os.kill, (os.getpid(), signal.SIGUSR1))
     stopper.start()
-    assert run_with_restarts(plan(tmp_path, "sleeps"), failing_is_not_asked_for, 3, Console()) == 1
+    assert run_with_restarts(plan(tmp_path, "sleeps"), failing_is_not_asked_for, 3, Console()) == (1, True, "signal 10 (SIGUSR1)")
     (told,) = Logs(tmp_path / "logs").ends(1).values()
     assert (told.how, told.reason) == ("killed", "signal 10 (SIGUSR1)")
 

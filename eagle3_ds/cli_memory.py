@@ -1,0 +1,51 @@
+"""What is told after a rank has run out of memory: what the planner says it needs, and the settings that would help most."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from eagle3_ds.config import Recipe, load_deepspeed_config
+from eagle3_ds.model import build_draft_config
+from eagle3_ds.plan import DraftShape, Setup, ZeroSettings, choose_kv_exchange, explain_shortage
+from eagle3_ds.target import load_text_config, resolve_path
+from eagle3_ds.topology import detect_accelerator
+
+_SHORTAGE = re.compile(r"out ?of ?memory|MemoryError|can't allocate memory|not enough memory", re.IGNORECASE)
+_PERHAPS = "(SIGKILL)"
+
+
+def advise_on_memory(reason: str, recipe: Recipe, ranks_per_host: int) -> str | None:
+    """The planner's advice when a rank ended for `reason`; None when memory has nothing to do with it.
+
+    `recipe` is the resolved one. The memory that is there is this machine's: of a device, or an equal share of the host's.
+    """
+    if not _SHORTAGE.search(reason) and _PERHAPS not in reason:
+        return None
+    assert recipe.parallel.draft_dp is not None
+    shape = DraftShape.of(build_draft_config(load_text_config(resolve_path(recipe.target.path)), recipe.draft))
+    setup = Setup.of(recipe, load_deepspeed_config(recipe.deepspeed), shape, recipe.parallel.draft_dp)
+    if recipe.parallel.kv_exchange == "auto":
+        setup = replace(setup, kv_exchange=choose_kv_exchange(setup))
+    opening = "If memory was the reason: " if _PERHAPS in reason else ""
+    return opening + explain_shortage(setup, memory_per_rank(ranks_per_host), deepspeed_files(recipe))
+
+
+def memory_per_rank(ranks_per_host: int) -> int:
+    """Bytes that a rank may use on this machine: its device's, or its share of the host's."""
+    accelerator = detect_accelerator()
+    if accelerator == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_per_host
+    return int(getattr(torch, accelerator).get_device_properties(0).total_memory)
+
+
+def deepspeed_files(recipe: Recipe) -> Mapping[str, ZeroSettings]:
+    """ZeRO settings by file: the recipe's own first, then what lies beside it."""
+    own = Path(recipe.deepspeed)
+    files = [own, *sorted(path for path in own.parent.glob("*.json") if path != own)]
+    return {str(file): ZeroSettings.of(load_deepspeed_config(file)) for file in files}
