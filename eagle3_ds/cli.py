@@ -307,7 +307,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         )
         add("--overwrite", action="store_true", help="replace the run in output_dir, e.g. train.seed=1 --overwrite")
     else:
-        parser.set_defaults(ds_config=None, resume=None, overwrite=False)
+        parser.set_defaults(ds_config=None, resume=None, max_restarts=None, overwrite=False)
     return parser
 
 
