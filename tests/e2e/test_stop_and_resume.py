@@ -9,15 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
-from small_quickstart import QUICKSTART, ROOT, Job, small_job
+from small_quickstart import QUICKSTART, ROOT, STEPS, Job, small_job
 
 pytestmark = pytest.mark.e2e
-TWO_RANKS = ("parallel.ring=1", "train.steps=1000", "eval.num_prompts=0")
+# The schedule of the small quickstart is constant, so that a longer run begins as `finished` does.
+LONG = ("train.steps=1000", "eval.num_prompts=0")
 
 
 def test_a_run_that_is_told_to_stop_is_gone_on_with_by_the_same_command(finished: Job, shared: Path, tmp_path: Path) -> None:
-    """`finished` has made the target and the hidden states that this run uses again."""
-    job = small_job(shared, tmp_path / "output", *TWO_RANKS)
+    job = small_job(shared, tmp_path / "output", *LONG)
     line = [str(ROOT / "launch.sh"), QUICKSTART, *job.overrides, "--resume", "auto"]
     process = subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     metrics = job.folder / "metrics.jsonl"
@@ -40,4 +40,6 @@ def test_a_run_that_is_told_to_stop_is_gone_on_with_by_the_same_command(finished
     assert status == 0, output
     assert f"going on from {job.folder / 'checkpoints' / f'step-{done:06d}'}" in output
     assert [record["step"] for record in job.metrics()] == list(range(1, done + 2))
+    both = min(STEPS, done + 1)
+    assert [record["loss"] for record in job.metrics()[:both]] == [record["loss"] for record in finished.metrics()[:both]]
     assert (job.folder / "draft" / "model.safetensors").is_file()
