@@ -134,7 +134,7 @@ def _llama(sizes: Mapping[str, int]) -> LlamaConfig:
 def _hub_config(name: str) -> Any:
     """config.json of a hub name, without the weights."""
     try:
-        return AutoConfig.from_pretrained(name).get_text_config()
+        return AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
