@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from eagle3_ds.cli_memory import deepspeed_files
 from eagle3_ds.config import Recipe, load_deepspeed_config, load_recipe
@@ -35,13 +36,13 @@ from eagle3_ds.topology import Mesh, check_heads
 
 GIB = 2**30
 SHOWN = 6
-SIZES = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+SIZES = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "num_layers")
 # Sizes of targets in the order of SIZES, as their config.json gives them.
 SHAPES: Mapping[str, tuple[int, ...]] = {
-    "llama3.1-8b": (4096, 14336, 32, 8, 128, 128256),
-    "llama3.1-70b": (8192, 28672, 64, 8, 128, 128256),
-    "qwen3-8b": (4096, 12288, 32, 8, 128, 151936),
-    "qwen3-32b": (5120, 25600, 64, 8, 128, 151936),
+    "llama3.1-8b": (4096, 14336, 32, 8, 128, 128256, 32),
+    "llama3.1-70b": (8192, 28672, 64, 8, 128, 128256, 80),
+    "qwen3-8b": (4096, 12288, 32, 8, 128, 151936, 36),
+    "qwen3-32b": (5120, 25600, 64, 8, 128, 151936, 64),
 }
 
 
@@ -74,7 +75,8 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     parallel = recipe.parallel
     mesh = Mesh.from_world(options.gpus, parallel.ring, parallel.ulysses, parallel.draft_dp)
-    shape = DraftShape.of(build_draft_config(_target_config(recipe, options), recipe.draft))
+    target = _target_config(recipe, options)
+    shape = DraftShape.of(build_draft_config(target, recipe.draft))
     check_heads(parallel.ulysses, shape.num_heads, shape.num_kv_heads)
     device = DEVICES[options.device]
     budget = int(((options.gpu_memory or device.memory) - options.reserve) * GIB)
@@ -82,6 +84,8 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
         raise ValueError(f"--reserve {options.reserve} leaves nothing of the device's memory. Lower it.")
     files = deepspeed_files(recipe)
     setup = Setup.of(recipe, load_deepspeed_config(recipe.deepspeed), shape, mesh.draft_dp)
+    if recipe.data.hidden_states == "online":
+        setup = replace(setup, target_bytes=_weight_bytes(target, recipe.target.dtype))
     if parallel.kv_exchange == "auto":
         setup = replace(setup, kv_exchange=choose_kv_exchange(setup))
     fits = predict_memory(setup).peak <= budget
@@ -128,7 +132,15 @@ def _llama(sizes: Mapping[str, int]) -> LlamaConfig:
         num_attention_heads=sizes["num_heads"],
         num_key_value_heads=sizes["num_kv_heads"],
         head_dim=sizes["head_dim"],
+        num_hidden_layers=sizes["num_layers"],
     )
+
+
+def _weight_bytes(config: Any, dtype: str) -> int:
+    """Of a whole target, from its config: the model is built without memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters()) * getattr(torch, dtype).itemsize
 
 
 def _hub_config(name: str) -> Any:
@@ -191,6 +203,8 @@ def _print_time(setup: Setup, device: Device, ranks_per_node: int, console: Cons
         f"and sequence; in seconds: {parts}",
     )
     _say(console, "assumed: one document fills each sequence, every token is supervised, no communication is hidden")
+    if setup.target_bytes:
+        _say(console, "the target beside: its weights are counted, its forward is not, neither bytes nor seconds")
 
 
 def _print_candidates(candidates: Sequence[Candidate], budget: int, console: Console) -> None:

@@ -138,6 +138,7 @@ class Setup:
         zero_group: over which ranks ZeRO shards, as in the recipe.
         accumulation: packed sequences per draft_dp rank and optimizer step.
         kv_bytes: what a rank may hold of other ranks' step-0 keys and values in each layer, gradients included.
+        target_bytes: weights of a target that runs beside the draft (`data.hidden_states: online`), sharded over all ranks.
         device: whose attention kernel's workspace counts; any accelerator's is like cuda's.
         tile_bytes, loss_tile_bytes: budgets of one tile of slots in a layer, and of one tile of the loss.
     """
@@ -158,6 +159,7 @@ class Setup:
     tile_bytes: int = 2**30
     loss_tile_bytes: int = 2**28
     chunks_per_rank: int = 8
+    target_bytes: int = 0
     device: Literal["cuda", "cpu"] = "cuda"
 
     @classmethod

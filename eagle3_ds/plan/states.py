@@ -25,6 +25,7 @@ def model_states(setup: Setup) -> tuple[Parts, Parts]:
     frozen = {
         "frozen embedding": shape.vocab_size * shape.hidden_size * item,
         "teacher's head": shape.draft_vocab_size * shape.hidden_size * item,
+        "target beside": setup.target_bytes // setup.world_size,
     }
     # ZeRO-3's bucket is allocated once too; that of the lower stages comes with the first gradient of a backward.
     bucket = {"gradient buckets": zero.reduce_bucket * item if zero.stage == 3 and zero.contiguous_gradients else 0}

@@ -67,6 +67,14 @@ def test_sizes_over_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
     assert "32/4 heads of 64" in text and "16384 tokens" in text
 
 
+def test_a_target_beside_costs_its_shard(capsys: pytest.CaptureFixture[str]) -> None:
+    text = planned(capsys, *LLAMA, "data.hidden_states=online")
+    row = next(line for line in text.splitlines() if "target beside" in line)
+    # 8.03 billion bf16 weights over 8 ranks.
+    assert "1.87" in row
+    assert "its forward is not" in text
+
+
 def test_what_does_not_fit_is_said_with_bytes_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     text = planned(capsys, *LLAMA, "--gpu-memory", "12", "train.activation=keep", status=1)
     assert "does NOT fit" in text
