@@ -104,7 +104,7 @@ def test_missing_sizes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_unreachable_hub_name_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def unreachable(name: str) -> None:
+    def unreachable(name: str, **_: object) -> None:
         raise OSError(f"{name} cannot be reached")
 
     monkeypatch.setattr("eagle3_ds.cli_plan.AutoConfig.from_pretrained", unreachable)
