@@ -79,10 +79,11 @@ def fill_deepspeed_config(user: Mapping[str, Any], recipe: Recipe, world: int, d
     (`zero_group: all`), the draft_dp group otherwise.
 
     Raises:
-        ValueError: ZeRO++ secondary partitions (`zero_hpz_partition_size`) that do not fit the ranks.
+        ValueError: ZeRO++ secondary partitions (`zero_hpz_partition_size`) that do not fit the ranks, or an optimizer on NVMe.
     """
     config = copy.deepcopy(dict(user))
     _check_secondary_partition(config, recipe, world)
+    _check_offload(config)
     data_parallel = world if recipe.parallel.zero_group == "all" else draft_dp
     config["train_micro_batch_size_per_gpu"] = 1
     config["gradient_accumulation_steps"] = recipe.train.accumulation
@@ -93,6 +94,15 @@ def fill_deepspeed_config(user: Mapping[str, Any], recipe: Recipe, world: int, d
     config.setdefault("zero_allow_untested_optimizer", True)
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     return config
+
+
+def _check_offload(config: Mapping[str, Any]) -> None:
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if offload.get("device") == "nvme":
+        raise ValueError(
+            "zero_optimization.offload_optimizer.device is nvme: a checkpoint cannot hold what DeepSpeed keeps in files of its "
+            "own. Set it to cpu."
+        )
 
 
 def _check_secondary_partition(config: Mapping[str, Any], recipe: Recipe, world: int) -> None:

@@ -63,10 +63,6 @@ def _of_stage_1_or_2(wrapper: Any, module: nn.Module) -> list[Shard]:
 
 
 def _of_stage_3(wrapper: Any, module: nn.Module) -> list[Shard]:
-    if wrapper.swap_optimizer:
-        raise ValueError(
-            "zero_optimization.offload_optimizer.device is nvme: the state that DeepSpeed keeps on disk cannot be saved. Use cpu."
-        )
     pieces: list[list[Piece]] = [[] for _ in wrapper.fp32_partitioned_groups_flat]
     for name, parameter in _named(module):
         group, offset, numel = wrapper.grad_position[wrapper.get_param_id(parameter)]

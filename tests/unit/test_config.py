@@ -170,6 +170,15 @@ def test_filled_batch_sizes_agree_with_deepspeeds_own_world(tmp_path: Path, zero
     assert "train_batch_size" not in user
 
 
+def test_an_optimizer_on_nvme_is_refused(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL))
+    user = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}
+    with pytest.raises(ValueError, match="offload_optimizer.device is nvme: a checkpoint cannot hold"):
+        fill_deepspeed_config(user, recipe, 8, 2)
+    for device in ({"device": "cpu"}, None):
+        fill_deepspeed_config({"zero_optimization": {"stage": 3, "offload_optimizer": device}}, recipe, 8, 2)
+
+
 def test_secondary_partitions_must_fit(tmp_path: Path) -> None:
     user = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}
     recipe = load_recipe(write(tmp_path, MINIMAL))
