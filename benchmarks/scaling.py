@@ -21,7 +21,7 @@ from benchmarks.result_file import print_table, write_result
 from benchmarks.sample_run import SampleRun, small_buckets
 from eagle3_ds.plan import DraftShape, predict_memory
 
-SHAPE = DraftShape(256, 768, 8, 4, 32, 2048, 1024)
+SHAPE = DraftShape(128, 384, 8, 4, 16, 2048, 1024)
 LENGTH = 8192
 
 
