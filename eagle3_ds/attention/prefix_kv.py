@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eagle3_ds.attention.tiles import cut_keys, gathered_tiles
+from eagle3_ds.attention.tiles import gathered_tiles
 from eagle3_ds.collectives import all_gather_rows, reduce_scatter_rows
 from eagle3_ds.kernels import AttentionKernel, accumulation_dtype
 from eagle3_ds.layout import SpanPlan
@@ -36,8 +36,6 @@ class PrefixKV:
         """Gather the ring in one call. k_heads, v_heads: [columns_per_ring_rank, heads / ulysses, D] of this ring rank."""
         self.plan, self.ring_group, self.kernel = plan, ring_group, kernel
         self.tiles = gathered_tiles(plan, ring_rank)
-        # The forward would have to merge what these find; the backward only adds up.
-        self.backward_tiles = cut_keys(self.tiles, plan.columns_per_ring_rank)
         if plan.ring > 1:
             order = torch.from_numpy(plan.sequence_order).to(k_heads.device)
             kv = all_gather_rows(torch.cat((k_heads, v_heads), dim=-1), ring_group)
@@ -55,7 +53,7 @@ class PrefixKV:
         if self.dk is None or self.dv is None:
             dtype = accumulation_dtype(self.k.dtype)
             self.dk, self.dv = torch.zeros_like(self.k, dtype=dtype), torch.zeros_like(self.v, dtype=dtype)
-        return self.kernel.backward(dout, q_heads, self.k, self.v, lse, delta, self.backward_tiles, scale, self.dk, self.dv)
+        return self.kernel.backward(dout, q_heads, self.k, self.v, lse, delta, self.tiles, scale, self.dk, self.dv)
 
     def take_gradients(self) -> tuple[Tensor, Tensor]:
         """dk, dv of this ring rank's own columns, fp32, summed over the ring in one reduce-scatter; they are forgotten here."""

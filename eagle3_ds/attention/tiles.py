@@ -6,7 +6,7 @@ A sliding window of w tokens, as transformers counts it, lets slot i see the key
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from eagle3_ds.kernels import Tile
 from eagle3_ds.layout import Run, SpanPlan
@@ -32,22 +32,6 @@ def gathered_tiles(plan: SpanPlan, ring_rank: int, window: int | None = None) ->
         )
         for run in plan.runs(ring_rank)
     )
-
-
-def cut_keys(tiles: Iterable[Tile], most: int) -> tuple[Tile, ...]:
-    """The same pairs in tiles of about `most` keys: full rectangles, and behind them the causal tile with the rows' own keys.
-
-    A backward makes gradients of all keys of a call for every query head, so this bounds its workspace. Tiles with a left edge
-    have few keys, and stay.
-    """
-    cut: list[Tile] = []
-    for tile in tiles:
-        start = tile.k_start
-        while tile.causal and tile.left is None and tile.k_stop - start - tile.num_queries >= most:
-            cut.append(tile._replace(k_start=start, k_stop=start + most, causal=False))
-            start += most
-        cut.append(tile._replace(k_start=start))
-    return tuple(cut)
 
 
 def block_tiles(plan: SpanPlan, ring_rank: int, source: int, window: int | None = None) -> tuple[Tile, ...]:

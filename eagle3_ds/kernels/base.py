@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3_ds.kernels.tile import Tile
+from eagle3_ds.kernels.tile import Tile, cut_into_blocks
 
 
 class AttentionKernel(ABC):
@@ -119,7 +119,14 @@ class Call(NamedTuple):
 
 
 class TileKernel(AttentionKernel):
-    """A kernel made of calls that compute one tile, or several at once: a subclass computes, this class loops and merges."""
+    """A kernel made of calls that compute one tile, or several at once: a subclass computes, this class loops and merges.
+
+    Attributes:
+        backward_block: rows, and about as many keys, that one call of a backward takes. A backend makes gradients in the inputs'
+            dtype for every query head of both, and its own sums, so this bounds what the longest document needs beside them.
+    """
+
+    backward_block = 2**13
 
     @abstractmethod
     def call_forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
@@ -134,8 +141,8 @@ class TileKernel(AttentionKernel):
         `delta` is what `delta_form` made of it.
         """
 
-    def calls(self, tiles: Iterable[Tile]) -> list[Call]:
-        """The tiles, none of them empty, as the backend takes them."""
+    def calls(self, tiles: Iterable[Tile], most: int | None = None) -> list[Call]:
+        """The tiles, none of them empty, as the backend takes them; `most`: rows, and keys, of a call of several tiles."""
         return [Call((tile,)) for tile in tiles]
 
     def delta_form(self, dout: Tensor, delta: Tensor) -> Tensor:
@@ -174,7 +181,8 @@ class TileKernel(AttentionKernel):
     ) -> Tensor:
         dq = torch.zeros_like(q, dtype=accumulation_dtype(q.dtype), memory_format=torch.contiguous_format)
         delta = self.delta_form(dout, delta)
-        for call in self.calls(_nonempty(tiles)):
+        blocks = (block for tile in _nonempty(tiles) for block in cut_into_blocks(tile, self.backward_block))
+        for call in self.calls(blocks, self.backward_block):
             dout_rows, q_rows, lse_rows, delta_rows = (_take(x, call.rows) for x in (dout, q, lse, delta))
             k_rows, v_rows = _take(k, call.keys), _take(v, call.keys)
             grads = self.call_backward(dout_rows, q_rows, k_rows, v_rows, lse_rows, delta_rows, call, scale)

@@ -24,7 +24,7 @@ class SquareKernel(TileKernel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Under the merged lse, delta being the row sum of dout * out -> dq [Lq, Hq, D], dk, dv [Lk, Hkv, D]."""
 
-    def calls(self, tiles: Iterable[Tile]) -> list[Call]:
+    def calls(self, tiles: Iterable[Tile], most: int | None = None) -> list[Call]:
         return [Call((part,)) for tile in tiles for part in cut_into_squares(tile)]
 
     def delta_form(self, dout: Tensor, delta: Tensor) -> Tensor:

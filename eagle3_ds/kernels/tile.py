@@ -35,6 +35,30 @@ class Tile(NamedTuple):
         assert not banded or (self.num_keys >= self.num_queries and (self.left or 0) >= 0), f"{self} leaves rows without a key"
 
 
+def cut_into_blocks(tile: Tile, most: int) -> Iterator[Tile]:
+    """The pairs of `tile` in tiles of at most `most` rows and less than twice as many keys.
+
+    A tile with a left edge keeps its keys: they are few where it is causal, and a moving edge all the way where it is not.
+    """
+    if tile.left is not None and not tile.causal:
+        yield tile
+        return
+    for start in range(tile.q_start, tile.q_stop, most):
+        stop = min(start + most, tile.q_stop)
+        rows = tile._replace(q_start=start, q_stop=stop)
+        if tile.causal:
+            rows = rows._replace(k_stop=tile.k_stop - (tile.q_stop - stop))
+        if tile.left is not None:
+            yield rows._replace(k_start=max(rows.k_start, rows.k_stop - rows.num_queries - tile.left))
+            continue
+        # The rows' own keys stay together, behind full rectangles.
+        own = rows.num_queries if tile.causal else 1
+        while rows.num_keys - own >= most:
+            yield rows._replace(k_stop=rows.k_start + most, causal=False)
+            rows = rows._replace(k_start=rows.k_start + most)
+        yield rows
+
+
 def cut_into_squares(tile: Tile) -> Iterator[Tile]:
     """The pairs of `tile` as full rectangles, causal squares, and their mirror image, squares with `left` 0.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -62,10 +62,11 @@ class VarlenKernel(TileKernel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Under the merged lse, delta being the row sum of dout * out -> dq, dk, dv in the shapes of q, k, v."""
 
-    def calls(self, tiles: Iterable[Tile]) -> list[Call]:
+    def calls(self, tiles: Iterable[Tile], most: int | None = None) -> list[Call]:
         groups: list[list[Tile]] = []
         for tile in sorted(tiles, key=lambda tile: tile[:4]):
-            group = next((group for group in groups if _follows(tile, group[-1])), None)
+            open_groups = (group for group in groups if most is None or _have_room(group, tile, most))
+            group = next((group for group in open_groups if _follows(tile, group[-1])), None)
             if group is None:
                 groups.append([tile])
             else:
@@ -89,6 +90,12 @@ class VarlenKernel(TileKernel):
 def _follows(tile: Tile, last: Tile) -> bool:
     same_kind = (tile.causal, tile.left) == (last.causal, last.left)
     return same_kind and last.q_stop <= tile.q_start and last.k_stop <= tile.k_start
+
+
+def _have_room(group: Sequence[Tile], tile: Tile, most: int) -> bool:
+    rows = sum(member.num_queries for member in group) + tile.num_queries
+    keys = sum(member.num_keys for member in group) + tile.num_keys
+    return max(rows, keys) <= most
 
 
 def _offsets(sizes: list[int], device: torch.device) -> Tensor:

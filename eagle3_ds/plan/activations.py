@@ -8,6 +8,9 @@ from __future__ import annotations
 from eagle3_ds.plan.communication import block_bytes, kept_blocks
 from eagle3_ds.plan.setup import FP32, INT64, Parts, Setup
 
+BACKWARD_BLOCK = 2**13
+"""`TileKernel.backward_block`: rows, and about as many keys, of one call of an attention kernel's backward."""
+
 
 def offloaded_activations(setup: Setup) -> int:
     """Bytes that `offload` moves to the host for one packed sequence; on a CPU they are there already."""
@@ -179,9 +182,9 @@ def _passing_blocks(setup: Setup) -> int:
 
 
 def _kernel_workspace(setup: Setup) -> int:
-    """What a flash kernel's backward makes: gradients in the input's dtype, those of keys expanded over the query heads."""
+    """What a flash kernel's backward makes for one block: gradients in the input's dtype, those of keys for every query head."""
     shape, item = setup.shape, setup.itemsize
-    rows, keys = _kernel_call(setup)
+    rows, keys = _kernel_block(setup)
     query, kv = shape.query_size // setup.ulysses, 2 * shape.kv_size // setup.ulysses
     grouped = shape.num_heads > shape.num_kv_heads
     expanded = keys * 2 * query * item
@@ -192,15 +195,17 @@ def _kernel_workspace(setup: Setup) -> int:
     return gradients + rows * (query + shape.num_heads // setup.ulysses) * FP32
 
 
-def _kernel_call(setup: Setup) -> tuple[int, int]:
-    """Query rows and keys of the largest call, for one document: all of them on one ring rank, else a chunk's rows.
+def _kernel_block(setup: Setup) -> tuple[int, int]:
+    """Query rows and keys of the largest block for one document, whose rows are together on one ring rank, else in chunks.
 
-    These meet the gathered keys a ring rank's share at a time, or a chunk of a streamed block.
+    They meet all keys before them where those are gathered, else a chunk of a streamed block at a time.
     """
     if setup.ring == 1:
-        return setup.columns, setup.columns
-    chunk = setup.columns // setup.chunks_per_rank
-    return chunk, setup.columns if setup.kv_exchange == "gather" else chunk
+        rows, keys = setup.columns, setup.columns
+    else:
+        rows = setup.columns // setup.chunks_per_rank
+        keys = setup.padded_length if setup.kv_exchange == "gather" else rows
+    return min(rows, BACKWARD_BLOCK), min(keys, BACKWARD_BLOCK)
 
 
 def loss_parts(setup: Setup, columns: int) -> Parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eagle3_ds.attention.tiles import block_tiles, cut_keys, gathered_tiles
-from eagle3_ds.kernels import AttentionKernel, Tile, select_kernel
+from eagle3_ds.attention.tiles import block_tiles, gathered_tiles
+from eagle3_ds.kernels import AttentionKernel, Tile, TileKernel, select_kernel
 from eagle3_ds.kernels.cuda import CudaKernel
+from eagle3_ds.kernels.tile import cut_into_blocks
 from eagle3_ds.layout import SpanPlan
 
 plans = st.builds(
@@ -66,13 +68,17 @@ def test_gathered_tiles_are_the_dense_mask(plan: SpanPlan, window: int | None) -
 
 @settings(deadline=None)
 @given(plans, windows, st.integers(1, 40))
-def test_tiles_of_few_keys_show_the_same(plan: SpanPlan, window: int | None, most: int) -> None:
-    mask = dense_mask(plan, window)
+def test_blocks_of_a_tile_show_the_same(plan: SpanPlan, window: int | None, most: int) -> None:
+    size = plan.columns_per_ring_rank
     for rank in range(plan.ring):
-        tiles = cut_keys(gathered_tiles(plan, rank, window), most)
-        assert (shown(tiles, plan.columns_per_ring_rank, plan.padded_length) == mask[plan.ring_slots[rank]]).all()
-        assert all(tile.left is not None or tile.num_keys < most + tile.num_queries or not tile.causal for tile in tiles)
-        assert all(tile.causal or tile.num_keys == most for tile in tiles)
+        for source in (None, *range(plan.ring)):
+            tiles = gathered_tiles(plan, rank, window) if source is None else block_tiles(plan, rank, source, window)
+            num_keys = plan.padded_length if source is None else size
+            blocks = [block for tile in tiles for block in cut_into_blocks(tile, most)]
+            assert (shown(blocks, size, num_keys) == shown(tiles, size, num_keys)).all()
+            for block in blocks:
+                assert block.num_queries <= most or (block.left is not None and not block.causal)
+                assert block.num_keys < 2 * most or block.left is not None
 
 
 @settings(deadline=None)
@@ -92,9 +98,9 @@ KERNELS = [select_kernel(name, torch.device("cpu"), torch.float64, 8) for name i
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 @settings(deadline=None, max_examples=30)
-@given(plan=plans, window=windows, gathered=st.booleans())
+@given(plan=plans, window=windows, gathered=st.booleans(), block=st.sampled_from([3, 2**13]))
 def test_kernels_on_random_plans_equal_a_dense_mask(
-    kernel: AttentionKernel, plan: SpanPlan, window: int | None, gathered: bool
+    kernel: AttentionKernel, plan: SpanPlan, window: int | None, gathered: bool, block: int
 ) -> None:
     """One rank's rows, forward and raw gradients, against a masked softmax in fp64."""
     rank, source = plan.ring - 1, 0
@@ -111,7 +117,8 @@ def test_kernels_on_random_plans_equal_a_dense_mask(
     out, lse, *grads = dense_attention(q, k, v, dout, mask)
     actual_out, actual_lse = kernel.forward(q, k, v, tiles, 0.4)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    dq = kernel.backward(dout, q, k, v, lse, (dout * out).sum(-1), tiles, 0.4, dk, dv)
+    with mock.patch.object(TileKernel, "backward_block", block):
+        dq = kernel.backward(dout, q, k, v, lse, (dout * out).sum(-1), tiles, 0.4, dk, dv)
     for actual, wanted in zip((actual_out, actual_lse, dq, dk, dv), (out, lse, *grads), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-11)
 
@@ -137,16 +144,19 @@ def test_a_window_without_a_token_is_refused(window: int) -> None:
 
 
 @settings(deadline=None)
-@given(plans, windows)
-def test_calls_of_a_varlen_kernel_share_out_the_tiles(plan: SpanPlan, window: int | None) -> None:
+@given(plans, windows, st.none() | st.integers(1, 60))
+def test_calls_of_a_varlen_kernel_share_out_the_tiles(plan: SpanPlan, window: int | None, most: int | None) -> None:
     """Every tile in one call; no row and no key twice in a call; as many calls as a document has chunks, not documents."""
     for rank in range(plan.ring):
         tiles = gathered_tiles(plan, rank, window)
-        calls = CudaKernel().calls(tiles)
+        calls = CudaKernel().calls(tiles, most)
         assert sorted(tile for call in calls for tile in call.tiles) == sorted(tiles)
         for call in calls:
             for tile, following in pairwise(call.tiles):
                 assert tile.q_stop <= following.q_start and tile.k_stop <= following.k_start
+            if most is not None and len(call.tiles) > 1:
+                assert sum(tile.num_queries for tile in call.tiles) <= most
+                assert sum(tile.num_keys for tile in call.tiles) <= most
         documents = [run.document_start for run in plan.runs(rank)]
-        if window is None:
+        if window is None and most is None:
             assert len(calls) == max(map(documents.count, documents), default=0)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eagle3_ds.config import DraftSection, load_recipe
+from eagle3_ds.kernels import TileKernel
 from eagle3_ds.layout import SpanPlan
 from eagle3_ds.model import DraftModel, build_draft_config
 from eagle3_ds.plan import (
@@ -30,6 +31,7 @@ from eagle3_ds.plan import (
     state_traffic,
     step_flops,
 )
+from eagle3_ds.plan.activations import BACKWARD_BLOCK
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -109,6 +111,10 @@ def test_a_step_of_the_8b_shape_takes_the_flops_of_the_design() -> None:
     with_recompute = step_flops(replace(alone, activation="recompute"), attention_pairs(alone))
     assert with_recompute.attention_forward == flops.attention_forward
     assert 0 < with_recompute.recompute < flops.layers / 3
+
+
+def test_blocks_of_the_backward_are_those_of_the_kernels() -> None:
+    assert TileKernel.backward_block == BACKWARD_BLOCK
 
 
 def test_ranks_share_the_flops_evenly() -> None:
