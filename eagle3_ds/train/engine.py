@@ -23,6 +23,7 @@ from eagle3_ds.layout import LocalBatch
 from eagle3_ds.loss import LossInputs, LossSum, LossTaps, tiled_soft_cross_entropy
 from eagle3_ds.model import DraftModel, UnrollSettings
 from eagle3_ds.topology import Topology, ZeroGroupMpu
+from eagle3_ds.train.shared_memory import unname_segment
 
 
 class DraftWithLoss(nn.Module):
@@ -70,6 +71,7 @@ def build_engine(recipe: Recipe, deepspeed_config: dict[str, Any], topology: Top
     # reduce its gradients over the first one's groups.
     groups.mpu = mpu
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config, mpu=mpu)
+    unname_segment(topology)
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         _undo_synthetic_step(engine.optimizer)
     return engine, float(topology.draft_dp if by_draft_dp else topology.mesh.world_size)

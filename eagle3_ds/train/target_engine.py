@@ -32,6 +32,7 @@ from eagle3_ds.target import (
     teacher_tokens,
 )
 from eagle3_ds.topology import Topology
+from eagle3_ds.train.shared_memory import unname_segment
 
 PROBE_LENGTHS = (37, 11)
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-1}
@@ -165,6 +166,7 @@ def _hook_up(forward: SpanForward, topology: Topology) -> Any:
     if mlps:
         set_z3_leaf_modules(forward, list(mlps))
     engine, *_ = deepspeed.initialize(model=forward, config=_settings())
+    unname_segment(topology)
     engine.eval()
     return engine
 

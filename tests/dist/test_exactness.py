@@ -1,9 +1,15 @@
 """The short exactness matrix, and the proof that its comparison can reject."""
 
+import os
+
 import pytest
+import torch.distributed as dist
 
 from benchmarks.exactness import COMPARED, judge, main, relative_error
-from benchmarks.exactness_cases import Case, short_matrix
+from benchmarks.exactness_cases import Case, make_inputs, short_matrix
+from benchmarks.exactness_product import run_product
+from benchmarks.rank_processes import run_ranks
+from eagle3_ds.train.shared_memory import segment
 
 pytestmark = pytest.mark.dist
 TWO_RANKS = Case(
@@ -46,6 +52,18 @@ def test_a_mutation_is_rejected_for_its_numbers(mutation):
     assert verdict.failure is None, verdict.failure
     assert not verdict.passed, verdict.line()
     assert verdict.errors["gradients"] > 1000 * TWO_RANKS.tolerance
+
+
+def has_left_shared_memory():
+    """On a rank: whether DeepSpeed's buffer is still in /dev/shm after a training step."""
+    # DeepSpeed's launcher says it so, and then the buffer is made.
+    os.environ["LOCAL_SIZE"] = str(dist.get_world_size())
+    run_product(TWO_RANKS, make_inputs(TWO_RANKS))
+    return segment(dist.get_rank()).exists()
+
+
+def test_no_shared_memory_outlives_the_ranks():
+    assert run_ranks(2, has_left_shared_memory) == [False, False]
 
 
 def test_an_unknown_mutation_is_a_failure_that_names_the_known_ones():
