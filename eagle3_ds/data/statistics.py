@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+NAMED = 3
+"""Sources that are named when a shape is told."""
 SUPERVISED, OTHER = "#1f6f8b", "#b8b8b8"
 
 
@@ -54,7 +56,11 @@ class DataStatistics:
 
     def lines(self) -> list[str]:
         """What a person wants to know, one fact a line; what did not happen is not mentioned."""
-        told = [f"{source}: {f'rows of shape {shape}' if shape else 'no row'}" for source, shape in self.sources.items()]
+        told = []
+        for shape in dict.fromkeys(self.sources.values()):
+            names = [source for source, own in self.sources.items() if own == shape]
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            told.append(f"{f'rows of shape {shape}' if shape else 'no row'} in {', '.join(names[:NAMED])}{more}")
         told.append(
             f"{self.train_documents:,} training documents, {self.train_supervised_tokens:,} of {self.train_tokens:,} tokens "
             f"supervised ({_share(self.train_supervised_tokens, self.train_tokens)}); {self.heldout_documents:,} held out, "

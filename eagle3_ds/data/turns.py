@@ -165,9 +165,9 @@ def _start(view: _View, turn: int, words: Words) -> int:
 
 
 def _answer_start(view: _View, turn: int) -> int:
-    """Where the turn begins if it begins as an answer without reasoning would in its place; else -1."""
+    """Where the turn begins if an answer in its place would begin there too; else -1."""
     mark = unused_mark(view.text)
-    answer = {key: value for key, value in view.messages[turn].items() if key not in REASONING_KEYS} | {"content": mark}
+    answer = {**view.messages[turn], "content": mark}
     before = view.render([*view.messages[:turn], answer, *view.messages[turn + 1 :]]).partition(mark)[0]
     return len(before) if view.text.startswith(before) else -1
 

@@ -56,7 +56,7 @@ class _Worker:
     def __init__(self, context: Any, function: Callable[[Any], Any]) -> None:
         self.busy = False
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(function, theirs), daemon=True)
+        self.process = context.Process(target=_serve, args=(function, theirs, self.connection), daemon=True)
         self.process.start()
         theirs.close()  # else the end of the process would not end the pipe
 
@@ -88,10 +88,14 @@ class _Worker:
         return result
 
 
-def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
+def _serve(function: Callable[[Any], Any], connection: Connection, parents_end: Connection) -> None:
+    parents_end.close()  # this process's copy: else the end of the parent would not end the pipe
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores belong to the other processes
     while True:
-        batch = connection.recv()
+        try:
+            batch = connection.recv()
+        except EOFError:
+            return  # the parent is gone
         try:
             connection.send((function(batch), None))
         except Exception as error:

@@ -16,6 +16,9 @@ from eagle3_ds.config import TargetSection, dump_recipe, load_recipe
 from eagle3_ds.eval.speculative import greedy_decode
 from eagle3_ds.target import load_target
 
+QUESTIONS = ("What is f3?", "What is f4? What is f4?", "f14?", "What is f5?")
+"""Of several lengths, so that a batch of them is padded."""
+
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -25,7 +28,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(tmp_path: Path, target: Path) -> str:
-    rows = write_jsonl(tmp_path / "rows.jsonl", [chat(f"What is f{n}?", "old") for n in (3, 4, 14, 5)])
+    rows = write_jsonl(tmp_path / "rows.jsonl", [chat(question, "old") for question in QUESTIONS])
     path = tmp_path / "recipe.yaml"
     path.write_text(
         f"target: {{path: {target}, dtype: float32}}\ndata: {{train: [{rows}]}}\ntrain: {{steps: 1}}\n"
@@ -43,7 +46,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
 def test_inspect(recipe: str, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, text = said(capsys, "inspect", recipe, "--row", 2)
     assert status == 0
-    assert "<|im_start|>user\nWhat is f4?<|im_end|>\n<|im_start|>assistant\n>>>old<|im_end|><<<" in text
+    assert "<|im_start|>user\nWhat is f4? What is f4?<|im_end|>\n<|im_start|>assistant\n>>>old<|im_end|><<<" in text
     assert "rows.jsonl, line 2, shape messages: " in text
     assert said(capsys, "inspect", tmp_path / "rows.jsonl", "--target", target, "--row", 2) == (status, text)
     status, text = said(capsys, "inspect", recipe, "--html", tmp_path / "row.html")
@@ -78,8 +81,8 @@ def test_regenerate(recipe: str, target: Path, tmp_path: Path, capsys: pytest.Ca
     alone = load_target(TargetSection(path=str(target)), dtype="float32")
     stop = alone.tokenizer.eos_token_id
     expected = []
-    for n in (3, 4, 14, 5):
-        question = [{"role": "user", "content": f"What is f{n}?"}]
+    for words in QUESTIONS:
+        question = [{"role": "user", "content": words}]
         prompt = alone.tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
         tokens = greedy_decode(alone, prompt, 40, stop)
         if tokens[-1] == stop:

@@ -30,6 +30,15 @@ def test_fill_on_log_normal_lengths(seed):
     assert fill(lengths, 4096, pack(lengths, 4096, seed)) >= 0.97
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.floats(5.0, 7.0), st.floats(0.5, 1.5), st.integers(0, 2**32 - 1))
+def test_fill_on_any_log_normal_lengths(mean, deviation, seed):
+    lengths = np.clip(np.random.default_rng(seed).lognormal(mean, deviation, 2000), 1, 4096).astype(int).tolist()
+    bins = pack(lengths, 4096, seed)
+    assert fill(lengths, 4096, bins) >= 0.97
+    assert sorted(document for documents in bins for document in documents) == list(range(len(lengths)))
+
+
 def test_seed_changes_the_bins():
     lengths = [10] * 40
     assert pack(lengths, 40, 0) != pack(lengths, 40, 1)

@@ -117,7 +117,7 @@ def test_every_shape_in_one_run(tmp_path, tokenizer):
     assert data.statistics.sources == dict(zip(files, rows, strict=True))
     assert all(document["input_ids"] == by_hand for document in data.train)
     assert len({tuple(document["loss_mask"]) for document in list(data.train)[:3]}) == 1
-    assert f"{files[1]}: rows of shape sharegpt" in data.statistics.lines()
+    assert f"rows of shape sharegpt in {files[1]}" in data.statistics.lines()
     with pytest.raises(ValueError, match="sharegpt.jsonl, line 1: key 'prompt' is missing .keys present: 'conversations'"):
         run(data_recipe(tmp_path, train=(files[1],), shape="prompt_response"), tokenizer)
 

@@ -1,8 +1,12 @@
 """Processes that share a list of batches: results in order, errors in order, no process left behind."""
 
+import itertools
 import multiprocessing
 import os
 import signal
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +58,39 @@ def test_a_killed_process_is_reported():
     with pytest.raises(ValueError, match="one of 2 processes that read the data was killed, .*: lower data.workers"):
         list(map_batches(die, range(2 * POOL_FROM), 2))
     assert not multiprocessing.active_children()
+
+
+def work_for_ever(numbers):
+    results = map_batches(square, itertools.count(), 3)
+    next(results)
+    numbers.send([process.pid for process in multiprocessing.active_children()])
+    time.sleep(600)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_no_process_outlives_a_killed_parent():
+    context = multiprocessing.get_context("fork")
+    numbers, theirs = context.Pipe()
+    parent = context.Process(target=work_for_ever, args=(theirs,))
+    parent.start()
+    workers = numbers.recv()
+    assert len(workers) == 3 and all(map(is_alive, workers))
+    parent.kill()
+    parent.join()
+    deadline = time.monotonic() + 20
+    while (alive := [number for number in workers if is_alive(number)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for number in alive:
+        os.kill(number, signal.SIGKILL)
+    assert not alive
+
+
+def is_alive(process):
+    """A zombie, which nobody has waited for yet, is dead."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_usable_cores():
