@@ -80,6 +80,8 @@ class Regenerator:
         self.progress_file = output.with_name(output.name + ".progress.json")
         self.settings = dict(settings)
         self.rows, self.counts = self._resume()
+        self.unreadable: str | None = None
+        """Why the last answer that cannot be told from the template's text cannot."""
 
     def run(self, rows: Iterable[Row], batch_size: int) -> Iterator[int]:
         """Answer the rows that are not answered yet; yields how many rows a batch had, once it is on disk."""
@@ -108,7 +110,8 @@ class Regenerator:
             "unfinished": "answers did not end within --max_new_tokens; their conversations end before them",
             "unreadable": "answers cannot be told from the template's text again; their conversations end before them",
         }
-        return told + [f"{counts[name]:,} {what}" for name, what in happened.items() if counts[name]]
+        told += [f"{counts[name]:,} {what}" for name, what in happened.items() if counts[name]]
+        return told if self.unreadable is None else [*told, f"the last answer of these: {self.unreadable}"]
 
     def _answer(self, batch: Sequence[Row]) -> list[dict[str, Any]]:
         """One written conversation for each row that got an answer."""
@@ -150,8 +153,9 @@ class Regenerator:
         try:
             rendered, spans = locate_turns(self.template, conversation, "last", talk.row.place)
             masked = mask_tokens(self.tokenizer, [rendered], [spans], [talk.row.place])[0]
-        except ValueError:
+        except ValueError as error:
             self.counts["unreadable"] += 1
+            self.unreadable = str(error)
             return False
         learnt = [token for token, flag in zip(masked.input_ids, masked.loss_mask, strict=True) if flag]
         self.counts.update(answers=1, tokens=len(tokens), same_tokens=int(learnt == tokens))

@@ -95,6 +95,7 @@ def test_answers_that_cannot_be_kept_end_their_conversation(tmp_path, tokenizer)
     counts = regenerator.counts
     assert (counts["unfinished"], counts["unreadable"], counts["too_long"], counts["left_out"]) == (1, 1, 1, 2)
     assert "2 rows have no answer and were left out" in regenerator.lines()
+    assert "content holds '<|im_end|>', the token that ends a turn" in regenerator.lines()[-1]
 
 
 def test_an_interrupted_run_goes_on(tmp_path, tokenizer):
