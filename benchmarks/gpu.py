@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
@@ -34,7 +34,7 @@ from benchmarks.tensor_bytes import TensorBytes
 from eagle3_ds.config.schema import TrainSection
 from eagle3_ds.kernels import KERNELS, select_kernel
 from eagle3_ds.layout import PackedSequence
-from eagle3_ds.plan import DraftShape
+from eagle3_ds.plan import DEVICES, DraftShape, attention_pairs, predict_memory, predict_time
 
 ROOT = Path(__file__).parents[1]
 SHAPE_8B = StepShape(
@@ -80,17 +80,20 @@ class Figures:
         seconds: forward and backward, median; optimizer_seconds beside it (the product's).
         share: of `matmul_rate` (operations per second, bf16, measured just before), on the `flops` that the step needs.
         peak_bytes: all memory that tensors took on the device at once, training states included.
+        predicted_seconds, predicted_bytes: the planner's, for the product; seconds for the devices that it knows.
     """
 
     seconds: float
     tokens_per_s: float
-    flops: float
+    flops: int
     matmul_rate: float
     share: float
     peak_bytes: int
     loss: float
     grad_norm: float
     optimizer_seconds: float | None
+    predicted_seconds: float | None = None
+    predicted_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ def measure_series(job: Job) -> None:
     achieved: float | None = None
     for length in job.series.lengths:
         rate = matmul_rate(device, torch.bfloat16)
-        flops = job.shape.flops((length,))
+        flops = job.shape.flops(length)
         expected = flops / (achieved or _FIRST_SHARE * rate)
         rounds = _ROUNDS if expected < _LONG_SECONDS else 1
         missing = _no_time(expected * (rounds + 1), job.deadline - time.time())
@@ -164,7 +167,7 @@ def measure_series(job: Job) -> None:
                 peak, steps = _run(side, make_pack(model, length, rows), rounds, device)
             except torch.OutOfMemoryError:
                 missing = "out of memory"
-        figures = None if missing else _figures(length, flops, rate, peak, steps)
+        figures = None if missing else replace(_figures(length, flops, rate, peak, steps), **_prediction(side, length, device))
         with Path(job.result).open("a") as lines:
             lines.write(json.dumps(asdict(Measurement(job.series, length, figures, missing))) + "\n")
         if figures is None:
@@ -196,10 +199,23 @@ def _no_time(expected: float, left: float) -> str | None:
     return None if expected <= left else f"not run: takes about {expected:.0f} s, and {max(0.0, left):.0f} s are left"
 
 
-def _figures(length: int, flops: float, rate: float, peak: int, steps: Sequence[TimedStep]) -> Figures:
+def _figures(length: int, flops: int, rate: float, peak: int, steps: Sequence[TimedStep]) -> Figures:
     seconds, first = median(step.seconds for step in steps), steps[0]
     share = flops / seconds / rate
     return Figures(seconds, length / seconds, flops, rate, share, peak, first.loss, first.grad_norm, first.optimizer_seconds)
+
+
+def _prediction(side: Side, length: int, device: torch.device) -> dict[str, Any]:
+    if not isinstance(side, ProductStep):
+        return {}
+    setup = side.setup(length)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = next((of for key, of in DEVICES.items() if key in name), None)
+    seconds = None
+    if known is not None:
+        parts = predict_time(setup, known, attention_pairs(setup)).parts
+        seconds = sum(parts.values()) - parts["optimizer"]
+    return {"predicted_seconds": seconds, "predicted_bytes": predict_memory(setup).peak}
 
 
 def run_series(job: Job) -> list[Measurement]:
@@ -281,11 +297,20 @@ def show(measurements: Sequence[Measurement]) -> None:
     def cells(m: Measurement) -> tuple[object, ...]:
         f = m.figures
         if f is None:
-            return (m.series, m.length, m.missing, None, None, None)
-        share = f"{f.share:.0%} of {f.matmul_rate / 1e12:.0f}"
-        return (m.series, m.length, f"{f.seconds:.2f}", f"{f.tokens_per_s:.0f}", share, f"{f.peak_bytes / 2**30:.1f}")
+            return (m.series, m.length, m.missing)
+        seconds, of_bytes = f.predicted_seconds, f.predicted_bytes
+        return (
+            m.series,
+            m.length,
+            f"{f.seconds:.2f}",
+            f"{seconds:.2f}" if seconds else None,
+            f"{f.tokens_per_s:.0f}",
+            f"{f.share:.0%} of {f.matmul_rate / 1e12:.0f}",
+            f"{f.peak_bytes / 2**30:.1f}",
+            f"{of_bytes / 2**30:.1f}" if of_bytes else None,
+        )
 
-    columns = ("series", "slots", "s", "tokens/s", "share of TFLOP/s", "peak GiB")
+    columns = ("series", "slots", "s", "planned", "tokens/s", "share of TFLOP/s", "peak GiB", "planned")
     print_table("one training step, forward and backward, bf16", columns, map(cells, measurements))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from benchmarks.step_inputs import StepModel, TimedStep
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config
 from eagle3_ds.layout import PackedSequence
 from eagle3_ds.model import DraftModel
+from eagle3_ds.plan import Setup
 from eagle3_ds.topology import maybe_setup_distributed
 from eagle3_ds.train.trainer import DraftTrainer
 
@@ -25,7 +27,8 @@ class ProductStep:
     ) -> None:
         """Needs a world of one rank (`rank_processes.run_ranks`). `deepspeed_config` is a file of ds_configs."""
         recipe = _recipe(model, dtype, activation, kernel, deepspeed_config)
-        settings = fill_deepspeed_config(load_deepspeed_config(recipe.deepspeed), recipe, world=1, draft_dp=1)
+        self._shape, self._deepspeed_config = model.shape.draft, load_deepspeed_config(recipe.deepspeed)
+        settings = fill_deepspeed_config(self._deepspeed_config, recipe, world=1, draft_dp=1)
         with torch.device("meta"):  # Initial values of an 8B-shaped draft take longer than its step, and are not wanted.
             draft = DraftModel(model.shape.config())
         draft.load_state_dict({name: weight.clone() for name, weight in model.weights.items()}, assign=True)
@@ -48,6 +51,11 @@ class ProductStep:
         seconds = now(self.device) - started
         assert report.grad_norm is not None
         return TimedStep(report.loss, report.grad_norm, seconds - self._optimizer_seconds, self._optimizer_seconds)
+
+    def setup(self, length: int) -> Setup:
+        """The step over a pack of `length` tokens, as the planner sees it."""
+        kind: Literal["cuda", "cpu"] = "cuda" if self.device.type == "cuda" else "cpu"
+        return replace(Setup.of(self.trainer.recipe, self._deepspeed_config, self._shape, 1, kind), length=length)
 
     def gradients(self, pack: PackedSequence) -> dict[str, Tensor]:
         """Every parameter's whole gradient, flat, fp64, on the host."""

@@ -63,7 +63,7 @@ class Row:
     """
 
     length: int
-    flops: float
+    flops: int
     matmul_rate: float
     ours: Measured
     share: float
@@ -121,7 +121,7 @@ class Comparison:
             for side, of_side in zip(sides, steps, strict=True):
                 of_side.append(side.run(pack))
         ours, *dense = (_summarise(of_side, peak, length) for of_side, peak in zip(steps, peaks, strict=True))
-        flops = self.model.shape.flops(pack.lengths)
+        flops = self.model.shape.flops(length)
         share = median(flops / step.seconds / rate for step, rate in zip(steps[0], rates, strict=True))
         if dense:
             _require_equal(length, {"loss": (ours.loss, dense[0].loss), "gradient norm": (ours.grad_norm, dense[0].grad_norm)})

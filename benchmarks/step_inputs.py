@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from benchmarks.dense_reference import Frozen, LossRules, MicroBatch
 from benchmarks.exactness_cases import parameter_shapes
 from eagle3_ds.layout import PackedSequence
-from eagle3_ds.plan import DraftShape
+from eagle3_ds.plan import DraftShape, Setup, attention_pairs, step_flops
 
 # Logit of a teacher's favourite; the largest of V unit normals stays below 6, so the favourite is always the argmax.
 _FAVOURITE_LOGIT = 16.0
@@ -53,19 +53,14 @@ class StepShape:
             tie_word_embeddings=False,
         )
 
-    def flops(self, lengths: tuple[int, ...]) -> float:
-        """Floating-point operations that one step of a one-layer draft cannot do without, over documents of these lengths.
+    def flops(self, length: int) -> int:
+        """Floating-point operations that one step cannot do without, over one document of `length` tokens.
 
-        Matrix products forward and twice that backward (fc: once, its input needs no gradient); attention backward 2.5 times
-        forward, because scores are not kept; the teacher's draft-vocabulary logits once. Neither recomputation nor the
-        teacher's full-vocabulary logits count.
+        The planner's count without its recomputation. Attention backward is 2.5 times forward, because scores are not kept.
         """
-        draft, slots = self.draft, sum(lengths)
-        layer = sum(draft.layer_weights(0).values())
-        head = draft.hidden_size * draft.draft_vocab_size
-        pairs = sum(length * (length + 1) / 2 for length in lengths)
-        per_step = 6 * slots * (layer + head) + 3.5 * 4 * draft.query_size * pairs
-        return self.ttt_steps * per_step + 4 * slots * 3 * draft.hidden_size**2 + 2 * slots * head
+        setup = Setup(self.draft, length, self.ttt_steps)
+        counted = step_flops(setup, attention_pairs(setup))
+        return counted.total - counted.recompute
 
 
 @dataclass(frozen=True)

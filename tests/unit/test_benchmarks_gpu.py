@@ -25,6 +25,7 @@ def test_one_command_runs_tests_and_series_and_writes_one_json(tmp_path, capsys)
     for measurement in written["measurements"]:
         assert measurement["missing"] is None
         assert measurement["figures"]["peak_bytes"] > 0
+        assert bool(measurement["figures"]["predicted_bytes"]) == (measurement["series"]["side"] == "product")
     assert written["summary"]["largest_difference"] <= gpu.AGREEMENT
     assert written["summary"]["dense_longest"] == max(gpu.TINY_LENGTHS)
     assert list(tmp_path.iterdir()) == [path]  # The hidden states are gone.
