@@ -139,7 +139,7 @@ def _llama(sizes: Mapping[str, int]) -> LlamaConfig:
 def _weight_bytes(config: Any, dtype: str) -> int:
     """Of a whole target, from its config: the model is built without memory."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return sum(parameter.numel() for parameter in model.parameters()) * getattr(torch, dtype).itemsize
 
 

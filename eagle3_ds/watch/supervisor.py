@@ -125,6 +125,9 @@ class Supervisor:
                 self._kill()
             return
         orders = self.logs.orders()
+        if self.child.poll() is not None:
+            # It died before it was told to end: its death may be what the order is about.
+            return
         for order in orders[self.obeyed :]:
             word, _, rest = order.partition(" ")
             if word == "signal":
