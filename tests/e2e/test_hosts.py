@@ -96,8 +96,9 @@ def test_zero3_over_both_hosts_survives_the_death_of_one(
     assert process.wait(LIMIT_SECONDS) != 0
     print(f"the run ended {time.monotonic() - started:.1f} s after the kill")
     assert ranks_on(hosts, 0) == ranks_on(hosts, 1) == []
-    last = log.read_text().rstrip().splitlines()[-1]
-    assert last.startswith("First error, of rank ") and "signal 9 (SIGKILL)" in last, log.read_text()
+    # What follows is about memory, which may have been the reason.
+    (first,) = [line for line in log.read_text().splitlines() if line.startswith("First error, of rank ")]
+    assert "signal 9 (SIGKILL)" in first, log.read_text()
 
     # On from the checkpoint, over a bad cable: only slower.
     hosts.cable.delay, hosts.cable.loss = 0.005, 0.002
