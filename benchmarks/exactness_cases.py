@@ -53,26 +53,26 @@ OPTIMIZATION = Optimization(lr=2e-3, betas=(0.9, 0.95), eps=1e-3, weight_decay=0
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the matrix."""
+    """One row of the matrix; the defaults are an ordinary one."""
 
-    draft_dp: int
-    ring: int
-    ulysses: int
-    deepspeed: str
-    zero_group: str
-    accumulation: int
-    documents: str
-    heads: str
-    kv_exchange: str
-    ttt_steps: int
-    dtype: str
-    alignment: str
-    reduction: str
-    layers: int
-    activation: str
-    tiles: str
-    kernel: str
-    rope: str
+    draft_dp: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    deepspeed: str = "zero2"
+    zero_group: str = "all"
+    accumulation: int = 1
+    documents: str = "many_unaligned"
+    heads: str = "gqa"
+    kv_exchange: str = "gather"
+    ttt_steps: int = 3
+    dtype: str = "float32"
+    alignment: str = "served"
+    reduction: str = "supervised"
+    layers: int = 1
+    activation: str = "recompute"
+    tiles: str = "many"
+    kernel: str = "auto"
+    rope: str = "llama3"
 
     @property
     def world_size(self) -> int:

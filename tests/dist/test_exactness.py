@@ -12,26 +12,7 @@ from benchmarks.rank_processes import run_ranks
 from eagle3_ds.train.shared_memory import segment
 
 pytestmark = pytest.mark.dist
-TWO_RANKS = Case(
-    draft_dp=1,
-    ring=1,
-    ulysses=2,
-    deepspeed="zero2",
-    zero_group="all",
-    accumulation=1,
-    documents="many_unaligned",
-    heads="gqa",
-    kv_exchange="gather",
-    ttt_steps=3,
-    dtype="float32",
-    alignment="served",
-    reduction="supervised",
-    layers=1,
-    activation="recompute",
-    tiles="many",
-    kernel="auto",
-    rope="llama3",
-)
+TWO_RANKS = Case(ulysses=2)
 
 
 @pytest.mark.parametrize("case", short_matrix(), ids=str)

@@ -22,26 +22,7 @@ from eagle3_ds.train.replicas import require_same_replicas
 from eagle3_ds.train.trainer import DraftTrainer, StepReport
 
 pytestmark = pytest.mark.dist
-CASE = Case(
-    draft_dp=1,
-    ring=1,
-    ulysses=2,
-    deepspeed="zero2",
-    zero_group="all",
-    accumulation=2,
-    documents="many_unaligned",
-    heads="gqa",
-    kv_exchange="gather",
-    ttt_steps=3,
-    dtype="float32",
-    alignment="served",
-    reduction="supervised",
-    layers=1,
-    activation="recompute",
-    tiles="many",
-    kernel="auto",
-    rope="llama3",
-)
+CASE = Case(ulysses=2, accumulation=2)
 BAD_DOCUMENT = 1
 
 
