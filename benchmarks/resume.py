@@ -54,17 +54,15 @@ def killed_and_resumed(inputs: Path, shape: str, output: Path, seed: int, most: 
     start_output(inputs, output)
     # Every second run writes its checkpoints in the background, so that more of it can be hit half written.
     recipe = make_recipe(inputs, shape, output, save_async=seed % 2 == 1)
-    for kills in range(most):
-        done = last_step(output)
-        if done == STEPS:
-            return kills
+    kills = 0
+    while kills < most and (done := last_step(output)) < STEPS:
         # Before the last step, which may be over too soon, unless only that one is left.
         step = chance.randrange(done, max(done + 1, STEPS - 1))
         blow = Blow(step, chance.random(), chance.choice([None, *range(world_size)]))
-        if not run_until_death(recipe, world_size, blow):
-            return kills
-    run(recipe, world_size)
-    return most
+        kills += run_until_death(recipe, world_size, blow)
+    if not (output / FINAL_WEIGHTS).exists():
+        run(recipe, world_size)
+    return kills
 
 
 def last_step(output: Path) -> int:
