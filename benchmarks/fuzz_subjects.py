@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import math
 import re
 from abc import ABC, abstractmethod
 from contextlib import redirect_stderr, redirect_stdout
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -27,6 +30,18 @@ from eagle3_ds.data.sources import open_source
 from eagle3_ds.data.store import HiddenStateStore
 from eagle3_ds.data.store_index import INDEX_FILE, Layout
 from eagle3_ds.data.store_writer import HiddenStateWriter
+from eagle3_ds.train.checkpoint import (
+    KINDS,
+    MANIFEST,
+    Manifest,
+    Piece,
+    PieceReader,
+    damage,
+    file_entry,
+    rank_file,
+    read_manifest,
+    write_manifest,
+)
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 MAX_LENGTH = 64
@@ -165,6 +180,50 @@ class StoreIndexes(Subject):
             assert torch.equal(rows, self.rows[document][:length])
 
 
+class Manifests(Subject):
+    """A checkpoint of one parameter in one rank's file. Half of the damaged values are sealed again, as a forger would."""
+
+    name = "checkpoint manifest"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "step-000002"
+        self.folder.mkdir()
+        self.path = self.folder / MANIFEST
+        self.values = torch.arange(6.0)
+        save_file({f"{kind}/w/0": self.values.clone() for kind in KINDS}, str(self.folder / rank_file(0)))
+        recipe = load_recipe(RECIPES / "quickstart.yaml").model_dump(mode="json")
+        manifest = Manifest(
+            step=2, packs=4, adam_steps=2, skipped_steps=0, heldout_loss=1.5, recipe=recipe, mesh={"draft_dp": 1},
+            parameters={"w": (2, 3)}, versions={"torch": "2"},
+            files={rank_file(0): file_entry(self.folder / rank_file(0))},
+        )  # fmt: skip
+        write_manifest(self.folder, manifest)
+        self.samples = [self.path.read_bytes()]
+
+    @property
+    def named(self) -> str:
+        return str(self.folder)
+
+    def with_other_values(self, content: bytes, chance: Random) -> bytes:
+        sealed = json.loads(content)
+        if chance.random() < 0.5:
+            return json.dumps(damage_values(sealed, chance)).encode()
+        manifest = damage_values(sealed["manifest"], chance)
+        digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        return json.dumps({"sha256": digest, "manifest": manifest}).encode()
+
+    def read(self) -> None:
+        manifest = read_manifest(self.folder)
+        problem = damage(self.folder, manifest)
+        if problem is not None:
+            raise ValueError(problem)
+        reader = PieceReader(self.folder, manifest)
+        for name, shape in manifest.parameters.items():
+            numel = math.prod(shape)
+            assert (name, numel) == ("w", 6), manifest.parameters
+            assert all(torch.equal(reader.read(kind, Piece(name, 0, 0, numel)), self.values) for kind in KINDS)
+
+
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
     """A token for each byte, and a template with an assistant mask."""
     vocabulary = {token: number for number, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -179,4 +238,4 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_subjects(folder: Path) -> list[Subject]:
     """One of each kind, its files in `folder`."""
-    return [Recipes(folder), Hostfiles(folder), DataRows(folder), StoreIndexes(folder)]
+    return [Recipes(folder), Hostfiles(folder), DataRows(folder), StoreIndexes(folder), Manifests(folder)]

@@ -80,9 +80,9 @@ def prepare_inputs(folder: Path) -> None:
     prepare(make_recipe(folder, "zero0", folder / "prepared"), Console(quiet=True))
 
 
-def make_recipe(inputs: Path, shape: str, output: Path, **train_keys: Any) -> Recipe:
-    """The recipe of a run of `STEPS` optimizer steps."""
-    how = SHAPES[shape]
+def make_recipe(inputs: Path, shape: str | Shape, output: Path, **train_keys: Any) -> Recipe:
+    """The recipe of a run of `STEPS` optimizer steps; `shape` is one of SHAPES by name, or another one."""
+    how = SHAPES[shape] if isinstance(shape, str) else shape
     sections: dict[str, dict[str, Any]] = {
         "target": {"path": str(inputs / "target"), "dtype": "float32"},
         "draft": {"vocab_size": 192, "ttt_steps": 2},

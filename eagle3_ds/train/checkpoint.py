@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -310,7 +311,7 @@ class PieceReader:
                 self._index(folder / name)
         for parameter, shape in manifest.parameters.items():
             for kind in KINDS:
-                self._check_cover(folder, kind, parameter, torch.Size(shape).numel())
+                self._check_cover(folder, kind, parameter, math.prod(shape))
 
     def _index(self, path: Path) -> None:
         try:

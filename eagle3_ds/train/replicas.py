@@ -80,7 +80,7 @@ def _sum_of_bits(tensors: Iterable[Tensor]) -> int:
 
 
 def _number(content: bytes) -> int:
-    return _wrapped(int.from_bytes(hashlib.sha256(content).digest()[:8]))
+    return _wrapped(int.from_bytes(hashlib.sha256(content).digest()[:8], "big"))
 
 
 def _wrapped(number: int) -> int:

@@ -72,7 +72,9 @@ class Supervisor:
         self.logs, self.rank, self.limit = logs, rank, limit
         self.parent = os.getppid()
         self.selector = selectors.DefaultSelector()
-        self.streams: list[BinaryIO] = [logs.output(rank).open("ab")]
+        log = logs.output(rank).open("ab")
+        log.write(f"--- rank {rank} on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+        self.streams: list[BinaryIO] = [log]
         if rank == 0:
             self.streams.append(sys.stdout.buffer)
         self.end: RankEnd | None = None

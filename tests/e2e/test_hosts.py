@@ -1,40 +1,32 @@
-"""Two real hosts, as far as one machine can be two: own network, own sshd, a cable between them.
-
-The runs are small: two TTT steps, four optimizer steps. One target, one set of hidden states and one reference serve them all.
-"""
+"""Two real hosts, as far as one machine can be two: own network, own sshd, a cable between them."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import two_hosts
-from small_quickstart import QUICKSTART, ROOT, Job, small_job
-from two_hosts import TwoHosts
+
+from benchmarks import two_hosts
+from benchmarks.resume_runs import Shape, make_recipe, prepare_inputs, read_metrics, run, start_output
+from benchmarks.two_hosts import TwoHosts
+from eagle3_ds.config import dump_recipe
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(two_hosts.why_not() is not None, reason=str(two_hosts.why_not()))]
 
+ROOT = Path(__file__).parents[2]
 STEPS = 4
-OVERRIDES = (
-    f"train.steps={STEPS}",
-    "train.eval_every=0",
-    "train.save_every=1",
-    "draft.ttt_steps=2",
-    "eval.num_prompts=0",
-    "export.formats=[]",
-)
-ONE_RANK = ("parallel.ring=1", "parallel.ulysses=1", "train.accumulation=2")
-TWO_BY_TWO = ("parallel.ring=1", "parallel.ulysses=2", "parallel.draft_dp=2")
-RING = ("parallel.ring=2", "parallel.ulysses=1", "train.accumulation=2")
 LIMIT_SECONDS = 30.0
 # Sums over the ranks are taken in another order.
 TOLERANCE = 1e-5
+# Draft_dp 1 and accumulation 4, or 2 and 2: the same packs in each step.
+ONE_RANK = Shape(1, 1, 1, 4, "zero0", "all")
+TWO_BY_TWO = Shape(2, 1, 2, 2, "zero3", "all")
+RING = Shape(1, 2, 1, 4, "zero3", "all")
 
 
 @pytest.fixture(scope="module")
@@ -44,75 +36,73 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
 
 
 @pytest.fixture(scope="module")
-def job(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Job]:
-    return lambda *overrides: small_job(shared, tmp_path_factory.mktemp("run") / "output", *OVERRIDES, *overrides)
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny target, its data and hidden states."""
+    folder = tmp_path_factory.mktemp("inputs")
+    prepare_inputs(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def reference(job: Callable[..., Job]) -> list[float]:
+def reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of one rank on this host."""
-    alone = job(*ONE_RANK, "parallel.draft_dp=1")
-    status, output = alone.call("prepare")
-    assert status == 0, output
-    line = [sys.executable, "-m", "eagle3_ds.train.main", f"--recipe={alone.folder / 'recipe.resolved.yaml'}"]
-    rendezvous = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    cpu = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
-    subprocess.run(line, check=True, cwd=ROOT, env={**os.environ, **rendezvous, **cpu})
-    return losses(alone)
+    output = tmp_path_factory.mktemp("alone") / "output"
+    start_output(inputs, output)
+    run(make_recipe(inputs, ONE_RANK, output, steps=STEPS), 1)
+    return losses(output)
 
 
-def losses(job: Job) -> list[float]:
-    assert [record["step"] for record in job.metrics()] == list(range(1, STEPS + 1))
-    return [record["loss"] for record in job.metrics()]
+def losses(output: Path) -> list[float]:
+    records = read_metrics(output)
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    return [record["loss"] for record in records]
 
 
-def launch(hosts: TwoHosts, job: Job, *arguments: str) -> tuple[subprocess.Popen[bytes], Path]:
-    """`./launch.sh RECIPE --hostfile F` on the first host."""
-    log = job.folder.with_name("terminal")
-    line = [str(ROOT / "launch.sh"), QUICKSTART, *job.overrides, "--hostfile", str(hosts.hostfile), *arguments]
+def launch(hosts: TwoHosts, recipe: Path, *arguments: str) -> tuple[subprocess.Popen[bytes], Path]:
+    """`./launch.sh RECIPE --hostfile F` on the first host; what it says goes to a file."""
+    line = [str(ROOT / "launch.sh"), str(recipe), "--hostfile", str(hosts.hostfile), "export.formats=[]", *arguments]
+    log = recipe.with_suffix(".log")
     return hosts.start(line, ROOT, log), log
 
 
-def ranks_on(hosts: TwoHosts, host: int) -> list[int]:
-    """The processes of a host's ranks."""
-    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in hosts.pids(host)}
-    return [pid for pid, command in commands.items() if b"-m\0eagle3_ds.train.main" in command]
+def write_recipe(inputs: Path, shape: Shape, output: Path) -> Path:
+    path = output.with_suffix(".yaml")
+    path.write_text(dump_recipe(make_recipe(inputs, shape, output, steps=STEPS)))
+    return path
 
 
 def test_zero3_over_both_hosts_survives_the_death_of_one(
-    hosts: TwoHosts, job: Callable[..., Job], reference: list[float]
+    hosts: TwoHosts, inputs: Path, reference: list[float], tmp_path: Path
 ) -> None:
-    run = job(*TWO_BY_TWO)
-    process, log = launch(hosts, run)
-    saved = run.folder / "checkpoints" / "latest.json"
+    output = tmp_path / "output"
+    recipe = write_recipe(inputs, TWO_BY_TWO, output)
+    process, log = launch(hosts, recipe)
+    saved = output / "checkpoints" / "latest.json"
     while process.poll() is None and not saved.is_file():
-        time.sleep(0.1)
+        time.sleep(0.02)
     assert process.poll() is None, log.read_text()
-    killed = ranks_on(hosts, 1)
+    killed = hosts.ranks(1)
     assert len(killed) == 2
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
-    started = time.monotonic()
     assert process.wait(LIMIT_SECONDS) != 0
-    print(f"the run ended {time.monotonic() - started:.1f} s after the kill")
-    assert ranks_on(hosts, 0) == ranks_on(hosts, 1) == []
-    # What follows is about memory, which may have been the reason.
-    (first,) = [line for line in log.read_text().splitlines() if line.startswith("First error, of rank ")]
-    assert "signal 9 (SIGKILL)" in first, log.read_text()
+    assert hosts.ranks(0) == hosts.ranks(1) == []
+    last = log.read_text().partition("\nIf memory was the reason")[0].rstrip().splitlines()[-1]
+    assert last.startswith("First error, of rank ") and "signal 9 (SIGKILL)" in last, log.read_text()
 
     # On from the checkpoint, over a bad cable: only slower.
     hosts.cable.delay, hosts.cable.loss = 0.005, 0.002
     try:
-        process, log = launch(hosts, run, "--resume")
+        process, log = launch(hosts, recipe, "--resume")
         assert process.wait() == 0, log.read_text()
     finally:
         hosts.cable.delay, hosts.cable.loss = 0.0, 0.0
     assert hosts.cable.lost > 0
-    assert losses(run) == pytest.approx(reference, rel=TOLERANCE)
+    assert losses(output) == pytest.approx(reference, rel=TOLERANCE)
 
 
-def test_the_ring_crosses_hosts(hosts: TwoHosts, job: Callable[..., Job], reference: list[float]) -> None:
-    run = job(*RING)
-    process, log = launch(hosts, run, "--num_gpus", "1")
+def test_the_ring_crosses_hosts(hosts: TwoHosts, inputs: Path, reference: list[float], tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    process, log = launch(hosts, write_recipe(inputs, RING, output), "--num_gpus", "1")
     assert process.wait() == 0, log.read_text()
-    assert losses(run) == pytest.approx(reference, rel=TOLERANCE)
+    assert losses(output) == pytest.approx(reference, rel=TOLERANCE)

@@ -1,6 +1,6 @@
 """Supervisors: every way for a rank to end, seen from outside, told to the others and to the terminal.
 
-The ranks are `tests/faults/fake_rank.py`, which has a rank's words and none of its work.
+The ranks are `fake_rank.py`, which has a rank's words and none of its work.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from eagle3_ds.watch.announced import announcement
 from eagle3_ds.watch.logs import Logs, RankEnd, Status
 from eagle3_ds.watch.supervisor import START_SECONDS, Rank
 
-FAULTS = Path(__file__).parents[1] / "faults"
+FAKES = Path(__file__).parent
 LIMIT = 3.0
 
 
@@ -46,7 +46,7 @@ def supervisor(logs: Logs, rank: int, deed: str) -> list[str]:
 def ranks(logs: Logs, *deeds: str) -> Iterator[list[subprocess.Popen[bytes]]]:
     """A supervised rank for each deed; none is left behind."""
     logs.prepare()
-    paths = os.pathsep.join([str(FAULTS), *sys.path])
+    paths = os.pathsep.join([str(FAKES), *sys.path])
     processes = []
     for rank, deed in enumerate(deeds):
         environment = {**os.environ, "RANK": str(rank), "PYTHONPATH": paths}
@@ -113,7 +113,7 @@ def test_a_full_disk_does_not_silence_a_failure(tmp_path: Path) -> None:
     logs.prepare()
     for path in (logs.output(0), logs.folder / ".rank_0.end.json"):
         path.symlink_to("/dev/full")
-    environment = {**os.environ, "RANK": "0", "PYTHONPATH": os.pathsep.join([str(FAULTS), *sys.path])}
+    environment = {**os.environ, "RANK": "0", "PYTHONPATH": os.pathsep.join([str(FAKES), *sys.path])}
     done = subprocess.run(supervisor(logs, 0, "raises"), env=environment, capture_output=True, text=True, check=False, timeout=20)
     assert done.returncode == 1
     assert "rank 0 starts to: raises" in done.stdout
@@ -177,7 +177,7 @@ def plan(tmp_path: Path, *deeds: str, status: int = 1) -> LaunchPlan:
     logs = Logs(tmp_path / "logs")
     lines = [f"RANK={rank} {' '.join(supervisor(logs, rank, deed))} &" for rank, deed in enumerate(deeds)]
     command = ("sh", "-c", "\n".join([*lines, "wait", f"exit {status}"]))
-    environment = {"PYTHONPATH": os.pathsep.join([str(FAULTS), *sys.path])}
+    environment = {"PYTHONPATH": os.pathsep.join([str(FAKES), *sys.path])}
     return LaunchPlan({"localhost": tuple(range(len(deeds)))}, command, logs.folder, environment, None)
 
 

@@ -16,10 +16,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cable import CLONE, MTU, Cable
+from benchmarks.cable import CLONE, MTU, Cable
 
 TOOLS = ("ip", "sshd", "ssh", "ssh-keygen", "pdsh")
 INTERFACE = "cable"
+RANK = "eagle3_ds.train.main"
 # Set aside for tests of networks (RFC 2544): no real host has such an address.
 ADDRESSES = ("198.18.0.1", "198.18.0.2")
 
@@ -62,6 +63,15 @@ class TwoHosts:
             environment = {**self.environment, **variables}
             return subprocess.Popen(line, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
+    def ranks(self, host: int) -> list[int]:
+        """The processes of a host's ranks, without their supervisors."""
+        commands = {pid: _command_line(pid) for pid in self.pids(host)}
+        return [pid for pid, command in commands.items() if command[2:4] == ["-m", RANK]]
+
+    def programs(self, host: int) -> list[int]:
+        """What runs on a host besides its sshd."""
+        return [pid for pid in self.pids(host) if "sshd" not in _command_line(pid)[0]]
+
     def pids(self, host: int) -> list[int]:
         """Every process on a host."""
         return [int(pid) for pid in _ip("netns", "pids", self.namespaces[host]).stdout.split()]
@@ -90,6 +100,14 @@ def two_hosts(folder: Path, slots: int) -> Iterator[TwoHosts]:
         hostfile.write_text("".join(f"{address} slots={slots}\n" for address in ADDRESSES))
         environment = {**os.environ, "PATH": f"{folder}:{_path()}", "GLOO_SOCKET_IFNAME": INTERFACE}
         yield TwoHosts(namespaces, cable, hostfile, environment)
+
+
+def _command_line(pid: int) -> list[str]:
+    """Of a process that has gone: nothing."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return [""]
 
 
 def _write_client(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A rank of the product with a fault put into it: `python -m faulty_rank` in place of `python -m eagle3_ds.train.main`.
+"""A rank of the product with a fault put into it: `benchmarks.faulty_rank` in place of `eagle3_ds.train.main`.
 
 What goes wrong, where and when stands in `fault.json` beside the recipe, which all hosts see; it is renamed when the fault
 happens, so that the run that goes on is whole.
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -25,15 +26,19 @@ from eagle3_ds.train import identity, main
 from eagle3_ds.train.heart import Heart
 
 FOR_EVER = 10**6
+# A file of the output folder, renamed when the fault happens: its time of change is that moment.
+COMING, HAPPENED = "fault.json", "fault.done"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Attributes:
-    deed: one of DEEDS or AT_START.
-    rank: who does it.
-    step: before which optimizer step, counted from 1.
-    phase: what the rank is doing then.
+    """What goes wrong.
+
+    Attributes:
+        deed: one of DEEDS or AT_START.
+        rank: who does it.
+        step: before which optimizer step, counted from 1.
+        phase: what the rank is doing then.
     """
 
     deed: str
@@ -41,8 +46,10 @@ class Fault:
     step: int = 1
     phase: str = "training"
 
-    def put_beside(self, recipe: Path) -> None:
-        (recipe.parent / "fault.json").write_text(json.dumps(asdict(self)))
+    def put_into(self, output_dir: Path) -> None:
+        """Where the ranks of the next run in this folder look for it."""
+        (output_dir / HAPPENED).unlink(missing_ok=True)
+        (output_dir / COMING).write_text(json.dumps(asdict(self)))
 
 
 @dataclass
@@ -114,8 +121,13 @@ def _spoil(parts: Parts, times: int) -> None:
 
 
 def spoil_a_gradient(parts: Parts) -> None:
-    parameter = next(parts.trainer.engine.module.parameters())
-    handle = parameter.register_hook(lambda gradient: (handle.remove(), gradient * math.inf)[1])
+    left = [1]
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        left[0] -= 1
+        return gradient * math.inf if left[0] >= 0 else gradient
+
+    next(parts.trainer.engine.module.parameters()).register_hook(spoil)
 
 
 def flip_a_bit(parts: Parts) -> None:
@@ -143,6 +155,44 @@ def send(number: signal.Signals) -> Callable[[Parts], None]:
     return lambda parts: os.kill(os.getpid(), number)
 
 
+def kill_the_supervisor(parts: Parts) -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+
+
+def kill_the_launcher(parts: Parts) -> None:
+    """The launcher of this host, the parent of the supervisors."""
+    status = Path(f"/proc/{os.getppid()}/status").read_text().splitlines()
+    (parent,) = (int(line.split()[1]) for line in status if line.startswith("PPid:"))
+    os.kill(parent, signal.SIGKILL)
+
+
+def kill_all_ranks(parts: Parts) -> None:
+    """Of this run and host, this one last."""
+    own = Path("/proc/self/cmdline").read_bytes().split(b"\0")
+    (recipe,) = (argument for argument in own if argument.startswith(b"--recipe="))
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if recipe in command and b"benchmarks.faulty_rank" in command and b"eagle3_ds.watch.supervisor" not in command:
+            pid = int(path.parent.name)
+            if pid != os.getpid():
+                os.kill(pid, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill_the_disk(parts: Parts) -> None:
+    """With a file in the output folder, up to its last byte."""
+    block = bytes(2**20)
+    with (Path(parts.trainer.recipe.output_dir) / "filler").open("wb", buffering=0) as file:
+        while block:
+            try:
+                file.write(block)
+            except OSError:
+                block = block[: len(block) // 2]
+
+
 DEEDS: dict[str, Callable[[Parts], None]] = {
     "raise": raise_an_error,
     "raise in backward": raise_in_backward,
@@ -155,6 +205,11 @@ DEEDS: dict[str, Callable[[Parts], None]] = {
     "hold the lock": hold_the_lock,
     "host memory": run_out_of_host_memory,
     "device memory": run_out_of_device_memory,
+    "kill the supervisor": kill_the_supervisor,
+    "kill the launcher": kill_the_launcher,
+    "kill all ranks": kill_all_ranks,
+    "fill the disk": fill_the_disk,
+    "nothing": lambda parts: None,
     "slow down": slow_down,
     "spoil a step": spoil_a_step,
     "spoil every step": spoil_every_step,
@@ -171,9 +226,9 @@ def put_in(fault: Fault, path: Path) -> None:
     """Put a fault into this process, which is the rank that shall have it."""
     parts = Parts()
     if fault.deed in AT_START:
-        path.rename(path.with_suffix(".done"))
+        path.rename(path.with_name(HAPPENED))
         own = identity.own_identity
-        identity.own_identity = lambda recipe: {**own(recipe), AT_START[fault.deed]: "another"}
+        mock.patch.object(identity, "own_identity", lambda recipe: {**own(recipe), AT_START[fault.deed]: "another"}).start()
         return
     build_trainer, build_loaders, at = main.build_trainer, main.build_loaders, Heart.at
 
@@ -188,16 +243,18 @@ def put_in(fault: Fault, path: Path) -> None:
     def at_with_fault(self: Heart, phase: str, step: int) -> None:
         at(self, phase, step)
         if (phase, step) == (fault.phase, fault.step - 1) and path.is_file():
-            path.rename(path.with_suffix(".done"))
+            path.rename(path.with_name(HAPPENED))
             print(f"injecting: {fault}", flush=True)
             DEEDS[fault.deed](parts)
 
-    main.build_trainer, main.build_loaders, Heart.at = keep_trainer, keep_loader, at_with_fault  # type: ignore[method-assign]
+    mock.patch.object(main, "build_trainer", keep_trainer).start()
+    mock.patch.object(main, "build_loaders", keep_loader).start()
+    mock.patch.object(Heart, "at", at_with_fault).start()
 
 
 if __name__ == "__main__":
     (recipe,) = (argument.partition("=")[2] for argument in sys.argv if argument.startswith("--recipe="))
-    path = Path(recipe).with_name("fault.json")
+    path = Path(recipe).with_name(COMING)
     if path.is_file():
         fault = Fault(**json.loads(path.read_text()))
         if fault.rank == int(os.environ["RANK"]):
