@@ -11,7 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,9 @@ def prepare_data(
     if not path.is_dir():
         encoder = RowEncoder(tokenizer, template, section, vocab_size)
         _build(encoder, shapes, train_files, heldout_files, path, show_progress)
-    return PreparedData.open(path, fingerprint)
+    data = PreparedData.open(path, fingerprint)
+    # the cache knows contents, and these may have had other names when it was made
+    return replace(data, statistics=replace(data.statistics, sources=shapes))
 
 
 def source_shapes(sources: Sequence[str], section: DataSection) -> dict[str, Shape | None]:

@@ -55,6 +55,9 @@ def test_a_second_run_opens_the_cache(tmp_path, tokenizer, monkeypatch):
         more_workers = run(data_recipe(tmp_path, train=(path,), workers=5), tokenizer)
     assert second.path == more_workers.path == first.path and second.statistics == first.statistics
     assert second.train[0] == first.train[0]
+    moved = write_jsonl(tmp_path / "moved.jsonl", conversations(10))
+    again = run(data_recipe(tmp_path, train=(moved,)), tokenizer)
+    assert again.path == first.path and again.statistics.sources == {moved: "messages"}
     others = {"shape": "messages"}, {"supervise": "last"}, {"chat_template_arguments": {"a": 1}}, {"on_too_long": "split"}
     assert all(run(data_recipe(tmp_path, train=(path,), **other), tokenizer).path != first.path for other in others)
     write_jsonl(tmp_path / "a.jsonl", conversations(11))
