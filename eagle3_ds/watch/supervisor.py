@@ -30,6 +30,8 @@ TICK_SECONDS = 0.5
 EXIT_SECONDS = 5.0
 # Before its first word a rank imports its packages, which takes minutes where they lie on a busy file system.
 START_SECONDS = 300.0
+# More than two beats: a rank that says nothing for so long when another one fails is mute.
+SUSPECT_SECONDS = 2.5
 TAIL_LINES = 30
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Entries of torch's record of collectives: the newest one is read once a second, all are copied for it.
@@ -135,7 +137,7 @@ class Supervisor:
             if word == "signal":
                 self._forward(signal.Signals[rest], None)
             else:
-                self._stop("ended", rest)
+                self._stop(*self._why_ended(now, rest))
                 return
         self.obeyed = len(orders)
         trouble = self.state.trouble(now, self.limit)
@@ -144,6 +146,16 @@ class Supervisor:
             self._stop(how, self._describe(how, seconds))
         elif os.getppid() != self.parent:
             self._stop("killed", "the launcher that started this rank is gone")
+
+    def _why_ended(self, now: float, order: str) -> tuple[How, str]:
+        """Why the rank is ended when another supervisor asks for it: because it was asked, unless this rank was mute already.
+
+        Those that wait for a mute rank in a collective may lose patience first, and are not the cause.
+        """
+        trouble = self.state.trouble(now, SUSPECT_SECONDS)
+        if trouble is not None and trouble[0] == "silent":
+            return "silent", self._describe(*trouble)
+        return "ended", order
 
     def _describe(self, how: How, seconds: float) -> str:
         if how == "silent":

@@ -107,6 +107,12 @@ def test_a_rank_that_fails_ends_the_others(deed: str, failed: dict[str, tuple[li
         assert "terminate called" in end.traceback
 
 
+def test_a_mute_rank_is_the_cause_whoever_loses_patience_first(tmp_path: Path) -> None:
+    _, (mute, waiting) = ended(tmp_path, "SIGSTOP", "waits")
+    assert mute.how == "silent" and waiting.how in ("hung", "ended")
+    assert mute.precedence < waiting.precedence
+
+
 def test_a_full_disk_does_not_silence_a_failure(tmp_path: Path) -> None:
     """/dev/full takes no byte: the log and the end of the rank cannot be written."""
     logs = Logs(tmp_path / "logs")
