@@ -21,7 +21,7 @@ FACTORS: Mapping[str, tuple[Any, ...]] = {
         (1, 1, 1), (1, 1, 2), (1, 2, 1), (1, 2, 2), (2, 1, 2), (2, 2, 1), (1, 4, 1), (1, 1, 4), (2, 2, 2),
     ),
     "deepspeed": ("zero0", "zero1", "zero2", "zero3"),
-    "documents": ("one", "many_unaligned", "unsupervised_rank", "indivisible"),
+    "documents": ("one", "many_unaligned", "unsupervised_rank", "indivisible", "answers"),
     "ttt_steps": (7, 3, 1),
     "zero_group": ("all", "draft_dp"),
     "accumulation": (1, 2),
@@ -272,6 +272,7 @@ def document_lengths(kind: str, index: int) -> tuple[int, ...]:
         "many_unaligned": [(37, 5, 61, 1, 24), (2, 45, 29, 52)],
         "unsupervised_rank": [(9, 79, 40)],
         "indivisible": [(90, 41), (41, 62)],
+        "answers": [(67, 93), (41, 6, 130)],
     }
     return choices[kind][index % len(choices[kind])]
 
@@ -295,8 +296,11 @@ def _micro_batch(
     aux = torch.cat((normal(length, 2 * HIDDEN), 8.0 * ahead + normal(length, HIDDEN)), dim=-1)
     mask = torch.rand(length, generator=generator) < 0.6
     if case.documents == "unsupervised_rank":
-        # Only the first, short document of the first draft_dp rank is supervised: its slots are on few ranks.
+        # Only the first, short document of the first draft_dp rank is supervised.
         mask = (torch.arange(length) < lengths[0]) & (torch.arange(length) >= 2) & torch.tensor(rank == 0)
+    if case.documents == "answers":
+        # Short answers to long questions: less than half of the slots are live.
+        mask = torch.arange(length) % 40 >= 32
     return MicroBatch(
         token_ids=torch.randint(0, VOCABULARY, (length,), generator=generator),
         loss_mask=mask,

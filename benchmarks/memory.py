@@ -68,6 +68,8 @@ def varied_runs() -> dict[str, SampleRun]:
         "two micro-batches, bf16": run("zero1", dtype="bfloat16", accumulation=2, length=1024, ttt_steps=3),
         "ulysses 2 x ring 2, bf16, two micro-batches": run("zero3", dtype="bfloat16", ulysses=2, ring=2, accumulation=2),
         "draft_dp 2 x ulysses 2, replicas": run("zero2", draft_dp=2, ulysses=2, zero_group="draft_dp", ttt_steps=3),
+        "answers of a quarter, ulysses 2, bf16": run("zero2", dtype="bfloat16", ulysses=2, answered=0.25),
+        "answers of a tenth, ring 2, gathered": run("zero2", ring=2, answered=0.1),
         "short, the model is all": run("zero2", length=64, ttt_steps=1, dtype="bfloat16"),
     }
 

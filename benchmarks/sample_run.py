@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from eagle3_ds.config import Recipe, fill_deepspeed_config
-from eagle3_ds.layout import PackedSequence
+from eagle3_ds.layout import PackedSequence, live_slots
 from eagle3_ds.model import DraftModel, VocabularyMap
 from eagle3_ds.plan import DraftShape, Setup
 from eagle3_ds.topology import Topology, maybe_setup_distributed
@@ -87,7 +87,9 @@ class SampleRun:
 
     def setup(self) -> Setup:
         """The same as the planner sees it."""
-        return Setup.of(self.recipe(), self.deepspeed or {}, self.shape, self.draft_dp, device="cpu")
+        setup = Setup.of(self.recipe(), self.deepspeed or {}, self.shape, self.draft_dp, device="cpu")
+        live = live_slots(self.lengths or (self.length,), self.loss_mask(), self.ttt_steps)
+        return replace(setup, supervised=float(live.mean()))
 
     def config(self) -> LlamaConfig:
         shape = self.shape
@@ -119,6 +121,11 @@ class SampleRun:
         vocabulary = VocabularyMap(torch.zeros_like(kept), torch.arange(shape.vocab_size) < len(kept))
         return DraftTrainer(recipe, settings, topology, DraftModel(self.config()), embedding, head, vocabulary)
 
+    def loss_mask(self) -> Tensor:
+        """bool [length], of every packed sequence."""
+        position = torch.cat([torch.arange(n) / n for n in self.lengths or (self.length,)])
+        return position >= 1 - self.answered
+
     def packs(self, dp_rank: int = 0) -> list[PackedSequence]:
         """The packs of one step of one draft_dp rank. Every teacher token is in the draft vocabulary."""
         generator = torch.Generator().manual_seed(dp_rank)
@@ -126,8 +133,6 @@ class SampleRun:
 
     def _pack(self, generator: torch.Generator) -> PackedSequence:
         shape, length = self.shape, self.length
-        lengths = self.lengths or (length,)
-        position = torch.cat([torch.arange(n) / n for n in lengths])
         dtype = getattr(torch, self.dtype)
 
         def tokens(vocabulary: int) -> Tensor:
@@ -138,8 +143,8 @@ class SampleRun:
 
         return PackedSequence(
             token_ids=tokens(shape.vocab_size),
-            loss_mask=position >= 1 - self.answered,
-            lengths=lengths,
+            loss_mask=self.loss_mask(),
+            lengths=self.lengths or (length,),
             teacher_token=tokens(shape.draft_vocab_size),
             aux=hidden(3 * shape.hidden_size),
             teacher=hidden(shape.hidden_size),

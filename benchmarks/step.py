@@ -4,7 +4,9 @@ Both start from the same weights and packs, alternate within one process, and mu
 benchmark fails. Timed is, for both, from the packed sequence in memory to the loss and the norm of whole gradients: forward and
 backward. The product runs under its DeepSpeed engine (ZeRO 0, fp32, world size 1), cuts the sequence and computes accuracies
 besides; its optimizer is timed apart. The dense side computes the teacher's full-vocabulary argmax, which the product's store
-holds since capture. Prints a table, writes JSON, draws a picture.
+holds since capture. With --supervised below 1 the tokens are turns of questions and answers, and the answers alone are in the
+loss, as in chats; the dense side computes every slot all the same, as the paper's code does. Prints a table, writes JSON, draws a
+picture.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ class Row:
     """One length.
 
     Attributes:
+        supervised: share of its tokens that is in the loss.
         matmul_rate: floating-point operations per second of a large matrix product, measured between the rounds.
         share: of that rate, reached by the product on `flops`, the operations that the step cannot do without.
         dense: None with the reason in `dense_missing`.
@@ -69,6 +72,7 @@ class Row:
     share: float
     dense: Measured | None = None
     dense_missing: str | None = None
+    supervised: float = 1.0
 
     @property
     def faster(self) -> float | None:
@@ -90,15 +94,15 @@ class Comparison:
     """Both sides of one shape. Needs a world of one rank (`run_ranks`)."""
 
     def __init__(self, shape: StepShape, activation: str, choose_at: int = _CHOOSE_AT) -> None:
-        """Builds both, checks every gradient, and takes the faster form of dense attention at `choose_at` slots."""
+        """Builds both, and takes the faster form of dense attention at `choose_at` slots."""
         self.model = make_model(shape)
         self.ours = ProductStep(self.model, "float32", activation)
         self.form_seconds = {form: self._seconds_of_form(form, choose_at) for form in ATTENTION_FORMS}
         self.form = min(self.form_seconds, key=lambda form: self.form_seconds[form])
         self.dense = self._dense(self.form)
-        self.gradient_difference = self._compare_gradients(choose_at)
+        self.choose_at = choose_at
 
-    def rows(self, lengths: Sequence[int], rounds: int) -> Iterator[Row]:
+    def rows(self, lengths: Sequence[int], rounds: int, supervised: float = 1.0) -> Iterator[Row]:
         """Measure each length, ascending; where there is no dense side to alternate with, one round is enough.
 
         Raises:
@@ -107,11 +111,11 @@ class Comparison:
         last: Row | None = None
         for length in sorted(lengths):
             missing = _too_large(last, length)
-            last = self._row(length, 1 if missing else rounds, missing)
+            last = self._row(length, supervised, 1 if missing else rounds, missing)
             yield last
 
-    def _row(self, length: int, rounds: int, missing: str | None) -> Row:
-        pack = self._pack(length)
+    def _row(self, length: int, supervised: float, rounds: int, missing: str | None) -> Row:
+        pack = self._pack(length, supervised)
         sides: list[Side] = [self.ours] if missing else [self.ours, self.dense]
         peaks = [_peak_bytes(side, pack) for side in sides]
         rates: list[float] = []
@@ -121,24 +125,29 @@ class Comparison:
             for side, of_side in zip(sides, steps, strict=True):
                 of_side.append(side.run(pack))
         ours, *dense = (_summarise(of_side, peak, length) for of_side, peak in zip(steps, peaks, strict=True))
-        flops = self.model.shape.flops(length)
+        flops = self.model.shape.flops(length, supervised)
         share = median(flops / step.seconds / rate for step, rate in zip(steps[0], rates, strict=True))
         if dense:
             _require_equal(length, {"loss": (ours.loss, dense[0].loss), "gradient norm": (ours.grad_norm, dense[0].grad_norm)})
-        return Row(length, flops, median(rates), ours, share, dense[0] if dense else None, missing)
+        return Row(length, flops, median(rates), ours, share, dense[0] if dense else None, missing, supervised)
 
     def _dense(self, form: str) -> DenseDraft:
         shape = self.model.shape
         return DenseDraft(self.model.weights, shape.config(), self.model.frozen, shape.rules, form)
 
     def _seconds_of_form(self, form: str, length: int) -> float:
-        dense, pack = self._dense(form), self._pack(length)
+        dense, pack = self._dense(form), self._pack(length, 1.0)
         dense.run(pack)
         return median(dense.run(pack).seconds for _ in range(3))
 
-    def _compare_gradients(self, length: int) -> float:
-        """Largest relative difference of a parameter's gradient."""
-        pack = self._pack(length)
+    def compare_gradients(self, supervised: float) -> float:
+        """Largest relative difference of a parameter's gradient.
+
+        Raises:
+            DisagreementError: it exceeds TOLERANCE.
+        """
+        length = self.choose_at
+        pack = self._pack(length, supervised)
         self.dense.run(pack)
         theirs, ours = self.dense.gradients(), self.ours.gradients(pack)
         differences = {name: float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs}
@@ -149,8 +158,8 @@ class Comparison:
             )
         return differences[worst]
 
-    def _pack(self, length: int) -> PackedSequence:
-        return make_pack(self.model, length, make_rows(self.model, length))
+    def _pack(self, length: int, supervised: float) -> PackedSequence:
+        return make_pack(self.model, length, make_rows(self.model, length), supervised)
 
 
 def _peak_bytes(side: Side, pack: PackedSequence) -> int:
@@ -199,13 +208,19 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (time_axis, byte_axis) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    dense = [row for row in rows if row.dense]
-    lengths, dense_lengths = [row.length for row in rows], [row.length for row in dense]
-    time_axis.plot(lengths, [row.ours.seconds for row in rows], "o-", label="eagle3_ds")
-    time_axis.plot(dense_lengths, [row.dense.seconds for row in dense if row.dense], "s-", label="dense")
-    time_axis.plot(lengths, [row.flops / row.matmul_rate for row in rows], "k:", label="operations / matmul rate")
-    byte_axis.plot(lengths, [row.ours.peak_bytes / 1e9 for row in rows], "o-", label="eagle3_ds")
-    byte_axis.plot(dense_lengths, [row.dense.peak_bytes / 1e9 for row in dense if row.dense], "s-", label="dense")
+    shares = sorted({row.supervised for row in rows}, reverse=True)
+    for share in shares:
+        of_share = [row for row in rows if row.supervised == share]
+        lengths = [row.length for row in of_share]
+        label = "eagle3_ds" if share == 1 else f"eagle3_ds, {share:.0%} supervised"
+        time_axis.plot(lengths, [row.ours.seconds for row in of_share], "o-", label=label)
+        byte_axis.plot(lengths, [row.ours.peak_bytes / 1e9 for row in of_share], "o-", label=label)
+    of_share = [row for row in rows if row.supervised == shares[0]]
+    lengths, dense = [row.length for row in of_share], [(row.length, row.dense) for row in of_share if row.dense]
+    dense_lengths = [length for length, _ in dense]
+    time_axis.plot(dense_lengths, [side.seconds for _, side in dense], "s-", label="dense")
+    time_axis.plot(lengths, [row.flops / row.matmul_rate for row in of_share], "k:", label="operations / matmul rate")
+    byte_axis.plot(dense_lengths, [side.peak_bytes / 1e9 for _, side in dense], "s-", label="dense")
     for axis, label in ((time_axis, "seconds per step"), (byte_axis, "peak GB of tensors beyond the states")):
         axis.set(xscale="log", yscale="log", xlabel="slots", ylabel=label)
         axis.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths], minor=False)
@@ -224,6 +239,7 @@ def show(rows: Sequence[Row]) -> None:
         dense = row.dense
         return (
             row.length,
+            f"{row.supervised:.0%}",
             f"{row.ours.seconds:.2f}",
             f"{dense.seconds:.2f}" if dense else None,
             f"{row.faster:.1f}" if row.faster else row.dense_missing,
@@ -234,22 +250,38 @@ def show(rows: Sequence[Row]) -> None:
             f"{row.share:.0%} of {row.matmul_rate / 1e9:.0f}",
         )
 
-    columns = ("slots", "s", "dense s", "times faster", "tokens/s", "MB", "dense MB", "times smaller", "share of GFLOP/s")
+    columns = (
+        "slots",
+        "supervised",
+        "s",
+        "dense s",
+        "times faster",
+        "tokens/s",
+        "MB",
+        "dense MB",
+        "times smaller",
+        "share of GFLOP/s",
+    )
     print_table("one training step, forward and backward", columns, map(cells, rows))
 
 
 def run(
-    shape: StepShape, lengths: Sequence[int], rounds: int, activation: str, choose_at: int = _CHOOSE_AT
+    shape: StepShape,
+    lengths: Sequence[int],
+    rounds: int,
+    activation: str,
+    choose_at: int = _CHOOSE_AT,
+    shares: Sequence[float] = (1.0,),
 ) -> tuple[list[Row], dict[str, Any]]:
     """Measure. Returns the rows and the record that goes to the JSON."""
     comparison = Comparison(shape, activation, choose_at)
-    rows = []
-    for row in comparison.rows(lengths, rounds):
-        rows.append(row)
-        print(
-            f"{row.length} slots: {row.ours.seconds:.2f} s, dense {row.dense.seconds if row.dense else row.dense_missing}",
-            flush=True,
-        )
+    rows, difference = [], 0.0
+    for share in shares:
+        difference = max(difference, comparison.compare_gradients(share))
+        for row in comparison.rows(lengths, rounds, share):
+            rows.append(row)
+            dense = row.dense.seconds if row.dense else row.dense_missing
+            print(f"{row.length} slots, {share:.0%} supervised: {row.ours.seconds:.2f} s, dense {dense}", flush=True)
     record = {
         "timed": " ".join((__doc__ or "").split("\n\n")[1].split()),
         "shape": asdict(shape),
@@ -257,7 +289,7 @@ def run(
         "kernel": comparison.ours.trainer.kernel_name,
         "rounds": rounds,
         "dense_attention": {"seconds": comparison.form_seconds, "slots": choose_at, "chosen": comparison.form},
-        "largest_gradient_difference": comparison.gradient_difference,
+        "largest_gradient_difference": difference,
         "rows": [row.as_dict() for row in rows],
     }
     return rows, record
@@ -267,6 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="L")
+    parser.add_argument("--supervised", type=float, nargs="+", default=(1.0,), metavar="SHARE", help="of the tokens, in the loss")
     parser.add_argument("--rounds", type=int, default=3, help="alternations per length; the median counts")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--activation", default="recompute", help="train.activation of the recipe")
@@ -276,8 +309,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if min(*options.lengths, options.rounds) < 1:
         parser.error(f"--lengths {options.lengths} and --rounds {options.rounds} must be positive.")
+    if not all(0 < share <= 1 for share in options.supervised):
+        parser.error(f"--supervised {options.supervised}: give shares above 0 and up to 1.")
     shape = replace(SHAPE, draft=replace(SHAPE.draft, num_kv_heads=options.kv_heads))
-    job = (shape, options.lengths, options.rounds, options.activation)
+    job = (shape, options.lengths, options.rounds, options.activation, _CHOOSE_AT, options.supervised)
     ((rows, record),) = run_ranks(1, run, *job, timeout=_PATIENCE, threads=options.threads)
     show(rows)
     command = " ".join(("python -m benchmarks.step", *arguments))

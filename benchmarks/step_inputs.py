@@ -15,11 +15,13 @@ from transformers import LlamaConfig
 
 from benchmarks.dense_reference import Frozen, LossRules, MicroBatch
 from benchmarks.exactness_cases import parameter_shapes
-from eagle3_ds.layout import PackedSequence
+from eagle3_ds.layout import PackedSequence, live_slots
 from eagle3_ds.plan import DraftShape, Setup, attention_pairs, step_flops
 
 # Logit of a teacher's favourite; the largest of V unit normals stays below 6, so the favourite is always the argmax.
 _FAVOURITE_LOGIT = 16.0
+TURN = 512
+"""Tokens of a question and its answer, where not all tokens are supervised."""
 PATTERN_ROWS = 1024
 """Hidden states repeat after so many rows: random numbers for half a million would take longer than the step."""
 
@@ -53,12 +55,13 @@ class StepShape:
             tie_word_embeddings=False,
         )
 
-    def flops(self, length: int) -> int:
+    def flops(self, length: int, supervised: float = 1.0) -> int:
         """Floating-point operations that one step cannot do without, over one document of `length` tokens.
 
         The planner's count without its recomputation. Attention backward is 2.5 times forward, because scores are not kept.
         """
-        setup = Setup(self.draft, length, self.ttt_steps)
+        live = live_slots((length,), answers_mask(length, supervised), self.ttt_steps)
+        setup = Setup(self.draft, length, self.ttt_steps, supervised=float(live.mean()))
         counted = step_flops(setup, attention_pairs(setup))
         return counted.total - counted.recompute
 
@@ -118,16 +121,22 @@ def make_model(shape: StepShape, dtype: torch.dtype = torch.float32, device: str
     return StepModel(shape, weights, Frozen(embedding, head, kept - torch.arange(len(kept))))
 
 
-def make_pack(model: StepModel, length: int, rows: HiddenRows) -> PackedSequence:
-    """One document of `length` tokens: every slot supervised, every teacher's favourite in the draft vocabulary.
+def answers_mask(length: int, supervised: float) -> Tensor:
+    """bool [L]: turns of a chat of TURN tokens each, whose last `supervised` part is the answer."""
+    return torch.arange(length) % TURN >= round((1 - supervised) * TURN)
+
+
+def make_pack(model: StepModel, length: int, rows: HiddenRows, supervised: float = 1.0) -> PackedSequence:
+    """One document of `length` tokens, every teacher's favourite in the draft vocabulary.
 
     Args:
         rows: at least `length` of them.
+        supervised: share of the tokens, in turns.
     """
     generator = torch.Generator().manual_seed(length)
     return PackedSequence(
         token_ids=torch.randint(0, model.shape.draft.vocab_size, (length,), generator=generator),
-        loss_mask=torch.ones(length, dtype=torch.bool),
+        loss_mask=answers_mask(length, supervised),
         lengths=(length,),
         teacher_token=_favourites(model, length),
         aux=rows.aux[0:length],

@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpu-memory", type=_gibibytes, metavar="GIB", help="memory a rank may use, e.g. --gpu-memory 80 (else the device's)")
     add("--reserve", type=_gibibytes, default=2.0, metavar="GIB", help="of it for context, NCCL and fragmentation (else 2)")
     add("--device", choices=sorted(DEVICES), default="H100", help="whose peaks predict the time (else H100)")
+    add("--supervised", type=_share, default=1.0, metavar="SHARE", help="of the tokens, answers that is, e.g. 0.2 (else 1)")
     add("--shape", choices=sorted(SHAPES), help="sizes of a target that is not here, e.g. --shape llama3.1-8b")
     for size in SIZES:
         add(f"--{size.replace('_', '-')}", type=_positive, metavar="N", help=f"the target's {size}; all of them, or over --shape")
@@ -84,6 +85,7 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
         raise ValueError(f"--reserve {options.reserve} leaves nothing of the device's memory. Lower it.")
     files = deepspeed_files(recipe)
     setup = Setup.of(recipe, load_deepspeed_config(recipe.deepspeed), shape, mesh.draft_dp)
+    setup = replace(setup, supervised=options.supervised)
     if recipe.data.hidden_states == "online":
         setup = replace(setup, target_bytes=_weight_bytes(target, recipe.target.dtype))
     if parallel.kv_exchange == "auto":
@@ -165,7 +167,7 @@ def _print_setup(setup: Setup, device: Device, budget: int, console: Console) ->
     _say(
         console,
         f"run: draft_dp x ring x ulysses = {_mesh_text(setup)}, {setup.dtype}, {setup.length} tokens per sequence, "
-        f"{setup.slots} slots per rank",
+        f"{setup.slots} slots per rank, {setup.live_slots} of them live",
     )
     _say(console, f"device: {device.name}, {budget / GIB:.1f} GiB per rank for tensors")
 
@@ -202,7 +204,8 @@ def _print_time(setup: Setup, device: Device, ranks_per_node: int, console: Cons
         f"predicted step: {time.seconds:.3f} s, {time.tokens_per_second:.0f} tokens/s, {flops.total / 1e12:.1f} TFLOP per rank "
         f"and sequence; in seconds: {parts}",
     )
-    _say(console, "assumed: one document fills each sequence, every token is supervised, no communication is hidden")
+    share = "every token is" if setup.supervised == 1 else f"{setup.supervised:.1%} of the tokens, spread evenly, are"
+    _say(console, f"assumed: one document fills each sequence, {share} supervised, no communication is hidden")
     if setup.target_bytes:
         _say(console, "the target beside: its weights are counted, its forward is not, neither bytes nor seconds")
 
@@ -250,6 +253,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: give a number from 1 on")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a share above 0 and up to 1")
     return value
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eagle3_ds.attention.tiles import gathered_tiles
-from eagle3_ds.collectives import all_gather_rows, heads_to_sequence, sequence_to_heads
+from eagle3_ds.collectives import all_gather_rows, all_sequence_to_heads, heads_to_sequence
 from eagle3_ds.kernels import AttentionKernel, Tile
 from eagle3_ds.layout import SpanPlan
 
@@ -63,10 +63,11 @@ class PackedAttention:
                 "one head size. Capture with target.capture: single."
             )
         self.num_calls += 1
-        q_heads, k_heads, v_heads = self._exchange(q, *self._repeat_key_heads(k, v, q.shape[1]))
+        parts = (q, *self._repeat_key_heads(k, v, q.shape[1]))
+        q_heads, k_heads, v_heads = all_sequence_to_heads(parts, self.ulysses_group)
         k_all, v_all = self._gather(k_heads, v_heads)
         if window not in self._tiles:
-            self._tiles[window] = gathered_tiles(self.plan, self.ring_rank, window)
+            self._tiles[window] = gathered_tiles(self.plan, self.ring_rank, window, live=False)
         out, lse = self.kernel.forward(q_heads, k_all, v_all, self._tiles[window], scale)
         if sinks is not None:
             out = out * self._share_beside_sinks(lse, sinks).to(out.dtype)
@@ -84,20 +85,9 @@ class PackedAttention:
         times = math.lcm(num_kv_heads, ulysses) // num_kv_heads
         return (k, v) if times == 1 else (k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1))
 
-    def _exchange(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[S, H, D] of all heads -> [Lr, H / ulysses, D] of all columns; one all-to-all carries all three."""
-        ulysses = self.plan.ulysses
-        if ulysses == 1:
-            return q.contiguous(), k, v
-        parts = [x.unflatten(1, (ulysses, -1)) for x in (q, k, v)]
-        sizes = [part.shape[2] for part in parts]
-        heads = sequence_to_heads(torch.cat(parts, dim=2).flatten(1, 2), self.ulysses_group)
-        q_heads, k_heads, v_heads = heads.split(sizes, dim=1)
-        return q_heads.contiguous(), k_heads, v_heads
-
     def _gather(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """[Lr, H, D] of this ring rank -> [L, H, D] in sequence order."""
-        if self.plan.ring == 1:
+        if self.plan.in_sequence_order:
             return k.contiguous(), v.contiguous()
         order = torch.from_numpy(self.plan.sequence_order).to(k.device)
         gathered = all_gather_rows(torch.cat((k, v), dim=-1), self.ring_group)[order]

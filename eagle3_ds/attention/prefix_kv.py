@@ -36,7 +36,7 @@ class PrefixKV:
         """Gather the ring in one call. k_heads, v_heads: [columns_per_ring_rank, heads / ulysses, D] of this ring rank."""
         self.plan, self.ring_group, self.kernel = plan, ring_group, kernel
         self.tiles = gathered_tiles(plan, ring_rank)
-        if plan.ring > 1:
+        if not plan.in_sequence_order:
             order = torch.from_numpy(plan.sequence_order).to(k_heads.device)
             kv = all_gather_rows(torch.cat((k_heads, v_heads), dim=-1), ring_group)
             k_heads, v_heads = (half[order] for half in kv.chunk(2, dim=-1))
@@ -45,7 +45,7 @@ class PrefixKV:
         self.dv: Tensor | None = None
 
     def attend(self, q_heads: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Step-0 attention of this ring rank's columns. q [Lr, Hq / ulysses, D] -> out, lse [Lr, Hq / ulysses]."""
+        """Attention of this ring rank's live columns to them. q [Lq, Hq / ulysses, D] -> out, lse [Lq, Hq / ulysses]."""
         return self.kernel.forward(q_heads, self.k, self.v, self.tiles, scale)
 
     def attend_backward(self, dout: Tensor, q_heads: Tensor, lse: Tensor, delta: Tensor, scale: float) -> Tensor:
@@ -60,7 +60,7 @@ class PrefixKV:
         assert self.dk is not None and self.dv is not None, "no step has run its backward"
         dk, dv = self.dk, self.dv
         self.dk = self.dv = None
-        if self.plan.ring == 1:
+        if self.plan.in_sequence_order:
             return dk, dv
         by_rank = torch.from_numpy(self.plan.ring_slots.reshape(-1)).to(dk.device)
         dkv = torch.cat((dk[by_rank], dv[by_rank]), dim=-1)

@@ -38,10 +38,10 @@ def ring_attention_hybrid_masked(
     """Packed causal attention over the ring, once, forward only (`RingKV` holds the gradient and serves K steps).
 
     Args:
-        q: [Lr, Hq, D], k, v: [Lr, Hkv, D], this ring rank's columns.
+        q: [Lq, Hq, D], this ring rank's live columns; k, v: [Lr, Hkv, D], all its columns.
 
     Returns:
-        out [Lr, Hq, D] in fp32 (fp64 for fp64), lse [Lr, Hq]; rows of padding are zero with lse -inf.
+        out [Lq, Hq, D] in fp32 (fp64 for fp64), lse [Lq, Hq]; rows of padding are zero with lse -inf.
     """
     return RingKV(k, v, plan, ring_rank, ring_group, kernel).attend(q, scale)
 

@@ -12,10 +12,10 @@ from eagle3_ds.kernels import Tile
 from eagle3_ds.layout import Run, SpanPlan
 
 
-def gathered_tiles(plan: SpanPlan, ring_rank: int, window: int | None = None) -> tuple[Tile, ...]:
-    """Tiles of this ring rank's columns against all keys in sequence order: one bottom-right causal tile per run.
+def gathered_tiles(plan: SpanPlan, ring_rank: int, window: int | None = None, live: bool = True) -> tuple[Tile, ...]:
+    """Tiles of this ring rank's live columns against all keys in sequence order: one bottom-right causal tile per run.
 
-    Keys before the window of a run's first row are left out.
+    Keys before the window of a run's first row are left out. Without `live` all columns look.
 
     Raises:
         ValueError: a window of less than one token.
@@ -30,12 +30,12 @@ def gathered_tiles(plan: SpanPlan, ring_rank: int, window: int | None = None) ->
             True,
             left,
         )
-        for run in plan.runs(ring_rank)
+        for run in (plan.live_runs(ring_rank) if live else plan.runs(ring_rank))
     )
 
 
 def block_tiles(plan: SpanPlan, ring_rank: int, source: int, window: int | None = None) -> tuple[Tile, ...]:
-    """Tiles of this ring rank's columns against the key block of ring rank `source`, in that rank's column order.
+    """Tiles of this ring rank's live columns against the key block of ring rank `source`, in that rank's column order.
 
     Rows and keys of which nothing is visible are left out.
 
@@ -47,9 +47,9 @@ def block_tiles(plan: SpanPlan, ring_rank: int, source: int, window: int | None 
     for run in plan.runs(source):
         keys_of[run.document_start].append(run)
     tiles: list[Tile] = []
-    for query in plan.runs(ring_rank):
+    for query in plan.live_runs(ring_rank):
         for key in keys_of[query.document_start]:
-            # Runs of two ranks never overlap, so a run of keys lies wholly before, at, or after a run of queries.
+            # Live runs are runs, and runs never overlap, so one of keys lies wholly before, at, or after one of queries.
             if key.slot == query.slot:
                 tiles.append(Tile(query.column, query.column + query.length, key.column, key.column + key.length, True, left))
             elif key.slot < query.slot:

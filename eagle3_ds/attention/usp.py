@@ -5,7 +5,10 @@ receive (out, lse): their own keys are diagonal, seen by their own slot alone, a
 sends (dout, lse, delta) and receives dq; step 0 receives dk and dv with it, summed over all steps. Forward and backward of
 K steps cost 4K all-to-alls, one all-gather and one reduce-scatter.
 
-Legend: S slots of this rank, Lr = S * ulysses columns of this ring rank, Hq / Hkv heads, D head size.
+Only live slots (layout/plan.py) have queries, and diagonals with them; the other slots give step 0 a key and a value.
+
+Legend: S slots of this rank, Q live ones; Lr = S * ulysses columns of this ring rank, Lq = Q * ulysses live ones; Hq / Hkv heads,
+D head size.
 """
 
 from __future__ import annotations
@@ -21,7 +24,13 @@ from torch.nn import functional
 from eagle3_ds.attention.merge import merge_diagonals, merge_diagonals_backward
 from eagle3_ds.attention.prefix_kv import PrefixKV
 from eagle3_ds.attention.ring import RingKV
-from eagle3_ds.collectives import heads_to_sequence, sequence_to_heads, start_sequence_to_heads
+from eagle3_ds.collectives import (
+    all_heads_to_sequence,
+    all_sequence_to_heads,
+    heads_to_sequence,
+    sequence_to_heads,
+    start_sequence_to_heads,
+)
 from eagle3_ds.kernels import AttentionKernel, accumulation_dtype
 from eagle3_ds.layout import SpanPlan
 
@@ -34,7 +43,7 @@ class UnrollMemory:
 
     Attributes:
         prefix: the step-0 keys and values; None before step 0.
-        keys, values: the diagonals of the steps since, [S, Hkv, D] each.
+        keys, values: the diagonals of the steps since, [Q, Hkv, D] each.
         dkeys, dvalues: their gradients, in their dtype; empty before backward, and one shorter after each step's.
     """
 
@@ -54,7 +63,7 @@ class UnrollMemory:
 
 
 class Attended(NamedTuple):
-    """The attention of one step: out [S, Hq, D] in q's dtype, lse fp32 [S, Hq], and q in heads layout [Lr, Hq / u, D]."""
+    """The attention of one step: out [Q, Hq, D] in q's dtype, lse fp32 [Q, Hq], and q in heads layout [Lq, Hq / u, D]."""
 
     out: Tensor
     lse: Tensor
@@ -102,9 +111,9 @@ class LlamaUSPFlashAttention(nn.Module):
         return self.o_proj(self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, memory))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, memory: UnrollMemory) -> Tensor:
-        """The attention of one TTT step with autograd, [S, Hq * D]; the step is how often `memory` has been here before.
+        """The attention of one TTT step with autograd, [Q, Hq * D]; the step is how often `memory` has been here before.
 
-        q [S, Hq, D], k, v [S, Hkv, D], q and k rotated.
+        q [Q, Hq, D], k, v [S, Hkv, D] ([Q, Hkv, D] from step 1 on), q and k rotated.
         """
         out, memory.ticket = _Attend.apply(q, k, v, memory.ticket, self, memory)
         return out.flatten(1)
@@ -112,7 +121,7 @@ class LlamaUSPFlashAttention(nn.Module):
     def attend_forward(self, q: Tensor, k: Tensor, v: Tensor, memory: UnrollMemory) -> Attended:
         """The attention of one TTT step, outside autograd; its key and value are remembered."""
         if memory.prefix is None:
-            q_heads, k_heads, v_heads = self._exchange_qkv(q, k, v)
+            q_heads, k_heads, v_heads = all_sequence_to_heads((q, k, v), self.ulysses_group)
             memory.prefix = self._make_prefix(k_heads, v_heads, memory)
         else:
             memory.keys.append(k)
@@ -128,7 +137,7 @@ class LlamaUSPFlashAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of TTT step `step`, in the dtype of q; the later steps' backward has run.
 
-        dout [S, Hq, D]; q [S, Hq, D] as in forward.
+        dout [Q, Hq, D]; q [Q, Hq, D] as in forward.
         """
         out, lse, q_heads = attended
         assert memory.prefix is not None
@@ -151,7 +160,8 @@ class LlamaUSPFlashAttention(nn.Module):
         dq_heads = memory.prefix.attend_backward(dout_heads, q_heads, lse_heads, delta_heads, self.scale).to(q.dtype)
         if dq is None:
             dk_heads, dv_heads = (x.to(q.dtype) for x in memory.prefix.take_gradients())
-            return self._exchange_qkv_home(dq_heads, dk_heads, dv_heads)
+            dq, dk, dv = all_heads_to_sequence((dq_heads, dk_heads, dv_heads), self.ulysses_group)
+            return dq, dk, dv
         return dq + heads_to_sequence(dq_heads, self.ulysses_group), memory.dkeys.pop(), memory.dvalues.pop()
 
     def _make_prefix(self, k_heads: Tensor, v_heads: Tensor, memory: UnrollMemory) -> PrefixKV | RingKV:
@@ -159,27 +169,6 @@ class LlamaUSPFlashAttention(nn.Module):
         if self.kv_exchange == "gather":
             return PrefixKV(k_heads, v_heads, *place)
         return RingKV(k_heads, v_heads, *place, self.ring_bytes)
-
-    def _exchange_qkv(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One all-to-all for all three: each destination's query, key and value heads lie side by side."""
-        ulysses = self.sp_ulysses_degree
-        if ulysses == 1:
-            return q, k, v
-        parts = [x.unflatten(1, (ulysses, -1)) for x in (q, k, v)]
-        sizes = [part.shape[2] for part in parts]
-        heads = sequence_to_heads(torch.cat(parts, dim=2).flatten(1, 2), self.ulysses_group)
-        q_heads, k_heads, v_heads = heads.split(sizes, dim=1)
-        return q_heads.contiguous(), k_heads, v_heads
-
-    def _exchange_qkv_home(self, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The conjugate of `_exchange_qkv`."""
-        if self.sp_ulysses_degree == 1:
-            return dq, dk, dv
-        sizes = [x.shape[1] for x in (dq, dk, dv)]
-        home = heads_to_sequence(torch.cat((dq, dk, dv), dim=1), self.ulysses_group)
-        parts = home.unflatten(1, (self.sp_ulysses_degree, -1)).split(sizes, dim=2)
-        whole_q, whole_k, whole_v = (part.flatten(1, 2) for part in parts)
-        return whole_q, whole_k, whole_v
 
     def _home_with_statistics(self, x: Tensor, statistics: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         packed, num_columns = _pack_statistics(x, statistics, self.ulysses_group)

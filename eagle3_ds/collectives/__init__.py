@@ -2,6 +2,8 @@
 
 from eagle3_ds.collectives.all_to_all import (
     SeqAllToAll4D,
+    all_heads_to_sequence,
+    all_sequence_to_heads,
     all_to_all_4D,
     heads_to_sequence,
     sequence_to_heads,
@@ -23,6 +25,8 @@ __all__ = [
     "SeqAllToAll4D",
     "all_gather_rows",
     "all_gather_tensor",
+    "all_heads_to_sequence",
+    "all_sequence_to_heads",
     "all_to_all_4D",
     "gather_outputs_and_unpad",
     "heads_to_sequence",

@@ -5,6 +5,7 @@ Legend: u ranks of the group, S rows of a rank, H heads in all, h = H / u heads 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,8 +35,7 @@ def start_sequence_to_heads(x: Tensor, group: dist.ProcessGroup | None) -> Pendi
     if group is None:
         return PendingRows(x)
     size, (rows, heads, dim) = group.size(), x.shape
-    if heads % size:
-        raise ValueError(f"{heads} heads cannot be shared by {size} ranks. Use a ulysses degree that divides {heads}.")
+    _check_heads(heads, size)
     by_rank = x.reshape(rows, size, heads // size, dim).transpose(0, 1).contiguous()
     received = torch.empty_like(by_rank)
     work = dist.all_to_all_single(received, by_rank, group=group, async_op=True)
@@ -66,6 +66,44 @@ def heads_to_sequence(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     received = torch.empty_like(by_rank)
     dist.all_to_all_single(received, by_rank, group=group)
     return received.transpose(0, 1).flatten(1, 2)
+
+
+def all_sequence_to_heads(parts: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """`sequence_to_heads` of several tensors in one call, [S_i, H_i, D] each, of equal D; rows and heads may differ.
+
+    Raises:
+        ValueError: the ranks do not divide the heads.
+    """
+    if group is None:
+        return [part.contiguous() for part in parts]
+    size = group.size()
+    for part in parts:
+        _check_heads(part.shape[1], size)
+    by_rank = [part.unflatten(1, (size, -1)).transpose(0, 1) for part in parts]
+    received = _exchange_flat([part.flatten(1) for part in by_rank], group)
+    return [flat.reshape(part.shape).flatten(0, 1) for flat, part in zip(received, by_rank, strict=True)]
+
+
+def all_heads_to_sequence(parts: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """The inverse of `all_sequence_to_heads`: [u * S_i, h_i, D] -> [S_i, u * h_i, D] each, in one call."""
+    if group is None:
+        return list(parts)
+    by_rank = [part.unflatten(0, (group.size(), -1)) for part in parts]
+    received = _exchange_flat([part.flatten(1) for part in by_rank], group)
+    return [flat.reshape(part.shape).transpose(0, 1).flatten(1, 2) for flat, part in zip(received, by_rank, strict=True)]
+
+
+def _exchange_flat(parts: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """Row r of each [u, n_i] goes to rank r; what arrives has the same shapes."""
+    sent = torch.cat(tuple(parts), dim=1)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return list(received.split([part.shape[1] for part in parts], dim=1))
+
+
+def _check_heads(heads: int, size: int) -> None:
+    if heads % size:
+        raise ValueError(f"{heads} heads cannot be shared by {size} ranks. Use a ulysses degree that divides {heads}.")
 
 
 def all_to_all_4D(  # noqa: N802 - the name RFC 338 uses

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import datasets
@@ -23,8 +22,13 @@ class HiddenStates(Protocol):
     def require_documents(self, lengths: Mapping[int, int]) -> None:
         """Raises ValueError unless there are hidden states for every document of `lengths` ({document_id: tokens})."""
 
-    def states(self, documents: Sequence[int], token_ids: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Rows, Rows]:
-        """`teacher_token`, `aux` and `teacher` of `PackedSequence` for these documents end to end; token_ids int64 [L]."""
+    def states(
+        self, documents: Sequence[int], token_ids: Tensor, loss_mask: Tensor, lengths: Sequence[int]
+    ) -> tuple[Tensor, Rows, Rows]:
+        """`teacher_token`, `aux` and `teacher` of `PackedSequence` for these documents end to end.
+
+        token_ids: int64 [L]. loss_mask: bool [L], which decides who will read what.
+        """
 
 
 class SequenceSource:
@@ -40,17 +44,21 @@ class SequenceSource:
         self.store = store
         self.lengths = list(lengths.values())
 
-    def sequence(self, rows: Sequence[int]) -> PackedSequence:
-        """The documents in these rows of the data set, end to end. Stored hidden states stay on disk until they are sliced;
-        those of a target that runs now are computed here, by all ranks together."""
+    def sequence(self, rows: Sequence[int], supervised: bool = True) -> PackedSequence:
+        """The documents in these rows of the data set, end to end; with `supervised` false none of their tokens counts.
+
+        Stored hidden states stay on disk until they are sliced; those of a target that runs now are computed here, by all
+        ranks together.
+        """
         documents = [self.dataset[row] for row in rows]
         ids = [int(document["document_id"]) for document in documents]
         token_ids = torch.from_numpy(np.concatenate([document["input_ids"] for document in documents]).astype(np.int64))
         lengths = tuple(self.lengths[row] for row in rows)
-        teacher_token, aux, teacher = self.store.states(ids, token_ids, lengths)
+        loss_mask = torch.from_numpy(np.concatenate([document["loss_mask"] for document in documents]).astype(bool)) & supervised
+        teacher_token, aux, teacher = self.store.states(ids, token_ids, loss_mask, lengths)
         return PackedSequence(
             token_ids=token_ids,
-            loss_mask=torch.from_numpy(np.concatenate([document["loss_mask"] for document in documents]).astype(bool)),
+            loss_mask=loss_mask,
             lengths=lengths,
             teacher_token=teacher_token,
             aux=aux,
@@ -156,5 +164,4 @@ class HeldoutPacks(Sequence[PackedSequence]):
         index = turn * loader.draft_dp + loader.dp_rank
         if index < loader.num_packs:
             return loader.source.sequence(loader.packs[index])
-        first = loader.source.sequence(loader.packs[0])
-        return replace(first, loss_mask=torch.zeros_like(first.loss_mask))
+        return loader.source.sequence(loader.packs[0], supervised=False)

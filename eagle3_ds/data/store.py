@@ -107,7 +107,9 @@ class HiddenStateStore:
         """The rows of several documents end to end, read only when sliced."""
         return PackedRows(self, documents, name)
 
-    def states(self, documents: Sequence[int], token_ids: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Rows, Rows]:
+    def states(
+        self, documents: Sequence[int], token_ids: Tensor, loss_mask: Tensor, lengths: Sequence[int]
+    ) -> tuple[Tensor, Rows, Rows]:
         """`teacher_token`, `aux` and `teacher` of `PackedSequence` for these documents end to end."""
         return self.view(documents, "teacher_token")[:].long(), self.view(documents, "aux"), self.view(documents, "teacher")
 

@@ -1,7 +1,7 @@
 """Who holds which slot: span plans, halos and the one cutter from a packed sequence to a rank's batch. Integers first."""
 
-from eagle3_ds.layout.batch import LocalBatch, PackedSequence, prepare_usp_input
-from eagle3_ds.layout.plan import Run, SpanPlan, attention_work, cut_into_chunks
+from eagle3_ds.layout.batch import LocalBatch, PackedSequence, live_slots, prepare_usp_input
+from eagle3_ds.layout.plan import Run, SpanPlan, attention_work, slots_of_a_rank
 from eagle3_ds.layout.rows import LocalRows, Rows, row_tiles, stream_rows
 
 __all__ = [
@@ -12,8 +12,9 @@ __all__ = [
     "Run",
     "SpanPlan",
     "attention_work",
-    "cut_into_chunks",
+    "live_slots",
     "prepare_usp_input",
     "row_tiles",
+    "slots_of_a_rank",
     "stream_rows",
 ]

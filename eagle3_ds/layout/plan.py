@@ -1,16 +1,21 @@
 """SpanPlan: how one packed sequence is cut over ring x ulysses.
 
-The padded sequence is cut into equal chunks. Each ring rank gets the same number of chunks, chosen so that the attention
-work is even; because the step-0 keys are gathered (or streamed) as a whole, any chunk-to-rank map is legal. Within a ring
-rank, the chunks in sequence order form its *columns*, and its Ulysses peers take equal contiguous parts of the columns.
+A slot is *live* when the loss reads its hidden state at some TTT step. The others, prompts mostly, are looked at but never
+look: all they give is a key and a value at step 0, and nothing else of them is ever computed. So live slots and the rest are
+cut apart, and every rank holds as many of each as any other.
 
-Everything here is a pure function of (document lengths, ring, ulysses, chunks per rank), so every rank's view can be
-computed, and tested, in one process.
+Both are cut into equal chunks. Each ring rank gets the same number of chunks, chosen so that the attention work is even;
+because the step-0 keys are gathered (or streamed) as a whole, any chunk-to-rank map is legal. Within a ring rank, the chunks in
+sequence order form its *columns*, and its Ulysses peers take equal contiguous parts of them: of the live ones first, then of
+the rest. So a rank's live slots are its first ones.
+
+Everything here is a pure function of (document lengths, live slots, ring, ulysses, chunks per rank), so every rank's view can
+be computed, and tested, in one process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -19,10 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
+SMALLEST_REST = 16
 
 
 class Run(NamedTuple):
-    """A maximal stretch of one ring rank's columns that is contiguous in the sequence and lies in one document.
+    """A stretch of one ring rank's columns that is contiguous in the sequence and lies in one document.
 
     `column` is the first column, `slot` the first slot, `length` the number of both, `document_start` the first slot of
     the document.
@@ -39,60 +45,104 @@ def attention_work(position: IntArray, in_document: NDArray[np.bool_]) -> IntArr
     return np.where(in_document, position + 1, 0)
 
 
-def cut_into_chunks(length: int, ring: int, ulysses: int, chunks_per_rank: int) -> tuple[int, int]:
-    """Chunks of a sequence of `length` tokens, and slots of each; their product is the padded length."""
+def cut_into_chunks(slots: int, ring: int, ulysses: int, chunks_per_rank: int) -> tuple[int, int]:
+    """Chunks that so many slots are cut into, and slots of each; their product is `slots`, padded."""
     # One ring rank has nothing to balance. Chunks shorter than `ulysses` slots cannot be shared by its peers.
     num_chunks = ring * (1 if ring == 1 else chunks_per_rank)
-    return num_chunks, _round_up(-(-length // num_chunks), ulysses)
+    return num_chunks, _round_up(-(-slots // num_chunks), ulysses)
 
 
-@dataclass(frozen=True)
+def slots_of_a_rank(length: int, num_live: int, ring: int, ulysses: int, chunks_per_rank: int) -> tuple[int, int]:
+    """Live slots and all slots that each sp rank holds of a sequence of `length` tokens, `num_live` of them live.
+
+    A rank has at least one live slot, so that all ranks run every collective. Where fewer than one slot in SMALLEST_REST is not
+    live, all are cut alike: sorting the keys would cost more than is saved.
+    """
+    if (length - num_live) * SMALLEST_REST < length:
+        num_live = length
+    live = _padded(max(1, num_live), ring, ulysses, chunks_per_rank)
+    rest = _padded(max(0, length - live), ring, ulysses, chunks_per_rank)
+    return live // (ring * ulysses), (live + rest) // (ring * ulysses)
+
+
+@dataclass(frozen=True, eq=False)
 class SpanPlan:
     """The cut of one packed sequence. Build it with `SpanPlan.make`.
 
     Attributes:
         lengths: document lengths in tokens, in the order of the pack; their sum is `length`.
-        padded_length: `length` rounded up so that every sp rank holds the same number of slots.
-        chunk_size: slots per chunk, a multiple of `ulysses`.
-        owner: ring rank of each chunk, shape [padded_length / chunk_size].
+        live: int64 [ring, ulysses, Q], the live slots of each sp rank, ascending; a few others among them, that even it out.
+        rest: int64 [ring, ulysses, S - Q], its other slots, ascending. Padding is at the end of all.
     """
 
     lengths: tuple[int, ...]
-    ring: int
-    ulysses: int
-    padded_length: int
-    chunk_size: int
-    owner: tuple[int, ...]
+    live: IntArray
+    rest: IntArray
 
     @staticmethod
-    def make(lengths: Sequence[int], ring: int = 1, ulysses: int = 1, chunks_per_rank: int = 8) -> SpanPlan:
+    def make(
+        lengths: Sequence[int],
+        ring: int = 1,
+        ulysses: int = 1,
+        chunks_per_rank: int = 8,
+        live: NDArray[np.bool_] | None = None,
+    ) -> SpanPlan:
         """Plan the cut.
 
+        Args:
+            live: [L], the slots whose hidden states are wanted; None for all of them.
+
         Raises:
-            ValueError: no document, a document without a token, or a degree below one.
+            ValueError: no document, a document without a token, a degree below one, or another number of slots in `live`.
         """
         if not lengths or min(lengths) < 1:
             raise ValueError(f"lengths = {list(lengths)[:8]}: a packed sequence needs documents of one token or more.")
         if min(ring, ulysses, chunks_per_rank) < 1:
             raise ValueError(f"ring = {ring}, ulysses = {ulysses}, chunks_per_rank = {chunks_per_rank}: each must be >= 1.")
-        num_chunks, chunk_size = cut_into_chunks(sum(lengths), ring, ulysses, chunks_per_rank)
-        padded_length = num_chunks * chunk_size
-        work = attention_work(*_positions(lengths, padded_length)).reshape(num_chunks, chunk_size).sum(1)
-        return SpanPlan(tuple(lengths), ring, ulysses, padded_length, chunk_size, _balance(work, ring))
+        length = sum(lengths)
+        if live is not None and live.shape != (length,):
+            raise ValueError(f"live has shape {live.shape}, but the documents of the pack have {length} tokens.")
+        num_live = length if live is None else int(live.sum())
+        live_share, share = slots_of_a_rank(length, num_live, ring, ulysses, chunks_per_rank)
+        chosen = np.zeros(ring * ulysses * share, dtype=np.bool_)
+        chosen[:length] = True if live is None else live
+        # Others even out the live slots, padding when there are no others left.
+        chosen[np.flatnonzero(~chosen)[: ring * ulysses * live_share - num_live]] = True
+        work = attention_work(*_positions(lengths, len(chosen)))
+        dealt = (_deal(np.flatnonzero(part), work, ring, ulysses, chunks_per_rank) for part in (chosen, ~chosen))
+        return SpanPlan(tuple(lengths), *dealt)
+
+    @property
+    def ring(self) -> int:
+        return self.live.shape[0]
+
+    @property
+    def ulysses(self) -> int:
+        return self.live.shape[1]
+
+    @property
+    def live_per_rank(self) -> int:
+        """Live slots that each sp rank holds, its first ones; the same for all."""
+        return self.live.shape[2]
+
+    @property
+    def slots_per_rank(self) -> int:
+        """Slots that each sp rank holds, the same for all."""
+        return self.live.shape[2] + self.rest.shape[2]
+
+    @property
+    def columns_per_ring_rank(self) -> int:
+        return self.ulysses * self.slots_per_rank
+
+    @property
+    def padded_length(self) -> int:
+        """`length` and the padding that makes every sp rank's share the same."""
+        return self.live.size + self.rest.size
 
     @property
     def length(self) -> int:
         """Real tokens, without padding."""
         return sum(self.lengths)
-
-    @property
-    def columns_per_ring_rank(self) -> int:
-        return self.padded_length // self.ring
-
-    @property
-    def slots_per_rank(self) -> int:
-        """Slots that each sp rank holds, the same for all."""
-        return self.padded_length // (self.ring * self.ulysses)
 
     @cached_property
     def position(self) -> IntArray:
@@ -108,11 +158,8 @@ class SpanPlan:
 
     @cached_property
     def ring_slots(self) -> IntArray:
-        """Slot of each column of each ring rank, shape [ring, columns_per_ring_rank], ascending within a rank."""
-        owner = np.asarray(self.owner)
-        chunks = np.stack([np.flatnonzero(owner == rank) for rank in range(self.ring)])
-        slots = chunks[:, :, None] * self.chunk_size + np.arange(self.chunk_size)
-        return slots.reshape(self.ring, -1)
+        """Slot of each column of each ring rank, shape [ring, columns_per_ring_rank]."""
+        return np.concatenate((self.live, self.rest), axis=2).reshape(self.ring, -1)
 
     @cached_property
     def sequence_order(self) -> IntArray:
@@ -121,40 +168,68 @@ class SpanPlan:
         order[self.ring_slots.reshape(-1)] = np.arange(self.padded_length)
         return order
 
+    @property
+    def in_sequence_order(self) -> bool:
+        """Whether that concatenation is the sequence as it is."""
+        return self.ring == 1 and not self.rest.size
+
     def slots(self, ring_rank: int, ulysses_rank: int) -> IntArray:
-        """Slots that this sp rank holds, in the order of its columns. Shape [slots_per_rank]."""
-        size = self.slots_per_rank
-        return self.ring_slots[ring_rank, ulysses_rank * size : (ulysses_rank + 1) * size]
+        """Slots that this sp rank holds, in the order of its columns, the live ones first. Shape [slots_per_rank]."""
+        return np.concatenate((self.live[ring_rank, ulysses_rank], self.rest[ring_rank, ulysses_rank]))
 
     def runs(self, ring_rank: int) -> tuple[Run, ...]:
-        """The ring rank's columns as runs, padding left out, in sequence order."""
-        slots = self.ring_slots[ring_rank]
-        document = self.document[slots]
-        breaks = (np.diff(slots) != 1) | (np.diff(document) != 0)
-        starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))
-        stops = np.concatenate((starts[1:], [len(slots)]))
-        return tuple(
-            Run(int(a), int(slots[a]), int(b - a), int(slots[a] - self.position[slots[a]]))
-            for a, b in zip(starts, stops, strict=True)
-            if document[a] >= 0
-        )
+        """The ring rank's columns as runs, padding left out. Where there is a rest, a run is live or it is not."""
+        if not self.rest.size:
+            return self.live_runs(ring_rank)
+        peers = zip(self.live[ring_rank], self.rest[ring_rank], strict=True)
+        return self._runs(part for parts in peers for part in parts)
+
+    def live_runs(self, ring_rank: int) -> tuple[Run, ...]:
+        """The ring rank's live columns as runs. The columns are counted among the live ones, and the runs are runs of `runs`."""
+        live = self.live[ring_rank]
+        return self._runs(live if self.rest.size else [live.reshape(-1)])
+
+    def _runs(self, parts: Iterable[IntArray]) -> tuple[Run, ...]:
+        """Runs of the columns that the parts make one after the other; a run does not reach from one part into the next."""
+        runs, column = [], 0
+        for slots in parts:
+            document = self.document[slots]
+            breaks = (np.diff(slots) != 1) | (np.diff(document) != 0)
+            starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))
+            stops = np.concatenate((starts[1:], [len(slots)]))
+            runs += [
+                Run(int(column + a), int(slots[a]), int(b - a), int(slots[a] - self.position[slots[a]]))
+                for a, b in zip(starts, stops, strict=True)
+                if document[a] >= 0
+            ]
+            column += len(slots)
+        return tuple(runs)
 
     def halo_slots(self, ring_rank: int, ulysses_rank: int, halo: int) -> IntArray:
         """Slots whose constants this sp rank reads: each span [s, e) widened to [s, e + halo), overlaps merged, ascending.
 
         Slots at or beyond `padded_length` stand for nothing and are treated as padding by the cutter.
         """
-        slots = self.slots(ring_rank, ulysses_rank)
-        return np.unique(slots[:, None] + np.arange(halo + 1)) if halo else slots
+        return np.unique(self.slots(ring_rank, ulysses_rank)[:, None] + np.arange(halo + 1))
+
+    def teacher_slots(self, ring_rank: int, ulysses_rank: int, ttt_steps: int) -> IntArray:
+        """Slots whose teacher this sp rank reads: those 1 to `ttt_steps` ahead of its live ones, ascending, no padding."""
+        ahead = np.unique(self.live[ring_rank, ulysses_rank][:, None] + 1 + np.arange(ttt_steps))
+        return ahead[ahead < self.length]
 
     def ring_work(self) -> IntArray:
-        """Step-0 attention work (query-key pairs) of each ring rank. Shape [ring]."""
+        """Step-0 attention work (query-key pairs) of each ring rank's live slots. Shape [ring]."""
         work = attention_work(self.position, self.document >= 0)
-        return work[self.ring_slots].sum(1)
+        return work[self.live].sum((1, 2))
 
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+def _padded(slots: int, ring: int, ulysses: int, chunks_per_rank: int) -> int:
+    num_chunks, size = cut_into_chunks(slots, ring, ulysses, chunks_per_rank)
+    return num_chunks * size
 
 
 def _positions(lengths: Sequence[int], padded_length: int) -> tuple[IntArray, NDArray[np.bool_]]:
@@ -164,6 +239,14 @@ def _positions(lengths: Sequence[int], padded_length: int) -> tuple[IntArray, ND
     position = np.zeros(padded_length, dtype=np.int64)
     position[:total] = np.arange(total) - starts
     return position, np.arange(padded_length) < total
+
+
+def _deal(slots: IntArray, work: IntArray, ring: int, ulysses: int, chunks_per_rank: int) -> IntArray:
+    """Slots, as many as chunks hold, over the sp ranks: [ring, ulysses, slots of a rank]. `work` is that of every slot."""
+    num_chunks, size = cut_into_chunks(len(slots), ring, ulysses, chunks_per_rank)
+    chunks = slots.reshape(num_chunks, size)
+    owner = np.asarray(_balance(work[chunks].sum(1), ring))
+    return np.stack([chunks[owner == rank].reshape(ulysses, -1) for rank in range(ring)])
 
 
 def _balance(work: IntArray, ring: int) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ class LocalRows:
 
     Args:
         rows: the rows of the whole sequence.
-        slots: int64 [N], ascending: which of them are this rank's. Slots >= `length` stand for padding and read as zeros.
+        slots: int64 [N]: which of them are this rank's. Slots >= `length` stand for padding, come last and read as zeros.
         length: real rows of the sequence.
     """
 

@@ -16,7 +16,7 @@ class LossTaps:
     """The steps' outputs as the loss sees them.
 
     Attributes:
-        hidden: one [S, H] per step so far, outside autograd; the loss reads them and lets them go.
+        hidden: one [Q, H] per step so far, outside autograd; the loss reads them and lets them go.
         tickets: one scalar per step, that tie the taps to the loss in the autograd graph.
         gradients: columns int64 [C] and gradient [C, H] per step, left by the loss.
         scale: the gradient that arrived at the loss; set when its backward runs, before any tap's.
@@ -29,7 +29,7 @@ class LossTaps:
         self.scale: Tensor | None = None
 
     def add(self, hidden: Tensor) -> Tensor:
-        """Tap a step's output [S, H]; returns it for the next step."""
+        """Tap a step's output [Q, H]; returns it for the next step."""
         self.hidden.append(hidden.detach())
         passed, ticket = _Tap.apply(hidden, self, len(self.tickets))
         self.tickets.append(ticket)

@@ -5,8 +5,8 @@ row further than step k - 1), and the gradient is formed in the forward pass, wh
 tensor of slots x vocabulary exists beyond one tile, and the head is used once per micro-batch. The draft's final norm is
 applied here too, tile by tile.
 
-Legend: S slots, E rows of the extended buffers, K TTT steps, H hidden size, Ht the target's, Vd draft vocabulary, t columns and
-R teacher rows of one tile.
+Legend: Q live slots of this rank, E rows of the extended buffers, K TTT steps, H hidden size, Ht the target's, Vd draft
+vocabulary, t columns and R teacher rows of one tile.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class LossInputs:
         teacher_head: [Vd, Ht], the target's head, rows of the draft vocabulary.
         teacher_token: int64 [E], the target's full-vocabulary argmax.
         draft_to_target: int64 [Vd].
-        contributing: bool [K, S], supervised, and the teacher's token lies in the draft vocabulary.
-        supervised: bool [K, S].
+        contributing: bool [K, Q], supervised, and the teacher's token lies in the draft vocabulary.
+        supervised: bool [K, Q].
         step_weight: fp32 [K], decay**k / N_k (0 when no slot of the step is supervised).
         eps: of the final norm.
     """
@@ -109,8 +109,8 @@ def loss_tiles(row: IntArray, supervised: NDArray[np.bool_], tile_bytes: int, vo
     gradient of t columns. K and the tiles may differ between ranks: no collective runs among them.
 
     Args:
-        row: int64 [S], each slot's row in the extended buffers; step k reads row + 1 + k. Ascending.
-        supervised: bool [K, S]. Columns that only miss the draft vocabulary count too: accuracy looks at them.
+        row: int64 [Q], each slot's row in the extended buffers; step k reads row + 1 + k. Ascending.
+        supervised: bool [K, Q]. Columns that only miss the draft vocabulary count too: accuracy looks at them.
         vocabulary: Vd. itemsize: bytes of the trained weights' dtype.
 
     Raises:

@@ -72,7 +72,8 @@ def project_backward(
 
     Args:
         embeds, hidden: [t, H], what the norms read.
-        gradients: of rotated q [t, Hq, D], rotated k and v [t, Hkv, D]. angles: cos and sin [t, D] of the rotation.
+        gradients: of rotated q [t, Hq, D] ([0, Hq, D] of slots that have none), rotated k and v [t, Hkv, D].
+        angles: cos and sin [t, D] of the rotation.
 
     Returns:
         dhidden [t, H].
@@ -80,7 +81,8 @@ def project_backward(
     cos, sin = angles
     dq, dk, dv = gradients
     # The transpose of a rotation turns back.
-    columns = (rotate(dq, cos, -sin).flatten(1), rotate(dk, cos, -sin).flatten(1), dv.flatten(1))
+    turned_q = rotate(dq, cos, -sin) if len(dq) else dq
+    columns = (turned_q.flatten(1), rotate(dk, cos, -sin).flatten(1), dv.flatten(1))
     if weights.hidden_norm is None:
         norms = [(NormTile(hidden, weights.input_norm, eps), sums.input_norm)]
     else:
@@ -93,6 +95,8 @@ def project_backward(
     dx = torch.zeros_like(x)
     for column, weight, total in zip(columns, weights[:3], sums[:3], strict=True):
         assert weight is not None and total is not None
+        if not len(column):
+            continue
         accumulate_product(total, column.T, x)
         dx.addmm_(column, weight)
     # The embedding is frozen: the first of two norms hands out its weight's gradient, the last one the hidden state's too.

@@ -1,7 +1,7 @@
 """The draft and its unroll over the TTT steps (EAGLE-3 paper, section 3; the semantics are in docs/semantics.md).
 
-Legend: S slots of this rank, E rows of its extended buffers, K TTT steps, H hidden size, Ht the target's, V its vocabulary,
-Vd the draft's.
+Legend: S slots of this rank, the first Q of them live, E rows of its extended buffers, K TTT steps, H hidden size, Ht the
+target's, V its vocabulary, Vd the draft's.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class DraftModel(nn.Module):
         Args:
             batch: this rank's slots.
             embedding: [V, H], the target's, on the device of the model.
-            on_step: called with each step's output, [S, H] before the final norm; what it returns goes into the next step.
+            on_step: called with each step's output, [Q, H] before the final norm; what it returns goes into the next step.
             anchor: a scalar whose (zero) gradient is the last to be computed, for whoever waits for the end of backward.
 
         The attention layers must be patched (`patch_attention`).
@@ -98,8 +98,9 @@ class DraftModel(nn.Module):
         position = batch.position.to(device)
         hidden = stream_aux(batch.aux, self.fc.weight, settings.tile_bytes, anchor)
         for step in range(settings.ttt_steps):
-            tokens = batch.token_ids[batch.row + 1 + step].to(device)
-            constants = StepConstants(tokens, rotary_positions(position, step), embedding, rotary)
+            slots = slice(len(hidden))
+            tokens = batch.token_ids[batch.row[slots] + 1 + step].to(device)
+            constants = StepConstants(tokens, rotary_positions(position[slots], step), embedding, rotary)
             for layer, memory in zip(self.layers, memories, strict=True):
                 assert isinstance(layer, DraftLayer)
                 hidden = ttt_step(layer, hidden, constants, memory, settings.activation, settings.tile_bytes)

@@ -5,14 +5,18 @@ time, everything but the attention. It keeps the hidden state that came in, the 
 where Ulysses had to send it; `offload` moves these to pinned host memory. The gradients of the weights are summed over the
 tiles and over the K steps in fp32, and leave with step 0.
 
-Legend: S slots of this rank, H hidden size, Hq / Hkv heads, D head size, I width of the MLP.
+Step 0 takes all slots of this rank in and hands the live ones on: of the rest it needs a key and a value, which the projections
+of the first layer make from the hidden state, and nothing more.
+
+Legend: S slots of this rank, the first Q of them live; from step 1 on there are these only. H hidden size, Hq / Hkv heads, D head
+size, I width of the MLP.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +36,8 @@ class StepConstants:
     """What a step reads beside the hidden state.
 
     Attributes:
-        tokens: int64 [S], the token that each slot sees at this step.
-        positions: int64 [S], the rotary positions of this step.
+        tokens: int64 [S] ([Q] from step 1 on), the token that each slot sees at this step.
+        positions: int64, as many, the rotary positions of this step.
         embedding: [V, H], the target's, frozen.
         rotary: the draft's frequencies.
     """
@@ -76,17 +80,33 @@ def slots_per_tile(hidden_size: int, width: int, itemsize: int, tile_bytes: int)
 def ttt_step(
     layer: DraftLayer, hidden: Tensor, constants: StepConstants, memory: LayerMemory, activation: Activation, tile_bytes: int
 ) -> Tensor:
-    """hidden [S, H] -> the layer's output [S, H]. The step is how often `memory` has been here before."""
+    """hidden [S, H] ([Q, H] from step 1 on) -> the layer's output [Q, H].
+
+    The step is how often `memory` has been here before.
+    """
     step = _Step(layer, constants, memory, memory.next_step)
+    num_live = memory.plan.live_per_rank
     if activation == "keep" or not torch.is_grad_enabled():
-        attended = layer.self_attn.attend(*step.before(hidden, slice(None), layer.before_weights()), memory)
-        return after_attention(hidden, attended, layer.after_weights(), layer.eps)
+        qkv = step.all_before(hidden, Tiles.cut(num_live, len(hidden), len(hidden)), layer.before_weights())
+        return after_attention(hidden[:num_live], layer.self_attn.attend(*qkv, memory), layer.after_weights(), layer.eps)
     size = slots_per_tile(hidden.shape[1], layer.mlp.gate_proj.out_features, hidden.element_size(), tile_bytes)
-    tiles = [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]
+    tiles = Tiles.cut(num_live, len(hidden), size)
     # The weights are inputs of step 0 alone, whose backward comes last and hands out the sums.
     weights = step.weights() if step.number == 0 else ()
     output, memory.ticket = _RecomputedStep.apply(step, tiles, hidden, memory.ticket, *weights)
     return output
+
+
+class Tiles(NamedTuple):
+    """The slots of a step in pieces: of the live ones, and of the rest, which step 0 alone has."""
+
+    live: list[slice]
+    rest: list[slice]
+
+    @staticmethod
+    def cut(num_live: int, num_slots: int, size: int) -> Tiles:
+        ranges = ((0, num_live), (num_live, num_slots))
+        return Tiles(*([slice(a, min(a + size, stop)) for a in range(start, stop, size)] for start, stop in ranges))
 
 
 @dataclass(frozen=True)
@@ -112,12 +132,21 @@ class _Step:
     def angles(self, tile: slice) -> tuple[Tensor, Tensor]:
         return self.constants.rotary.angles(self.constants.positions[tile])
 
-    def before(self, hidden: Tensor, tile: slice, weights: BeforeWeights) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [t, H] of the tile's slots -> rotated q [t, Hq, D], rotated k and v [t, Hkv, D]."""
+    def all_before(self, hidden: Tensor, tiles: Tiles, weights: BeforeWeights) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [S, H] -> rotated q [Q, Hq, D], rotated k and v [S, Hkv, D]."""
+        q, k, v = _map_tiles(lambda tile: self.before(hidden[tile], tile, weights), tiles.live)
+        if tiles.rest:
+            rest_k, rest_v = _map_tiles(lambda tile: self.before(hidden[tile], tile, weights, live=False), tiles.rest)
+            k, v = torch.cat((k, rest_k)), torch.cat((v, rest_v))
+        return q, k, v
+
+    def before(self, hidden: Tensor, tile: slice, weights: BeforeWeights, live: bool = True) -> tuple[Tensor, ...]:
+        """hidden [t, H] of the tile's slots -> rotated q [t, Hq, D] where they are live, rotated k and v [t, Hkv, D]."""
         x = attention_input(self.embeds(tile), hidden, weights, self.layer.eps)
         cos, sin = self.angles(tile)
-        q, k, v = (project(x, weight, self.layer.head_dim) for weight in (weights.q, weights.k, weights.v))
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        k, v = (project(x, weight, self.layer.head_dim) for weight in (weights.k, weights.v))
+        query = (rotate(project(x, weights.q, self.layer.head_dim), cos, sin),) if live else ()
+        return *query, rotate(k, cos, sin), v
 
     def query(self, hidden: Tensor, tile: slice, weights: BeforeWeights) -> Tensor:
         """The q of `before` alone."""
@@ -139,14 +168,14 @@ class _RecomputedStep(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, step: _Step, tiles: Sequence[slice], hidden: Tensor, _ticket: Tensor | None, *_weights: Tensor
+        ctx: Any, step: _Step, tiles: Tiles, hidden: Tensor, _ticket: Tensor | None, *_weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         layer, memory = step.layer, step.memory
         before, after = layer.before_weights(), layer.after_weights()
-        q, k, v = _map_tiles(lambda tile: step.before(hidden[tile], tile, before), tiles)
+        q, k, v = step.all_before(hidden, tiles, before)
         attended = step.attention.attend_forward(q, k, v, memory)
         (output,) = _map_tiles(
-            lambda tile: (after_attention(hidden[tile], attended.out[tile].flatten(1), after, layer.eps),), tiles
+            lambda tile: (after_attention(hidden[tile], attended.out[tile].flatten(1), after, layer.eps),), tiles.live
         )
         ctx.step, ctx.tiles, ctx.lse, ctx.sent_q = step, tiles, attended.lse, attended.q_heads is not q
         kept = (hidden, attended.out, *((attended.q_heads,) if ctx.sent_q else ()))
@@ -163,7 +192,7 @@ class _RecomputedStep(torch.autograd.Function):
         hidden, out, *sent_q = ctx.saved_tensors if stash is None else stash.take(ctx.place)
         dhidden, dout = _backward_after(step, tiles, hidden, out, doutput)
         # Step 0 has no diagonals, so it needs q in heads layout alone.
-        q = _query(step, tiles, hidden) if step.number or not sent_q else out
+        q = _query(step, tiles.live, hidden) if step.number or not sent_q else out
         attended = Attended(out, ctx.lse, sent_q[0] if sent_q else q)
         dqkv = step.attention.attend_backward(dout, q, attended, step.memory, step.number)
         _backward_before(step, tiles, hidden, dqkv, dhidden)
@@ -173,12 +202,13 @@ class _RecomputedStep(torch.autograd.Function):
         return None, None, dhidden, None, *(total.to(hidden.dtype) for total in sums)
 
 
-def _backward_after(step: _Step, tiles: Sequence[slice], hidden: Tensor, out: Tensor, doutput: Tensor) -> tuple[Tensor, Tensor]:
-    """Through what follows the attention: dhidden [S, H], but for what comes through the attention, and dout [S, Hq, D]."""
+def _backward_after(step: _Step, tiles: Tiles, hidden: Tensor, out: Tensor, doutput: Tensor) -> tuple[Tensor, Tensor]:
+    """Through what follows the attention: dhidden [S, H], but for what comes through the attention, and dout [Q, Hq, D]."""
     layer = step.layer
     weights, (_, sums) = layer.after_weights(), step.sums()
     dhidden, dout = torch.empty_like(hidden), torch.empty_like(out)
-    for tile in tiles:
+    dhidden[len(out) :] = 0
+    for tile in tiles.live:
         dhidden[tile], dattended = after_attention_backward(
             hidden[tile], out[tile].flatten(1), doutput[tile], weights, sums, layer.eps
         )
@@ -187,20 +217,19 @@ def _backward_after(step: _Step, tiles: Sequence[slice], hidden: Tensor, out: Te
 
 
 def _query(step: _Step, tiles: Sequence[slice], hidden: Tensor) -> Tensor:
-    """q [S, Hq, D] again."""
+    """q [Q, Hq, D] again."""
     weights = step.layer.before_weights()
     (q,) = _map_tiles(lambda tile: (step.query(hidden[tile], tile, weights),), tiles)
     return q
 
 
-def _backward_before(
-    step: _Step, tiles: Sequence[slice], hidden: Tensor, dqkv: tuple[Tensor, Tensor, Tensor], dhidden: Tensor
-) -> None:
+def _backward_before(step: _Step, tiles: Tiles, hidden: Tensor, dqkv: tuple[Tensor, Tensor, Tensor], dhidden: Tensor) -> None:
     """Through what precedes the attention, added to `dhidden`."""
     layer = step.layer
     weights, (sums, _) = layer.before_weights(), step.sums()
     dq, dk, dv = dqkv
-    for tile in tiles:
+    for tile in (*tiles.live, *tiles.rest):
+        # The rest has no query: dq ends where it begins.
         gradients, angles = (dq[tile], dk[tile], dv[tile]), step.angles(tile)
         dhidden[tile] += project_backward(step.embeds(tile), hidden[tile], gradients, angles, weights, sums, layer.eps)
 
@@ -210,8 +239,9 @@ def _map_tiles(function: Callable[[slice], tuple[Tensor, ...]], tiles: Sequence[
     first = function(tiles[0])
     if len(tiles) == 1:
         return first
-    joined = tuple(part.new_empty((tiles[-1].stop, *part.shape[1:])) for part in first)
+    start = tiles[0].start
+    joined = tuple(part.new_empty((tiles[-1].stop - start, *part.shape[1:])) for part in first)
     for tile in tiles:
         for whole, part in zip(joined, first if tile is tiles[0] else function(tile), strict=True):
-            whole[tile] = part
+            whole[tile.start - start : tile.stop - start] = part
     return joined

@@ -1,6 +1,6 @@
 """What the TTT steps keep for backward, and what a moment of the step needs beside it.
 
-Legend: S slots of a rank, H hidden size, A = Hq * D entries of a slot's queries, K TTT steps, Vd draft vocabulary.
+Legend: S slots of a rank, Q live ones, H hidden size, A = Hq * D entries of a slot's queries, K TTT steps, Vd draft vocabulary.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ def offloaded_activations(setup: Setup) -> int:
     """Bytes that `offload` moves to the host for one packed sequence; on a CPU they are there already."""
     if setup.activation != "offload" or setup.device == "cpu":
         return 0
-    return setup.ttt_steps * setup.shape.num_layers * sum(_saved_by_step(setup))
+    return setup.ttt_steps * setup.shape.num_layers * sum(_saved_by_step(setup)) + _saved_of_rest(setup)
 
 
 def batch_bytes(setup: Setup) -> int:
     """Integers and masks of one packed sequence; hidden states of the target stay on the host and stream through tiles."""
     # int64: position and teacher token of each slot; bool: supervised, and in the draft vocabulary too, per step.
-    return setup.slots * (2 * INT64 + 2 * setup.ttt_steps)
+    return setup.slots * 2 * INT64 + setup.live_slots * 2 * setup.ttt_steps
 
 
 def _saved_by_step(setup: Setup) -> tuple[int, int]:
@@ -31,7 +31,7 @@ def _saved_by_step(setup: Setup) -> tuple[int, int]:
     `recompute` keeps the hidden state, the attention's output, and q where Ulysses sent it; the rest is what autograd keeps of
     the functions in model/decoder.py. Without statistics.
     """
-    shape, S, item = setup.shape, setup.slots, setup.itemsize
+    shape, S, item = setup.shape, setup.live_slots, setup.itemsize
     H, A, inner = shape.hidden_size, shape.query_size, shape.intermediate_size
     sent_query = A if setup.ulysses > 1 else 0
     if setup.activation != "keep":
@@ -47,17 +47,27 @@ def _saved_by_step(setup: Setup) -> tuple[int, int]:
     return before + 3 * S * H * FP32, after + 2 * S * H * FP32
 
 
+def _saved_of_rest(setup: Setup) -> int:
+    """What step 0 keeps of the slots that are not live: their hidden states, in the one layer that there is then."""
+    shape, rest, item = setup.shape, setup.slots - setup.live_slots, setup.itemsize
+    H = shape.hidden_size
+    if setup.activation != "keep":
+        return rest * H * item
+    norms = 2 * H * item if setup.device == "cuda" else 3 * H * FP32
+    return rest * (2 * H * item + norms + 2 * shape.head_dim * FP32)
+
+
 def _statistics(setup: Setup) -> int:
     """Of all steps: log-sum-exps, and the indices of tokens and positions."""
-    layers = setup.shape.num_layers
-    return setup.ttt_steps * setup.slots * (layers * setup.shape.num_heads * FP32 + 2 * INT64)
+    rest = (setup.slots - setup.live_slots) * 2 * INT64
+    return setup.ttt_steps * setup.live_slots * (setup.shape.num_layers * setup.shape.num_heads * FP32 + 2 * INT64) + rest
 
 
 def kept_by_forward(setup: Setup) -> Parts:
     """What is kept when the last step is through."""
-    K, layers, S = setup.ttt_steps, setup.shape.num_layers, setup.slots
-    hidden = S * setup.shape.hidden_size * setup.itemsize
-    saved = K * layers * sum(_saved_by_step(setup))
+    K, layers = setup.ttt_steps, setup.shape.num_layers
+    hidden = setup.live_slots * setup.shape.hidden_size * setup.itemsize
+    saved = K * layers * sum(_saved_by_step(setup)) + _saved_of_rest(setup)
     if offloaded_activations(setup):
         # The loss reads the K outputs of the last layer before they may go; one step's tensors are on their way.
         saved = K * hidden + sum(_saved_by_step(setup))
@@ -70,7 +80,7 @@ def _keys_and_values(setup: Setup) -> Parts:
     shape, item, layers = setup.shape, setup.itemsize, setup.shape.num_layers
     rows = setup.padded_length if setup.kv_exchange == "gather" else setup.columns * kept_blocks(setup)
     step_0 = layers * rows * 2 * shape.kv_size // setup.ulysses * item
-    diagonals = layers * (setup.ttt_steps - 1) * setup.slots * 2 * shape.kv_size * item
+    diagonals = layers * (setup.ttt_steps - 1) * setup.live_slots * 2 * shape.kv_size * item
     return {"step-0 KV": step_0, "diagonal KV": diagonals}
 
 
@@ -87,7 +97,7 @@ def kept_in_backward(setup: Setup, columns: int, steps_done: int) -> Parts:
     steps = setup.ttt_steps - steps_done
     before, after = _saved_by_step(setup)
     # The later layers of this step are through, and what autograd kept after this layer's attention is used up.
-    saved = steps * layers * (before + after) - (layers - 1) * (before + after) - after
+    saved = steps * layers * (before + after) - (layers - 1) * (before + after) - after + _saved_of_rest(setup)
     if offloaded_activations(setup):
         saved = 2 * (before + after)
     return {
@@ -110,16 +120,16 @@ def passing_gradients(setup: Setup) -> int:
     """Gradients that pass through a layer's backward: of its output, of its input, of the attention's output."""
     shape = setup.shape
     hidden = 1 if setup.activation == "keep" else 2
-    return setup.slots * (hidden * shape.hidden_size + shape.query_size) * setup.itemsize
+    return setup.live_slots * (hidden * shape.hidden_size + shape.query_size) * setup.itemsize
 
 
 def _tile_slots(setup: Setup) -> int:
     """Slots of one tile of a layer; without recomputation all of them."""
     shape = setup.shape
     if setup.activation == "keep":
-        return setup.slots
+        return setup.live_slots
     per_slot = (7 * shape.intermediate_size + 8 * shape.hidden_size) * setup.itemsize
-    return min(setup.slots, setup.tile_bytes // per_slot)
+    return min(setup.live_slots, setup.tile_bytes // per_slot)
 
 
 def _norm(setup: Setup) -> int:
@@ -154,7 +164,7 @@ def tile_before_attention(setup: Setup) -> int:
 
 
 def attention_backward(setup: Setup) -> int:
-    shape, S, item = setup.shape, setup.slots, setup.itemsize
+    shape, S, item = setup.shape, setup.live_slots, setup.itemsize
     query, statistic = S * shape.query_size * item, S * shape.num_heads * FP32
     wide_query = S * shape.query_size * FP32
     total = statistic
@@ -178,7 +188,7 @@ def _passing_blocks(setup: Setup) -> int:
         return 0
     passing = setup.ring - kept_blocks(setup)
     copies = 0 if passing == 0 else 1 if passing == 1 else 3
-    return setup.slots * setup.shape.query_size * FP32 + copies * block_bytes(setup)
+    return setup.live_slots * setup.shape.query_size * FP32 + copies * block_bytes(setup)
 
 
 def _kernel_workspace(setup: Setup) -> int:
@@ -201,10 +211,10 @@ def _kernel_block(setup: Setup) -> tuple[int, int]:
     They meet all keys before them where those are gathered, else a chunk of a streamed block at a time.
     """
     if setup.ring == 1:
-        rows, keys = setup.columns, setup.columns
+        rows, keys = setup.live_columns, setup.columns
     else:
-        rows = setup.columns // setup.chunks_per_rank
-        keys = setup.padded_length if setup.kv_exchange == "gather" else rows
+        rows = setup.live_columns // setup.chunks_per_rank
+        keys = setup.padded_length if setup.kv_exchange == "gather" else setup.columns // setup.chunks_per_rank
     return min(rows, BACKWARD_BLOCK), min(keys, BACKWARD_BLOCK)
 
 
@@ -223,5 +233,5 @@ def loss_parts(setup: Setup, columns: int) -> Parts:
     return {
         "loss gradients": K * columns * shape.hidden_size * item,
         "weight-gradient sums": head * FP32,
-        "tile of the loss": tile + K * setup.slots * FP32,
+        "tile of the loss": tile + K * setup.live_slots * FP32,
     }

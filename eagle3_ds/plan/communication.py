@@ -1,6 +1,6 @@
 """Calls and bytes of one optimizer step, as pure functions of the setup.
 
-The attention's part is what tests count through the real step, call by call. Legend: S slots of a rank, K TTT steps,
+The attention's part is what tests count through the real step, call by call. Legend: S slots of a rank, Q live ones, K TTT steps,
 Hq / Hkv heads, D head size, b bytes of an entry.
 """
 
@@ -57,11 +57,12 @@ def _ulysses(setup: Setup) -> Traffic:
     Backward: (dout, lse, delta) of every step, dq of each later step, dq, dk and dv of step 0 in one call.
     """
     shape, steps, item = setup.shape, setup.ttt_steps, setup.itemsize
-    q, kv, statistics = shape.query_size * item, 2 * shape.kv_size * item, shape.num_heads * FP32
+    q, statistics = setup.live_slots * shape.query_size * item, setup.live_slots * shape.num_heads * FP32
+    kv = setup.slots * 2 * shape.kv_size * item
     forward = (q + kv) + (steps - 1) * q + steps * (q + statistics)
     backward = steps * (q + 2 * statistics) + (steps - 1) * q + (q + kv)
     layers = shape.num_layers
-    return Traffic("ulysses", "all_to_all", 4 * steps * layers, (forward + backward) * setup.slots * layers, setup.ulysses)
+    return Traffic("ulysses", "all_to_all", 4 * steps * layers, (forward + backward) * layers, setup.ulysses)
 
 
 def _gathered(setup: Setup) -> list[Traffic]:

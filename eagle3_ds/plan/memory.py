@@ -72,11 +72,11 @@ def _total(parts: Parts) -> int:
     return sum(parts.values())
 
 
-def predict_memory(setup: Setup, supervised: float = 1.0) -> Memory:
-    """Bytes per rank. `supervised`: share of the slots whose loss counts."""
+def predict_memory(setup: Setup) -> Memory:
+    """Bytes per rank."""
     states, host = model_states(setup)
     batch = {"batch": batch_bytes(setup) * setup.accumulation}
-    columns = round(setup.slots * supervised)
+    columns = setup.live_slots
     working = {**states, **batch, **gathered_weights(setup), **accumulated_gradient(setup)}
     phases = {
         "rest": states,
@@ -102,11 +102,15 @@ def _backward(setup: Setup, columns: int) -> Parts:
         {**last, "weight-gradient sums": weight_sums(setup), "tile of the MLP": through + tile_after_attention(setup)},
     ]
     if setup.activation != "keep":
-        dq_and_q = 2 * setup.slots * setup.shape.query_size * setup.itemsize
+        dq_and_q = 2 * setup.live_slots * setup.shape.query_size * setup.itemsize
         moments.append({**last, **sums, "tile of the projections": through + dq_and_q + tile_before_attention(setup)})
     if setup.ttt_steps > 1:
         earlier = {**kept_in_backward(setup, columns, steps_done=1), **backward_sums(setup, steps_done=1)}
         moments.append({**earlier, "tile of the MLP": through + tile_after_attention(setup)})
+    if setup.slots > setup.live_slots:
+        # Step 0's gradient is as long as the sequence again.
+        first = {**kept_in_backward(setup, 0, setup.ttt_steps - 1), **backward_sums(setup, setup.ttt_steps - 1)}
+        moments.append({**first, "gradient of all hidden states": setup.slots * setup.shape.hidden_size * setup.itemsize})
     early = gradient_partition(setup) if setup.zero.stage == 2 and head_overflows_bucket(setup) else {}
     worst = max(moments, key=_total)
     return {**worst, "whole gradients": head_gradient(setup), **gradient_buckets(setup), **early}

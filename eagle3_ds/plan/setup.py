@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from eagle3_ds.config import Recipe
-from eagle3_ds.layout import cut_into_chunks
+from eagle3_ds.layout import slots_of_a_rank
 
 Activation = Literal["keep", "recompute", "offload"]
 KVExchange = Literal["gather", "ring"]
@@ -139,6 +139,7 @@ class Setup:
         accumulation: packed sequences per draft_dp rank and optimizer step.
         kv_bytes: what a rank may hold of other ranks' step-0 keys and values in each layer, gradients included.
         target_bytes: weights of a target that runs beside the draft (`data.hidden_states: online`), sharded over all ranks.
+        supervised: share of the tokens whose loss counts, and with it of the slots that are live.
         device: whose attention kernel's workspace counts; any accelerator's is like cuda's.
         tile_bytes, loss_tile_bytes: budgets of one tile of slots in a layer, and of one tile of the loss.
     """
@@ -160,6 +161,7 @@ class Setup:
     loss_tile_bytes: int = 2**28
     chunks_per_rank: int = 8
     target_bytes: int = 0
+    supervised: float = 1.0
     device: Literal["cuda", "cpu"] = "cuda"
 
     @classmethod
@@ -209,18 +211,32 @@ class Setup:
 
     @property
     def padded_length(self) -> int:
-        num_chunks, size = cut_into_chunks(self.length, self.ring, self.ulysses, self.chunks_per_rank)
-        return num_chunks * size
+        return self.slots * self.sp
 
     @property
     def slots(self) -> int:
         """Slots of one rank."""
-        return self.padded_length // self.sp
+        return self._slots[1]
+
+    @property
+    def live_slots(self) -> int:
+        """Slots of one rank that are unrolled; the others give step 0 a key and a value. All, where there are more layers."""
+        return self._slots[0]
 
     @property
     def columns(self) -> int:
         """Slots of one ring rank: its Ulysses peers hold a part each, and attend to all of them with a part of the heads."""
-        return self.padded_length // self.ring
+        return self.slots * self.ulysses
+
+    @property
+    def live_columns(self) -> int:
+        """Live slots of one ring rank."""
+        return self.live_slots * self.ulysses
+
+    @property
+    def _slots(self) -> tuple[int, int]:
+        live = round(self.length * self.supervised) if self.shape.num_layers == 1 else self.length
+        return slots_of_a_rank(self.length, live, self.ring, self.ulysses, self.chunks_per_rank)
 
     @property
     def zero_ranks(self) -> int:

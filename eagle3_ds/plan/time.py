@@ -2,13 +2,15 @@
 
 Nothing is assumed to overlap but the offload of activations, so a run that overlaps its communication is faster than this.
 A multiplication and an addition are two FLOPs. Legend: S slots of a rank, H hidden size, I the MLP's, Hq / Hkv heads, D head
-size, K TTT steps, Vd draft vocabulary.
+size, K TTT steps, Vd draft vocabulary. Slots that are not live cost their keys and values alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from eagle3_ds.layout import SpanPlan
 from eagle3_ds.plan.activations import offloaded_activations
@@ -19,7 +21,7 @@ from eagle3_ds.plan.setup import FP32, Setup
 
 @dataclass(frozen=True)
 class Flops:
-    """One rank, one packed sequence, every slot supervised."""
+    """One rank, one packed sequence."""
 
     layers: int
     recompute: int
@@ -49,18 +51,24 @@ class StepTime:
 
 
 def attention_pairs(setup: Setup, documents: Sequence[int] | None = None) -> int:
-    """Query-key pairs of the busiest ring rank at one TTT step; without `documents`, one document fills the sequence."""
-    plan = SpanPlan.make(documents or (setup.length,), setup.ring, setup.ulysses, setup.chunks_per_rank)
+    """Query-key pairs of the busiest ring rank at one TTT step; without `documents`, one document fills the sequence.
+
+    Supervised tokens are taken to be spread evenly.
+    """
+    counted = np.floor(np.arange(setup.length + 1) * setup.supervised)
+    live = np.diff(counted) > 0 if setup.shape.num_layers == 1 else None
+    plan = SpanPlan.make(documents or (setup.length,), setup.ring, setup.ulysses, setup.chunks_per_rank, live)
     return int(plan.ring_work().max())
 
 
 def step_flops(setup: Setup, pairs: int) -> Flops:
     """FLOPs by kind. `pairs` is `attention_pairs`; each Ulysses rank computes its heads' part of them."""
-    shape, slots, steps = setup.shape, setup.slots, setup.ttt_steps
+    shape, slots, steps = setup.shape, setup.live_slots, setup.ttt_steps
     fc = shape.parameter_sizes[0]
     layers = [shape.layer_weights(layer) for layer in range(shape.num_layers)]
-    # Forward once, backward twice; fc has constant inputs, so no gradient of them.
-    matmul = 2 * slots * (2 * fc + 3 * steps * sum(sum(weights.values()) for weights in layers))
+    # Forward once, backward twice; fc has constant inputs, so no gradient of them. The rest has keys and values alone.
+    rest = (setup.slots - slots) * 3 * sum(layers[0][name] for name in ("k", "v"))
+    matmul = 2 * (setup.slots * 2 * fc + rest + slots * 3 * steps * sum(sum(weights.values()) for weights in layers))
     recompute = 0
     if setup.activation != "keep":
         # Keys, values and the attention's output are kept, and nothing in backward needs the output of `down`.
@@ -86,7 +94,7 @@ def elementwise_bytes(setup: Setup) -> int:
     # k diagonals, of keys and of values, are read at step k, once forward and twice backward.
     diagonals = 3 * 2 * shape.kv_size * steps * (steps - 1) // 2
     softmax = 8 * shape.draft_vocab_size * FP32 * (steps + 1)
-    return setup.slots * (shape.num_layers * item * (steps * passes * wide + diagonals) + softmax)
+    return setup.live_slots * (shape.num_layers * item * (steps * passes * wide + diagonals) + softmax)
 
 
 def predict_time(setup: Setup, device: Device, pairs: int, ranks_per_node: int = 8, assume: Assumptions = ESTIMATES) -> StepTime:

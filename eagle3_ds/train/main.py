@@ -54,7 +54,7 @@ def open_states(recipe: Recipe, topology: Topology) -> HiddenStates:
     Opened before the draft's engine is built, while the device is empty: the target passes through it layer by layer.
     """
     if recipe.data.hidden_states == "online":
-        return OnlineStates(TargetEngine(recipe, topology), recipe.draft.ttt_steps)
+        return OnlineStates(TargetEngine(recipe, topology))
     prepared = read_prepared(recipe)
     return HiddenStateStore.open(prepared["store"], prepared["store_fingerprint"])
 

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
-from eagle3_ds.layout import LocalRows, PackedSequence, Rows, SpanPlan, row_tiles
+from eagle3_ds.layout import LocalRows, PackedSequence, Rows, row_tiles
 from eagle3_ds.model import DraftModel, VocabularyMap, build_draft_config
 from eagle3_ds.target import load_embedding_and_head, load_text_config, resolve_path, teacher_tokens
 from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.checkpoint import folder_name
 from eagle3_ds.train.restore import load_checkpoint
 from eagle3_ds.train.saver import CheckpointSaver, Progress
+from eagle3_ds.train.spans import plan_spans
 from eagle3_ds.train.trainer import DraftTrainer, StepReport
 
 ROWS_AT_ONCE = 4096
@@ -161,10 +162,10 @@ class RolloutTrainer:
     def _pack(self, rollout: Rollout) -> PackedSequence:
         """Checked as far as this rank reads it; the teacher's tokens are those of its own rows, and 0 elsewhere."""
         length = _check_tokens(rollout, len(self._head))
-        parallel, place = self.recipe.parallel, self.trainer.topology.place
-        plan = SpanPlan.make(rollout.lengths, parallel.ring, parallel.ulysses, parallel.chunks_per_rank)
+        place, loss_mask = self.trainer.topology.place, rollout.loss_mask.cpu().bool()
+        plan = plan_spans(self.recipe, rollout.lengths, loss_mask)
         own = plan.slots(place.ring_rank, place.ulysses_rank)
-        read = plan.halo_slots(place.ring_rank, place.ulysses_rank, self.recipe.draft.ttt_steps)
+        read = plan.teacher_slots(place.ring_rank, place.ulysses_rank, self.recipe.draft.ttt_steps)
         for _ in _checked_rows("aux", rollout.aux, own, length, 3 * self._hidden_size):
             pass
         token = torch.zeros(length, dtype=torch.int64) if rollout.teacher_token is None else rollout.teacher_token.cpu().long()
@@ -173,7 +174,7 @@ class RolloutTrainer:
                 token[slots] = self._greedy_tokens(rows)
         return PackedSequence(
             token_ids=rollout.token_ids.cpu().long(),
-            loss_mask=rollout.loss_mask.cpu().bool(),
+            loss_mask=loss_mask,
             lengths=tuple(rollout.lengths),
             teacher_token=token,
             aux=_HostRows(rollout.aux),

@@ -44,7 +44,7 @@ class SpanStates:
     """What the target's forward leaves on one rank: the rows of its own slots, padding among them.
 
     Attributes:
-        slots: int64 [S], ascending.
+        slots: int64 [S], in the order of the plan, padding last.
         aux: [S, 3 * Ht]; teacher: [S, Ht]; teacher_token: int64 [S]; on this rank's device.
     """
 
@@ -75,10 +75,13 @@ class TargetEngine:
         self._probe()
 
     @torch.no_grad()
-    def run(self, token_ids: Tensor, lengths: Sequence[int]) -> SpanStates:
-        """Run over this rank's spans of a packed sequence. token_ids: int64 [L], whole, of all documents end to end."""
+    def run(self, token_ids: Tensor, lengths: Sequence[int], plan: SpanPlan | None = None) -> SpanStates:
+        """Run over this rank's spans of a packed sequence.
+
+        token_ids: int64 [L], whole, of all documents end to end. plan: of these documents; None cuts them alike all along.
+        """
         parallel, place, device = self.recipe.parallel, self.topology.place, self.topology.device
-        plan = SpanPlan.make(lengths, parallel.ring, parallel.ulysses, parallel.chunks_per_rank)
+        plan = plan or SpanPlan.make(lengths, parallel.ring, parallel.ulysses, parallel.chunks_per_rank)
         slots = plan.slots(place.ring_rank, place.ulysses_rank)
         padded = torch.zeros(plan.padded_length, dtype=torch.int64)
         padded[: plan.length] = token_ids

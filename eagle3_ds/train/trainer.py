@@ -1,6 +1,6 @@
 """DraftTrainer: packed sequences in, optimizer steps out.
 
-Legend: K TTT steps, S slots of this rank, E rows of its extended buffers.
+Legend: K TTT steps, Q live slots of this rank, E rows of its extended buffers.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from eagle3_ds.config import Recipe
 from eagle3_ds.kernels import select_kernel
-from eagle3_ds.layout import LocalBatch, PackedSequence, SpanPlan, prepare_usp_input, stream_rows
+from eagle3_ds.layout import LocalBatch, PackedSequence, prepare_usp_input, stream_rows
 from eagle3_ds.loss import LossInputs, LossSum, loss_tiles
 from eagle3_ds.model import DraftModel, UnrollSettings, VocabularyMap, patch_attention
 from eagle3_ds.plan import DraftShape, Setup, choose_kv_exchange
 from eagle3_ds.topology import Topology
 from eagle3_ds.train.engine import DraftWithLoss, build_engine, full_parameters, step_and_norm
+from eagle3_ds.train.spans import plan_spans
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ class DraftTrainer:
         self.engine.eval()
         (batch,), (inputs,), _ = self._prepare([pack])
         loss: LossSum = self.engine(batch, inputs)
-        return loss.step_loss.cpu(), all(bool(rows[:].isfinite().all()) for rows in (batch.aux, batch.teacher))
+        read = [batch.aux[:], *(batch.teacher.take(tile.rows) for tile in inputs.tiles)]
+        return loss.step_loss.cpu(), all(bool(rows.isfinite().all()) for rows in read)
 
     def frozen_tensors(self) -> list[Tensor]:
         """What is not trained and the same on every rank: the target's embedding, and its head's rows of the draft vocabulary."""
@@ -162,14 +164,9 @@ class DraftTrainer:
 
     def _prepare(self, packs: Sequence[PackedSequence]) -> tuple[list[LocalBatch], list[LossInputs], Tensor]:
         recipe, place = self.recipe, self.topology.place
-        batches = []
-        for pack in packs:
-            plan = SpanPlan.make(pack.lengths, recipe.parallel.ring, recipe.parallel.ulysses, recipe.parallel.chunks_per_rank)
-            batches.append(
-                prepare_usp_input(
-                    pack, plan, place.ring_rank, place.ulysses_rank, recipe.draft.ttt_steps, recipe.loss.mask_alignment
-                )
-            )
+        ranks, rules = (place.ring_rank, place.ulysses_rank), (recipe.draft.ttt_steps, recipe.loss.mask_alignment)
+        plans = [plan_spans(recipe, pack.lengths, pack.loss_mask) for pack in packs]
+        batches = [prepare_usp_input(pack, plan, *ranks, *rules) for pack, plan in zip(packs, plans, strict=True)]
         contributing = [self._contributing(batch) for batch in batches]
         normalizer = self._normalizer(batches, contributing)
         weight = torch.where(normalizer > 0, self._decay / normalizer.clamp(min=1), 0.0)
@@ -177,8 +174,8 @@ class DraftTrainer:
         return batches, inputs, normalizer
 
     def _contributing(self, batch: LocalBatch) -> Tensor:
-        """bool [K, S] on the host: supervised, and the teacher's token lies in the draft vocabulary."""
-        read = batch.row[None, :] + 1 + torch.arange(len(batch.supervised))[:, None]
+        """bool [K, Q] on the host: supervised, and the teacher's token lies in the draft vocabulary."""
+        read = batch.live_row[None, :] + 1 + torch.arange(len(batch.supervised))[:, None]
         return batch.supervised & self._in_vocabulary[batch.teacher_token][read]
 
     def _normalizer(self, batches: Sequence[LocalBatch], contributing: Sequence[Tensor]) -> Tensor:
@@ -194,7 +191,7 @@ class DraftTrainer:
     def _loss_inputs(self, batch: LocalBatch, contributing: Tensor, step_weight: Tensor) -> LossInputs:
         device = self.topology.device
         tiles = loss_tiles(
-            batch.row.numpy(),
+            batch.live_row.numpy(),
             batch.supervised.numpy(),
             self.recipe.loss.tile_bytes,
             len(self._draft_to_target),

@@ -1,5 +1,6 @@
 """The USP attention over K steps against one dense softmax, outputs and raw gradients, in fp64."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,9 @@ from eagle3_ds.topology import maybe_setup_distributed
 
 HEAD_DIM, STEPS = 8, 4
 LENGTHS = (19, 3, 26, 7, 1)
+# Answers at the ends of the first and the third document; the second is one as a whole.
+ANSWERS = np.zeros(sum(LENGTHS), dtype=np.bool_)
+ANSWERS[[*range(12, 22), *range(41, 48)]] = True
 TOPOLOGIES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)]
 
 
@@ -32,9 +36,9 @@ def whole_inputs(padded_length, num_heads, num_kv_heads):
     return random(num_heads), random(num_kv_heads), random(num_kv_heads), random(num_heads)
 
 
-def rank_of_attention(ring, ulysses, heads, kv_exchange, kept_blocks, kernel):
+def rank_of_attention(ring, ulysses, heads, kv_exchange, kept_blocks, kernel, live):
     topology = maybe_setup_distributed(ulysses, ring)
-    plan = SpanPlan.make(LENGTHS, ring, ulysses, chunks_per_rank=3)
+    plan = SpanPlan.make(LENGTHS, ring, ulysses, chunks_per_rank=3, live=live)
     place = topology.place
     slots = torch.from_numpy(plan.slots(place.ring_rank, place.ulysses_rank))
     q, k, v, dout = (x[:, slots] for x in whole_inputs(plan.padded_length, *heads))
@@ -52,12 +56,18 @@ def rank_of_attention(ring, ulysses, heads, kv_exchange, kept_blocks, kernel):
     assert (attention.sp_ring_degree, attention.sp_ulysses_degree) == (ring, ulysses)
     assert (attention.sp_world_size, attention.sp_rank) == (ring * ulysses, place.sp_rank)
     memory = UnrollMemory(plan, place.ring_rank)
-    outs = torch.stack([attention.attend(q[s], k[s], v[s], memory) for s in range(STEPS)])
-    (outs * dout.flatten(2)).sum().backward()
-    return slots, outs.detach(), q.grad, k.grad, v.grad
+    num_live = plan.live_per_rank
+    # Key-only slots come along at step 0, with keys and values.
+    counts = [len(slots)] + [num_live] * (STEPS - 1)
+    outs = torch.stack([attention.attend(q[s, :num_live], k[s, :n], v[s, :n], memory) for s, n in enumerate(counts)])
+    (outs * dout.flatten(2)[:, :num_live]).sum().backward()
+    whole = torch.zeros(STEPS, len(slots), outs.shape[-1], dtype=outs.dtype)
+    whole[:, :num_live] = outs.detach()
+    return slots, whole, q.grad, k.grad, v.grad
 
 
 def dense(plan, num_heads, num_kv_heads):
+    """Outputs and gradients of the plan's live slots, zeros elsewhere but for the keys and values of step 0."""
     q, k, v, dout = whole_inputs(plan.padded_length, num_heads, num_kv_heads)
     for x in (q, k, v):
         x.requires_grad_()
@@ -75,9 +85,11 @@ def dense(plan, num_heads, num_kv_heads):
         out = torch.einsum("hij,jhd->ihd", weights[..., : len(slot)], values[0])
         out = out + torch.einsum("his,sihd->ihd", weights[..., len(slot) :], values[1 : step + 1])
         outs.append(out.flatten(1))
-    real = (document >= 0)[None, :, None]
-    outs = torch.stack(outs)
-    (outs * dout.flatten(2) * real).sum().backward()
+    looking = torch.zeros(plan.padded_length, dtype=torch.bool)
+    looking[plan.live.reshape(-1)] = True
+    looking &= document >= 0
+    outs = torch.stack(outs) * looking[:, None]
+    (outs * dout.flatten(2)).sum().backward()
     return outs.detach(), q.grad, k.grad, v.grad
 
 
@@ -85,9 +97,11 @@ def dense(plan, num_heads, num_kv_heads):
 @pytest.mark.parametrize("heads", [(8, 4), (4, 4)], ids=["gqa", "mha"])
 @pytest.mark.parametrize(("kv_exchange", "kept_blocks"), [("gather", 0), ("ring", 0), ("ring", 1), ("ring", 3)])
 @pytest.mark.parametrize(("ring", "ulysses"), TOPOLOGIES)
-def test_attention_equals_one_dense_softmax(run_ranks, ring, ulysses, kv_exchange, kept_blocks, heads):
-    results = run_ranks(ring * ulysses, rank_of_attention, ring, ulysses, heads, kv_exchange, kept_blocks, "blockwise")
-    plan = SpanPlan.make(LENGTHS, ring, ulysses, chunks_per_rank=3)
+@pytest.mark.parametrize("live", [None, ANSWERS], ids=["all live", "answers live"])
+def test_attention_equals_one_dense_softmax(run_ranks, live, ring, ulysses, kv_exchange, kept_blocks, heads):
+    results = run_ranks(ring * ulysses, rank_of_attention, ring, ulysses, heads, kv_exchange, kept_blocks, "blockwise", live)
+    plan = SpanPlan.make(LENGTHS, ring, ulysses, chunks_per_rank=3, live=live)
+    assert (plan.rest.size > 0) == (live is not None)
     real = plan.document >= 0
     for name, part, expected in zip(("out", "dq", "dk", "dv"), range(1, 5), dense(plan, *heads), strict=True):
         whole = torch.full_like(expected, torch.nan)

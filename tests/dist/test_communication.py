@@ -26,6 +26,9 @@ RUNS = {
         BASE, ring=4, kv_exchange="ring", dtype="bfloat16", activation="keep", zero_group="draft_dp"
     ),
     "ring 4, two of four blocks kept": replace(BASE, ring=4, kv_exchange="ring", kv_bytes=BLOCK, activation="offload"),
+    "ulysses 2, answers of a quarter": replace(BASE, ulysses=2, answered=0.25),
+    "ulysses 2 x ring 2, bf16, answers of a third": replace(BASE, ring=2, ulysses=2, answered=0.33, dtype="bfloat16", ttt_steps=7),
+    "ring 2, streamed, answers of a half": replace(BASE, ring=2, kv_exchange="ring", answered=0.5),
     "ring 4, all blocks kept": replace(BASE, ring=4, kv_exchange="ring", kv_bytes=3 * BLOCK, ttt_steps=2),
 }
 

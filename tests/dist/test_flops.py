@@ -25,9 +25,10 @@ def counted_matmuls(run):
 
 
 @pytest.mark.parametrize("activation", ["keep", "recompute"])
-def test_matmuls_are_those_of_the_step(run_ranks, activation):
-    run = SampleRun(SHAPE, 512, ttt_steps=3, activation=activation, tile_bytes=2**20, loss_tile_bytes=2**20)
+@pytest.mark.parametrize("answered", [1.0, 0.25])
+def test_matmuls_are_those_of_the_step(run_ranks, activation, answered):
+    run = SampleRun(SHAPE, 512, ttt_steps=3, activation=activation, tile_bytes=2**20, loss_tile_bytes=2**20, answered=answered)
     flops = step_flops(run.setup(), attention_pairs(run.setup()))
     counted = run_ranks(1, counted_matmuls, run)[0]
     # The last slots of a document have nothing ahead to learn from.
-    assert counted == pytest.approx(flops.layers + flops.recompute + flops.loss, rel=2e-3)
+    assert counted == pytest.approx(flops.layers + flops.recompute + flops.loss, rel=2e-3 if answered == 1 else 1e-2)

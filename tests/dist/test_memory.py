@@ -69,6 +69,8 @@ PREDICTED = {
     "kept, fp32": of_stage(0, activation="keep"),
     "ulysses 2": of_stage(3, ulysses=2),
     "ring 2, streamed, bf16": of_stage(1, ring=2, kv_exchange="ring", dtype="bfloat16"),
+    "ulysses 2, answers of a quarter": of_stage(2, ulysses=2, answered=0.25),
+    "kept, answers of an eighth": of_stage(0, activation="keep", answered=0.125),
 }
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from eagle3_ds.layout import PackedSequence
 from eagle3_ds.model import VocabularyMap
 from eagle3_ds.target import build_target, capture_hidden_states, load_target, teacher_tokens
 from eagle3_ds.train.rollout import Rollout, RolloutTrainer
+from eagle3_ds.train.spans import plan_spans
 
 pytestmark = pytest.mark.dist
 TEXTS = [f"def f{n}(x):\n    return x + {n}\n" * 4 for n in range(30)]
@@ -107,18 +109,20 @@ def test_the_weights_have_the_names_that_servers_load(results) -> None:
     assert {"midlayer.self_attn.q_proj.weight", "fc.weight", "lm_head.weight", "norm.weight", "d2t", "t2d"} <= tensors.keys()
 
 
-def captured(target: str, output: Path) -> tuple[PackedSequence, PackedSequence]:
-    """The pack of a rollout without and with the teacher's tokens, as capture finds them."""
+def captured(target: str, output: Path) -> tuple[PackedSequence, PackedSequence, np.ndarray]:
+    """The pack of a rollout without and with the teacher's tokens, as capture finds them; and the slots that are read."""
     trainer = RolloutTrainer(make_recipe(target, output, 1, 1, 2))
     rollout = make_rollouts(target)[0]
     head = load_target(TargetSection(path=target), dtype="float32").head
     given = replace(rollout, teacher_token=teacher_tokens(rollout.teacher, head))
-    return trainer._pack(rollout), trainer._pack(given)
+    plan = plan_spans(trainer.recipe, rollout.lengths, rollout.loss_mask)
+    return trainer._pack(rollout), trainer._pack(given), plan.teacher_slots(0, 0, trainer.recipe.draft.ttt_steps)
 
 
 def test_the_teachers_tokens_are_found_when_they_are_not_given(run_ranks, target: str, tmp_path: Path) -> None:
-    ((found, given),) = run_ranks(1, captured, target, tmp_path)
-    assert torch.equal(found.teacher_token, given.teacher_token) and len(given.teacher_token.unique()) > 5
+    ((found, given, read),) = run_ranks(1, captured, target, tmp_path)
+    assert len(read) > 0.9 * len(given.teacher_token)
+    assert torch.equal(found.teacher_token[read], given.teacher_token[read]) and len(given.teacher_token.unique()) > 5
 
 
 def one_bad_rank(target: str, output: Path) -> tuple[str, float]:

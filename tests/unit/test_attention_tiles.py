@@ -18,14 +18,9 @@ from eagle3_ds.kernels import AttentionKernel, Tile, TileKernel, select_kernel
 from eagle3_ds.kernels.cuda import CudaKernel
 from eagle3_ds.kernels.tile import cut_into_blocks
 from eagle3_ds.layout import SpanPlan
+from tests.unit.span_plans import span_plans
 
-plans = st.builds(
-    SpanPlan.make,
-    st.lists(st.integers(1, 40), min_size=1, max_size=8),
-    ring=st.integers(1, 5),
-    ulysses=st.integers(1, 3),
-    chunks_per_rank=st.integers(1, 6),
-)
+plans = span_plans(longest=40, documents=8, ulysses=3, chunks=6)
 windows = st.none() | st.integers(1, 50)
 
 
@@ -35,6 +30,11 @@ def dense_mask(plan: SpanPlan, window: int | None) -> np.ndarray:
     back = slot[:, None] - slot
     same = (plan.document[:, None] == plan.document) & (plan.document >= 0)
     return same & (back >= 0) & (back < (window or plan.padded_length))
+
+
+def live_slots(plan: SpanPlan, rank: int) -> np.ndarray:
+    """Slots of a ring rank's live columns."""
+    return plan.live[rank].reshape(-1)
 
 
 def shown(tiles: Iterable[Tile], num_rows: int, num_keys: int) -> np.ndarray:
@@ -57,23 +57,24 @@ def assert_no_key_is_idle(tiles: Iterable[Tile], num_rows: int, num_keys: int) -
 
 
 @settings(deadline=None)
-@given(plans, windows)
-def test_gathered_tiles_are_the_dense_mask(plan: SpanPlan, window: int | None) -> None:
+@given(plans, windows, st.booleans())
+def test_gathered_tiles_are_the_dense_mask(plan: SpanPlan, window: int | None, live: bool) -> None:
     mask = dense_mask(plan, window)
     for rank in range(plan.ring):
-        tiles = gathered_tiles(plan, rank, window)
-        assert (shown(tiles, plan.columns_per_ring_rank, plan.padded_length) == mask[plan.ring_slots[rank]]).all()
-        assert_no_key_is_idle(tiles, plan.columns_per_ring_rank, plan.padded_length)
+        tiles = gathered_tiles(plan, rank, window, live)
+        slots = live_slots(plan, rank) if live else plan.ring_slots[rank]
+        assert (shown(tiles, len(slots), plan.padded_length) == mask[slots]).all()
+        assert_no_key_is_idle(tiles, len(slots), plan.padded_length)
 
 
 @settings(deadline=None)
 @given(plans, windows, st.integers(1, 40))
 def test_blocks_of_a_tile_show_the_same(plan: SpanPlan, window: int | None, most: int) -> None:
-    size = plan.columns_per_ring_rank
+    size = plan.ulysses * plan.live_per_rank
     for rank in range(plan.ring):
         for source in (None, *range(plan.ring)):
             tiles = gathered_tiles(plan, rank, window) if source is None else block_tiles(plan, rank, source, window)
-            num_keys = plan.padded_length if source is None else size
+            num_keys = plan.padded_length if source is None else plan.columns_per_ring_rank
             blocks = [block for tile in tiles for block in cut_into_blocks(tile, most)]
             assert (shown(blocks, size, num_keys) == shown(tiles, size, num_keys)).all()
             for block in blocks:
@@ -84,13 +85,13 @@ def test_blocks_of_a_tile_show_the_same(plan: SpanPlan, window: int | None, most
 @settings(deadline=None)
 @given(plans, windows)
 def test_block_tiles_are_the_dense_mask(plan: SpanPlan, window: int | None) -> None:
-    mask, size = dense_mask(plan, window), plan.columns_per_ring_rank
+    mask, sizes = dense_mask(plan, window), (plan.ulysses * plan.live_per_rank, plan.columns_per_ring_rank)
     for rank in range(plan.ring):
         for source in range(plan.ring):
             tiles = block_tiles(plan, rank, source, window)
-            wanted = mask[np.ix_(plan.ring_slots[rank], plan.ring_slots[source])]
-            assert (shown(tiles, size, size) == wanted).all()
-            assert_no_key_is_idle(tiles, size, size)
+            wanted = mask[np.ix_(live_slots(plan, rank), plan.ring_slots[source])]
+            assert (shown(tiles, *sizes) == wanted).all()
+            assert_no_key_is_idle(tiles, *sizes)
 
 
 KERNELS = [select_kernel(name, torch.device("cpu"), torch.float64, 8) for name in ("cpu", "blockwise")]
@@ -108,7 +109,7 @@ def test_kernels_on_random_plans_equal_a_dense_mask(
         tiles, key_slots = gathered_tiles(plan, rank, window), np.arange(plan.padded_length)
     else:
         tiles, key_slots = block_tiles(plan, rank, source, window), plan.ring_slots[source]
-    mask = torch.from_numpy(dense_mask(plan, window)[np.ix_(plan.ring_slots[rank], key_slots)])
+    mask = torch.from_numpy(dense_mask(plan, window)[np.ix_(live_slots(plan, rank), key_slots)])
     generator = torch.Generator().manual_seed(plan.padded_length)
     q, k, v, dout = (
         torch.randn(length, heads, 8, generator=generator, dtype=torch.float64)
@@ -157,6 +158,6 @@ def test_calls_of_a_varlen_kernel_share_out_the_tiles(plan: SpanPlan, window: in
             if most is not None and len(call.tiles) > 1:
                 assert sum(tile.num_queries for tile in call.tiles) <= most
                 assert sum(tile.num_keys for tile in call.tiles) <= most
-        documents = [run.document_start for run in plan.runs(rank)]
+        documents = [run.document_start for run in plan.live_runs(rank)]
         if window is None and most is None:
             assert len(calls) == max(map(documents.count, documents), default=0)

@@ -1,6 +1,7 @@
 """The step benchmark: what it feeds, counts and refuses. Times are measured, never judged."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -56,8 +57,10 @@ def test_flops_are_those_that_torch_counts(model):
 
 def test_both_sides_are_measured_and_agree():
     """A whole small run, in the world of one rank that the command makes."""
-    ((rows, record),) = run_ranks(1, step.run, TINY, (64, 32), 2, "recompute", 32)
-    assert [row.length for row in rows] == [32, 64]
+    ((rows, record),) = run_ranks(1, step.run, TINY, (1100, 600), 2, "recompute", 600, (1.0, 0.25))
+    assert [(row.length, row.supervised) for row in rows] == [(600, 1.0), (1100, 1.0), (600, 0.25), (1100, 0.25)]
+    assert rows[3].ours.peak_bytes < 0.5 * rows[1].ours.peak_bytes
+    assert rows[3].flops < 0.4 * rows[1].flops
     assert record["largest_gradient_difference"] <= step.TOLERANCE
     assert record["dense_attention"]["chosen"] in record["dense_attention"]["seconds"]
     for row, written in zip(rows, record["rows"], strict=True):
@@ -113,8 +116,8 @@ def test_a_result_says_how_and_where_it_was_measured(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--lengths", "-5"]])
+@pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--lengths", "-5"], ["--supervised", "0"], ["--supervised", "1.5"]])
 def test_senseless_numbers_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         step.main(arguments)
-    assert "must be positive" in capsys.readouterr().err
+    assert re.search("must be positive|above 0 and up to 1", capsys.readouterr().err)

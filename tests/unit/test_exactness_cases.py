@@ -16,7 +16,7 @@ from benchmarks.exactness_cases import (
     parameter_shapes,
     short_matrix,
 )
-from eagle3_ds.layout import PackedSequence, SpanPlan, prepare_usp_input
+from eagle3_ds.layout import PackedSequence, SpanPlan, live_slots, prepare_usp_input
 from eagle3_ds.model import DraftModel
 
 
@@ -72,19 +72,34 @@ def test_parameters_are_those_of_the_draft(layers):
     assert parameter_shapes(inputs.config) == draft
 
 
+def local_batches(case):
+    """Of the first step, by rank: what each holds of its micro-batches, cut as the trainer cuts."""
+    for rank_batches in make_inputs(case).steps[0]:
+        for rank in itertools.product(range(case.ring), range(case.ulysses)):
+            yield [cut(case, batch, rank) for batch in rank_batches]
+
+
+def cut(case, batch, rank):
+    pack = PackedSequence(batch.token_ids, batch.loss_mask, batch.lengths, batch.token_ids, batch.aux, batch.teacher)
+    rules = (case.ttt_steps, case.alignment)
+    live = live_slots(batch.lengths, batch.loss_mask, *rules) if case.layers == 1 else None
+    return prepare_usp_input(pack, SpanPlan.make(batch.lengths, case.ring, case.ulysses, live=live), *rank, *rules)
+
+
 @pytest.mark.parametrize("case", [c for c in full_matrix() if c.documents == "unsupervised_rank"], ids=str)
 def test_some_rank_has_no_supervised_slot_and_some_rank_has(case):
-    inputs = make_inputs(case)
-    counts = []
-    for rank_batches in inputs.steps[0]:
-        for ring_rank, ulysses_rank in itertools.product(range(case.ring), range(case.ulysses)):
-            counts.append(0)
-            for batch in rank_batches:
-                pack = PackedSequence(batch.token_ids, batch.loss_mask, batch.lengths, batch.token_ids, batch.aux, batch.teacher)
-                plan = SpanPlan.make(batch.lengths, case.ring, case.ulysses)
-                local = prepare_usp_input(pack, plan, ring_rank, ulysses_rank, case.ttt_steps, case.alignment)
-                counts[-1] += int(local.supervised.sum())
-    assert min(counts) == 0 < max(counts)
+    """The live slots of one sequence are shared out, so that all of its ranks may have some, but for drafts of more layers."""
+    counts = [sum(int(batch.supervised.sum()) for batch in batches) for batches in local_batches(case)]
+    assert max(counts) > 0
+    assert min(counts) == 0 or (case.draft_dp == 1 and case.layers == 1)
+
+
+@pytest.mark.parametrize("case", [c for c in full_matrix() if c.documents == "answers"], ids=str)
+def test_of_answers_less_than_half_of_the_slots_are_live(case):
+    for batches in local_batches(case):
+        for batch in batches:
+            plan = batch.plan
+            assert plan.live_per_rank <= 0.55 * plan.slots_per_rank if case.layers == 1 else not plan.rest.size
 
 
 def test_indivisible_lengths_do_not_divide():

@@ -6,27 +6,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle3_ds.layout import PackedSequence, SpanPlan, prepare_usp_input
+from eagle3_ds.layout import PackedSequence, SpanPlan, live_slots, prepare_usp_input, slots_of_a_rank
+from tests.unit.span_plans import span_plans
 
-plans = st.builds(
-    SpanPlan.make,
-    st.lists(st.integers(1, 60), min_size=1, max_size=12),
-    ring=st.integers(1, 5),
-    ulysses=st.integers(1, 4),
-    chunks_per_rank=st.integers(1, 8),
-)
+plans = span_plans()
 
 
 def all_ranks(plan):
     return [(r, u) for r in range(plan.ring) for u in range(plan.ulysses)]
 
 
-def make_pack(lengths, width=2):
+def make_pack(lengths, width=2, stretch=1):
+    """A loss mask of stretches of equal tokens."""
     length = sum(lengths)
     generator = torch.Generator().manual_seed(length)
     return PackedSequence(
         token_ids=torch.randint(0, 1000, (length,), generator=generator),
-        loss_mask=torch.rand(length, generator=generator) < 0.6,
+        loss_mask=(torch.rand(-(-length // stretch), generator=generator) < 0.6).repeat_interleave(stretch)[:length],
         lengths=tuple(lengths),
         teacher_token=torch.randint(0, 1000, (length,), generator=generator),
         aux=torch.rand(length, 3 * width, generator=generator) + 1,
@@ -40,6 +36,44 @@ def test_every_slot_has_exactly_one_owner_and_shares_are_equal(plan):
     assert {len(share) for share in shares} == {plan.slots_per_rank}
     assert sorted(np.concatenate(shares)) == list(range(plan.padded_length))
     assert plan.length <= plan.padded_length
+
+
+@given(plans)
+def test_live_slots_are_the_first_and_every_rank_has_as_many(plan):
+    """So are the ranks' other slots; what is not live is never needed for a query."""
+    assert plan.live_per_rank >= 1
+    for ring, ulysses in all_ranks(plan):
+        slots = plan.slots(ring, ulysses)
+        live, rest = slots[: plan.live_per_rank], slots[plan.live_per_rank :]
+        assert (np.diff(live) > 0).all() and (np.diff(rest) > 0).all()
+        assert (live == plan.live[ring, ulysses]).all()
+        # Padding is last, so that rows of hidden states are read up to it.
+        assert (np.diff((slots >= plan.length).astype(int)) >= 0).all()
+    runs = {(run.slot, run.length) for rank in range(plan.ring) for run in plan.runs(rank)}
+    assert {(run.slot, run.length) for rank in range(plan.ring) for run in plan.live_runs(rank)} <= runs
+
+
+@given(st.integers(1, 3000), st.integers(0, 3000), st.integers(1, 4), st.integers(1, 4), st.integers(1, 8))
+def test_shares_are_known_before_the_plan_is_made(length, num_live, ring, ulysses, chunks):
+    live = np.zeros(length, dtype=np.bool_)
+    live[length - min(num_live, length) :] = True
+    plan = SpanPlan.make([length], ring, ulysses, chunks, live)
+    shares = (plan.live_per_rank, plan.slots_per_rank)
+    assert shares == slots_of_a_rank(length, int(live.sum()), ring, ulysses, chunks)
+    assert live[plan.live[plan.live < length]].sum() == live.sum()
+    # Evened out by less than a slot per chunk and peer.
+    if plan.rest.size:
+        assert plan.live.size - max(1, live.sum()) < max(1, ring * chunks) * ulysses
+
+
+def test_live_work_is_balanced_where_answers_are_at_the_end():
+    """Sixteen questions of 7k tokens with an answer of 1k each: the answers are what has work."""
+    lengths = [8192] * 16
+    live = np.tile(np.arange(8192) >= 7168, 16)
+    plan = SpanPlan.make(lengths, ring=8, live=live)
+    work = plan.ring_work()
+    assert work.max() <= 1.05 * work.mean()
+    assert plan.live_per_rank == 2048
 
 
 @given(plans)
@@ -84,17 +118,22 @@ def test_greedy_plan_is_balanced_on_simulated_128k_packs(median):
     assert np.quantile(ratios, 0.9) <= 1.05
 
 
-@pytest.mark.parametrize("bad", [{"lengths": []}, {"lengths": [4, 0]}, {"lengths": [4], "ring": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"lengths": []}, {"lengths": [4, 0]}, {"lengths": [4], "ring": 0}, {"lengths": [4], "live": np.ones(3, dtype=np.bool_)}],
+)
 def test_a_plan_that_cannot_be_is_refused(bad):
-    with pytest.raises(ValueError, match="lengths|must be >= 1"):
+    with pytest.raises(ValueError, match="lengths|must be >= 1|live has shape"):
         SpanPlan.make(**bad)
 
 
 @settings(max_examples=60, deadline=None)
-@given(plans, st.integers(1, 7), st.sampled_from(["served", "reference"]))
-def test_a_rank_reads_what_the_whole_sequence_says(plan, steps, alignment):
+@given(plans, st.integers(1, 7), st.sampled_from(["served", "reference"]), st.integers(1, 30), st.integers(1, 8))
+def test_a_rank_reads_what_the_whole_sequence_says(plan, steps, alignment, stretch, chunks):
     """Row `row + 1 + k` of the extended buffers is position i + 1 + k of the pack, wherever a slot is supervised."""
-    pack = make_pack(plan.lengths)
+    pack = make_pack(plan.lengths, stretch=stretch)
+    live = live_slots(plan.lengths, pack.loss_mask, steps, alignment)
+    plan = SpanPlan.make(plan.lengths, plan.ring, plan.ulysses, chunks, live)
     seen = torch.zeros(steps, plan.padded_length, dtype=torch.bool)
     for rank in all_ranks(plan):
         batch = prepare_usp_input(pack, plan, *rank, ttt_steps=steps, mask_alignment=alignment)
@@ -103,12 +142,18 @@ def test_a_rank_reads_what_the_whole_sequence_says(plan, steps, alignment):
         assert batch.num_own_slots == int(real.sum())
         assert torch.equal(batch.aux[:][real], pack.aux[slots[real]])
         assert not batch.aux[:][~real].any()
+        # Step 0 sees the token of every slot whose next is in the pack, live or not.
+        inside = slots + 1 < plan.length
+        assert torch.equal(batch.token_ids[batch.row + 1][inside], pack.token_ids[slots[inside] + 1])
+        taught = set(plan.teacher_slots(*rank, steps))
+        live_slots_here = slots[: plan.live_per_rank]
         for k in range(steps):
             counted = batch.supervised[k]
-            read = slots[counted] + 1 + k
-            assert torch.equal(batch.token_ids[batch.row + 1 + k][counted], pack.token_ids[read])
-            assert torch.equal(batch.teacher[:][batch.row + 1 + k][counted], pack.teacher[read])
-            seen[k, slots] = counted
+            read = live_slots_here[counted] + 1 + k
+            assert torch.equal(batch.token_ids[batch.live_row + 1 + k][counted], pack.token_ids[read])
+            assert torch.equal(batch.teacher[:][batch.live_row + 1 + k][counted], pack.teacher[read])
+            assert taught.issuperset(read.tolist())
+            seen[k, live_slots_here] = counted
     document = torch.from_numpy(plan.document)
     for k in range(steps):
         for slot in range(plan.padded_length):

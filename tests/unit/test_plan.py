@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,15 +55,32 @@ def test_parameters_are_those_of_the_model(layers: int) -> None:
     assert sorted(shape.parameter_sizes) == sorted(p.numel() for p in DraftModel(config).parameters())
 
 
-@given(st.integers(1, 5000), st.integers(1, 5), st.sampled_from([1, 2, 4]), st.integers(1, 8))
-def test_slots_are_those_of_the_span_plan(length: int, ring: int, ulysses: int, chunks: int) -> None:
-    plan = SpanPlan.make([length], ring, ulysses, chunks)
-    setup = Setup(SMALL, length, ring=ring, ulysses=ulysses, chunks_per_rank=chunks)
-    assert (setup.slots, setup.columns, setup.padded_length) == (
+@given(st.integers(1, 5000), st.integers(1, 5), st.sampled_from([1, 2, 4]), st.integers(1, 8), st.floats(0, 1))
+def test_slots_are_those_of_the_span_plan(length: int, ring: int, ulysses: int, chunks: int, supervised: float) -> None:
+    live = np.arange(length) < round(length * supervised)
+    plan = SpanPlan.make([length], ring, ulysses, chunks, live)
+    setup = Setup(SMALL, length, ring=ring, ulysses=ulysses, chunks_per_rank=chunks, supervised=supervised)
+    assert (setup.slots, setup.columns, setup.padded_length, setup.live_slots) == (
         plan.slots_per_rank,
         plan.columns_per_ring_rank,
         plan.padded_length,
+        plan.live_per_rank,
     )
+
+
+def test_short_answers_cost_a_part_of_everything_but_the_prompts_keys() -> None:
+    tenth = replace(NODE, supervised=0.1)
+    whole, share = (step_flops(setup, attention_pairs(setup)) for setup in (NODE, tenth))
+    assert share.loss == pytest.approx(0.1 * whole.loss, rel=0.01)
+    assert share.attention_forward == pytest.approx(0.1 * whole.attention_forward, rel=0.01)
+    assert share.total < 0.13 * whole.total
+    saved = [predict_memory(setup).phases["loss"]["saved activations"] for setup in (NODE, tenth)]
+    assert saved[1] < 0.15 * saved[0]
+    sent = [sum(t.sent for t in attention_traffic(setup) if t.axis == "ulysses") for setup in (NODE, tenth)]
+    assert sent[1] < 0.15 * sent[0]
+    # A second layer makes its keys of what the first one gives at every slot.
+    two_layers = replace(tenth, shape=replace(LLAMA_8B, num_layers=2))
+    assert two_layers.live_slots == two_layers.slots
 
 
 def test_zero_settings_of_the_shipped_files() -> None:

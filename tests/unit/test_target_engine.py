@@ -38,10 +38,20 @@ def test_online_states_are_those_of_each_document(folder: Path) -> None:
     target = load_target(target_engine.recipe.target)
     documents = [capture_hidden_states(target, ids) for ids in tokens().split(LENGTHS)]
     aux, teacher = (torch.cat(parts) for parts in zip(*documents, strict=True))
-    token, found_aux, found_teacher = OnlineStates(target_engine, ttt_steps=3).states([7, 8, 9], tokens(), LENGTHS)
+    states = OnlineStates(target_engine).states
+    all_tokens = torch.ones(len(tokens()), dtype=torch.bool)
+    token, found_aux, found_teacher = states([7, 8, 9], tokens(), all_tokens, LENGTHS)
     assert (found_aux[0 : len(aux)] - aux).norm() <= 1e-5 * aux.norm()
-    assert (found_teacher[0 : len(teacher)] - teacher).norm() <= 1e-5 * teacher.norm()
+    # Nobody reads the teacher of the first slot.
+    assert (found_teacher[1 : len(teacher)] - teacher[1:]).norm() <= 1e-5 * teacher.norm()
     assert torch.equal(token, teacher_tokens(teacher, target.head))
+    # Where only the last document's end is supervised, its teacher alone is there.
+    token, found_aux, found_teacher = states([7, 8, 9], tokens(), torch.arange(len(tokens())) >= 36, LENGTHS)
+    assert (found_aux[0 : len(aux)] - aux).norm() <= 1e-5 * aux.norm()
+    assert (found_teacher[34 : len(teacher)] - teacher[34:]).norm() <= 1e-5 * teacher.norm()
+    assert torch.equal(token, teacher_tokens(teacher, target.head))
+    with pytest.raises(AssertionError, match="not all on this rank"):
+        found_teacher[2:5]
 
 
 def test_a_target_that_runs_otherwise_over_spans_is_found_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
