@@ -2,8 +2,9 @@
 
 Step 0 sends q, k and v in one all-to-all, then exchanges the keys and values over the ring once. Steps >= 1 send q and
 receive (out, lse): their own keys are diagonal, seen by their own slot alone, and never leave the rank. In backward each step
-sends (dout, lse, delta) and receives dq; step 0 receives dk and dv with it, summed over all steps. Forward and backward of
-K steps cost 4K all-to-alls, one all-gather and one reduce-scatter.
+sends (dout, q, lse, delta) and receives dq; step 0 receives dk and dv with it, summed over all steps. Forward and backward of
+K steps cost 4K all-to-alls, one all-gather and one reduce-scatter. That q travels twice costs a quarter more bytes than keeping
+what arrived the first time, and saves a third of what a step keeps.
 
 Only live slots (layout/plan.py) have queries, and diagonals with them; the other slots give step 0 a key and a value.
 
@@ -63,11 +64,10 @@ class UnrollMemory:
 
 
 class Attended(NamedTuple):
-    """The attention of one step: out [Q, Hq, D] in q's dtype, lse fp32 [Q, Hq], and q in heads layout [Lq, Hq / u, D]."""
+    """The attention of one step: out [Q, Hq, D] in q's dtype, lse fp32 [Q, Hq]."""
 
     out: Tensor
     lse: Tensor
-    q_heads: Tensor
 
 
 class LlamaUSPFlashAttention(nn.Module):
@@ -128,9 +128,8 @@ class LlamaUSPFlashAttention(nn.Module):
             memory.values.append(v)
             q_heads = sequence_to_heads(q, self.ulysses_group)
         out_heads, lse_heads = memory.prefix.attend(q_heads, self.scale)
-        out0, (lse0,) = self._home_with_statistics(out_heads.to(q.dtype), (lse_heads,))
-        out, lse = merge_diagonals(out0, lse0, q, memory.keys, memory.values, self.scale)
-        return Attended(out, lse, q_heads)
+        out0, lse0 = self._home_with_statistics(out_heads.to(q.dtype), lse_heads)
+        return Attended(*merge_diagonals(out0, lse0, q, memory.keys, memory.values, self.scale))
 
     def attend_backward(
         self, dout: Tensor, q: Tensor, attended: Attended, memory: UnrollMemory, step: int
@@ -139,7 +138,7 @@ class LlamaUSPFlashAttention(nn.Module):
 
         dout [Q, Hq, D]; q [Q, Hq, D] as in forward.
         """
-        out, lse, q_heads = attended
+        out, lse = attended
         assert memory.prefix is not None
         if step > 0 and not memory.dkeys:
             memory.dkeys = [torch.zeros_like(key) for key in memory.keys]
@@ -147,17 +146,20 @@ class LlamaUSPFlashAttention(nn.Module):
         dtype = accumulation_dtype(out.dtype)
         delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
         # On its way while the diagonals are computed.
-        packed, num_columns = _pack_statistics(dout, (lse, delta), self.ulysses_group)
+        packed = _pack((dout, q), (lse, delta)) if self.ulysses_group else dout
         pending = start_sequence_to_heads(packed, self.ulysses_group)
         dq: Tensor | None = None
         if step > 0:
             diagonals = (memory.keys[:step], memory.values[:step])
             gradients = (memory.dkeys[:step], memory.dvalues[:step])
             dq = merge_diagonals_backward(dout, q, *diagonals, lse, delta, self.scale, *gradients)
-        dout_heads, (lse_heads, delta_heads) = _unpack_statistics(pending.wait(), (lse, delta), num_columns)
-        # What travelled is as large as dout, twice, and the kernel's workspace comes now.
+        if self.ulysses_group:
+            dout_heads, q_heads, lse, delta = _unpack(pending.wait(), (dout, q), (lse, delta))
+        else:
+            dout_heads, q_heads = dout.contiguous(), q
+        # What travelled is as large as dout and q, twice, and the kernel's workspace comes now.
         del packed, pending
-        dq_heads = memory.prefix.attend_backward(dout_heads, q_heads, lse_heads, delta_heads, self.scale).to(q.dtype)
+        dq_heads = memory.prefix.attend_backward(dout_heads, q_heads, lse, delta, self.scale).to(q.dtype)
         if dq is None:
             dk_heads, dv_heads = (x.to(q.dtype) for x in memory.prefix.take_gradients())
             dq, dk, dv = all_heads_to_sequence((dq_heads, dk_heads, dv_heads), self.ulysses_group)
@@ -170,9 +172,12 @@ class LlamaUSPFlashAttention(nn.Module):
             return PrefixKV(k_heads, v_heads, *place)
         return RingKV(k_heads, v_heads, *place, self.ring_bytes)
 
-    def _home_with_statistics(self, x: Tensor, statistics: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        packed, num_columns = _pack_statistics(x, statistics, self.ulysses_group)
-        return _unpack_statistics(heads_to_sequence(packed, self.ulysses_group), statistics, num_columns)
+    def _home_with_statistics(self, x: Tensor, statistic: Tensor) -> tuple[Tensor, Tensor]:
+        """x [Lq, Hq / u, D] and statistic [Lq, Hq / u] in heads layout -> [Q, Hq, D], [Q, Hq]."""
+        if self.ulysses_group is None:
+            return x.contiguous(), statistic
+        home, home_statistic = _unpack(heads_to_sequence(_pack((x,), (statistic,)), self.ulysses_group), (x,), (statistic,))
+        return home, home_statistic
 
 
 def rotate(x_SHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
@@ -208,21 +213,15 @@ class _Attend(torch.autograd.Function):
         return *gradients, dticket if ctx.step else None, None, None
 
 
-def _pack_statistics(x: Tensor, statistics: Sequence[Tensor], group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
-    """x [rows, heads, D] with fp32 (or fp64) statistics [rows, heads] behind it, bits unchanged, for one exchange of both.
-
-    Returns:
-        [rows, heads, D + columns] in x's dtype, and the number of columns; x alone and 0 when nothing will be exchanged.
-    """
-    if group is None:
-        return x.contiguous(), 0
-    as_columns = torch.stack(tuple(statistics), dim=-1).contiguous().view(x.dtype)
-    return torch.cat((x, as_columns), dim=-1), as_columns.shape[-1]
+def _pack(parts: Sequence[Tensor], statistics: Sequence[Tensor]) -> Tensor:
+    """Parts [rows, heads, D] of one dtype for one exchange, behind them fp32 (or fp64) statistics [rows, heads], bit by bit."""
+    columns = torch.stack(tuple(statistics), dim=-1).contiguous().view(parts[0].dtype)
+    return torch.cat((*parts, columns), dim=-1)
 
 
-def _unpack_statistics(packed: Tensor, statistics: Sequence[Tensor], num_columns: int) -> tuple[Tensor, list[Tensor]]:
-    """The inverse of `_pack_statistics`; `statistics` are handed back where nothing was exchanged."""
-    if num_columns == 0:
-        return packed, list(statistics)
-    x, columns = packed.split((packed.shape[-1] - num_columns, num_columns), dim=-1)
-    return x.contiguous(), list(columns.contiguous().view(statistics[0].dtype).unbind(-1))
+def _unpack(packed: Tensor, parts: Sequence[Tensor], statistics: Sequence[Tensor]) -> list[Tensor]:
+    """What `_pack` was given, as it arrived; `parts` and `statistics` are what was sent."""
+    sizes = [part.shape[-1] for part in parts]
+    *arrived, columns = packed.split((*sizes, packed.shape[-1] - sum(sizes)), dim=-1)
+    own = columns.contiguous().view(statistics[0].dtype)
+    return [*(part.contiguous() for part in arrived), *own.unbind(-1)]

@@ -1,8 +1,8 @@
 """One TTT step of one layer in training, and what it keeps for backward.
 
 `keep` is plain autograd. `recompute` and `offload` are one autograd Function per step: backward repeats, a tile of slots at a
-time, everything but the attention. It keeps the hidden state that came in, the attention's output and its log-sum-exp, and q
-where Ulysses had to send it; `offload` moves these to pinned host memory. The gradients of the weights are summed over the
+time, everything but the attention. It keeps the hidden state that came in, the attention's output and its log-sum-exp; `offload`
+moves the first two to pinned host memory. The gradients of the weights are summed over the
 tiles and over the K steps in fp32, and leave with step 0.
 
 Step 0 takes all slots of this rank in and hands the live ones on: of the rest it needs a key and a value, which the projections
@@ -177,8 +177,8 @@ class _RecomputedStep(torch.autograd.Function):
         (output,) = _map_tiles(
             lambda tile: (after_attention(hidden[tile], attended.out[tile].flatten(1), after, layer.eps),), tiles.live
         )
-        ctx.step, ctx.tiles, ctx.lse, ctx.sent_q = step, tiles, attended.lse, attended.q_heads is not q
-        kept = (hidden, attended.out, *((attended.q_heads,) if ctx.sent_q else ()))
+        ctx.step, ctx.tiles, ctx.lse = step, tiles, attended.lse
+        kept = (hidden, attended.out)
         if memory.stash is None:
             ctx.save_for_backward(*kept)
         else:
@@ -189,12 +189,10 @@ class _RecomputedStep(torch.autograd.Function):
     def backward(ctx: Any, doutput: Tensor, dticket: Tensor) -> tuple[Tensor | None, ...]:
         step, tiles = ctx.step, ctx.tiles
         stash = step.memory.stash
-        hidden, out, *sent_q = ctx.saved_tensors if stash is None else stash.take(ctx.place)
+        hidden, out = ctx.saved_tensors if stash is None else stash.take(ctx.place)
         dhidden, dout = _backward_after(step, tiles, hidden, out, doutput)
-        # Step 0 has no diagonals, so it needs q in heads layout alone.
-        q = _query(step, tiles.live, hidden) if step.number or not sent_q else out
-        attended = Attended(out, ctx.lse, sent_q[0] if sent_q else q)
-        dqkv = step.attention.attend_backward(dout, q, attended, step.memory, step.number)
+        q = _query(step, tiles.live, hidden)
+        dqkv = step.attention.attend_backward(dout, q, Attended(out, ctx.lse), step.memory, step.number)
         _backward_before(step, tiles, hidden, dqkv, dhidden)
         if step.number:
             return None, None, dhidden, dticket

@@ -28,16 +28,15 @@ def batch_bytes(setup: Setup) -> int:
 def _saved_by_step(setup: Setup) -> tuple[int, int]:
     """What one layer keeps of one step for backward: up to the attention's output, and after it.
 
-    `recompute` keeps the hidden state, the attention's output, and q where Ulysses sent it; the rest is what autograd keeps of
+    `recompute` keeps the hidden state and the attention's output; the rest is what autograd keeps of
     the functions in model/decoder.py. Without statistics.
     """
     shape, S, item = setup.shape, setup.live_slots, setup.itemsize
     H, A, inner = shape.hidden_size, shape.query_size, shape.intermediate_size
-    sent_query = A if setup.ulysses > 1 else 0
     if setup.activation != "keep":
-        return S * (H + A + sent_query) * item, 0
+        return S * (H + A) * item, 0
     # Norms beside each other and q feed matmuls and the attention; the angles are fp32.
-    before = S * ((2 * H + 2 * A + sent_query) * item + 2 * shape.head_dim * FP32)
+    before = S * ((2 * H + 2 * A) * item + 2 * shape.head_dim * FP32)
     # The norm's output, gate, up, silu(gate) and their product.
     after = S * (H + 4 * inner) * item
     if setup.device == "cuda":
@@ -172,8 +171,8 @@ def attention_backward(setup: Setup) -> int:
         # The diagonals' part of q's gradient, and q again where it was not kept.
         total += query if setup.activation == "keep" else 2 * query
     if setup.ulysses > 1:
-        # dout and its two statistics in heads layout.
-        total += query + 2 * statistic
+        # dout, q and two statistics in heads layout.
+        total += 2 * query + 2 * statistic
     # The kernel's dq in fp32, and the output that it computes delta from.
     total += wide_query + query
     return total + _kernel_workspace(setup) + _passing_blocks(setup)

@@ -54,13 +54,13 @@ def attention_traffic(setup: Setup) -> list[Traffic]:
 def _ulysses(setup: Setup) -> Traffic:
     """Forward: q, k and v of step 0 in one call, q of each later step, (out, lse) of every step.
 
-    Backward: (dout, lse, delta) of every step, dq of each later step, dq, dk and dv of step 0 in one call.
+    Backward: (dout, q, lse, delta) of every step, dq of each later step, dq, dk and dv of step 0 in one call.
     """
     shape, steps, item = setup.shape, setup.ttt_steps, setup.itemsize
     q, statistics = setup.live_slots * shape.query_size * item, setup.live_slots * shape.num_heads * FP32
     kv = setup.slots * 2 * shape.kv_size * item
     forward = (q + kv) + (steps - 1) * q + steps * (q + statistics)
-    backward = steps * (q + 2 * statistics) + (steps - 1) * q + (q + kv)
+    backward = steps * (2 * q + 2 * statistics) + (steps - 1) * q + (q + kv)
     layers = shape.num_layers
     return Traffic("ulysses", "all_to_all", 4 * steps * layers, (forward + backward) * layers, setup.ulysses)
 

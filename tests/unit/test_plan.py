@@ -75,7 +75,7 @@ def test_short_answers_cost_a_part_of_everything_but_the_prompts_keys() -> None:
     assert share.attention_forward == pytest.approx(0.1 * whole.attention_forward, rel=0.01)
     assert share.total < 0.13 * whole.total
     saved = [predict_memory(setup).phases["loss"]["saved activations"] for setup in (NODE, tenth)]
-    assert saved[1] < 0.15 * saved[0]
+    assert saved[1] < 0.17 * saved[0]
     sent = [sum(t.sent for t in attention_traffic(setup) if t.axis == "ulysses") for setup in (NODE, tenth)]
     assert sent[1] < 0.15 * sent[0]
     # A second layer makes its keys of what the first one gives at every slot.
@@ -112,8 +112,8 @@ def test_memory_falls_with_more_ranks_and_with_what_is_not_kept() -> None:
     assert peak(ring=4) < peak() < peak(length=2 * NODE.length)
     assert peak(activation="offload") < peak() < peak(activation="keep")
     stashed = predict_memory(replace(NODE, activation="offload")).host["saved activations"]
-    # Hidden state, attention's output and sent q of 7 steps, bf16.
-    assert stashed == 7 * NODE.slots * (4096 + 4096 + 4096) * 2
+    # Hidden state and attention's output of 7 steps, bf16.
+    assert stashed == 7 * NODE.slots * (4096 + 4096) * 2
 
 
 def test_no_term_grows_with_slots_times_vocabulary() -> None:
