@@ -1,6 +1,7 @@
 """`python -m benchmarks.balance`: how evenly the span plan shares attention work over a ring of 8.
 
-Packs of 131072 tokens with documents of log-normal length, and one whole document. Beside the product's plan stand a contiguous
+Packs of 131072 tokens with documents of log-normal length, all of it supervised or the last part of each document, and one whole
+document. Work is that of the slots that are unrolled. Beside the product's plan stand a contiguous
 cut and the zigzag cut (each rank takes one piece from the front and its mirror from the back), which are how ring attention is
 usually balanced. The measure is the largest rank's attention work over the mean: the ring waits for the largest.
 """
@@ -22,6 +23,8 @@ from eagle3_ds.layout.plan import IntArray
 
 LENGTH, RING, SPREAD = 131_072, 8, 1.0
 MEDIANS = (4_000, 16_000, 48_000)
+# Of a document, at its end: what is supervised where documents are a long question and its answer.
+ANSWER = 0.15
 CUTS = ("span plan", "zigzag", "contiguous")
 
 
@@ -54,15 +57,16 @@ def simulated_pack(median: int, seed: int) -> list[int]:
     return lengths
 
 
-def measure(documents: str, packs: Sequence[Sequence[int]]) -> Balance:
-    """Balance of every cut on every pack."""
+def measure(documents: str, packs: Sequence[Sequence[int]], answer: float = 1.0) -> Balance:
+    """Balance of every cut on every pack. `answer`: share of each document, at its end, that is live."""
     ratios: dict[str, list[float]] = {cut: [] for cut in CUTS}
     planning_ms = []
     for lengths in packs:
+        live = np.concatenate([np.arange(length) >= round((1 - answer) * length) for length in lengths])
         started = time.perf_counter()
-        plan = SpanPlan.make(lengths, ring=RING)
+        plan = SpanPlan.make(lengths, ring=RING, live=live)
         planning_ms.append(1e3 * (time.perf_counter() - started))
-        work = attention_work(plan.position, plan.document >= 0)
+        work = attention_work(plan.position, plan.document >= 0)[:LENGTH] * live
         for cut, of_rank in zip(CUTS, (plan.ring_work(), _zigzag(work), work.reshape(RING, -1).sum(1)), strict=True):
             ratios[cut].append(float(of_rank.max() / of_rank.mean()))
     return Balance(documents, ratios, planning_ms)
@@ -78,7 +82,8 @@ def run(num_packs: int) -> list[Balance]:
     simulated = [
         measure(f"median {median // 1000}k", [simulated_pack(median, seed) for seed in range(num_packs)]) for median in MEDIANS
     ]
-    return [*simulated, measure("one document", [[LENGTH]])]
+    answers = measure("median 16k, answers", [simulated_pack(16_000, seed) for seed in range(num_packs)], ANSWER)
+    return [*simulated, answers, measure("one document", [[LENGTH]])]
 
 
 def draw(found: Sequence[Balance], path: Path) -> None:

@@ -10,15 +10,27 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.exactness_cases import Case
-from eagle3_ds.attention import prefix_kv
+from eagle3_ds.attention import prefix_kv, usp
+from eagle3_ds.attention.ring import RingKV
 from eagle3_ds.kernels import Tile
 from eagle3_ds.layout import LocalBatch, LocalRows, SpanPlan
-from eagle3_ds.model import draft
+from eagle3_ds.loss import taps
+from eagle3_ds.model import draft, ttt_step
 from eagle3_ds.train import trainer as trainer_module
 
-MUTATIONS = ("scale_by_sp", "dropped_halo", "leaking_document", "rope_off_by_one")
+MUTATIONS = (
+    "scale_by_sp",
+    "dropped_halo",
+    "leaking_document",
+    "rope_off_by_one",
+    "lost_tap",
+    "lost_diagonals",
+    "lost_prompts",
+    "lost_blocks",
+)
 
 
 @contextmanager
@@ -42,6 +54,22 @@ def mutate(name: str | None, case: Case) -> Iterator[None]:
         # From the second step on. All of them one behind would be no fault: RoPE is relative.
         with mock.patch.object(draft, "rotary_positions", lambda position, step: position + max(step - 1, 0)):
             yield
+    elif name == "lost_tap":
+        with mock.patch.object(taps._Tap, "backward", staticmethod(_without_step_1(taps._Tap.backward))):
+            yield
+    elif name == "lost_diagonals":
+        with mock.patch.object(usp, "merge_diagonals_backward", _into_nowhere(usp.merge_diagonals_backward)):
+            yield
+    elif name == "lost_prompts":
+        if case.documents != "answers" or case.layers > 1:
+            raise ValueError("lost_prompts needs slots that are not live. Use a case with documents answers and one layer.")
+        with mock.patch.object(ttt_step, "_backward_before", _of_live_slots(ttt_step._backward_before)):
+            yield
+    elif name == "lost_blocks":
+        if case.kv_exchange != "ring_kept":
+            raise ValueError("lost_blocks needs blocks that are kept. Use a case with kv_exchange ring_kept.")
+        with mock.patch.object(RingKV, "take_gradients", _of_own_block(RingKV.take_gradients)):
+            yield
     else:
         raise ValueError(f"mutation = {name!r} is unknown. Use one of {', '.join(MUTATIONS)}.")
 
@@ -64,6 +92,44 @@ def _without_halo(cut: Any) -> Any:
         return replace(batch, token_ids=batch.token_ids * own, teacher=rows)
 
     return cut_without_halo
+
+
+def _without_step_1(backward: Any) -> Any:
+    """The loss of step 1 adds nothing to the hidden state's gradient."""
+
+    def without_step_1(ctx: Any, dhidden: Tensor, dticket: Tensor) -> Any:
+        return (dhidden, None, None) if ctx.step == 1 else backward(ctx, dhidden, dticket)
+
+    return without_step_1
+
+
+def _into_nowhere(backward: Any) -> Any:
+    """What a step finds for the diagonals of earlier steps is not added to their gradients."""
+
+    def into_nowhere(*args: Any) -> Any:
+        *constants, dkeys, dvalues = args
+        return backward(*constants, *([x.clone() for x in gradients] for gradients in (dkeys, dvalues)))
+
+    return into_nowhere
+
+
+def _of_live_slots(backward: Any) -> Any:
+    """The keys and values of slots that are not live get no gradient."""
+
+    def of_live_slots(step: Any, tiles: ttt_step.Tiles, *args: Any) -> None:
+        backward(step, tiles._replace(rest=[]), *args)
+
+    return of_live_slots
+
+
+def _of_own_block(take: Any) -> Any:
+    """What a rank found for the blocks that it kept of others stays with it."""
+
+    def of_own_block(ring: RingKV) -> Any:
+        ring.gradients = ring.gradients[:1]
+        return take(ring)
+
+    return of_own_block
 
 
 def _leaking(tiles: Any) -> Any:

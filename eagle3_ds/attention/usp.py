@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional
 
 from eagle3_ds.attention.merge import merge_diagonals, merge_diagonals_backward
 from eagle3_ds.attention.prefix_kv import PrefixKV
@@ -104,10 +103,7 @@ class LlamaUSPFlashAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, memory: UnrollMemory) -> Tensor:
         """x [S, 2H] (or [S, H]), cos and sin [S, D] -> [S, H]."""
-        q, k, v = (
-            functional.linear(x, projection.weight).unflatten(-1, (-1, self.head_dim))  # type: ignore[arg-type]
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj))
         return self.o_proj(self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, memory))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, memory: UnrollMemory) -> Tensor:

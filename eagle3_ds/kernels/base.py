@@ -126,7 +126,7 @@ class TileKernel(AttentionKernel):
             dtype for every query head of both, and its own sums, so this bounds what the longest document needs beside them.
     """
 
-    backward_block = 2**13
+    backward_block = 2**12
 
     @abstractmethod
     def call_forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from eagle3_ds.plan.communication import block_bytes, kept_blocks
 from eagle3_ds.plan.setup import FP32, INT64, Parts, Setup
 
-BACKWARD_BLOCK = 2**13
+BACKWARD_BLOCK = 2**12
 """`TileKernel.backward_block`: rows, and about as many keys, of one call of an attention kernel's backward."""
 
 

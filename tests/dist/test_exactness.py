@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from benchmarks.exactness import COMPARED, judge, main, relative_error
 from benchmarks.exactness_cases import Case, make_inputs, short_matrix
+from benchmarks.exactness_mutations import MUTATIONS
 from benchmarks.exactness_product import run_product
 from benchmarks.rank_processes import run_ranks
 from eagle3_ds.train.shared_memory import segment
@@ -27,9 +28,12 @@ def test_the_case_that_is_mutated_passes_unharmed():
     assert tuple(verdict.errors) == COMPARED
 
 
-@pytest.mark.parametrize("mutation", ["scale_by_sp", "dropped_halo", "leaking_document", "rope_off_by_one"])
+CASES = {"lost_prompts": Case(ulysses=2, documents="answers"), "lost_blocks": Case(ring=2, kv_exchange="ring_kept")}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_mutation_is_rejected_for_its_numbers(mutation):
-    verdict = judge(TWO_RANKS, mutation=mutation)
+    verdict = judge(CASES.get(mutation, TWO_RANKS), mutation=mutation)
     assert verdict.failure is None, verdict.failure
     assert not verdict.passed, verdict.line()
     assert verdict.errors["gradients"] > 1000 * TWO_RANKS.tolerance
