@@ -2,6 +2,7 @@
 
 from eagle3_ds.kernels.base import AttentionKernel, TileKernel, accumulation_dtype, merge_partial
 from eagle3_ds.kernels.select import KERNELS, select_kernel
+from eagle3_ds.kernels.selfcheck import checked_kernel
 from eagle3_ds.kernels.tile import Tile
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Tile",
     "TileKernel",
     "accumulation_dtype",
+    "checked_kernel",
     "merge_partial",
     "select_kernel",
 ]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from eagle3_ds.kernels.base import AttentionKernel, accumulation_dtype
 from eagle3_ds.kernels.reference import ReferenceKernel
+from eagle3_ds.kernels.select import select_kernel
 from eagle3_ds.kernels.tile import Tile
 
 # Relative L2 error that rounding explains: a few units of the operands' precision.
@@ -30,6 +31,23 @@ def measured_error(kernel: AttentionKernel, device: torch.device, dtype: torch.d
     statistics = (x.to(device, accumulation_dtype(dtype)) for x in (lse, delta))
     actual = _results(kernel, *(x.to(device) for x in operands), *statistics)
     return max(_distance(a.cpu().double(), w) for a, w in zip(actual, wanted, strict=True))
+
+
+def checked_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionKernel:
+    """`select_kernel`, and proof that what it chose computes the right thing here; it takes milliseconds.
+
+    Raises:
+        ValueError: there is no such kernel, it cannot run here, or its results are wrong.
+    """
+    kernel = select_kernel(name, device, dtype, head_dim)
+    error = measured_error(kernel, device, dtype, head_dim)
+    if not error <= TOLERANCE[dtype]:
+        raise ValueError(
+            f"attention.kernel {kernel.name!r} computes wrongly on {device} with {dtype} heads of {head_dim}: its relative error "
+            f"against the reference is {error:.1e}, and rounding explains {TOLERANCE[dtype]:.0e}. Set attention.kernel to "
+            "another, such as blockwise; `eagle3-ds doctor` checks them all."
+        )
+    return kernel
 
 
 def _results(kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor) -> list[Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from eagle3_ds.attention import PackedAttention
 from eagle3_ds.config import Recipe, TargetSection
-from eagle3_ds.kernels import select_kernel
+from eagle3_ds.kernels import checked_kernel
 from eagle3_ds.layout import SpanPlan
 from eagle3_ds.target import (
     SpanForward,
@@ -69,7 +69,7 @@ class TargetEngine:
         target = _load_sharded(recipe.target, topology)
         self.dtype = getattr(torch, recipe.target.dtype)
         self.vocab_size: int = target.config.vocab_size
-        self.kernel = select_kernel(recipe.attention.kernel, topology.device, self.dtype, head_size(target.config))
+        self.kernel = checked_kernel(recipe.attention.kernel, topology.device, self.dtype, head_size(target.config))
         self._head: nn.Parameter = target.model.get_output_embeddings().weight
         self._forward: Any = _hook_up(SpanForward(target), topology)
         self._probe()

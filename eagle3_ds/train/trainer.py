@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eagle3_ds.config import Recipe
-from eagle3_ds.kernels import select_kernel
+from eagle3_ds.kernels import checked_kernel
 from eagle3_ds.layout import LocalBatch, PackedSequence, prepare_usp_input, stream_rows
 from eagle3_ds.loss import LossInputs, LossSum, loss_tiles
 from eagle3_ds.model import DraftModel, UnrollSettings, VocabularyMap, patch_attention
@@ -73,7 +73,7 @@ class DraftTrainer:
         self.recipe, self.topology, self.draft, self.vocabulary = recipe, topology, draft, vocabulary
         self.dtype = getattr(torch, recipe.train.dtype)
         device = topology.device
-        kernel = select_kernel(recipe.attention.kernel, device, self.dtype, draft.config.head_dim)
+        kernel = checked_kernel(recipe.attention.kernel, device, self.dtype, draft.config.head_dim)
         self.kernel_name = kernel.name
         setup = Setup.of(recipe, deepspeed_config, DraftShape.of(draft.config), topology.draft_dp)
         asked = recipe.parallel.kv_exchange

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from eagle3_ds.cli import main
-from eagle3_ds.kernels import KERNELS
+from eagle3_ds.kernels import KERNELS, select
 from eagle3_ds.kernels.blockwise import BlockwiseKernel
-from eagle3_ds.kernels.selfcheck import TOLERANCE, measured_error
+from eagle3_ds.kernels.selfcheck import TOLERANCE, checked_kernel, measured_error
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +65,17 @@ def test_measured_error_sees_a_wrong_row_without_keys() -> None:
     device = torch.device("cpu")
     assert measured_error(BlockwiseKernel(), device, torch.float32, 16) <= TOLERANCE[torch.float32]
     assert measured_error(Filled(), device, torch.float32, 16) == float("inf")
+
+
+def test_a_kernel_that_computes_wrongly_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scaled(BlockwiseKernel):
+        name = "scaled"
+
+        def backward(self, *arguments: object) -> torch.Tensor:
+            return 1.01 * super().backward(*arguments)
+
+    device = torch.device("cpu")
+    monkeypatch.setattr(select, "KERNELS", (Scaled(), BlockwiseKernel()))
+    assert checked_kernel("blockwise", device, torch.float32, 16).name == "blockwise"
+    with pytest.raises(ValueError, match=r"attention.kernel 'scaled' computes wrongly on cpu .* 1.0e-02, .*such as blockwise"):
+        checked_kernel("auto", device, torch.float32, 16)
