@@ -23,7 +23,7 @@ from eagle3_ds.plan import DraftShape, predict_memory
 
 # Four query heads to a key head, as Llama 3.1 and Qwen 3 of 8B have.
 SHAPE = DraftShape(128, 384, 16, 4, 8, 2048, 1024)
-LENGTH = 16384
+LENGTH, DOCUMENTS = 16384, 4
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def measure(cut: Cut, length: int) -> dict[str, Any]:
     run = SampleRun(
         SHAPE,
         length,
+        lengths=(length // DOCUMENTS,) * DOCUMENTS,
         ulysses=cut.ulysses,
         ring=cut.ring,
         kv_exchange=cut.kv_exchange,
@@ -95,12 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("--length", type=int, default=LENGTH, help=f"tokens of the sequence (else {LENGTH})")
     options = parser.parse_args(arguments)
+    if options.length < DOCUMENTS or options.length % DOCUMENTS:
+        parser.error(f"--length {options.length} must be a multiple of {DOCUMENTS}, the documents of the sequence.")
     rows = [measure(cut, options.length) for cut in CUTS]
     alone = rows[0]["beyond_states"]
     for row in rows:
         row["share_of_one_rank"] = round(row["beyond_states"] / alone, 4)
     print_table(
-        f"one sequence of {options.length} tokens, K 7, fp32, hidden {SHAPE.hidden_size}",
+        f"one sequence of {options.length} tokens in {DOCUMENTS} documents, K 7, fp32, hidden {SHAPE.hidden_size}",
         ("cut", "sp", "states MiB", "beyond them MiB", "predicted", "share of one rank", "seconds"),
         [
             (
@@ -113,7 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for row in rows
         ],
     )
-    print(write_result("scaling", "python -m benchmarks.scaling", {"length": options.length, "rows": rows}, threads=1))
+    print(
+        write_result(
+            "scaling", "python -m benchmarks.scaling", {"length": options.length, "documents": DOCUMENTS, "rows": rows}, threads=1
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -142,19 +142,17 @@ class LlamaUSPFlashAttention(nn.Module):
         dtype = accumulation_dtype(out.dtype)
         delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
         # On its way while the diagonals are computed.
-        packed = _pack((dout, q), (lse, delta)) if self.ulysses_group else dout
-        pending = start_sequence_to_heads(packed, self.ulysses_group)
+        pending = start_sequence_to_heads(_pack((dout, q), (lse, delta)), self.ulysses_group) if self.ulysses_group else None
         dq: Tensor | None = None
         if step > 0:
             diagonals = (memory.keys[:step], memory.values[:step])
             gradients = (memory.dkeys[:step], memory.dvalues[:step])
             dq = merge_diagonals_backward(dout, q, *diagonals, lse, delta, self.scale, *gradients)
-        if self.ulysses_group:
+        dout_heads, q_heads = dout.contiguous(), q
+        if pending is not None:
             dout_heads, q_heads, lse, delta = _unpack(pending.wait(), (dout, q), (lse, delta))
-        else:
-            dout_heads, q_heads = dout.contiguous(), q
-        # What travelled is as large as dout and q, twice, and the kernel's workspace comes now.
-        del packed, pending
+            # What travelled is as large as dout and q, and the kernel's workspace comes now.
+            del pending
         dq_heads = memory.prefix.attend_backward(dout_heads, q_heads, lse, delta, self.scale).to(q.dtype)
         if dq is None:
             dk_heads, dv_heads = (x.to(q.dtype) for x in memory.prefix.take_gradients())
