@@ -121,28 +121,29 @@ class TargetEngine:
 
 
 def _load_sharded(section: TargetSection, topology: Topology) -> Target:
-    """The target with its parameters partitioned over the world. Rank 0 alone reads them, into its host memory.
+    """The target with its decoder and head partitioned over the world. Rank 0 alone reads them, into its host memory.
 
-    One decoder layer is partitioned at a time, so that no device ever holds more than that layer whole.
+    One decoder layer is partitioned at a time, the embedding and the head last: a device never holds more than the larger of the
+    two whole.
     """
     if topology.world_group is None:
         return load_target(section, device=topology.device)
     reads = topology.place.rank == 0
     target = load_target(section) if reads else empty_target(section)
-    model = target.model
-    dtypes: list[Any] = [{name: tensor.dtype for name, tensor in _tensors(model)}]
+    used = nn.ModuleList([target.base, target.model.get_output_embeddings()])
+    dtypes: list[Any] = [{name: tensor.dtype for name, tensor in _tensors(used)}]
     dist.broadcast_object_list(dtypes, src=0, device=topology.device)
-    for name, tensor in _tensors(model):
+    for name, tensor in _tensors(used):
         # A few modules of some families are kept in fp32 when weights are read, and only then.
         tensor.data = tensor.data.to(dtypes[0][name])
-    for block in (*target.base.layers, model):
+    for block in (*target.base.layers, used):
         for module in block.modules():
             if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
                 module.to_empty(device=topology.device, recurse=False)
-        if block is model:
-            model.tie_weights()
+        if block is used:
+            target.model.tie_weights()
         deepspeed.zero.Init(module=block, config_dict_or_path=_settings())  # broadcasts from rank 0, then partitions
-    _share_buffers(model, topology.device)  # last: `to_empty` empties them too
+    _share_buffers(used, topology.device)  # last: `to_empty` empties them too
     return target
 
 
