@@ -66,7 +66,7 @@ def import_store(recipe: Recipe, source: Path, hidden_states: Path | None, check
     rows_file = _rows_file(recipe)
     files = open_foreign(source, hidden_states)
     _say(console, f"import: {len(files)} samples of {files.writer} in {source}")
-    folder = resolve_path(recipe.target.path)
+    folder = resolve_path(recipe.target.path, recipe.target.build is not None)
     config = load_text_config(folder)
     aux_layers = choose_aux_layers(config.num_hidden_layers, recipe.target.aux_layers)
     _check_shape(files, source, config)

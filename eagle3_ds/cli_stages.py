@@ -95,7 +95,10 @@ def capture(recipe: Recipe, plan: LaunchPlan, console: Console) -> int:
     if store is None or Path(store).is_dir():
         return 0
     write_environment_file(plan)
-    return run_ranks(plan, console, "capture").status
+    status = run_ranks(plan, console, "capture").status
+    if Path(store).is_dir():
+        _say(console, f"hidden states: {store}")
+    return status
 
 
 def _vocabulary(recipe: Recipe, data: PreparedData, console: Console, checkpoint: Path | None) -> VocabularyMap:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tqdm import tqdm
 
 from eagle3_ds.cli_import import import_store
@@ -49,7 +49,7 @@ def _verify(path: str, console: Console) -> None:
 def _info(path: str, console: Console) -> None:
     store = HiddenStateStore.open(path)
     layout, lengths = store.layout, store.lengths.values()
-    table = Table("what", "value", title=path)
+    table = Table("what", Column("value", overflow="fold"), title=path)
     for name, value in (
         ("documents", f"{len(lengths):,}"),
         ("tokens", f"{sum(lengths):,}"),

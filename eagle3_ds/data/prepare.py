@@ -223,6 +223,7 @@ class _Builder:
         tables["supervised_counts"] = self._counts(folder, tables["train"])
         tables["required_tokens"] = required_tokens(self.encoder.tokenizer, tables["supervised_counts"])
         save_file(tables, folder / TABLES_FILE)
+        (folder / TABLES_FILE).chmod(0o644)  # safetensors leaves it to its owner
         statistics = self._statistics(train_documents, heldout_documents, seen_in_train)
         save_statistics(folder, statistics)
         draw_lengths(statistics, folder / PICTURE_FILE)

@@ -157,6 +157,7 @@ class HiddenStateWriter:
         metadata = {"pieces": json.dumps(self._pending), "identity": json.dumps(self._identity)}
         with self._full_disk_told(aside):
             save_file(self._tensors, aside, metadata=metadata)
+            aside.chmod(0o644)  # safetensors leaves it to its owner; other users may train from the same cache
             _sync(aside)
         os.rename(aside, self.partial / name)
         _sync(self.partial)

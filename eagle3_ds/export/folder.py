@@ -98,6 +98,7 @@ def write_folder(folder: str | Path, config: Mapping[str, Any], tensors: Mapping
         aside.chmod(0o755)
         (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / WEIGHTS, {"format": "pt"})
+        (aside / WEIGHTS).chmod(0o644)  # safetensors leaves it to its owner, and a server may be another user
         os.rename(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

@@ -81,6 +81,8 @@ def build_target(
         rows = _tokenise(build, tokenizer, documents)
         model, losses = _train_model(build, tokenizer, rows, progress)
         model.save_pretrained(aside)
+        for weights in aside.glob("*.safetensors"):
+            weights.chmod(0o644)  # safetensors leaves them to their owner
         tokenizer.save_pretrained(aside)
         record = {
             "build": build.model_dump(),

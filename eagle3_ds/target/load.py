@@ -60,7 +60,7 @@ def load_target(section: TargetSection, dtype: str | None = None, device: torch.
         ValueError: a missing folder, one that is no Hugging Face model, an unsupported family, too few layers, a head with a
             bias, or no tokenizer.
     """
-    path = resolve_path(section.path)
+    path = resolve_path(section.path, section.build is not None)
     config = load_text_config(path)
     check_supported(config, section.path)
     aux_layers = choose_aux_layers(config.num_hidden_layers, section.aux_layers)
@@ -82,7 +82,7 @@ def empty_target(section: TargetSection) -> Target:
     Raises:
         ValueError: as `load_target`.
     """
-    path = resolve_path(section.path)
+    path = resolve_path(section.path, section.build is not None)
     config = load_full_config(path)
     text_config = config.get_text_config()
     with torch.device("meta"):
@@ -101,7 +101,7 @@ def load_tokenizer(section: TargetSection) -> Any:
     Raises:
         ValueError: a missing folder, or no tokenizer in it.
     """
-    path = resolve_path(section.path)
+    path = resolve_path(section.path, section.build is not None)
     try:
         return transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -111,8 +111,11 @@ def load_tokenizer(section: TargetSection) -> Any:
         ) from error
 
 
-def resolve_path(path: str) -> Path:
+def resolve_path(path: str, is_built: bool = False) -> Path:
     """The local folder of a target: `path` itself, or the downloaded snapshot of a hub name.
+
+    Args:
+        is_built: the recipe builds the target (`target.build`), which is what a missing folder then waits for.
 
     Raises:
         ValueError: no such folder, and no such name on the hub.
@@ -120,6 +123,8 @@ def resolve_path(path: str) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
+    if is_built:
+        raise ValueError(f"target.path = {path!r} is not built yet: `eagle3-ds prepare` with this recipe builds it.")
     # "output/target" looks like a hub name too: an existing first part tells that a folder was meant
     if not HUB_NAME.fullmatch(path) or folder.parent.is_dir():
         raise ValueError(
@@ -133,7 +138,7 @@ def resolve_path(path: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"target.path = {path!r} is neither a folder here nor a model that could be fetched from the hub ({error}). "
-            "Correct it, or download the model and name its folder."
+            "Correct it, or download the model where there is a network and name its folder."
         ) from error
 
 

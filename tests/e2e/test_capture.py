@@ -20,6 +20,7 @@ def test_two_ranks_capture_what_the_main_job_captured_alone(finished: Job, share
     assert status == 0, output
     assert "capture on 2 ranks" in output
     (folder,) = set((shared / "cache").glob("hidden-*")) - before
+    assert f"hidden states: {folder}" in output
     found = HiddenStateStore.open(folder)
     expected = next(store for store in map(HiddenStateStore.open, before) if store.lengths == found.lengths)
     found.verify()

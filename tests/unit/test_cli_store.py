@@ -36,7 +36,8 @@ def say(capsys, *arguments):
 
 
 def test_verify_and_info(tmp_path, capsys):
-    store = filled(tmp_path / "s", dtype="float8", fingerprint={"documents": "d1"})
+    digest = "0123456789abcdef" * 4
+    store = filled(tmp_path / "s", dtype="float8", fingerprint={"documents": "d1", "weights": digest})
     status, text = say(capsys, "verify", store.path)
     assert status == 0 and "every checksum is right" in text
     status, text = say(capsys, "info", store.path)
@@ -45,6 +46,8 @@ def test_verify_and_info(tmp_path, capsys):
     rows = dict(cells)
     assert (rows["documents"], rows["tokens"], rows["longest"], rows["dtype"]) == ("4", "18", "9", "float8")
     assert (rows["aux"], rows["computed by"], rows["made from: documents"]) == ("6 wide", "capture", "d1")
+    told = [value for _, value in cells]
+    assert digest in "".join(told), "a fingerprint is folded, not cut"
     path = store.path / next(iter(store.shards))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

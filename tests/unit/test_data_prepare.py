@@ -3,6 +3,8 @@
 import errno
 import json
 import multiprocessing
+import os
+import signal
 
 import datasets
 import numpy as np
@@ -33,6 +35,7 @@ def test_documents_split_and_counts(tmp_path, tokenizer):
     recipe = data_recipe(tmp_path, train=(write_jsonl(tmp_path / "a.jsonl", conversations(100)),), heldout_fraction=0.1)
     data = run(recipe, tokenizer, vocab_size=400)
     assert (len(data.train), len(data.heldout)) == (90, 10)
+    assert all(file.stat().st_mode & 0o444 == 0o444 for file in data.path.iterdir()), "other users may read the cache"
     assert sorted(data.lengths()) == list(range(100))
     assert not set(data.train["document_id"]) & set(data.heldout["document_id"])
     counts = torch.zeros(400, dtype=torch.int64)
@@ -83,6 +86,19 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, tokenizer, monkeypatch, wor
         patch.setattr(prepare._Builder, "_write_batch", interrupted)
         run(recipe, tokenizer)
     assert list((tmp_path / "cache").iterdir()) == [] and not multiprocessing.active_children()
+    assert len(run(recipe, tokenizer).train) == 196
+
+
+def test_a_killed_run_leaves_nothing_that_is_taken_for_a_cache(tmp_path, tokenizer, monkeypatch):
+    recipe = data_recipe(tmp_path, train=(write_jsonl(tmp_path / "a.jsonl", conversations(200)),), workers=1)
+    monkeypatch.setattr(prepare, "BATCH", 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "save_statistics", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        process = multiprocessing.get_context("fork").Process(target=run, args=(recipe, tokenizer))
+        process.start()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert all(folder.name.startswith(".") for folder in (tmp_path / "cache").iterdir())
     assert len(run(recipe, tokenizer).train) == 196
 
 

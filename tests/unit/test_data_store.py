@@ -117,6 +117,10 @@ def test_finish_refuses_a_store_with_gaps(tmp_path):
         out.finish()
 
 
+def test_other_users_may_read_the_store(tmp_path):
+    assert all(file.stat().st_mode & 0o444 == 0o444 for file in filled(tmp_path / "s").path.iterdir())
+
+
 def test_another_fingerprint_is_refused_by_field(tmp_path):
     filled(tmp_path / "s")
     HiddenStateStore.open(tmp_path / "s", PRINT)

@@ -100,6 +100,11 @@ def test_vllm_config_is_read_by_transformers(draft: DraftModel, vocabulary: Voca
     assert config.rope_parameters == LLAMA3 and config.head_dim == HEAD and not config.tie_word_embeddings
 
 
+def test_a_server_of_another_user_may_read_the_export(draft: DraftModel, vocabulary: VocabularyMap, tmp_path: Path) -> None:
+    vllm(draft, vocabulary, tmp_path / "draft", max_position=1024)
+    assert all(file.stat().st_mode & 0o444 == 0o444 for file in (tmp_path / "draft").iterdir())
+
+
 def test_aux_layers_other_than_the_rule_are_written(draft: DraftModel, vocabulary: VocabularyMap, tmp_path: Path) -> None:
     keys = json.loads((vllm(draft, vocabulary, tmp_path / "a", aux_layers=(1, 4, 6)) / "config.json").read_text())
     assert keys["eagle_aux_hidden_state_layer_ids"] == [1, 4, 6]

@@ -6,11 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_families import AUX_LAYERS, SIZES, random_model, vision_language_config
-from tiny_target import build_tiny_target
+from tiny_target import build_tiny_target, tiny_build
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 from eagle3_ds.config import TargetSection
@@ -21,6 +22,7 @@ from eagle3_ds.target import (
     load_embedding_and_head,
     load_target,
     load_text_config,
+    load_tokenizer,
     target_fingerprint,
     teacher_tokens,
 )
@@ -127,6 +129,20 @@ def test_missing_and_foreign_folders(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
     with pytest.raises(ValueError, match="cannot read its config.json"):
         load_target(TargetSection(path=str(tmp_path)))
+
+
+def test_a_hub_name_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = "'nobody/nothing' is neither a folder here nor a model that could be fetched from the hub .*download the model"
+    with pytest.raises(ValueError, match=message):
+        load_target(TargetSection(path="nobody/nothing"))
+
+
+def test_a_target_that_is_still_to_be_built_is_told(tmp_path: Path) -> None:
+    section = TargetSection(path=str(tmp_path / "absent"), build=tiny_build())
+    with pytest.raises(ValueError, match="absent' is not built yet: `eagle3-ds prepare` with this recipe builds it"):
+        load_tokenizer(section)
 
 
 def test_a_head_with_a_bias_is_refused(folder: Path, tmp_path: Path) -> None:
