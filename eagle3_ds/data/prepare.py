@@ -8,9 +8,10 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -44,6 +45,8 @@ FORMAT = 2
 """Part of the cache key: raise it whenever the same input would give other documents."""
 BATCH = 64
 """Conversations per call of the tokenizer."""
+ABANDONED_AFTER = 86400.0
+"""Seconds without a write after which a folder that is written aside belongs to a run that was killed."""
 
 
 def prepare_data(
@@ -111,6 +114,7 @@ def _build(
 ) -> None:
     """Write the folder aside, then give it its name: an interrupted run leaves no folder that looks whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path.parent)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         aside.chmod(0o755)  # other users may train from the same cache
@@ -125,6 +129,15 @@ def _build(
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """What killed runs left; another run that is at work, on whatever host, wrote to its folder just now."""
+    for folder in cache.glob(".data-*"):
+        with suppress(FileNotFoundError):  # it was finished, or removed, meanwhile
+            last_write = max(entry.stat().st_mtime for entry in (folder, *folder.iterdir()))
+            if time.time() - last_write > ABANDONED_AFTER:
+                shutil.rmtree(folder)
 
 
 def _publish(aside: Path, path: Path) -> None:

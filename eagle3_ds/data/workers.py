@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import chain, cycle, islice
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -79,7 +79,7 @@ class _Worker:
         self.busy = False
         try:
             result, error = self.connection.recv()
-        except EOFError as ended:
+        except (EOFError, ConnectionError) as ended:
             raise ValueError(
                 f"one of {workers} processes that read the data was killed, most likely for lack of memory: lower data.workers"
             ) from ended
@@ -91,12 +91,13 @@ class _Worker:
 def _serve(function: Callable[[Any], Any], connection: Connection, parents_end: Connection) -> None:
     parents_end.close()  # this process's copy: else the end of the parent would not end the pipe
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores belong to the other processes
-    while True:
-        try:
-            batch = connection.recv()
-        except EOFError:
-            return  # the parent is gone
-        try:
-            connection.send((function(batch), None))
-        except Exception as error:
-            connection.send((None, error))
+    with suppress(EOFError, ConnectionError):  # the parent is gone
+        while True:
+            connection.send(_outcome(function, connection.recv()))
+
+
+def _outcome(function: Callable[[Any], Any], batch: Any) -> tuple[Any, Exception | None]:
+    try:
+        return function(batch), None
+    except Exception as error:
+        return None, error

@@ -68,7 +68,7 @@ def work_for_ever(numbers):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_no_process_outlives_a_killed_parent():
+def test_no_process_outlives_a_killed_parent(capfd):
     context = multiprocessing.get_context("fork")
     numbers, theirs = context.Pipe()
     parent = context.Process(target=work_for_ever, args=(theirs,))
@@ -83,6 +83,7 @@ def test_no_process_outlives_a_killed_parent():
     for number in alive:
         os.kill(number, signal.SIGKILL)
     assert not alive
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def is_alive(process):
