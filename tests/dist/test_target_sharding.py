@@ -1,4 +1,4 @@
-"""Sharding a target over ranks: what of a vision-language model a job holds, and that its language model is unchanged by it."""
+"""Targets sharded by ZeRO-3 and cut over ranks, family by family, against each document alone; and what is not sharded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import AUX_LAYERS, random_model, vision_language_config
+from tiny_families import AUX_LAYERS, FAMILIES, family_config, random_model, vision_language_config
 from tiny_target import build_tiny_target
 
 from eagle3_ds.config import TargetSection, load_recipe
@@ -19,15 +19,21 @@ from eagle3_ds.train.target_engine import TargetEngine, _load_sharded
 pytestmark = pytest.mark.dist
 RANKS = 2
 LENGTHS = (13, 5, 24)
+VISION_LANGUAGE = "gemma3"
+NAMES = [*FAMILIES, VISION_LANGUAGE]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("target")
-    random_model(vision_language_config()).save_pretrained(root / "both")
-    for file in build_tiny_target(root / "tiny").glob("tokenizer*"):
-        shutil.copy(file, root / "both")
-    return root / "both"
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a target of each family, by its name."""
+    root = tmp_path_factory.mktemp("targets")
+    tokenizer = list(build_tiny_target(root / "tiny").glob("tokenizer*"))
+    for name in NAMES:
+        config = vision_language_config() if name == VISION_LANGUAGE else family_config(name)
+        random_model(config).save_pretrained(root / name)
+        for file in tokenizer:
+            shutil.copy(file, root / name)
+    return root
 
 
 def section(folder: Path) -> TargetSection:
@@ -38,30 +44,43 @@ def tokens() -> torch.Tensor:
     return torch.randint(97, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
 
 
-def rank_of_target(folder: Path) -> tuple[dict[str, bool], list[str], tuple[Any, ...]]:
-    """Whether each parameter of the model is partitioned, those with memory of their own here, and slots, aux and teacher."""
+def rank_of_engines(root: Path) -> dict[str, tuple[Any, ...]]:
+    """Slots, aux and teacher of this rank, by family."""
     topology = maybe_setup_distributed(ulysses=RANKS)
-    model = _load_sharded(section(folder), topology).model
-    partitioned = {name: hasattr(parameter, "ds_id") for name, parameter in model.named_parameters()}
-    whole = [name for name, parameter in model.named_parameters() if not parameter.is_meta and parameter.numel()]
-    layers = ",".join(map(str, AUX_LAYERS))
-    overrides = (f"target.path={folder}", "target.build=null", f"target.aux_layers=[{layers}]", "parallel.ring=1")
-    engine = TargetEngine(load_recipe("recipes/quickstart.yaml", overrides), topology)
-    states = engine.run(tokens(), LENGTHS)
-    return partitioned, whole, (states.slots, states.aux, states.teacher)
+    results = {}
+    for name in NAMES:
+        target = (f"target.path={root / name}", "target.build=null", f"target.aux_layers={list(AUX_LAYERS)}")
+        recipe = load_recipe("recipes/quickstart.yaml", [*target, "parallel.ring=1"])
+        states = TargetEngine(recipe, topology).run(tokens(), LENGTHS)
+        results[name] = (states.slots, states.aux, states.teacher)
+    return results
 
 
-def test_the_vision_tower_is_neither_partitioned_nor_held(folder: Path, run_ranks: Any) -> None:
-    results = run_ranks(RANKS, rank_of_target, folder)
-    for partitioned, whole, _ in results:
-        unused = {name for name, sharded in partitioned.items() if not sharded}
-        assert unused and all("vision" in name or "multi_modal" in name for name in unused)
-        assert set(whole) <= unused
-    assert not results[1][1], "a rank that reads no weights holds some that are never used"
-    target = load_target(section(folder))
+@pytest.fixture(scope="module")
+def found(root: Path, run_ranks: Any) -> list[dict[str, tuple[Any, ...]]]:
+    return run_ranks(RANKS, rank_of_engines, root)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sharded_target_computes_what_it_does_for_each_document_alone(root: Path, found: Any, name: str) -> None:
+    target = load_target(section(root / name))
     documents = [capture_hidden_states(target, ids) for ids in tokens().split(LENGTHS)]
     for place, parts in enumerate(zip(*documents, strict=True), 1):
         expected = torch.cat(parts)
-        for _, _, found in results:
-            own = torch.from_numpy(found[0][found[0] < len(expected)])
-            assert (found[place][: len(own)] - expected[own]).norm() <= 1e-5 * expected[own].norm()
+        for result in (by_name[name] for by_name in found):
+            own = torch.from_numpy(result[0][result[0] < len(expected)])
+            assert (result[place][: len(own)] - expected[own]).norm() <= 1e-5 * expected[own].norm()
+
+
+def rank_of_loading(folder: Path) -> tuple[set[str], set[str]]:
+    """The model's parameters that are not partitioned, and those that this rank holds whole."""
+    model = _load_sharded(section(folder), maybe_setup_distributed(ulysses=RANKS)).model
+    unsharded = {name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_id")}
+    return unsharded, {name for name, parameter in model.named_parameters() if not parameter.is_meta and parameter.numel()}
+
+
+def test_a_vision_tower_is_neither_partitioned_nor_sent(root: Path, run_ranks: Any) -> None:
+    (unsharded, whole), (same, nothing) = run_ranks(RANKS, rank_of_loading, root / VISION_LANGUAGE)
+    assert unsharded == same == whole, "rank 0, which read them, holds them until they are dropped with the model"
+    assert unsharded and all("vision" in name or "multi_modal" in name for name in unsharded)
+    assert not nothing
