@@ -12,10 +12,11 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
+from eagle3_ds.cli_stages import tokenise
 from eagle3_ds.config import Recipe, TargetSection, load_recipe
 from eagle3_ds.config.schema import DataSection
 from eagle3_ds.data.chat import load_chat_template
-from eagle3_ds.data.inspect import as_html, as_text, inspect_row
+from eagle3_ds.data.inspect import as_html, as_text, inspect_document, inspect_row
 from eagle3_ds.data.prepare import recipe_rows
 from eagle3_ds.data.regenerate import Generate, Regenerator
 from eagle3_ds.data.sources import expand_sources, source_fingerprint
@@ -50,10 +51,17 @@ def run(arguments: Sequence[str], console: Console) -> int:
 
 
 def _inspect(options: argparse.Namespace, console: Console) -> None:
-    section, target = _what_to_inspect(options)
-    if options.row < 1:
-        raise ValueError(f"--row is {options.row}, but rows are counted from 1.")
-    inspection = inspect_row(section, load_tokenizer(target), options.row)
+    if options.document is not None:
+        if not _is_recipe(options.source):
+            raise ValueError(f"--document counts the documents of a recipe, and {options.source} is none: use --row.")
+        recipe = load_recipe(options.source, options.overrides)
+        data = tokenise(recipe, Console(quiet=True)).data
+        inspection = inspect_document(data, load_tokenizer(recipe.target), options.document)
+    else:
+        section, target = _what_to_inspect(options)
+        if options.row < 1:
+            raise ValueError(f"--row is {options.row}, but rows are counted from 1.")
+        inspection = inspect_row(section, load_tokenizer(target), options.row)
     if options.html is not None:
         Path(options.html).write_text(as_html(inspection), encoding="utf-8")
     else:
@@ -61,9 +69,13 @@ def _inspect(options: argparse.Namespace, console: Console) -> None:
     console.print(inspection.summary, markup=False, highlight=False)
 
 
+def _is_recipe(source: str) -> bool:
+    return Path(source).suffix in (".yaml", ".yml")
+
+
 def _what_to_inspect(options: argparse.Namespace) -> tuple[DataSection, TargetSection]:
     source = options.source
-    if Path(source).suffix in (".yaml", ".yml"):
+    if _is_recipe(source):
         if options.target is not None:
             raise ValueError("--target is for a data file; a recipe names its own. Set target.path=... instead.")
         recipe = load_recipe(source, options.overrides)
@@ -160,7 +172,10 @@ def _parser(action: str) -> argparse.ArgumentParser:
     if action == "inspect":
         add("source", metavar="RECIPE|FILE", help="a recipe (.yaml), or a data file, a folder, a hub data set, or 'stdlib'")
         add("overrides", **overrides)
-        add("--row", type=int, default=1, metavar="N", help="which row of the data, from 1, e.g. --row 3")
+        which = parser.add_mutually_exclusive_group()
+        which.add_argument("--row", type=int, default=1, metavar="N", help="which row of the data, from 1, e.g. --row 3")
+        document = "a document of a recipe, by the number that messages call it, e.g. --document 17"
+        which.add_argument("--document", type=int, metavar="N", help=document)
         add("--html", metavar="F", help="write a page instead of printing, e.g. --html row.html")
         add("--target", metavar="T", help="with a data file: folder or hub name of the target, e.g. --target Qwen/Qwen3-8B")
         return parser

@@ -1,4 +1,4 @@
-"""One row as the draft will learn it: its tokens as text, the supervised ones marked."""
+"""A row or a prepared document as the draft will learn it: its tokens as text, the supervised ones marked."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 from rich.text import Text
 
 from eagle3_ds.config.schema import DataSection
+from eagle3_ds.data.documents import PreparedData
 from eagle3_ds.data.encode import RowEncoder
 from eagle3_ds.data.prepare import chat_template, recipe_rows
-from eagle3_ds.data.sources import Row, expand_sources
+from eagle3_ds.data.sources import expand_sources
 from eagle3_ds.data.token_mask import MaskedTokens
 
 STYLES = """
@@ -26,9 +27,12 @@ mark { background: #cfe8d5; color: #111; border-radius: 2px }
 
 @dataclass(frozen=True)
 class Inspection:
-    """One row. `pieces`: text, and whether its tokens are supervised; end to end they are the whole document."""
+    """One row or prepared document, and which it is.
 
-    row: Row
+    `pieces`: text, and whether its tokens are supervised; end to end they are the whole document.
+    """
+
+    what: str
     tokens: MaskedTokens
     pieces: list[tuple[str, bool]]
 
@@ -38,7 +42,7 @@ class Inspection:
         turns = sum(flag for _, flag in self.pieces)
         cut = "; a token that ran across an end of a turn was cut" if self.tokens.cut else ""
         return (
-            f"{self.row.place}, shape {self.row.shape}: {total:,} tokens, {supervised:,} of them supervised "
+            f"{self.what}: {total:,} tokens, {supervised:,} of them supervised "
             f"({supervised / total:.1%}) in {turns} stretches{cut}"
         )
 
@@ -54,7 +58,21 @@ def inspect_row(section: DataSection, tokenizer: Any, number: int) -> Inspection
         raise ValueError(f"--row is {number}, but {', '.join(sources)} hold fewer rows: ask for a smaller number")
     encoder = RowEncoder(tokenizer, chat_template(tokenizer, section, [row.shape]), section, len(tokenizer))
     ((_, _, tokens),) = encoder.tokenise([row], Counter())
-    return Inspection(row, tokens, list(text_pieces(tokenizer, tokens)))
+    return Inspection(f"{row.place}, shape {row.shape}", tokens, list(text_pieces(tokenizer, tokens)))
+
+
+def inspect_document(data: PreparedData, tokenizer: Any, number: int) -> Inspection:
+    """Document `number` as it is trained on, by which the messages of capture and training call it.
+
+    Raises ValueError when there is none of that number.
+    """
+    for side, documents in (("training", data.train), ("held out", data.heldout)):
+        numbers = list(documents["document_id"])
+        if number in numbers:
+            document = documents[numbers.index(number)]
+            tokens = MaskedTokens(document["input_ids"], document["loss_mask"], cut=False)
+            return Inspection(f"document {number}, {side}", tokens, list(text_pieces(tokenizer, tokens)))
+    raise ValueError(f"--document is {number}, but the documents are 0 to {len(data.train) + len(data.heldout) - 1}")
 
 
 def text_pieces(tokenizer: Any, tokens: MaskedTokens) -> Iterable[tuple[str, bool]]:

@@ -232,7 +232,8 @@ class HiddenStateWriter:
             largest = states[row].abs().max().item()
             raise ValueError(
                 f"{not_finite} (largest input {largest:.4g}), first at row {row + piece.start}: set data.hidden_dtype to "
-                "bfloat16 or float32, or mend the target"
+                "bfloat16 or float32, or mend the target. `eagle3-ds data inspect RECIPE --document "
+                f"{piece.document}` shows its text"
             )
         if self.layout.dtype != FLOAT8:
             return {name: stored}

@@ -51,7 +51,14 @@ def test_inspect(recipe: str, target: Path, tmp_path: Path, capsys: pytest.Captu
     assert said(capsys, "inspect", tmp_path / "rows.jsonl", "--target", target, "--row", 2) == (status, text)
     status, text = said(capsys, "inspect", recipe, "--html", tmp_path / "row.html")
     assert status == 0 and "<mark>old&lt;|im_end|&gt;</mark>" in (tmp_path / "row.html").read_text()
+    documents = [said(capsys, "inspect", recipe, "data.heldout_fraction=0.3", "--document", number)[1] for number in range(4)]
+    for number, text in enumerate(documents):
+        assert f"{QUESTIONS[number]}<|im_end|>\n<|im_start|>assistant\n>>>old<|im_end|><<<" in text
+        assert f"document {number}, training: " in text or f"document {number}, held out: " in text
+    assert sum("held out" in text for text in documents) == 1
     refusals = [
+        (("inspect", recipe, "--document", 4), "--document is 4, but the documents are 0 to 3"),
+        (("inspect", tmp_path / "rows.jsonl", "--document", 1), "rows.jsonl is none: use --row"),
         (("inspect", recipe, "--row", 0), "--row is 0, but rows are counted from 1"),
         (("inspect", recipe, "--row", 9), "--row is 9, but "),
         (("inspect", tmp_path / "rows.jsonl"), "name the target by --target FOLDER"),

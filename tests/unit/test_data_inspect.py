@@ -28,7 +28,7 @@ def test_pieces_are_the_document(section):
     ]
     total, learnt = len(inspection.tokens.input_ids), sum(inspection.tokens.loss_mask)
     assert f"a.jsonl, line 2, shape messages: {total} tokens, {learnt} of them supervised" in inspection.summary
-    assert inspect_row(section, tokenizer, 3).row.place.endswith("b.jsonl, line 1")
+    assert "b.jsonl, line 1, shape prompt_response" in inspect_row(section, tokenizer, 3).what
     with pytest.raises(ValueError, match="--row is 4, but .*a.jsonl, .*b.jsonl hold fewer rows"):
         inspect_row(section, tokenizer, 4)
 

@@ -243,7 +243,7 @@ def test_hidden_states_that_are_not_finite_are_refused(tmp_path, dtype, value):
     out = writer(tmp_path / "s", dtype=dtype)
     aux, teacher, token = states(4, 9)
     teacher[5, 1] = value
-    with pytest.raises(ValueError, match=f"teacher of document 4 is not finite as {dtype} .*, first at row 5"):
+    with pytest.raises(ValueError, match=f"teacher of document 4 is not finite as {dtype} .*, first at row 5.*--document 4"):
         out.append(4, aux, teacher, token)
     assert out.missing() == list(LENGTHS)
 
