@@ -47,14 +47,14 @@ def _capture_alone(recipe: Recipe, data: PreparedData, writer: HiddenStateWriter
     missing = set(writer.missing())
     documents = [dataset.with_format("numpy") for dataset in (data.train, data.heldout)]
     total = sum(writer.lengths[number] for number in missing)
-    with tqdm(total=total, desc="capture", unit=" tokens", unit_scale=True) as bar:
-        for dataset in documents:
-            for row in dataset:
-                if int(row["document_id"]) not in missing:
-                    continue
+    try:
+        with tqdm(total=total, desc="capture", unit=" tokens", unit_scale=True) as bar:
+            for row in (row for dataset in documents for row in dataset if int(row["document_id"]) in missing):
                 aux, teacher = capture_hidden_states(target, torch.from_numpy(row["input_ids"]).long())
                 writer.append(int(row["document_id"]), aux, teacher, teacher_tokens(teacher, target.head))
                 bar.update(len(row["input_ids"]))
+    finally:
+        writer.flush()  # what is done before an error, or Ctrl-C, need not be done again
     writer.finish()
 
 

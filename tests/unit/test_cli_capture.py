@@ -1,0 +1,64 @@
+"""Capture by one process: what is done when it is interrupted is not done again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_samples import write_jsonl
+from tiny_target import CONVERSATIONS, build_tiny_target
+
+from eagle3_ds import cli_capture
+from eagle3_ds.cli import main
+from eagle3_ds.data import HiddenStateStore
+
+COUNT = 8
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    rows = write_jsonl(tmp_path / "rows.jsonl", CONVERSATIONS[:COUNT])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"target: {{path: {build_tiny_target(tmp_path / 'target')}, dtype: float32}}\ndraft: {{vocab_size: 128}}\n"
+        f"data: {{train: [{rows}], cache_dir: {tmp_path / 'cache'}}}\ntrain: {{steps: 1}}\neval: {{num_prompts: 0}}\n"
+        f"deepspeed: none.json\noutput_dir: {tmp_path / 'output'}\n"
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize("harm", ["nan", "interrupt"])
+def test_an_interrupted_capture_goes_on_with_the_document_it_stopped_at(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], harm: str
+) -> None:
+    calls = []
+    original = cli_capture.capture_hidden_states
+
+    def counted(target: Any, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(len(token_ids))
+        aux, teacher = original(target, token_ids)
+        if len(calls) == 4:
+            if harm == "interrupt":
+                raise KeyboardInterrupt
+            teacher[2] = torch.nan
+        return aux, teacher
+
+    monkeypatch.setattr(cli_capture, "capture_hidden_states", counted)
+    if harm == "interrupt":
+        with pytest.raises(KeyboardInterrupt):
+            main(["prepare", recipe])
+    else:
+        assert main(["prepare", recipe]) == 2
+        said = capsys.readouterr().err
+        assert "teacher of document" in said and "is not finite as bfloat16 (largest input nan), first at row 2: " in said
+    assert len(calls) == 4 and not list((tmp_path / "cache").glob("hidden-????????????????"))
+    assert main(["prepare", recipe]) == 0
+    assert "3 documents are there already" in capsys.readouterr().out
+    assert len(calls) == 4 + COUNT - 3
+    (folder,) = (tmp_path / "cache").glob("hidden-*")
+    store = HiddenStateStore.open(folder)
+    store.verify()
+    assert len(store.lengths) == COUNT
+    assert main(["prepare", recipe]) == 0 and len(calls) == 4 + COUNT - 3
