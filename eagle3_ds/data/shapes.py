@@ -127,8 +127,9 @@ def _tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
 
 
 def _read_tokens(input_ids: Any, loss_mask: Any, where: str) -> TokenRow:
-    for name, values in (("input_ids", input_ids), ("loss_mask", loss_mask)):
-        if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
+    # true and false are integers to Python, but in a mask alone: columns that were swapped are noticed
+    for name, values, kinds in (("input_ids", input_ids, (int,)), ("loss_mask", loss_mask, (int, bool))):
+        if not isinstance(values, list) or not all(type(value) in kinds for value in values):
             raise ValueError(f"{where}: {name!r} is not a list of integers: correct or remove the row")
     if len(input_ids) != len(loss_mask):
         raise ValueError(f"{where}: 'input_ids' has {len(input_ids)} entries and 'loss_mask' {len(loss_mask)}: they must match")

@@ -1,7 +1,8 @@
-"""Capture by one process: what is done when it is interrupted is not done again."""
+"""`prepare`: what it says and saves; what a capture by one process did before it was interrupted is not done again."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from tiny_target import CONVERSATIONS, build_tiny_target
 
 from eagle3_ds import cli_capture
 from eagle3_ds.cli import main
-from eagle3_ds.data import HiddenStateStore
+from eagle3_ds.data import HiddenStateStore, PreparedData
+from eagle3_ds.model import VocabularyMap
 
 COUNT = 8
 
@@ -27,6 +29,21 @@ def recipe(tmp_path: Path) -> str:
         f"deepspeed: none.json\noutput_dir: {tmp_path / 'output'}\n"
     )
     return str(path)
+
+
+def test_progress_size_and_coverage_are_told_and_the_vocabulary_saved(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prepare", recipe, "draft.vocab_size=60"]) == 0
+    said = capsys.readouterr()
+    assert "tokenise train: " in said.err and "capture: 100%" in said.err
+    assert f"hidden states: {COUNT} documents of " in said.out and " take " in said.out
+    prepared = json.loads((tmp_path / "output" / "prepared.json").read_text())
+    data = PreparedData.open(Path(prepared["data"]), prepared["data_fingerprint"])
+    vocabulary = VocabularyMap.load(tmp_path / "output" / "vocabulary.safetensors")
+    covered = int(data.supervised_counts[vocabulary.t2d].sum()) / int(data.supervised_counts.sum())
+    assert f"draft vocabulary: 60 tokens, {covered:.1%} of the supervised ones" in said.out
+    assert vocabulary.t2d[data.required_tokens].all()
 
 
 @pytest.mark.parametrize("harm", ["nan", "interrupt"])

@@ -76,6 +76,7 @@ BAD = [
     ({"messages": chat("q", "a"), "tools": {"name": "f"}}, "messages", "'tools' is a dict, expected a list of JSON schemas"),
     ({"input_ids": [1, 2], "loss_mask": [1]}, "tokenized", "'input_ids' has 2 entries and 'loss_mask' 1: they must match"),
     ({"input_ids": "12", "loss_mask": [1, 0]}, "tokenized", "'input_ids' is not a list of integers"),
+    ({"input_ids": [True, False], "loss_mask": [1, 0]}, "tokenized", "'input_ids' is not a list of integers"),
     ({"input_ids": [1, 2], "loss_mask": [1, 2]}, "tokenized", "'loss_mask' holds 2, expected 0 and 1"),
     ({"input_ids": [1, 2], "loss_mask": [0, 0]}, "tokenized", "'loss_mask' marks no token, so there is nothing to learn from"),
     ({"input_ids": [1, -100], "loss_mask": [1, 0]}, "tokenized", "'input_ids' holds -100: token ids are not negative"),
