@@ -252,8 +252,10 @@ def _unroll(
         # What lies outside the document is never read: such a slot is blank, and supervised nowhere.
         embeds = frozen.embedding.to(dtype)[batch.token_ids[read]] * inside[:, None]
         angle = ((index - first + k)[:, None] * frequency).to(dtype)
+        # The diagonals are the newest k keys of a window.
+        near = index[:, None] + k - index[None, :] < (getattr(config, "sliding_window", None) or len(index) + steps)
         for layer, keys_values in enumerate(seen):
-            hidden = _layer(weights, config, layer, embeds, hidden, angle, may_attend, keys_values)
+            hidden = _layer(weights, config, layer, embeds, hidden, angle, may_attend & near, keys_values)
         logits.append(_rms_norm(hidden, weights["norm.weight"], config) @ weights["lm_head.weight"].T)
     return logits
 

@@ -35,6 +35,7 @@ FACTORS: Mapping[str, tuple[Any, ...]] = {
     "tiles": ("one", "many"),
     "kernel": ("auto", "blockwise"),
     "rope": ("default", "llama3", "linear"),
+    "window": (None, 24),
 }  # fmt: skip
 HEADS = {"gqa": (4, 2), "mha": (4, 4)}
 # The original length is short, so that the test's documents reach all three of llama3's ranges.
@@ -73,6 +74,7 @@ class Case:
     tiles: str = "many"
     kernel: str = "auto"
     rope: str = "llama3"
+    window: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -97,7 +99,7 @@ class Case:
         return (
             f"{mesh} {self.deepspeed}/{self.zero_group} acc{self.accumulation} {self.documents} {self.heads} "
             f"{self.kv_exchange} K{self.ttt_steps} {self.dtype} {self.alignment} {self.reduction} "
-            f"layers{self.layers} {self.activation} tiles-{self.tiles} {self.kernel} rope-{self.rope}"
+            f"layers{self.layers} {self.activation} tiles-{self.tiles} {self.kernel} rope-{self.rope} window-{self.window}"
         )
 
 
@@ -226,6 +228,7 @@ def _config(case: Case) -> LlamaConfig:
         rms_norm_eps=1e-5,
         rope_parameters={"rope_theta": 10000.0, "rope_type": case.rope, **ROPE[case.rope]},
         tie_word_embeddings=False,
+        **({"sliding_window": case.window, "layer_types": ["sliding_attention"] * case.layers} if case.window else {}),
     )
 
 

@@ -135,7 +135,7 @@ def _of_own_block(take: Any) -> Any:
 def _leaking(tiles: Any) -> Any:
     """Every slot attends to the documents before its own, too."""
 
-    def leaking_tiles(plan: SpanPlan, ring_rank: int) -> tuple[Tile, ...]:
-        return tuple(tile._replace(k_start=0) for tile in tiles(plan, ring_rank))
+    def leaking_tiles(plan: SpanPlan, ring_rank: int, window: int | None) -> tuple[Tile, ...]:
+        return tuple(tile._replace(k_start=0) for tile in tiles(plan, ring_rank, window))
 
     return leaking_tiles

@@ -83,7 +83,7 @@ def make_recipe(case: Case) -> Recipe:
     sections: dict[str, Any] = {
         "target": {"path": "none"},
         "data": {"train": ("none",)},
-        "draft": {"ttt_steps": case.ttt_steps, "num_layers": case.layers},
+        "draft": {"ttt_steps": case.ttt_steps, "num_layers": case.layers, "sliding_window": case.window},
         "parallel": {
             "draft_dp": case.draft_dp,
             "ring": case.ring,

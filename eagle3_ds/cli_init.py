@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eagle3_ds.config import Recipe
 from eagle3_ds.export import load_export
-from eagle3_ds.model import VocabularyMap, build_draft_config
+from eagle3_ds.model import VocabularyMap, build_draft_config, sliding_window
 from eagle3_ds.target import load_text_config, resolve_path
 from eagle3_ds.train.checkpoint import INITIAL_WEIGHTS
 
@@ -33,11 +33,8 @@ def load_initial_draft(recipe: Recipe) -> tuple[dict[str, Tensor], VocabularyMap
     except ValueError as error:
         raise ValueError(f"train.init_from: {error}") from error
     wanted = build_draft_config(load_text_config(resolve_path(recipe.target.path)), recipe.draft)
-    differing = [
-        f"{key} is {getattr(config, key)} there and {getattr(wanted, key)} here"
-        for key in GEOMETRY
-        if getattr(config, key) != getattr(wanted, key)
-    ]
+    theirs, ours = ({key: getattr(c, key) for key in GEOMETRY} | {"sliding_window": sliding_window(c)} for c in (config, wanted))
+    differing = [f"{key} is {theirs[key]} there and {ours[key]} here" for key in ours if theirs[key] != ours[key]]
     if differing:
         raise ValueError(
             f"train.init_from: the draft in {folder} is not of this run's geometry: {'; '.join(differing)}. Change the draft "

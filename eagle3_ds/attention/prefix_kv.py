@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eagle3_ds.attention.tiles import gathered_tiles
+from eagle3_ds.attention.tiles import StepTiles, gathered_tiles
 from eagle3_ds.collectives import all_gather_rows, reduce_scatter_rows
 from eagle3_ds.kernels import AttentionKernel, accumulation_dtype
 from eagle3_ds.layout import SpanPlan
@@ -32,10 +32,11 @@ class PrefixKV:
         ring_rank: int,
         ring_group: dist.ProcessGroup | None,
         kernel: AttentionKernel,
+        window: int | None = None,
     ) -> None:
         """Gather the ring in one call. k_heads, v_heads: [columns_per_ring_rank, heads / ulysses, D] of this ring rank."""
         self.plan, self.ring_group, self.kernel = plan, ring_group, kernel
-        self.tiles = gathered_tiles(plan, ring_rank)
+        self.tiles = StepTiles(lambda left: gathered_tiles(plan, ring_rank, left), window)
         if not plan.in_sequence_order:
             order = torch.from_numpy(plan.sequence_order).to(k_heads.device)
             kv = all_gather_rows(torch.cat((k_heads, v_heads), dim=-1), ring_group)
@@ -44,16 +45,16 @@ class PrefixKV:
         self.dk: Tensor | None = None
         self.dv: Tensor | None = None
 
-    def attend(self, q_heads: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(self, q_heads: Tensor, scale: float, step: int = 0) -> tuple[Tensor, Tensor]:
         """Attention of this ring rank's live columns to them. q [Lq, Hq / ulysses, D] -> out, lse [Lq, Hq / ulysses]."""
-        return self.kernel.forward(q_heads, self.k, self.v, self.tiles, scale)
+        return self.kernel.forward(q_heads, self.k, self.v, self.tiles.at(step), scale)
 
-    def attend_backward(self, dout: Tensor, q_heads: Tensor, lse: Tensor, delta: Tensor, scale: float) -> Tensor:
+    def attend_backward(self, dout: Tensor, q_heads: Tensor, lse: Tensor, delta: Tensor, scale: float, step: int = 0) -> Tensor:
         """dq of `attend` under the merged lse and delta; adds to `dk` and `dv`."""
         if self.dk is None or self.dv is None:
             dtype = accumulation_dtype(self.k.dtype)
             self.dk, self.dv = torch.zeros_like(self.k, dtype=dtype), torch.zeros_like(self.v, dtype=dtype)
-        return self.kernel.backward(dout, q_heads, self.k, self.v, lse, delta, self.tiles, scale, self.dk, self.dv)
+        return self.kernel.backward(dout, q_heads, self.k, self.v, lse, delta, self.tiles.at(step), scale, self.dk, self.dv)
 
     def take_gradients(self) -> tuple[Tensor, Tensor]:
         """dk, dv of this ring rank's own columns, fp32, summed over the ring in one reduce-scatter; they are forgotten here."""

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eagle3_ds.attention.tiles import block_tiles
+from eagle3_ds.attention.tiles import StepTiles, block_tiles
 from eagle3_ds.collectives import RingExchange, RingTransfer
-from eagle3_ds.kernels import AttentionKernel, Tile, accumulation_dtype, merge_partial
+from eagle3_ds.kernels import AttentionKernel, accumulation_dtype, merge_partial
 from eagle3_ds.layout import SpanPlan
 
 Block = list[Tensor]
@@ -62,30 +62,31 @@ class RingKV:
         ring_group: dist.ProcessGroup | None,
         kernel: AttentionKernel,
         keep_bytes: int = 0,
+        window: int | None = None,
     ) -> None:
         """`keep_bytes`: how many bytes of other ranks' keys and values, and of their gradients, may be kept."""
         self.plan, self.ring_rank, self.kernel = plan, ring_rank, kernel
         self.exchange = RingExchange(ring_group)
-        self.tiles: list[tuple[Tile, ...]] = [
-            block_tiles(plan, ring_rank, (ring_rank - hop) % plan.ring) for hop in range(plan.ring)
-        ]
+        self.tiles = StepTiles(
+            lambda left: [block_tiles(plan, ring_rank, (ring_rank - hop) % plan.ring, left) for hop in range(plan.ring)], window
+        )
         self.kept: list[Block] = [[k_heads.contiguous(), v_heads.contiguous()]]
         self.dtype = accumulation_dtype(k_heads.dtype)
         entry_bytes = k_heads.element_size() + self.dtype.itemsize
         self.num_kept = min(plan.ring, 1 + keep_bytes // max(1, 2 * k_heads.numel() * entry_bytes))
         self.gradients: list[Block] = []
 
-    def attend(self, q_heads: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(self, q_heads: Tensor, scale: float, step: int = 0) -> tuple[Tensor, Tensor]:
         """As `PrefixKV.attend`; out in fp32 (fp64 for fp64)."""
         out = torch.zeros_like(q_heads, dtype=self.dtype)
         lse = torch.full(q_heads.shape[:2], -torch.inf, dtype=self.dtype, device=q_heads.device)
         for hop, block in self._blocks():
             k, v = block
-            part, part_lse = self.kernel.forward(q_heads, k, v, self.tiles[hop], scale)
+            part, part_lse = self.kernel.forward(q_heads, k, v, self.tiles.at(step)[hop], scale)
             out, lse = merge_partial(out, lse, part, part_lse)
         return out, lse
 
-    def attend_backward(self, dout: Tensor, q_heads: Tensor, lse: Tensor, delta: Tensor, scale: float) -> Tensor:
+    def attend_backward(self, dout: Tensor, q_heads: Tensor, lse: Tensor, delta: Tensor, scale: float, step: int = 0) -> Tensor:
         """As `PrefixKV.attend_backward`. The gradient of a kept block is summed here; of a streamed one it travels along."""
         dq = torch.zeros_like(q_heads, dtype=self.dtype)
         if not self.gradients:
@@ -95,7 +96,7 @@ class RingKV:
             streamed = hop >= self.num_kept
             gradient = [torch.zeros_like(x) for x in self.gradients[0]] if streamed else self.gradients[hop]
             (k, v), (dk, dv) = block, gradient
-            dq += self.kernel.backward(dout, q_heads, k, v, lse, delta, self.tiles[hop], scale, dk, dv)
+            dq += self.kernel.backward(dout, q_heads, k, v, lse, delta, self.tiles.at(step)[hop], scale, dk, dv)
             if streamed:
                 # What earlier ranks found travelled while this was computed.
                 if travelling is not None:

@@ -6,10 +6,13 @@ A sliding window of w tokens, as transformers counts it, lets slot i see the key
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
 from eagle3_ds.kernels import Tile
 from eagle3_ds.layout import Run, SpanPlan
+
+Made = TypeVar("Made")
 
 
 def gathered_tiles(plan: SpanPlan, ring_rank: int, window: int | None = None, live: bool = True) -> tuple[Tile, ...]:
@@ -55,6 +58,25 @@ def block_tiles(plan: SpanPlan, ring_rank: int, source: int, window: int | None 
             elif key.slot < query.slot:
                 tiles.extend(_earlier_tiles(query, key, left))
     return tuple(tiles)
+
+
+class StepTiles(Generic[Made]):
+    """The tiles of each TTT step, made when first asked for.
+
+    A window of w keys holds the k diagonals of step k, which are the newest, and so w - k keys of step 0. Without a window all
+    steps have the same tiles.
+    """
+
+    def __init__(self, make: Callable[[int | None], Made], window: int | None) -> None:
+        self._make, self._window = make, window
+        self._made: dict[int | None, Made] = {}
+
+    def at(self, step: int) -> Made:
+        """Raises ValueError for a window that ends before the step's own slot."""
+        left = None if self._window is None else self._window - step
+        if left not in self._made:
+            self._made[left] = self._make(left)
+        return self._made[left]
 
 
 def _earlier_tiles(query: Run, key: Run, left: int | None) -> Iterator[Tile]:

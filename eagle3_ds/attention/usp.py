@@ -75,6 +75,7 @@ class LlamaUSPFlashAttention(nn.Module):
     Attributes:
         sp_ring_degree, sp_ulysses_degree, sp_world_size, sp_rank: the mesh, as RFC 338 names it.
         ring_bytes: for `kv_exchange` ring, bytes of other ranks' keys and values that are kept between the TTT steps.
+        window: keys that a position sees at most, its own among them; None: all before it.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class LlamaUSPFlashAttention(nn.Module):
         ring_group: dist.ProcessGroup | None = None,
         kv_exchange: Literal["gather", "ring"] = "gather",
         ring_bytes: int = 0,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         self.q_proj: nn.Module = attention.q_proj
@@ -93,7 +95,7 @@ class LlamaUSPFlashAttention(nn.Module):
         self.o_proj: nn.Module = attention.o_proj
         self.head_dim: int = attention.head_dim
         self.scale = self.head_dim**-0.5
-        self.kernel, self.kv_exchange, self.ring_bytes = kernel, kv_exchange, ring_bytes
+        self.kernel, self.kv_exchange, self.ring_bytes, self.window = kernel, kv_exchange, ring_bytes, window
         self.ulysses_group, self.ring_group = ulysses_group, ring_group
         self.sp_ulysses_degree = ulysses_group.size() if ulysses_group else 1
         self.sp_ring_degree = ring_group.size() if ring_group else 1
@@ -116,6 +118,7 @@ class LlamaUSPFlashAttention(nn.Module):
 
     def attend_forward(self, q: Tensor, k: Tensor, v: Tensor, memory: UnrollMemory) -> Attended:
         """The attention of one TTT step, outside autograd; its key and value are remembered."""
+        step = memory.next_step
         if memory.prefix is None:
             q_heads, k_heads, v_heads = all_sequence_to_heads((q, k, v), self.ulysses_group)
             memory.prefix = self._make_prefix(k_heads, v_heads, memory)
@@ -123,7 +126,7 @@ class LlamaUSPFlashAttention(nn.Module):
             memory.keys.append(k)
             memory.values.append(v)
             q_heads = sequence_to_heads(q, self.ulysses_group)
-        out_heads, lse_heads = memory.prefix.attend(q_heads, self.scale)
+        out_heads, lse_heads = memory.prefix.attend(q_heads, self.scale, step)
         out0, lse0 = self._home_with_statistics(out_heads.to(q.dtype), lse_heads)
         return Attended(*merge_diagonals(out0, lse0, q, memory.keys, memory.values, self.scale))
 
@@ -153,7 +156,7 @@ class LlamaUSPFlashAttention(nn.Module):
             dout_heads, q_heads, lse, delta = _unpack(pending.wait(), (dout, q), (lse, delta))
             # What travelled is as large as dout and q, and the kernel's workspace comes now.
             del pending
-        dq_heads = memory.prefix.attend_backward(dout_heads, q_heads, lse, delta, self.scale).to(q.dtype)
+        dq_heads = memory.prefix.attend_backward(dout_heads, q_heads, lse, delta, self.scale, step).to(q.dtype)
         if dq is None:
             dk_heads, dv_heads = (x.to(q.dtype) for x in memory.prefix.take_gradients())
             dq, dk, dv = all_heads_to_sequence((dq_heads, dk_heads, dv_heads), self.ulysses_group)
@@ -163,8 +166,8 @@ class LlamaUSPFlashAttention(nn.Module):
     def _make_prefix(self, k_heads: Tensor, v_heads: Tensor, memory: UnrollMemory) -> PrefixKV | RingKV:
         place = (memory.plan, memory.ring_rank, self.ring_group, self.kernel)
         if self.kv_exchange == "gather":
-            return PrefixKV(k_heads, v_heads, *place)
-        return RingKV(k_heads, v_heads, *place, self.ring_bytes)
+            return PrefixKV(k_heads, v_heads, *place, self.window)
+        return RingKV(k_heads, v_heads, *place, self.ring_bytes, self.window)
 
     def _home_with_statistics(self, x: Tensor, statistic: Tensor) -> tuple[Tensor, Tensor]:
         """x [Lq, Hq / u, D] and statistic [Lq, Hq / u] in heads layout -> [Q, Hq, D], [Q, Hq]."""

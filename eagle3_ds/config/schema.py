@@ -70,6 +70,17 @@ class DraftSection(Section):
     intermediate_size: Positive | None = None
     num_heads: Positive | None = None
     num_kv_heads: Positive | None = None
+    sliding_window: Positive | None = None
+    """Keys that a position of the draft sees at most, its own among them; null: all before it."""
+
+    @model_validator(mode="after")
+    def _window_holds_the_unroll(self) -> DraftSection:
+        if self.sliding_window is not None and self.sliding_window < self.ttt_steps:
+            raise ValueError(
+                f"sliding_window = {self.sliding_window} is less than ttt_steps = {self.ttt_steps}: a guess must at least see "
+                "those before it. Use a window of thousands of tokens, or null for full attention."
+            )
+        return self
 
     @model_validator(mode="after")
     def _whole_groups(self) -> DraftSection:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from eagle3_ds.model import DraftModel, VocabularyMap
+from eagle3_ds.model import DraftModel, VocabularyMap, sliding_window, window_keys
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -52,6 +52,7 @@ def geometry(config: LlamaConfig, max_position: int | None) -> dict[str, Any]:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
+        **window_keys(sliding_window(config), config.num_hidden_layers),
     }
 
 

@@ -40,9 +40,13 @@ class Run(NamedTuple):
     document_start: int
 
 
-def attention_work(position: IntArray, in_document: NDArray[np.bool_]) -> IntArray:
-    """Keys that the step-0 attention of each slot reads: position in its document + 1, and none for padding. Shape [L]."""
-    return np.where(in_document, position + 1, 0)
+def attention_work(position: IntArray, in_document: NDArray[np.bool_], window: int | None = None) -> IntArray:
+    """Keys that the step-0 attention of each slot reads: position in its document + 1, at most `window`; none for padding.
+
+    Shape [L].
+    """
+    seen = position + 1 if window is None else np.minimum(position + 1, window)
+    return np.where(in_document, seen, 0)
 
 
 def cut_into_chunks(slots: int, ring: int, ulysses: int, chunks_per_rank: int) -> tuple[int, int]:
@@ -73,11 +77,13 @@ class SpanPlan:
         lengths: document lengths in tokens, in the order of the pack; their sum is `length`.
         live: int64 [ring, ulysses, Q], the live slots of each sp rank, ascending; a few others among them, that even it out.
         rest: int64 [ring, ulysses, S - Q], its other slots, ascending. Padding is at the end of all.
+        window: keys that a slot sees at most, its own among them, as far as work is concerned; None: all before it.
     """
 
     lengths: tuple[int, ...]
     live: IntArray
     rest: IntArray
+    window: int | None = None
 
     @staticmethod
     def make(
@@ -86,11 +92,13 @@ class SpanPlan:
         ulysses: int = 1,
         chunks_per_rank: int = 8,
         live: NDArray[np.bool_] | None = None,
+        window: int | None = None,
     ) -> SpanPlan:
         """Plan the cut.
 
         Args:
             live: [L], the slots whose hidden states are wanted; None for all of them.
+            window: of the attention whose work is balanced.
 
         Raises:
             ValueError: no document, a document without a token, a degree below one, or another number of slots in `live`.
@@ -108,9 +116,9 @@ class SpanPlan:
         chosen[:length] = True if live is None else live
         # Others even out the live slots, padding when there are no others left.
         chosen[np.flatnonzero(~chosen)[: ring * ulysses * live_share - num_live]] = True
-        work = attention_work(*_positions(lengths, len(chosen)))
-        dealt = (_deal(np.flatnonzero(part), work, ring, ulysses, chunks_per_rank) for part in (chosen, ~chosen))
-        return SpanPlan(tuple(lengths), *dealt)
+        work = attention_work(*_positions(lengths, len(chosen)), window)
+        of_live, of_rest = (_deal(np.flatnonzero(part), work, ring, ulysses, chunks_per_rank) for part in (chosen, ~chosen))
+        return SpanPlan(tuple(lengths), of_live, of_rest, window)
 
     @property
     def ring(self) -> int:
@@ -219,7 +227,7 @@ class SpanPlan:
 
     def ring_work(self) -> IntArray:
         """Step-0 attention work (query-key pairs) of each ring rank's live slots. Shape [ring]."""
-        work = attention_work(self.position, self.document >= 0)
+        work = attention_work(self.position, self.document >= 0, self.window)
         return work[self.live].sum((1, 2))
 
 

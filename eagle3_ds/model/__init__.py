@@ -1,6 +1,6 @@
 """The EAGLE-3 draft: its decoder, the unroll over TTT steps, the vocabulary map, and the patch that puts USP in."""
 
-from eagle3_ds.model.config import build_draft_config
+from eagle3_ds.model.config import build_draft_config, sliding_window, window_keys
 from eagle3_ds.model.decoder import DraftCache
 from eagle3_ds.model.draft import DraftModel, UnrollSettings
 from eagle3_ds.model.patching import patch_attention
@@ -14,5 +14,7 @@ __all__ = [
     "VocabularyMap",
     "build_draft_config",
     "patch_attention",
+    "sliding_window",
     "slots_per_tile",
+    "window_keys",
 ]

@@ -34,7 +34,7 @@ def build_draft_config(target_config: Any, draft: DraftSection) -> LlamaConfig:
             f"draft.num_heads = {num_heads} is not a multiple of draft.num_kv_heads = {num_kv_heads}: each key head serves "
             "the same number of query heads. Change one of them."
         )
-    # Where kinds of layers differ in their rotary embedding, the draft has that of full attention, as it has no window.
+    # Where kinds of layers differ in their rotary embedding, the draft has that of full attention, window or not.
     rope = target_config.rope_parameters
     rope = rope if "rope_type" in rope else rope["full_attention"]
     head_dim = getattr(target_config, "head_dim", None) or target_config.hidden_size // target_config.num_attention_heads
@@ -57,4 +57,24 @@ def build_draft_config(target_config: Any, draft: DraftSection) -> LlamaConfig:
         pad_token_id=target_config.pad_token_id,
         attention_bias=False,
         mlp_bias=False,
+        **window_keys(draft.sliding_window, draft.num_layers),
     )
+
+
+def window_keys(window: int | None, num_layers: int) -> dict[str, Any]:
+    """How a config says that every layer sees `window` keys: servers look at both. Nothing for full attention."""
+    return {} if window is None else {"sliding_window": window, "layer_types": ["sliding_attention"] * num_layers}
+
+
+def sliding_window(config: Any) -> int | None:
+    """The window of a draft's config; None is full attention.
+
+    Raises:
+        ValueError: its layers differ in theirs.
+    """
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if window is None or (kinds is not None and set(kinds) == {"full_attention"}):
+        return None
+    if kinds is None or set(kinds) == {"sliding_attention"}:
+        return int(window)
+    raise ValueError(f"layer_types is {list(kinds)}: all layers of a draft see sliding_window keys here, or all see everything.")

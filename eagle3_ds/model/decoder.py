@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from eagle3_ds.attention.usp import rotate
+from eagle3_ds.model.config import sliding_window
 
 
 class BeforeWeights(NamedTuple):
@@ -92,7 +93,7 @@ class DraftAttention(nn.Module):
 
     def __init__(self, config: LlamaConfig, input_size: int, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.head_dim, self.window = layer, config.head_dim, sliding_window(config)
         self.q_proj = nn.Linear(input_size, config.num_attention_heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(input_size, config.num_key_value_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(input_size, config.num_key_value_heads * config.head_dim, bias=False)
@@ -101,7 +102,8 @@ class DraftAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: DraftCache) -> Tensor:
         """Rotated q [S, Hq, D], rotated k and v [S, Hkv, D] of the S newest slots -> [S, Hq * D]."""
         keys, values = cache.append(self.layer, k, v)
-        seen = torch.arange(len(keys), device=q.device) <= torch.arange(len(keys) - len(q), len(keys), device=q.device)[:, None]
+        back = torch.arange(len(keys) - len(q), len(keys), device=q.device)[:, None] - torch.arange(len(keys), device=q.device)
+        seen = (back >= 0) & (back < (self.window or len(keys)))
         out = functional.scaled_dot_product_attention(
             q.transpose(0, 1)[None],
             keys.transpose(0, 1)[None],

@@ -20,12 +20,14 @@ def patch_attention(
     ring_group: dist.ProcessGroup | None = None,
     kv_exchange: Literal["gather", "ring"] = "gather",
     ring_bytes: int = 0,
+    window: int | None = None,
 ) -> Model:
     """Replace every attention layer of an existing draft with `LlamaUSPFlashAttention`, in place.
 
     An attention layer is a module with q, k, v and o projections and a `head_dim`. The projections move over, so parameter
     names, the state dict and optimizer references stay as they are. The model gets `sp_ring_degree`,
-    `sp_ulysses_degree`, `sp_world_size` and `sp_rank`. Patching again replaces the earlier patch.
+    `sp_ulysses_degree`, `sp_world_size` and `sp_rank`. Patching again replaces the earlier patch. `window`: keys that a
+    position sees at most; None: all before it.
 
     Raises:
         ValueError: the model has no attention layer, or one whose heads Ulysses cannot share.
@@ -46,7 +48,7 @@ def patch_attention(
                 f"{name} has {heads[0]} query and {heads[1]} key heads, which ulysses = {degree} does not divide. Use a "
                 "divisor of both and give the rest of the sequence-parallel degree to the ring."
             )
-        setattr(parent, name, LlamaUSPFlashAttention(child, kernel, ulysses_group, ring_group, kv_exchange, ring_bytes))
+        setattr(parent, name, LlamaUSPFlashAttention(child, kernel, ulysses_group, ring_group, kv_exchange, ring_bytes, window))
     patched = getattr(found[0][0], found[0][1])
     for attribute in ("sp_ring_degree", "sp_ulysses_degree", "sp_world_size", "sp_rank"):
         setattr(model, attribute, getattr(patched, attribute))

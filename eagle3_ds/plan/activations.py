@@ -214,6 +214,9 @@ def _kernel_block(setup: Setup) -> tuple[int, int]:
     else:
         rows = setup.live_columns // setup.chunks_per_rank
         keys = setup.padded_length if setup.kv_exchange == "gather" else setup.columns // setup.chunks_per_rank
+    if setup.window is not None:
+        # A block's rows and the window before them.
+        return min(rows, BACKWARD_BLOCK), min(keys, min(rows, BACKWARD_BLOCK) + setup.window)
     return min(rows, BACKWARD_BLOCK), min(keys, BACKWARD_BLOCK)
 
 

@@ -140,6 +140,7 @@ class Setup:
         kv_bytes: what a rank may hold of other ranks' step-0 keys and values in each layer, gradients included.
         target_bytes: weights of a target that runs beside the draft (`data.hidden_states: online`), sharded over all ranks.
         supervised: share of the tokens whose loss counts, and with it of the slots that are live.
+        window: keys that a position of the draft sees at most; None: all before it.
         device: whose attention kernel's workspace counts; any accelerator's is like cuda's.
         tile_bytes, loss_tile_bytes: budgets of one tile of slots in a layer, and of one tile of the loss.
     """
@@ -162,6 +163,7 @@ class Setup:
     chunks_per_rank: int = 8
     target_bytes: int = 0
     supervised: float = 1.0
+    window: int | None = None
     device: Literal["cuda", "cpu"] = "cuda"
 
     @classmethod
@@ -192,6 +194,7 @@ class Setup:
             tile_bytes=recipe.train.tile_bytes,
             loss_tile_bytes=recipe.loss.tile_bytes,
             chunks_per_rank=parallel.chunks_per_rank,
+            window=recipe.draft.sliding_window,
             device=device,
         )
 

@@ -57,7 +57,7 @@ def attention_pairs(setup: Setup, documents: Sequence[int] | None = None) -> int
     """
     counted = np.floor(np.arange(setup.length + 1) * setup.supervised)
     live = np.diff(counted) > 0 if setup.shape.num_layers == 1 else None
-    plan = SpanPlan.make(documents or (setup.length,), setup.ring, setup.ulysses, setup.chunks_per_rank, live)
+    plan = SpanPlan.make(documents or (setup.length,), setup.ring, setup.ulysses, setup.chunks_per_rank, live, setup.window)
     return int(plan.ring_work().max())
 
 

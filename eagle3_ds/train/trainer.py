@@ -18,7 +18,7 @@ from eagle3_ds.config import Recipe
 from eagle3_ds.kernels import checked_kernel
 from eagle3_ds.layout import LocalBatch, PackedSequence, prepare_usp_input, stream_rows
 from eagle3_ds.loss import LossInputs, LossSum, loss_tiles
-from eagle3_ds.model import DraftModel, UnrollSettings, VocabularyMap, patch_attention
+from eagle3_ds.model import DraftModel, UnrollSettings, VocabularyMap, patch_attention, sliding_window
 from eagle3_ds.plan import DraftShape, Setup, choose_kv_exchange
 from eagle3_ds.topology import Topology
 from eagle3_ds.train.engine import DraftWithLoss, build_engine, full_parameters, step_and_norm
@@ -79,7 +79,7 @@ class DraftTrainer:
         asked = recipe.parallel.kv_exchange
         self.kv_exchange = choose_kv_exchange(setup) if asked == "auto" else asked
         groups = (topology.ulysses_group, topology.ring_group)
-        patch_attention(draft, kernel, *groups, self.kv_exchange, recipe.parallel.kv_bytes)
+        patch_attention(draft, kernel, *groups, self.kv_exchange, recipe.parallel.kv_bytes, window=sliding_window(draft.config))
         self._draft_to_target = vocabulary.draft_to_target.to(device)
         self._in_vocabulary = vocabulary.t2d.cpu()
         self._teacher_head = self._draft_rows(head)

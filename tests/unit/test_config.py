@@ -72,6 +72,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("train.warmup_steps=11", ["train.warmup_steps is 11", "10 steps", "Lower it"]),
         ("eval.context_buckets=[2048, 512]", ["context_buckets", "[2048, 512]", "ascend"]),
         ("draft={num_heads: 6, num_kv_heads: 4}", ["num_heads is 6 and num_kv_heads is 4", "divisor"]),
+        ("draft={ttt_steps: 7, sliding_window: 6}", ["sliding_window = 6 is less than ttt_steps = 7", "or null"]),
         ("target.build={hidden_size: 190}", ["hidden_size is 190", "num_heads"]),
         ("parallel.ulysses", ["'parallel.ulysses'", "section.key=value"]),
         ("output_dir.name=x", ["output_dir is a value", "not a section"]),

@@ -111,6 +111,28 @@ def test_guesses_follow_the_served_semantics(target: Target, draft: DraftModel, 
         hidden = torch.cat((hidden, output[-1:]))
 
 
+@pytest.mark.parametrize("window", [1, 4, 60])
+def test_a_served_draft_with_a_window_sees_so_many_keys(target: Target, window: int) -> None:
+    """In one call and cache by cache; what is further back changes nothing, what is nearer does."""
+    config = build_draft_config(target.config, DraftSection(vocab_size=64, sliding_window=window, ttt_steps=1))
+    torch.manual_seed(1)
+    draft = DraftModel(config).eval()
+    for parameter in draft.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    embeds, hidden = torch.randn(2, 12, config.hidden_size)
+    positions = torch.arange(12)
+    whole = draft.decode(embeds, hidden, positions, DraftCache(1))
+    cache = DraftCache(1)
+    pieces = [draft.decode(embeds[part], hidden[part], positions[part], cache) for part in (slice(5), slice(5, 6), slice(6, 12))]
+    torch.testing.assert_close(torch.cat(pieces), whole)
+    first = max(0, 12 - window)
+    torch.testing.assert_close(draft.decode(embeds[first:], hidden[first:], positions[first:], DraftCache(1))[-1], whole[-1])
+    if window > 1:
+        shorter = draft.decode(embeds[first + 1 :], hidden[first + 1 :], positions[first + 1 :], DraftCache(1))
+        assert (shorter[-1] - whole[-1]).norm() > 1e-3 * whole[-1].norm()
+
+
 @pytest.mark.parametrize("draft_tokens", [1, 4])
 def test_any_draft_is_lossless(target: Target, draft: DraftModel, vocabulary: VocabularyMap, draft_tokens: int) -> None:
     expected = greedy_decode(target, PROMPT, 30, None)

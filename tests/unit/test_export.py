@@ -14,7 +14,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from eagle3_ds.config import DraftSection
 from eagle3_ds.export import export_speculators, export_vllm, load_speculators, load_vllm, verify_export
-from eagle3_ds.model import DraftModel, VocabularyMap, build_draft_config
+from eagle3_ds.model import DraftModel, VocabularyMap, build_draft_config, sliding_window, window_keys
 
 V, VD, H, HEAD, INNER = 96, 40, 32, 8, 48
 LLAMA3 = {
@@ -133,6 +133,28 @@ def test_way_back_in_fp32_is_exact(export: Export, draft: DraftModel, vocabulary
     assert torch.equal(stored.d2t, vocabulary.d2t) and torch.equal(stored.t2d, vocabulary.t2d)
     assert config.rope_parameters == draft.config.rope_parameters
     assert verify_export(folder, draft, vocabulary) == 0.0
+
+
+@BOTH
+def test_a_window_is_in_the_config_and_comes_back(
+    export: Export, draft: DraftModel, vocabulary: VocabularyMap, tmp_path: Path
+) -> None:
+    layers = draft.config.num_hidden_layers
+    windowed = DraftModel(LlamaConfig(**draft.config.to_dict() | window_keys(48, layers)))
+    windowed.load_state_dict(draft.state_dict())
+    folder = export(windowed, vocabulary, tmp_path / "draft", dtype="float32")
+    keys = json.loads((folder / "config.json").read_text())
+    keys = keys if export is vllm else keys["transformer_layer_config"]
+    assert (keys["sliding_window"], keys["layer_types"]) == (48, ["sliding_attention"] * layers)
+    config = (load_vllm if export is vllm else load_speculators)(folder)[0]
+    assert sliding_window(config) == 48 and sliding_window(draft.config) is None
+    assert verify_export(folder, windowed, vocabulary) == 0.0
+
+
+def test_layers_of_different_windows_are_refused() -> None:
+    mixed = LlamaConfig(num_hidden_layers=2, sliding_window=48, layer_types=["sliding_attention", "full_attention"])
+    with pytest.raises(ValueError, match="all layers of a draft see sliding_window keys here, or all see everything"):
+        sliding_window(mixed)
 
 
 @BOTH

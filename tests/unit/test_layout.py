@@ -76,6 +76,13 @@ def test_live_work_is_balanced_where_answers_are_at_the_end():
     assert plan.live_per_rank == 2048
 
 
+def test_a_window_levels_the_work_of_late_slots():
+    plan = SpanPlan.make([4096], ring=4, window=16)
+    assert plan.ring_work().sum() == 4096 * 16 - 15 * 16 // 2
+    # Full attention puts the last chunk alone with light ones; under a window all but the first chunk weigh the same.
+    assert plan.ring_work().max() - plan.ring_work().min() <= 120
+
+
 @given(plans)
 def test_sequence_order_undoes_the_concatenation_of_ring_ranks(plan):
     assert (plan.ring_slots.reshape(-1)[plan.sequence_order] == np.arange(plan.padded_length)).all()

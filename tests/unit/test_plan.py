@@ -145,6 +145,16 @@ def test_packed_documents_cost_less_attention_than_one() -> None:
     assert attention_pairs(NODE, [16_384] * 8) == pytest.approx(attention_pairs(NODE) / 8, rel=0.01)
 
 
+def test_a_window_makes_attention_grow_with_the_length_alone() -> None:
+    windowed = replace(NODE, window=4096)
+    # All but the first rows see a whole window; the ring's ranks share them evenly.
+    assert attention_pairs(windowed) == pytest.approx(131_072 * 4096 / 2, rel=0.03)
+    assert (
+        step_flops(windowed, attention_pairs(windowed)).attention_forward
+        < 0.07 * step_flops(NODE, attention_pairs(NODE)).attention_forward
+    )
+
+
 def test_time_counts_slow_links_between_nodes() -> None:
     pairs = attention_pairs(NODE)
     one_node = predict_time(NODE, DEVICES["H100"], pairs, ranks_per_node=8)
