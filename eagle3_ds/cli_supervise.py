@@ -76,7 +76,7 @@ def _wait(process: subprocess.Popen[bytes], logs: Logs) -> None:
         try:
             process.wait(LOOK_SECONDS)
         except subprocess.TimeoutExpired:
-            if deadline is None and any(order.startswith("end") for order in logs.orders()):
+            if deadline is None and any(order.startswith(("end", "kill")) for order in logs.orders()):
                 deadline = time.monotonic() + END_SECONDS
             if deadline is not None and time.monotonic() > deadline:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -90,7 +90,7 @@ def _signals_passed_on(logs: Logs) -> Iterator[list[int]]:
     def pass_on(number: int, frame: FrameType | None) -> None:
         again = number == signal.SIGINT and number in received
         received.append(number)
-        logs.order("end a second SIGINT came" if again else f"signal {signal.Signals(number).name}")
+        logs.order("kill a second SIGINT came" if again else f"signal {signal.Signals(number).name}")
 
     before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
@@ -101,10 +101,15 @@ def _signals_passed_on(logs: Logs) -> Iterator[list[int]]:
 
 
 def _ends(logs: Logs, world_size: int) -> Mapping[int, RankEnd]:
-    """How the ranks ended; a missing one is waited for a little, because another host may have written it just now."""
+    """How the ranks ended; a missing one is waited for a little, because another host may have written it just now.
+
+    One that has lost its launcher is ended: it must not train on beside the ranks of a restart.
+    """
     deadline = time.monotonic() + LATE_SECONDS
     ends = logs.ends(world_size)
-    while len(ends) < world_size and ends and time.monotonic() < deadline:
+    if len(ends) < world_size:
+        logs.order("end the launcher that started this rank is gone")
+    while len(ends) < world_size and time.monotonic() < deadline:
         time.sleep(LOOK_SECONDS)
         ends = logs.ends(world_size)
     return ends

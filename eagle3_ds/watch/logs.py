@@ -89,7 +89,9 @@ class Logs:
         self.control.write_text("")
 
     def order(self, line: str) -> None:
-        """Tell every supervisor: `end REASON`, or `signal NAME` for a signal that each rank shall get."""
+        """Tell every supervisor: `signal NAME` for a signal that each rank shall get, `end REASON` for its end, `kill REASON` for
+        an end at once, whatever the rank is about to do by itself.
+        """
         with self.control.open("a") as file:
             file.write(f"{line}\n")
 

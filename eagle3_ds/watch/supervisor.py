@@ -28,6 +28,8 @@ from eagle3_ds.watch.logs import How, Logs, RankEnd, Status
 TICK_SECONDS = 0.5
 # Between a rank's last word about an exception and its end, which may hang in the farewell to a broken process group.
 EXIT_SECONDS = 5.0
+# A rank that dies is heard of by its peers before the system has done away with it, which takes long with much memory.
+DYING_SECONDS = 1.0
 # Before its first word a rank imports its packages, which takes minutes where they lie on a busy file system.
 START_SECONDS = 300.0
 # More than two beats: a rank that says nothing for so long when another one fails is mute.
@@ -137,7 +139,8 @@ class Supervisor:
             if word == "signal":
                 self._forward(signal.Signals[rest], None)
             else:
-                self._stop(*self._why_ended(now, rest))
+                if word == "kill" or not self._is_dying():
+                    self._stop(*self._why_ended(now, rest))
                 return
         self.obeyed = len(orders)
         trouble = self.state.trouble(now, self.limit)
@@ -146,6 +149,14 @@ class Supervisor:
             self._stop(how, self._describe(how, seconds))
         elif os.getppid() != self.parent:
             self._stop("killed", "the launcher that started this rank is gone")
+
+    def _is_dying(self) -> bool:
+        """Whether the rank ends by itself within a moment, so that its death may be what the order to end is about."""
+        try:
+            self.child.wait(DYING_SECONDS)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def _why_ended(self, now: float, order: str) -> tuple[How, str]:
         """Why the rank is ended when another supervisor asks for it: because it was asked, unless this rank was mute already.

@@ -11,9 +11,38 @@ from pathlib import Path
 import pytest
 from small_quickstart import QUICKSTART, ROOT, STEPS, Job, small_job
 
+from eagle3_ds.watch.logs import Logs
+
 pytestmark = pytest.mark.e2e
 # The schedule of the small quickstart is constant, so that a longer run begins as `finished` does.
 LONG = ("train.steps=1000", "eval.num_prompts=0")
+
+
+def test_a_second_sigint_stops_at_once(shared: Path, tmp_path: Path) -> None:
+    """A step of 400 packs takes long enough for the first SIGINT to be waiting when the second comes."""
+    job = small_job(shared, tmp_path / "output", *LONG, "train.accumulation=400")
+    process = subprocess.Popen(
+        [str(ROOT / "launch.sh"), QUICKSTART, *job.overrides],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    log, control = job.folder / "logs" / "rank_0.log", job.folder / "logs" / "control"
+    for words, path in (("training:   0%", log), ("signal SIGINT", control)):
+        while process.poll() is None and not (path.is_file() and words in path.read_text()):
+            time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[0]
+        process.send_signal(signal.SIGINT)
+        asked = time.time()
+    output, _ = process.communicate()
+    assert process.returncode != 0
+    # The launcher takes longer to notice that its ranks are gone.
+    ends = Logs(log.parent).ends(4)
+    assert [(end.how, end.time - asked < 3.0) for end in ends.values()] == [("ended", True)] * 4, ends
+    assert "a second SIGINT came" in output.rstrip().splitlines()[-1]
+    assert not (job.folder / "checkpoints").exists()
+    assert "FutureWarning" not in output
 
 
 def test_a_run_that_is_told_to_stop_is_gone_on_with_by_the_same_command(finished: Job, shared: Path, tmp_path: Path) -> None:

@@ -45,6 +45,9 @@ def main() -> None:
     if deed == "exits":
         print("terminate called without an active exception", file=sys.stderr, flush=True)
         os._exit(3)
+    if deed == "dies slowly":
+        time.sleep(0.5)
+        deed = "SIGKILL"
     if deed in ("SIGKILL", "SIGSTOP"):
         os.kill(os.getpid(), signal.Signals[deed])
     if deed == "obeys":

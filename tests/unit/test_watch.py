@@ -113,6 +113,28 @@ def test_a_mute_rank_is_the_cause_whoever_loses_patience_first(tmp_path: Path) -
     assert mute.precedence < waiting.precedence
 
 
+def test_a_dying_rank_is_the_cause_though_a_peer_hears_of_it_first(tmp_path: Path) -> None:
+    """The peer's supervisor has asked for the end of all before the system is done with the dead one."""
+    logs = Logs(tmp_path / "logs")
+    with ranks(logs, "dies slowly") as (process,):
+        while not (logs.output(0).is_file() and "dies slowly" in logs.output(0).read_text()):
+            time.sleep(0.01)
+        logs.order("end rank 1 on host failed")
+        assert process.wait(10) == 1
+    assert (logs.ends(1)[0].how, logs.ends(1)[0].reason.partition(":")[0]) == ("killed", "signal 9 (SIGKILL)")
+
+
+def test_a_second_sigint_does_not_wait_for_the_first(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """This rank would end by itself in half a second, as one that is about to save does."""
+    logs = Logs(tmp_path / "logs")
+    with ranks(logs, "dies slowly") as (process,):
+        while not (logs.output(0).is_file() and "dies slowly" in logs.output(0).read_text()):
+            time.sleep(0.01)
+        logs.order("kill a second SIGINT came")
+        assert process.wait(10) == 1
+    assert (logs.ends(1)[0].how, logs.ends(1)[0].reason) == ("ended", "a second SIGINT came")
+
+
 def test_a_full_disk_does_not_silence_a_failure(tmp_path: Path) -> None:
     """/dev/full takes no byte: the log and the end of the rank cannot be written."""
     logs = Logs(tmp_path / "logs")
@@ -205,6 +227,16 @@ def test_a_launcher_that_says_all_is_well_is_not_believed(tmp_path: Path, capfd:
     assert "No rank said why" in capfd.readouterr().err
     assert run_ranks(plan(tmp_path, "finishes", "finishes", status=0), Console()) == (0, False, "")
     assert capfd.readouterr().err == ""
+
+
+def test_ranks_that_have_lost_their_launcher_are_ended(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A restart must not find them training. The launcher leaves its supervisor behind, which has init for its parent."""
+    logs = Logs(tmp_path / "logs")
+    orphan = f"(RANK=0 setsid {' '.join(supervisor(logs, 0, 'sleeps'))} >/dev/null &); sleep 1; exit 1"
+    lost = replace(plan(tmp_path, "sleeps"), command=("sh", "-c", orphan))
+    assert run_ranks(lost, Console()).status == 1
+    assert "the launcher that started this rank is gone" in capfd.readouterr().err.splitlines()[-1]
+    assert logs.ends(1)[0].how in ("ended", "killed")
 
 
 def test_a_failed_run_is_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
