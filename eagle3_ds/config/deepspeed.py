@@ -21,6 +21,13 @@ _PRECISION = "the recipe owns the precision", "Set train.dtype in the recipe and
 _SCALE = "it changes the scale of the gradients, which this project sets exactly", "Remove it."
 _LOADER = "this project has its own deterministic loader", "Remove it."
 
+# The recipe's name of a dtype -> DeepSpeed's names.
+_DTYPES: Mapping[str, tuple[str, ...]] = {
+    "float32": ("fp32", "float32", "float", "torch.float32"),
+    "bfloat16": ("bf16", "bfloat16", "torch.bfloat16"),
+    "float16": ("fp16", "float16", "half", "torch.float16"),
+}
+
 # key -> (reason, fix)
 REFUSED: Mapping[str, tuple[str, str]] = {
     "mesh_param": _SP,
@@ -79,11 +86,13 @@ def fill_deepspeed_config(user: Mapping[str, Any], recipe: Recipe, world: int, d
     (`zero_group: all`), the draft_dp group otherwise.
 
     Raises:
-        ValueError: ZeRO++ secondary partitions (`zero_hpz_partition_size`) that do not fit the ranks, or an optimizer on NVMe.
+        ValueError: ZeRO++ secondary partitions (`zero_hpz_partition_size`) that do not fit the ranks, an optimizer on NVMe, or
+            gradients accumulated in a dtype (`data_types.grad_accum_dtype`) that the ZeRO stage cannot have.
     """
     config = copy.deepcopy(dict(user))
     _check_secondary_partition(config, recipe, world)
     _check_offload(config)
+    _check_grad_accum_dtype(config, recipe)
     data_parallel = world if recipe.parallel.zero_group == "all" else draft_dp
     config["train_micro_batch_size_per_gpu"] = 1
     config["gradient_accumulation_steps"] = recipe.train.accumulation
@@ -97,16 +106,52 @@ def fill_deepspeed_config(user: Mapping[str, Any], recipe: Recipe, world: int, d
 
 
 def _check_offload(config: Mapping[str, Any]) -> None:
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if offload.get("device") == "nvme":
+    if _offload_device(config) == "nvme":
         raise ValueError(
             "zero_optimization.offload_optimizer.device is nvme: a checkpoint cannot hold what DeepSpeed keeps in files of its "
             "own. Set it to cpu."
         )
 
 
+def _check_grad_accum_dtype(config: Mapping[str, Any], recipe: Recipe) -> None:
+    """DeepSpeed refuses some of these only once the ranks run; others get an optimizer whose state no checkpoint can hold."""
+    asked, train = _object(config, "data_types").get("grad_accum_dtype"), recipe.train.dtype
+    if asked is None:
+        return
+    dtype = next((dtype for dtype, names in _DTYPES.items() if asked in names), None)
+    if dtype is None:
+        allowed = ", ".join(name for names in _DTYPES.values() for name in names)
+        raise ValueError(
+            f"data_types.grad_accum_dtype is {asked!r}, which is no dtype of DeepSpeed's. Set it to one of {allowed}."
+        )
+    stage = _zero(config).get("stage", 0)
+    where = f"data_types.grad_accum_dtype is {asked!r} with train.dtype {train} at ZeRO stage {stage}"
+    fix = "Remove it, or use stage 2 or 3, for example ds_configs/zero2.json."
+    if stage == 0 and dtype != train:
+        raise ValueError(f"{where}: without ZeRO, DeepSpeed accumulates gradients in train.dtype alone. {fix}")
+    if stage == 1 and _offload_device(config) != "cpu" and (train, dtype) == ("bfloat16", "float32"):
+        raise ValueError(f"{where}: DeepSpeed then takes an optimizer of its own, whose state no checkpoint here can hold. {fix}")
+
+
+def _zero(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return _object(config, "zero_optimization")
+
+
+def _offload_device(config: Mapping[str, Any]) -> Any:
+    zero = _zero(config)
+    return None if zero.get("offload_optimizer") is None else _object(zero, "offload_optimizer").get("device")
+
+
+def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A part of the JSON, empty when it is not there. Raises ValueError when it is no object."""
+    value = config.get(key, {})
+    if not isinstance(value, Mapping):
+        raise ValueError(f"`{key}` is {value!r}: it must be a JSON object. Write {{...}} with its keys, or remove it.")
+    return value
+
+
 def _check_secondary_partition(config: Mapping[str, Any], recipe: Recipe, world: int) -> None:
-    size = config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    size = _zero(config).get("zero_hpz_partition_size", 1)
     if size == 1:
         return
     if recipe.parallel.zero_group != "all":

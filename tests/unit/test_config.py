@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,46 @@ def test_an_optimizer_on_nvme_is_refused(tmp_path: Path) -> None:
         fill_deepspeed_config(user, recipe, 8, 2)
     for device in ({"device": "cpu"}, None):
         fill_deepspeed_config({"zero_optimization": {"stage": 3, "offload_optimizer": device}}, recipe, 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "accumulated", "words"),
+    [
+        (1, "bfloat16", "fp32", "is 'fp32' with train.dtype bfloat16 at ZeRO stage 1: DeepSpeed then takes an optimizer"),
+        (1, "bfloat16", "torch.float32", "is 'torch.float32' with train.dtype bfloat16 at ZeRO stage 1"),
+        (0, "bfloat16", "float32", "at ZeRO stage 0: without ZeRO, DeepSpeed accumulates gradients in train.dtype alone"),
+        (0, "float32", "bf16", "Remove it, or use stage 2 or 3, for example ds_configs/zero2.json"),
+        (2, "bfloat16", "fp64", "is 'fp64', which is no dtype of DeepSpeed's. Set it to one of fp32, float32,"),
+        (2, "bfloat16", ["fp32"], "which is no dtype"),
+        (0, "bfloat16", "bf16", None),
+        (1, "float32", "fp32", None),
+        (1, "bfloat16", None, None),
+        (2, "bfloat16", "fp32", None),
+        (3, "bfloat16", "fp32", None),
+    ],
+)
+def test_gradients_accumulate_in_a_dtype_that_the_stage_can_have(
+    tmp_path: Path, stage: int, dtype: str, accumulated: object, words: str | None
+) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL), [f"train.dtype={dtype}"])
+    user = {"zero_optimization": {"stage": stage}, "data_types": {"grad_accum_dtype": accumulated}}
+    if words is None:
+        assert fill_deepspeed_config(user, recipe, 8, 2)["data_types"] == user["data_types"]
+        return
+    with pytest.raises(ValueError) as caught:
+        fill_deepspeed_config(user, recipe, 8, 2)
+    assert "data_types.grad_accum_dtype is" in str(caught.value) and words in str(caught.value)
+    offloaded = {**user["zero_optimization"], "offload_optimizer": {"device": "cpu"}}
+    if stage == 1:
+        fill_deepspeed_config({**user, "zero_optimization": offloaded}, recipe, 8, 2)
+
+
+@pytest.mark.parametrize("key", ["zero_optimization", "data_types"])
+def test_a_part_of_the_deepspeed_json_that_is_no_object_is_refused(tmp_path: Path, key: str) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL))
+    for value in (True, None, []):
+        with pytest.raises(ValueError, match=re.escape(f"`{key}` is {value}: it must be a JSON object")):
+            fill_deepspeed_config({key: value}, recipe, 8, 2)
 
 
 def test_secondary_partitions_must_fit(tmp_path: Path) -> None:
