@@ -26,6 +26,7 @@ from eagle3_ds.data.packing import pack
 from eagle3_ds.target import load_text_config, resolve_path
 from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.heart import Heart, beating
+from eagle3_ds.train.quiet import ignore_renamed_collectives
 from eagle3_ds.train.target_engine import SpanStates, TargetEngine
 
 
@@ -122,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher; LOCAL_RANK is what counts")
     parser.add_argument("--status_fd", type=int, help="where the supervisor listens, set by it")
     options = parser.parse_args(arguments)
+    ignore_renamed_collectives()
     with beating(options.status_fd) as heart:
         capture(load_recipe(options.recipe), heart)
         if dist.is_initialized():

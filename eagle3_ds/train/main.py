@@ -29,6 +29,7 @@ from eagle3_ds.train.heart import Heart, beating
 from eagle3_ds.train.identity import require_same_identity
 from eagle3_ds.train.loop import run_training, save_weights
 from eagle3_ds.train.online import OnlineStates
+from eagle3_ds.train.quiet import ignore_renamed_collectives
 from eagle3_ds.train.restore import load_checkpoint
 from eagle3_ds.train.stop import StopRequest
 from eagle3_ds.train.target_engine import TargetEngine
@@ -91,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher; LOCAL_RANK is what counts")
     parser.add_argument("--status_fd", type=int, help="where the supervisor listens, set by it")
     options = parser.parse_args(arguments)
+    ignore_renamed_collectives()
     with beating(options.status_fd) as heart:
         train(load_recipe(options.recipe), options.resume, heart)
     if dist.is_initialized():
