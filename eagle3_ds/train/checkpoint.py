@@ -87,6 +87,7 @@ class Manifest(_Strict):
         packs: packed sequences that all draft_dp ranks together have taken: the loader's position.
         adam_steps: updates that AdamW made, without the skipped ones.
         skipped_steps: as DeepSpeed counts them.
+        skipped_in_a_row: steps up to this one that were not finite and skipped, without one between them that was taken.
         heldout_loss: of this very step, when it was evaluated.
         recipe: the resolved recipe, as JSON.
         mesh: draft_dp, ring, ulysses and ZeRO stage it was written by; for people, nothing depends on it.
@@ -100,6 +101,8 @@ class Manifest(_Strict):
     packs: Count
     adam_steps: Count
     skipped_steps: Count
+    # Checkpoints of earlier versions do not say it.
+    skipped_in_a_row: Count = 0
     heldout_loss: float | None
     recipe: dict[str, Any]
     mesh: dict[str, int]

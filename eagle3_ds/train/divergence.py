@@ -46,11 +46,12 @@ class DivergenceGuard:
 
     Args:
         max_skipped: so many such steps in a row are let pass; the next one ends the run.
+        in_a_row: how many of them came last before the checkpoint that the run goes on from.
     """
 
-    def __init__(self, trainer: DraftTrainer, loader: Loader, output_dir: Path, max_skipped: int) -> None:
+    def __init__(self, trainer: DraftTrainer, loader: Loader, output_dir: Path, max_skipped: int, in_a_row: int = 0) -> None:
         self.trainer, self.loader, self.folder, self.max_skipped = trainer, loader, output_dir / FOLDER, max_skipped
-        self.in_a_row = 0
+        self.in_a_row = in_a_row
 
     def skipped(self, index: int, report: StepReport) -> bool:
         """Whether step `index` (from 0) was skipped. Collective when it was: the documents to blame are found and saved.

@@ -75,7 +75,8 @@ def run_training(
     saved, reason = resumed.step if resumed else None, ""
     progress = tqdm(total=last, initial=done, desc="training", unit="step", disable=not is_first)
     require_same_replicas(trainer, loader, done)
-    guard = DivergenceGuard(trainer, loader, output_dir, recipe.faults.max_skipped)
+    in_a_row = resumed.skipped_in_a_row if resumed else 0
+    guard = DivergenceGuard(trainer, loader, output_dir, recipe.faults.max_skipped, in_a_row)
     while done < last and not (reason := _between_steps(stop, saver, trainer)):
         heart.at("training", done)
         record = _step(trainer, loader, guard, done, last)
@@ -90,13 +91,14 @@ def run_training(
             require_same_replicas(trainer, loader, done)
         if save_now:
             heart.at("saving", done)
-            saver.save(Progress(done, loader.packs_before(done), record.get("heldout", {}).get("loss")))
+            heldout_loss = record.get("heldout", {}).get("loss")
+            saver.save(Progress(done, loader.packs_before(done), heldout_loss, guard.in_a_row))
             saved = done
         progress.set_postfix(loss=f"{record['loss']:.3f}", tau=f"{record['tau']:.2f}", refresh=False)
         progress.update()
     progress.close()
     if reason and saved != done:
-        saver.save(Progress(done, loader.packs_before(done)))
+        saver.save(Progress(done, loader.packs_before(done), skipped_in_a_row=guard.in_a_row))
     saver.finish()
     if not reason:
         save_weights(trainer, output_dir / FINAL_WEIGHTS)

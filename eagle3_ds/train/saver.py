@@ -45,11 +45,13 @@ _SMALL_FILES = 2**20
 
 @dataclass(frozen=True)
 class Progress:
-    """Attributes: optimizer steps done, packs taken by all draft_dp ranks, held-out loss when this step was evaluated."""
+    """Attributes: optimizer steps done, packs taken by all draft_dp ranks, held-out loss when this step was evaluated, and how
+    many steps up to this one were skipped in a row."""
 
     step: int
     packs: int
     heldout_loss: float | None = None
+    skipped_in_a_row: int = 0
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ class CheckpointSaver:
             packs=progress.packs,
             adam_steps=adam_steps(engine, self._shards),
             skipped_steps=engine.skipped_steps,
+            skipped_in_a_row=progress.skipped_in_a_row,
             heldout_loss=loss if loss is not None and math.isfinite(loss) else None,
             recipe=self._trainer.recipe.model_dump(mode="json"),
             mesh={**vars(mesh), "zero_stage": engine.zero_optimization_stage()},

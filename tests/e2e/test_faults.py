@@ -52,6 +52,18 @@ def test_a_rank_that_raises_is_told_and_the_run_restarted(recipe: Path) -> None:
     assert "injecting: Fault(deed='raise in backward', rank=1" in (output / "logs" / "rank_1.log").read_text()
 
 
+def test_skipped_steps_in_a_row_are_counted_over_a_restart(recipe: Path) -> None:
+    """Steps 3 to 6 are not finite, and three in a row are let pass; the checkpoint of step 4 knows of two."""
+    limit = "faults.max_skipped=3"
+    for first, arguments in ((3, ()), (5, ("--resume", "auto"))):
+        Fault("spoil every step", step=first).put_into(recipe.with_suffix(""))
+        status, told = launch(recipe, limit, *arguments)
+        assert status != 0
+        last = told.rstrip().splitlines()[-1]
+        assert "the loss of step 6 is not finite" in last and "It is the 4. in a row" in last
+    assert "going on from" in told and "step-000004" in told
+
+
 def test_a_rank_that_stops_is_found_by_the_watchdog(recipe: Path) -> None:
     injection = Injection("SIGSTOP", "a rank", Fault("SIGSTOP", rank=1, step=2), "its state is T (stopped)")
     struck, told = strike(recipe, recipe.with_suffix(""), injection, ())

@@ -172,6 +172,14 @@ def rewrite(folder: Path, **changes: object) -> None:
     (folder / MANIFEST).write_text(json.dumps({"sha256": checkpoint._digest(content), "manifest": content}))
 
 
+def test_a_checkpoint_of_before_skipped_steps_in_a_row_were_counted_is_read(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 1)
+    content = json.loads((folder / MANIFEST).read_text())["manifest"]
+    assert content.pop("skipped_in_a_row") == 0
+    (folder / MANIFEST).write_text(json.dumps({"sha256": checkpoint._digest(content), "manifest": content}))
+    assert read_manifest(folder).skipped_in_a_row == 0
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/b", "..", ".hidden", "", "a\\b\n"])
 def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path: Path, name: str) -> None:
     folder = write_checkpoint(tmp_path, 1)

@@ -66,10 +66,11 @@ def test_a_restored_trainer_goes_on_bitwise(tmp_path: Path) -> None:
     saver = CheckpointSaver(trainer, tmp_path)
     saver.save(Progress(0, 0))
     losses = [trainer.step() for _ in range(2)]
-    saver.save(Progress(2, 8, heldout_loss=1.5))
+    saver.save(Progress(2, 8, heldout_loss=1.5, skipped_in_a_row=1))
     later = [trainer.step() for _ in range(3)]
     manifest = load_checkpoint(fresh, tmp_path / folder_name(2))
     assert (manifest.step, manifest.packs, manifest.adam_steps, manifest.heldout_loss) == (2, 8, 2, 1.5)
+    assert manifest.skipped_in_a_row == 1
     assert [fresh.step() for _ in range(3)] == later
     assert (fresh.engine.global_steps, fresh.engine.micro_steps) == (2, 4)
     # The first checkpoint is of before AdamW had any state.
