@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from eagle3_ds.train.checkpoint import CHECKPOINTS, FINAL_WEIGHTS, Manifest, fol
 from eagle3_ds.train.divergence import DivergenceGuard
 from eagle3_ds.train.heart import Heart
 from eagle3_ds.train.metrics import MetricsFile, peak_memory_bytes
-from eagle3_ds.train.replicas import require_same_replicas
+from eagle3_ds.train.replicas import require_same_replicas, weights_compared_before_update
 from eagle3_ds.train.saver import WRITING, CheckpointSaver, Progress
 from eagle3_ds.train.stop import REASONS, StopRequest
 from eagle3_ds.train.trainer import DraftTrainer, learning_rate_at
@@ -79,15 +80,17 @@ def run_training(
     guard = DivergenceGuard(trainer, loader, output_dir, recipe.faults.max_skipped, in_a_row)
     while done < last and not (reason := _between_steps(stop, saver, trainer)):
         heart.at("training", done)
-        record = _step(trainer, loader, guard, done, last)
+        save_now = _due(done + 1, recipe.train.save_every, last)
+        check_now = save_now or _due(done + 1, recipe.faults.check_every, last)
+        with weights_compared_before_update(trainer, done) if check_now else nullcontext():
+            record = _step(trainer, loader, guard, done, last)
         done += 1
         if heldout and _due(done, recipe.train.eval_every, last):
             heart.at("evaluating", done)
             record["heldout"] = trainer.evaluate(heldout).as_dict()
-        save_now = _due(done, recipe.train.save_every, last)
         if metrics is not None:
             metrics.write(record, durably=save_now)
-        if save_now or _due(done, recipe.faults.check_every, last):
+        if check_now:
             require_same_replicas(trainer, loader, done)
         if save_now:
             heart.at("saving", done)

@@ -6,8 +6,9 @@ A rank whose copy has drifted (a flipped bit, a collective that one rank missed)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from eagle3_ds.train.trainer import DraftTrainer
 
+# {(what, whether sp peers alone hold the same): digest}; what a rank holds alone is left out.
+Digests = Mapping[tuple[str, bool], int]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -30,7 +33,29 @@ def require_same_replicas(trainer: DraftTrainer, loader: Loader, step: int) -> N
     Raises:
         RuntimeError: on all ranks, naming what differs and which ranks hold which state.
     """
-    digests = _digests(trainer, loader, step)
+    _require_same(trainer, {**_digests(trainer, loader, step), **_weights(trainer)}, step)
+
+
+@contextmanager
+def weights_compared_before_update(trainer: DraftTrainer, step: int) -> Iterator[None]:
+    """The first update in here, after `step` optimizer steps, compares the weights that its gradients were computed with.
+
+    At ZeRO 1 and 2 an update writes every rank's weights anew from the masters: what was wrong with one rank's is gone, and its
+    gradients are in the masters of all. Raises RuntimeError before that, as `require_same_replicas`.
+    """
+
+    def compare(*_: Any) -> None:
+        hook.remove()
+        _require_same(trainer, _weights(trainer), step)
+
+    hook = trainer.engine.basic_optimizer.register_step_pre_hook(compare)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _require_same(trainer: DraftTrainer, digests: Digests, step: int) -> None:
     topology = trainer.topology
     table = torch.zeros(topology.mesh.world_size, len(digests), dtype=torch.int64, device=topology.device)
     table[topology.place.rank] = torch.tensor(list(digests.values()))
@@ -53,21 +78,23 @@ def require_same_replicas(trainer: DraftTrainer, loader: Loader, step: int) -> N
                 )
 
 
-def _digests(trainer: DraftTrainer, loader: Loader, step: int) -> Mapping[tuple[str, bool], int]:
-    """{(what, whether sp peers alone hold the same): digest}; what this rank holds alone is left out."""
+def _digests(trainer: DraftTrainer, loader: Loader, step: int) -> Digests:
     packs = loader.pack_indices(step)
-    digests = {
+    return {
         ("place in the data", False): step,
         ("next packs", True): _number(repr(packs).encode()),
         ("random state", False): _number(torch.get_rng_state().numpy().tobytes()),
         ("frozen tensors", False): _sum_of_bits(trainer.frozen_tensors()),
     }
+
+
+def _weights(trainer: DraftTrainer) -> Digests:
     parameters = list(trainer.engine.module.parameters())
     if trainer.engine.zero_optimization_stage() < 3:
-        digests["weights", False] = _sum_of_bits(parameters)
-    elif trainer.recipe.parallel.zero_group == "draft_dp":
-        digests["weights", True] = _sum_of_bits(parameter.ds_tensor for parameter in parameters)
-    return digests
+        return {("weights", False): _sum_of_bits(parameters)}
+    if trainer.recipe.parallel.zero_group == "draft_dp":
+        return {("weights", True): _sum_of_bits(parameter.ds_tensor for parameter in parameters)}
+    return {}
 
 
 def _sum_of_bits(tensors: Iterable[Tensor]) -> int:

@@ -18,7 +18,7 @@ from eagle3_ds.layout import PackedSequence
 from eagle3_ds.topology import maybe_setup_distributed
 from eagle3_ds.train import identity
 from eagle3_ds.train.divergence import DivergenceGuard
-from eagle3_ds.train.replicas import require_same_replicas
+from eagle3_ds.train.replicas import require_same_replicas, weights_compared_before_update
 from eagle3_ds.train.trainer import DraftTrainer, StepReport
 
 pytestmark = pytest.mark.dist
@@ -207,6 +207,42 @@ def test_a_drifted_rank_is_found(what: str, deepspeed: str, zero_group: str, run
     case = replace(CASE, deepspeed=deepspeed, zero_group=zero_group)
     for message in run_ranks(2, drift, case, what):
         assert f"do not hold the same {what}: it differs between ranks [0] and [1]" in message
+
+
+def drift_before_a_step(case: Case, what: str) -> tuple[str, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Rank 1 has a wrong weight in the second step; what is said before the update, and the weights before and after that step."""
+    trainer, packs = prepared(case)
+    trainer.step(packs.steps[0])
+    before = trainer.state_dict()
+    if what == "weights" and trainer.topology.place.rank == 1:
+        parameter = list(trainer.engine.module.parameters())[-1]
+        held = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
+        held.detach().view(-1)[:1].view(torch.int32).add_(1)
+    try:
+        with weights_compared_before_update(trainer, 1):
+            trainer.step(packs.steps[1])
+    except RuntimeError as error:
+        return str(error), before, trainer.state_dict()
+    # Once is enough: this step, whose weights nobody compares, is not about them.
+    trainer.step(packs.steps[2])
+    return "all the same", before, trainer.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "zero_group"), [("zero0", "all"), ("zero1", "draft_dp"), ("zero2", "all"), ("zero2", "draft_dp"), ("zero3", "draft_dp")]
+)
+@pytest.mark.parametrize("what", ["weights", "nothing"])
+def test_a_wrong_weight_is_found_before_the_update_hides_it(what: str, deepspeed: str, zero_group: str, run_ranks: RankPools) -> None:
+    case = replace(CASE, deepspeed=deepspeed, zero_group=zero_group)
+    results = run_ranks(2, drift_before_a_step, case, what)
+    for message, before, after in results:
+        if what == "nothing":
+            assert message == "all the same" and any(not torch.equal(weight, after[name]) for name, weight in before.items())
+        else:
+            assert "do not hold the same weights: it differs between ranks [0] and [1]" in message
+    if what == "weights":
+        _, before, after = results[0]
+        assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
 
 @pytest.mark.parametrize("deepspeed", ["zero0", "zero1", "zero2", "zero3"])
