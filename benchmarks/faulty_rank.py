@@ -26,6 +26,7 @@ from eagle3_ds.train import identity, main
 from eagle3_ds.train.heart import Heart
 
 FOR_EVER = 10**6
+STEP_SECONDS = 10.0
 # A file of the output folder, renamed when the fault happens: its time of change is that moment.
 COMING, HAPPENED = "fault.json", "fault.done"
 
@@ -73,8 +74,9 @@ def hang(parts: Parts) -> None:
 
 
 def hold_the_lock(parts: Parts) -> None:
-    """In C, with Python's lock held: no other thread of the rank runs."""
-    ctypes.PyDLL(None).sleep(FOR_EVER)
+    """In C, with Python's lock held: no other thread of the rank runs. A signal ends `sleep`, but not this."""
+    while True:
+        ctypes.PyDLL(None).sleep(FOR_EVER)
 
 
 def run_out_of_host_memory(parts: Parts) -> None:
@@ -147,8 +149,15 @@ def draw_a_number(parts: Parts) -> None:
 
 
 def lose_the_place(parts: Parts) -> None:
-    pack_indices = parts.loader.pack_indices
-    parts.loader.pack_indices = lambda index: pack_indices(index + 1)
+    """From the next step on: in this one, packs of another length would break a collective, and the run with it."""
+    pack_indices, step = parts.loader.pack_indices, parts.loader.step
+
+    def step_and_lose(index: int) -> Any:
+        packs = step(index)
+        parts.loader.pack_indices = lambda at: pack_indices(at + 1)
+        return packs
+
+    parts.loader.step = step_and_lose
 
 
 def send(number: signal.Signals) -> Callable[[Parts], None]:
@@ -160,10 +169,15 @@ def kill_the_supervisor(parts: Parts) -> None:
 
 
 def kill_the_launcher(parts: Parts) -> None:
-    """The launcher of this host, the parent of the supervisors."""
+    """The launcher of this host, the parent of the supervisors.
+
+    This step takes its time, as at 128k tokens: ranks train on until they are found to have lost their launcher, and a tiny run
+    would come to its end meanwhile.
+    """
     status = Path(f"/proc/{os.getppid()}/status").read_text().splitlines()
     (parent,) = (int(line.split()[1]) for line in status if line.startswith("PPid:"))
     os.kill(parent, signal.SIGKILL)
+    time.sleep(STEP_SECONDS)
 
 
 def kill_all_ranks(parts: Parts) -> None:
