@@ -14,6 +14,7 @@ from benchmarks.fault_runs import WATCHDOG_SECONDS, Struck
 from benchmarks.resume import differences
 from benchmarks.resume_runs import read_metrics
 from benchmarks.two_hosts import TwoHosts, two_hosts
+from eagle3_ds.train.checkpoint import CHECKPOINTS, newest_intact, read_manifest
 
 ROOT = Path(__file__).parents[1]
 # From the end of the launch to that of the ranks on a host that it cannot reach.
@@ -46,23 +47,32 @@ FAULTS: Sequence[tuple[str, str, Callable[[TwoHosts], None], str]] = (
 def strike_hosts(recipe: Path, output: Path, reference: Path) -> list[Struck]:
     """One run over two hosts, struck three times and brought back each time; then brought to its end and compared."""
     found: list[Struck] = []
+    done = checkpoint = 0
+    log = recipe.with_suffix(".log")
     with two_hosts(output.with_name("two-hosts"), slots=1) as hosts:
-        for step, (name, where, harm, told) in enumerate(FAULTS, start=SAVE_EVERY + 1):
+        for name, where, harm, told in FAULTS:
             struck = Struck(name, where)
-            found.append(struck)
-            process = hosts.start(_command(recipe, hosts, resume=step > SAVE_EVERY + 1), ROOT, recipe.with_suffix(".log"))
+            # A step that no launch before has done: what they have done is on record until this one trains.
+            step = max(SAVE_EVERY, done) + 1
+            log.unlink(missing_ok=True)
+            process = hosts.start(_command(recipe, hosts, resume=bool(found)), ROOT, log)
             while process.poll() is None and _steps_done(output) < step:
                 time.sleep(0.02)
             harm(hosts)
             happened = time.time()
             status = process.wait()
-            struck.judge_end(output, status, recipe.with_suffix(".log").read_text(), told, happened)
+            struck.judge_end(output, status, log.read_text(), told, happened)
             if not _ends_soon(hosts):
                 struck.problems.append(f"ranks of the second host were still there {CUT_OFF_SECONDS:.0f} s later")
             hosts.cable.cut = False
-        process = hosts.start(_command(recipe, hosts, resume=True), ROOT, recipe.with_suffix(".log"))
-        status = process.wait()
-        unlike = differences(output, reference) if status == 0 else [recipe.with_suffix(".log").read_text()[-500:]]
+            if found:
+                found[-1].judge_loss(done, log.read_text(), checkpoint)
+            found.append(struck)
+            done, checkpoint = _steps_done(output), _newest_step(output)
+        log.unlink()
+        status = hosts.start(_command(recipe, hosts, resume=True), ROOT, log).wait()
+        found[-1].judge_loss(done, log.read_text(), checkpoint)
+        unlike = differences(output, reference) if status == 0 else [log.read_text()[-500:]]
     for struck in found:
         struck.exact, struck.problems = not unlike, struck.problems + unlike
     return found
@@ -75,6 +85,12 @@ def _command(recipe: Path, hosts: TwoHosts, resume: bool) -> list[str]:
 
 def _steps_done(output: Path) -> int:
     return len(read_metrics(output)) if (output / "metrics.jsonl").is_file() else 0
+
+
+def _newest_step(output: Path) -> int:
+    """Of the newest intact checkpoint; 0 when there is none."""
+    folder, _ = newest_intact(output / CHECKPOINTS)
+    return read_manifest(folder).step if folder else 0
 
 
 def _ends_soon(hosts: TwoHosts) -> bool:
