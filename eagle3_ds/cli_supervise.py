@@ -19,7 +19,7 @@ from eagle3_ds.watch.logs import Logs, RankEnd
 
 LOOK_SECONDS = 0.5
 # After a failure the supervisors end their ranks within seconds; a launcher that still waits then waits for a lost host.
-END_SECONDS = 20.0
+END_SECONDS = 15.0
 # How long the last rank's words may take over a shared file system.
 LATE_SECONDS = 3.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
