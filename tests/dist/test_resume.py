@@ -81,6 +81,17 @@ def test_all_ranks_stop_after_the_same_step_when_one_gets_a_signal(
     assert differences(output, references["zero0"]) == []
 
 
+def test_a_run_whose_time_is_up_stops_with_a_checkpoint(inputs: Path, references: dict[str, Path], tmp_path: Path) -> None:
+    """So little time that no step is begun."""
+    output, world_size = tmp_path / "run", SHAPES["zero0"].world_size
+    start_output(inputs, output)
+    run(make_recipe(inputs, "zero0", output, save_every=0, timeout_minutes=1e-9), world_size)
+    assert require_intact(output / CHECKPOINTS).name == folder_name(0)
+    assert not (output / FINAL_WEIGHTS).exists()
+    run(make_recipe(inputs, "zero0", output, save_every=0), world_size)
+    assert differences(output, references["zero0"]) == []
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_any_shape_goes_on_from_any_other(shape: str, inputs: Path, references: dict[str, Path], tmp_path: Path) -> None:
     errors = in_other_shapes(inputs, shape, references, tmp_path / "others")
