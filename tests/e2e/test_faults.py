@@ -52,6 +52,15 @@ def test_a_rank_that_raises_is_told_and_the_run_restarted(recipe: Path) -> None:
     assert "injecting: Fault(deed='raise in backward', rank=1" in (output / "logs" / "rank_1.log").read_text()
 
 
+def test_a_shortage_of_memory_is_followed_by_what_would_help(recipe: Path) -> None:
+    Fault("device memory", rank=1, step=2).put_into(recipe.with_suffix(""))
+    status, told = launch(recipe)
+    assert status != 0
+    _, _, advice = told.partition("First error, of rank 1 on ")
+    assert "CUDA out of memory" in advice and "per rank are needed at the peak" in advice
+    assert len(advice.partition("What would help most, each alone:\n")[2].rstrip().splitlines()) == 3
+
+
 def test_skipped_steps_in_a_row_are_counted_over_a_restart(recipe: Path) -> None:
     """Steps 3 to 6 are not finite, and three in a row are let pass; the checkpoint of step 4 knows of two."""
     limit = "faults.max_skipped=3"
