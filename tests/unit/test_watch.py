@@ -235,8 +235,11 @@ def test_ranks_that_have_lost_their_launcher_are_ended(tmp_path: Path, capfd: py
     orphan = f"(RANK=0 setsid {' '.join(supervisor(logs, 0, 'sleeps'))} >/dev/null &); sleep 1; exit 1"
     lost = replace(plan(tmp_path, "sleeps"), command=("sh", "-c", orphan))
     assert run_ranks(lost, Console()).status == 1
+    ends = logs.ends(1)
+    # Whatever became of it, the test leaves no process behind.
+    logs.order("kill the test is over")
     assert "the launcher that started this rank is gone" in capfd.readouterr().err.splitlines()[-1]
-    assert logs.ends(1)[0].how in ("ended", "killed")
+    assert ends[0].how == "ended"
 
 
 def test_a_failed_run_is_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
