@@ -56,6 +56,7 @@ class VocabularyMap:
 
     def save(self, path: str | Path) -> None:
         save_file({"d2t": self.d2t, "t2d": self.t2d}, str(path))
+        Path(path).chmod(0o644)  # safetensors leaves it to its owner alone
 
     @staticmethod
     def load(path: str | Path) -> VocabularyMap:

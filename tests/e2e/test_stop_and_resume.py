@@ -45,29 +45,37 @@ def test_a_second_sigint_stops_at_once(shared: Path, tmp_path: Path) -> None:
     assert "FutureWarning" not in output
 
 
+def stopped_by(sent: signal.Signals, line: list[str], job: Job, done: int) -> tuple[int, str]:
+    """The run, told so a few steps on: the step of its checkpoint, and what it said."""
+    process = subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    metrics = job.folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") > done + 1):
+        time.sleep(0.05)
+    process.send_signal(sent)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return json.loads((job.folder / "checkpoints" / "latest.json").read_text())["step"], output
+
+
+def checkpoint(job: Job, step: int) -> Path:
+    return job.folder / "checkpoints" / f"step-{step:06d}"
+
+
 def test_a_run_that_is_told_to_stop_is_gone_on_with_by_the_same_command(finished: Job, shared: Path, tmp_path: Path) -> None:
     job = small_job(shared, tmp_path / "output", *LONG)
     line = [str(ROOT / "launch.sh"), QUICKSTART, *job.overrides, "--resume", "auto"]
-    process = subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    metrics = job.folder / "metrics.jsonl"
-    while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") > 1):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    done = json.loads((job.folder / "checkpoints" / "latest.json").read_text())["step"]
-    assert len(job.metrics()) == done < 1000
-    for words in (
-        "there is no checkpoint yet",
-        f"stopped by SIGTERM after step {done} of 1000",
-        "the same command with --resume",
-    ):
-        assert words in output
+    done = 0
+    for sent in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        before, (done, output) = done, stopped_by(sent, line, job, done)
+        assert len(job.metrics()) == done and before < done < 1000
+        origin = f"going on from {checkpoint(job, before)}" if before else "there is no checkpoint yet"
+        for words in (origin, f"stopped by {sent.name} after step {done} of 1000", "the same command with --resume"):
+            assert words in output
     assert not (job.folder / "draft").exists()
 
     status, output = job.call("launch", f"train.steps={done + 1}", "--resume", "auto")
     assert status == 0, output
-    assert f"going on from {job.folder / 'checkpoints' / f'step-{done:06d}'}" in output
+    assert f"going on from {checkpoint(job, done)}" in output
     assert [record["step"] for record in job.metrics()] == list(range(1, done + 2))
     both = min(STEPS, done + 1)
     assert [record["loss"] for record in job.metrics()[:both]] == [record["loss"] for record in finished.metrics()[:both]]
