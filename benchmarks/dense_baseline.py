@@ -48,12 +48,14 @@ class DenseDraft:
         """`attention` is one of ATTENTION_FORMS.
 
         Raises:
-            ValueError: no such form, more than one layer, or loss rules other than the recipe's defaults.
+            ValueError: no such form, more than one layer, a sliding window, or loss rules other than the recipe's defaults.
         """
         if attention not in ATTENTION_FORMS:
             raise ValueError(f"attention = {attention!r} is unknown. Use one of {', '.join(ATTENTION_FORMS)}.")
         if config.num_hidden_layers != 1 or (rules.alignment, rules.reduction) != ("served", "supervised"):
             raise ValueError(f"{config.num_hidden_layers} layers with {rules}: the baseline has one layer, served, supervised.")
+        if getattr(config, "sliding_window", None) is not None:
+            raise ValueError(f"sliding_window = {config.sliding_window}: the baseline has full attention.")
         self.config, self.rules = config, rules
         self.parameters = {
             name: weight.detach().to(device, dtype, copy=True).requires_grad_() for name, weight in weights.items()

@@ -54,7 +54,7 @@ def test_a_rank_that_raises_is_told_and_the_run_restarted(recipe: Path) -> None:
 
 def test_a_shortage_of_memory_is_followed_by_what_would_help(recipe: Path) -> None:
     Fault("device memory", rank=1, step=2).put_into(recipe.with_suffix(""))
-    status, told = launch(recipe)
+    status, told = launch(recipe, "train.activation=keep")
     assert status != 0
     _, _, advice = told.partition("First error, of rank 1 on ")
     assert "CUDA out of memory" in advice and "per rank are needed at the peak" in advice

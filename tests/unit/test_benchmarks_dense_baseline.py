@@ -12,7 +12,7 @@ from benchmarks.exactness_cases import full_matrix, make_inputs
 
 def inputs_of(documents, heads):
     case = next(c for c in full_matrix() if c.documents == documents)
-    case = dataclasses.replace(case, draft_dp=1, accumulation=1, dtype="float32", layers=1, heads=heads)
+    case = dataclasses.replace(case, draft_dp=1, accumulation=1, dtype="float32", layers=1, heads=heads, window=None)
     return make_inputs(case)
 
 
