@@ -23,7 +23,7 @@ from eagle3_ds.plan import DraftShape, predict_memory
 
 # Four query heads to a key head, as Llama 3.1 and Qwen 3 of 8B have.
 SHAPE = DraftShape(128, 384, 16, 4, 8, 2048, 1024)
-LENGTH, DOCUMENTS = 24576, 6
+LENGTH, DOCUMENTS = 16384, 16
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def test_the_plan_holds_the_bar_and_the_result_is_written(tmp_path: Path, capsys
     assert "median 48k" in capsys.readouterr().out
     assert (tmp_path / "balance.png").stat().st_size > 10_000
     rows = json.loads((tmp_path / "balance.json").read_text())["balance"]
-    assert len(rows) == 4
+    assert len(rows) == 5
     for row in rows:
         assert row["span plan"]["median"] <= 1.03
         assert row["span plan"]["90th_percentile"] <= 1.05
