@@ -34,6 +34,8 @@ from eagle3_ds.plan import DraftShape
 
 SHAPE = StepShape(DraftShape(512, 1536, num_heads=8, num_kv_heads=8, head_dim=64, vocab_size=32000, draft_vocab_size=8192))
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
+SHARES = (1.0, 0.25)
+"""Of the tokens that are supervised: all of them, and those of a long context with its answers."""
 TOLERANCE = 1e-4
 """Largest relative difference of loss, gradient norm and gradients, fp32 against fp32."""
 _CHOOSE_AT = 2048
@@ -299,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="L")
-    parser.add_argument("--supervised", type=float, nargs="+", default=(1.0,), metavar="SHARE", help="of the tokens, in the loss")
+    parser.add_argument("--supervised", type=float, nargs="+", default=SHARES, metavar="SHARE", help="of the tokens, in the loss")
     parser.add_argument("--rounds", type=int, default=3, help="alternations per length; the median counts")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--activation", default="recompute", help="train.activation of the recipe")
