@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.exactness_cases import Case
 from eagle3_ds.attention import prefix_kv, usp
 from eagle3_ds.attention.ring import RingKV
+from eagle3_ds.attention.tiles import StepTiles
 from eagle3_ds.kernels import Tile
 from eagle3_ds.layout import LocalBatch, LocalRows, SpanPlan
 from eagle3_ds.loss import taps
@@ -30,6 +31,7 @@ MUTATIONS = (
     "lost_diagonals",
     "lost_prompts",
     "lost_blocks",
+    "fixed_window",
 )
 
 
@@ -69,6 +71,11 @@ def mutate(name: str | None, case: Case) -> Iterator[None]:
         if case.kv_exchange != "ring_kept":
             raise ValueError("lost_blocks needs blocks that are kept. Use a case with kv_exchange ring_kept.")
         with mock.patch.object(RingKV, "take_gradients", _of_own_block(RingKV.take_gradients)):
+            yield
+    elif name == "fixed_window":
+        if case.window is None:
+            raise ValueError("fixed_window needs a window. Use a case with one.")
+        with mock.patch.object(StepTiles, "at", _of_step_0(StepTiles.at)):
             yield
     else:
         raise ValueError(f"mutation = {name!r} is unknown. Use one of {', '.join(MUTATIONS)}.")
@@ -130,6 +137,11 @@ def _of_own_block(take: Any) -> Any:
         return take(ring)
 
     return of_own_block
+
+
+def _of_step_0(at: Any) -> Any:
+    """Every step sees the step-0 keys that step 0 sees, its diagonals beside them."""
+    return lambda tiles, _step: at(tiles, 0)
 
 
 def _leaking(tiles: Any) -> Any:

@@ -57,15 +57,7 @@ def heads_to_sequence(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     Raises:
         ValueError: the ranks do not divide the rows.
     """
-    if group is None:
-        return x
-    size, rows = group.size(), x.shape[0]
-    if rows % size:
-        raise ValueError(f"{rows} rows cannot be shared by {size} ranks. Pad them to a multiple of {size}.")
-    by_rank = x.contiguous().unflatten(0, (size, rows // size))
-    received = torch.empty_like(by_rank)
-    dist.all_to_all_single(received, by_rank, group=group)
-    return received.transpose(0, 1).flatten(1, 2)
+    return all_heads_to_sequence((x,), group)[0]
 
 
 def all_sequence_to_heads(parts: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
@@ -85,17 +77,25 @@ def all_sequence_to_heads(parts: Sequence[Tensor], group: dist.ProcessGroup | No
 
 
 def all_heads_to_sequence(parts: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """The inverse of `all_sequence_to_heads`: [u * S_i, h_i, D] -> [S_i, u * h_i, D] each, in one call."""
+    """The inverse of `all_sequence_to_heads`: [u * S_i, h_i, D] -> [S_i, u * h_i, D] each, in one call.
+
+    Raises:
+        ValueError: the ranks do not divide the rows.
+    """
     if group is None:
         return list(parts)
-    by_rank = [part.unflatten(0, (group.size(), -1)) for part in parts]
+    size = group.size()
+    for rows in (part.shape[0] for part in parts):
+        if rows % size:
+            raise ValueError(f"{rows} rows cannot be shared by {size} ranks. Pad them to a multiple of {size}.")
+    by_rank = [part.unflatten(0, (size, -1)) for part in parts]
     received = _exchange_flat([part.flatten(1) for part in by_rank], group)
     return [flat.reshape(part.shape).transpose(0, 1).flatten(1, 2) for flat, part in zip(received, by_rank, strict=True)]
 
 
 def _exchange_flat(parts: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
     """Row r of each [u, n_i] goes to rank r; what arrives has the same shapes."""
-    sent = torch.cat(tuple(parts), dim=1)
+    sent = torch.cat(tuple(parts), dim=1) if len(parts) > 1 else parts[0].contiguous()
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
     return list(received.split([part.shape[1] for part in parts], dim=1))

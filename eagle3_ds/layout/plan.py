@@ -49,7 +49,7 @@ def attention_work(position: IntArray, in_document: NDArray[np.bool_], window: i
     return np.where(in_document, seen, 0)
 
 
-def cut_into_chunks(slots: int, ring: int, ulysses: int, chunks_per_rank: int) -> tuple[int, int]:
+def _cut_into_chunks(slots: int, ring: int, ulysses: int, chunks_per_rank: int) -> tuple[int, int]:
     """Chunks that so many slots are cut into, and slots of each; their product is `slots`, padded."""
     # One ring rank has nothing to balance. Chunks shorter than `ulysses` slots cannot be shared by its peers.
     num_chunks = ring * (1 if ring == 1 else chunks_per_rank)
@@ -236,7 +236,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _padded(slots: int, ring: int, ulysses: int, chunks_per_rank: int) -> int:
-    num_chunks, size = cut_into_chunks(slots, ring, ulysses, chunks_per_rank)
+    num_chunks, size = _cut_into_chunks(slots, ring, ulysses, chunks_per_rank)
     return num_chunks * size
 
 
@@ -251,7 +251,7 @@ def _positions(lengths: Sequence[int], padded_length: int) -> tuple[IntArray, ND
 
 def _deal(slots: IntArray, work: IntArray, ring: int, ulysses: int, chunks_per_rank: int) -> IntArray:
     """Slots, as many as chunks hold, over the sp ranks: [ring, ulysses, slots of a rank]. `work` is that of every slot."""
-    num_chunks, size = cut_into_chunks(len(slots), ring, ulysses, chunks_per_rank)
+    num_chunks, size = _cut_into_chunks(len(slots), ring, ulysses, chunks_per_rank)
     chunks = slots.reshape(num_chunks, size)
     owner = np.asarray(_balance(work[chunks].sum(1), ring))
     return np.stack([chunks[owner == rank].reshape(ulysses, -1) for rank in range(ring)])

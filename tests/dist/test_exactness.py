@@ -28,12 +28,20 @@ def test_the_case_that_is_mutated_passes_unharmed():
     assert tuple(verdict.errors) == COMPARED
 
 
-CASES = {"lost_prompts": Case(ulysses=2, documents="answers"), "lost_blocks": Case(ring=2, kv_exchange="ring_kept")}
+ANSWERS = Case(ring=2, documents="answers")
+SHOWN_BY = {
+    "lost_prompts": ANSWERS,
+    "lost_blocks": Case(ring=2, kv_exchange="ring_kept"),
+    "fixed_window": Case(ulysses=2, window=24),
+}
+MUTATED = [(mutation, SHOWN_BY.get(mutation, TWO_RANKS)) for mutation in MUTATIONS]
+# A cut with slots that are not live has halos, documents and a scale of its own.
+MUTATED += [(mutation, ANSWERS) for mutation in ("scale_by_sp", "dropped_halo", "leaking_document")]
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_mutation_is_rejected_for_its_numbers(mutation):
-    verdict = judge(CASES.get(mutation, TWO_RANKS), mutation=mutation)
+@pytest.mark.parametrize(("mutation", "case"), MUTATED)
+def test_a_mutation_is_rejected_for_its_numbers(mutation, case):
+    verdict = judge(case, mutation=mutation)
     assert verdict.failure is None, verdict.failure
     assert not verdict.passed, verdict.line()
     assert verdict.errors["gradients"] > 1000 * TWO_RANKS.tolerance

@@ -113,12 +113,17 @@ def test_a_mute_rank_is_the_cause_whoever_loses_patience_first(tmp_path: Path) -
     assert mute.precedence < waiting.precedence
 
 
+def wait_until_it_says(logs: Logs, words: str) -> None:
+    """Until rank 0 has."""
+    while not (logs.output(0).is_file() and words in logs.output(0).read_text()):
+        time.sleep(0.01)
+
+
 def test_a_dying_rank_is_the_cause_though_a_peer_hears_of_it_first(tmp_path: Path) -> None:
     """The peer's supervisor has asked for the end of all before the system is done with the dead one."""
     logs = Logs(tmp_path / "logs")
     with ranks(logs, "dies slowly") as (process,):
-        while not (logs.output(0).is_file() and "dies slowly" in logs.output(0).read_text()):
-            time.sleep(0.01)
+        wait_until_it_says(logs, "dies slowly")
         logs.order("end rank 1 on host failed")
         assert process.wait(10) == 1
     assert (logs.ends(1)[0].how, logs.ends(1)[0].reason.partition(":")[0]) == ("killed", "signal 9 (SIGKILL)")
@@ -128,8 +133,7 @@ def test_a_second_sigint_does_not_wait_for_the_first(tmp_path: Path, capfd: pyte
     """This rank would end by itself in half a second, as one that is about to save does."""
     logs = Logs(tmp_path / "logs")
     with ranks(logs, "dies slowly") as (process,):
-        while not (logs.output(0).is_file() and "dies slowly" in logs.output(0).read_text()):
-            time.sleep(0.01)
+        wait_until_it_says(logs, "dies slowly")
         logs.order("kill a second SIGINT came")
         assert process.wait(10) == 1
     assert (logs.ends(1)[0].how, logs.ends(1)[0].reason) == ("ended", "a second SIGINT came")
