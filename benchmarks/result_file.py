@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 
 
 def write_result(name: str, command: str, body: Mapping[str, Any], folder: Path = FOLDER, threads: int | None = None) -> Path:
-    """Write `body` with the command, the versions and the machine to `folder`/`name`.json, whole: nobody reads half of it.
+    """Write `body` with command, date, versions and machine to `folder`/`name`.json, whole: nobody reads half of it.
 
     Args:
-        body: what was measured; it may not take the names `command`, `versions` and `machine`.
+        body: what was measured; it may not take the names `command`, `date`, `versions` and `machine`.
         threads: torch threads of each process that measured, where they matter.
     """
     origin = {
         "command": command,
+        "date": date.today().isoformat(),
         "versions": {"python": platform.python_version(), **{n: version(n) for n in VERSIONED}},
         "machine": {**describe_machine(), **({} if threads is None else {"torch_threads": threads})},
     }

@@ -22,7 +22,7 @@ from rich.console import Console
 from benchmarks.rank_processes import run_ranks
 from eagle3_ds.cli_stages import prepare
 from eagle3_ds.config import Recipe, TargetBuild, TargetSection
-from eagle3_ds.target import build_target
+from eagle3_ds.targets import build_target
 from eagle3_ds.topology import maybe_setup_distributed
 from eagle3_ds.train import loop
 from eagle3_ds.train.checkpoint import CHECKPOINTS, folder_name, newest_intact

@@ -16,7 +16,7 @@ from eagle3_ds.data.sources import expand_sources
 from eagle3_ds.kernels import select_kernel
 from eagle3_ds.loss import check_tile_bytes
 from eagle3_ds.model import slots_per_tile
-from eagle3_ds.target import (
+from eagle3_ds.targets import (
     check_parallel,
     check_supported,
     choose_aux_layers,

@@ -20,7 +20,7 @@ from eagle3_ds.data.inspect import as_html, as_text, inspect_document, inspect_r
 from eagle3_ds.data.prepare import recipe_rows
 from eagle3_ds.data.regenerate import Generate, Regenerator
 from eagle3_ds.data.sources import expand_sources, source_fingerprint
-from eagle3_ds.target import Target, load_target, load_tokenizer, target_fingerprint
+from eagle3_ds.targets import Target, load_target, load_tokenizer, target_fingerprint
 from eagle3_ds.topology import detect_accelerator
 
 ACTIONS = {

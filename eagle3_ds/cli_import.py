@@ -24,7 +24,7 @@ from eagle3_ds.data import HiddenStateStore, HiddenStateWriter
 from eagle3_ds.data.fingerprint import store_folder
 from eagle3_ds.data.import_files import ForeignFiles, open_foreign
 from eagle3_ds.data.import_store import fill_store, match_documents, write_rows
-from eagle3_ds.target import (
+from eagle3_ds.targets import (
     choose_aux_layers,
     load_embedding_and_head,
     load_target,
@@ -32,7 +32,7 @@ from eagle3_ds.target import (
     resolve_path,
     teacher_tokens,
 )
-from eagle3_ds.target.weights import weight_files
+from eagle3_ds.targets.weights import weight_files
 from eagle3_ds.topology import detect_accelerator
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eagle3_ds.data.import_files import ForeignFiles, Sample
-from eagle3_ds.target import Target
+from eagle3_ds.targets import Target
 
 COMPARED_SAMPLES = 3
 COMPARED_ROWS = 512

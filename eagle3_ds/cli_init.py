@@ -10,7 +10,7 @@ from torch import Tensor
 from eagle3_ds.config import Recipe
 from eagle3_ds.export import load_export
 from eagle3_ds.model import VocabularyMap, build_draft_config, sliding_window
-from eagle3_ds.target import load_text_config, resolve_path
+from eagle3_ds.targets import load_text_config, resolve_path
 from eagle3_ds.train.checkpoint import INITIAL_WEIGHTS
 
 # What must be equal for the weights to mean the same in this run.

@@ -31,7 +31,7 @@ from eagle3_ds.plan import (
     predict_time,
     step_flops,
 )
-from eagle3_ds.target import check_supported, load_text_config
+from eagle3_ds.targets import check_supported, load_text_config
 from eagle3_ds.topology import Mesh, check_heads
 
 GIB = 2**30

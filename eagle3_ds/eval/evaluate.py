@@ -11,7 +11,7 @@ from tqdm import tqdm
 from eagle3_ds.config import EvalSection, Recipe
 from eagle3_ds.eval.speculative import Round, greedy_decode, speculative_decode
 from eagle3_ds.model import DraftModel, VocabularyMap
-from eagle3_ds.target import Target
+from eagle3_ds.targets import Target
 
 
 def evaluate_draft(

@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from eagle3_ds.model import DraftCache, DraftModel, VocabularyMap
-from eagle3_ds.target import AuxCapture, Target
+from eagle3_ds.targets import AuxCapture, Target
 
 
 class NotLosslessError(RuntimeError):

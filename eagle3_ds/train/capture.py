@@ -23,7 +23,7 @@ from eagle3_ds.config import Recipe, load_recipe
 from eagle3_ds.data import HiddenStateWriter, Layout
 from eagle3_ds.data.documents import PreparedData
 from eagle3_ds.data.packing import pack
-from eagle3_ds.target import load_text_config, resolve_path
+from eagle3_ds.targets import load_text_config, resolve_path
 from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.heart import Heart, beating
 from eagle3_ds.train.quiet import ignore_renamed_collectives

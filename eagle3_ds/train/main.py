@@ -22,7 +22,7 @@ from eagle3_ds.data.loader import HeldoutPacks, HiddenStates, PackedLoader
 from eagle3_ds.data.store import HiddenStateStore
 from eagle3_ds.layout import PackedSequence
 from eagle3_ds.model import DraftModel, VocabularyMap, build_draft_config
-from eagle3_ds.target import load_embedding_and_head, load_text_config, resolve_path
+from eagle3_ds.targets import load_embedding_and_head, load_text_config, resolve_path
 from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.checkpoint import CHECKPOINTS, INITIAL_WEIGHTS, latest
 from eagle3_ds.train.heart import Heart, beating

@@ -20,7 +20,7 @@ from eagle3_ds.attention import PackedAttention
 from eagle3_ds.config import Recipe, TargetSection
 from eagle3_ds.kernels import checked_kernel
 from eagle3_ds.layout import SpanPlan
-from eagle3_ds.target import (
+from eagle3_ds.targets import (
     SpanForward,
     Target,
     check_parallel,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small_quickstart import STEPS, Job, small_job
+
+from tests.e2e.small_quickstart import STEPS, Job, small_job
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small_quickstart import Job
 
 from eagle3_ds.data import HiddenStateStore
+from tests.e2e.small_quickstart import Job
 
 pytestmark = pytest.mark.e2e
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_quickstart import QUICKSTART, ROOT, STEPS, Job
 
 from eagle3_ds.config import load_recipe
+from tests.e2e.small_quickstart import QUICKSTART, ROOT, STEPS, Job
 
 pytestmark = pytest.mark.e2e
 TTT_STEPS, NUM_RANKS = 7, 4

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from small_quickstart import ROOT
+
+from tests.e2e.small_quickstart import ROOT
 
 pytestmark = pytest.mark.e2e
 

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from small_quickstart import QUICKSTART, ROOT, STEPS, Job, small_job
 
 from eagle3_ds.watch.logs import Logs
+from tests.e2e.small_quickstart import QUICKSTART, ROOT, STEPS, Job, small_job
 
 pytestmark = pytest.mark.e2e
 # The schedule of the small quickstart is constant, so that a longer run begins as `finished` does.

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_quickstart import Job, small_job
+
+from tests.e2e.small_quickstart import Job, small_job
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from data_samples import write_jsonl
-from tiny_target import CONVERSATIONS, build_tiny_target
 
 from eagle3_ds import cli_capture
 from eagle3_ds.cli import main
 from eagle3_ds.data import HiddenStateStore, PreparedData
 from eagle3_ds.model import VocabularyMap
+from tests.unit.data_samples import write_jsonl
+from tests.unit.tiny_target import CONVERSATIONS, build_tiny_target
 
 COUNT = 8
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_samples import chat, write_jsonl
-from tiny_target import build_tiny_target
 
 from eagle3_ds.cli import main
 from eagle3_ds.cli_checks import RESOLVED, check_output
 from eagle3_ds.config import TargetSection, dump_recipe, load_recipe
 from eagle3_ds.eval.speculative import greedy_decode
-from eagle3_ds.target import load_target
+from eagle3_ds.targets import load_target
+from tests.unit.data_samples import chat, write_jsonl
+from tests.unit.tiny_target import build_tiny_target
 
 QUESTIONS = ("What is f3?", "What is f4? What is f4?", "f14?", "What is f5?")
 """Of several lengths, so that a batch of them is padded."""

@@ -8,7 +8,7 @@ import pytest
 
 from eagle3_ds.cli_memory import advise_on_memory
 from eagle3_ds.config import Recipe, load_recipe
-from eagle3_ds.target import build_target
+from eagle3_ds.targets import build_target
 
 ROOT = Path(__file__).parents[2]
 

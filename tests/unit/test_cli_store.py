@@ -15,7 +15,7 @@ from eagle3_ds.cli_import_check import compare_with_target
 from eagle3_ds.config import TargetSection
 from eagle3_ds.data import HiddenStateStore, PackedLoader, PreparedData
 from eagle3_ds.data.import_files import open_foreign
-from eagle3_ds.target import capture_hidden_states, load_target, teacher_tokens
+from eagle3_ds.targets import capture_hidden_states, load_target, teacher_tokens
 
 RECIPE = """
 target: {path: %s, dtype: bfloat16}

@@ -1,9 +1,9 @@
 """Chat: messages made uniform, templates found, bad rows named."""
 
 import pytest
-from data_samples import TEMPLATE, chat, tiny_tokenizer
 
 from eagle3_ds.data.chat import load_chat_template, validate_messages
+from tests.unit.data_samples import TEMPLATE, chat, tiny_tokenizer
 
 
 def test_templates_are_found(tmp_path):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from chat_families import family_tokenizer, template
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle3_ds.data.chat import Conversation, load_chat_template, validate_messages
 from eagle3_ds.data.token_mask import MaskedTokens, mask_tokens
 from eagle3_ds.data.turns import locate_turns
+from tests.unit.chat_families import family_tokenizer, template
 
 Messages = list[dict[str, Any]]
 

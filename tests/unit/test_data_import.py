@@ -17,7 +17,7 @@ from eagle3_ds.data.import_files import open_foreign
 from eagle3_ds.data.import_store import fill_store, match_documents, write_rows
 from eagle3_ds.data.store_index import Layout
 from eagle3_ds.data.store_writer import HiddenStateWriter
-from eagle3_ds.target import capture_hidden_states, load_target, teacher_tokens
+from eagle3_ds.targets import capture_hidden_states, load_target, teacher_tokens
 
 FOREIGN = Path(__file__).parent / "data" / "foreign"
 LENGTHS = [9, 12, 16, 20]

@@ -4,10 +4,10 @@ import html
 import re
 
 import pytest
-from chat_families import family_tokenizer
-from data_samples import chat, data_recipe, tiny_tokenizer, write_jsonl
 
 from eagle3_ds.data.inspect import as_html, as_text, inspect_row
+from tests.unit.chat_families import family_tokenizer
+from tests.unit.data_samples import chat, data_recipe, tiny_tokenizer, write_jsonl
 
 
 @pytest.fixture

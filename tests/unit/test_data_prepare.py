@@ -11,12 +11,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from data_samples import chat, data_recipe, tiny_tokenizer, write_jsonl
 
 from eagle3_ds.data import prepare
 from eagle3_ds.data.packing import pack
 from eagle3_ds.data.prepare import heldout_mask, prepare_data
 from eagle3_ds.model import VocabularyMap
+from tests.unit.data_samples import chat, data_recipe, tiny_tokenizer, write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from chat_families import family_tokenizer
-from data_samples import chat, data_recipe
 
 from eagle3_ds.data.chat import load_chat_template
 from eagle3_ds.data.prepare import prepare_data, recipe_rows
 from eagle3_ds.data.regenerate import Regenerator
+from tests.unit.chat_families import family_tokenizer
+from tests.unit.data_samples import chat, data_recipe
 
 END = "<|im_end|>"
 

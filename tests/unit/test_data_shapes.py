@@ -1,10 +1,10 @@
 """The shapes of rows: recognised, read, and named when they are none or wrong."""
 
 import pytest
-from data_samples import chat
 
 from eagle3_ds.data.chat import Conversation
 from eagle3_ds.data.shapes import TokenRow, read_row, recognise_shape
+from tests.unit.data_samples import chat
 
 SHAREGPT = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
 TOKENS = {"input_ids": [3, 1, 2], "loss_mask": [0, 1, 1]}

@@ -5,10 +5,10 @@ import os
 
 import datasets
 import pytest
-from data_samples import chat, write_jsonl
 
 from eagle3_ds.data import sources
 from eagle3_ds.data.sources import expand_sources, is_hub_name, open_source, source_fingerprint
+from tests.unit.data_samples import chat, write_jsonl
 
 
 def rows_of(source, shape=None):

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import AUX_LAYERS, family_config, random_model
-from tiny_target import build_tiny_target
 
 from eagle3_ds.config import DraftSection, EvalSection, TargetSection
 from eagle3_ds.eval import (
@@ -23,7 +21,9 @@ from eagle3_ds.eval import (
 from eagle3_ds.eval.evaluate import _by_context, _by_position
 from eagle3_ds.eval.speculative import DraftStream, TargetStream, _judge
 from eagle3_ds.model import DraftCache, DraftModel, VocabularyMap, build_draft_config
-from eagle3_ds.target import Target, capture_hidden_states, load_target
+from eagle3_ds.targets import Target, capture_hidden_states, load_target
+from tests.unit.tiny_families import AUX_LAYERS, family_config, random_model
+from tests.unit.tiny_target import build_tiny_target
 
 PROMPT = [260, 70, 80, 90, 100, 3, 5, 7, 11, 13]
 

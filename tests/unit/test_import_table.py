@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "eagle3_ds"
 BELOW_TRAIN = {
-    "attention", "collectives", "config", "data", "kernels", "layout", "loss", "model", "plan", "target", "topology", "watch",
+    "attention", "collectives", "config", "data", "kernels", "layout", "loss", "model", "plan", "targets", "topology", "watch",
 }  # fmt: skip
 TABLE: dict[str, set[str]] = {
     "config": set(),
@@ -22,10 +22,10 @@ TABLE: dict[str, set[str]] = {
     "attention": {"layout", "collectives", "kernels"},
     "model": {"config", "layout", "attention"},
     "loss": {"kernels"},
-    "target": {"config", "layout", "attention"},
+    "targets": {"config", "layout", "attention"},
     "data": {"config", "layout"},
     "export": {"config", "model"},
-    "eval": {"config", "data", "model", "target"},
+    "eval": {"config", "data", "model", "targets"},
     "train": BELOW_TRAIN,
 }
 

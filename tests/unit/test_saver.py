@@ -1,4 +1,4 @@
-"""Saving and restoring in one process: what a full disk, a failing thread and a damaged file do. Shapes: tests/dist."""
+"""Saving and restoring in one process: what a full disk, a failing thread and a damaged file do. Shapes: tests/ranks."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 
 from eagle3_ds.cli_launcher import LaunchOptions, plan_launch
 from eagle3_ds.config import load_recipe
-from eagle3_ds.target import load_tokenizer
+from eagle3_ds.targets import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "eagle3_ds").rglob("*.py"))

@@ -10,12 +10,10 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import AUX_LAYERS, SIZES, random_model, vision_language_config
-from tiny_target import build_tiny_target, tiny_build
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 from eagle3_ds.config import TargetSection
-from eagle3_ds.target import (
+from eagle3_ds.targets import (
     AuxCapture,
     capture_hidden_states,
     choose_aux_layers,
@@ -26,6 +24,8 @@ from eagle3_ds.target import (
     target_fingerprint,
     teacher_tokens,
 )
+from tests.unit.tiny_families import AUX_LAYERS, SIZES, random_model, vision_language_config
+from tests.unit.tiny_target import build_tiny_target, tiny_build
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_target import CONVERSATIONS, TEXTS, build_tiny_target, tiny_build
 
 from eagle3_ds.config import TargetSection
-from eagle3_ds.target import build_target, load_target
+from eagle3_ds.targets import build_target, load_target
+from tests.unit.tiny_target import CONVERSATIONS, TEXTS, build_tiny_target, tiny_build
 
 
 def test_training_beats_the_unigram(tmp_path: Path) -> None:

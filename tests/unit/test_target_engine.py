@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_target import build_tiny_target
 
 from eagle3_ds.config import load_recipe
-from eagle3_ds.target import capture_hidden_states, load_target, packed, teacher_tokens
+from eagle3_ds.targets import capture_hidden_states, load_target, packed, teacher_tokens
 from eagle3_ds.topology import maybe_setup_distributed
 from eagle3_ds.train.online import OnlineStates
 from eagle3_ds.train.target_engine import TargetEngine
+from tests.unit.tiny_target import build_tiny_target
 
 LENGTHS = (13, 5, 24)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import AUX_LAYERS, FAMILIES, SIZES, SLIDE, family_config, random_model, vision_language_config
 from torch import nn
 from transformers import CohereConfig, FalconH1Config, Glm4Config, GPT2Config, GraniteConfig, Llama4TextConfig, Qwen3NextConfig
 
@@ -17,7 +16,8 @@ from eagle3_ds.kernels import select_kernel
 from eagle3_ds.layout import SpanPlan
 from eagle3_ds.model import build_draft_config
 from eagle3_ds.model.rope import rotary_frequencies
-from eagle3_ds.target import SpanForward, Target, capture_hidden_states, check_parallel, check_supported, packed
+from eagle3_ds.targets import SpanForward, Target, capture_hidden_states, check_parallel, check_supported, packed
+from tests.unit.tiny_families import AUX_LAYERS, FAMILIES, SIZES, SLIDE, family_config, random_model, vision_language_config
 
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 

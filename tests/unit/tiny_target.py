@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle3_ds.config import TargetBuild, TargetSection
-from eagle3_ds.target import build_target
+from eagle3_ds.targets import build_target
 
 TEXTS = [f"def f{n}(x):\n    return x + {n}\n" * 4 for n in range(30)]
 CONVERSATIONS = [

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eagle3_ds.target.load import Target
+from eagle3_ds.targets.load import Target
 
 
 class AuxCapture:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from eagle3_ds.attention import PackedAttention
-from eagle3_ds.target.capture import AuxCapture
-from eagle3_ds.target.load import Target
+from eagle3_ds.targets.capture import AuxCapture
+from eagle3_ds.targets.load import Target
 
 INTERFACE_NAME = "eagle3_ds_packed"
 MLP_ROWS = 8192

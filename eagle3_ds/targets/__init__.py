@@ -1,9 +1,9 @@
 """The frozen target model: building a small one, loading any, and capturing what the draft learns from."""
 
-from eagle3_ds.target.build import build_target
-from eagle3_ds.target.capture import AuxCapture, capture_hidden_states, teacher_tokens
-from eagle3_ds.target.families import check_parallel, check_supported, head_size
-from eagle3_ds.target.load import (
+from eagle3_ds.targets.build import build_target
+from eagle3_ds.targets.capture import AuxCapture, capture_hidden_states, teacher_tokens
+from eagle3_ds.targets.families import check_parallel, check_supported, head_size
+from eagle3_ds.targets.load import (
     Target,
     choose_aux_layers,
     empty_target,
@@ -12,8 +12,8 @@ from eagle3_ds.target.load import (
     resolve_path,
     target_fingerprint,
 )
-from eagle3_ds.target.packed import SpanForward
-from eagle3_ds.target.weights import load_embedding_and_head, load_full_config, load_text_config
+from eagle3_ds.targets.packed import SpanForward
+from eagle3_ds.targets.weights import load_embedding_and_head, load_full_config, load_text_config
 
 __all__ = [
     "AuxCapture",

@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor
 
 from eagle3_ds.config import TargetSection
-from eagle3_ds.target.families import check_supported
-from eagle3_ds.target.weights import load_full_config, load_text_config, weight_files
+from eagle3_ds.targets.families import check_supported
+from eagle3_ds.targets.weights import load_full_config, load_text_config, weight_files
 
 FEWEST_LAYERS = 7
 """From here on 2, n // 2 and n - 3 are three different layers."""

@@ -9,7 +9,7 @@ from benchmarks.sample_run import SampleRun, small_buckets
 from benchmarks.tensor_bytes import TensorBytes
 from eagle3_ds.plan import DraftShape, predict_memory
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.ranks
 SHAPE = DraftShape(32, 64, 4, 2, 8, 128, 64)
 
 

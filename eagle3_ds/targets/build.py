@@ -23,7 +23,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from eagle3_ds.config import TargetBuild, TargetSection
-from eagle3_ds.target.load import choose_aux_layers
+from eagle3_ds.targets.load import choose_aux_layers
 
 Messages = list[dict[str, str]]
 

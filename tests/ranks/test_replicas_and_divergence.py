@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import RankPools
 from safetensors.torch import load_file
 
 from benchmarks.exactness_cases import Case, make_inputs
@@ -20,8 +19,9 @@ from eagle3_ds.train import identity
 from eagle3_ds.train.divergence import DivergenceGuard
 from eagle3_ds.train.replicas import require_same_replicas, weights_compared_before_update
 from eagle3_ds.train.trainer import DraftTrainer, StepReport
+from tests.ranks.pool import RankPools
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.ranks
 CASE = Case(ulysses=2, accumulation=2)
 BAD_DOCUMENT = 1
 
@@ -39,7 +39,11 @@ class Packs:
         return list(range(sum(len(pack.lengths) for pack in self.steps[step])))
 
     def document(self, step: int, place: int) -> PackedSequence:
-        places = [(pack, end - length, end) for pack in self.steps[step] for length, end in zip(pack.lengths, accumulate(pack.lengths), strict=True)]
+        places = [
+            (pack, end - length, end)
+            for pack in self.steps[step]
+            for length, end in zip(pack.lengths, accumulate(pack.lengths), strict=True)
+        ]
         pack, start, end = places[place]
         columns = {name: getattr(pack, name)[start:end] for name in ("token_ids", "loss_mask", "teacher_token", "aux", "teacher")}
         return PackedSequence(lengths=(end - start,), **columns)
@@ -66,7 +70,9 @@ def harmed(packs: list[PackedSequence], harm: str) -> list[PackedSequence]:
     return [replace(first, aux=aux), *others]
 
 
-def train_past_a_bad_step(case: Case, harm: str | None, folder: Path) -> tuple[list[StepReport], list[bool], dict[str, torch.Tensor]]:
+def train_past_a_bad_step(
+    case: Case, harm: str | None, folder: Path
+) -> tuple[list[StepReport], list[bool], dict[str, torch.Tensor]]:
     """Step 0, step 1 with harm (left out when None), step 2; reports, what the guard said, and the weights."""
     trainer, packs = prepared(case)
     if harm is None:
@@ -210,7 +216,7 @@ def test_a_drifted_rank_is_found(what: str, deepspeed: str, zero_group: str, run
 
 
 def drift_before_a_step(case: Case, what: str) -> tuple[str, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Rank 1 has a wrong weight in the second step; what is said before the update, and the weights before and after that step."""
+    """Rank 1 has a wrong weight in the second step: what is said before the update, and the weights before and after it."""
     trainer, packs = prepared(case)
     trainer.step(packs.steps[0])
     before = trainer.state_dict()
@@ -229,10 +235,13 @@ def drift_before_a_step(case: Case, what: str) -> tuple[str, dict[str, torch.Ten
 
 
 @pytest.mark.parametrize(
-    ("deepspeed", "zero_group"), [("zero0", "all"), ("zero1", "draft_dp"), ("zero2", "all"), ("zero2", "draft_dp"), ("zero3", "draft_dp")]
+    ("deepspeed", "zero_group"),
+    [("zero0", "all"), ("zero1", "draft_dp"), ("zero2", "all"), ("zero2", "draft_dp"), ("zero3", "draft_dp")],
 )
 @pytest.mark.parametrize("what", ["weights", "nothing"])
-def test_a_wrong_weight_is_found_before_the_update_hides_it(what: str, deepspeed: str, zero_group: str, run_ranks: RankPools) -> None:
+def test_a_wrong_weight_is_found_before_the_update_hides_it(
+    what: str, deepspeed: str, zero_group: str, run_ranks: RankPools
+) -> None:
     case = replace(CASE, deepspeed=deepspeed, zero_group=zero_group)
     results = run_ranks(2, drift_before_a_step, case, what)
     for message, before, after in results:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankFailure, RankPools
 from torch import Tensor
 
 import eagle3_ds.collectives.gather as gather_module
@@ -29,8 +28,9 @@ from eagle3_ds.collectives import (
     sequence_to_heads,
     start_sequence_to_heads,
 )
+from tests.ranks.pool import RankFailure, RankPools
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.ranks
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
@@ -138,9 +138,7 @@ def unpad_case(gather_dim: int, unpad_dim: int | None, padding: int) -> None:
         dim = gather_dim if unpad_dim is None else unpad_dim
         return [gathered.narrow(dim, 0, gathered.shape[dim] - padding)] * size
 
-    check_autograd(
-        lambda x: gather_outputs_and_unpad(x, gather_dim, world, unpad_dim, padding), whole, [[2, 3, 4]] * size
-    )
+    check_autograd(lambda x: gather_outputs_and_unpad(x, gather_dim, world, unpad_dim, padding), whole, [[2, 3, 4]] * size)
 
 
 def ring_case() -> None:
@@ -241,13 +239,9 @@ def test_gather(run_ranks: RankPools, world_size: int, sizes: list[int] | None, 
     run_ranks(world_size, gather_case, dim, sizes and sizes[:world_size])
 
 
-@pytest.mark.parametrize(
-    ("gather_dim", "unpad_dim", "padding"), [(1, None, 0), (1, None, 4), (1, 1, 2), (0, 2, 1), (-1, -1, 3)]
-)
+@pytest.mark.parametrize(("gather_dim", "unpad_dim", "padding"), [(1, None, 0), (1, None, 4), (1, 1, 2), (0, 2, 1), (-1, -1, 3)])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_gather_and_unpad(
-    run_ranks: RankPools, world_size: int, gather_dim: int, unpad_dim: int | None, padding: int
-) -> None:
+def test_gather_and_unpad(run_ranks: RankPools, world_size: int, gather_dim: int, unpad_dim: int | None, padding: int) -> None:
     run_ranks(world_size, unpad_case, gather_dim, unpad_dim, padding)
 
 

@@ -93,7 +93,7 @@ def dense(plan, num_heads, num_kv_heads):
     return outs.detach(), q.grad, k.grad, v.grad
 
 
-@pytest.mark.dist
+@pytest.mark.ranks
 @pytest.mark.parametrize("heads", [(8, 4), (4, 4)], ids=["gqa", "mha"])
 @pytest.mark.parametrize(("kv_exchange", "kept_blocks"), [("gather", 0), ("ring", 0), ("ring", 1), ("ring", 3)])
 @pytest.mark.parametrize(("ring", "ulysses"), TOPOLOGIES)

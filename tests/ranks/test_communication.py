@@ -8,7 +8,7 @@ from benchmarks.comm import SMALL, counted_step
 from benchmarks.sample_run import SampleRun
 from eagle3_ds.plan import DraftShape, Setup, attention_traffic, separate_all_to_alls, state_traffic
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.ranks
 BASE = SampleRun(SMALL, 128, ttt_steps=3)
 ZERO_3 = {"zero_optimization": {"stage": 3}}
 # Of one layer on a ring of 4, fp32: 32 columns of 2 * 4 * 8 entries, 4 bytes each and 4 more of their gradient.
@@ -27,7 +27,9 @@ RUNS = {
     ),
     "ring 4, two of four blocks kept": replace(BASE, ring=4, kv_exchange="ring", kv_bytes=BLOCK, activation="offload"),
     "ulysses 2, answers of a quarter": replace(BASE, ulysses=2, answered=0.25),
-    "ulysses 2 x ring 2, bf16, answers of a third": replace(BASE, ring=2, ulysses=2, answered=0.33, dtype="bfloat16", ttt_steps=7),
+    "ulysses 2 x ring 2, bf16, answers of a third": replace(
+        BASE, ring=2, ulysses=2, answered=0.33, dtype="bfloat16", ttt_steps=7
+    ),
     "ring 2, streamed, answers of a half": replace(BASE, ring=2, kv_exchange="ring", answered=0.5),
     "ring 4, all blocks kept": replace(BASE, ring=4, kv_exchange="ring", kv_bytes=3 * BLOCK, ttt_steps=2),
 }
@@ -35,9 +37,7 @@ RUNS = {
 
 def predicted(run):
     """By (axis, kind): calls and payload of one optimizer step."""
-    found = {
-        (t.axis, t.kind): (run.accumulation * t.calls, run.accumulation * t.payload) for t in attention_traffic(run.setup())
-    }
+    found = {(t.axis, t.kind): (run.accumulation * t.calls, run.accumulation * t.payload) for t in attention_traffic(run.setup())}
     for traffic in state_traffic(run.setup()):
         if traffic.axis == "sp":
             # The sum of the gradients over one sequence's ranks runs on the one group that they have here.

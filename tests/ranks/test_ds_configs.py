@@ -8,7 +8,7 @@ import pytest
 from benchmarks.exactness import judge
 from benchmarks.exactness_cases import Case
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.ranks
 SHIPPED = sorted(path.stem for path in (Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 HYBRID = Case(ring=2, ulysses=2, deepspeed="zero3", accumulation=2, dtype="bfloat16")
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.sample_run import SampleRun
 from eagle3_ds.plan import DraftShape, attention_pairs, step_flops
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.ranks
 SHAPE = DraftShape(128, 384, 4, 2, 32, 1024, 512)
 
 

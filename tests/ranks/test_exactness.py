@@ -12,7 +12,7 @@ from benchmarks.exactness_product import run_product
 from benchmarks.rank_processes import run_ranks
 from eagle3_ds.train.shared_memory import segment
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.ranks
 TWO_RANKS = Case(ulysses=2)
 
 

@@ -36,7 +36,7 @@ from benchmarks.resume_runs import (
 )
 from eagle3_ds.train.checkpoint import CHECKPOINTS, FINAL_WEIGHTS, INITIAL_WEIGHTS, folder_name, require_intact, step_folders
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.ranks
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankPools
 
 from eagle3_ds.topology import Mesh, ZeroGroupMpu, maybe_setup_distributed
+from tests.ranks.pool import RankPools
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.ranks
 
 
 def sums(ulysses: int, ring: int) -> dict[str, float | int | None]:

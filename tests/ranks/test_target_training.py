@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny_target import CONVERSATIONS, build_tiny_target
 
 from eagle3_ds.cli_stages import prepare
 from eagle3_ds.config import Recipe, dump_recipe, load_recipe
@@ -18,8 +17,9 @@ from eagle3_ds.topology import maybe_setup_distributed
 from eagle3_ds.train.capture import capture
 from eagle3_ds.train.heart import Heart
 from eagle3_ds.train.main import build_loaders, build_trainer, open_states
+from tests.unit.tiny_target import CONVERSATIONS, build_tiny_target
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.ranks
 STEPS = 3
 RECIPE = """
 target: {path: TARGET, dtype: float32}

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_families import AUX_LAYERS, FAMILIES, family_config, random_model, vision_language_config
 
 from eagle3_ds.attention import PackedAttention
 from eagle3_ds.kernels import select_kernel
 from eagle3_ds.layout import SpanPlan
-from eagle3_ds.target import SpanForward, Target, capture_hidden_states
+from eagle3_ds.targets import SpanForward, Target, capture_hidden_states
 from eagle3_ds.topology import maybe_setup_distributed
+from tests.unit.tiny_families import AUX_LAYERS, FAMILIES, family_config, random_model, vision_language_config
 
 LENGTHS = (19, 3, 26, 7, 1)
 CHUNKS = 3
@@ -61,7 +61,7 @@ def found(run_ranks: Any) -> dict[tuple[str, int, int], list[Any]]:
     return {case: [results[number] for results in by_rank] for number, case in enumerate(CASES)}
 
 
-@pytest.mark.dist
+@pytest.mark.ranks
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-ring{case[1]}-ulysses{case[2]}")
 def test_spans_equal_each_document_alone(found: Any, case: tuple[str, int, int]) -> None:
     for place, name in ((1, "aux"), (2, "teacher")):

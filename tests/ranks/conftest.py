@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from ranks import RankPools
+
+from tests.ranks.pool import RankPools
 
 
 @pytest.fixture(scope="session")

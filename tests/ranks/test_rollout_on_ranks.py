@@ -14,11 +14,11 @@ from eagle3_ds.config import Recipe, TargetBuild, TargetSection
 from eagle3_ds.export import vllm_tensors
 from eagle3_ds.layout import PackedSequence
 from eagle3_ds.model import VocabularyMap
-from eagle3_ds.target import build_target, capture_hidden_states, load_target, teacher_tokens
+from eagle3_ds.targets import build_target, capture_hidden_states, load_target, teacher_tokens
 from eagle3_ds.train.rollout import Rollout, RolloutTrainer
 from eagle3_ds.train.spans import plan_spans
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.ranks
 TEXTS = [f"def f{n}(x):\n    return x + {n}\n" * 4 for n in range(30)]
 SIZES = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_layers": 7, "max_positions": 256}
 LENGTHS = ((40, 25), (33, 30, 7))
@@ -147,8 +147,8 @@ def test_a_mistake_on_one_rank_is_an_error_on_all(run_ranks, target: str, tmp_pa
 
 
 def new_policy(target: str, output: Path) -> tuple[float, float, float, str]:
-    """Loss of a draft: with the target it was trained for, with another embedding and head, and of a trainer that began with these;
-    and what is said to an embedding of another size."""
+    """Loss of a draft: with the target it was trained for, with another embedding and head, and of a trainer that began with
+    these; and what is said to an embedding of another size."""
     recipe = make_recipe(target, output, 1, 1, 2)
     model = load_target(TargetSection(path=target), dtype="float32")
     rollouts = make_rollouts(target)

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import AUX_LAYERS, FAMILIES, family_config, random_model, vision_language_config
-from tiny_target import build_tiny_target
 
 from eagle3_ds.config import TargetSection, load_recipe
-from eagle3_ds.target import capture_hidden_states, load_target
+from eagle3_ds.targets import capture_hidden_states, load_target
 from eagle3_ds.topology import maybe_setup_distributed
 from eagle3_ds.train.target_engine import TargetEngine, _load_sharded
+from tests.unit.tiny_families import AUX_LAYERS, FAMILIES, family_config, random_model, vision_language_config
+from tests.unit.tiny_target import build_tiny_target
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.ranks
 RANKS = 2
 LENGTHS = (13, 5, 24)
 VISION_LANGUAGE = "gemma3"
