@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.exactness_cases import Case
+from eagle3_ds.algorithms.eagle3 import model, step
 from eagle3_ds.attention import prefix_kv, usp
 from eagle3_ds.attention.ring import RingKV
 from eagle3_ds.attention.tiles import StepTiles
+from eagle3_ds.draft import taps
 from eagle3_ds.kernels import Tile
 from eagle3_ds.layout import LocalBatch, LocalRows, SpanPlan
-from eagle3_ds.loss import taps
-from eagle3_ds.model import draft, ttt_step
 from eagle3_ds.train import trainer as trainer_module
 
 MUTATIONS = (
@@ -54,7 +54,7 @@ def mutate(name: str | None, case: Case) -> Iterator[None]:
             yield
     elif name == "rope_off_by_one":
         # From the second step on. All of them one behind would be no fault: RoPE is relative.
-        with mock.patch.object(draft, "rotary_positions", lambda position, step: position + max(step - 1, 0)):
+        with mock.patch.object(model, "rotary_positions", lambda position, step: position + max(step - 1, 0)):
             yield
     elif name == "lost_tap":
         with mock.patch.object(taps._Tap, "backward", staticmethod(_without_step_1(taps._Tap.backward))):
@@ -65,7 +65,7 @@ def mutate(name: str | None, case: Case) -> Iterator[None]:
     elif name == "lost_prompts":
         if case.documents != "answers" or case.layers > 1:
             raise ValueError("lost_prompts needs slots that are not live. Use a case with documents answers and one layer.")
-        with mock.patch.object(ttt_step, "_backward_before", _of_live_slots(ttt_step._backward_before)):
+        with mock.patch.object(step, "_backward_before", _of_live_slots(step._backward_before)):
             yield
     elif name == "lost_blocks":
         if case.kv_exchange != "ring_kept":
@@ -123,8 +123,8 @@ def _into_nowhere(backward: Any) -> Any:
 def _of_live_slots(backward: Any) -> Any:
     """The keys and values of slots that are not live get no gradient."""
 
-    def of_live_slots(step: Any, tiles: ttt_step.Tiles, *args: Any) -> None:
-        backward(step, tiles._replace(rest=[]), *args)
+    def of_live_slots(ttt_step: Any, tiles: Any, *args: Any) -> None:
+        backward(ttt_step, tiles._replace(rest=[]), *args)
 
     return of_live_slots
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from benchmarks.dense_reference import Frozen, MicroBatch
 from benchmarks.exactness_cases import OPTIMIZATION, Case, Inputs, make_inputs
 from benchmarks.exactness_mutations import mutate, mutate_trainer
+from eagle3_ds.algorithms.eagle3 import DraftModel
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config
+from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.layout import PackedSequence
-from eagle3_ds.model import DraftModel, VocabularyMap
 from eagle3_ds.topology import maybe_setup_distributed
 from eagle3_ds.train.trainer import DraftTrainer, StepReport
 

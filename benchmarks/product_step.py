@@ -11,9 +11,9 @@ from torch import Tensor
 from benchmarks.exactness_product import DS_CONFIGS, record_gradients, vocabulary_map
 from benchmarks.result_file import now
 from benchmarks.step_inputs import StepModel, TimedStep
+from eagle3_ds.algorithms.eagle3 import DraftModel
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config
 from eagle3_ds.layout import PackedSequence
-from eagle3_ds.model import DraftModel
 from eagle3_ds.plan import Setup
 from eagle3_ds.topology import maybe_setup_distributed
 from eagle3_ds.train.trainer import DraftTrainer

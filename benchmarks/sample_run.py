@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+from eagle3_ds.algorithms.eagle3 import DraftModel
 from eagle3_ds.config import Recipe, fill_deepspeed_config
+from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.layout import PackedSequence, live_slots
-from eagle3_ds.model import DraftModel, VocabularyMap
 from eagle3_ds.plan import DraftShape, Setup
 from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.trainer import DraftTrainer

@@ -24,7 +24,7 @@ from eagle3_ds.config import Recipe
 from eagle3_ds.data import HiddenStateStore, HiddenStateWriter, Layout, PackedLoader, PreparedData
 from eagle3_ds.data.loader import HeldoutPacks
 from eagle3_ds.data.store_index import DTYPES
-from eagle3_ds.model import VocabularyMap
+from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.train.rollout import RolloutTrainer
 
 REFERENCE = "float32"

@@ -13,9 +13,8 @@ from pydantic import ValidationError
 
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe, recipe_differences
 from eagle3_ds.data.sources import expand_sources
+from eagle3_ds.draft import check_tile_bytes, slots_per_tile
 from eagle3_ds.kernels import select_kernel
-from eagle3_ds.loss import check_tile_bytes
-from eagle3_ds.model import slots_per_tile
 from eagle3_ds.targets import (
     check_parallel,
     check_supported,

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file
 
+from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
 from eagle3_ds.config import Recipe
 from eagle3_ds.data import PreparedData
+from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.eval import evaluate_draft
 from eagle3_ds.export import export_speculators, export_vllm, verify_export
-from eagle3_ds.model import DraftModel, VocabularyMap, build_draft_config
 from eagle3_ds.targets import load_embedding_and_head, load_target, load_text_config, resolve_path
 from eagle3_ds.topology import detect_accelerator
 

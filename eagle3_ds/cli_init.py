@@ -7,9 +7,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from eagle3_ds.algorithms.eagle3 import build_draft_config
 from eagle3_ds.config import Recipe
+from eagle3_ds.draft import VocabularyMap, sliding_window
 from eagle3_ds.export import load_export
-from eagle3_ds.model import VocabularyMap, build_draft_config, sliding_window
 from eagle3_ds.targets import load_text_config, resolve_path
 from eagle3_ds.train.checkpoint import INITIAL_WEIGHTS
 

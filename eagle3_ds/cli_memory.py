@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from eagle3_ds.algorithms.eagle3 import build_draft_config
 from eagle3_ds.config import Recipe, load_deepspeed_config
-from eagle3_ds.model import build_draft_config
 from eagle3_ds.plan import DraftShape, Setup, ZeroSettings, choose_kv_exchange, explain_shortage
 from eagle3_ds.targets import load_text_config, resolve_path
 from eagle3_ds.topology import detect_accelerator

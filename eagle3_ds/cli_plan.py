@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from eagle3_ds.algorithms.eagle3 import build_draft_config
 from eagle3_ds.cli_memory import deepspeed_files
 from eagle3_ds.config import Recipe, load_deepspeed_config, load_recipe
-from eagle3_ds.model import build_draft_config
 from eagle3_ds.plan import (
     DEVICES,
     Candidate,

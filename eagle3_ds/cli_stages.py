@@ -18,8 +18,8 @@ from eagle3_ds.config import Recipe
 from eagle3_ds.data import Layout, PreparedData, prepare_data
 from eagle3_ds.data.fingerprint import Fingerprint
 from eagle3_ds.data.stdlib_corpus import stdlib_conversations, stdlib_text
+from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.eval import draw_report
-from eagle3_ds.model import VocabularyMap
 from eagle3_ds.targets import (
     build_target,
     check_supported,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from eagle3_ds.attention.merge import merge_diagonals, merge_diagonals_backward
 from eagle3_ds.attention.prefix_kv import PrefixKV
 from eagle3_ds.attention.ring import RingKV
+from eagle3_ds.attention.rotary import rotate
 from eagle3_ds.collectives import (
     all_heads_to_sequence,
     all_sequence_to_heads,
@@ -175,13 +176,6 @@ class LlamaUSPFlashAttention(nn.Module):
             return x.contiguous(), statistic
         home, home_statistic = _unpack(heads_to_sequence(_pack((x,), (statistic,)), self.ulysses_group), (x,), (statistic,))
         return home, home_statistic
-
-
-def rotate(x_SHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-    """Rotary embedding in the half-split convention of Llama, computed in the dtype of cos (fp32), returned in x's."""
-    x = x_SHD.to(torch.promote_types(cos_SD.dtype, x_SHD.dtype))
-    turned = torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1)
-    return torch.addcmul(x * cos_SD[:, None], turned, sin_SD[:, None]).to(x_SHD.dtype)
 
 
 class _Attend(torch.autograd.Function):

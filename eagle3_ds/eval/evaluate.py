@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from eagle3_ds.algorithms.eagle3 import DraftModel
 from eagle3_ds.config import EvalSection, Recipe
+from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.eval.speculative import Round, greedy_decode, speculative_decode
-from eagle3_ds.model import DraftModel, VocabularyMap
 from eagle3_ds.targets import Target
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
-from eagle3_ds.model import DraftCache, DraftModel, VocabularyMap
+from eagle3_ds.algorithms.eagle3 import DraftModel
+from eagle3_ds.draft import DraftCache, VocabularyMap
 from eagle3_ds.targets import AuxCapture, Target
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from eagle3_ds.model import DraftModel, VocabularyMap, sliding_window, window_keys
+from eagle3_ds.algorithms.eagle3 import DraftModel
+from eagle3_ds.draft import VocabularyMap, sliding_window, window_keys
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 

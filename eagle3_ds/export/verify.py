@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+from eagle3_ds.algorithms.eagle3 import DraftModel
+from eagle3_ds.draft import DraftCache, VocabularyMap
 from eagle3_ds.export.folder import read_folder
 from eagle3_ds.export.speculators import load_speculators
 from eagle3_ds.export.vllm import load_vllm
-from eagle3_ds.model import DraftCache, DraftModel, VocabularyMap
 
 SLOTS = 12
 

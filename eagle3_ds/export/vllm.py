@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor
 from transformers import LlamaConfig
 
+from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.export.folder import cast, check_complete, draft_config, geometry, read_folder, write_folder
-from eagle3_ds.model import VocabularyMap
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 FIRST_HERE, FIRST_THERE = "layers.0.", "midlayer."

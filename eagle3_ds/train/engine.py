@@ -18,10 +18,10 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import Tensor, nn
 
+from eagle3_ds.algorithms.eagle3 import DraftModel, UnrollSettings
 from eagle3_ds.config import Recipe
+from eagle3_ds.draft import LossInputs, LossSum, LossTaps, tiled_soft_cross_entropy
 from eagle3_ds.layout import LocalBatch
-from eagle3_ds.loss import LossInputs, LossSum, LossTaps, tiled_soft_cross_entropy
-from eagle3_ds.model import DraftModel, UnrollSettings
 from eagle3_ds.topology import Topology, ZeroGroupMpu
 from eagle3_ds.train.shared_memory import unname_segment
 

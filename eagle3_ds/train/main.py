@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
 from eagle3_ds.data.documents import PreparedData
 from eagle3_ds.data.loader import HeldoutPacks, HiddenStates, PackedLoader
 from eagle3_ds.data.store import HiddenStateStore
+from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.layout import PackedSequence
-from eagle3_ds.model import DraftModel, VocabularyMap, build_draft_config
 from eagle3_ds.targets import load_embedding_and_head, load_text_config, resolve_path
 from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.checkpoint import CHECKPOINTS, INITIAL_WEIGHTS, latest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from eagle3_ds.model import VocabularyMap
+from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.train.agreement import max_over_ranks
 from eagle3_ds.train.checkpoint import (
     MANIFEST,

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
+from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.layout import LocalRows, PackedSequence, Rows, row_tiles
-from eagle3_ds.model import DraftModel, VocabularyMap, build_draft_config
 from eagle3_ds.targets import load_embedding_and_head, load_text_config, resolve_path, teacher_tokens
 from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.checkpoint import folder_name

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle3_ds import __version__
-from eagle3_ds.model import VocabularyMap
+from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.train.agreement import gather_bytes, max_over_ranks, sum_over_ranks
 from eagle3_ds.train.checkpoint import (
     KINDS,

@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from eagle3_ds.algorithms.eagle3 import DraftModel, UnrollSettings
+from eagle3_ds.attention import patch_attention
 from eagle3_ds.config import Recipe
+from eagle3_ds.draft import LossInputs, LossSum, VocabularyMap, loss_tiles, sliding_window
 from eagle3_ds.kernels import checked_kernel
 from eagle3_ds.layout import LocalBatch, PackedSequence, prepare_usp_input, stream_rows
-from eagle3_ds.loss import LossInputs, LossSum, loss_tiles
-from eagle3_ds.model import DraftModel, UnrollSettings, VocabularyMap, patch_attention, sliding_window
 from eagle3_ds.plan import DraftShape, Setup, choose_kv_exchange
 from eagle3_ds.topology import Topology
 from eagle3_ds.train.engine import DraftWithLoss, build_engine, full_parameters, step_and_norm

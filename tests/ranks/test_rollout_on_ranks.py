@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from eagle3_ds.config import Recipe, TargetBuild, TargetSection
+from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.export import vllm_tensors
 from eagle3_ds.layout import PackedSequence
-from eagle3_ds.model import VocabularyMap
 from eagle3_ds.targets import build_target, capture_hidden_states, load_target, teacher_tokens
 from eagle3_ds.train.rollout import Rollout, RolloutTrainer
 from eagle3_ds.train.spans import plan_spans

@@ -12,7 +12,7 @@ import torch
 from eagle3_ds import cli_capture
 from eagle3_ds.cli import main
 from eagle3_ds.data import HiddenStateStore, PreparedData
-from eagle3_ds.model import VocabularyMap
+from eagle3_ds.draft import VocabularyMap
 from tests.unit.data_samples import write_jsonl
 from tests.unit.tiny_target import CONVERSATIONS, build_tiny_target
 

@@ -15,7 +15,7 @@ import torch
 from eagle3_ds.data import prepare
 from eagle3_ds.data.packing import pack
 from eagle3_ds.data.prepare import heldout_mask, prepare_data
-from eagle3_ds.model import VocabularyMap
+from eagle3_ds.draft import VocabularyMap
 from tests.unit.data_samples import chat, data_recipe, tiny_tokenizer, write_jsonl
 
 

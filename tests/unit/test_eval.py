@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
 from eagle3_ds.config import DraftSection, EvalSection, TargetSection
+from eagle3_ds.draft import DraftCache, VocabularyMap
 from eagle3_ds.eval import (
     NotLosslessError,
     Round,
@@ -20,7 +22,6 @@ from eagle3_ds.eval import (
 )
 from eagle3_ds.eval.evaluate import _by_context, _by_position
 from eagle3_ds.eval.speculative import DraftStream, TargetStream, _judge
-from eagle3_ds.model import DraftCache, DraftModel, VocabularyMap, build_draft_config
 from eagle3_ds.targets import Target, capture_hidden_states, load_target
 from tests.unit.tiny_families import AUX_LAYERS, family_config, random_model
 from tests.unit.tiny_target import build_tiny_target

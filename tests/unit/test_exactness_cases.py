@@ -16,8 +16,8 @@ from benchmarks.exactness_cases import (
     parameter_shapes,
     short_matrix,
 )
+from eagle3_ds.algorithms.eagle3 import DraftModel
 from eagle3_ds.layout import PackedSequence, SpanPlan, live_slots, prepare_usp_input
-from eagle3_ds.model import DraftModel
 
 
 def test_every_pair_of_values_appears():

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig
 
+from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
 from eagle3_ds.config import DraftSection
+from eagle3_ds.draft import VocabularyMap, sliding_window, window_keys
 from eagle3_ds.export import export_speculators, export_vllm, load_speculators, load_vllm, verify_export
-from eagle3_ds.model import DraftModel, VocabularyMap, build_draft_config, sliding_window, window_keys
 
 V, VD, H, HEAD, INNER = 96, 40, 32, 8, 48
 LLAMA3 = {

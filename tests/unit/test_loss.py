@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eagle3_ds.loss import LossInputs, LossTaps, loss_tiles, tiled_soft_cross_entropy
+from eagle3_ds.draft import LossInputs, LossTaps, loss_tiles, tiled_soft_cross_entropy
 
 K, S, H, HT, VD, V = 3, 23, 8, 6, 17, 40
 ROWS = S + K + 4

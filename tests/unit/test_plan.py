@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
 from eagle3_ds.config import DraftSection, load_recipe
 from eagle3_ds.kernels import TileKernel
 from eagle3_ds.layout import SpanPlan
-from eagle3_ds.model import DraftModel, build_draft_config
 from eagle3_ds.plan import (
     DEVICES,
     DraftShape,

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from eagle3_ds.config import load_recipe
-from eagle3_ds.model import VocabularyMap
+from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.topology import maybe_setup_distributed
 from eagle3_ds.train import saver as saver_module
 from eagle3_ds.train.checkpoint import CheckpointError, folder_name, newest_intact, rank_file, read_manifest, step_folders

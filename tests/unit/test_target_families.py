@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import CohereConfig, FalconH1Config, Glm4Config, GPT2Config, GraniteConfig, Llama4TextConfig, Qwen3NextConfig
 
+from eagle3_ds.algorithms.eagle3 import build_draft_config
 from eagle3_ds.attention import PackedAttention
+from eagle3_ds.attention.rotary import rotary_frequencies
 from eagle3_ds.config import DraftSection
 from eagle3_ds.kernels import select_kernel
 from eagle3_ds.layout import SpanPlan
-from eagle3_ds.model import build_draft_config
-from eagle3_ds.model.rope import rotary_frequencies
 from eagle3_ds.targets import SpanForward, Target, capture_hidden_states, check_parallel, check_supported, packed
 from tests.unit.tiny_families import AUX_LAYERS, FAMILIES, SIZES, SLIDE, family_config, random_model, vision_language_config
 

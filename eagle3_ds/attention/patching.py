@@ -7,7 +7,8 @@ from typing import Literal, TypeVar
 import torch.distributed as dist
 from torch import nn
 
-from eagle3_ds.attention import AttentionKernel, LlamaUSPFlashAttention
+from eagle3_ds.attention.usp import LlamaUSPFlashAttention
+from eagle3_ds.kernels import AttentionKernel
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 Model = TypeVar("Model", bound=nn.Module)

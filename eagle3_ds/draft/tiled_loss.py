@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from eagle3_ds.loss.taps import LossTaps
+from eagle3_ds.draft.taps import LossTaps
 
 IntArray = NDArray[np.int64]
 

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from eagle3_ds.layout import LocalBatch, LocalRows, row_tiles, stream_rows
-from eagle3_ds.model.decoder import DraftCache, DraftLayer, rms_norm
-from eagle3_ds.model.offload import HostStash
-from eagle3_ds.model.rope import rotary_frequencies
-from eagle3_ds.model.ttt_step import Activation, LayerMemory, StepConstants, ttt_step
+from eagle3_ds.algorithms.eagle3.layer import DraftLayer
+from eagle3_ds.algorithms.eagle3.step import Activation, LayerMemory, StepConstants, ttt_step
+from eagle3_ds.attention.rotary import rotary_frequencies
+from eagle3_ds.draft.decoder import rms_norm
+from eagle3_ds.draft.offload import HostStash
+from eagle3_ds.draft.served import DraftCache
+from eagle3_ds.draft.stream import stream_aux
+from eagle3_ds.layout import LocalBatch
 
 Result = TypeVar("Result")
 
@@ -129,35 +132,3 @@ class DraftModel(nn.Module):
 def rotary_positions(position: Tensor, step: int) -> Tensor:
     """RoPE position of q and k at TTT step `step`: a step looks one token further."""
     return position + step
-
-
-def stream_aux(aux: LocalRows, weight: Tensor, tile_bytes: int, anchor: Tensor | None = None) -> Tensor:
-    """The hidden state of step 0: aux rows [S, 3 * Ht] on the host, weight [H, 3 * Ht] -> [S, H] on the weight's device.
-
-    The rows stream through tile by tile, in forward and again in backward; the device never holds them all.
-    """
-    return _StreamAux.apply(aux, tile_bytes, weight, anchor)
-
-
-class _StreamAux(torch.autograd.Function):
-    """Forward: aux @ weight.T. Backward: the weight's gradient, summed over the tiles in fp32."""
-
-    @staticmethod
-    def forward(ctx: Any, aux: LocalRows, tile_bytes: int, weight: Tensor, anchor: Tensor | None) -> Tensor:
-        # A tile on the device and the one behind it.
-        size = max(1, tile_bytes // (2 * weight.shape[1] * max(weight.element_size(), 4)))
-        ctx.aux, ctx.tiles, ctx.width = aux, row_tiles(len(aux), size), weight.shape[1]
-        hidden = weight.new_empty((len(aux), weight.shape[0]))
-        rows = stream_rows(aux, ctx.tiles, weight.device, weight.dtype)
-        for tile, part in zip(ctx.tiles, rows, strict=True):
-            hidden[tile[0] : tile[-1] + 1] = part @ weight.T
-        return hidden
-
-    @staticmethod
-    def backward(ctx: Any, dhidden: Tensor) -> tuple[None, None, Tensor, Tensor | None]:
-        dtype = torch.float64 if dhidden.dtype == torch.float64 else torch.float32
-        dweight = dhidden.new_zeros((dhidden.shape[1], ctx.width), dtype=dtype)
-        rows = stream_rows(ctx.aux, ctx.tiles, dhidden.device, dhidden.dtype)
-        for tile, part in zip(ctx.tiles, rows, strict=True):
-            dweight += dhidden[tile[0] : tile[-1] + 1].T @ part
-        return None, None, dweight.to(dhidden.dtype), dhidden.new_zeros(()) if ctx.needs_input_grad[3] else None

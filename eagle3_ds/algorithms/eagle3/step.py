@@ -14,19 +14,22 @@ size, I width of the MLP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eagle3_ds.attention.usp import Attended, LlamaUSPFlashAttention, UnrollMemory, rotate
-from eagle3_ds.model.decoder import AfterWeights, BeforeWeights, DraftLayer, after_attention, attention_input, project
-from eagle3_ds.model.decoder_backward import after_attention_backward, project_backward
-from eagle3_ds.model.offload import HostStash
-from eagle3_ds.model.rope import RotaryFrequencies
+from eagle3_ds.algorithms.eagle3.layer import BeforeWeights, DraftLayer, attention_input
+from eagle3_ds.algorithms.eagle3.layer_backward import project_backward
+from eagle3_ds.attention.rotary import RotaryFrequencies, rotate
+from eagle3_ds.attention.usp import Attended, LlamaUSPFlashAttention, UnrollMemory
+from eagle3_ds.draft.decoder import AfterWeights, after_attention, project
+from eagle3_ds.draft.decoder_backward import after_attention_backward
+from eagle3_ds.draft.offload import HostStash
+from eagle3_ds.draft.tiles import Tiles, map_tiles, slots_per_tile
 
 Activation = Literal["keep", "recompute", "offload"]
 
@@ -62,21 +65,6 @@ class LayerMemory(UnrollMemory):
         self.stash = stash
 
 
-def slots_per_tile(hidden_size: int, width: int, itemsize: int, tile_bytes: int) -> int:
-    """Slots whose transient tensors fit the budget: in backward about 7 of the MLP's width and 8 of the hidden size each.
-
-    Raises:
-        ValueError: the budget does not hold one slot.
-    """
-    per_slot = (7 * width + 8 * hidden_size) * itemsize
-    if tile_bytes < per_slot:
-        raise ValueError(
-            f"train.tile_bytes = {tile_bytes} is too small for one slot of a draft layer of width {hidden_size} with an MLP of "
-            f"{width}: at least {per_slot} bytes are needed."
-        )
-    return tile_bytes // per_slot
-
-
 def ttt_step(
     layer: DraftLayer, hidden: Tensor, constants: StepConstants, memory: LayerMemory, activation: Activation, tile_bytes: int
 ) -> Tensor:
@@ -95,18 +83,6 @@ def ttt_step(
     weights = step.weights() if step.number == 0 else ()
     output, memory.ticket = _RecomputedStep.apply(step, tiles, hidden, memory.ticket, *weights)
     return output
-
-
-class Tiles(NamedTuple):
-    """The slots of a step in pieces: of the live ones, and of the rest, which step 0 alone has."""
-
-    live: list[slice]
-    rest: list[slice]
-
-    @staticmethod
-    def cut(num_live: int, num_slots: int, size: int) -> Tiles:
-        ranges = ((0, num_live), (num_live, num_slots))
-        return Tiles(*([slice(a, min(a + size, stop)) for a in range(start, stop, size)] for start, stop in ranges))
 
 
 @dataclass(frozen=True)
@@ -134,9 +110,9 @@ class _Step:
 
     def all_before(self, hidden: Tensor, tiles: Tiles, weights: BeforeWeights) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [S, H] -> rotated q [Q, Hq, D], rotated k and v [S, Hkv, D]."""
-        q, k, v = _map_tiles(lambda tile: self.before(hidden[tile], tile, weights), tiles.live)
+        q, k, v = map_tiles(lambda tile: self.before(hidden[tile], tile, weights), tiles.live)
         if tiles.rest:
-            rest_k, rest_v = _map_tiles(lambda tile: self.before(hidden[tile], tile, weights, live=False), tiles.rest)
+            rest_k, rest_v = map_tiles(lambda tile: self.before(hidden[tile], tile, weights, live=False), tiles.rest)
             k, v = torch.cat((k, rest_k)), torch.cat((v, rest_v))
         return q, k, v
 
@@ -174,7 +150,7 @@ class _RecomputedStep(torch.autograd.Function):
         before, after = layer.before_weights(), layer.after_weights()
         q, k, v = step.all_before(hidden, tiles, before)
         attended = step.attention.attend_forward(q, k, v, memory)
-        (output,) = _map_tiles(
+        (output,) = map_tiles(
             lambda tile: (after_attention(hidden[tile], attended.out[tile].flatten(1), after, layer.eps),), tiles.live
         )
         ctx.step, ctx.tiles, ctx.lse = step, tiles, attended.lse
@@ -217,7 +193,7 @@ def _backward_after(step: _Step, tiles: Tiles, hidden: Tensor, out: Tensor, dout
 def _query(step: _Step, tiles: Sequence[slice], hidden: Tensor) -> Tensor:
     """q [Q, Hq, D] again."""
     weights = step.layer.before_weights()
-    (q,) = _map_tiles(lambda tile: (step.query(hidden[tile], tile, weights),), tiles)
+    (q,) = map_tiles(lambda tile: (step.query(hidden[tile], tile, weights),), tiles)
     return q
 
 
@@ -230,16 +206,3 @@ def _backward_before(step: _Step, tiles: Tiles, hidden: Tensor, dqkv: tuple[Tens
         # The rest has no query: dq ends where it begins.
         gradients, angles = (dq[tile], dk[tile], dv[tile]), step.angles(tile)
         dhidden[tile] += project_backward(step.embeds(tile), hidden[tile], gradients, angles, weights, sums, layer.eps)
-
-
-def _map_tiles(function: Callable[[slice], tuple[Tensor, ...]], tiles: Sequence[slice]) -> tuple[Tensor, ...]:
-    """The results of all tiles, rows joined; a tile is written where it belongs as soon as it is computed."""
-    first = function(tiles[0])
-    if len(tiles) == 1:
-        return first
-    start = tiles[0].start
-    joined = tuple(part.new_empty((tiles[-1].stop - start, *part.shape[1:])) for part in first)
-    for tile in tiles:
-        for whole, part in zip(joined, first if tile is tiles[0] else function(tile), strict=True):
-            whole[tile.start - start : tile.stop - start] = part
-    return joined

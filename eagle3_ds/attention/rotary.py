@@ -1,4 +1,4 @@
-"""Rotary angles, from transformers' own rotary code, in fp32."""
+"""The rotary embedding: angles from transformers' own rotary code, in fp32, and the rotation by them."""
 
 from __future__ import annotations
 
@@ -34,3 +34,10 @@ def rotary_frequencies(config: LlamaConfig, longest: int, device: torch.device) 
     compute = LlamaRotaryEmbedding.compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
     frequencies, factor = compute(config, device=device, seq_len=longest)
     return RotaryFrequencies(frequencies.to(device).float(), float(factor))
+
+
+def rotate(x_SHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+    """Rotary embedding in the half-split convention of Llama, computed in the dtype of cos (fp32), returned in x's."""
+    x = x_SHD.to(torch.promote_types(cos_SD.dtype, x_SHD.dtype))
+    turned = torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1)
+    return torch.addcmul(x * cos_SD[:, None], turned, sin_SD[:, None]).to(x_SHD.dtype)

@@ -1,0 +1,1 @@
+"""The draft algorithms, a folder each."""

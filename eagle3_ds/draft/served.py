@@ -1,0 +1,62 @@
+"""The attention that a draft has when it serves: causal, over a cache of keys and values. Training replaces it (see
+attention/patching.py).
+
+Legend: S new slots, T cached keys, Hq / Hkv heads, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaConfig
+
+from eagle3_ds.draft.window import sliding_window
+
+
+class DraftCache:
+    """Keys and values of every layer, [T, Hkv, D] each, appended call by call."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the new slots and return all of them."""
+        old = self._layers[layer]
+        new = (k, v) if old is None else (torch.cat((old[0], k)), torch.cat((old[1], v)))
+        self._layers[layer] = new
+        return new
+
+    def __len__(self) -> int:
+        first = self._layers[0]
+        return 0 if first is None else len(first[0])
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` slots."""
+        self._layers = [None if kv is None else (kv[0][:length], kv[1][:length]) for kv in self._layers]
+
+
+class DraftAttention(nn.Module):
+    """Causal attention over a cache; holds the projections that training's attention takes over."""
+
+    def __init__(self, config: LlamaConfig, input_size: int, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim, self.window = layer, config.head_dim, sliding_window(config)
+        self.q_proj = nn.Linear(input_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(input_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(input_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: DraftCache) -> Tensor:
+        """Rotated q [S, Hq, D], rotated k and v [S, Hkv, D] of the S newest slots -> [S, Hq * D]."""
+        keys, values = cache.append(self.layer, k, v)
+        back = torch.arange(len(keys) - len(q), len(keys), device=q.device)[:, None] - torch.arange(len(keys), device=q.device)
+        seen = (back >= 0) & (back < (self.window or len(keys)))
+        out = functional.scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
+            attn_mask=seen[None, None],
+            enable_gqa=True,
+        )
+        return out[0].transpose(0, 1).flatten(1)
