@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.faulty_rank import Fault
-from eagle3_ds.train.checkpoint import CHECKPOINTS, LATEST, MANIFEST, rank_file, step_folders
+from eagle3_ds.checkpoint.format import CHECKPOINTS, LATEST, MANIFEST, rank_file, step_folders
 
 NUM_RANKS = 2
 STEPS = 8

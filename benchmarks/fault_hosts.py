@@ -14,7 +14,7 @@ from benchmarks.fault_runs import WATCHDOG_SECONDS, Struck
 from benchmarks.resume import differences
 from benchmarks.resume_runs import read_metrics
 from benchmarks.two_hosts import TwoHosts, two_hosts
-from eagle3_ds.train.checkpoint import CHECKPOINTS, newest_intact, read_manifest
+from eagle3_ds.checkpoint.format import CHECKPOINTS, newest_intact, read_manifest
 
 ROOT = Path(__file__).parents[1]
 # From the end of the launch to that of the ranks on a host that it cannot reach.

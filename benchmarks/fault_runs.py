@@ -15,9 +15,9 @@ from benchmarks.fault_catalogue import NUM_RANKS, SAVE_EVERY, STEPS, Injection
 from benchmarks.faulty_rank import HAPPENED, Fault
 from benchmarks.resume import differences
 from benchmarks.resume_runs import make_recipe
-from eagle3_ds.cli import main as command_line
+from eagle3_ds.cli.main import main as command_line
 from eagle3_ds.config import Recipe
-from eagle3_ds.watch.logs import Logs
+from eagle3_ds.launch.logs import Logs
 
 WATCHDOG_SECONDS = 8.0
 END_SECONDS = 30.0

@@ -24,8 +24,8 @@ from benchmarks.fault_runs import WATCHDOG_SECONDS, Struck, fill_disk, launch, r
 from benchmarks.result_file import print_table, write_result
 from benchmarks.resume_runs import prepare_inputs
 from benchmarks.two_hosts import why_not
-from eagle3_ds.cli_launcher import plan_launch
 from eagle3_ds.config import dump_recipe
+from eagle3_ds.launch.command import plan_launch
 
 COLUMNS = ("fault", "where", "tried", "detected in (s)", "run ended in (s)", "steps lost", "went on exactly", "failures")
 

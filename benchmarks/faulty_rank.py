@@ -22,8 +22,9 @@ from unittest import mock
 
 import torch
 
-from eagle3_ds.train import identity, main
-from eagle3_ds.train.heart import Heart
+from eagle3_ds.guard import identity
+from eagle3_ds.guard.heart import Heart
+from eagle3_ds.train import main
 
 FOR_EVER = 10**6
 STEP_SECONDS = 10.0
@@ -189,7 +190,7 @@ def kill_all_ranks(parts: Parts) -> None:
             command = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if recipe in command and b"benchmarks.faulty_rank" in command and b"eagle3_ds.watch.supervisor" not in command:
+        if recipe in command and b"benchmarks.faulty_rank" in command and b"eagle3_ds.launch.supervisor" not in command:
             pid = int(path.parent.name)
             if pid != os.getpid():
                 os.kill(pid, signal.SIGKILL)

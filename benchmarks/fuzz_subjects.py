@@ -20,28 +20,28 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.fuzz_mutations import damage_bytes, damage_values
-from eagle3_ds.cli import main
-from eagle3_ds.cli_launcher import LaunchOptions, read_hostfile, resolve_hosts
-from eagle3_ds.config import dump_recipe, load_recipe
-from eagle3_ds.config.schema import DataSection
-from eagle3_ds.data.chat import load_chat_template
-from eagle3_ds.data.encode import RowEncoder
-from eagle3_ds.data.sources import open_source
-from eagle3_ds.data.store import HiddenStateStore
-from eagle3_ds.data.store_index import INDEX_FILE, Layout
-from eagle3_ds.data.store_writer import HiddenStateWriter
-from eagle3_ds.train.checkpoint import (
+from eagle3_ds.checkpoint.format import (
     KINDS,
     MANIFEST,
+    Fragment,
+    FragmentReader,
     Manifest,
-    Piece,
-    PieceReader,
     damage,
     file_entry,
     rank_file,
     read_manifest,
     write_manifest,
 )
+from eagle3_ds.cli.main import main
+from eagle3_ds.config import dump_recipe, load_recipe
+from eagle3_ds.config.schema import DataSection
+from eagle3_ds.data.chat import load_chat_template
+from eagle3_ds.data.encode import RowEncoder
+from eagle3_ds.data.sources import open_source
+from eagle3_ds.launch.command import LaunchOptions, read_hostfile, resolve_hosts
+from eagle3_ds.store.index import INDEX_FILE, Layout
+from eagle3_ds.store.reader import HiddenStateStore
+from eagle3_ds.store.writer import HiddenStateWriter
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 MAX_LENGTH = 64
@@ -217,11 +217,11 @@ class Manifests(Subject):
         problem = damage(self.folder, manifest)
         if problem is not None:
             raise ValueError(problem)
-        reader = PieceReader(self.folder, manifest)
+        reader = FragmentReader(self.folder, manifest)
         for name, shape in manifest.parameters.items():
             numel = math.prod(shape)
             assert (name, numel) == ("w", 6), manifest.parameters
-            assert all(torch.equal(reader.read(kind, Piece(name, 0, 0, numel)), self.values) for kind in KINDS)
+            assert all(torch.equal(reader.read(kind, Fragment(name, 0, 0, numel)), self.values) for kind in KINDS)
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -36,7 +36,7 @@ from benchmarks.resume_runs import (
     run_until_death,
     start_output,
 )
-from eagle3_ds.train.checkpoint import CHECKPOINTS, FINAL_WEIGHTS, folder_name, newest_intact, read_manifest
+from eagle3_ds.checkpoint.format import CHECKPOINTS, FINAL_WEIGHTS, folder_name, newest_intact, read_manifest
 
 # Of losses in fp32 when ranks sum in another order.
 TOLERANCE = 1e-5

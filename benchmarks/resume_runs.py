@@ -20,17 +20,18 @@ from unittest import mock
 from rich.console import Console
 
 from benchmarks.rank_processes import run_ranks
-from eagle3_ds.cli_stages import prepare
+from eagle3_ds.checkpoint.format import CHECKPOINTS, folder_name, newest_intact
+from eagle3_ds.checkpoint.restore import load_checkpoint
+from eagle3_ds.checkpoint.saver import CheckpointSaver, Progress
 from eagle3_ds.config import Recipe, TargetBuild, TargetSection
+from eagle3_ds.guard.heart import Heart
+from eagle3_ds.guard.stop import StopRequest
+from eagle3_ds.run.stages import prepare
 from eagle3_ds.targets import build_target
 from eagle3_ds.topology import maybe_setup_distributed
 from eagle3_ds.train import loop
-from eagle3_ds.train.checkpoint import CHECKPOINTS, folder_name, newest_intact
-from eagle3_ds.train.heart import Heart
 from eagle3_ds.train.main import build_loaders, build_trainer, open_states, train
-from eagle3_ds.train.restore import load_checkpoint
-from eagle3_ds.train.saver import CheckpointSaver, Progress
-from eagle3_ds.train.stop import StopRequest
+from eagle3_ds.train.state import EngineState
 
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 STEPS = 4
@@ -173,7 +174,7 @@ def continue_from(recipe: Recipe, checkpoints: dict[str, Path]) -> dict[str, lis
     for name, folder in checkpoints.items():
         output = Path(recipe.output_dir) / name
         output.mkdir(exist_ok=True)
-        resumed = load_checkpoint(trainer, folder)
+        resumed = load_checkpoint(EngineState(trainer), folder)
         loader, heldout = build_loaders(recipe, topology, open_states(recipe, topology), (resumed.step, resumed.packs))
         loop.run_training(trainer, loader, heldout, output, StopRequest(), Heart(None), resumed)
         metrics[name] = read_metrics(output) if topology.place.rank == 0 else []
@@ -191,11 +192,11 @@ def restored_in_place(recipe: Recipe) -> tuple[list[Any], list[Any]]:
     trainer = build_trainer(recipe, topology)
     loader, _ = build_loaders(recipe, topology, open_states(recipe, topology))
     root = Path(recipe.output_dir) / CHECKPOINTS
-    saver = CheckpointSaver(trainer, root)
+    saver = CheckpointSaver(EngineState(trainer), root)
     trainer.step(loader.step(0))
     saver.save(Progress(1, loader.packs_before(1)))
     # With `train.save_async` the checkpoint is written while these are trained.
     before = [trainer.step(loader.step(index)) for index in (1, 2)]
     saver.finish()
-    load_checkpoint(trainer, root / folder_name(1))
+    load_checkpoint(EngineState(trainer), root / folder_name(1))
     return before, [trainer.step(loader.step(index)) for index in (1, 2)]

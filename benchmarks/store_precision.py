@@ -19,12 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.result_file import FOLDER, write_result
-from eagle3_ds.cli_stages import prepare
 from eagle3_ds.config import Recipe
-from eagle3_ds.data import HiddenStateStore, HiddenStateWriter, Layout, PackedLoader, PreparedData
+from eagle3_ds.data import PackedLoader, PreparedData
 from eagle3_ds.data.loader import HeldoutPacks
-from eagle3_ds.data.store_index import DTYPES
 from eagle3_ds.draft import VocabularyMap
+from eagle3_ds.run.stages import prepare
+from eagle3_ds.store import HiddenStateStore, HiddenStateWriter, Layout
+from eagle3_ds.store.index import DTYPES
 from eagle3_ds.train.rollout import RolloutTrainer
 
 REFERENCE = "float32"

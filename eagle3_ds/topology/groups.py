@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from eagle3_ds.launch.announced import announcement
 from eagle3_ds.topology.mesh import Mesh, Place
-from eagle3_ds.watch.announced import announcement
 
 _BACKEND = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 

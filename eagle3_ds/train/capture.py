@@ -20,12 +20,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from eagle3_ds.config import Recipe, load_recipe
-from eagle3_ds.data import HiddenStateWriter, Layout
 from eagle3_ds.data.documents import PreparedData
 from eagle3_ds.data.packing import pack
+from eagle3_ds.guard.heart import Heart, beating
+from eagle3_ds.store import HiddenStateWriter, Layout
 from eagle3_ds.targets import load_text_config, resolve_path
 from eagle3_ds.topology import Topology, maybe_setup_distributed
-from eagle3_ds.train.heart import Heart, beating
 from eagle3_ds.train.quiet import ignore_renamed_collectives
 from eagle3_ds.train.target_engine import SpanStates, TargetEngine
 

@@ -12,20 +12,21 @@ from typing import Any, Protocol
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from eagle3_ds.checkpoint.format import CHECKPOINTS, FINAL_WEIGHTS, Manifest, folder_name
+from eagle3_ds.checkpoint.saver import WRITING, CheckpointSaver, Progress
+from eagle3_ds.collectives.agreement import max_over_ranks
 from eagle3_ds.config import Recipe
+from eagle3_ds.guard.divergence import DivergenceGuard
+from eagle3_ds.guard.heart import Heart
+from eagle3_ds.guard.replicas import require_same_replicas, weights_compared_before_update
+from eagle3_ds.guard.stop import REASONS, StopRequest
 from eagle3_ds.layout import PackedSequence
-from eagle3_ds.train.agreement import max_over_ranks
-from eagle3_ds.train.checkpoint import CHECKPOINTS, FINAL_WEIGHTS, Manifest, folder_name
-from eagle3_ds.train.divergence import DivergenceGuard
-from eagle3_ds.train.heart import Heart
 from eagle3_ds.train.metrics import MetricsFile, peak_memory_bytes
-from eagle3_ds.train.replicas import require_same_replicas, weights_compared_before_update
-from eagle3_ds.train.saver import WRITING, CheckpointSaver, Progress
-from eagle3_ds.train.stop import REASONS, StopRequest
+from eagle3_ds.train.state import EngineState
 from eagle3_ds.train.trainer import DraftTrainer, learning_rate_at
 
 
-class Loader(Protocol):
+class StepSource(Protocol):
     """What the loop needs of the data: pure functions, all of them."""
 
     def steps_in(self, epochs: int) -> int: ...
@@ -41,14 +42,14 @@ class Loader(Protocol):
     def pack_indices(self, index: int) -> list[int]: ...
 
 
-def total_steps(recipe: Recipe, loader: Loader) -> int:
+def total_steps(recipe: Recipe, loader: StepSource) -> int:
     """Optimizer steps of the whole run."""
     return recipe.train.steps or loader.steps_in(recipe.train.epochs or 1)
 
 
 def run_training(
     trainer: DraftTrainer,
-    loader: Loader,
+    loader: StepSource,
     heldout: Sequence[PackedSequence],
     output_dir: Path,
     stop: StopRequest,
@@ -72,7 +73,7 @@ def run_training(
     if is_first:
         # Of an earlier, shorter run: this one has not come to its end.
         (output_dir / FINAL_WEIGHTS).unlink(missing_ok=True)
-    saver = CheckpointSaver(trainer, output_dir / CHECKPOINTS)
+    saver = CheckpointSaver(EngineState(trainer), output_dir / CHECKPOINTS)
     saved, reason = resumed.step if resumed else None, ""
     progress = tqdm(total=last, initial=done, desc="training", unit="step", disable=not is_first)
     require_same_replicas(trainer, loader, done)
@@ -118,7 +119,7 @@ def _between_steps(stop: StopRequest, saver: CheckpointSaver, trainer: DraftTrai
     return REASONS[reason]
 
 
-def _step(trainer: DraftTrainer, loader: Loader, guard: DivergenceGuard, index: int, last: int) -> dict[str, Any]:
+def _step(trainer: DraftTrainer, loader: StepSource, guard: DivergenceGuard, index: int, last: int) -> dict[str, Any]:
     """Optimizer step `index` (from 0) and what metrics.jsonl says about it."""
     rate = learning_rate_at(trainer.recipe, index, last)
     started = time.perf_counter()

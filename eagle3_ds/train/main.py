@@ -17,22 +17,23 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
+from eagle3_ds.checkpoint.format import CHECKPOINTS, INITIAL_WEIGHTS, latest
+from eagle3_ds.checkpoint.restore import load_checkpoint
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
 from eagle3_ds.data.documents import PreparedData
 from eagle3_ds.data.loader import HeldoutPacks, HiddenStates, PackedLoader
-from eagle3_ds.data.store import HiddenStateStore
 from eagle3_ds.draft import VocabularyMap
+from eagle3_ds.guard.heart import Heart, beating
+from eagle3_ds.guard.identity import require_same_identity
+from eagle3_ds.guard.stop import StopRequest
 from eagle3_ds.layout import PackedSequence
+from eagle3_ds.store.reader import HiddenStateStore
 from eagle3_ds.targets import load_embedding_and_head, load_text_config, resolve_path
 from eagle3_ds.topology import Topology, maybe_setup_distributed
-from eagle3_ds.train.checkpoint import CHECKPOINTS, INITIAL_WEIGHTS, latest
-from eagle3_ds.train.heart import Heart, beating
-from eagle3_ds.train.identity import require_same_identity
 from eagle3_ds.train.loop import run_training, save_weights
 from eagle3_ds.train.online import OnlineStates
 from eagle3_ds.train.quiet import ignore_renamed_collectives
-from eagle3_ds.train.restore import load_checkpoint
-from eagle3_ds.train.stop import StopRequest
+from eagle3_ds.train.state import EngineState
 from eagle3_ds.train.target_engine import TargetEngine
 from eagle3_ds.train.trainer import DraftTrainer
 
@@ -112,7 +113,7 @@ def train(recipe: Recipe, resume: str | None, heart: Heart) -> None:
         checkpoints = output_dir / CHECKPOINTS
         resumed = None
         if resume is not None:
-            resumed = load_checkpoint(trainer, latest(checkpoints) if resume == "latest" else checkpoints / resume)
+            resumed = load_checkpoint(EngineState(trainer), latest(checkpoints) if resume == "latest" else checkpoints / resume)
         loader, heldout = build_loaders(recipe, topology, states, (resumed.step, resumed.packs) if resumed else (0, 0))
         if is_first:
             strategy = f"attention kernel {trainer.kernel_name}, kv_exchange {trainer.kv_exchange}"

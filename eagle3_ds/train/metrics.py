@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from eagle3_ds.train.checkpoint import sync_file, write_durably
+from eagle3_ds.checkpoint.format import sync_file, write_durably
 
 
 class MetricsFile:

@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
+from eagle3_ds.checkpoint.format import folder_name
+from eagle3_ds.checkpoint.restore import load_checkpoint
+from eagle3_ds.checkpoint.saver import CheckpointSaver, Progress
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.layout import LocalRows, PackedSequence, Rows, row_tiles
 from eagle3_ds.targets import load_embedding_and_head, load_text_config, resolve_path, teacher_tokens
 from eagle3_ds.topology import Topology, maybe_setup_distributed
-from eagle3_ds.train.checkpoint import folder_name
-from eagle3_ds.train.restore import load_checkpoint
-from eagle3_ds.train.saver import CheckpointSaver, Progress
 from eagle3_ds.train.spans import plan_spans
+from eagle3_ds.train.state import EngineState
 from eagle3_ds.train.trainer import DraftTrainer, StepReport
 
 ROWS_AT_ONCE = 4096
@@ -126,7 +127,7 @@ class RolloutTrainer:
         Raises:
             CheckpointError: it could not be written.
         """
-        saver = CheckpointSaver(self.trainer, Path(folder))
+        saver = CheckpointSaver(EngineState(self.trainer), Path(folder))
         packs = self.steps * self.recipe.train.accumulation * self.trainer.topology.draft_dp
         saver.save(Progress(self.steps, packs))
         saver.finish()
@@ -138,7 +139,7 @@ class RolloutTrainer:
         Raises:
             ValueError: it is missing, damaged, or of another draft.
         """
-        self.steps = load_checkpoint(self.trainer, Path(folder)).step
+        self.steps = load_checkpoint(EngineState(self.trainer), Path(folder)).step
         return self.steps
 
     def _packs(self, rollouts: Sequence[Rollout], number: int) -> list[PackedSequence]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagle3_ds.cli import main
+from eagle3_ds.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = "recipes/quickstart.yaml"

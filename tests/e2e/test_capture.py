@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eagle3_ds.data import HiddenStateStore
+from eagle3_ds.store import HiddenStateStore
 from tests.e2e.small_quickstart import Job
 
 pytestmark = pytest.mark.e2e

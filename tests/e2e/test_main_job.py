@@ -91,9 +91,10 @@ def test_resuming_with_another_draft_is_refused(finished: Job) -> None:
     assert "draft.vocab_size" in output
 
 
-def test_a_truncated_store_is_named_before_training(finished: Job, shared: Path, tmp_path: Path) -> None:
+def test_a_truncated_store_is_named_before_training(finished: Job, tmp_path: Path) -> None:
     """Damage, the error, and the repair: nothing is trained on half a file."""
-    path = max((shared / "cache").glob("hidden-*/*.safetensors"))
+    store = Path(json.loads((finished.folder / "prepared.json").read_text())["store"])
+    path = max(store.glob("*.safetensors"))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from eagle3_ds.watch.logs import Logs
+from eagle3_ds.launch.logs import Logs
 from tests.e2e.small_quickstart import QUICKSTART, ROOT, STEPS, Job, small_job
 
 pytestmark = pytest.mark.e2e

@@ -34,7 +34,7 @@ from benchmarks.resume_runs import (
     run_struck,
     start_output,
 )
-from eagle3_ds.train.checkpoint import CHECKPOINTS, FINAL_WEIGHTS, INITIAL_WEIGHTS, folder_name, require_intact, step_folders
+from eagle3_ds.checkpoint.format import CHECKPOINTS, FINAL_WEIGHTS, INITIAL_WEIGHTS, folder_name, require_intact, step_folders
 
 pytestmark = pytest.mark.ranks
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from eagle3_ds.cli_stages import prepare
 from eagle3_ds.config import Recipe, dump_recipe, load_recipe
-from eagle3_ds.data import HiddenStateStore
+from eagle3_ds.guard.heart import Heart
+from eagle3_ds.run.stages import prepare
+from eagle3_ds.store import HiddenStateStore
 from eagle3_ds.topology import maybe_setup_distributed
 from eagle3_ds.train.capture import capture
-from eagle3_ds.train.heart import Heart
 from eagle3_ds.train.main import build_loaders, build_trainer, open_states
 from tests.unit.tiny_target import CONVERSATIONS, build_tiny_target
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eagle3_ds.train import checkpoint
-from eagle3_ds.train.checkpoint import (
+from eagle3_ds.checkpoint import format as checkpoint_format
+from eagle3_ds.checkpoint.format import (
     KINDS,
     LATEST,
     MANIFEST,
+    Fragment,
+    FragmentReader,
     Manifest,
-    Piece,
-    PieceReader,
     aside_folder,
     damage,
     differing_shapes,
@@ -36,8 +36,8 @@ from eagle3_ds.train.checkpoint import (
     step_folders,
     write_manifest,
 )
+from eagle3_ds.checkpoint.rng import random_states, restore_random_states
 from eagle3_ds.train.metrics import MetricsFile
-from eagle3_ds.train.rng import random_states, restore_random_states
 
 SHAPES = {"fc.weight": (3, 5), "norm.weight": (4,)}
 
@@ -56,9 +56,9 @@ def write_rank_files(folder: Path, count: int) -> None:
     for rank in range(count):
         tensors = {}
         for (kind, name), flat in whole_state().items():
-            piece = Piece(name, 0, 0, len(flat)).share(rank, count)
-            if piece.numel:
-                tensors[piece.key(kind)] = piece.of(flat).clone()
+            fragment = Fragment(name, 0, 0, len(flat)).share(rank, count)
+            if fragment.numel:
+                tensors[fragment.key(kind)] = fragment.of(flat).clone()
         save_file(tensors, folder / rank_file(rank))
 
 
@@ -105,10 +105,10 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("read_by", [1, 2, 5])
 def test_any_cut_is_read_by_any_other(tmp_path: Path, written_by: int, read_by: int) -> None:
     folder = write_checkpoint(tmp_path, 1, written_by)
-    reader = PieceReader(folder, read_manifest(folder))
+    reader = FragmentReader(folder, read_manifest(folder))
     for (kind, name), flat in whole_state().items():
-        pieces = [Piece(name, 0, 0, len(flat)).share(index, read_by) for index in range(read_by)]
-        assert torch.equal(torch.cat([reader.read(kind, piece) for piece in pieces]), flat)
+        fragments = [Fragment(name, 0, 0, len(flat)).share(index, read_by) for index in range(read_by)]
+        assert torch.equal(torch.cat([reader.read(kind, fragment) for fragment in fragments]), flat)
 
 
 def _truncate(path: Path) -> None:
@@ -169,14 +169,14 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
 def rewrite(folder: Path, **changes: object) -> None:
     """Change a manifest and seal it again, as somebody who means harm would."""
     content = {**json.loads((folder / MANIFEST).read_text())["manifest"], **changes}
-    (folder / MANIFEST).write_text(json.dumps({"sha256": checkpoint._digest(content), "manifest": content}))
+    (folder / MANIFEST).write_text(json.dumps({"sha256": checkpoint_format._digest(content), "manifest": content}))
 
 
 def test_a_checkpoint_of_before_skipped_steps_in_a_row_were_counted_is_read(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 1)
     content = json.loads((folder / MANIFEST).read_text())["manifest"]
     assert content.pop("skipped_in_a_row") == 0
-    (folder / MANIFEST).write_text(json.dumps({"sha256": checkpoint._digest(content), "manifest": content}))
+    (folder / MANIFEST).write_text(json.dumps({"sha256": checkpoint_format._digest(content), "manifest": content}))
     assert read_manifest(folder).skipped_in_a_row == 0
 
 
@@ -209,13 +209,13 @@ def test_latest_names_a_checkpoint_or_nothing(tmp_path: Path) -> None:
 def test_a_gap_is_found_before_anything_is_read(tmp_path: Path, key: str, words: str) -> None:
     folder = write_checkpoint(tmp_path, 1, ranks=2)
     kind, name, start = key.split("/")
-    tensors = checkpoint.read_prefix(folder / rank_file(1), "")
+    tensors = checkpoint_format.read_prefix(folder / rank_file(1), "")
     save_file({f"{kind}/{name}/{int(start) + 1}" if k == key else k: v for k, v in tensors.items()}, folder / rank_file(1))
     with pytest.raises(ValueError, match=words):
-        PieceReader(folder, read_manifest(folder))
+        FragmentReader(folder, read_manifest(folder))
     save_file({k: v for k, v in tensors.items() if k != key}, folder / rank_file(1))
     with pytest.raises(ValueError, match=f"{kind} of {name} has {start} elements instead of"):
-        PieceReader(folder, read_manifest(folder))
+        FragmentReader(folder, read_manifest(folder))
 
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:

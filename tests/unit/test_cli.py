@@ -13,10 +13,11 @@ import pytest
 from pydantic import JsonValue
 from transformers import LlamaConfig
 
-from eagle3_ds import cli
-from eagle3_ds.cli import main
-from eagle3_ds.cli_checks import RESULTS, check_output, clear_output
-from eagle3_ds.cli_launcher import (
+from eagle3_ds.checkpoint.format import Manifest, aside_folder, folder_name, publish, read_manifest, write_manifest
+from eagle3_ds.cli import main as cli_main
+from eagle3_ds.cli.main import main
+from eagle3_ds.config import Recipe, dump_recipe, load_recipe
+from eagle3_ds.launch.command import (
     LaunchOptions,
     LaunchPlan,
     free_port,
@@ -25,8 +26,7 @@ from eagle3_ds.cli_launcher import (
     resolve_hosts,
     write_environment_file,
 )
-from eagle3_ds.config import Recipe, dump_recipe, load_recipe
-from eagle3_ds.train.checkpoint import Manifest, aside_folder, folder_name, publish, read_manifest, write_manifest
+from eagle3_ds.run.checks import RESULTS, check_output, clear_output
 
 ROOT = Path(__file__).parents[2]
 TWO_NODES = ("--hostfile", "recipes/2nodes.hostfile")
@@ -61,7 +61,7 @@ def test_dry_run(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["launch", f"recipes/{name}.yaml", *options, "--dry-run", f"output_dir={output}"]) == 0
     text = capsys.readouterr().out
     assert mesh in text
-    assert "--module eagle3_ds.watch.supervisor --log_folder=" in text and " eagle3_ds.train.main --recipe=" in text
+    assert "--module eagle3_ds.launch.supervisor --log_folder=" in text and " eagle3_ds.train.main --recipe=" in text
     assert f"output_dir: {output}" in text
     assert "nothing was started" in text
     assert not output.exists()
@@ -273,7 +273,7 @@ def test_a_checkpoint_of_another_version_is_refused_by_its_keys(tmp_path: Path) 
     ],
 )
 def test_resume_takes_no_override_for_its_value(words: list[str], expected: tuple[str | None, list[str]]) -> None:
-    options = cli._parser("launch").parse_intermixed_args(cli._with_explicit_resume(["recipe.yaml", *words]))
+    options = cli_main._parser("launch").parse_intermixed_args(cli_main._with_explicit_resume(["recipe.yaml", *words]))
     assert (options.resume, options.overrides) == expected
 
 
@@ -352,7 +352,7 @@ def test_single_machine_command(tmp_path: Path) -> None:
     runner = pytest.importorskip("deepspeed.launcher.runner")
     parsed = runner.parse_args(list(plan.command[3:]))
     assert (parsed.num_gpus, parsed.module, parsed.no_local_rank) == (4, True, True)
-    assert parsed.user_script == "eagle3_ds.watch.supervisor"
+    assert parsed.user_script == "eagle3_ds.launch.supervisor"
     logs, limit, *rank = parsed.user_args
     assert (logs, limit) == (f"--log_folder={tmp_path / 'logs'}", "--limit=600.0")
     assert rank == ["eagle3_ds.train.main", f"--recipe={tmp_path / 'recipe.resolved.yaml'}", "--resume=step-000004"]
@@ -428,7 +428,7 @@ def test_torchrun(tmp_path: Path) -> None:
     plan = plan_launch(LaunchOptions(launcher="torchrun"), {"localhost": (0, 1)}, "cpu", quickstart(tmp_path), None, {})
     parsed = parse_args(list(plan.command[3:]))
     assert (parsed.nnodes, parsed.nproc_per_node, parsed.module) == ("1", "2", True)
-    assert parsed.training_script == "eagle3_ds.watch.supervisor"
+    assert parsed.training_script == "eagle3_ds.launch.supervisor"
     assert parsed.training_script_args[2] == "eagle3_ds.train.main"
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from eagle3_ds import cli_capture
-from eagle3_ds.cli import main
-from eagle3_ds.data import HiddenStateStore, PreparedData
+from eagle3_ds.cli.main import main
+from eagle3_ds.data import PreparedData
 from eagle3_ds.draft import VocabularyMap
+from eagle3_ds.run import states
+from eagle3_ds.store import HiddenStateStore
 from tests.unit.data_samples import write_jsonl
 from tests.unit.tiny_target import CONVERSATIONS, build_tiny_target
 
@@ -51,7 +52,7 @@ def test_an_interrupted_capture_goes_on_with_the_document_it_stopped_at(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], harm: str
 ) -> None:
     calls = []
-    original = cli_capture.capture_hidden_states
+    original = states.capture_hidden_states
 
     def counted(target: Any, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         calls.append(len(token_ids))
@@ -62,7 +63,7 @@ def test_an_interrupted_capture_goes_on_with_the_document_it_stopped_at(
             teacher[2] = torch.nan
         return aux, teacher
 
-    monkeypatch.setattr(cli_capture, "capture_hidden_states", counted)
+    monkeypatch.setattr(states, "capture_hidden_states", counted)
     if harm == "interrupt":
         with pytest.raises(KeyboardInterrupt):
             main(["prepare", recipe])

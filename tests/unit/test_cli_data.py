@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from eagle3_ds.cli import main
-from eagle3_ds.cli_checks import RESOLVED, check_output
+from eagle3_ds.cli.main import main
 from eagle3_ds.config import TargetSection, dump_recipe, load_recipe
 from eagle3_ds.eval.speculative import greedy_decode
+from eagle3_ds.run.checks import RESOLVED, check_output
 from eagle3_ds.targets import load_target
 from tests.unit.data_samples import chat, write_jsonl
 from tests.unit.tiny_target import build_tiny_target

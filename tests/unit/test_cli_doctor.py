@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eagle3_ds.cli import main
+from eagle3_ds.cli.main import main
 from eagle3_ds.kernels import KERNELS, select
 from eagle3_ds.kernels.blockwise import BlockwiseKernel
 from eagle3_ds.kernels.selfcheck import TOLERANCE, checked_kernel, measured_error

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
-from eagle3_ds.cli_init import load_initial_draft, write_initial_draft
 from eagle3_ds.config import DraftSection, Recipe, load_recipe
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.export import export_speculators, export_vllm
+from eagle3_ds.run.initial_draft import load_initial_draft, write_initial_draft
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 TARGET = LlamaConfig(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from eagle3_ds.cli_memory import advise_on_memory
 from eagle3_ds.config import Recipe, load_recipe
+from eagle3_ds.run.memory_advice import advise_on_memory
 from eagle3_ds.targets import build_target
 
 ROOT = Path(__file__).parents[2]

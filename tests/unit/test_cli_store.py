@@ -8,14 +8,15 @@ import datasets
 import pytest
 import torch
 from test_data_import import FOREIGN, KINDS
-from test_data_store import filled
 
-from eagle3_ds.cli import main
-from eagle3_ds.cli_import_check import compare_with_target
+from eagle3_ds.cli.main import main
 from eagle3_ds.config import TargetSection
-from eagle3_ds.data import HiddenStateStore, PackedLoader, PreparedData
-from eagle3_ds.data.import_files import open_foreign
+from eagle3_ds.data import PackedLoader, PreparedData
+from eagle3_ds.run.import_check import compare_with_target
+from eagle3_ds.store import HiddenStateStore
+from eagle3_ds.store.foreign import open_foreign
 from eagle3_ds.targets import capture_hidden_states, load_target, teacher_tokens
+from tests.unit.test_data_store import filled
 
 RECIPE = """
 target: {path: %s, dtype: bfloat16}

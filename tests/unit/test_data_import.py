@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from eagle3_ds.config import TargetSection
 from eagle3_ds.data.documents import FEATURES
-from eagle3_ds.data.import_files import open_foreign
-from eagle3_ds.data.import_store import fill_store, match_documents, write_rows
-from eagle3_ds.data.store_index import Layout
-from eagle3_ds.data.store_writer import HiddenStateWriter
+from eagle3_ds.store.foreign import open_foreign
+from eagle3_ds.store.importer import fill_store, match_documents, write_rows
+from eagle3_ds.store.index import Layout
+from eagle3_ds.store.writer import HiddenStateWriter
 from eagle3_ds.targets import capture_hidden_states, load_target, teacher_tokens
 
 FOREIGN = Path(__file__).parent / "data" / "foreign"

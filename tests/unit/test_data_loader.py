@@ -6,8 +6,8 @@ import torch
 
 from eagle3_ds.data.documents import FEATURES
 from eagle3_ds.data.loader import HeldoutPacks, PackedLoader, SequenceSource
-from eagle3_ds.data.store_index import Layout
-from eagle3_ds.data.store_writer import HiddenStateWriter
+from eagle3_ds.store.index import Layout
+from eagle3_ds.store.writer import HiddenStateWriter
 
 LENGTHS = [7, 3, 9, 2, 8, 10, 4, 6, 5, 1, 10]
 

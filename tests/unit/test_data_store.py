@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from eagle3_ds.data import store_writer
-from eagle3_ds.data.store import HiddenStateStore
-from eagle3_ds.data.store_index import DTYPES, Layout
-from eagle3_ds.data.store_writer import HiddenStateWriter, required_bytes
+from eagle3_ds.store import writer as writer_module
+from eagle3_ds.store.index import DTYPES, Layout
+from eagle3_ds.store.reader import HiddenStateStore
+from eagle3_ds.store.writer import HiddenStateWriter, required_bytes
 
 LENGTHS = {0: 5, 1: 1, 4: 9, 7: 3}
 PRINT = {"target": "t1", "tokenizer": "k1", "layers": "2,4,5"}
@@ -160,9 +160,9 @@ def test_a_missing_and_a_truncated_file_are_named(tmp_path):
 
 def test_the_disk_is_measured_first(tmp_path, monkeypatch):
     need = required_bytes(LENGTHS, Layout(6, 2, "float32"))
-    assert need == 18 * (8 * 4 + 4 + 3 * 4) + 4 * store_writer.OVERHEAD
+    assert need == 18 * (8 * 4 + 4 + 3 * 4) + 4 * writer_module.OVERHEAD
     usage = shutil.disk_usage(tmp_path)._replace(free=need - 1)
-    monkeypatch.setattr(store_writer.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(writer_module.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ValueError, match=f"take {need:,} bytes and .* has {need - 1:,} free"):
         writer(tmp_path / "new" / "s")
     assert not list(tmp_path.iterdir())
@@ -182,10 +182,10 @@ def test_a_resumed_capture_measures_the_disk_for_what_is_missing(tmp_path, monke
     writer(tmp_path / "s").append(0, *states(0, 5))
     need = required_bytes({1: 1, 4: 9, 7: 3}, Layout(6, 2, "float32"))
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(store_writer.shutil, "disk_usage", lambda _: usage._replace(free=need - 1))
+    monkeypatch.setattr(writer_module.shutil, "disk_usage", lambda _: usage._replace(free=need - 1))
     with pytest.raises(ValueError, match=f"take {need:,} bytes.*data.hidden_dtype to float8"):
         writer(tmp_path / "s")
-    monkeypatch.setattr(store_writer.shutil, "disk_usage", lambda _: usage._replace(free=need))
+    monkeypatch.setattr(writer_module.shutil, "disk_usage", lambda _: usage._replace(free=need))
     assert writer(tmp_path / "s").missing() == [1, 4, 7]
 
 
@@ -199,7 +199,7 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_written(tmp_path, monkeypat
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_writer, "save_file", full)
+        patch.setattr(writer_module, "save_file", full)
         with pytest.raises(
             ValueError, match="shard-0000-000001.safetensors could not be written .*No space left.*continues after"
         ):
@@ -209,7 +209,7 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_written(tmp_path, monkeypat
     for document in again.missing():
         again.append(document, *states(document, LENGTHS[document]))
     with monkeypatch.context() as patch:
-        patch.setattr(store_writer.Path, "write_text", lambda *_: raise_(error))
+        patch.setattr(writer_module.Path, "write_text", lambda *_: raise_(error))
         with pytest.raises(ValueError, match="s.partial/index.json could not be written .*No space left"):
             again.finish()
     assert writer(tmp_path / "s").finish().lengths == LENGTHS

@@ -6,12 +6,12 @@ import signal
 
 import pytest
 import torch
-from test_data_store import LENGTHS, filled, states, writer
 
-from eagle3_ds.data import store as store_reader
-from eagle3_ds.data import store_writer
-from eagle3_ds.data.store import HiddenStateStore
-from eagle3_ds.data.store_index import DTYPES
+from eagle3_ds.store import reader as store_reader
+from eagle3_ds.store import writer as writer_module
+from eagle3_ds.store.index import DTYPES
+from eagle3_ds.store.reader import HiddenStateStore
+from tests.unit.test_data_store import LENGTHS, filled, states, writer
 
 # Verifying
 
@@ -99,7 +99,7 @@ class CountedCalls:
         return counted
 
     def install(self, patch):
-        for module, name in ((store_writer, "save_file"), (store_writer, "_sync"), (os, "rename")):
+        for module, name in ((writer_module, "save_file"), (writer_module, "_sync"), (os, "rename")):
             patch.setattr(module, name, self.wrap(getattr(module, name)))
 
 

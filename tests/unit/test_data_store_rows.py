@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle3_ds.data import store_rows
-from eagle3_ds.data.store_index import Layout
-from eagle3_ds.data.store_rows import decode_float8, encode_float8, first_beyond, power_of_two, row_checksums
-from eagle3_ds.data.store_writer import HiddenStateWriter
 from eagle3_ds.layout import PackedSequence, SpanPlan, prepare_usp_input
+from eagle3_ds.store import rows as rows_module
+from eagle3_ds.store.index import Layout
+from eagle3_ds.store.rows import decode_float8, encode_float8, first_beyond, power_of_two, row_checksums
+from eagle3_ds.store.writer import HiddenStateWriter
 
 WIDTH = 128
 
@@ -55,7 +55,7 @@ def test_rows_are_encoded_and_judged_alike_in_any_number_at_once(monkeypatch):
     rows = some_rows(9, 3)
     rows[7, 5] = float("nan")
     whole = encode_float8(rows[:7], WIDTH)
-    monkeypatch.setattr(store_rows, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(rows_module, "ROWS_AT_ONCE", 2)
     for found, expected in zip(encode_float8(rows[:7], WIDTH), whole, strict=True):
         assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
     assert first_beyond(rows, 1e9) == 7 and first_beyond(rows[:7], 1e9) is None

@@ -10,7 +10,7 @@ from benchmarks.fault_catalogue import NUM_RANKS, SAVE_EVERY, STEPS, catalogue, 
 from benchmarks.fault_runs import Struck
 from benchmarks.faults import COLUMNS, summarise
 from benchmarks.faulty_rank import AT_START, DEEDS
-from eagle3_ds.watch.logs import Logs, RankEnd
+from eagle3_ds.launch.logs import Logs, RankEnd
 
 
 def test_every_fault_is_dealt_out_at_steps_that_can_be_struck() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from eagle3_ds.train import heart
-from eagle3_ds.train.heart import beating, last_collective
-from eagle3_ds.watch.logs import Status
+from eagle3_ds.guard import heart
+from eagle3_ds.guard.heart import beating, last_collective
+from eagle3_ds.launch.logs import Status
 
 
 @pytest.fixture

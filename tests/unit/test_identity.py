@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from eagle3_ds.config import load_recipe
-from eagle3_ds.train.identity import PACKAGES, code_digest, differences, own_identity
+from eagle3_ds.guard.identity import PACKAGES, code_digest, differences, own_identity
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eagle3_ds.cli import main
+from eagle3_ds.cli.main import main
 from eagle3_ds.config import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +107,6 @@ def test_an_unreachable_hub_name_says_how_to_go_on(monkeypatch: pytest.MonkeyPat
     def unreachable(name: str, **_: object) -> None:
         raise OSError(f"{name} cannot be reached")
 
-    monkeypatch.setattr("eagle3_ds.cli_plan.AutoConfig.from_pretrained", unreachable)
+    monkeypatch.setattr("eagle3_ds.cli.plan.AutoConfig.from_pretrained", unreachable)
     error = refused(capsys, "recipes/llama3.1-8b_128k_usp.yaml")
     assert "meta-llama/Llama-3.1-8B-Instruct" in error and "cannot be reached" in error and "--shape llama3.1-8b" in error

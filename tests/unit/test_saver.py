@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import nn
 
+from eagle3_ds.checkpoint import saver as saver_module
+from eagle3_ds.checkpoint.format import CheckpointError, folder_name, newest_intact, rank_file, read_manifest, step_folders
+from eagle3_ds.checkpoint.restore import load_checkpoint
+from eagle3_ds.checkpoint.saver import FAILED, IDLE, WRITING, CheckpointSaver, Progress
 from eagle3_ds.config import load_recipe
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.topology import maybe_setup_distributed
-from eagle3_ds.train import saver as saver_module
-from eagle3_ds.train.checkpoint import CheckpointError, folder_name, newest_intact, rank_file, read_manifest, step_folders
-from eagle3_ds.train.restore import load_checkpoint
-from eagle3_ds.train.saver import FAILED, IDLE, WRITING, CheckpointSaver, Progress
-from eagle3_ds.train.shards import find_shards
+from eagle3_ds.train.state import EngineState, find_masters
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 VOCABULARY = VocabularyMap(torch.zeros(4, dtype=torch.int64), torch.tensor([True] * 4 + [False]))
@@ -63,18 +63,18 @@ class Trainer:
 
 def test_a_restored_trainer_goes_on_bitwise(tmp_path: Path) -> None:
     trainer, fresh = Trainer(), Trainer(seed=1)
-    saver = CheckpointSaver(trainer, tmp_path)
+    saver = CheckpointSaver(EngineState(trainer), tmp_path)
     saver.save(Progress(0, 0))
     losses = [trainer.step() for _ in range(2)]
     saver.save(Progress(2, 8, heldout_loss=1.5, skipped_in_a_row=1))
     later = [trainer.step() for _ in range(3)]
-    manifest = load_checkpoint(fresh, tmp_path / folder_name(2))
+    manifest = load_checkpoint(EngineState(fresh), tmp_path / folder_name(2))
     assert (manifest.step, manifest.packs, manifest.adam_steps, manifest.heldout_loss) == (2, 8, 2, 1.5)
     assert manifest.skipped_in_a_row == 1
     assert [fresh.step() for _ in range(3)] == later
     assert (fresh.engine.global_steps, fresh.engine.micro_steps) == (2, 4)
     # The first checkpoint is of before AdamW had any state.
-    load_checkpoint(fresh, tmp_path / folder_name(0))
+    load_checkpoint(EngineState(fresh), tmp_path / folder_name(0))
     assert [fresh.step() for _ in range(2)] == losses
 
 
@@ -82,7 +82,7 @@ def test_a_background_copy_is_of_the_moment_it_was_asked_for(tmp_path: Path, mon
     trainer, go_on = Trainer("train.save_async=true"), threading.Event()
     write = saver_module._write
     monkeypatch.setattr(saver_module, "_write", lambda *arguments: go_on.wait(10) and write(*arguments))
-    saver = CheckpointSaver(trainer, tmp_path)
+    saver = CheckpointSaver(EngineState(trainer), tmp_path)
     trainer.step()
     saver.save(Progress(1, 4))
     expected = [trainer.step() for _ in range(2)]
@@ -91,13 +91,13 @@ def test_a_background_copy_is_of_the_moment_it_was_asked_for(tmp_path: Path, mon
     saver.finish()
     assert not saver.is_pending and saver.state == IDLE
     fresh = Trainer(seed=1)
-    load_checkpoint(fresh, tmp_path / folder_name(1))
+    load_checkpoint(EngineState(fresh), tmp_path / folder_name(1))
     assert [fresh.step() for _ in range(2)] == expected
 
 
 def test_an_error_of_the_thread_is_raised_at_the_next_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer("train.save_async=true")
-    saver = CheckpointSaver(trainer, tmp_path)
+    saver = CheckpointSaver(EngineState(trainer), tmp_path)
     saver.save(Progress(1, 4))
     saver.finish()
     failed = threading.Event()
@@ -120,7 +120,7 @@ def test_an_error_of_the_thread_is_raised_at_the_next_look(tmp_path: Path, monke
 
 
 def test_a_checkpoint_that_would_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saver = CheckpointSaver(Trainer(), tmp_path)
+    saver = CheckpointSaver(EngineState(Trainer()), tmp_path)
     saver.save(Progress(1, 4))
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(saver_module.shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1234, 1234))
@@ -151,7 +151,7 @@ def test_a_disk_that_fills_up_while_writing(small_disk: Path, monkeypatch: pytes
     trainer = Trainer(width=8192)
     # What was free when it was looked at, somebody else has taken.
     monkeypatch.setattr(saver_module, "_SMALL_FILES", 0)
-    saver = CheckpointSaver(trainer, small_disk)
+    saver = CheckpointSaver(EngineState(trainer), small_disk)
     # Masters and moments of 8192 x 9 + 4 elements are 0.9 MB: two checkpoints do not fit.
     saver.save(Progress(1, 4))
     real = saver_module.shutil.disk_usage
@@ -165,28 +165,28 @@ def test_a_disk_that_fills_up_while_writing(small_disk: Path, monkeypatch: pytes
 def test_a_damaged_checkpoint_changes_nothing(tmp_path: Path) -> None:
     trainer = Trainer()
     trainer.step()
-    CheckpointSaver(trainer, tmp_path).save(Progress(1, 4))
+    CheckpointSaver(EngineState(trainer), tmp_path).save(Progress(1, 4))
     path = tmp_path / folder_name(1) / rank_file(0)
     path.write_bytes(path.read_bytes()[:-8])
     before = [parameter.clone() for parameter in trainer.engine.module.parameters()]
     with pytest.raises(ValueError, match=rf"the checkpoint is damaged: .*{rank_file(0)} has \d+ bytes instead of"):
-        load_checkpoint(trainer, tmp_path / folder_name(1))
+        load_checkpoint(EngineState(trainer), tmp_path / folder_name(1))
     assert all(torch.equal(*pair) for pair in zip(before, trainer.engine.module.parameters(), strict=True))
 
 
 def test_another_draft_is_refused(tmp_path: Path) -> None:
-    CheckpointSaver(Trainer(), tmp_path).save(Progress(1, 4))
+    CheckpointSaver(EngineState(Trainer()), tmp_path).save(Progress(1, 4))
     with pytest.raises(ValueError, match=r"of another draft: 0.bias \[8\] instead of \[16\]"):
-        load_checkpoint(Trainer(width=16), tmp_path / folder_name(1))
+        load_checkpoint(EngineState(Trainer(width=16)), tmp_path / folder_name(1))
     other = Trainer()
     other.vocabulary = VocabularyMap(VOCABULARY.d2t, ~VOCABULARY.t2d)
     with pytest.raises(ValueError, match="another draft vocabulary"):
-        load_checkpoint(other, tmp_path / folder_name(1))
+        load_checkpoint(EngineState(other), tmp_path / folder_name(1))
 
 
 def test_checkpoints_rotate_and_hold_only_what_is_trained(tmp_path: Path) -> None:
     trainer = Trainer("train.keep_checkpoints=1")
-    saver = CheckpointSaver(trainer, tmp_path)
+    saver = CheckpointSaver(EngineState(trainer), tmp_path)
     for step, loss in enumerate((2.0, float("nan"), None)):
         saver.save(Progress(step, 4 * step, loss))
     assert [path.name for path in step_folders(tmp_path)] == ["step-000002", "step-000000"]
@@ -200,4 +200,4 @@ def test_an_optimizer_of_unknown_layout_is_refused() -> None:
     trainer = Trainer()
     trainer.engine.optimizer = object()
     with pytest.raises(ValueError, match="DeepSpeed chose object, whose state this program cannot save"):
-        find_shards(trainer.engine)
+        find_masters(trainer.engine)

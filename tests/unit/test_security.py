@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from eagle3_ds.cli_launcher import LaunchOptions, plan_launch
 from eagle3_ds.config import load_recipe
+from eagle3_ds.launch.command import LaunchOptions, plan_launch
 from eagle3_ds.targets import load_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -20,11 +20,11 @@ from threading import Timer
 import pytest
 from rich.console import Console
 
-from eagle3_ds.cli_launcher import LaunchPlan
-from eagle3_ds.cli_supervise import describe_failure, run_ranks, run_with_restarts
-from eagle3_ds.watch.announced import announcement
-from eagle3_ds.watch.logs import Logs, RankEnd, Status
-from eagle3_ds.watch.supervisor import START_SECONDS, Rank
+from eagle3_ds.launch.announced import announcement
+from eagle3_ds.launch.command import LaunchPlan
+from eagle3_ds.launch.logs import Logs, RankEnd, Status
+from eagle3_ds.launch.ranks import describe_failure, run_ranks, run_with_restarts
+from eagle3_ds.launch.supervisor import START_SECONDS, Rank
 
 FAKES = Path(__file__).parent
 LIMIT = 3.0
@@ -34,7 +34,7 @@ def supervisor(logs: Logs, rank: int, deed: str) -> list[str]:
     return [
         sys.executable,
         "-m",
-        "eagle3_ds.watch.supervisor",
+        "eagle3_ds.launch.supervisor",
         f"--log_folder={logs.folder}",
         f"--limit={LIMIT}",
         "fake_rank",

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from tqdm import tqdm
 
-from eagle3_ds.cli_import import import_store
+from eagle3_ds.cli.store_import import import_store
 from eagle3_ds.config import load_recipe
-from eagle3_ds.data import HiddenStateStore
+from eagle3_ds.store import HiddenStateStore
 
 ACTIONS = {
     "verify": "recompute every checksum of a store; names the file, tensor and row of any damage",

@@ -21,8 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from eagle3_ds.data.fingerprint import Fingerprint, require_same
-from eagle3_ds.data.store_index import (
+from eagle3_ds.layout import Rows
+from eagle3_ds.store.fingerprint import Fingerprint, require_same
+from eagle3_ds.store.index import (
     CHECKSUM,
     FLOAT8,
     ColumnName,
@@ -35,8 +36,7 @@ from eagle3_ds.data.store_index import (
     read_index,
     shard_header,
 )
-from eagle3_ds.data.store_rows import ROWS_AT_ONCE, crc32, decode_float8, row_checksums
-from eagle3_ds.layout import Rows
+from eagle3_ds.store.rows import ROWS_AT_ONCE, crc32, decode_float8, row_checksums
 
 OPEN_SHARDS = 64
 """Shards kept mapped at a time, far below the usual limit of open files."""

@@ -14,8 +14,8 @@ import datasets
 import numpy as np
 from torch import Tensor
 
-from eagle3_ds.data.import_files import ForeignFiles
-from eagle3_ds.data.store_writer import HiddenStateWriter
+from eagle3_ds.store.foreign import ForeignFiles
+from eagle3_ds.store.writer import HiddenStateWriter
 
 ROWS_AT_ONCE = 8192
 """Rows of a sample whose copies exist at a time."""

@@ -14,20 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eagle3_ds.train.trainer import DraftTrainer
+from eagle3_ds.guard.trained import Trained
 
 # {(what, whether sp peers alone hold the same): digest}; what a rank holds alone is left out.
 Digests = Mapping[tuple[str, bool], int]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Loader(Protocol):
+class PacksOfStep(Protocol):
     """What is asked of the data: a pure function of the step, counted from 0."""
 
     def pack_indices(self, step: int) -> list[int]: ...
 
 
-def require_same_replicas(trainer: DraftTrainer, loader: Loader, step: int) -> None:
+def require_same_replicas(trainer: Trained, loader: PacksOfStep, step: int) -> None:
     """Compare what must be equal after `step` optimizer steps. Collective; one small all-reduce.
 
     Raises:
@@ -37,7 +37,7 @@ def require_same_replicas(trainer: DraftTrainer, loader: Loader, step: int) -> N
 
 
 @contextmanager
-def weights_compared_before_update(trainer: DraftTrainer, step: int) -> Iterator[None]:
+def weights_compared_before_update(trainer: Trained, step: int) -> Iterator[None]:
     """The first update in here, after `step` optimizer steps, compares the weights that its gradients were computed with.
 
     At ZeRO 1 and 2 an update writes every rank's weights anew from the masters: what was wrong with one rank's is gone, and its
@@ -55,7 +55,7 @@ def weights_compared_before_update(trainer: DraftTrainer, step: int) -> Iterator
         hook.remove()
 
 
-def _require_same(trainer: DraftTrainer, digests: Digests, step: int) -> None:
+def _require_same(trainer: Trained, digests: Digests, step: int) -> None:
     topology = trainer.topology
     table = torch.zeros(topology.mesh.world_size, len(digests), dtype=torch.int64, device=topology.device)
     table[topology.place.rank] = torch.tensor(list(digests.values()))
@@ -78,7 +78,7 @@ def _require_same(trainer: DraftTrainer, digests: Digests, step: int) -> None:
                 )
 
 
-def _digests(trainer: DraftTrainer, loader: Loader, step: int) -> Digests:
+def _digests(trainer: Trained, loader: PacksOfStep, step: int) -> Digests:
     packs = loader.pack_indices(step)
     return {
         ("place in the data", False): step,
@@ -88,7 +88,7 @@ def _digests(trainer: DraftTrainer, loader: Loader, step: int) -> Digests:
     }
 
 
-def _weights(trainer: DraftTrainer) -> Digests:
+def _weights(trainer: Trained) -> Digests:
     parameters = list(trainer.engine.module.parameters())
     if trainer.engine.zero_optimization_stage() < 3:
         return {("weights", False): _sum_of_bits(parameters)}

@@ -9,17 +9,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from eagle3_ds.cli_capture import place_of_states
-from eagle3_ds.cli_finish import evaluate_run, export_draft
-from eagle3_ds.cli_init import write_initial_draft
-from eagle3_ds.cli_launcher import LaunchPlan, write_environment_file
-from eagle3_ds.cli_supervise import run_ranks
+from eagle3_ds.checkpoint.format import VOCABULARY
 from eagle3_ds.config import Recipe
-from eagle3_ds.data import Layout, PreparedData, prepare_data
-from eagle3_ds.data.fingerprint import Fingerprint
+from eagle3_ds.data import PreparedData, prepare_data
 from eagle3_ds.data.stdlib_corpus import stdlib_conversations, stdlib_text
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.eval import draw_report
+from eagle3_ds.launch.command import LaunchPlan, write_environment_file
+from eagle3_ds.launch.ranks import run_ranks
+from eagle3_ds.run.finish import evaluate_run, export_draft
+from eagle3_ds.run.initial_draft import write_initial_draft
+from eagle3_ds.run.states import place_of_states
+from eagle3_ds.store import Layout
+from eagle3_ds.store.fingerprint import Fingerprint
 from eagle3_ds.targets import (
     build_target,
     check_supported,
@@ -29,7 +31,6 @@ from eagle3_ds.targets import (
     resolve_path,
     target_fingerprint,
 )
-from eagle3_ds.train.checkpoint import VOCABULARY
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from rich.console import Console
 from tqdm import tqdm
 
 from eagle3_ds.config import Recipe
-from eagle3_ds.data import HiddenStateStore, HiddenStateWriter, Layout, PreparedData
-from eagle3_ds.data.fingerprint import Fingerprint, store_folder
+from eagle3_ds.data import PreparedData
+from eagle3_ds.store import HiddenStateStore, HiddenStateWriter, Layout
+from eagle3_ds.store.fingerprint import Fingerprint, store_folder
 from eagle3_ds.targets import capture_hidden_states, load_target, teacher_tokens
 from eagle3_ds.topology import detect_accelerator
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch.distributed as dist
 from torch._C import _distributed_c10d
 
-from eagle3_ds.watch.logs import Status
+from eagle3_ds.launch.logs import Status
 
 BEAT_SECONDS = 1.0
 # torch keeps the record of NCCL's collectives apart from the others'.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from eagle3_ds.checkpoint.format import CHECKPOINTS, FINAL_WEIGHTS, INITIAL_WEIGHTS, newest_intact, read_manifest, require_intact
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe, recipe_differences
 from eagle3_ds.data.sources import expand_sources
 from eagle3_ds.draft import check_tile_bytes, slots_per_tile
@@ -25,14 +26,6 @@ from eagle3_ds.targets import (
     resolve_path,
 )
 from eagle3_ds.topology import Mesh, check_heads
-from eagle3_ds.train.checkpoint import (
-    CHECKPOINTS,
-    FINAL_WEIGHTS,
-    INITIAL_WEIGHTS,
-    newest_intact,
-    read_manifest,
-    require_intact,
-)
 
 RESOLVED = "recipe.resolved.yaml"
 # What only a run that got as far as training leaves behind, then what goes with it when it is overwritten.

@@ -8,11 +8,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle3_ds.algorithms.eagle3 import build_draft_config
+from eagle3_ds.checkpoint.format import INITIAL_WEIGHTS
 from eagle3_ds.config import Recipe
 from eagle3_ds.draft import VocabularyMap, sliding_window
 from eagle3_ds.export import load_export
 from eagle3_ds.targets import load_text_config, resolve_path
-from eagle3_ds.train.checkpoint import INITIAL_WEIGHTS
 
 # What must be equal for the weights to mean the same in this run.
 GEOMETRY = (

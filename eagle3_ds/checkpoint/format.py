@@ -1,8 +1,8 @@
-"""A checkpoint on disk: whole fp32 masters and Adam moments in pieces, readable by any other mesh, ZeRO stage or zero_group.
+"""A checkpoint on disk: whole fp32 masters and Adam moments in fragments, readable by any other mesh, ZeRO stage or zero_group.
 
     checkpoints/latest.json               {"folder": "step-000120", "step": 120}, moved last
     checkpoints/step-000120/
-        rank-00000.safetensors ...        pieces `KIND/PARAMETER/START`, fp32 [numel], and this rank's random states `rng/...`
+        rank-00000.safetensors ...        fragments `KIND/PARAMETER/START`, fp32 [numel], and this rank's random states `rng/...`
         vocabulary.safetensors            d2t, t2d
         manifest.json                     what else a run goes on from, and size and sha256 of every other file
 
@@ -46,7 +46,7 @@ class CheckpointError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Piece:
+class Fragment:
     """Elements `start` to `start + numel` of the flattened parameter `name`, from element `offset` of a flat master on."""
 
     name: str
@@ -54,13 +54,13 @@ class Piece:
     offset: int
     numel: int
 
-    def share(self, index: int, count: int) -> Piece:
+    def share(self, index: int, count: int) -> Fragment:
         """The `index`-th of `count` nearly equal cuts."""
         first, last = (self.numel * end // count for end in (index, index + 1))
-        return Piece(self.name, self.start + first, self.offset + first, last - first)
+        return Fragment(self.name, self.start + first, self.offset + first, last - first)
 
     def of(self, flat: Tensor) -> Tensor:
-        """This piece in a flat master or moment: a view, fp32 [numel]."""
+        """This fragment in a flat master or moment: a view, fp32 [numel]."""
         return flat.narrow(0, self.offset, self.numel)
 
     def key(self, kind: str) -> str:
@@ -300,15 +300,15 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-class PieceReader:
+class FragmentReader:
     """Reads any slice of any parameter's state, however the ranks that wrote it had cut it.
 
     Raises:
-        ValueError: the files are not safetensors, or their pieces do not cover every parameter exactly once.
+        ValueError: the files are not safetensors, or their fragments do not cover every parameter exactly once.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+        self._fragments: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
         for name in sorted(manifest.files):
             if name.startswith("rank-"):
                 self._index(folder / name)
@@ -324,12 +324,12 @@ class PieceReader:
                 name, _, start = rest.rpartition("/")
                 if kind in KINDS:
                     entry = (int(start), file.get_slice(key).get_shape()[0], file, key)
-                    self._pieces.setdefault((kind, name), []).append(entry)
+                    self._fragments.setdefault((kind, name), []).append(entry)
         except (SafetensorError, ValueError, IndexError) as error:
             raise ValueError(f"{path} is not a file of a checkpoint: {error}") from error
 
     def _check_cover(self, folder: Path, kind: str, parameter: str, numel: int) -> None:
-        found = sorted(self._pieces.get((kind, parameter), []), key=lambda entry: entry[:2])
+        found = sorted(self._fragments.get((kind, parameter), []), key=lambda entry: entry[:2])
         end = 0
         for start, size, *_ in found:
             if start != end:
@@ -338,14 +338,14 @@ class PieceReader:
         if end != numel:
             raise ValueError(f"{folder}: {kind} of {parameter} has {end} elements instead of {numel}.")
 
-    def read(self, kind: str, piece: Piece) -> Tensor:
-        """fp32 [piece.numel] on the CPU."""
-        out = torch.empty(piece.numel)
-        last = piece.start + piece.numel
-        for start, size, file, key in self._pieces[kind, piece.name]:
-            low, high = max(start, piece.start), min(start + size, last)
+    def read(self, kind: str, fragment: Fragment) -> Tensor:
+        """fp32 [fragment.numel] on the CPU."""
+        out = torch.empty(fragment.numel)
+        last = fragment.start + fragment.numel
+        for start, size, file, key in self._fragments[kind, fragment.name]:
+            low, high = max(start, fragment.start), min(start + size, last)
             if low < high:
-                out[low - piece.start : high - piece.start] = file.get_slice(key)[low - start : high - start]
+                out[low - fragment.start : high - fragment.start] = file.get_slice(key)[low - start : high - start]
         return out
 
 

@@ -20,7 +20,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from eagle3_ds.cli_checks import (
+from eagle3_ds.checkpoint.format import FINAL_WEIGHTS
+from eagle3_ds.config import Recipe, dump_recipe, load_recipe
+from eagle3_ds.launch.command import (
+    CAPTURE_MODULE,
+    LAUNCHERS,
+    LaunchOptions,
+    LaunchPlan,
+    plan_launch,
+    resolve_hosts,
+    write_environment_file,
+)
+from eagle3_ds.launch.ranks import run_with_restarts
+from eagle3_ds.run.checks import (
     RESOLVED,
     check_data,
     check_deepspeed,
@@ -31,19 +43,7 @@ from eagle3_ds.cli_checks import (
     clear_output,
     target_shape,
 )
-from eagle3_ds.cli_launcher import (
-    CAPTURE_MODULE,
-    LAUNCHERS,
-    LaunchOptions,
-    LaunchPlan,
-    plan_launch,
-    resolve_hosts,
-    write_environment_file,
-)
-from eagle3_ds.cli_supervise import run_with_restarts
-from eagle3_ds.config import Recipe, dump_recipe, load_recipe
 from eagle3_ds.topology import Mesh, detect_accelerator
-from eagle3_ds.train.checkpoint import FINAL_WEIGHTS
 
 COMMANDS = {
     "launch": "the main job: prepare, train, evaluate, export, report",
@@ -55,10 +55,10 @@ COMMANDS = {
 }
 # Commands with sub-commands of their own: the module whose `run(arguments, console)` they are, and their meaning.
 TOOLS = {
-    "doctor": ("eagle3_ds.cli_doctor", "versions, devices, and which attention kernels run here, each checked"),
-    "data": ("eagle3_ds.cli_data", "look at a row, or let the target answer the prompts: data inspect | regenerate"),
-    "plan": ("eagle3_ds.cli_plan", "bytes per rank, the longest sequence that fits, and the fastest settings of a recipe"),
-    "store": ("eagle3_ds.cli_store", "verify, describe or import hidden states: store verify | info | import"),
+    "doctor": ("eagle3_ds.cli.doctor", "versions, devices, and which attention kernels run here, each checked"),
+    "data": ("eagle3_ds.cli.data", "look at a row, or let the target answer the prompts: data inspect | regenerate"),
+    "plan": ("eagle3_ds.cli.plan", "bytes per rank, the longest sequence that fits, and the fastest settings of a recipe"),
+    "store": ("eagle3_ds.cli.store", "verify, describe or import hidden states: store verify | info | import"),
 }
 
 
@@ -110,7 +110,7 @@ def _run_command(command: str, options: argparse.Namespace, console: Console) ->
 
 def _stages() -> ModuleType:
     """The stages, imported when one runs: they need every room, `--help` and `--dry-run` need few."""
-    return importlib.import_module("eagle3_ds.cli_stages")
+    return importlib.import_module("eagle3_ds.run.stages")
 
 
 def launch(options: argparse.Namespace, console: Console) -> int:
@@ -133,7 +133,9 @@ def launch(options: argparse.Namespace, console: Console) -> int:
     outcome = run_with_restarts(run.plan, partial(_plan_again, options, console), run.recipe.faults.max_restarts, console)
     if outcome.status:
         ranks_per_host = max(len(slots) for slots in run.plan.hosts.values())
-        advice = importlib.import_module("eagle3_ds.cli_memory").advise_on_memory(outcome.reason, run.recipe, ranks_per_host)
+        advice = importlib.import_module("eagle3_ds.run.memory_advice").advise_on_memory(
+            outcome.reason, run.recipe, ranks_per_host
+        )
         if advice is not None:
             print(f"\n{advice}", file=sys.stderr)
         return outcome.status

@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from eagle3_ds.cli_stages import tokenise
 from eagle3_ds.config import Recipe, TargetSection, load_recipe
 from eagle3_ds.config.schema import DataSection
 from eagle3_ds.data.chat import load_chat_template
@@ -20,6 +19,7 @@ from eagle3_ds.data.inspect import as_html, as_text, inspect_document, inspect_r
 from eagle3_ds.data.prepare import recipe_rows
 from eagle3_ds.data.regenerate import Generate, Regenerator
 from eagle3_ds.data.sources import expand_sources, source_fingerprint
+from eagle3_ds.run.stages import tokenise
 from eagle3_ds.targets import Target, load_target, load_tokenizer, target_fingerprint
 from eagle3_ds.topology import detect_accelerator
 

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from eagle3_ds.guard.trained import StepFigures, Trained
 from eagle3_ds.layout import PackedSequence
-from eagle3_ds.train.trainer import DraftTrainer, StepReport
 
 FOLDER = "divergence"
 
 
-class Loader(Protocol):
+class DocumentsOfStep(Protocol):
     """What is asked of the data: pure functions of the step, counted from 0."""
 
     def documents(self, step: int) -> list[int]: ...
@@ -49,11 +49,11 @@ class DivergenceGuard:
         in_a_row: how many of them came last before the checkpoint that the run goes on from.
     """
 
-    def __init__(self, trainer: DraftTrainer, loader: Loader, output_dir: Path, max_skipped: int, in_a_row: int = 0) -> None:
+    def __init__(self, trainer: Trained, loader: DocumentsOfStep, output_dir: Path, max_skipped: int, in_a_row: int = 0) -> None:
         self.trainer, self.loader, self.folder, self.max_skipped = trainer, loader, output_dir / FOLDER, max_skipped
         self.in_a_row = in_a_row
 
-    def skipped(self, index: int, report: StepReport) -> bool:
+    def skipped(self, index: int, report: StepFigures) -> bool:
         """Whether step `index` (from 0) was skipped. Collective when it was: the documents to blame are found and saved.
 
         Raises:
@@ -114,7 +114,7 @@ class DivergenceGuard:
                 save_file({**tensors, "bad_ttt_steps": steps}, str(path))
 
 
-def _explain(index: int, report: StepReport, blamed: Mapping[int, Blame], folder: Path) -> str:
+def _explain(index: int, report: StepFigures, blamed: Mapping[int, Blame], folder: Path) -> str:
     steps = [step for step, loss in enumerate(report.step_loss) if not math.isfinite(loss)]
     if steps:
         what = f"the loss of step {index + 1} is not finite at TTT steps {steps}"

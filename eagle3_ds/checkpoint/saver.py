@@ -9,15 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import deepspeed
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle3_ds import __version__
-from eagle3_ds.draft import VocabularyMap
-from eagle3_ds.train.agreement import gather_bytes, max_over_ranks, sum_over_ranks
-from eagle3_ds.train.checkpoint import (
+from eagle3_ds.checkpoint.format import (
     KINDS,
     VOCABULARY,
     CheckpointError,
@@ -33,9 +30,10 @@ from eagle3_ds.train.checkpoint import (
     sync_file,
     write_manifest,
 )
-from eagle3_ds.train.rng import random_states
-from eagle3_ds.train.shards import Shard, adam_steps, find_shards, parameter_shapes, read_state, shares
-from eagle3_ds.train.trainer import DraftTrainer
+from eagle3_ds.checkpoint.rng import random_states
+from eagle3_ds.checkpoint.state import FlatMaster, TrainingState, shares
+from eagle3_ds.collectives.agreement import gather_bytes, max_over_ranks, sum_over_ranks
+from eagle3_ds.draft import VocabularyMap
 
 # How the loop stands with the thread that writes; the largest over all ranks counts.
 IDLE, WRITING, FAILED = range(3)
@@ -70,10 +68,9 @@ class CheckpointSaver:
     `finish` was called, which the loop does as soon as every rank's thread is done.
     """
 
-    def __init__(self, trainer: DraftTrainer, root: Path) -> None:
-        self._trainer, self._root = trainer, root
-        self._device, self._rank = trainer.topology.device, trainer.topology.place.rank
-        self._shards = find_shards(trainer.engine)
+    def __init__(self, training: TrainingState, root: Path) -> None:
+        self._training, self._root = training, root
+        self._device, self._rank = training.topology.device, training.topology.place.rank
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
 
@@ -98,14 +95,14 @@ class CheckpointSaver:
             CheckpointError: this one, or the one before, could not be written. What was in place stays.
         """
         self.finish()
-        own = shares(self._shards, *self._replica())
-        numel = sum(piece.numel for shard in own for piece in shard.pieces)
+        own = shares(self._training.masters, *self._training.replica)
+        numel = sum(fragment.numel for master in own for fragment in master.fragments)
         needed = self._require_space(progress.step, len(KINDS) * 4 * numel + _SMALL_FILES)
-        vocabulary = self._trainer.vocabulary if self._rank == 0 else None
+        vocabulary = self._training.vocabulary if self._rank == 0 else None
         aside = aside_folder(self._root, progress.step)
         written = self._thread.submit(_write, aside, self._rank, self._host_copy(own), vocabulary)
         self._pending = _Pending(self._describe(progress), needed, written)
-        if not self._trainer.recipe.train.save_async:
+        if not self._training.recipe.train.save_async:
             self.finish()
 
     def finish(self) -> None:
@@ -129,13 +126,6 @@ class CheckpointSaver:
         if failed:
             self._give_up(pending, error, failed - 1)
 
-    def _replica(self) -> tuple[int, int]:
-        """Which of how many equal copies of the sharded state this rank is: copies write a part each."""
-        topology = self._trainer.topology
-        if self._trainer.engine.zero_optimization_stage() == 0:
-            return topology.place.rank, topology.mesh.world_size
-        return (topology.sp_rank, topology.sp_world_size) if self._trainer.recipe.parallel.zero_group == "draft_dp" else (0, 1)
-
     def _require_space(self, step: int, own_bytes: int) -> int:
         """Bytes that all ranks together are about to write. Raises CheckpointError when they would not fit."""
         if self._rank == 0:
@@ -151,27 +141,27 @@ class CheckpointSaver:
             )
         return needed
 
-    def _host_copy(self, own: Sequence[Shard]) -> dict[str, Tensor]:
+    def _host_copy(self, own: Sequence[FlatMaster]) -> dict[str, Tensor]:
         tensors = random_states(self._device)
-        for shard in own:
-            for kind, flat in read_state(self._trainer.engine, shard).items():
-                tensors |= {piece.key(kind): piece.of(flat).to("cpu", torch.float32, copy=True) for piece in shard.pieces}
+        for master in own:
+            for kind, flat in self._training.read(master).items():
+                parts = {part.key(kind): part.of(flat) for part in master.fragments}
+                tensors |= {key: part.to("cpu", torch.float32, copy=True) for key, part in parts.items()}
         return tensors
 
     def _describe(self, progress: Progress) -> Manifest:
-        engine, mesh = self._trainer.engine, self._trainer.topology.mesh
-        loss = progress.heldout_loss
+        training, loss = self._training, progress.heldout_loss
         return Manifest(
             step=progress.step,
             packs=progress.packs,
-            adam_steps=adam_steps(engine, self._shards),
-            skipped_steps=engine.skipped_steps,
+            adam_steps=training.adam_steps,
+            skipped_steps=training.skipped_steps,
             skipped_in_a_row=progress.skipped_in_a_row,
             heldout_loss=loss if loss is not None and math.isfinite(loss) else None,
-            recipe=self._trainer.recipe.model_dump(mode="json"),
-            mesh={**vars(mesh), "zero_stage": engine.zero_optimization_stage()},
-            parameters=parameter_shapes(engine.module),
-            versions={"eagle3_ds": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__},
+            recipe=training.recipe.model_dump(mode="json"),
+            mesh={**vars(training.topology.mesh), "zero_stage": training.zero_stage},
+            parameters=training.parameter_shapes,
+            versions={"eagle3_ds": __version__, **training.versions},
             files={},
         )
 
@@ -185,7 +175,7 @@ class CheckpointSaver:
         write_manifest(aside, manifest.model_copy(update={"files": files}))
         folder = self._root / folder_name(manifest.step)
         publish(aside, folder, manifest.step)
-        rotate(self._root, folder, self._trainer.recipe.train.keep_checkpoints)
+        rotate(self._root, folder, self._training.recipe.train.keep_checkpoints)
 
     def _give_up(self, pending: _Pending, error: BaseException | None, failed: int) -> None:
         name, free = folder_name(pending.manifest.step), shutil.disk_usage(self._root).free

@@ -1,4 +1,4 @@
-"""The process beside each rank: `python -m eagle3_ds.watch.supervisor --log_folder DIR --limit SECONDS MODULE ARGUMENTS`.
+"""The process beside each rank: `python -m eagle3_ds.launch.supervisor --log_folder DIR --limit SECONDS MODULE ARGUMENTS`.
 
 It starts `python -m MODULE ARGUMENTS` as the rank, keeps what the rank says in a log, and notices when it dies, falls silent or
 waits too long in a collective, even where the rank itself cannot: stopped, or stuck with Python's lock held. The first
@@ -22,8 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
-from eagle3_ds.watch.announced import announcement
-from eagle3_ds.watch.logs import How, Logs, RankEnd, Status
+from eagle3_ds.launch.announced import announcement
+from eagle3_ds.launch.logs import How, Logs, RankEnd, Status
 
 TICK_SECONDS = 0.5
 # Between a rank's last word about an exception and its end, which may hang in the farewell to a broken process group.

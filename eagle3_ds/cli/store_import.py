@@ -17,13 +17,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eagle3_ds.cli_import_check import COMPARED_SAMPLES, compare_with_target
-from eagle3_ds.cli_stages import Documents, tokenise
 from eagle3_ds.config import Recipe
-from eagle3_ds.data import HiddenStateStore, HiddenStateWriter
-from eagle3_ds.data.fingerprint import store_folder
-from eagle3_ds.data.import_files import ForeignFiles, open_foreign
-from eagle3_ds.data.import_store import fill_store, match_documents, write_rows
+from eagle3_ds.run.import_check import COMPARED_SAMPLES, compare_with_target
+from eagle3_ds.run.stages import Documents, tokenise
+from eagle3_ds.store import HiddenStateStore, HiddenStateWriter
+from eagle3_ds.store.fingerprint import store_folder
+from eagle3_ds.store.foreign import ForeignFiles, open_foreign
+from eagle3_ds.store.importer import fill_store, match_documents, write_rows
 from eagle3_ds.targets import (
     choose_aux_layers,
     load_embedding_and_head,

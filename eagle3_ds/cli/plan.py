@@ -14,7 +14,6 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from eagle3_ds.algorithms.eagle3 import build_draft_config
-from eagle3_ds.cli_memory import deepspeed_files
 from eagle3_ds.config import Recipe, load_deepspeed_config, load_recipe
 from eagle3_ds.plan import (
     DEVICES,
@@ -31,6 +30,7 @@ from eagle3_ds.plan import (
     predict_time,
     step_flops,
 )
+from eagle3_ds.run.memory_advice import deepspeed_files
 from eagle3_ds.targets import check_supported, load_text_config
 from eagle3_ds.topology import Mesh, check_heads
 

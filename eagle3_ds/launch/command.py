@@ -12,8 +12,8 @@ from pathlib import Path
 
 from eagle3_ds.config import Recipe, read_text
 
-SUPERVISOR_MODULE = "eagle3_ds.watch.supervisor"
-SUPERVISOR_FILE = Path(__file__).parent / "watch" / "supervisor.py"
+SUPERVISOR_MODULE = "eagle3_ds.launch.supervisor"
+SUPERVISOR_FILE = Path(__file__).parent / "supervisor.py"
 TRAIN_MODULE, CAPTURE_MODULE = "eagle3_ds.train.main", "eagle3_ds.train.capture"
 LAUNCHERS = ("pdsh", "openmpi", "mpich", "impi", "mvapich", "slurm", "torchrun")
 MPI_LAUNCHERS = ("openmpi", "mpich", "impi", "mvapich")

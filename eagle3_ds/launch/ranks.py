@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from eagle3_ds.cli_launcher import LaunchPlan
-from eagle3_ds.watch.logs import Logs, RankEnd
+from eagle3_ds.launch.command import LaunchPlan
+from eagle3_ds.launch.logs import Logs, RankEnd
 
 LOOK_SECONDS = 0.5
 # After a failure the supervisors end their ranks within seconds; a launcher that still waits then waits for a lost host.

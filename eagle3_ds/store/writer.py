@@ -20,9 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eagle3_ds.data.fingerprint import Fingerprint, require_same
-from eagle3_ds.data.store import HiddenStateStore
-from eagle3_ds.data.store_index import (
+from eagle3_ds.store.fingerprint import Fingerprint, require_same
+from eagle3_ds.store.index import (
     CHECKSUM,
     DTYPES,
     FLOAT8,
@@ -39,7 +38,8 @@ from eagle3_ds.data.store_index import (
     exponent_of,
     header_crc32,
 )
-from eagle3_ds.data.store_rows import LARGEST_FLOAT8, crc32, encode_float8, first_beyond, row_checksums
+from eagle3_ds.store.reader import HiddenStateStore
+from eagle3_ds.store.rows import LARGEST_FLOAT8, crc32, encode_float8, first_beyond, row_checksums
 
 CAPTURED = "capture"
 """Origin of hidden states that this program computed."""

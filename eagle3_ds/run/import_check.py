@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from eagle3_ds.data.import_files import ForeignFiles, Sample
+from eagle3_ds.store.foreign import ForeignFiles, Sample
 from eagle3_ds.targets import Target
 
 COMPARED_SAMPLES = 3
