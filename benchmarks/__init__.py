@@ -1,1 +1,1 @@
-"""Measurements and judgements; each writes JSON under benchmarks/results."""
+"""Measurements; each writes JSON under benchmarks/results."""

@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.result_file import FOLDER, write_result
 from eagle3_ds.attention.tiles import gathered_tiles
 from eagle3_ds.kernels import KERNELS, AttentionKernel, Tile
 from eagle3_ds.layout import SpanPlan
+from judge.result_file import FOLDER, write_result
 
 NUM_DOCUMENTS, WINDOW_SHARE = 8, 4
 FORWARD_FLOP, BACKWARD_FLOP = 4, 10

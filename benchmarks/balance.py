@@ -17,9 +17,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from benchmarks.result_file import FOLDER, PICTURES, print_table, write_result
 from eagle3_ds.layout import SpanPlan, attention_work
 from eagle3_ds.layout.plan import IntArray
+from judge.result_file import FOLDER, PICTURES, print_table, write_result
 
 LENGTH, RING, SPREAD = 131_072, 8, 1.0
 MEDIANS = (4_000, 16_000, 48_000)

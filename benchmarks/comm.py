@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.collective_calls import CollectiveCalls
-from benchmarks.rank_processes import run_ranks
-from benchmarks.result_file import print_table, write_result
-from benchmarks.sample_run import SampleRun, small_buckets
 from eagle3_ds.plan import DraftShape, Setup, Traffic, attention_traffic, separate_all_to_alls
+from judge.collective_calls import CollectiveCalls
+from judge.ranks import run_ranks
+from judge.result_file import print_table, write_result
+from judge.sample_run import SampleRun, small_buckets
 
 SMALL = DraftShape(64, 96, 8, 4, 8, 256, 128)
 LARGE = DraftShape(4096, 14336, 32, 8, 128, 128256, 32000)

@@ -18,14 +18,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.fault_catalogue import SAVE_EVERY, chains
-from benchmarks.fault_hosts import strike_hosts
-from benchmarks.fault_runs import WATCHDOG_SECONDS, Struck, fill_disk, launch, run_chain, slow_down, struck_recipe
-from benchmarks.result_file import print_table, write_result
-from benchmarks.resume_runs import prepare_inputs
-from benchmarks.two_hosts import why_not
 from eagle3_ds.config import dump_recipe
 from eagle3_ds.launch.command import plan_launch
+from judge.faults.catalogue import SAVE_EVERY, chains
+from judge.faults.hosts import strike_hosts
+from judge.faults.runs import WATCHDOG_SECONDS, Struck, fill_disk, launch, run_chain, slow_down, struck_recipe
+from judge.result_file import print_table, write_result
+from judge.resume_runs import prepare_inputs
+from judge.two_hosts import why_not
 
 COLUMNS = ("fault", "where", "tried", "detected in (s)", "run ended in (s)", "steps lost", "went on exactly", "failures")
 
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     # Every rank runs the product behind a door that lets faults in.
-    plan_launch.__defaults__ = ("benchmarks.faulty_rank",)
+    plan_launch.__defaults__ = ("judge.faults.rank",)
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         found = measure(Path(folder), options.first, options.last)
     rows = summarise(found)

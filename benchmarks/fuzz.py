@@ -23,8 +23,8 @@ from pathlib import Path
 from random import Random
 from types import FrameType
 
-from benchmarks.fuzz_subjects import Subject, make_subjects
-from benchmarks.result_file import print_table, write_result
+from judge.fuzz.subjects import Subject, make_subjects
+from judge.result_file import print_table, write_result
 
 LIMIT_SECONDS = 10.0
 

@@ -25,16 +25,16 @@ from typing import Any, get_args
 
 import torch
 
-from benchmarks.dense_baseline import ATTENTION_FORMS, DenseDraft
-from benchmarks.product_step import ProductStep
-from benchmarks.rank_processes import run_ranks
-from benchmarks.result_file import FOLDER, matmul_rate, print_table, write_result
-from benchmarks.step_inputs import Side, StepModel, StepShape, TimedStep, make_model, make_pack, map_rows
-from benchmarks.tensor_bytes import TensorBytes
 from eagle3_ds.config.schema import TrainSection
 from eagle3_ds.kernels import KERNELS, select_kernel
 from eagle3_ds.layout import PackedSequence
 from eagle3_ds.plan import DEVICES, DraftShape, attention_pairs, predict_memory, predict_time
+from judge.dense_baseline import ATTENTION_FORMS, DenseDraft
+from judge.product_step import ProductStep
+from judge.ranks import run_ranks
+from judge.result_file import FOLDER, matmul_rate, print_table, write_result
+from judge.step_inputs import Side, StepModel, StepShape, TimedStep, make_model, make_pack, map_rows
+from judge.tensor_bytes import TensorBytes
 
 ROOT = Path(__file__).parents[1]
 SHAPE_8B = StepShape(

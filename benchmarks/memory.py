@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.rank_processes import run_ranks
-from benchmarks.result_file import print_table, write_result
-from benchmarks.sample_run import SampleRun, small_buckets
-from benchmarks.tensor_bytes import TensorBytes
 from eagle3_ds.plan import DraftShape, predict_memory
+from judge.ranks import run_ranks
+from judge.result_file import print_table, write_result
+from judge.sample_run import SampleRun, small_buckets
+from judge.tensor_bytes import TensorBytes
 
 TOLERANCE = 0.10
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"

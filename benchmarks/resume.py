@@ -19,16 +19,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
-from benchmarks.rank_processes import run_ranks
-from benchmarks.result_file import FOLDER, print_table, write_result
-from benchmarks.resume_runs import (
+from eagle3_ds.checkpoint.format import CHECKPOINTS, FINAL_WEIGHTS, folder_name, newest_intact, read_manifest
+from judge.ranks import run_ranks
+from judge.result_file import FOLDER, print_table, write_result
+from judge.resume_runs import (
     SHAPES,
     STEPS,
     Blow,
     continue_from,
+    differences,
     make_recipe,
     prepare_inputs,
     read_metrics,
@@ -36,7 +35,6 @@ from benchmarks.resume_runs import (
     run_until_death,
     start_output,
 )
-from eagle3_ds.checkpoint.format import CHECKPOINTS, FINAL_WEIGHTS, folder_name, newest_intact, read_manifest
 
 # Of losses in fp32 when ranks sum in another order.
 TOLERANCE = 1e-5
@@ -69,18 +67,6 @@ def last_step(output: Path) -> int:
     """Of the newest intact checkpoint; 0 when there is none."""
     found, _ = newest_intact(output / CHECKPOINTS)
     return read_manifest(found).step if found else 0
-
-
-def differences(output: Path, reference: Path) -> list[str]:
-    """Where a run is not bitwise the reference."""
-    found = []
-    for name in ("step", "lr", "loss", "step_loss", "step_accuracy", "tau", "grad_norm", "tokens", "heldout"):
-        values, expected = ([record.get(name) for record in read_metrics(folder)] for folder in (output, reference))
-        if values != expected:
-            found.append(f"{name} {values} instead of {expected}")
-    weights, wanted = (load_file(folder / FINAL_WEIGHTS) for folder in (output, reference))
-    found += [f"weight {name}" for name in wanted if name not in weights or not torch.equal(weights[name], wanted[name])]
-    return found
 
 
 def largest_relative_error(records: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]) -> float:

@@ -16,10 +16,10 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.memory import count
-from benchmarks.rank_processes import run_ranks
-from benchmarks.result_file import print_table, write_result
-from benchmarks.sample_run import SampleRun, small_buckets
 from eagle3_ds.plan import DraftShape, predict_memory
+from judge.ranks import run_ranks
+from judge.result_file import print_table, write_result
+from judge.sample_run import SampleRun, small_buckets
 
 # Four query heads to a key head, as Llama 3.1 and Qwen 3 of 8B have.
 SHAPE = DraftShape(128, 384, 16, 4, 8, 2048, 1024)

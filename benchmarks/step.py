@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.dense_baseline import ATTENTION_FORMS, DenseDraft
-from benchmarks.product_step import ProductStep
-from benchmarks.rank_processes import run_ranks
-from benchmarks.result_file import FOLDER, PICTURES, matmul_rate, print_table, write_result
-from benchmarks.step_inputs import Side, StepShape, TimedStep, make_model, make_pack, make_rows
-from benchmarks.tensor_bytes import TensorBytes
 from eagle3_ds.layout import PackedSequence
 from eagle3_ds.plan import DraftShape
+from judge.dense_baseline import ATTENTION_FORMS, DenseDraft
+from judge.product_step import ProductStep
+from judge.ranks import run_ranks
+from judge.result_file import FOLDER, PICTURES, matmul_rate, print_table, write_result
+from judge.step_inputs import Side, StepShape, TimedStep, make_model, make_pack, make_rows
+from judge.tensor_bytes import TensorBytes
 
 SHAPE = StepShape(DraftShape(512, 1536, num_heads=8, num_kv_heads=8, head_dim=64, vocab_size=32000, draft_vocab_size=8192))
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)

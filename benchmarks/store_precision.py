@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.result_file import FOLDER, write_result
 from eagle3_ds.config import Recipe
 from eagle3_ds.data import PackedLoader, PreparedData
 from eagle3_ds.data.loader import HeldoutPacks
@@ -27,6 +26,7 @@ from eagle3_ds.run.stages import prepare
 from eagle3_ds.store import HiddenStateStore, HiddenStateWriter, Layout
 from eagle3_ds.store.index import DTYPES
 from eagle3_ds.train.rollout import RolloutTrainer
+from judge.result_file import FOLDER, write_result
 
 REFERENCE = "float32"
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 2048, "num_layers": 8, "steps": 200}

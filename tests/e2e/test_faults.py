@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fault_catalogue import Injection
-from benchmarks.fault_runs import launch, strike, struck_recipe
-from benchmarks.faulty_rank import Fault
-from benchmarks.resume_runs import prepare_inputs, read_metrics
 from eagle3_ds.config import dump_recipe
 from eagle3_ds.launch import command
+from judge.faults.catalogue import Injection
+from judge.faults.rank import Fault
+from judge.faults.runs import launch, strike, struck_recipe
+from judge.resume_runs import prepare_inputs, read_metrics
 
 pytestmark = pytest.mark.e2e
 
@@ -27,8 +27,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of a recipe whose ranks run `benchmarks.faulty_rank`; its output folder lies beside it."""
-    monkeypatch.setattr(command.plan_launch, "__defaults__", ("benchmarks.faulty_rank",))
+    """The file of a recipe whose ranks run `judge.faults.rank`; its output folder lies beside it."""
+    monkeypatch.setattr(command.plan_launch, "__defaults__", ("judge.faults.rank",))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     path, output = tmp_path / "run.yaml", tmp_path / "run"
     path.write_text(dump_recipe(struck_recipe(inputs, output)))

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import two_hosts
-from benchmarks.resume_runs import Shape, make_recipe, prepare_inputs, read_metrics, run, start_output
-from benchmarks.two_hosts import TwoHosts
 from eagle3_ds.config import dump_recipe
+from judge import two_hosts
+from judge.resume_runs import Shape, make_recipe, prepare_inputs, read_metrics, run, start_output
+from judge.two_hosts import TwoHosts
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(two_hosts.why_not() is not None, reason=str(two_hosts.why_not()))]
 

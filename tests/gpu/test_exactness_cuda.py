@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.exactness import judge
-from benchmarks.exactness_cases import Case, full_matrix
+from judge.cases import Case, full_matrix
+from judge.exactness import judge
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.ranks.pool import RankPools
+from judge.ranks import RankPools
 
 
 @pytest.fixture(scope="session")

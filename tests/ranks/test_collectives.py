@@ -28,7 +28,7 @@ from eagle3_ds.collectives import (
     sequence_to_heads,
     start_sequence_to_heads,
 )
-from tests.ranks.pool import RankFailure, RankPools
+from judge.ranks import RankFailure, RankPools
 
 pytestmark = pytest.mark.ranks
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.comm import SMALL, counted_step
-from benchmarks.sample_run import SampleRun
 from eagle3_ds.plan import DraftShape, Setup, attention_traffic, separate_all_to_alls, state_traffic
+from judge.sample_run import SampleRun
 
 pytestmark = pytest.mark.ranks
 BASE = SampleRun(SMALL, 128, ttt_steps=3)

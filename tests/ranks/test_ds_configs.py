@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.exactness import judge
-from benchmarks.exactness_cases import Case
+from judge.cases import Case
+from judge.exactness import judge
 
 pytestmark = pytest.mark.ranks
 SHIPPED = sorted(path.stem for path in (Path(__file__).parents[2] / "ds_configs").glob("*.json"))

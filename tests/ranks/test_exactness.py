@@ -5,12 +5,12 @@ import os
 import pytest
 import torch.distributed as dist
 
-from benchmarks.exactness import COMPARED, judge, main, relative_error
-from benchmarks.exactness_cases import Case, make_inputs, short_matrix
-from benchmarks.exactness_mutations import MUTATIONS
-from benchmarks.exactness_product import run_product
-from benchmarks.rank_processes import run_ranks
 from eagle3_ds.train.shared_memory import segment
+from judge.cases import Case, make_inputs, short_matrix
+from judge.exactness import COMPARED, judge, main, relative_error
+from judge.mutations import MUTATIONS
+from judge.product import run_product
+from judge.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 TWO_RANKS = Case(ulysses=2)
@@ -66,7 +66,7 @@ def test_an_unknown_mutation_is_a_failure_that_names_the_known_ones():
 
 
 def test_the_command_exits_1_and_still_writes_when_a_case_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.exactness.run_ranks", _no_ranks)
+    monkeypatch.setattr("judge.exactness.run_ranks", _no_ranks)
     path = tmp_path / "exactness.json"
     assert main(["--short", "--only", "1x1x1", "--json", str(path)]) == 1
     assert '"passed": 0' in path.read_text()

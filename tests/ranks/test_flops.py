@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.sample_run import SampleRun
 from eagle3_ds.plan import DraftShape, attention_pairs, step_flops
+from judge.sample_run import SampleRun
 
 pytestmark = pytest.mark.ranks
 SHAPE = DraftShape(128, 384, 4, 2, 32, 1024, 512)

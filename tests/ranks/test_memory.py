@@ -5,9 +5,9 @@ import gc
 import pytest
 
 from benchmarks.memory import count
-from benchmarks.sample_run import SampleRun, small_buckets
-from benchmarks.tensor_bytes import TensorBytes
 from eagle3_ds.plan import DraftShape, predict_memory
+from judge.sample_run import SampleRun, small_buckets
+from judge.tensor_bytes import TensorBytes
 
 pytestmark = pytest.mark.ranks
 SHAPE = DraftShape(32, 64, 4, 2, 8, 128, 64)

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.exactness_cases import Case, make_inputs
-from benchmarks.exactness_product import as_pack, make_recipe, make_trainer
 from eagle3_ds.guard import identity
 from eagle3_ds.guard.divergence import DivergenceGuard
 from eagle3_ds.guard.replicas import require_same_replicas, weights_compared_before_update
 from eagle3_ds.layout import PackedSequence
 from eagle3_ds.topology import maybe_setup_distributed
 from eagle3_ds.train.trainer import DraftTrainer, StepReport
-from tests.ranks.pool import RankPools
+from judge.cases import Case, make_inputs
+from judge.product import as_pack, make_recipe, make_trainer
+from judge.ranks import RankPools
 
 pytestmark = pytest.mark.ranks
 CASE = Case(ulysses=2, accumulation=2)

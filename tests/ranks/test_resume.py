@@ -13,19 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.rank_processes import run_ranks
 from benchmarks.resume import (
     TOLERANCE,
-    differences,
     in_other_shapes,
     killed_and_resumed,
     largest_relative_error,
     uninterrupted,
 )
-from benchmarks.resume_runs import (
+from eagle3_ds.checkpoint.format import CHECKPOINTS, FINAL_WEIGHTS, INITIAL_WEIGHTS, folder_name, require_intact, step_folders
+from judge.ranks import run_ranks
+from judge.resume_runs import (
     SHAPES,
     STEPS,
     Blow,
+    differences,
     make_recipe,
     prepare_inputs,
     read_metrics,
@@ -34,7 +35,6 @@ from benchmarks.resume_runs import (
     run_struck,
     start_output,
 )
-from eagle3_ds.checkpoint.format import CHECKPOINTS, FINAL_WEIGHTS, INITIAL_WEIGHTS, folder_name, require_intact, step_folders
 
 pytestmark = pytest.mark.ranks
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from eagle3_ds.topology import Mesh, ZeroGroupMpu, maybe_setup_distributed
-from tests.ranks.pool import RankPools
+from judge.ranks import RankPools
 
 pytestmark = pytest.mark.ranks
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks.dense_baseline import ATTENTION_FORMS, DenseDraft
-from benchmarks.dense_reference import LossRules, reference_step
-from benchmarks.exactness_cases import full_matrix, make_inputs
+from judge.cases import full_matrix, make_inputs
+from judge.dense_baseline import ATTENTION_FORMS, DenseDraft
+from judge.dense_reference import LossRules, reference_step
 
 
 def inputs_of(documents, heads):

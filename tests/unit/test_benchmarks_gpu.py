@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.gpu import Figures, Job, Measurement, Series
-from benchmarks.result_file import FOLDER
+from judge.result_file import FOLDER
 
 
 def test_one_command_runs_tests_and_series_and_writes_one_json(tmp_path, capsys):

@@ -9,12 +9,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import step
-from benchmarks.dense_baseline import DenseDraft
 from benchmarks.gpu import SHAPE_TINY as TINY
-from benchmarks.rank_processes import run_ranks
-from benchmarks.result_file import write_result
 from benchmarks.step import DisagreementError, Measured, Row, draw
-from benchmarks.step_inputs import as_batch, make_model, make_pack, make_rows, map_rows
+from judge.dense_baseline import DenseDraft
+from judge.ranks import run_ranks
+from judge.result_file import write_result
+from judge.step_inputs import as_batch, make_model, make_pack, make_rows, map_rows
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from benchmarks.dense_reference import (
+from judge.cases import full_matrix, make_inputs, short_matrix
+from judge.dense_reference import (
     Frozen,
     LossRules,
     MicroBatch,
@@ -19,7 +20,6 @@ from benchmarks.dense_reference import (
     reference_train,
     rotary_frequencies,
 )
-from benchmarks.exactness_cases import full_matrix, make_inputs, short_matrix
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 5e5},

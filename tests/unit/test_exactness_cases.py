@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 
-from benchmarks.exactness_cases import (
+from eagle3_ds.algorithms.eagle3 import DraftModel
+from eagle3_ds.layout import PackedSequence, SpanPlan, live_slots, prepare_usp_input
+from judge.cases import (
     FACTORS,
     HEADS,
     allowed_pairs,
@@ -16,8 +18,6 @@ from benchmarks.exactness_cases import (
     parameter_shapes,
     short_matrix,
 )
-from eagle3_ds.algorithms.eagle3 import DraftModel
-from eagle3_ds.layout import PackedSequence, SpanPlan, live_slots, prepare_usp_input
 
 
 def test_every_pair_of_values_appears():

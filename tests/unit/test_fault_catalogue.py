@@ -6,11 +6,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.fault_catalogue import NUM_RANKS, SAVE_EVERY, STEPS, catalogue, chains
-from benchmarks.fault_runs import Struck
 from benchmarks.faults import COLUMNS, summarise
-from benchmarks.faulty_rank import AT_START, DEEDS
 from eagle3_ds.launch.logs import Logs, RankEnd
+from judge.faults.catalogue import NUM_RANKS, SAVE_EVERY, STEPS, catalogue, chains
+from judge.faults.rank import AT_START, DEEDS
+from judge.faults.runs import Struck
 
 
 def test_every_fault_is_dealt_out_at_steps_that_can_be_struck() -> None:

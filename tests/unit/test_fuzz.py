@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks import fuzz
 from benchmarks.fuzz import try_many, try_one
-from benchmarks.fuzz_mutations import damage_bytes, damage_values
-from benchmarks.fuzz_subjects import Hostfiles, Subject, make_subjects
+from judge.fuzz.mutations import damage_bytes, damage_values
+from judge.fuzz.subjects import Hostfiles, Subject, make_subjects
 
 SLICE = range(60)
 

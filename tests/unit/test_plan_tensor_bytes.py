@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.tensor_bytes import TensorBytes
+from judge.tensor_bytes import TensorBytes
 
 KIB = 256  # fp32 elements of one KiB
 

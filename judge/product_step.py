@@ -8,15 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.exactness_product import DS_CONFIGS, record_gradients, vocabulary_map
-from benchmarks.result_file import now
-from benchmarks.step_inputs import StepModel, TimedStep
 from eagle3_ds.algorithms.eagle3 import DraftModel
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config
 from eagle3_ds.layout import PackedSequence
 from eagle3_ds.plan import Setup
 from eagle3_ds.topology import maybe_setup_distributed
 from eagle3_ds.train.trainer import DraftTrainer
+from judge.product import DS_CONFIGS, record_gradients, vocabulary_map
+from judge.result_file import now
+from judge.step_inputs import StepModel, TimedStep
 
 
 class ProductStep:
@@ -25,7 +25,7 @@ class ProductStep:
     def __init__(
         self, model: StepModel, dtype: str, activation: str, kernel: str = "auto", deepspeed_config: str = "zero0"
     ) -> None:
-        """Needs a world of one rank (`rank_processes.run_ranks`). `deepspeed_config` is a file of ds_configs."""
+        """Needs a world of one rank (`ranks.run_ranks`). `deepspeed_config` is a file of ds_configs."""
         recipe = _recipe(model, dtype, activation, kernel, deepspeed_config)
         self._shape, self._deepspeed_config = model.shape.draft, load_deepspeed_config(recipe.deepspeed)
         settings = fill_deepspeed_config(self._deepspeed_config, recipe, world=1, draft_dp=1)

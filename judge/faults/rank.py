@@ -1,4 +1,4 @@
-"""A rank of the product with a fault put into it: `benchmarks.faulty_rank` in place of `eagle3_ds.train.main`.
+"""A rank of the product with a fault put into it: `judge.faults.rank` in place of `eagle3_ds.train.main`.
 
 What goes wrong, where and when stands in `fault.json` beside the recipe, which all hosts see; it is renamed when the fault
 happens, so that the run that goes on is whole.
@@ -190,7 +190,7 @@ def kill_all_ranks(parts: Parts) -> None:
             command = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if recipe in command and b"benchmarks.faulty_rank" in command and b"eagle3_ds.launch.supervisor" not in command:
+        if recipe in command and b"judge.faults.rank" in command and b"eagle3_ds.launch.supervisor" not in command:
             pid = int(path.parent.name)
             if pid != os.getpid():
                 os.kill(pid, signal.SIGKILL)

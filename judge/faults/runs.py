@@ -11,13 +11,12 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.fault_catalogue import NUM_RANKS, SAVE_EVERY, STEPS, Injection
-from benchmarks.faulty_rank import HAPPENED, Fault
-from benchmarks.resume import differences
-from benchmarks.resume_runs import make_recipe
 from eagle3_ds.cli.main import main as command_line
 from eagle3_ds.config import Recipe
 from eagle3_ds.launch.logs import Logs
+from judge.faults.catalogue import NUM_RANKS, SAVE_EVERY, STEPS, Injection
+from judge.faults.rank import HAPPENED, Fault
+from judge.resume_runs import differences, make_recipe
 
 WATCHDOG_SECONDS = 8.0
 END_SECONDS = 30.0

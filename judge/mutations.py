@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.exactness_cases import Case
 from eagle3_ds.algorithms.eagle3 import model, step
 from eagle3_ds.attention import prefix_kv, usp
 from eagle3_ds.attention.ring import RingKV
@@ -21,6 +20,7 @@ from eagle3_ds.draft import taps
 from eagle3_ds.kernels import Tile
 from eagle3_ds.layout import LocalBatch, LocalRows, SpanPlan
 from eagle3_ds.train import trainer as trainer_module
+from judge.cases import Case
 
 MUTATIONS = (
     "scale_by_sp",

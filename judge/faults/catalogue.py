@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.faulty_rank import Fault
 from eagle3_ds.checkpoint.format import CHECKPOINTS, LATEST, MANIFEST, rank_file, step_folders
+from judge.faults.rank import Fault
 
 NUM_RANKS = 2
 STEPS = 8

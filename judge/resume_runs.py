@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
-from benchmarks.rank_processes import run_ranks
-from eagle3_ds.checkpoint.format import CHECKPOINTS, folder_name, newest_intact
+from eagle3_ds.checkpoint.format import CHECKPOINTS, FINAL_WEIGHTS, folder_name, newest_intact
 from eagle3_ds.checkpoint.restore import load_checkpoint
 from eagle3_ds.checkpoint.saver import CheckpointSaver, Progress
 from eagle3_ds.config import Recipe, TargetBuild, TargetSection
@@ -32,6 +33,7 @@ from eagle3_ds.topology import maybe_setup_distributed
 from eagle3_ds.train import loop
 from eagle3_ds.train.main import build_loaders, build_trainer, open_states, train
 from eagle3_ds.train.state import EngineState
+from judge.ranks import run_ranks
 
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 STEPS = 4
@@ -200,3 +202,15 @@ def restored_in_place(recipe: Recipe) -> tuple[list[Any], list[Any]]:
     saver.finish()
     load_checkpoint(EngineState(trainer), root / folder_name(1))
     return before, [trainer.step(loader.step(index)) for index in (1, 2)]
+
+
+def differences(output: Path, reference: Path) -> list[str]:
+    """Where a run is not bitwise the reference."""
+    found = []
+    for name in ("step", "lr", "loss", "step_loss", "step_accuracy", "tau", "grad_norm", "tokens", "heldout"):
+        values, expected = ([record.get(name) for record in read_metrics(folder)] for folder in (output, reference))
+        if values != expected:
+            found.append(f"{name} {values} instead of {expected}")
+    weights, wanted = (load_file(folder / FINAL_WEIGHTS) for folder in (output, reference))
+    found += [f"weight {name}" for name in wanted if name not in weights or not torch.equal(weights[name], wanted[name])]
+    return found

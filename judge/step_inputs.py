@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from benchmarks.dense_reference import Frozen, LossRules, MicroBatch
-from benchmarks.exactness_cases import parameter_shapes
 from eagle3_ds.layout import PackedSequence, live_slots
 from eagle3_ds.plan import DraftShape, Setup, attention_pairs, step_flops
+from judge.cases import parameter_shapes
+from judge.dense_reference import Frozen, LossRules, MicroBatch
 
 # Logit of a teacher's favourite; the largest of V unit normals stays below 6, so the favourite is always the argmax.
 _FAVOURITE_LOGIT = 16.0

@@ -15,15 +15,15 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
-from benchmarks.dense_reference import Frozen, MicroBatch
-from benchmarks.exactness_cases import OPTIMIZATION, Case, Inputs, make_inputs
-from benchmarks.exactness_mutations import mutate, mutate_trainer
 from eagle3_ds.algorithms.eagle3 import DraftModel
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.layout import PackedSequence
 from eagle3_ds.topology import maybe_setup_distributed
 from eagle3_ds.train.trainer import DraftTrainer, StepReport
+from judge.cases import OPTIMIZATION, Case, Inputs, make_inputs
+from judge.dense_reference import Frozen, MicroBatch
+from judge.mutations import mutate, mutate_trainer
 
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 # About ten slots of the loss, about twenty of a layer, and the whole ring.

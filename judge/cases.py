@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from benchmarks.dense_reference import Frozen, LossRules, MicroBatch, Optimization
+from judge.dense_reference import Frozen, LossRules, MicroBatch, Optimization
 
 Value = tuple[str, Any]
 # Order matters: the generator fills earlier factors first. `topology` is (draft_dp, ring, ulysses), `deepspeed` a file of

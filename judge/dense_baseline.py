@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig
 
-from benchmarks.dense_reference import Frozen, LossRules, MicroBatch, rotary_frequencies
-from benchmarks.result_file import now
-from benchmarks.step_inputs import TimedStep, as_batch
 from eagle3_ds.layout import PackedSequence
+from judge.dense_reference import Frozen, LossRules, MicroBatch, rotary_frequencies
+from judge.result_file import now
+from judge.step_inputs import TimedStep, as_batch
 
 # Attention of one TTT step: q [N, L, D], the keys and the values of the steps so far, [N, L, D] each, and the mask.
 Attention = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], "Mask"], Tensor]

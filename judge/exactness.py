@@ -1,4 +1,4 @@
-"""`python -m benchmarks.exactness`: is the parallel product equal to the dense single-process reference?
+"""`python -m judge.exactness`: is the parallel product equal to the dense single-process reference?
 
 Each case trains NUM_STEPS optimizer steps with both, on CPU ranks. A line per case with the relative errors, all of them in
 benchmarks/results/exactness.json, exit status 1 when any case is over its tolerance (fp32 1e-5, bf16 2e-2).
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.dense_reference import StepResult, reference_train
-from benchmarks.exactness_cases import OPTIMIZATION, Case, full_matrix, make_inputs, short_matrix
-from benchmarks.exactness_product import ProductResult, run_case
-from benchmarks.rank_processes import run_ranks
-from benchmarks.result_file import FOLDER, write_result
+from judge.cases import OPTIMIZATION, Case, full_matrix, make_inputs, short_matrix
+from judge.dense_reference import StepResult, reference_train
+from judge.product import ProductResult, run_case
+from judge.ranks import run_ranks
+from judge.result_file import FOLDER, write_result
 
 COMPARED = ("loss", "step_loss", "accuracy", "tau", "clip_norm", "gradients", "weights")
 
@@ -182,7 +182,7 @@ def _record(verdicts: Sequence[Verdict], num_cases: int, seed: int) -> dict[str,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.exactness", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m judge.exactness", description=__doc__)
     parser.add_argument("--short", action="store_true", help="a few cases that show every value, at most 4 ranks")
     parser.add_argument("--json", type=Path, default=FOLDER / "exactness.json", metavar="PATH", help="where the result goes")
     parser.add_argument("--seed", type=int, default=0)
@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = [case for case in (short_matrix() if options.short else full_matrix()) if options.only in str(case)]
     if not cases:
         parser.error(f"--only {options.only!r} matches no case.")
-    return 0 if run_matrix(cases, options.seed, options.json, " ".join(("python -m benchmarks.exactness", *arguments))) else 1
+    return 0 if run_matrix(cases, options.seed, options.json, " ".join(("python -m judge.exactness", *arguments))) else 1
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.fault_catalogue import SAVE_EVERY
-from benchmarks.fault_runs import WATCHDOG_SECONDS, Struck
-from benchmarks.resume import differences
-from benchmarks.resume_runs import read_metrics
-from benchmarks.two_hosts import TwoHosts, two_hosts
 from eagle3_ds.checkpoint.format import CHECKPOINTS, newest_intact, read_manifest
+from judge.faults.catalogue import SAVE_EVERY
+from judge.faults.runs import WATCHDOG_SECONDS, Struck
+from judge.resume_runs import differences, read_metrics
+from judge.two_hosts import TwoHosts, two_hosts
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # From the end of the launch to that of the ranks on a host that it cannot reach.
 CUT_OFF_SECONDS = WATCHDOG_SECONDS + 10.0
 

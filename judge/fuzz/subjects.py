@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.fuzz_mutations import damage_bytes, damage_values
 from eagle3_ds.checkpoint.format import (
     KINDS,
     MANIFEST,
@@ -42,8 +41,9 @@ from eagle3_ds.launch.command import LaunchOptions, read_hostfile, resolve_hosts
 from eagle3_ds.store.index import INDEX_FILE, Layout
 from eagle3_ds.store.reader import HiddenStateStore
 from eagle3_ds.store.writer import HiddenStateWriter
+from judge.fuzz.mutations import damage_bytes, damage_values
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 MAX_LENGTH = 64
 
 

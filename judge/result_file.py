@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-FOLDER = Path(__file__).parent / "results"
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "results"
 VERSIONED = ("torch", "deepspeed", "transformers", "numpy")
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 

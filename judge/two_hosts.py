@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.cable import CLONE, MTU, Cable
+from judge.cable import CLONE, MTU, Cable
 
 TOOLS = ("ip", "sshd", "ssh", "ssh-keygen", "pdsh")
 INTERFACE = "cable"

@@ -1,0 +1,1 @@
+"""What tests and benchmarks judge the product with: dense references, exactness matrix, mutations, ranks, counters, faults."""
