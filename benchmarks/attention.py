@@ -1,10 +1,11 @@
 """`python -m benchmarks.attention`: the rate of each attention kernel that runs here, forward and backward.
 
-One causal document, eight documents packed, and one document under a sliding window, at several lengths. Rates count the
-visible query-key pairs only (4 FLOP per pair, head and head dim forward, 10 backward), so that a kernel which computes what the
-mask hides is not paid for it. Beside them stands the matmul rate of the same device and precision, measured in the same run, and
-on a CPU torch's bare flash operator, which shows what the kernel's interface costs. With one thread (OMP_NUM_THREADS=1) processor
-time is taken, which other programs do not lengthen; otherwise elapsed time.
+One causal document, eight documents packed, and one document under a sliding window, at several lengths.
+Rates count the visible query-key pairs only (4 FLOP per pair, head and head dim forward, 10 backward), so
+that a kernel which computes what the mask hides is not paid for it. Beside them stands the matmul rate of the
+same device and precision, measured in the same run, and on a CPU torch's bare flash operator, which shows
+what the kernel's interface costs. With one thread (OMP_NUM_THREADS=1) processor time is taken, which other
+programs do not lengthen; otherwise elapsed time.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Rate:
-    """One kernel on one case: seconds of the best run; None where a shorter length says that it would pass the limit."""
+    """One kernel on one case: seconds of the best run; None where a shorter length says that it would pass
+    the limit.
+    """
 
     case: str
     length: int
@@ -98,15 +101,19 @@ def share_kept(kernel_tflops: float, attention_flop: float, step_seconds: float)
 
     Args:
         kernel_tflops: of forward and backward together, as this benchmark measures them alone.
-        attention_flop: of all attention that one rank computes in the step, `visible_pairs` times heads, head size and
-            `FORWARD_FLOP + BACKWARD_FLOP`, over all TTT steps.
+        attention_flop: of all attention that one rank computes in the step, `visible_pairs` times heads, head
+            size and `FORWARD_FLOP + BACKWARD_FLOP`, over all TTT steps.
         step_seconds: measured time of the whole step.
     """
     return attention_flop / step_seconds / 1e12 / kernel_tflops
 
 
-def best_seconds(functions: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
-    """Shortest time of each function, their runs taking turns so that a busy machine hits all alike. One warm-up each."""
+def best_seconds(
+    functions: Sequence[Callable[[], object]], device: torch.device, repeats: int
+) -> list[float]:
+    """Shortest time of each function, their runs taking turns so that a busy machine hits all alike. One
+    warm-up each.
+    """
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     best = [float("inf")] * len(functions)
     for turn in range(repeats + 1):
@@ -121,7 +128,10 @@ def best_seconds(functions: Sequence[Callable[[], object]], device: torch.device
 
 
 def matmul_tflops(setting: Setting, device: torch.device, repeats: int) -> float:
-    a, b = (torch.randn(setting.matmul_size, setting.matmul_size, device=device).to(_dtype(setting)) for _ in range(2))
+    a, b = (
+        torch.randn(setting.matmul_size, setting.matmul_size, device=device).to(_dtype(setting))
+        for _ in range(2)
+    )
     (seconds,) = best_seconds([lambda: a @ b], device, repeats)
     return 2 * setting.matmul_size**3 / seconds / 1e12
 
@@ -133,9 +143,13 @@ def make_operands(case: str, length: int, setting: Setting, device: torch.device
     generator = torch.Generator().manual_seed(0)
 
     def rows(num_heads: int) -> Tensor:
-        return torch.randn(length, num_heads, setting.head_dim, generator=generator).to(device, _dtype(setting))
+        return torch.randn(length, num_heads, setting.head_dim, generator=generator).to(
+            device, _dtype(setting)
+        )
 
-    q, k, v, dout = (rows(n) for n in (setting.num_heads, setting.num_kv_heads, setting.num_kv_heads, setting.num_heads))
+    q, k, v, dout = (
+        rows(n) for n in (setting.num_heads, setting.num_kv_heads, setting.num_kv_heads, setting.num_heads)
+    )
     return Operands(q, k, v, dout, gathered_tiles(plan, 0, window))
 
 
@@ -153,9 +167,15 @@ def passes(kernel: AttentionKernel, operands: Operands) -> tuple[Callable[[], ob
 
 
 def bare_operator_passes(operands: Operands) -> tuple[Callable[[], object], Callable[[], object]]:
-    """torch's flash operator for CPUs on one causal document, key heads repeated beforehand, nothing around it."""
+    """torch's flash operator for CPUs on one causal document, key heads repeated beforehand, nothing around
+    it.
+    """
     group = operands.q.shape[1] // operands.k.shape[1]
-    repeated = (operands.q, *(x.repeat_interleave(group, dim=1) for x in (operands.k, operands.v)), operands.dout)
+    repeated = (
+        operands.q,
+        *(x.repeat_interleave(group, dim=1) for x in (operands.k, operands.v)),
+        operands.dout,
+    )
     q, k, v, dout = (x.transpose(0, 1)[None] for x in repeated)
     scale = q.shape[-1] ** -0.5
     forward, backward = (
@@ -170,7 +190,9 @@ def bare_operator_passes(operands: Operands) -> tuple[Callable[[], object], Call
 
 
 def measure(setting: Setting, device: torch.device, repeats: int, limit: float) -> list[Rate]:
-    """Every usable kernel on every case. `limit`: longest time of one pass in seconds, extrapolated from the length before."""
+    """Every usable kernel on every case. `limit`: longest time of one pass in seconds, extrapolated from the
+    length before.
+    """
     usable = [kernel for kernel in KERNELS if kernel.name != "reference" and _runs(kernel, setting, device)]
     rates: list[Rate] = []
     for case in ("one document", "eight documents", "sliding window"):
@@ -182,12 +204,18 @@ def measure(setting: Setting, device: torch.device, repeats: int, limit: float) 
             functions = {kernel.name: passes(kernel, operands) for kernel in running}
             if device.type == "cpu" and case == "one document":
                 functions[BARE_OPERATOR] = bare_operator_passes(operands)
-            seconds = [best_seconds([pair[i] for pair in functions.values()], device, repeats) for i in range(2)]
+            seconds = [
+                best_seconds([pair[i] for pair in functions.values()], device, repeats) for i in range(2)
+            ]
             for name, forward, backward in zip(functions, *seconds, strict=True):
                 rates.append(Rate(case, length, name, flop, forward, backward))
                 # Twice the length is four times the work.
                 slowest[name] = 4 * max(forward, backward)
-            rates.extend(Rate(case, length, kernel.name, flop, None, None) for kernel in usable if kernel not in running)
+            rates.extend(
+                Rate(case, length, kernel.name, flop, None, None)
+                for kernel in usable
+                if kernel not in running
+            )
     return rates
 
 
@@ -198,7 +226,11 @@ def show(rates: Sequence[Rate], matmul: float, console: Console) -> None:
     for rate in rates:
         cells: list[str] = []
         for tflops in (rate.forward_tflops, rate.backward_tflops):
-            cells += ["over the limit", ""] if tflops is None else [f"{tflops * factor:.1f}", f"{tflops / matmul:.0%}"]
+            cells += (
+                ["over the limit", ""]
+                if tflops is None
+                else [f"{tflops * factor:.1f}", f"{tflops / matmul:.0%}"]
+            )
         table.add_row(rate.case, str(rate.length), rate.kernel, *cells)
     console.print(table)
 
@@ -223,21 +255,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=tuple(SETTINGS), default=default)
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens, ascending, each a multiple of 8")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each pass; the shortest counts")
-    parser.add_argument("--limit", type=float, default=20.0, help="leave out a pass that would take more seconds than this")
+    parser.add_argument(
+        "--limit", type=float, default=20.0, help="leave out a pass that would take more seconds than this"
+    )
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the JSON goes")
     options = parser.parse_args(arguments)
     device, setting = torch.device(options.device), SETTINGS[options.device]
     if options.lengths and any(length < 1 or length % NUM_DOCUMENTS for length in options.lengths):
         parser.error(
-            f"--lengths {options.lengths}: each is cut into {NUM_DOCUMENTS} documents, so use multiples of {NUM_DOCUMENTS}"
+            f"--lengths {options.lengths}: each is cut into {NUM_DOCUMENTS} documents, so use multiples of "
+            f"{NUM_DOCUMENTS}"
         )
     if options.lengths:
         setting = Setting(**{**asdict(setting), "lengths": tuple(options.lengths)})
     matmul = matmul_tflops(setting, device, options.repeats)
     rates = measure(setting, device, options.repeats, options.limit)
     show(rates, matmul, Console())
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    rows = [asdict(rate) | {"forward_tflops": rate.forward_tflops, "backward_tflops": rate.backward_tflops} for rate in rates]
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    )
+    rows = [
+        asdict(rate) | {"forward_tflops": rate.forward_tflops, "backward_tflops": rate.backward_tflops}
+        for rate in rates
+    ]
     body = {"device": f"{device}: {name}", "setting": asdict(setting), "matmul_tflops": matmul, "rates": rows}
     print(write_result("attention", "python -m benchmarks.attention", body, options.folder))
 

@@ -1,9 +1,10 @@
 """`python -m benchmarks.balance`: how evenly the span plan shares attention work over a ring of 8.
 
-Packs of 131072 tokens with documents of log-normal length, all of it supervised or the last part of each document, and one whole
-document. Work is that of the slots that are unrolled. Beside the product's plan stand a contiguous
-cut and the zigzag cut (each rank takes one piece from the front and its mirror from the back), which are how ring attention is
-usually balanced. The measure is the largest rank's attention work over the mean: the ring waits for the largest.
+Packs of 131072 tokens with documents of log-normal length, all of it supervised or the last part of each
+document, and one whole document. Work is that of the slots that are unrolled. Beside the product's plan stand
+a contiguous cut and the zigzag cut (each rank takes one piece from the front and its mirror from the back),
+which are how ring attention is usually balanced. The measure is the largest rank's attention work over the
+mean: the ring waits for the largest.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ CUTS = ("span plan", "zigzag", "contiguous")
 
 @dataclass(frozen=True)
 class Balance:
-    """One kind of pack. `ratios` is largest over mean work by cut, a number per pack; `planning_ms` the product's time."""
+    """One kind of pack. `ratios` is largest over mean work by cut, a number per pack; `planning_ms` the
+    product's time.
+    """
 
     documents: str
     ratios: dict[str, list[float]]
@@ -41,8 +44,14 @@ class Balance:
 
     def as_dict(self) -> dict[str, object]:
         """The summary that the table shows."""
-        cuts = {cut: {"median": self.quantile(cut, 0.5), "90th_percentile": self.quantile(cut, 0.9)} for cut in CUTS}
-        planning = {"median": round(float(np.median(self.planning_ms)), 2), "largest": round(max(self.planning_ms), 2)}
+        cuts = {
+            cut: {"median": self.quantile(cut, 0.5), "90th_percentile": self.quantile(cut, 0.9)}
+            for cut in CUTS
+        }
+        planning = {
+            "median": round(float(np.median(self.planning_ms)), 2),
+            "largest": round(max(self.planning_ms), 2),
+        }
         return {"documents": self.documents, "packs": len(self.planning_ms), **cuts, "planning_ms": planning}
 
 
@@ -67,7 +76,9 @@ def measure(documents: str, packs: Sequence[Sequence[int]], answer: float = 1.0)
         plan = SpanPlan.make(lengths, ring=RING, live=live)
         planning_ms.append(1e3 * (time.perf_counter() - started))
         work = attention_work(plan.position, plan.document >= 0)[:LENGTH] * live
-        for cut, of_rank in zip(CUTS, (plan.ring_work(), _zigzag(work), work.reshape(RING, -1).sum(1)), strict=True):
+        for cut, of_rank in zip(
+            CUTS, (plan.ring_work(), _zigzag(work), work.reshape(RING, -1).sum(1)), strict=True
+        ):
             ratios[cut].append(float(of_rank.max() / of_rank.mean()))
     return Balance(documents, ratios, planning_ms)
 
@@ -80,9 +91,12 @@ def _zigzag(work: IntArray) -> IntArray:
 def run(num_packs: int) -> list[Balance]:
     """Every kind of pack, `num_packs` of each that is drawn by chance."""
     simulated = [
-        measure(f"median {median // 1000}k", [simulated_pack(median, seed) for seed in range(num_packs)]) for median in MEDIANS
+        measure(f"median {median // 1000}k", [simulated_pack(median, seed) for seed in range(num_packs)])
+        for median in MEDIANS
     ]
-    answers = measure("median 16k, answers", [simulated_pack(16_000, seed) for seed in range(num_packs)], ANSWER)
+    answers = measure(
+        "median 16k, answers", [simulated_pack(16_000, seed) for seed in range(num_packs)], ANSWER
+    )
     return [*simulated, answers, measure("one document", [[LENGTH]])]
 
 
@@ -116,7 +130,11 @@ def draw(found: Sequence[Balance], path: Path) -> None:
 
 
 def _row(balance: Balance, cut: str) -> tuple[object, ...]:
-    planning = (f"{np.median(balance.planning_ms):.1f}", f"{max(balance.planning_ms):.1f}") if cut == CUTS[0] else (None, None)
+    planning = (
+        (f"{np.median(balance.planning_ms):.1f}", f"{max(balance.planning_ms):.1f}")
+        if cut == CUTS[0]
+        else (None, None)
+    )
     return balance.documents, cut, balance.quantile(cut, 0.5), balance.quantile(cut, 0.9), *planning
 
 
@@ -132,7 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("documents", "cut", "median", "90th percentile", "planning ms, median", "largest"),
         [_row(balance, cut) for balance in found for cut in CUTS],
     )
-    body = {"length": LENGTH, "ring": RING, "log_normal_sigma": SPREAD, "balance": [balance.as_dict() for balance in found]}
+    body = {
+        "length": LENGTH,
+        "ring": RING,
+        "log_normal_sigma": SPREAD,
+        "balance": [balance.as_dict() for balance in found],
+    }
     path = write_result("balance", "python -m benchmarks.balance", body, options.folder)
     picture = options.pictures / "balance.png"
     picture.parent.mkdir(parents=True, exist_ok=True)

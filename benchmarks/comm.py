@@ -1,9 +1,9 @@
 """`python -m benchmarks.comm`: calls and bytes of one training step, counted by (ulysses, ring, K, strategy).
 
-Each row runs the real step on CPU ranks with a small draft and counts every torch.distributed call of rank 0. Beside it stands
-what `eagle3_ds.plan` predicts, and the exit status is 1 when they differ. A second table gives the proven formulas for an
-8B-shaped draft at 131072 tokens, beside the plain designs: q, k, v and out exchanged each on its own at every TTT step, and
-keys and values passed round the ring at every TTT step.
+Each row runs the real step on CPU ranks with a small draft and counts every torch.distributed call of rank 0.
+Beside it stands what `eagle3_ds.plan` predicts, and the exit status is 1 when they differ. A second table
+gives the proven formulas for an 8B-shaped draft at 131072 tokens, beside the plain designs: q, k, v and out
+exchanged each on its own at every TTT step, and keys and values passed round the ring at every TTT step.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ def small_runs() -> list[SampleRun]:
     runs = []
     for (ulysses, ring), steps in itertools.product(MESHES, STEPS):
         base = SampleRun(SMALL, 128, ttt_steps=steps, ulysses=ulysses, ring=ring, deepspeed=small_buckets({}))
-        runs += [replace(base, kv_exchange=strategy) for strategy in (("gather", "ring") if ring > 1 else ("gather",))]
+        runs += [
+            replace(base, kv_exchange=strategy)
+            for strategy in (("gather", "ring") if ring > 1 else ("gather",))
+        ]
     return runs
 
 
@@ -113,7 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         [
             (
                 *(row[key] for key in ("ulysses", "ring", "all_to_alls", "plain_all_to_alls")),
-                *(f"{row[key] / 1e9:.2f}" for key in ("gather_bytes", "ring_every_step_bytes", "ulysses_bytes")),
+                *(
+                    f"{row[key] / 1e9:.2f}"
+                    for key in ("gather_bytes", "ring_every_step_bytes", "ulysses_bytes")
+                ),
             )
             for row in large
         ],

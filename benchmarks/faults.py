@@ -1,11 +1,12 @@
-"""Faults injected into real runs by the real command: how soon they are noticed, what is lost, whether the run goes on exactly.
+"""Faults injected into real runs by the real command: how soon they are noticed, what is lost, whether the
+run goes on exactly.
 
     python -m benchmarks.faults
 
-Runs of two ranks under DeepSpeed's launcher are struck by one fault after the other, and each time brought back by
-`--resume auto`. In the end losses and weights must be bitwise those of a run that nothing happened to. Where the machine can
-play two hosts, hosts are struck too. Exit status 1 when a fault is missed, when more is lost than the steps since the last
-intact checkpoint, or when anything differs.
+Runs of two ranks under DeepSpeed's launcher are struck by one fault after the other, and each time brought
+back by `--resume auto`. In the end losses and weights must be bitwise those of a run that nothing happened
+to. Where the machine can play two hosts, hosts are struck too. Exit status 1 when a fault is missed, when
+more is lost than the steps since the last intact checkpoint, or when anything differs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,16 @@ from judge.result_file import print_table, write_result
 from judge.resume_runs import prepare_inputs
 from judge.two_hosts import why_not
 
-COLUMNS = ("fault", "where", "tried", "detected in (s)", "run ended in (s)", "steps lost", "went on exactly", "failures")
+COLUMNS = (
+    "fault",
+    "where",
+    "tried",
+    "detected in (s)",
+    "run ended in (s)",
+    "steps lost",
+    "went on exactly",
+    "failures",
+)
 
 
 def measure(folder: Path, first: int, last: int | None) -> list[Struck]:
@@ -77,14 +87,20 @@ def summarise(found: Sequence[Struck]) -> list[tuple[object, ...]]:
         seconds = [f"{max(times):.1f}" if times else None for times in (detected, ended)]
         lost = max(one.lost for one in tries)
         exact = "yes" if all(one.exact for one in tries) else "no"
-        rows.append((name, where, len(tries), *seconds, lost, exact, sum(bool(one.problems) for one in tries)))
+        rows.append(
+            (name, where, len(tries), *seconds, lost, exact, sum(bool(one.problems) for one in tries))
+        )
     return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--first", type=int, default=0, help="the first chain of faults to try")
-    parser.add_argument("--last", type=int, help="the one after the last; with either, no result file is written")
+    parser.add_argument(
+        "--last", type=int, help="the one after the last; with either, no result file is written"
+    )
     options = parser.parse_args(arguments)
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     # Every rank runs the product behind a door that lets faults in.
@@ -92,7 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         found = measure(Path(folder), options.first, options.last)
     rows = summarise(found)
-    print_table(f"{len(found)} faults; watchdog {WATCHDOG_SECONDS:.0f} s, a checkpoint every {SAVE_EVERY} steps", COLUMNS, rows)
+    print_table(
+        f"{len(found)} faults; watchdog {WATCHDOG_SECONDS:.0f} s, a checkpoint every {SAVE_EVERY} steps",
+        COLUMNS,
+        rows,
+    )
     failures = [f"{one.name}, {one.where}: {problem}" for one in found for problem in one.problems]
     if options.first == 0 and options.last is None:
         body = {"faults": [dict(zip(COLUMNS, row, strict=True)) for row in rows], "failures": failures}

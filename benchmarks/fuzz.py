@@ -1,11 +1,13 @@
-"""Damaged recipes, hostfiles, data rows, store indexes and checkpoint manifests: each is refused clearly, or read rightly.
+"""Damaged recipes, hostfiles, data rows, store indexes and checkpoint manifests: each is refused clearly, or
+read rightly.
 
     python -m benchmarks.fuzz --each 1000
 
-An input is refused clearly when a `ValueError` of ours names the file. It is read rightly when what was read passes the
-subject's own test: a recipe that is written and read again is the same, a store gives the rows that were stored. Anything else
-is a failure: another exception, a `ValueError` that Python raised by itself, an input that takes longer than LIMIT_SECONDS.
-Exit status 1 on failures; each is printed with the seed that makes it again.
+An input is refused clearly when a `ValueError` of ours names the file. It is read rightly when what was read
+passes the subject's own test: a recipe that is written and read again is the same, a store gives the rows
+that were stored. Anything else is a failure: another exception, a `ValueError` that Python raised by itself,
+an input that takes longer than LIMIT_SECONDS. Exit status 1 on failures; each is printed with the seed that
+makes it again.
 """
 
 from __future__ import annotations
@@ -96,13 +98,17 @@ def try_many(subject: Subject, seeds: Sequence[int]) -> Tally:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--each", type=int, default=1000, help="inputs of each kind")
     parser.add_argument("--first", type=int, default=0, help="the first seed, to make one input again")
     parser.add_argument("--only", help="one kind")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        subjects = [subject for subject in make_subjects(Path(folder)) if options.only in (None, subject.name)]
+        subjects = [
+            subject for subject in make_subjects(Path(folder)) if options.only in (None, subject.name)
+        ]
         seeds = range(options.first, options.first + options.each)
         tallies = {subject.name: try_many(subject, seeds) for subject in subjects}
     for tally in tallies.values():

@@ -1,9 +1,11 @@
-"""`python -m benchmarks.gpu`: every check and every measurement that needs a CUDA device, in one command of a few minutes.
+"""`python -m benchmarks.gpu`: every check and every measurement that needs a CUDA device, in one command of a
+few minutes.
 
-First `pytest tests/gpu`, then the training step of an 8B-shaped draft in bf16 at growing lengths: by attention kernel and
-activation mode, and beside it the plain dense implementation. Hidden states come from files mapped into memory, as a store
-hands them out. Each series of lengths has a process of its own and ends where memory does; what no longer fits into the
-time is reported as not run. One JSON, written again after every series.
+First `pytest tests/gpu`, then the training step of an 8B-shaped draft in bf16 at growing lengths: by
+attention kernel and activation mode, and beside it the plain dense implementation. Hidden states come from
+files mapped into memory, as a store hands them out. Each series of lengths has a process of its own and ends
+where memory does; what no longer fits into the time is reported as not run. One JSON, written again after
+every series.
 """
 
 from __future__ import annotations
@@ -38,13 +40,17 @@ from judge.tensor_bytes import TensorBytes
 
 ROOT = Path(__file__).parents[1]
 SHAPE_8B = StepShape(
-    DraftShape(4096, 14336, num_heads=32, num_kv_heads=8, head_dim=128, vocab_size=128256, draft_vocab_size=32000)
+    DraftShape(
+        4096, 14336, num_heads=32, num_kv_heads=8, head_dim=128, vocab_size=128256, draft_vocab_size=32000
+    )
 )
 SHAPE_TINY = StepShape(
-    DraftShape(64, 96, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=160, draft_vocab_size=128), ttt_steps=3
+    DraftShape(64, 96, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=160, draft_vocab_size=128),
+    ttt_steps=3,
 )
 AGREEMENT = 2e-2
-"""Largest relative difference of loss and gradient norm between product and dense implementation, bf16 each."""
+"""Largest relative difference of loss and gradient norm between product and dense implementation, bf16 each.
+"""
 # Kernels that are right everywhere and fast nowhere.
 _NOT_RACED = ("reference", "blockwise")
 # Share of the matmul rate assumed for the very first measurement's duration.
@@ -61,7 +67,9 @@ _DEEPSPEED = "zero2"
 
 @dataclass(frozen=True)
 class Series:
-    """One configuration at ascending lengths. `way` is a kernel for the product, a form of attention for the dense side."""
+    """One configuration at ascending lengths. `way` is a kernel for the product, a form of attention for the
+    dense side.
+    """
 
     side: str
     way: str
@@ -78,9 +86,11 @@ class Figures:
 
     Attributes:
         seconds: forward and backward, median; optimizer_seconds beside it (the product's).
-        share: of `matmul_rate` (operations per second, bf16, measured just before), on the `flops` that the step needs.
+        share: of `matmul_rate` (operations per second, bf16, measured just before), on the `flops` that the
+            step needs.
         peak_bytes: all memory that tensors took on the device at once, training states included.
-        predicted_seconds, predicted_bytes: the planner's, for the product; seconds for the devices that it knows.
+        predicted_seconds, predicted_bytes: the planner's, for the product; seconds for the devices that it
+            knows.
     """
 
     seconds: float
@@ -129,11 +139,14 @@ class Job:
     deadline: float
 
 
-def plan_series(lengths: Sequence[int], auto: str, kernels: Sequence[str], activations: Sequence[str]) -> list[Series]:
+def plan_series(
+    lengths: Sequence[int], auto: str, kernels: Sequence[str], activations: Sequence[str]
+) -> list[Series]:
     """What is measured, most telling first: short runs of everything, then the longest lengths.
 
     Args:
-        lengths: ascending. auto: the kernel that is chosen for users; kernels: the others. activations: of the recipe.
+        lengths: ascending. auto: the kernel that is chosen for users; kernels: the others. activations: of
+            the recipe.
     """
     first, *other_modes = activations
     short, long = lengths[:-2], lengths[-2:]
@@ -148,7 +161,9 @@ def plan_series(lengths: Sequence[int], auto: str, kernels: Sequence[str], activ
 
 
 def measure_series(job: Job) -> None:
-    """Measure a series, a line of JSON per length in `job.result` as soon as it is there. Runs in a world of one rank."""
+    """Measure a series, a line of JSON per length in `job.result` as soon as it is there. Runs in a world of
+    one rank.
+    """
     device = torch.device(job.device)
     model = make_model(job.shape, torch.bfloat16, device)
     rows = map_rows(model, job.rows, Path(job.folder), torch.bfloat16)
@@ -167,7 +182,11 @@ def measure_series(job: Job) -> None:
                 peak, steps = _run(side, make_pack(model, length, rows), rounds, device)
             except torch.OutOfMemoryError:
                 missing = "out of memory"
-        figures = None if missing else replace(_figures(length, flops, rate, peak, steps), **_prediction(side, length, device))
+        figures = (
+            None
+            if missing
+            else replace(_figures(length, flops, rate, peak, steps), **_prediction(side, length, device))
+        )
         with Path(job.result).open("a") as lines:
             lines.write(json.dumps(asdict(Measurement(job.series, length, figures, missing))) + "\n")
         if figures is None:
@@ -179,7 +198,9 @@ def _make_side(series: Series, model: StepModel, device: torch.device) -> Side:
     if series.activation is not None:
         return ProductStep(model, "bfloat16", series.activation, series.way, _DEEPSPEED)
     shape = model.shape
-    return DenseDraft(model.weights, shape.config(), model.frozen, shape.rules, series.way, torch.bfloat16, device)
+    return DenseDraft(
+        model.weights, shape.config(), model.frozen, shape.rules, series.way, torch.bfloat16, device
+    )
 
 
 def _run(side: Side, pack: PackedSequence, rounds: int, device: torch.device) -> tuple[int, list[TimedStep]]:
@@ -196,13 +217,27 @@ def _run(side: Side, pack: PackedSequence, rounds: int, device: torch.device) ->
 
 
 def _no_time(expected: float, left: float) -> str | None:
-    return None if expected <= left else f"not run: takes about {expected:.0f} s, and {max(0.0, left):.0f} s are left"
+    return (
+        None
+        if expected <= left
+        else f"not run: takes about {expected:.0f} s, and {max(0.0, left):.0f} s are left"
+    )
 
 
 def _figures(length: int, flops: int, rate: float, peak: int, steps: Sequence[TimedStep]) -> Figures:
     seconds, first = median(step.seconds for step in steps), steps[0]
     share = flops / seconds / rate
-    return Figures(seconds, length / seconds, flops, rate, share, peak, first.loss, first.grad_norm, first.optimizer_seconds)
+    return Figures(
+        seconds,
+        length / seconds,
+        flops,
+        rate,
+        share,
+        peak,
+        first.loss,
+        first.grad_norm,
+        first.optimizer_seconds,
+    )
 
 
 def _prediction(side: Side, length: int, device: torch.device) -> dict[str, Any]:
@@ -254,19 +289,31 @@ def run_gpu_tests(seconds: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"passed": False, "seconds": seconds, "output": [f"no result within {seconds:.0f} s"]}
     output = (done.stdout + done.stderr).strip().splitlines()
-    return {"passed": done.returncode == 0, "seconds": time.perf_counter() - started, "output": output[-_TEST_LINES:]}
+    return {
+        "passed": done.returncode == 0,
+        "seconds": time.perf_counter() - started,
+        "output": output[-_TEST_LINES:],
+    }
 
 
 def summarise(measurements: Sequence[Measurement], auto: str, activation: str) -> dict[str, Any]:
     """What the table says in three numbers, for the product as it comes (`auto`, the first activation mode).
 
     Returns:
-        largest_difference: of loss and gradient norm from the dense side, relative, over the lengths of both; None without any.
-        dense_longest, times_faster: the longest length that the dense side survives, and tokens/s there over its best.
+        largest_difference: of loss and gradient norm from the dense side, relative, over the lengths of both;
+            None without any.
+        dense_longest, times_faster: the longest length that the dense side survives, and tokens/s there over
+            its best.
         longest: of the product in any mode, with its peak bytes.
     """
-    product = [(m.length, m.series, m.figures) for m in measurements if m.figures and m.series.side == "product"]
-    ours = {length: figures for length, series, figures in product if (series.way, series.activation) == (auto, activation)}
+    product = [
+        (m.length, m.series, m.figures) for m in measurements if m.figures and m.series.side == "product"
+    ]
+    ours = {
+        length: figures
+        for length, series, figures in product
+        if (series.way, series.activation) == (auto, activation)
+    }
     dense: dict[int, list[Figures]] = defaultdict(list)
     for m in measurements:
         if m.figures and m.series.side == "dense" and m.length in ours:
@@ -323,18 +370,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     activations = get_args(TrainSection.model_fields["activation"].annotation)
     modes = [mode for mode in ("recompute", "offload") if mode in activations]
     lengths = TINY_LENGTHS if options.tiny else LENGTHS
-    record: dict[str, Any] = {"shape": asdict(shape), "dtype": "bfloat16", "deepspeed": _DEEPSPEED, "kernel": auto}
+    record: dict[str, Any] = {
+        "shape": asdict(shape),
+        "dtype": "bfloat16",
+        "deepspeed": _DEEPSPEED,
+        "kernel": auto,
+    }
     record["tests"] = run_gpu_tests(60 * _TEST_MINUTES)
     measurements: list[Measurement] = []
     with tempfile.TemporaryDirectory(prefix="hidden-rows-", dir=options.scratch) as folder:
         _require_disk(Path(folder), shape, max(lengths))
         for series in plan_series(lengths, auto, others, modes):
-            job = Job(series, shape, device, folder, max(lengths), str(Path(folder) / "series.jsonl"), deadline)
+            job = Job(
+                series, shape, device, folder, max(lengths), str(Path(folder) / "series.jsonl"), deadline
+            )
             measurements += run_series(job)
             record["measurements"] = [asdict(m) for m in measurements]
             record["summary"] = summarise(measurements, auto, modes[0])
             path = write_result("gpu", command, record, options.folder, _threads(device))
-            print(f"{series}: {measurements[-1].length} slots, {deadline - time.time():.0f} s left", flush=True)
+            print(
+                f"{series}: {measurements[-1].length} slots, {deadline - time.time():.0f} s left", flush=True
+            )
     show(measurements)
     print(*record["tests"]["output"][-1:], record["summary"], path, sep="\n")
     return 0 if _is_good(record) else 1
@@ -343,12 +399,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the JSON goes")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for everything; what does not fit is reported as not run")
-    parser.add_argument("--scratch", type=Path, metavar="DIR", help="where the hidden states of the longest length lie, 17 GB")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU: checks this program, measures nothing")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="for everything; what does not fit is reported as not run"
+    )
+    parser.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="where the hidden states of the longest length lie, 17 GB"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="tiny sizes on the CPU: checks this program, measures nothing"
+    )
     options = parser.parse_args(arguments)
     if options.tiny and options.folder.resolve().is_relative_to(FOLDER.resolve()):
-        parser.error(f"--tiny measures nothing, so {options.folder} is no place for it: give --folder one outside of {FOLDER}.")
+        parser.error(
+            f"--tiny measures nothing, so {options.folder} is no place for it: give --folder one outside of "
+            f"{FOLDER}."
+        )
     if not options.tiny and not torch.cuda.is_available():
         parser.error("no CUDA device here. --tiny --folder DIR runs this program in tiny on the CPU.")
     return options
@@ -357,7 +422,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _kernels(device: torch.device, head_dim: int) -> tuple[str, list[str]]:
     """The kernel that `auto` picks, and the others worth measuring."""
     auto = select_kernel("auto", device, torch.bfloat16, head_dim).name
-    usable = [kernel.name for kernel in KERNELS if kernel.unavailable_reason(device, torch.bfloat16, head_dim) is None]
+    usable = [
+        kernel.name
+        for kernel in KERNELS
+        if kernel.unavailable_reason(device, torch.bfloat16, head_dim) is None
+    ]
     return auto, [name for name in usable if name not in (auto, *_NOT_RACED)]
 
 
@@ -365,8 +434,8 @@ def _require_disk(folder: Path, shape: StepShape, length: int) -> None:
     needed, free = length * 4 * shape.draft.hidden_size * 2, shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
-            f"--scratch: hidden states of {length} slots take {needed / 1e9:.1f} GB, and {folder.parent} has {free / 1e9:.1f} GB "
-            "free. Give another folder."
+            f"--scratch: hidden states of {length} slots take {needed / 1e9:.1f} GB, and {folder.parent} has "
+            f"{free / 1e9:.1f} GB free. Give another folder."
         )
 
 

@@ -1,7 +1,8 @@
 """`python -m benchmarks.memory`: predicted bytes of a rank beside the bytes counted in the real step.
 
-Counted are tensor storages, on CPU ranks, in the second optimizer step: what is alive between two steps, and the peak. The packs
-themselves, which a run reads from disk, are left out. Exit status 1 when a prediction is off by more than TOLERANCE.
+Counted are tensor storages, on CPU ranks, in the second optimizer step: what is alive between two steps, and
+the peak. The packs themselves, which a run reads from disk, are left out. Exit status 1 when a prediction is
+off by more than TOLERANCE.
 """
 
 from __future__ import annotations
@@ -64,10 +65,16 @@ def varied_runs() -> dict[str, SampleRun]:
         "one rank, bf16, keep": run("zero1", dtype="bfloat16", activation="keep", length=1024, ttt_steps=4),
         "ulysses 2, bf16": run("zero2", dtype="bfloat16", ulysses=2),
         "ring 2, gathered, fp32": run("zero3", ring=2),
-        "ring 2, streamed, two layers": run("zero2", ring=2, kv_exchange="ring", shape=two_layers, ttt_steps=3),
+        "ring 2, streamed, two layers": run(
+            "zero2", ring=2, kv_exchange="ring", shape=two_layers, ttt_steps=3
+        ),
         "two micro-batches, bf16": run("zero1", dtype="bfloat16", accumulation=2, length=1024, ttt_steps=3),
-        "ulysses 2 x ring 2, bf16, two micro-batches": run("zero3", dtype="bfloat16", ulysses=2, ring=2, accumulation=2),
-        "draft_dp 2 x ulysses 2, replicas": run("zero2", draft_dp=2, ulysses=2, zero_group="draft_dp", ttt_steps=3),
+        "ulysses 2 x ring 2, bf16, two micro-batches": run(
+            "zero3", dtype="bfloat16", ulysses=2, ring=2, accumulation=2
+        ),
+        "draft_dp 2 x ulysses 2, replicas": run(
+            "zero2", draft_dp=2, ulysses=2, zero_group="draft_dp", ttt_steps=3
+        ),
         "answers of a quarter, ulysses 2, bf16": run("zero2", dtype="bfloat16", ulysses=2, answered=0.25),
         "answers of a tenth, ring 2, gathered": run("zero2", ring=2, answered=0.1),
         "short, the model is all": run("zero2", length=64, ttt_steps=1, dtype="bfloat16"),
@@ -89,7 +96,9 @@ def compare(name: str, run: SampleRun) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
-    parser.add_argument("--only", default="", metavar="TEXT", help="only configurations whose name contains TEXT")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only configurations whose name contains TEXT"
+    )
     options = parser.parse_args(arguments)
     runs = {name: run for name, run in varied_runs().items() if options.only in name}
     if not runs:
@@ -108,7 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for row in rows
         ],
     )
-    path = write_result("memory", "python -m benchmarks.memory", {"tolerance": TOLERANCE, "rows": rows}, threads=1)
+    path = write_result(
+        "memory", "python -m benchmarks.memory", {"tolerance": TOLERANCE, "rows": rows}, threads=1
+    )
     off = [row["name"] for row in rows if any(abs(ratio - 1) > TOLERANCE for ratio in row["ratio"].values())]
     print(f"{len(rows) - len(off)} of {len(rows)} within {TOLERANCE:.0%}; {path}")
     return 1 if off else 0

@@ -1,11 +1,13 @@
-"""Runs that are killed at random moments and resumed, and runs that are resumed in another shape, against uninterrupted ones.
+"""Runs that are killed at random moments and resumed, and runs that are resumed in another shape, against
+uninterrupted ones.
 
     python -m benchmarks.resume --kills 20
 
-Every ZeRO stage is trained under sequence parallelism with accumulation over packed documents that do not end with an epoch.
-It is killed by SIGKILL again and again, all ranks at once or one of them, at moments that the seed chooses, and each time
-resumed by new processes from the newest intact checkpoint. Losses and final weights must be bitwise those of the run that
-nobody killed. Then every shape goes on from every other shape's checkpoint. Exit status 1 when anything differs.
+Every ZeRO stage is trained under sequence parallelism with accumulation over packed documents that do not end
+with an epoch. It is killed by SIGKILL again and again, all ranks at once or one of them, at moments that the
+seed chooses, and each time resumed by new processes from the newest intact checkpoint. Losses and final
+weights must be bitwise those of the run that nobody killed. Then every shape goes on from every other shape's
+checkpoint. Exit status 1 when anything differs.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def uninterrupted(inputs: Path, shape: str, output: Path) -> None:
 
 
 def killed_and_resumed(inputs: Path, shape: str, output: Path, seed: int, most: int) -> int:
-    """A run that is killed and resumed up to `most` times, then brought to its end. Returns how often it was killed."""
+    """A run that is killed and resumed up to `most` times, then brought to its end. Returns how often it was
+    killed.
+    """
     chance, world_size = random.Random(seed), SHAPES[shape].world_size
     start_output(inputs, output)
     # Every second run writes its checkpoints in the background, so that more of it can be hit half written.
@@ -73,13 +77,19 @@ def largest_relative_error(records: Sequence[dict[str, Any]], expected: Sequence
     """Of the losses; infinite when the steps are not the same."""
     if [record["step"] for record in records] != [record["step"] for record in expected]:
         return float("inf")
-    return max(abs(record["loss"] / other["loss"] - 1) for record, other in zip(records, expected, strict=True))
+    return max(
+        abs(record["loss"] / other["loss"] - 1) for record, other in zip(records, expected, strict=True)
+    )
 
 
 def in_other_shapes(inputs: Path, shape: str, references: dict[str, Path], output: Path) -> dict[str, float]:
-    """`shape` goes on from each reference's checkpoint of half way: relative errors of its losses, by reference."""
+    """`shape` goes on from each reference's checkpoint of half way: relative errors of its losses, by
+    reference.
+    """
     start_output(inputs, output)
-    checkpoints = {name: folder / CHECKPOINTS / folder_name(STEPS // 2) for name, folder in references.items()}
+    checkpoints = {
+        name: folder / CHECKPOINTS / folder_name(STEPS // 2) for name, folder in references.items()
+    }
     recipe = make_recipe(inputs, shape, output, save_every=0)
     metrics = run_ranks(SHAPES[shape].world_size, continue_from, recipe, checkpoints)[0]
     expected = {name: read_metrics(folder)[STEPS // 2 :] for name, folder in references.items()}
@@ -99,7 +109,9 @@ def measure(folder: Path, kills: int) -> dict[str, Any]:
         while found[shape]["kills"] < kills:
             seed = found[shape]["runs"]
             output = folder / f"{shape}-{seed}"
-            found[shape]["kills"] += killed_and_resumed(inputs, shape, output, seed, kills - found[shape]["kills"])
+            found[shape]["kills"] += killed_and_resumed(
+                inputs, shape, output, seed, kills - found[shape]["kills"]
+            )
             found[shape]["runs"] += 1
             found[shape]["differences"] += differences(output, reference)
         print(f"{shape}: {found[shape]}", flush=True)
@@ -109,7 +121,9 @@ def measure(folder: Path, kills: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20, help="of each shape")
     parser.add_argument("--json", type=Path, default=FOLDER, metavar="FOLDER", help="where resume.json goes")
     options = parser.parse_args(arguments)
@@ -124,12 +138,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         for name, result in found.items()
     ]
-    print_table("killed and resumed", ("shape", "killed", "bitwise equal", *(f"loss from {name}" for name in SHAPES)), rows)
+    print_table(
+        "killed and resumed",
+        ("shape", "killed", "bitwise equal", *(f"loss from {name}" for name in SHAPES)),
+        rows,
+    )
     shapes = {name: {**asdict(SHAPES[name]), **result} for name, result in found.items()}
     command = f"python -m benchmarks.resume --kills {options.kills}"
     write_result("resume", command, {"steps": STEPS, "shapes": shapes}, options.json, threads=1)
     exact = not any(result["differences"] for result in found.values())
-    return 0 if exact and all(error <= TOLERANCE for r in found.values() for error in r["losses_from"].values()) else 1
+    return (
+        0
+        if exact and all(error <= TOLERANCE for r in found.values() for error in r["losses_from"].values())
+        else 1
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""`python -m benchmarks.scaling`: one sequence cut over 1, 2 and 4 ranks: bytes of a rank and seconds of a step.
+"""`python -m benchmarks.scaling`: one sequence cut over 1, 2 and 4 ranks: bytes of a rank and seconds of a
+step.
 
-Bytes are tensor storages counted in the real step (benchmarks.memory), split into what is alive between steps, the model states,
-and what the step adds at its peak; that is what sequence parallelism shares. The seconds are those of ranks on one machine: on
-fewer cores than ranks they cannot fall.
+Bytes are tensor storages counted in the real step (benchmarks.memory), split into what is alive between
+steps, the model states, and what the step adds at its peak; that is what sequence parallelism shares. The
+seconds are those of ranks on one machine: on fewer cores than ranks they cannot fall.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class Cut:
         return self.ulysses * self.ring
 
     def __str__(self) -> str:
-        return f"ulysses {self.ulysses} x ring {self.ring}" + (f", {self.kv_exchange}" if self.ring > 1 else "")
+        return f"ulysses {self.ulysses} x ring {self.ring}" + (
+            f", {self.kv_exchange}" if self.ring > 1 else ""
+        )
 
 
 CUTS = (
@@ -97,19 +100,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=LENGTH, help=f"tokens of the sequence (else {LENGTH})")
     options = parser.parse_args(arguments)
     if options.length < DOCUMENTS or options.length % DOCUMENTS:
-        parser.error(f"--length {options.length} must be a multiple of {DOCUMENTS}, the documents of the sequence.")
+        parser.error(
+            f"--length {options.length} must be a multiple of {DOCUMENTS}, the documents of the sequence."
+        )
     rows = [measure(cut, options.length) for cut in CUTS]
     alone = rows[0]["beyond_states"]
     for row in rows:
         row["share_of_one_rank"] = round(row["beyond_states"] / alone, 4)
     print_table(
-        f"one sequence of {options.length} tokens in {DOCUMENTS} documents, K 7, fp32, hidden {SHAPE.hidden_size}",
+        (
+            f"one sequence of {options.length} tokens in {DOCUMENTS} documents, K 7, fp32, hidden "
+            f"{SHAPE.hidden_size}"
+        ),
         ("cut", "sp", "states MiB", "beyond them MiB", "predicted", "share of one rank", "seconds"),
         [
             (
                 row["cut"],
                 row["sp"],
-                *(f"{row[key] / 2**20:.1f}" for key in ("states", "beyond_states", "predicted_beyond_states")),
+                *(
+                    f"{row[key] / 2**20:.1f}"
+                    for key in ("states", "beyond_states", "predicted_beyond_states")
+                ),
                 f"{row['share_of_one_rank']:.3f}",
                 row["seconds"],
             )
@@ -118,7 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print(
         write_result(
-            "scaling", "python -m benchmarks.scaling", {"length": options.length, "documents": DOCUMENTS, "rows": rows}, threads=1
+            "scaling",
+            "python -m benchmarks.scaling",
+            {"length": options.length, "documents": DOCUMENTS, "rows": rows},
+            threads=1,
         )
     )
 

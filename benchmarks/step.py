@@ -1,12 +1,13 @@
-"""`python -m benchmarks.step`: one training step on this CPU, the product against the plain dense implementation.
+"""`python -m benchmarks.step`: one training step on this CPU, the product against the plain dense
+implementation.
 
-Both start from the same weights and packs, alternate within one process, and must agree on loss and gradient, or the
-benchmark fails. Timed is, for both, from the packed sequence in memory to the loss and the norm of whole gradients: forward and
-backward. The product runs under its DeepSpeed engine (ZeRO 0, fp32, world size 1), cuts the sequence and computes accuracies
-besides; its optimizer is timed apart. The dense side computes the teacher's full-vocabulary argmax, which the product's store
-holds since capture. With --supervised below 1 the tokens are turns of questions and answers, and the answers alone are in the
-loss, as in chats; the dense side computes every slot all the same, as the paper's code does. Prints a table, writes JSON, draws a
-picture.
+Both start from the same weights and packs, alternate within one process, and must agree on loss and gradient,
+or the benchmark fails. Timed is, for both, from the packed sequence in memory to the loss and the norm of
+whole gradients: forward and backward. The product runs under its DeepSpeed engine (ZeRO 0, fp32, world size
+1), cuts the sequence and computes accuracies besides; its optimizer is timed apart. The dense side computes
+the teacher's full-vocabulary argmax, which the product's store holds since capture. With --supervised below 1
+the tokens are turns of questions and answers, and the answers alone are in the loss, as in chats; the dense
+side computes every slot all the same, as the paper's code does. Prints a table, writes JSON, draws a picture.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from judge.result_file import FOLDER, PICTURES, matmul_rate, print_table, write_
 from judge.step_inputs import Side, StepShape, TimedStep, make_model, make_pack, make_rows
 from judge.tensor_bytes import TensorBytes
 
-SHAPE = StepShape(DraftShape(512, 1536, num_heads=8, num_kv_heads=8, head_dim=64, vocab_size=32000, draft_vocab_size=8192))
+SHAPE = StepShape(
+    DraftShape(512, 1536, num_heads=8, num_kv_heads=8, head_dim=64, vocab_size=32000, draft_vocab_size=8192)
+)
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 SHARES = (1.0, 0.25)
 """Of the tokens that are supervised: all of them, and those of a long context with its answers."""
@@ -46,7 +49,9 @@ _MEMORY_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Measured:
-    """One side at one length. Medians over the rounds; `peak_bytes` of tensors beyond what lived before the step."""
+    """One side at one length. Medians over the rounds; `peak_bytes` of tensors beyond what lived before the
+    step.
+    """
 
     seconds: float
     tokens_per_s: float
@@ -62,8 +67,10 @@ class Row:
 
     Attributes:
         supervised: share of its tokens that is in the loss.
-        matmul_rate: floating-point operations per second of a large matrix product, measured between the rounds.
-        share: of that rate, reached by the product on `flops`, the operations that the step cannot do without.
+        matmul_rate: floating-point operations per second of a large matrix product, measured between the
+            rounds.
+        share: of that rate, reached by the product on `flops`, the operations that the step cannot do
+            without.
         dense: None with the reason in `dense_missing`.
     """
 
@@ -105,7 +112,8 @@ class Comparison:
         self.choose_at = choose_at
 
     def rows(self, lengths: Sequence[int], rounds: int, supervised: float = 1.0) -> Iterator[Row]:
-        """Measure each length, ascending; where there is no dense side to alternate with, one round is enough.
+        """Measure each length, ascending; where there is no dense side to alternate with, one round is
+        enough.
 
         Raises:
             DisagreementError: loss or gradient norm differ.
@@ -130,8 +138,13 @@ class Comparison:
         flops = self.model.shape.flops(length, supervised)
         share = median(flops / step.seconds / rate for step, rate in zip(steps[0], rates, strict=True))
         if dense:
-            _require_equal(length, {"loss": (ours.loss, dense[0].loss), "gradient norm": (ours.grad_norm, dense[0].grad_norm)})
-        return Row(length, flops, median(rates), ours, share, dense[0] if dense else None, missing, supervised)
+            _require_equal(
+                length,
+                {"loss": (ours.loss, dense[0].loss), "gradient norm": (ours.grad_norm, dense[0].grad_norm)},
+            )
+        return Row(
+            length, flops, median(rates), ours, share, dense[0] if dense else None, missing, supervised
+        )
 
     def _dense(self, form: str) -> DenseDraft:
         shape = self.model.shape
@@ -152,11 +165,14 @@ class Comparison:
         pack = self._pack(length, supervised)
         self.dense.run(pack)
         theirs, ours = self.dense.gradients(), self.ours.gradients(pack)
-        differences = {name: float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs}
+        differences = {
+            name: float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs
+        }
         worst = max(differences, key=lambda name: differences[name])
         if not differences[worst] <= TOLERANCE:
             raise DisagreementError(
-                f"{length} slots: the gradients of {worst} differ by {differences[worst]:.1e}, over {TOLERANCE}."
+                f"{length} slots: the gradients of {worst} differ by {differences[worst]:.1e}, over "
+                f"{TOLERANCE}."
             )
         return differences[worst]
 
@@ -174,17 +190,23 @@ def _summarise(steps: Sequence[TimedStep], peak_bytes: int, length: int) -> Meas
     seconds = median(step.seconds for step in steps)
     of_optimizer = [step.optimizer_seconds for step in steps if step.optimizer_seconds is not None]
     optimizer_seconds = median(of_optimizer) if of_optimizer else None
-    return Measured(seconds, length / seconds, peak_bytes, steps[0].loss, steps[0].grad_norm, optimizer_seconds)
+    return Measured(
+        seconds, length / seconds, peak_bytes, steps[0].loss, steps[0].grad_norm, optimizer_seconds
+    )
 
 
 def _require_equal(length: int, pairs: dict[str, tuple[float, float]]) -> None:
     for name, (ours, dense) in pairs.items():
         if not abs(ours - dense) <= TOLERANCE * abs(dense):
-            raise DisagreementError(f"{length} slots: the {name} is {ours} here and {dense} in the dense implementation.")
+            raise DisagreementError(
+                f"{length} slots: the {name} is {ours} here and {dense} in the dense implementation."
+            )
 
 
 def _too_large(last: Row | None, length: int) -> str | None:
-    """Why the dense side cannot be run, judged by what it took at the last length; its bytes grow with the square."""
+    """Why the dense side cannot be run, judged by what it took at the last length; its bytes grow with the
+    square.
+    """
     if last is None:
         return None
     if last.dense is None:
@@ -218,14 +240,23 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         time_axis.plot(lengths, [row.ours.seconds for row in of_share], "o-", label=label)
         byte_axis.plot(lengths, [row.ours.peak_bytes / 1e9 for row in of_share], "o-", label=label)
     of_share = [row for row in rows if row.supervised == shares[0]]
-    lengths, dense = [row.length for row in of_share], [(row.length, row.dense) for row in of_share if row.dense]
+    lengths, dense = (
+        [row.length for row in of_share],
+        [(row.length, row.dense) for row in of_share if row.dense],
+    )
     dense_lengths = [length for length, _ in dense]
     time_axis.plot(dense_lengths, [side.seconds for _, side in dense], "s-", label="dense")
-    time_axis.plot(lengths, [row.flops / row.matmul_rate for row in of_share], "k:", label="operations / matmul rate")
+    time_axis.plot(
+        lengths, [row.flops / row.matmul_rate for row in of_share], "k:", label="operations / matmul rate"
+    )
     byte_axis.plot(dense_lengths, [side.peak_bytes / 1e9 for _, side in dense], "s-", label="dense")
     for axis, label in ((time_axis, "seconds per step"), (byte_axis, "peak GB of tensors beyond the states")):
         axis.set(xscale="log", yscale="log", xlabel="slots", ylabel=label)
-        axis.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths], minor=False)
+        axis.set_xticks(
+            lengths,
+            [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths],
+            minor=False,
+        )
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend()
@@ -283,14 +314,21 @@ def run(
         for row in comparison.rows(lengths, rounds, share):
             rows.append(row)
             dense = row.dense.seconds if row.dense else row.dense_missing
-            print(f"{row.length} slots, {share:.0%} supervised: {row.ours.seconds:.2f} s, dense {dense}", flush=True)
+            print(
+                f"{row.length} slots, {share:.0%} supervised: {row.ours.seconds:.2f} s, dense {dense}",
+                flush=True,
+            )
     record = {
         "timed": " ".join((__doc__ or "").split("\n\n")[1].split()),
         "shape": asdict(shape),
         "activation": activation,
         "kernel": comparison.ours.trainer.kernel_name,
         "rounds": rounds,
-        "dense_attention": {"seconds": comparison.form_seconds, "slots": choose_at, "chosen": comparison.form},
+        "dense_attention": {
+            "seconds": comparison.form_seconds,
+            "slots": choose_at,
+            "chosen": comparison.form,
+        },
         "largest_gradient_difference": difference,
         "rows": [row.as_dict() for row in rows],
     }
@@ -301,7 +339,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="L")
-    parser.add_argument("--supervised", type=float, nargs="+", default=SHARES, metavar="SHARE", help="of the tokens, in the loss")
+    parser.add_argument(
+        "--supervised",
+        type=float,
+        nargs="+",
+        default=SHARES,
+        metavar="SHARE",
+        help="of the tokens, in the loss",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="alternations per length; the median counts")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--activation", default="recompute", help="train.activation of the recipe")
@@ -318,7 +363,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ((rows, record),) = run_ranks(1, run, *job, timeout=_PATIENCE, threads=options.threads)
     show(rows)
     command = " ".join(("python -m benchmarks.step", *arguments))
-    path, picture = write_result("step", command, record, options.folder, options.threads), options.pictures / "step.png"
+    path, picture = (
+        write_result("step", command, record, options.folder, options.threads),
+        options.pictures / "step.png",
+    )
     draw(rows, picture)
     print(f"{path} and {picture}")
     return 0

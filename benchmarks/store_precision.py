@@ -1,8 +1,8 @@
 """`python -m benchmarks.store_precision`: what the precision of stored hidden states does to the loss.
 
-One small target, trained here; its hidden states are captured once in float32 and stored in every precision. The same drafts (one
-per seed) learn the same packs in the same order from each store. The last column is what counts: the trained draft on held-out
-packs with float32 hidden states, which is what a server would feed it.
+One small target, trained here; its hidden states are captured once in float32 and stored in every precision.
+The same drafts (one per seed) learn the same packs in the same order from each store. The last column is what
+counts: the trained draft on held-out packs with float32 hidden states, which is what a server would feed it.
 """
 
 from __future__ import annotations
@@ -76,19 +76,26 @@ def convert(store: HiddenStateStore, dtype: str, path: Path) -> HiddenStateStore
     writer = HiddenStateWriter(path, store.lengths, layout, store.fingerprint)
     for document in writer.missing():
         length = store.lengths[document]
-        aux, teacher, token = (store.rows(document, name, 0, length) for name in ("aux", "teacher", "teacher_token"))
+        aux, teacher, token = (
+            store.rows(document, name, 0, length) for name in ("aux", "teacher", "teacher_token")
+        )
         writer.append(document, aux, teacher, token)
     return writer.finish()
 
 
-def train(recipe: Recipe, data: PreparedData, store: HiddenStateStore, reference: HiddenStateStore) -> Outcome:
+def train(
+    recipe: Recipe, data: PreparedData, store: HiddenStateStore, reference: HiddenStateStore
+) -> Outcome:
     """A fresh draft, `train.steps` steps from `store`."""
     vocabulary = VocabularyMap.load(Path(recipe.output_dir) / "vocabulary.safetensors")
     trainer = RolloutTrainer(recipe, vocabulary=vocabulary).trainer
     loader = PackedLoader(data.train, store, MAX_LENGTH, seed=recipe.train.seed)
     steps = recipe.train.steps or 0
     losses = [trainer.step(loader.step(step)).loss for step in range(steps)]
-    own, common = (trainer.evaluate(HeldoutPacks(PackedLoader(data.heldout, kind, MAX_LENGTH))) for kind in (store, reference))
+    own, common = (
+        trainer.evaluate(HeldoutPacks(PackedLoader(data.heldout, kind, MAX_LENGTH)))
+        for kind in (store, reference)
+    )
     return Outcome(
         dtype=store.layout.dtype,
         seed=recipe.train.seed,
@@ -108,7 +115,9 @@ def run(folder: Path, steps: int, seeds: int) -> Iterator[Outcome]:
     prepared = json.loads((folder / "prepared.json").read_text())
     data = PreparedData.open(Path(prepared["data"]), prepared["data_fingerprint"])
     reference = HiddenStateStore.open(prepared["store"], prepared["store_fingerprint"])
-    stores = [reference if dtype == REFERENCE else convert(reference, dtype, folder / dtype) for dtype in DTYPES]
+    stores = [
+        reference if dtype == REFERENCE else convert(reference, dtype, folder / dtype) for dtype in DTYPES
+    ]
     for seed in range(seeds):
         for store in stores:
             yield train(make_recipe(folder, steps, seed), data, store, reference)
@@ -117,7 +126,13 @@ def run(folder: Path, steps: int, seeds: int) -> Iterator[Outcome]:
 def show(outcomes: Sequence[Outcome], steps: int) -> None:
     """Means over the seeds; in brackets the largest change of one seed against float32."""
     table = Table(
-        "store", "bytes per token", "first step", f"steps {steps - 9} to {steps}", "held out", "held out, float32 rows", "tau"
+        "store",
+        "bytes per token",
+        "first step",
+        f"steps {steps - 9} to {steps}",
+        "held out",
+        "held out, float32 rows",
+        "tau",
     )
     reference = {one.seed: one for one in outcomes if one.dtype == REFERENCE}
     for dtype in DTYPES:
@@ -134,7 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.store_precision", description=__doc__)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=Path("output/store-precision"), help="where target and stores go")
+    parser.add_argument(
+        "--work", type=Path, default=Path("output/store-precision"), help="where target and stores go"
+    )
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the JSON goes")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

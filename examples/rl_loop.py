@@ -2,9 +2,10 @@
 
     python examples/rl_loop.py [--iterations 12] [section.key=value ...]
 
-Each iteration the policy answers prompts, its hidden states are captured on the way and the draft learns from them; then the
-policy is trained on its better answers, and the draft's new weights are ready for the server. A real loop differs in where the
-hidden states come from (the rollout engine) and in how many ranks call `step` (start them with torchrun or deepspeed).
+Each iteration the policy answers prompts, its hidden states are captured on the way and the draft learns from
+them; then the policy is trained on its better answers, and the draft's new weights are ready for the server.
+A real loop differs in where the hidden states come from (the rollout engine) and in how many ranks call
+`step` (start them with torchrun or deepspeed).
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Answer:
 @torch.no_grad()
 def answer(policy: Target, prompt: Tensor) -> Answer:
     """A sampled answer; the toy's reward is the variety of its tokens."""
-    whole = policy.model.generate(prompt[None], do_sample=True, max_new_tokens=ANSWER_TOKENS, use_cache=True)[0]
+    whole = policy.model.generate(prompt[None], do_sample=True, max_new_tokens=ANSWER_TOKENS, use_cache=True)[
+        0
+    ]
     written = whole[len(prompt) :]
     return Answer(whole, len(prompt), len(written.unique()) / ANSWER_TOKENS)
 
@@ -82,7 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     trainer = RolloutTrainer(recipe)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-4)
     texts = (row["messages"][0]["content"] for row in stdlib_conversations())
-    prompts = cycle([policy.tokenizer(text, return_tensors="pt").input_ids[0, :PROMPT_TOKENS] for text in islice(texts, 60)])
+    prompts = cycle(
+        [
+            policy.tokenizer(text, return_tensors="pt").input_ids[0, :PROMPT_TOKENS]
+            for text in islice(texts, 60)
+        ]
+    )
     taus = []
     for iteration in range(options.iterations):
         answers = [answer(policy, prompt) for prompt in islice(prompts, PROMPTS_PER_ITERATION)]
@@ -92,8 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         weights = vllm_tensors(trainer.state_dict(), trainer.vocabulary)
         taus.append(report.tau)
         print(
-            f"iteration {iteration + 1}: reward {sum(one.reward for one in answers) / len(answers):.2f}, draft loss "
-            f"{report.loss:.3f}, tau {report.tau:.2f}, {len(weights)} tensors for the server",
+            f"iteration {iteration + 1}: reward {sum(one.reward for one in answers) / len(answers):.2f}, "
+            f"draft loss {report.loss:.3f}, tau {report.tau:.2f}, {len(weights)} tensors for the server",
             flush=True,
         )
     trainer.save(f"{recipe.output_dir}/checkpoints")

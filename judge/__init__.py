@@ -1,1 +1,3 @@
-"""What tests and benchmarks judge the product with: dense references, exactness matrix, mutations, ranks, counters, faults."""
+"""What tests and benchmarks judge the product with: dense references, exactness matrix, mutations, ranks,
+counters, faults.
+"""

@@ -1,7 +1,7 @@
 """A cable between two network namespaces whose faults are ours: delay, loss, a cut.
 
-Linux's own means for this, netem, is a kernel module that many machines lack; a TUN device is not. Each end of the cable is such
-a device, and a thread carries the packets from one to the other.
+Linux's own means for this, netem, is a kernel module that many machines lack; a TUN device is not. Each end
+of the cable is such a device, and a thread carries the packets from one to the other.
 """
 
 from __future__ import annotations

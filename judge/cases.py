@@ -14,8 +14,8 @@ from transformers import LlamaConfig
 from judge.dense_reference import Frozen, LossRules, MicroBatch, Optimization
 
 Value = tuple[str, Any]
-# Order matters: the generator fills earlier factors first. `topology` is (draft_dp, ring, ulysses), `deepspeed` a file of
-# ds_configs/
+# Order matters: the generator fills earlier factors first. `topology` is (draft_dp, ring, ulysses),
+# `deepspeed` a file of ds_configs/
 FACTORS: Mapping[str, tuple[Any, ...]] = {
     "topology": (
         (1, 1, 1), (1, 1, 2), (1, 2, 1), (1, 2, 2), (2, 1, 2), (2, 2, 1), (1, 4, 1), (1, 1, 4), (2, 2, 2),
@@ -48,7 +48,8 @@ ROPE: Mapping[str, Mapping[str, float]] = {
 }  # fmt: skip
 HIDDEN, INTERMEDIATE, VOCABULARY, DRAFT_VOCABULARY = 64, 96, 160, 128
 NUM_STEPS = 3
-# A large epsilon keeps Adam's step proportional to small gradients, so that a wrong scale shows in the weights too.
+# A large epsilon keeps Adam's step proportional to small gradients, so that a wrong scale shows in the
+# weights too.
 OPTIMIZATION = Optimization(lr=2e-3, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.1, clip=1.0)
 
 
@@ -99,7 +100,8 @@ class Case:
         return (
             f"{mesh} {self.deepspeed}/{self.zero_group} acc{self.accumulation} {self.documents} {self.heads} "
             f"{self.kv_exchange} K{self.ttt_steps} {self.dtype} {self.alignment} {self.reduction} "
-            f"layers{self.layers} {self.activation} tiles-{self.tiles} {self.kernel} rope-{self.rope} window-{self.window}"
+            f"layers{self.layers} {self.activation} tiles-{self.tiles} {self.kernel} rope-{self.rope} "
+            f"window-{self.window}"
         )
 
 
@@ -157,7 +159,9 @@ def full_matrix() -> list[Case]:
 
 
 def short_matrix(max_world: int = 4) -> list[Case]:
-    """A few cases of the full matrix that together show every value of every factor which fits `max_world` ranks."""
+    """A few cases of the full matrix that together show every value of every factor which fits `max_world`
+    ranks.
+    """
     cases = [case for case in full_matrix() if case.world_size <= max_world]
     missing = {value for case in cases for value in _values(case)}
     chosen = []
@@ -178,7 +182,9 @@ def _rank(value: Value) -> tuple[int, int]:
 
 
 def _build_case(chosen: dict[str, Any], missing: set[Any]) -> Case:
-    """Fill the other factors one by one with the value that covers most missing pairs with those already chosen."""
+    """Fill the other factors one by one with the value that covers most missing pairs with those already
+    chosen.
+    """
     for name in FACTORS:
         if name in chosen:
             continue
@@ -189,12 +195,16 @@ def _build_case(chosen: dict[str, Any], missing: set[Any]) -> Case:
 
 
 def _gain(name: str, value: Any, chosen: Mapping[str, Any], missing: set[Any]) -> int:
-    pairs = (sorted([(name, value), item], key=lambda v: list(FACTORS).index(v[0])) for item in chosen.items())
+    pairs = (
+        sorted([(name, value), item], key=lambda v: list(FACTORS).index(v[0])) for item in chosen.items()
+    )
     return sum(tuple(pair) in missing for pair in pairs)
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Inputs of a case, fp32 (values that bf16 holds too, where the case is bf16); a pure function of (case, seed)."""
+    """Inputs of a case, fp32 (values that bf16 holds too, where the case is bf16); a pure function of (case,
+    seed).
+    """
     generator = torch.Generator().manual_seed(seed)
     config = _config(case)
     round_to = getattr(torch, case.dtype)
@@ -228,7 +238,11 @@ def _config(case: Case) -> LlamaConfig:
         rms_norm_eps=1e-5,
         rope_parameters={"rope_theta": 10000.0, "rope_type": case.rope, **ROPE[case.rope]},
         tie_word_embeddings=False,
-        **({"sliding_window": case.window, "layer_types": ["sliding_attention"] * case.layers} if case.window else {}),
+        **(
+            {"sliding_window": case.window, "layer_types": ["sliding_attention"] * case.layers}
+            if case.window
+            else {}
+        ),
     )
 
 
@@ -255,9 +269,10 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _weights(config: LlamaConfig, draft_head: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """A draft that is already half right (fc passes a noisy teacher on, the head is the target's), so that accuracies are
-    well away from zero and argmaxes well away from ties; yet not so right that gradients are differences of almost equal
-    probabilities, which bf16 could not hold to the tolerance in any implementation."""
+    """A draft that is already half right (fc passes a noisy teacher on, the head is the target's), so that
+    accuracies are well away from zero and argmaxes well away from ties; yet not so right that gradients are
+    differences of almost equal probabilities, which bf16 could not hold to the tolerance in any
+    implementation."""
     weights = {}
     for name, shape in parameter_shapes(config).items():
         noise = torch.randn(shape, generator=generator)
@@ -289,7 +304,8 @@ def _micro_batch(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    # The teacher favours one token for a while, and the aux features of a slot hold a noisy copy of the teacher ahead.
+    # The teacher favours one token for a while, and the aux features of a slot hold a noisy copy of the
+    # teacher ahead.
     favourite = torch.randint(0, VOCABULARY, (length,), generator=generator)
     changes = torch.rand(length, generator=generator) < 0.25
     changes[0] = True

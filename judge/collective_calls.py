@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# c10d operator -> kind, and the argument that holds what this rank hands in. A receive is counted by its sender.
+# c10d operator -> kind, and the argument that holds what this rank hands in. A receive is counted by its
+# sender.
 OPERATORS = {
     "alltoall_base_": ("all_to_all", 1),
     "_allgather_base_": ("all_gather", 1),
@@ -63,11 +64,15 @@ class CollectiveCalls(TorchDispatchMode):
             raise NotImplementedError(f"c10d.{operator} is not known here. Add it to OPERATORS.")
         kind, position = OPERATORS[operator]
         group = _group_of(args)
-        count = self.counts.setdefault((self._axis.get(group.group_name, "world"), kind), Count(ranks=group.size()))
+        count = self.counts.setdefault(
+            (self._axis.get(group.group_name, "world"), kind), Count(ranks=group.size())
+        )
         count.calls += 1
         count.payload += sum(leaf.nbytes for leaf in tree_leaves(args[position]) if isinstance(leaf, Tensor))
 
 
 def _group_of(args: tuple[Any, ...]) -> dist.ProcessGroup:
-    boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
+    boxed = next(
+        arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())
+    )
     return dist.ProcessGroup.unbox(boxed)

@@ -1,10 +1,12 @@
 """The plain way to train an EAGLE-3 draft, written well: what the product is measured against.
 
-One process, plain autograd. Every TTT step has its whole attention matrix, diagonals included, in one softmax; its whole
-draft-vocabulary logits; and the teacher's logits over the full vocabulary are computed once. What torch fuses is used fused,
-constants are shifted by slicing and not copied, and nothing is computed but the loss.
+One process, plain autograd. Every TTT step has its whole attention matrix, diagonals included, in one
+softmax; its whole draft-vocabulary logits; and the teacher's logits over the full vocabulary are computed
+once. What torch fuses is used fused, constants are shifted by slicing and not copied, and nothing is computed
+but the loss.
 
-Legend: L slots, K TTT steps, H hidden size, N query heads, D head size, V target vocabulary, Vd draft vocabulary.
+Legend: L slots, K TTT steps, H hidden size, N query heads, D head size, V target vocabulary, Vd draft
+vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from judge.dense_reference import Frozen, LossRules, MicroBatch, rotary_frequenc
 from judge.result_file import now
 from judge.step_inputs import TimedStep, as_batch
 
-# Attention of one TTT step: q [N, L, D], the keys and the values of the steps so far, [N, L, D] each, and the mask.
+# Attention of one TTT step: q [N, L, D], the keys and the values of the steps so far, [N, L, D] each, and the
+# mask.
 Attention = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], "Mask"], Tensor]
 
 
@@ -48,17 +51,24 @@ class DenseDraft:
         """`attention` is one of ATTENTION_FORMS.
 
         Raises:
-            ValueError: no such form, more than one layer, a sliding window, or loss rules other than the recipe's defaults.
+            ValueError: no such form, more than one layer, a sliding window, or loss rules other than the
+                recipe's defaults.
         """
         if attention not in ATTENTION_FORMS:
-            raise ValueError(f"attention = {attention!r} is unknown. Use one of {', '.join(ATTENTION_FORMS)}.")
+            raise ValueError(
+                f"attention = {attention!r} is unknown. Use one of {', '.join(ATTENTION_FORMS)}."
+            )
         if config.num_hidden_layers != 1 or (rules.alignment, rules.reduction) != ("served", "supervised"):
-            raise ValueError(f"{config.num_hidden_layers} layers with {rules}: the baseline has one layer, served, supervised.")
+            raise ValueError(
+                f"{config.num_hidden_layers} layers with {rules}: the baseline has one layer, served, "
+                "supervised."
+            )
         if getattr(config, "sliding_window", None) is not None:
             raise ValueError(f"sliding_window = {config.sliding_window}: the baseline has full attention.")
         self.config, self.rules = config, rules
         self.parameters = {
-            name: weight.detach().to(device, dtype, copy=True).requires_grad_() for name, weight in weights.items()
+            name: weight.detach().to(device, dtype, copy=True).requires_grad_()
+            for name, weight in weights.items()
         }
         self._embedding, self._head = (x.to(device, dtype) for x in (frozen.embedding, frozen.head))
         self._draft_to_target = (frozen.d2t + torch.arange(len(frozen.d2t))).to(device)
@@ -66,7 +76,9 @@ class DenseDraft:
         self._attend = ATTENTION_FORMS[attention]
 
     def step(self, batch: MicroBatch) -> tuple[float, float]:
-        """Forward and backward of one packed sequence: the loss and the gradients' norm; they replace those there were."""
+        """Forward and backward of one packed sequence: the loss and the gradients' norm; they replace those
+        there were.
+        """
         for parameter in self.parameters.values():
             parameter.grad = None
         loss = self._loss(batch)
@@ -83,7 +95,11 @@ class DenseDraft:
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients of the last step, flat, fp64, on the host."""
-        return {name: p.grad.detach().double().cpu().reshape(-1) for name, p in self.parameters.items() if p.grad is not None}
+        return {
+            name: p.grad.detach().double().cpu().reshape(-1)
+            for name, p in self.parameters.items()
+            if p.grad is not None
+        }
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         constants = self._constants(batch)
@@ -95,21 +111,28 @@ class DenseDraft:
         for k in range(self.rules.ttt_steps):
             ahead = slice(1 + k, 1 + k + length)
             embeds = functional.embedding(constants.token_ids[ahead], self._embedding)
-            hidden = self._layer(embeds, hidden, constants.angle + k * self._frequency, keys, values, constants.mask)
+            hidden = self._layer(
+                embeds, hidden, constants.angle + k * self._frequency, keys, values, constants.mask
+            )
             logits = functional.linear(self._norm(hidden, "norm"), self.parameters["lm_head.weight"])
-            entropy = functional.cross_entropy(logits.to(total.dtype), constants.teacher[ahead], reduction="none")
+            entropy = functional.cross_entropy(
+                logits.to(total.dtype), constants.teacher[ahead], reduction="none"
+            )
             total = total + torch.dot(entropy, constants.weight[k])
         return total
 
     @torch.no_grad()
     def _constants(self, batch: MicroBatch) -> _Constants:
         steps, length, device = self.rules.ttt_steps, len(batch.token_ids), self._head.device
-        document = torch.repeat_interleave(torch.arange(len(batch.lengths)), torch.tensor(batch.lengths)).to(device)
+        document = torch.repeat_interleave(torch.arange(len(batch.lengths)), torch.tensor(batch.lengths)).to(
+            device
+        )
         start = torch.tensor(batch.lengths).cumsum(0) - torch.tensor(batch.lengths)
         position = torch.arange(length, device=device) - start.to(device)[document]
         logits = functional.linear(batch.teacher.to(device, self._head.dtype), self._head)
         covered = torch.isin(logits.argmax(-1), self._draft_to_target)
-        # K more rows than slots, so that what a step reads is a slice; a slot that reads outside its document weighs nothing.
+        # K more rows than slots, so that what a step reads is a slice; a slot that reads outside its document
+        # weighs nothing.
         wide = torch.promote_types(self._head.dtype, torch.float32)
         teacher = logits.new_zeros(length + steps + 1, len(self._draft_to_target), dtype=wide)
         torch.softmax(logits[:, self._draft_to_target], -1, dtype=wide, out=teacher[:length])
@@ -127,11 +150,23 @@ class DenseDraft:
         )
 
     def _layer(
-        self, embeds: Tensor, hidden: Tensor, angle: Tensor, keys: list[Tensor], values: list[Tensor], mask: Mask
+        self,
+        embeds: Tensor,
+        hidden: Tensor,
+        angle: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        mask: Mask,
     ) -> Tensor:
         """One TTT step of the layer; appends its keys and values."""
-        x = torch.cat((self._norm(embeds, "layers.0.input_layernorm"), self._norm(hidden, "layers.0.hidden_norm")), dim=-1)
-        q, k, v = (self._project(x, f"self_attn.{name}_proj").unflatten(-1, (-1, self.config.head_dim)) for name in "qkv")
+        x = torch.cat(
+            (self._norm(embeds, "layers.0.input_layernorm"), self._norm(hidden, "layers.0.hidden_norm")),
+            dim=-1,
+        )
+        q, k, v = (
+            self._project(x, f"self_attn.{name}_proj").unflatten(-1, (-1, self.config.head_dim))
+            for name in "qkv"
+        )
         angle = torch.cat((angle, angle), -1)[:, None]
         wide = torch.promote_types(x.dtype, torch.float32)
         cos, sin = angle.cos().to(wide), angle.sin().to(wide)
@@ -139,7 +174,9 @@ class DenseDraft:
         group = q.shape[1] // k.shape[1]
         keys.append(_heads_first(_rotate(k, cos, sin), group))
         values.append(_heads_first(v, group))
-        attended = self._attend(_heads_first(_rotate(q, cos, sin), 1), keys, values, mask).transpose(0, 1).flatten(1)
+        attended = (
+            self._attend(_heads_first(_rotate(q, cos, sin), 1), keys, values, mask).transpose(0, 1).flatten(1)
+        )
         hidden = hidden + self._project(attended, "self_attn.o_proj")
         normed = self._norm(hidden, "layers.0.post_attention_layernorm")
         gate, up = (self._project(normed, f"mlp.{name}_proj") for name in ("gate", "up"))
@@ -173,7 +210,9 @@ class Mask:
 
     @cached_property
     def wide(self) -> Tensor:
-        diagonal = _additive(torch.eye(len(self.causal), dtype=torch.bool, device=self.causal.device), self.causal.dtype)
+        diagonal = _additive(
+            torch.eye(len(self.causal), dtype=torch.bool, device=self.causal.device), self.causal.dtype
+        )
         return torch.cat((self.causal, *[diagonal] * (self.steps - 1)), dim=-1)
 
 
@@ -182,7 +221,8 @@ class _Constants:
     """What the K steps read, shifted by slicing.
 
     Attributes:
-        token_ids: int64 [L + K + 1]; angle: [L, D / 2] of step 0; teacher: probabilities [L + K + 1, Vd], fp32 (fp64 for fp64).
+        token_ids: int64 [L + K + 1]; angle: [L, D / 2] of step 0; teacher: probabilities [L + K + 1, Vd],
+            fp32 (fp64 for fp64).
         weight: [K, L], decay**k / N_k for slots in the loss, else 0.
     """
 
@@ -202,7 +242,9 @@ def eager_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor],
     if not later_keys:
         return torch.bmm(scores.softmax(-1), v0)
     own_scores = torch.stack([(q * key).sum(-1) for key in later_keys], dim=-1) * scale
-    step_zero, own_slot = torch.cat((scores, own_scores), -1).softmax(-1).split((length, len(later_keys)), dim=-1)
+    step_zero, own_slot = (
+        torch.cat((scores, own_scores), -1).softmax(-1).split((length, len(later_keys)), dim=-1)
+    )
     out = torch.bmm(step_zero, v0)
     for probability, value in zip(own_slot.split(1, dim=-1), later_values, strict=True):
         out = torch.addcmul(out, probability, value)
@@ -210,16 +252,22 @@ def eager_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor],
 
 
 def fused_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Mask) -> Tensor:
-    """torch's fused attention over the keys of all steps side by side, the later ones masked to a diagonal. [N, L, D]."""
+    """torch's fused attention over the keys of all steps side by side, the later ones masked to a diagonal.
+    [N, L, D].
+    """
     k, v = (torch.cat(tuple(parts), dim=1) for parts in (keys, values))
-    return functional.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask.wide[:, : k.shape[1]])[0]
+    return functional.scaled_dot_product_attention(
+        q[None], k[None], v[None], attn_mask=mask.wide[:, : k.shape[1]]
+    )[0]
 
 
 ATTENTION_FORMS: Mapping[str, Attention] = {"eager": eager_attention, "fused": fused_attention}
 
 
 def _additive(may_attend: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(may_attend.shape, dtype=dtype, device=may_attend.device).masked_fill_(~may_attend, -math.inf)
+    return torch.zeros(may_attend.shape, dtype=dtype, device=may_attend.device).masked_fill_(
+        ~may_attend, -math.inf
+    )
 
 
 def _heads_first(x_LHD: Tensor, repeats: int) -> Tensor:

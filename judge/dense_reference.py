@@ -1,10 +1,11 @@
 """An EAGLE-3 TTT training step, dense and in one process: the judge of the product.
 
-Written from docs/semantics.md alone. It shares no code with the product: full attention matrices, full logits, its own
-rotary code and its own vocabulary, mask and accuracy rules, plain autograd. Slow and large on purpose; use it in fp64.
+Written from docs/semantics.md alone. It shares no code with the product: full attention matrices, full
+logits, its own rotary code and its own vocabulary, mask and accuracy rules, plain autograd. Slow and large on
+purpose; use it in fp64.
 
-Legend: L tokens of one micro-batch, K TTT steps, H hidden size, D head size, Hq / Hkv heads, V target vocabulary,
-Vd draft vocabulary.
+Legend: L tokens of one micro-batch, K TTT steps, H hidden size, D head size, Hq / Hkv heads, V target
+vocabulary, Vd draft vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One packed sequence. token_ids int64 [L], loss_mask bool [L], lengths sum L, aux [L, 3H], teacher [L, H]."""
+    """One packed sequence. token_ids int64 [L], loss_mask bool [L], lengths sum L, aux [L, 3H], teacher [L,
+    H].
+    """
 
     token_ids: Tensor
     loss_mask: Tensor
@@ -44,7 +47,9 @@ class LossRules:
 
 @dataclass(frozen=True)
 class Frozen:
-    """The target's embedding [V, H] and head [V, H], and d2t, int64 [Vd]: offsets (target id = draft id + d2t)."""
+    """The target's embedding [V, H] and head [V, H], and d2t, int64 [Vd]: offsets (target id = draft id +
+    d2t).
+    """
 
     embedding: Tensor
     head: Tensor
@@ -66,8 +71,9 @@ class Optimization:
 class StepResult:
     """One optimizer step before the optimizer: numbers, and every parameter's gradient by its name.
 
-    `accuracy_slack` and `tau_slack` say how far rounding may move `step_accuracy` and `tau`: the share of slots whose two
-    largest draft logits are nearly equal, one of them being right, so that rounding decides whether the argmax is.
+    `accuracy_slack` and `tau_slack` say how far rounding may move `step_accuracy` and `tau`: the share of
+    slots whose two largest draft logits are nearly equal, one of them being right, so that rounding decides
+    whether the argmax is.
     """
 
     loss: float
@@ -105,7 +111,8 @@ def reference_step(
 ) -> StepResult:
     """Loss, accuracies and gradients of one optimizer step over the micro-batches of all draft_dp ranks.
 
-    The dtype of `weights` is the dtype of everything. Logits closer than `rounding` times their largest are ties.
+    The dtype of `weights` is the dtype of everything. Logits closer than `rounding` times their largest are
+    ties.
     """
     leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
     sums = [_micro_batch(leaves, config, frozen, batch, rules, rounding) for batch in batches]
@@ -181,7 +188,9 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
     if kind == "linear":
         return frequency / rope["factor"]
     if kind != "llama3":
-        raise ValueError(f"rope_type = {kind!r}: the reference knows default, linear and llama3. Use one of them.")
+        raise ValueError(
+            f"rope_type = {kind!r}: the reference knows default, linear and llama3. Use one of them."
+        )
     # Llama 3.1: long waves are slowed by `factor`, short ones kept, and those between blended.
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
@@ -190,7 +199,12 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
 
 
 def _micro_batch(
-    weights: Weights, config: LlamaConfig, frozen: Frozen, batch: MicroBatch, rules: LossRules, rounding: float
+    weights: Weights,
+    config: LlamaConfig,
+    frozen: Frozen,
+    batch: MicroBatch,
+    rules: LossRules,
+    rounding: float,
 ) -> _Sums:
     length, steps = len(batch.token_ids), rules.ttt_steps
     dtype = weights["fc.weight"].dtype
@@ -221,14 +235,18 @@ def _micro_batch(
 
 
 def _is_decided_by_rounding(logits: Tensor, target_of: Tensor, best: Tensor, rounding: float) -> Tensor:
-    """bool [L]: the two largest logits are closer than `rounding` times the largest, and one of them is the teacher's."""
+    """bool [L]: the two largest logits are closer than `rounding` times the largest, and one of them is the
+    teacher's.
+    """
     value, draft_id = logits.topk(2)
     close = value[:, 0] - value[:, 1] < rounding * value[:, 0].abs()
     return close & (target_of[draft_id] == best[:, None]).any(-1)
 
 
 def _read(document: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
-    """The index `ahead` of each slot, and whether it is still in the slot's document; outside it is the slot itself."""
+    """The index `ahead` of each slot, and whether it is still in the slot's document; outside it is the slot
+    itself.
+    """
     index = torch.arange(len(document))
     read = (index + ahead).clamp(max=len(document) - 1)
     inside = (index + ahead < len(document)) & (document[read] == document)
@@ -253,7 +271,9 @@ def _unroll(
         embeds = frozen.embedding.to(dtype)[batch.token_ids[read]] * inside[:, None]
         angle = ((index - first + k)[:, None] * frequency).to(dtype)
         # The diagonals are the newest k keys of a window.
-        near = index[:, None] + k - index[None, :] < (getattr(config, "sliding_window", None) or len(index) + steps)
+        near = index[:, None] + k - index[None, :] < (
+            getattr(config, "sliding_window", None) or len(index) + steps
+        )
         for layer, keys_values in enumerate(seen):
             hidden = _layer(weights, config, layer, embeds, hidden, angle, may_attend & near, keys_values)
         logits.append(_rms_norm(hidden, weights["norm.weight"], config) @ weights["lm_head.weight"].T)
@@ -276,11 +296,17 @@ def _layer(
         return weights[f"layers.{layer}.{name}.weight"]
 
     if layer == 0:
-        normed = (_rms_norm(embeds, weight("input_layernorm"), config), _rms_norm(hidden, weight("hidden_norm"), config))
+        normed = (
+            _rms_norm(embeds, weight("input_layernorm"), config),
+            _rms_norm(hidden, weight("hidden_norm"), config),
+        )
         x = torch.cat(normed, dim=-1)
     else:
         x = _rms_norm(hidden, weight("input_layernorm"), config)
-    q, k, v = ((x @ weight(f"self_attn.{name}_proj").T).view(len(x), -1, config.head_dim).transpose(0, 1) for name in "qkv")
+    q, k, v = (
+        (x @ weight(f"self_attn.{name}_proj").T).view(len(x), -1, config.head_dim).transpose(0, 1)
+        for name in "qkv"
+    )
     group = config.num_attention_heads // config.num_key_value_heads
     keys_values.append((_rotate(k, angle).repeat_interleave(group, 0), v.repeat_interleave(group, 0)))
     attended = _attention(_rotate(q, angle), keys_values, may_attend).transpose(0, 1).flatten(1)

@@ -1,7 +1,8 @@
 """`python -m judge.exactness`: is the parallel product equal to the dense single-process reference?
 
-Each case trains NUM_STEPS optimizer steps with both, on CPU ranks. A line per case with the relative errors, all of them in
-benchmarks/results/exactness.json, exit status 1 when any case is over its tolerance (fp32 1e-5, bf16 2e-2).
+Each case trains NUM_STEPS optimizer steps with both, on CPU ranks. A line per case with the relative errors,
+all of them in benchmarks/results/exactness.json, exit status 1 when any case is over its tolerance (fp32
+1e-5, bf16 2e-2).
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Verdict:
     """One case, judged.
 
     Attributes:
-        errors: largest relative error of each of COMPARED, over the steps and (relative L2 each) over the parameters.
+        errors: largest relative error of each of COMPARED, over the steps and (relative L2 each) over the
+            parameters.
         worst: the parameter with the largest gradient error, and the one with the largest weight error.
         ranks_agree: reports and the bits of the weights are the same on all ranks.
         failure: traceback when the product did not run.
@@ -48,7 +50,11 @@ class Verdict:
     @property
     def passed(self) -> bool:
         # `not <=` and not `>`: NaN must fail.
-        return self.failure is None and self.ranks_agree and all(e <= self.case.tolerance for e in self.errors.values())
+        return (
+            self.failure is None
+            and self.ranks_agree
+            and all(e <= self.case.tolerance for e in self.errors.values())
+        )
 
     def line(self) -> str:
         state = "ok  " if self.passed else "FAIL"
@@ -63,7 +69,9 @@ class Verdict:
 
 
 def judge(case: Case, seed: int = 0, mutation: str | None = None, device: str = "cpu") -> Verdict:
-    """Run one case with the product (broken by `mutation`, when given) on `device` and with the reference, and compare."""
+    """Run one case with the product (broken by `mutation`, when given) on `device` and with the reference,
+    and compare.
+    """
     started = time.perf_counter()
     try:
         ranks: list[ProductResult] = run_ranks(case.world_size, run_case, case, seed, mutation, device=device)
@@ -94,7 +102,9 @@ def compare(
         for gradients, result in zip(product.gradients, expected, strict=True)
         for name in _same_names(gradients, result.gradients)
     )
-    weight_errors = _by_parameter((name, product.weights[name], trained[name]) for name in _same_names(product.weights, trained))
+    weight_errors = _by_parameter(
+        (name, product.weights[name], trained[name]) for name in _same_names(product.weights, trained)
+    )
     errors = {
         "loss": over_steps(lambda r: r.loss, lambda r: r.loss),
         "step_loss": over_steps(lambda r: r.step_loss, lambda r: r.step_loss),
@@ -102,7 +112,9 @@ def compare(
         "accuracy": _largest(
             relative_error(a, b, slack)
             for report, result in pairs
-            for a, b, slack in zip(report.step_accuracy, result.step_accuracy, result.accuracy_slack, strict=True)
+            for a, b, slack in zip(
+                report.step_accuracy, result.step_accuracy, result.accuracy_slack, strict=True
+            )
         ),
         "tau": _largest(relative_error(report.tau, result.tau, result.tau_slack) for report, result in pairs),
         "clip_norm": over_steps(lambda r: r.grad_norm, lambda r: r.grad_norm),
@@ -136,7 +148,9 @@ def _by_parameter(triples: Any) -> dict[str, float]:
 
 def _same_names(product: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> list[str]:
     if product.keys() != reference.keys():
-        raise ValueError(f"parameters differ: {sorted(product.keys() ^ reference.keys())} are on one side only.")
+        raise ValueError(
+            f"parameters differ: {sorted(product.keys() ^ reference.keys())} are on one side only."
+        )
     return sorted(reference)
 
 
@@ -150,7 +164,9 @@ def _worst(errors: Mapping[str, float]) -> str:
 
 
 def run_matrix(cases: Sequence[Case], seed: int, path: Path, command: str) -> bool:
-    """Judge all cases, printing and writing as it goes. Returns whether all passed. `command` goes into the result."""
+    """Judge all cases, printing and writing as it goes. Returns whether all passed. `command` goes into the
+    result.
+    """
     verdicts = []
     for number, case in enumerate(cases, 1):
         verdicts.append(judge(case, seed))
@@ -183,16 +199,28 @@ def _record(verdicts: Sequence[Verdict], num_cases: int, seed: int) -> dict[str,
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="python -m judge.exactness", description=__doc__)
-    parser.add_argument("--short", action="store_true", help="a few cases that show every value, at most 4 ranks")
-    parser.add_argument("--json", type=Path, default=FOLDER / "exactness.json", metavar="PATH", help="where the result goes")
+    parser.add_argument(
+        "--short", action="store_true", help="a few cases that show every value, at most 4 ranks"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=FOLDER / "exactness.json", metavar="PATH", help="where the result goes"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose printed line contains TEXT")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only cases whose printed line contains TEXT"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    cases = [case for case in (short_matrix() if options.short else full_matrix()) if options.only in str(case)]
+    cases = [
+        case for case in (short_matrix() if options.short else full_matrix()) if options.only in str(case)
+    ]
     if not cases:
         parser.error(f"--only {options.only!r} matches no case.")
-    return 0 if run_matrix(cases, options.seed, options.json, " ".join(("python -m judge.exactness", *arguments))) else 1
+    return (
+        0
+        if run_matrix(cases, options.seed, options.json, " ".join(("python -m judge.exactness", *arguments)))
+        else 1
+    )
 
 
 if __name__ == "__main__":

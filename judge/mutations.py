@@ -45,11 +45,15 @@ def mutate(name: str | None, case: Case) -> Iterator[None]:
     if name is None or name == "scale_by_sp":
         yield
     elif name == "dropped_halo":
-        with mock.patch.object(trainer_module, "prepare_usp_input", _without_halo(trainer_module.prepare_usp_input)):
+        with mock.patch.object(
+            trainer_module, "prepare_usp_input", _without_halo(trainer_module.prepare_usp_input)
+        ):
             yield
     elif name == "leaking_document":
         if case.kv_exchange != "gather":
-            raise ValueError("leaking_document patches the gathered tiles. Use a case with kv_exchange gather.")
+            raise ValueError(
+                "leaking_document patches the gathered tiles. Use a case with kv_exchange gather."
+            )
         with mock.patch.object(prefix_kv, "gathered_tiles", _leaking(prefix_kv.gathered_tiles)):
             yield
     elif name == "rope_off_by_one":
@@ -64,7 +68,9 @@ def mutate(name: str | None, case: Case) -> Iterator[None]:
             yield
     elif name == "lost_prompts":
         if case.documents != "answers" or case.layers > 1:
-            raise ValueError("lost_prompts needs slots that are not live. Use a case with documents answers and one layer.")
+            raise ValueError(
+                "lost_prompts needs slots that are not live. Use a case with documents answers and one layer."
+            )
         with mock.patch.object(step, "_backward_before", _of_live_slots(step._backward_before)):
             yield
     elif name == "lost_blocks":

@@ -1,4 +1,5 @@
-"""The product's side of a case: documents -> plan -> local batch -> patched draft -> loss -> DeepSpeed engine.
+"""The product's side of a case: documents -> plan -> local batch -> patched draft -> loss -> DeepSpeed
+engine.
 
 Runs on every rank of the case's world.
 """
@@ -71,11 +72,15 @@ def make_trainer(case: Case, inputs: Inputs) -> DraftTrainer:
     """The trainer of a case, with its weights. Collective over the case's world."""
     topology = maybe_setup_distributed(case.ulysses, case.ring, case.draft_dp)
     recipe = make_recipe(case)
-    settings = fill_deepspeed_config(load_deepspeed_config(recipe.deepspeed), recipe, topology.mesh.world_size, topology.draft_dp)
+    settings = fill_deepspeed_config(
+        load_deepspeed_config(recipe.deepspeed), recipe, topology.mesh.world_size, topology.draft_dp
+    )
     draft = DraftModel(inputs.config)
     draft.load_state_dict(inputs.weights)
     frozen = inputs.frozen
-    return DraftTrainer(recipe, settings, topology, draft, frozen.embedding, frozen.head, vocabulary_map(frozen))
+    return DraftTrainer(
+        recipe, settings, topology, draft, frozen.embedding, frozen.head, vocabulary_map(frozen)
+    )
 
 
 def make_recipe(case: Case) -> Recipe:
@@ -140,7 +145,9 @@ def digest(weights: dict[str, Tensor]) -> str:
 
 
 def record_gradients(trainer: DraftTrainer, found: list[dict[str, Tensor]]) -> None:
-    """Read every whole gradient between the last backward of an optimizer step and the step itself. Collective."""
+    """Read every whole gradient between the last backward of an optimizer step and the step itself.
+    Collective.
+    """
     engine, step = trainer.engine, trainer.engine.step
 
     def step_with_record(*args: Any, **kwargs: Any) -> Any:

@@ -23,18 +23,31 @@ class ProductStep:
     """A trainer whose learning rate is zero, so that every step starts from the same weights."""
 
     def __init__(
-        self, model: StepModel, dtype: str, activation: str, kernel: str = "auto", deepspeed_config: str = "zero0"
+        self,
+        model: StepModel,
+        dtype: str,
+        activation: str,
+        kernel: str = "auto",
+        deepspeed_config: str = "zero0",
     ) -> None:
         """Needs a world of one rank (`ranks.run_ranks`). `deepspeed_config` is a file of ds_configs."""
         recipe = _recipe(model, dtype, activation, kernel, deepspeed_config)
         self._shape, self._deepspeed_config = model.shape.draft, load_deepspeed_config(recipe.deepspeed)
         settings = fill_deepspeed_config(self._deepspeed_config, recipe, world=1, draft_dp=1)
-        with torch.device("meta"):  # Initial values of an 8B-shaped draft take longer than its step, and are not wanted.
+        with torch.device(
+            "meta"
+        ):  # Initial values of an 8B-shaped draft take longer than its step, and are not wanted.
             draft = DraftModel(model.shape.config())
         draft.load_state_dict({name: weight.clone() for name, weight in model.weights.items()}, assign=True)
         frozen = model.frozen
         self.trainer = DraftTrainer(
-            recipe, settings, maybe_setup_distributed(), draft, frozen.embedding, frozen.head, vocabulary_map(frozen)
+            recipe,
+            settings,
+            maybe_setup_distributed(),
+            draft,
+            frozen.embedding,
+            frozen.head,
+            vocabulary_map(frozen),
         )
         self.device = self.trainer.topology.device
         self._optimizer_seconds = 0.0
@@ -50,12 +63,16 @@ class ProductStep:
         report = self.trainer.step([pack], learning_rate=0.0)
         seconds = now(self.device) - started
         assert report.grad_norm is not None
-        return TimedStep(report.loss, report.grad_norm, seconds - self._optimizer_seconds, self._optimizer_seconds)
+        return TimedStep(
+            report.loss, report.grad_norm, seconds - self._optimizer_seconds, self._optimizer_seconds
+        )
 
     def setup(self, length: int) -> Setup:
         """The step over a pack of `length` tokens, as the planner sees it."""
         kind: Literal["cuda", "cpu"] = "cuda" if self.device.type == "cuda" else "cpu"
-        return replace(Setup.of(self.trainer.recipe, self._deepspeed_config, self._shape, 1, kind), length=length)
+        return replace(
+            Setup.of(self.trainer.recipe, self._deepspeed_config, self._shape, 1, kind), length=length
+        )
 
     def gradients(self, pack: PackedSequence) -> dict[str, Tensor]:
         """Every parameter's whole gradient, flat, fp64, on the host."""

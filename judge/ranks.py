@@ -1,11 +1,13 @@
-"""Ranks on this machine, on its CPU (gloo) or its GPUs (NCCL): fresh ones for a call, or a pool that many calls share.
+"""Ranks on this machine, on its CPU (gloo) or its GPUs (NCCL): fresh ones for a call, or a pool that many
+calls share.
 
-`run_ranks` starts fresh ranks, because DeepSpeed keeps module-level state that one case must not hand to the next. On the
-CPU they are forked from a server that has torch and DeepSpeed imported already, because importing takes seconds and forking
-does not; on GPUs they are spawned, because CUDA does not survive a fork. `RankPools` keeps ranks for calls that leave nothing
-behind: attention and collectives, hundreds of cases.
+`run_ranks` starts fresh ranks, because DeepSpeed keeps module-level state that one case must not hand to the
+next. On the CPU they are forked from a server that has torch and DeepSpeed imported already, because
+importing takes seconds and forking does not; on GPUs they are spawned, because CUDA does not survive a fork.
+`RankPools` keeps ranks for calls that leave nothing behind: attention and collectives, hundreds of cases.
 
-Arguments and results travel as plain pickle: tensors are copied, not shared through descriptors that die with a process.
+Arguments and results travel as plain pickle: tensors are copied, not shared through descriptors that die with
+a process.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-# The last one DeepSpeed imports while it makes an optimizer, and torch's whole compiler with it: seconds for each rank.
+# The last one DeepSpeed imports while it makes an optimizer, and torch's whole compiler with it: seconds for
+# each rank.
 PRELOADED = ["judge.product", "eagle3_ds.train.main", "deepspeed.runtime.zero.muon.original_muon"]
 
 
@@ -39,7 +42,8 @@ def run_ranks(
     device: str = "cpu",
     threads: int = 1,
 ) -> list[Any]:
-    """Results by rank of a module-level `function(*args)`, called on every rank of a new world on `cpu` or `cuda`.
+    """Results by rank of a module-level `function(*args)`, called on every rank of a new world on `cpu` or
+    `cuda`.
 
     Args:
         threads: how many each rank's torch may use.
@@ -50,7 +54,8 @@ def run_ranks(
     context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
     if device == "cpu":
         context.set_forkserver_preload(PRELOADED)
-    # Read by DeepSpeed and by OpenMP while they are imported, so it must stand before the server or a rank starts.
+    # Read by DeepSpeed and by OpenMP while they are imported, so it must stand before the server or a rank
+    # starts.
     os.environ.update(DS_ACCELERATOR=device, OMP_NUM_THREADS="1")
     _own_ninja_first()
     world = _World(context, world_size, device, threads)
@@ -70,15 +75,19 @@ class RankPools:
     def __init__(self) -> None:
         self._worlds: dict[int, _World] = {}
 
-    def __call__(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180.0) -> list[Any]:
+    def __call__(
+        self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180.0
+    ) -> list[Any]:
         """Results of `function(*args)` by rank.
 
         Raises:
-            RankFailure: with the traceback of the first rank that raised, or which ranks died or did not answer. The world is
-                started anew for the next call.
+            RankFailure: with the traceback of the first rank that raised, or which ranks died or did not
+                answer. The world is started anew for the next call.
         """
         if world_size not in self._worlds:
-            self._worlds[world_size] = _World(multiprocessing.get_context("spawn"), world_size, "cpu", threads=1)
+            self._worlds[world_size] = _World(
+                multiprocessing.get_context("spawn"), world_size, "cpu", threads=1
+            )
         try:
             return self._worlds[world_size].call(function, args, timeout)
         except BaseException:
@@ -138,7 +147,9 @@ class _World:
 
     def _death(self, rank: int) -> RankFailure:
         self._processes[rank].join(5)
-        return RankFailure(f"rank {rank} of {len(self._connections)} died, exit code {self._processes[rank].exitcode}")
+        return RankFailure(
+            f"rank {rank} of {len(self._connections)} died, exit code {self._processes[rank].exitcode}"
+        )
 
     def close(self, grace: float) -> None:
         """End the ranks: the idle ones leave by themselves within `grace` seconds, the others are killed."""
@@ -154,7 +165,9 @@ class _World:
 
 def _serve(rank: int, world_size: int, store: str, connection: Connection, device: str, threads: int) -> None:
     """What a rank does: join, then answer calls until the connection closes."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+    )
     # Read by DeepSpeed, which asks for them although the world exists when it is initialised.
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", DS_ACCELERATOR=device)
     # Without a resolvable host name gloo finds no interface; the ranks are all on this machine anyway.
@@ -179,7 +192,9 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection, devic
 
 
 def _leave_with_parent() -> None:
-    """A rank that waits in a collective never sees its connection close: end it when a killed caller leaves it behind."""
+    """A rank that waits in a collective never sees its connection close: end it when a killed caller leaves
+    it behind.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

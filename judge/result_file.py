@@ -1,4 +1,6 @@
-"""Where a benchmark's JSON goes and what it says about its origin; tables; and the matmul rate of the machine."""
+"""Where a benchmark's JSON goes and what it says about its origin; tables; and the matmul rate of the
+machine.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,11 @@ VERSIONED = ("torch", "deepspeed", "transformers", "numpy")
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 
 
-def write_result(name: str, command: str, body: Mapping[str, Any], folder: Path = FOLDER, threads: int | None = None) -> Path:
-    """Write `body` with command, date, versions and machine to `folder`/`name`.json, whole: nobody reads half of it.
+def write_result(
+    name: str, command: str, body: Mapping[str, Any], folder: Path = FOLDER, threads: int | None = None
+) -> Path:
+    """Write `body` with command, date, versions and machine to `folder`/`name`.json, whole: nobody reads half
+    of it.
 
     Args:
         body: what was measured; it may not take the names `command`, `date`, `versions` and `machine`.

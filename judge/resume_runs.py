@@ -1,7 +1,7 @@
 """Small real runs on gloo ranks: trained to the end, killed on the way, resumed, resumed in another shape.
 
-Everything is real but the size: a target on disk, prepared data with captured hidden states, packing, and the very function
-that the launcher's ranks run.
+Everything is real but the size: a target on disk, prepared data with captured hidden states, packing, and the
+very function that the launcher's ranks run.
 """
 
 from __future__ import annotations
@@ -44,14 +44,19 @@ BUILD = TargetBuild(
     sequence_length=32, batch_size=4, steps=0,
 )  # fmt: skip
 CONVERSATIONS = [
-    [{"role": "user", "content": f"What is f{n}?"}, {"role": "assistant", "content": f"It adds {n} to x. " * (1 + n % 4)}]
+    [
+        {"role": "user", "content": f"What is f{n}?"},
+        {"role": "assistant", "content": f"It adds {n} to x. " * (1 + n % 4)},
+    ]
     for n in range(40)
 ]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How the ranks share a run. The product draft_dp x accumulation is 4 for all, so that their steps see the same packs."""
+    """How the ranks share a run. The product draft_dp x accumulation is 4 for all, so that their steps see
+    the same packs.
+    """
 
     draft_dp: int
     ring: int
@@ -74,9 +79,13 @@ SHAPES = {
 
 
 def prepare_inputs(folder: Path) -> None:
-    """Target, documents and hidden states, which all runs share. `folder / "prepared"` is the start of an output folder."""
+    """Target, documents and hidden states, which all runs share. `folder / "prepared"` is the start of an
+    output folder.
+    """
     texts = [f"def f{n}(x):\n    return x + {n}\n" * 4 for n in range(30)]
-    build_target(TargetSection(path=str(folder / "target"), build=BUILD), texts, CONVERSATIONS, progress=False)
+    build_target(
+        TargetSection(path=str(folder / "target"), build=BUILD), texts, CONVERSATIONS, progress=False
+    )
     lines = (json.dumps({"messages": messages}) for messages in CONVERSATIONS)
     (folder / "data.jsonl").write_text("".join(f"{line}\n" for line in lines))
     (folder / "prepared").mkdir()
@@ -89,9 +98,25 @@ def make_recipe(inputs: Path, shape: str | Shape, output: Path, **train_keys: An
     sections: dict[str, dict[str, Any]] = {
         "target": {"path": str(inputs / "target"), "dtype": "float32"},
         "draft": {"vocab_size": 192, "ttt_steps": 2},
-        "data": {"train": (str(inputs / "data.jsonl"),), "max_length": 128, "heldout_fraction": 0.1, "hidden_dtype": "float32"},
-        "parallel": {"draft_dp": how.draft_dp, "ring": how.ring, "ulysses": how.ulysses, "zero_group": how.zero_group},
-        "train": {"steps": STEPS, "accumulation": how.accumulation, "dtype": "float32", "learning_rate": 3e-3, "warmup_steps": 2},
+        "data": {
+            "train": (str(inputs / "data.jsonl"),),
+            "max_length": 128,
+            "heldout_fraction": 0.1,
+            "hidden_dtype": "float32",
+        },
+        "parallel": {
+            "draft_dp": how.draft_dp,
+            "ring": how.ring,
+            "ulysses": how.ulysses,
+            "zero_group": how.zero_group,
+        },
+        "train": {
+            "steps": STEPS,
+            "accumulation": how.accumulation,
+            "dtype": "float32",
+            "learning_rate": 3e-3,
+            "warmup_steps": 2,
+        },
         "eval": {"num_prompts": 0},
     }
     sections["data"]["cache_dir"] = str(inputs / "cache")
@@ -118,7 +143,8 @@ def _train(recipe: Recipe, resume: str | None) -> None:
 
 @dataclass(frozen=True)
 class Blow:
-    """A rank (None: all of them at once) gets a signal in optimizer step `step` (from 0), or in the saving after it.
+    """A rank (None: all of them at once) gets a signal in optimizer step `step` (from 0), or in the saving
+    after it.
 
     `moment` says when, as a share of the time from one step's beginning to the next.
     """
@@ -168,7 +194,9 @@ def _train_under(recipe: Recipe, resume: str | None, blow: Blow) -> None:
 
 
 def continue_from(recipe: Recipe, checkpoints: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
-    """On every rank: put one trainer to each checkpoint in turn and train to the end. Metrics by the checkpoint's name."""
+    """On every rank: put one trainer to each checkpoint in turn and train to the end. Metrics by the
+    checkpoint's name.
+    """
     parallel = recipe.parallel
     topology = maybe_setup_distributed(parallel.ulysses, parallel.ring, parallel.draft_dp)
     trainer = build_trainer(recipe, topology)
@@ -177,7 +205,9 @@ def continue_from(recipe: Recipe, checkpoints: dict[str, Path]) -> dict[str, lis
         output = Path(recipe.output_dir) / name
         output.mkdir(exist_ok=True)
         resumed = load_checkpoint(EngineState(trainer), folder)
-        loader, heldout = build_loaders(recipe, topology, open_states(recipe, topology), (resumed.step, resumed.packs))
+        loader, heldout = build_loaders(
+            recipe, topology, open_states(recipe, topology), (resumed.step, resumed.packs)
+        )
         loop.run_training(trainer, loader, heldout, output, StopRequest(), Heart(None), resumed)
         metrics[name] = read_metrics(output) if topology.place.rank == 0 else []
     return metrics
@@ -208,9 +238,15 @@ def differences(output: Path, reference: Path) -> list[str]:
     """Where a run is not bitwise the reference."""
     found = []
     for name in ("step", "lr", "loss", "step_loss", "step_accuracy", "tau", "grad_norm", "tokens", "heldout"):
-        values, expected = ([record.get(name) for record in read_metrics(folder)] for folder in (output, reference))
+        values, expected = (
+            [record.get(name) for record in read_metrics(folder)] for folder in (output, reference)
+        )
         if values != expected:
             found.append(f"{name} {values} instead of {expected}")
     weights, wanted = (load_file(folder / FINAL_WEIGHTS) for folder in (output, reference))
-    found += [f"weight {name}" for name in wanted if name not in weights or not torch.equal(weights[name], wanted[name])]
+    found += [
+        f"weight {name}"
+        for name in wanted
+        if name not in weights or not torch.equal(weights[name], wanted[name])
+    ]
     return found

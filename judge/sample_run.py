@@ -1,4 +1,6 @@
-"""A trainer and packs of any size, for benchmarks that measure the real step. Random weights and tokens, nothing on disk."""
+"""A trainer and packs of any size, for benchmarks that measure the real step. Random weights and tokens,
+nothing on disk.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +122,9 @@ class SampleRun:
         embedding, head = (torch.randn(shape.vocab_size, shape.hidden_size) for _ in range(2))
         kept = torch.arange(shape.draft_vocab_size)
         vocabulary = VocabularyMap(torch.zeros_like(kept), torch.arange(shape.vocab_size) < len(kept))
-        return DraftTrainer(recipe, settings, topology, DraftModel(self.config()), embedding, head, vocabulary)
+        return DraftTrainer(
+            recipe, settings, topology, DraftModel(self.config()), embedding, head, vocabulary
+        )
 
     def loss_mask(self) -> Tensor:
         """bool [length], of every packed sequence."""
@@ -153,7 +157,9 @@ class SampleRun:
 
 
 def small_buckets(deepspeed: dict[str, Any], elements: int = 100_000) -> dict[str, Any]:
-    """The same JSON with gradient buckets that fit a small model; DeepSpeed's default holds 500 million elements."""
+    """The same JSON with gradient buckets that fit a small model; DeepSpeed's default holds 500 million
+    elements.
+    """
     zero = {**deepspeed.get("zero_optimization", {}), "reduce_bucket_size": elements}
     return {**deepspeed, "zero_optimization": zero}
 

@@ -1,4 +1,5 @@
-"""The training step that is measured: its sizes, its floating-point operations, and random inputs of any length.
+"""The training step that is measured: its sizes, its floating-point operations, and random inputs of any
+length.
 
 Legend: L slots, H hidden size, V target vocabulary, Vd draft vocabulary, K TTT steps.
 """
@@ -18,12 +19,14 @@ from eagle3_ds.plan import DraftShape, Setup, attention_pairs, step_flops
 from judge.cases import parameter_shapes
 from judge.dense_reference import Frozen, LossRules, MicroBatch
 
-# Logit of a teacher's favourite; the largest of V unit normals stays below 6, so the favourite is always the argmax.
+# Logit of a teacher's favourite; the largest of V unit normals stays below 6, so the favourite is always the
+# argmax.
 _FAVOURITE_LOGIT = 16.0
 TURN = 512
 """Tokens of a question and its answer, where not all tokens are supervised."""
 PATTERN_ROWS = 1024
-"""Hidden states repeat after so many rows: random numbers for half a million would take longer than the step."""
+"""Hidden states repeat after so many rows: random numbers for half a million would take longer than the step.
+"""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class StepShape:
     def flops(self, length: int, supervised: float = 1.0) -> int:
         """Floating-point operations that one step cannot do without, over one document of `length` tokens.
 
-        The planner's count without its recomputation. Attention backward is 2.5 times forward, because scores are not kept.
+        The planner's count without its recomputation. Attention backward is 2.5 times forward, because scores
+        are not kept.
         """
         live = live_slots((length,), answers_mask(length, supervised), self.ttt_steps)
         setup = Setup(self.draft, length, self.ttt_steps, supervised=float(live.mean()))
@@ -68,7 +72,9 @@ class StepShape:
 
 @dataclass(frozen=True)
 class StepModel:
-    """What does not depend on the length: `weights` by the names of DraftModel, in fp32, and the target's, all on the host."""
+    """What does not depend on the length: `weights` by the names of DraftModel, in fp32, and the target's,
+    all on the host.
+    """
 
     shape: StepShape
     weights: dict[str, Tensor]
@@ -87,7 +93,8 @@ class TimedStep:
     """One training step of either side.
 
     Attributes:
-        seconds: from the packed sequence in hand to the loss and the norm of whole gradients: forward and backward.
+        seconds: from the packed sequence in hand to the loss and the norm of whole gradients: forward and
+            backward.
         optimizer_seconds: what the optimizer took, which `seconds` leaves out; None where there is none.
     """
 
@@ -103,8 +110,12 @@ class Side(Protocol):
     def run(self, pack: PackedSequence) -> TimedStep: ...
 
 
-def make_model(shape: StepShape, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> StepModel:
-    """Random weights that `dtype` can hold, drawn on `device`, which decides which ones, and kept on the host."""
+def make_model(
+    shape: StepShape, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> StepModel:
+    """Random weights that `dtype` can hold, drawn on `device`, which decides which ones, and kept on the
+    host.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int, std: float) -> Tensor:
@@ -158,7 +169,8 @@ def make_rows(model: StepModel, length: int) -> HiddenRows:
 
 
 def map_rows(model: StepModel, length: int, folder: Path, dtype: torch.dtype) -> HiddenRows:
-    """The same in two files that are mapped into memory, as a hidden-state store hands them out; written if not yet there.
+    """The same in two files that are mapped into memory, as a hidden-state store hands them out; written if
+    not yet there.
 
     The files hold whole patterns; the rows behind `length` are never read.
     """
@@ -172,12 +184,16 @@ def map_rows(model: StepModel, length: int, folder: Path, dtype: torch.dtype) ->
                 for _ in range(repeats):
                     stream.write(piece)
         size = repeats * rows.numel()
-        mapped.append(torch.from_file(str(path), size=size, dtype=dtype, shared=False).view(-1, rows.shape[1])[:length])
+        mapped.append(
+            torch.from_file(str(path), size=size, dtype=dtype, shared=False).view(-1, rows.shape[1])[:length]
+        )
     return HiddenRows(*mapped)
 
 
 def _pattern(model: StepModel) -> HiddenRows:
-    """PATTERN_ROWS rows: auxiliary hidden states without meaning, and a teacher with a clear favourite at each position."""
+    """PATTERN_ROWS rows: auxiliary hidden states without meaning, and a teacher with a clear favourite at
+    each position.
+    """
     hidden, generator = model.shape.draft.hidden_size, torch.Generator().manual_seed(2)
     aux = torch.randn(PATTERN_ROWS, 3 * hidden, generator=generator)
     favourite = model.frozen.head[_favourites(model, PATTERN_ROWS)].float()

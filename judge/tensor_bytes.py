@@ -1,4 +1,5 @@
-"""Live and peak bytes of tensor storages: what a process holds in tensors, on any device and without an allocator's help.
+"""Live and peak bytes of tensor storages: what a process holds in tensors, on any device and without an
+allocator's help.
 
 with TensorBytes() as counted:
     counted.add(model.parameters())
@@ -23,11 +24,12 @@ from torch.utils._pytree import tree_leaves
 class TensorBytes(TorchDispatchMode):
     """Counts the storages that operators return while it is entered, each once however many tensors share it.
 
-    A storage counts from the operator that returned it until it dies, in forward and in backward, inside of custom autograd
-    Functions too. What a kernel allocates and frees within one operator is not seen. A storage that was there before is
-    counted from the start as soon as an operator reads it, or at once by `add`: it is part of the baseline. A storage made
-    by no operator (`torch.from_numpy`, a communication library's buffer) cannot be told from one that was there before, unless
-    the caller says that all of those were added.
+    A storage counts from the operator that returned it until it dies, in forward and in backward, inside of
+    custom autograd Functions too. What a kernel allocates and frees within one operator is not seen. A
+    storage that was there before is counted from the start as soon as an operator reads it, or at once by
+    `add`: it is part of the baseline. A storage made by no operator (`torch.from_numpy`, a communication
+    library's buffer) cannot be told from one that was there before, unless the caller says that all of those
+    were added.
 
     One process counts its own storages; on several ranks, each enters a counter of its own.
 
@@ -35,11 +37,15 @@ class TensorBytes(TorchDispatchMode):
         live: bytes alive now.
         peak: largest `live` since the last `mark`.
         baseline: bytes that were alive at the last `mark`, or at the start.
-        at_peak: what made up the peak, bytes by "operator dtype shape"; filled only with `explain`, which is slow.
+        at_peak: what made up the peak, bytes by "operator dtype shape"; filled only with `explain`, which is
+            slow.
     """
 
-    def __init__(self, device_type: str | None = None, explain: bool = False, all_added: bool = False) -> None:
-        """Count storages on `device_type` ("cpu", "cuda"), or on every device but meta, where nothing is held.
+    def __init__(
+        self, device_type: str | None = None, explain: bool = False, all_added: bool = False
+    ) -> None:
+        """Count storages on `device_type` ("cpu", "cuda"), or on every device but meta, where nothing is
+        held.
 
         `all_added`: whatever was there before is handed to `add`, so a storage met for the first time is new.
         """

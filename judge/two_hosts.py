@@ -1,7 +1,8 @@
 """Two hosts on one machine: network namespaces joined by a cable, an sshd in each, and a hostfile for pdsh.
 
-Everything ssh needs is made here: the hosts' keys, the user's key, and `known_hosts` with the hosts' keys in it, so that host
-key checking stays on. Files are shared, as by a cluster's storage; network, addresses and log-ins are each host's own.
+Everything ssh needs is made here: the hosts' keys, the user's key, and `known_hosts` with the hosts' keys in
+it, so that host key checking stays on. Files are shared, as by a cluster's storage; network, addresses and
+log-ins are each host's own.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class TwoHosts:
     hostfile: Path
     environment: Mapping[str, str]
 
-    def start(self, command: Sequence[str], folder: Path, log: Path, **variables: str) -> subprocess.Popen[bytes]:
+    def start(
+        self, command: Sequence[str], folder: Path, log: Path, **variables: str
+    ) -> subprocess.Popen[bytes]:
         """Start a command on the first host, as a user logged in there; what it says goes to `log`."""
         line = ["ip", "netns", "exec", self.namespaces[0], *command]
         with log.open("ab") as file:
@@ -88,7 +91,9 @@ def two_hosts(folder: Path, slots: int) -> Iterator[TwoHosts]:
         devices = (f"end-a-{os.getpid()}", f"end-b-{os.getpid()}")
         cable = Cable(devices)
         stack.callback(cable.close)
-        for namespace, device, own, peer in zip(namespaces, devices, ADDRESSES, reversed(ADDRESSES), strict=True):
+        for namespace, device, own, peer in zip(
+            namespaces, devices, ADDRESSES, reversed(ADDRESSES), strict=True
+        ):
             _ip("link", "set", device, "netns", namespace, "name", INTERFACE, "mtu", str(MTU), "up")
             _ip("-n", namespace, "address", "add", own, "peer", peer, "dev", INTERFACE)
             _ip("-n", namespace, "link", "set", INTERFACE, "up")
@@ -111,8 +116,8 @@ def _command_line(pid: int) -> list[str]:
 
 
 def _write_client(folder: Path) -> None:
-    """The user's key, an ssh configuration, and an `ssh` in front of the real one that reads it: ssh looks for its files
-    in the account's home, whatever HOME says, and that is not ours to write to."""
+    """The user's key, an ssh configuration, and an `ssh` in front of the real one that reads it: ssh looks
+    for its files in the account's home, whatever HOME says, and that is not ours to write to."""
     _make_key(folder / "user_key")
     options = {
         "IdentityFile": folder / "user_key",
@@ -149,11 +154,17 @@ def _start_sshd(folder: Path, namespace: str, address: str) -> None:
     sshd = shutil.which("sshd", path=_path())
     log = folder / f"sshd_{address}.log"
     # It goes into the background once it listens, so there is nothing to wait for.
-    subprocess.run(["ip", "netns", "exec", namespace, str(sshd), "-f", str(config), "-E", str(log)], check=True, env=_env())
+    subprocess.run(
+        ["ip", "netns", "exec", namespace, str(sshd), "-f", str(config), "-E", str(log)],
+        check=True,
+        env=_env(),
+    )
 
 
 def _make_key(path: Path) -> None:
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", path.name, "-f", str(path)], check=True)
+    subprocess.run(
+        ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", path.name, "-f", str(path)], check=True
+    )
 
 
 def _remove(namespace: str) -> None:

@@ -1,4 +1,6 @@
-"""USP attention: Ulysses x ring over a span plan, with the step-0 keys and values exchanged once for all TTT steps."""
+"""USP attention: Ulysses x ring over a span plan, with the step-0 keys and values exchanged once for all TTT
+steps.
+"""
 
 from eagle3_ds.attention.inference import PackedAttention
 from eagle3_ds.attention.patching import patch_attention

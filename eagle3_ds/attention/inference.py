@@ -1,9 +1,12 @@
-"""Attention of a frozen model under ring x ulysses: one layer's forward over packed documents, outside autograd.
+"""Attention of a frozen model under ring x ulysses: one layer's forward over packed documents, outside
+autograd.
 
-q, k and v leave in one all-to-all and the output comes home in another; the keys and values of the ring are gathered once.
-Nothing outlives the layer, so a target of any depth holds the keys and values of one layer only.
+q, k and v leave in one all-to-all and the output comes home in another; the keys and values of the ring are
+gathered once. Nothing outlives the layer, so a target of any depth holds the keys and values of one layer
+only.
 
-Legend: S slots of this rank, Lr = S * ulysses columns of this ring rank, L padded length, Hq / Hkv heads, D head size.
+Legend: S slots of this rank, Lr = S * ulysses columns of this ring rank, L padded length, Hq / Hkv heads, D
+head size.
 """
 
 from __future__ import annotations
@@ -42,14 +45,22 @@ class PackedAttention:
 
     @torch.no_grad()
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None, sinks: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """The attention of one layer over this rank's slots. Collective over the sp group.
 
         Args:
-            q: [S, Hq, D]; k, v: [S, Hkv, D]. Key heads that ulysses does not divide are repeated until it does.
+            q: [S, Hq, D]; k, v: [S, Hkv, D]. Key heads that ulysses does not divide are repeated until it
+                does.
             window: keys that a slot sees at most, its own among them; None: all before it.
-            sinks: [Hq], a learned logit of each head that takes its share of the softmax and carries no value.
+            sinks: [Hq], a learned logit of each head that takes its share of the softmax and carries no
+                value.
 
         Returns:
             [S, Hq, D]; zeros for padding.
@@ -59,8 +70,8 @@ class PackedAttention:
         """
         if v.shape != k.shape:
             raise ValueError(
-                f"the target's values are {tuple(v.shape[1:])} and its keys {tuple(k.shape[1:])}: the attention kernels take "
-                "one head size. Capture with target.capture: single."
+                f"the target's values are {tuple(v.shape[1:])} and its keys {tuple(k.shape[1:])}: the "
+                "attention kernels take one head size. Capture with target.capture: single."
             )
         self.num_calls += 1
         parts = (q, *self._repeat_key_heads(k, v, q.shape[1]))
@@ -74,16 +85,20 @@ class PackedAttention:
         return heads_to_sequence(out, self.ulysses_group)
 
     def _repeat_key_heads(self, k: Tensor, v: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-        """Repeat each key head so often that ulysses divides their number; the query heads of a key head stay with it."""
+        """Repeat each key head so often that ulysses divides their number; the query heads of a key head stay
+        with it.
+        """
         ulysses, num_kv_heads = self.plan.ulysses, k.shape[1]
         if num_heads % ulysses:
             fitting = max(degree for degree in range(1, ulysses) if num_heads % degree == 0)
             raise ValueError(
-                f"parallel.ulysses is {ulysses}, which does not divide the target's {num_heads} query heads. Set it to "
-                f"{fitting}; the rest of the sequence parallelism belongs to parallel.ring."
+                f"parallel.ulysses is {ulysses}, which does not divide the target's {num_heads} query heads. "
+                f"Set it to {fitting}; the rest of the sequence parallelism belongs to parallel.ring."
             )
         times = math.lcm(num_kv_heads, ulysses) // num_kv_heads
-        return (k, v) if times == 1 else (k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1))
+        return (
+            (k, v) if times == 1 else (k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1))
+        )
 
     def _gather(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """[Lr, H, D] of this ring rank -> [L, H, D] in sequence order."""
@@ -95,7 +110,9 @@ class PackedAttention:
         return k_all.contiguous(), v_all.contiguous()
 
     def _share_beside_sinks(self, lse: Tensor, sinks: Tensor) -> Tensor:
-        """What the keys keep of the softmax when the sink takes part: e^lse / (e^lse + e^sink), [Lr, Hq / ulysses, 1]."""
+        """What the keys keep of the softmax when the sink takes part: e^lse / (e^lse + e^sink), [Lr, Hq /
+        ulysses, 1].
+        """
         rank = self.ulysses_group.rank() if self.ulysses_group else 0
         own = sinks.to(lse.dtype).chunk(self.plan.ulysses)[rank]
         return (lse - own).sigmoid()[..., None]

@@ -1,7 +1,7 @@
 """One softmax over the step-0 keys and the diagonal keys: merging by log-sum-exp, and its gradient.
 
-On CUDA one fused Triton kernel each way (merge_triton.py), elsewhere plain torch, block by block, so that the temporaries
-stay small. Everything is computed in at least fp32.
+On CUDA one fused Triton kernel each way (merge_triton.py), elsewhere plain torch, block by block, so that the
+temporaries stay small. Everything is computed in at least fp32.
 
 Legend: S slots, Hq = N * G query heads, N key heads, D head size, B slots of one block.
 """
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from eagle3_ds.kernels import accumulation_dtype
 
-# Bytes of one temporary: small beside the operands, large enough that calls do not count. Measured on one core, forward
-# with 4096 slots, 8 heads of 64, 7 diagonals, fp32: 0.5 MiB 9.0 ms, 1 MiB 8.4 ms, 2 MiB 8.0 ms, no blocks 8.2 ms.
+# Bytes of one temporary: small beside the operands, large enough that calls do not count. Measured on one
+# core, forward with 4096 slots, 8 heads of 64, 7 diagonals, fp32: 0.5 MiB 9.0 ms, 1 MiB 8.4 ms, 2 MiB 8.0 ms,
+# no blocks 8.2 ms.
 _BLOCK_BYTES = 2**21
 
 
@@ -30,7 +31,8 @@ def merge_diagonals(
         q: [S, Hq, D]; keys, values: one [S, N, D] per step s = 1..k.
 
     Returns:
-        The merged output [S, Hq, D] in the dtype of q, and the merged log-sum-exp [S, Hq] in the dtype of lse0.
+        The merged output [S, Hq, D] in the dtype of q, and the merged log-sum-exp [S, Hq] in the dtype of
+        lse0.
     """
     if not keys:
         return out0.to(q.dtype), lse0
@@ -70,8 +72,10 @@ def merge_diagonals_backward(
 
     Args:
         dout, q, keys, values: as in `merge_diagonals`.
-        lse: [S, Hq], the merged one; delta: [S, Hq], row sum of dout * merged output. Both fp32 (fp64 for fp64).
-        dkeys, dvalues: one [S, N, D] per diagonal, contiguous, in the dtype of the keys; the gradients are added to them.
+        lse: [S, Hq], the merged one; delta: [S, Hq], row sum of dout * merged output. Both fp32 (fp64 for
+            fp64).
+        dkeys, dvalues: one [S, N, D] per diagonal, contiguous, in the dtype of the keys; the gradients are
+            added to them.
 
     Returns:
         dq [S, Hq, D] in the dtype of q, the diagonal part only.

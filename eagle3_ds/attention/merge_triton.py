@@ -1,7 +1,8 @@
-"""The merge of the diagonal keys on CUDA: one Triton kernel forward, one backward, each reading every operand once.
+"""The merge of the diagonal keys on CUDA: one Triton kernel forward, one backward, each reading every operand
+once.
 
-A program handles the query heads of one key head in a few slots. The softmax is accumulated online over the diagonals,
-from the step-0 attention on; everything is computed in fp32.
+A program handles the query heads of one key head in a few slots. The softmax is accumulated online over the
+diagonals, from the step-0 attention on; everything is computed in fp32.
 
 Legend: B slots of one program, G query heads per key head, D head size, both padded to a power of two.
 """
@@ -27,7 +28,9 @@ def fused_merge(
     q, out0, lse0 = q.contiguous(), out0.contiguous(), lse0.contiguous()
     out, lse = torch.empty_like(q), torch.empty_like(lse0)
     grid, sizes = _launch(q, keys[0])
-    _merge_kernel[grid](out0, lse0, q, _contiguous(keys), _contiguous(values), out, lse, len(q), scale, **sizes)
+    _merge_kernel[grid](
+        out0, lse0, q, _contiguous(keys), _contiguous(values), out, lse, len(q), scale, **sizes
+    )
     return out, lse
 
 
@@ -97,7 +100,9 @@ def _places(
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
 ) -> tl.tuple:
-    """Offsets and masks of this program's statistics [B, G], query-like rows [B, G, D] and key-like rows [B, D]."""
+    """Offsets and masks of this program's statistics [B, G], query-like rows [B, G, D] and key-like rows [B,
+    D].
+    """
     kv_head = tl.program_id(1)
     # 64 bits: a million slots of 32 heads of 128 have more elements than 32 bits count.
     slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -130,10 +135,13 @@ def _merge_kernel(
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
 ) -> None:
-    heads, heads_mask, rows, rows_mask, keys, keys_mask = _places(num_slots, num_kv_heads, group, head_dim, BLOCK, GROUP, DIM)
+    heads, heads_mask, rows, rows_mask, keys, keys_mask = _places(
+        num_slots, num_kv_heads, group, head_dim, BLOCK, GROUP, DIM
+    )
     q_BGD = tl.load(q_ptr + rows, rows_mask, other=0.0).to(tl.float32)
     merged_BGD = tl.load(out0_ptr + rows, rows_mask, other=0.0).to(tl.float32)
-    # The step-0 attention is one key of score lse0. It is -inf for padding, and the first diagonal makes `best` finite.
+    # The step-0 attention is one key of score lse0. It is -inf for padding, and the first diagonal makes
+    # `best` finite.
     best_BG = tl.load(lse0_ptr + heads, heads_mask, other=0.0)
     total_BG = tl.full((BLOCK, GROUP), 1.0, tl.float32)
     for i in tl.static_range(len(key_ptrs)):
@@ -170,7 +178,9 @@ def _merge_backward_kernel(
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
 ) -> None:
-    heads, heads_mask, rows, rows_mask, keys, keys_mask = _places(num_slots, num_kv_heads, group, head_dim, BLOCK, GROUP, DIM)
+    heads, heads_mask, rows, rows_mask, keys, keys_mask = _places(
+        num_slots, num_kv_heads, group, head_dim, BLOCK, GROUP, DIM
+    )
     q_BGD = tl.load(q_ptr + rows, rows_mask, other=0.0).to(tl.float32)
     dout_BGD = tl.load(dout_ptr + rows, rows_mask, other=0.0).to(tl.float32)
     lse_BG = tl.load(lse_ptr + heads, heads_mask, other=0.0)

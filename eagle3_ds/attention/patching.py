@@ -25,10 +25,10 @@ def patch_attention(
 ) -> Model:
     """Replace every attention layer of an existing draft with `LlamaUSPFlashAttention`, in place.
 
-    An attention layer is a module with q, k, v and o projections and a `head_dim`. The projections move over, so parameter
-    names, the state dict and optimizer references stay as they are. The model gets `sp_ring_degree`,
-    `sp_ulysses_degree`, `sp_world_size` and `sp_rank`. Patching again replaces the earlier patch. `window`: keys that a
-    position sees at most; None: all before it.
+    An attention layer is a module with q, k, v and o projections and a `head_dim`. The projections move over,
+    so parameter names, the state dict and optimizer references stay as they are. The model gets
+    `sp_ring_degree`, `sp_ulysses_degree`, `sp_world_size` and `sp_rank`. Patching again replaces the earlier
+    patch. `window`: keys that a position sees at most; None: all before it.
 
     Raises:
         ValueError: the model has no attention layer, or one whose heads Ulysses cannot share.
@@ -40,16 +40,23 @@ def patch_attention(
         if all(hasattr(child, projection) for projection in _PROJECTIONS) and hasattr(child, "head_dim")
     ]
     if not found:
-        raise ValueError(f"{type(model).__name__} has no layer with {', '.join(_PROJECTIONS)} and head_dim to patch.")
+        raise ValueError(
+            f"{type(model).__name__} has no layer with {', '.join(_PROJECTIONS)} and head_dim to patch."
+        )
     degree = ulysses_group.size() if ulysses_group else 1
     for parent, name, child in found:
         heads = [getattr(child, projection).out_features // child.head_dim for projection in _PROJECTIONS[:2]]
         if any(count % degree for count in heads):
             raise ValueError(
-                f"{name} has {heads[0]} query and {heads[1]} key heads, which ulysses = {degree} does not divide. Use a "
-                "divisor of both and give the rest of the sequence-parallel degree to the ring."
+                f"{name} has {heads[0]} query and {heads[1]} key heads, which ulysses = {degree} does not "
+                "divide. Use a divisor of both and give the rest of the sequence-parallel degree to the "
+                "ring."
             )
-        setattr(parent, name, LlamaUSPFlashAttention(child, kernel, ulysses_group, ring_group, kv_exchange, ring_bytes, window))
+        setattr(
+            parent,
+            name,
+            LlamaUSPFlashAttention(child, kernel, ulysses_group, ring_group, kv_exchange, ring_bytes, window),
+        )
     patched = getattr(found[0][0], found[0][1])
     for attribute in ("sp_ring_degree", "sp_ulysses_degree", "sp_world_size", "sp_rank"):
         setattr(model, attribute, getattr(patched, attribute))

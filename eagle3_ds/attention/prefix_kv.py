@@ -1,7 +1,7 @@
 """PrefixKV: the step-0 keys and values, gathered over the ring once for all K TTT steps.
 
-They never change over the steps, so their gradients are summed here in fp32 and reduce-scattered once. Against a ring per
-step this sends 10-14 times fewer bytes for K = 7.
+They never change over the steps, so their gradients are summed here in fp32 and reduce-scattered once.
+Against a ring per step this sends 10-14 times fewer bytes for K = 7.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from eagle3_ds.layout import SpanPlan
 
 
 class PrefixKV:
-    """All keys and values of this rank's heads, in sequence order. Outside autograd: the unroll owns the graph.
+    """All keys and values of this rank's heads, in sequence order. Outside autograd: the unroll owns the
+    graph.
 
     Attributes:
         k, v: [padded_length, heads / ulysses, D].
-        dk, dv: their gradients, fp32 (fp64 for fp64), summed over the backward of the K steps; None before the first.
+        dk, dv: their gradients, fp32 (fp64 for fp64), summed over the backward of the K steps; None before
+            the first.
     """
 
     def __init__(
@@ -34,7 +36,9 @@ class PrefixKV:
         kernel: AttentionKernel,
         window: int | None = None,
     ) -> None:
-        """Gather the ring in one call. k_heads, v_heads: [columns_per_ring_rank, heads / ulysses, D] of this ring rank."""
+        """Gather the ring in one call. k_heads, v_heads: [columns_per_ring_rank, heads / ulysses, D] of this
+        ring rank.
+        """
         self.plan, self.ring_group, self.kernel = plan, ring_group, kernel
         self.tiles = StepTiles(lambda left: gathered_tiles(plan, ring_rank, left), window)
         if not plan.in_sequence_order:
@@ -46,18 +50,26 @@ class PrefixKV:
         self.dv: Tensor | None = None
 
     def attend(self, q_heads: Tensor, scale: float, step: int = 0) -> tuple[Tensor, Tensor]:
-        """Attention of this ring rank's live columns to them. q [Lq, Hq / ulysses, D] -> out, lse [Lq, Hq / ulysses]."""
+        """Attention of this ring rank's live columns to them. q [Lq, Hq / ulysses, D] -> out, lse [Lq, Hq /
+        ulysses].
+        """
         return self.kernel.forward(q_heads, self.k, self.v, self.tiles.at(step), scale)
 
-    def attend_backward(self, dout: Tensor, q_heads: Tensor, lse: Tensor, delta: Tensor, scale: float, step: int = 0) -> Tensor:
+    def attend_backward(
+        self, dout: Tensor, q_heads: Tensor, lse: Tensor, delta: Tensor, scale: float, step: int = 0
+    ) -> Tensor:
         """dq of `attend` under the merged lse and delta; adds to `dk` and `dv`."""
         if self.dk is None or self.dv is None:
             dtype = accumulation_dtype(self.k.dtype)
             self.dk, self.dv = torch.zeros_like(self.k, dtype=dtype), torch.zeros_like(self.v, dtype=dtype)
-        return self.kernel.backward(dout, q_heads, self.k, self.v, lse, delta, self.tiles.at(step), scale, self.dk, self.dv)
+        return self.kernel.backward(
+            dout, q_heads, self.k, self.v, lse, delta, self.tiles.at(step), scale, self.dk, self.dv
+        )
 
     def take_gradients(self) -> tuple[Tensor, Tensor]:
-        """dk, dv of this ring rank's own columns, fp32, summed over the ring in one reduce-scatter; they are forgotten here."""
+        """dk, dv of this ring rank's own columns, fp32, summed over the ring in one reduce-scatter; they are
+        forgotten here.
+        """
         assert self.dk is not None and self.dv is not None, "no step has run its backward"
         dk, dv = self.dk, self.dv
         self.dk = self.dv = None

@@ -1,9 +1,10 @@
 """The point-to-point ring: for lengths where the gathered keys and values of a whole sequence would not fit.
 
-Blocks of keys and values travel around the ring, double-buffered: the next block is on its way while this one is computed.
-Blocks that fit a byte limit are kept between the TTT steps, the others are streamed again in each of them. The mask is
-"hybrid": which tile of a block is full, causal or absent comes from the span plan, so any chunk-to-rank map works (Liu et al.,
-Ring Attention, 2023, with the causal balance moved into the plan).
+Blocks of keys and values travel around the ring, double-buffered: the next block is on its way while this one
+is computed. Blocks that fit a byte limit are kept between the TTT steps, the others are streamed again in
+each of them. The mask is "hybrid": which tile of a block is full, causal or absent comes from the span plan,
+so any chunk-to-rank map works (Liu et al., Ring Attention, 2023, with the causal balance moved into the
+plan).
 
 Hop h of a ring rank meets the block of rank - h.
 """
@@ -35,7 +36,8 @@ def ring_attention_hybrid_masked(
     kernel: AttentionKernel,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Packed causal attention over the ring, once, forward only (`RingKV` holds the gradient and serves K steps).
+    """Packed causal attention over the ring, once, forward only (`RingKV` holds the gradient and serves K
+    steps).
 
     Args:
         q: [Lq, Hq, D], this ring rank's live columns; k, v: [Lr, Hkv, D], all its columns.
@@ -47,7 +49,8 @@ def ring_attention_hybrid_masked(
 
 
 class RingKV:
-    """The second strategy behind the interface of `PrefixKV`: this ring rank's block, those it keeps, and the stream of others.
+    """The second strategy behind the interface of `PrefixKV`: this ring rank's block, those it keeps, and the
+    stream of others.
 
     Attributes:
         num_kept: blocks held between the steps, this rank's own among them; those of hops 0 .. num_kept - 1.
@@ -68,7 +71,10 @@ class RingKV:
         self.plan, self.ring_rank, self.kernel = plan, ring_rank, kernel
         self.exchange = RingExchange(ring_group)
         self.tiles = StepTiles(
-            lambda left: [block_tiles(plan, ring_rank, (ring_rank - hop) % plan.ring, left) for hop in range(plan.ring)], window
+            lambda left: [
+                block_tiles(plan, ring_rank, (ring_rank - hop) % plan.ring, left) for hop in range(plan.ring)
+            ],
+            window,
         )
         self.kept: list[Block] = [[k_heads.contiguous(), v_heads.contiguous()]]
         self.dtype = accumulation_dtype(k_heads.dtype)
@@ -86,8 +92,12 @@ class RingKV:
             out, lse = merge_partial(out, lse, part, part_lse)
         return out, lse
 
-    def attend_backward(self, dout: Tensor, q_heads: Tensor, lse: Tensor, delta: Tensor, scale: float, step: int = 0) -> Tensor:
-        """As `PrefixKV.attend_backward`. The gradient of a kept block is summed here; of a streamed one it travels along."""
+    def attend_backward(
+        self, dout: Tensor, q_heads: Tensor, lse: Tensor, delta: Tensor, scale: float, step: int = 0
+    ) -> Tensor:
+        """As `PrefixKV.attend_backward`. The gradient of a kept block is summed here; of a streamed one it
+        travels along.
+        """
         dq = torch.zeros_like(q_heads, dtype=self.dtype)
         if not self.gradients:
             self.gradients = [[torch.zeros_like(x, dtype=self.dtype) for x in block] for block in self.kept]
@@ -96,7 +106,9 @@ class RingKV:
             streamed = hop >= self.num_kept
             gradient = [torch.zeros_like(x) for x in self.gradients[0]] if streamed else self.gradients[hop]
             (k, v), (dk, dv) = block, gradient
-            dq += self.kernel.backward(dout, q_heads, k, v, lse, delta, self.tiles.at(step)[hop], scale, dk, dv)
+            dq += self.kernel.backward(
+                dout, q_heads, k, v, lse, delta, self.tiles.at(step)[hop], scale, dk, dv
+            )
             if streamed:
                 # What earlier ranks found travelled while this was computed.
                 if travelling is not None:
@@ -110,8 +122,9 @@ class RingKV:
     def take_gradients(self) -> tuple[Tensor, Tensor]:
         """dk, dv of this ring rank's own block, fp32, over all ranks; forgotten here.
 
-        The block of hop h is owned h ranks back, which is ring - h hops ahead. So the gradients of the kept blocks board one
-        lap at hop h each, and whatever sits in one message has one owner: they are summed on the way.
+        The block of hop h is owned h ranks back, which is ring - h hops ahead. So the gradients of the kept
+        blocks board one lap at hop h each, and whatever sits in one message has one owner: they are summed on
+        the way.
         """
         home, *others = self.gradients
         self.gradients = []
@@ -127,7 +140,9 @@ class RingKV:
         return home[0], home[1]
 
     def _blocks(self) -> Iterator[tuple[int, Block]]:
-        """Every hop and its block. A block that is not here yet is on its way while the one before is computed."""
+        """Every hop and its block. A block that is not here yet is on its way while the one before is
+        computed.
+        """
         block = self.kept[0]
         for hop in range(self.plan.ring):
             arriving = self.exchange.start(block) if len(self.kept) <= hop + 1 < self.plan.ring else None

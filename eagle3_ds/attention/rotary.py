@@ -27,17 +27,24 @@ class RotaryFrequencies(NamedTuple):
 def rotary_frequencies(config: LlamaConfig, longest: int, device: torch.device) -> RotaryFrequencies:
     """What the rotary embedding of `config` turns by.
 
-    Stateless on purpose: transformers' module lets dynamic scaling depend on the positions it has met, which would differ
-    between sequence-parallel ranks. `longest` is the length of the longest document plus the TTT steps, the same everywhere.
+    Stateless on purpose: transformers' module lets dynamic scaling depend on the positions it has met, which
+    would differ between sequence-parallel ranks. `longest` is the length of the longest document plus the TTT
+    steps, the same everywhere.
     """
     kind = config.rope_parameters["rope_type"]
-    compute = LlamaRotaryEmbedding.compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
+    compute = (
+        LlamaRotaryEmbedding.compute_default_rope_parameters
+        if kind == "default"
+        else ROPE_INIT_FUNCTIONS[kind]
+    )
     frequencies, factor = compute(config, device=device, seq_len=longest)
     return RotaryFrequencies(frequencies.to(device).float(), float(factor))
 
 
 def rotate(x_SHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-    """Rotary embedding in the half-split convention of Llama, computed in the dtype of cos (fp32), returned in x's."""
+    """Rotary embedding in the half-split convention of Llama, computed in the dtype of cos (fp32), returned
+    in x's.
+    """
     x = x_SHD.to(torch.promote_types(cos_SD.dtype, x_SHD.dtype))
     turned = torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1)
     return torch.addcmul(x * cos_SD[:, None], turned, sin_SD[:, None]).to(x_SHD.dtype)

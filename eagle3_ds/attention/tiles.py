@@ -15,8 +15,11 @@ from eagle3_ds.layout import Run, SpanPlan
 Made = TypeVar("Made")
 
 
-def gathered_tiles(plan: SpanPlan, ring_rank: int, window: int | None = None, live: bool = True) -> tuple[Tile, ...]:
-    """Tiles of this ring rank's live columns against all keys in sequence order: one bottom-right causal tile per run.
+def gathered_tiles(
+    plan: SpanPlan, ring_rank: int, window: int | None = None, live: bool = True
+) -> tuple[Tile, ...]:
+    """Tiles of this ring rank's live columns against all keys in sequence order: one bottom-right causal tile
+    per run.
 
     Keys before the window of a run's first row are left out. Without `live` all columns look.
 
@@ -38,7 +41,8 @@ def gathered_tiles(plan: SpanPlan, ring_rank: int, window: int | None = None, li
 
 
 def block_tiles(plan: SpanPlan, ring_rank: int, source: int, window: int | None = None) -> tuple[Tile, ...]:
-    """Tiles of this ring rank's live columns against the key block of ring rank `source`, in that rank's column order.
+    """Tiles of this ring rank's live columns against the key block of ring rank `source`, in that rank's
+    column order.
 
     Rows and keys of which nothing is visible are left out.
 
@@ -52,9 +56,19 @@ def block_tiles(plan: SpanPlan, ring_rank: int, source: int, window: int | None 
     tiles: list[Tile] = []
     for query in plan.live_runs(ring_rank):
         for key in keys_of[query.document_start]:
-            # Live runs are runs, and runs never overlap, so one of keys lies wholly before, at, or after one of queries.
+            # Live runs are runs, and runs never overlap, so one of keys lies wholly before, at, or after one
+            # of queries.
             if key.slot == query.slot:
-                tiles.append(Tile(query.column, query.column + query.length, key.column, key.column + key.length, True, left))
+                tiles.append(
+                    Tile(
+                        query.column,
+                        query.column + query.length,
+                        key.column,
+                        key.column + key.length,
+                        True,
+                        left,
+                    )
+                )
             elif key.slot < query.slot:
                 tiles.extend(_earlier_tiles(query, key, left))
     return tuple(tiles)
@@ -63,8 +77,8 @@ def block_tiles(plan: SpanPlan, ring_rank: int, source: int, window: int | None 
 class StepTiles(Generic[Made]):
     """The tiles of each TTT step, made when first asked for.
 
-    A window of w keys holds the k diagonals of step k, which are the newest, and so w - k keys of step 0. Without a window all
-    steps have the same tiles.
+    A window of w keys holds the k diagonals of step k, which are the newest, and so w - k keys of step 0.
+    Without a window all steps have the same tiles.
     """
 
     def __init__(self, make: Callable[[int | None], Made], window: int | None) -> None:
@@ -80,7 +94,9 @@ class StepTiles(Generic[Made]):
 
 
 def _earlier_tiles(query: Run, key: Run, left: int | None) -> Iterator[Tile]:
-    """Rows against an earlier run of keys: all of it for the rows near enough, then a left edge that moves with the row."""
+    """Rows against an earlier run of keys: all of it for the rows near enough, then a left edge that moves
+    with the row.
+    """
     # Row i sees the keys from i + edge on; the rows from `last` on see none.
     edge = -query.length if left is None else query.slot - key.slot - left
     last = max(0, min(query.length, key.length - edge))
@@ -90,11 +106,20 @@ def _earlier_tiles(query: Run, key: Run, left: int | None) -> Iterator[Tile]:
         yield Tile(query.column, query.column + first, key.column, k_stop, False)
     if first < last:
         k_start = key.column + first + edge
-        yield Tile(query.column + first, query.column + last, k_start, k_stop, False, k_stop - k_start - (last - first))
+        yield Tile(
+            query.column + first,
+            query.column + last,
+            k_start,
+            k_stop,
+            False,
+            k_stop - k_start - (last - first),
+        )
 
 
 def _left(window: int | None) -> int | None:
     """Keys before its own that a slot sees; None for all of its document."""
     if window is not None and window < 1:
-        raise ValueError(f"window = {window}: a slot sees at least itself. Use a window of 1 token or more, or no window.")
+        raise ValueError(
+            f"window = {window}: a slot sees at least itself. Use a window of 1 token or more, or no window."
+        )
     return None if window is None else window - 1

@@ -1,15 +1,17 @@
 """The USP attention of one draft layer over the K TTT steps (DESIGN: Ulysses inside, ring outside).
 
-Step 0 sends q, k and v in one all-to-all, then exchanges the keys and values over the ring once. Steps >= 1 send q and
-receive (out, lse): their own keys are diagonal, seen by their own slot alone, and never leave the rank. In backward each step
-sends (dout, q, lse, delta) and receives dq; step 0 receives dk and dv with it, summed over all steps. Forward and backward of
-K steps cost 4K all-to-alls, one all-gather and one reduce-scatter. That q travels twice costs a quarter more bytes than keeping
-what arrived the first time, and saves a third of what a step keeps.
+Step 0 sends q, k and v in one all-to-all, then exchanges the keys and values over the ring once. Steps >= 1
+send q and receive (out, lse): their own keys are diagonal, seen by their own slot alone, and never leave the
+rank. In backward each step sends (dout, q, lse, delta) and receives dq; step 0 receives dk and dv with it,
+summed over all steps. Forward and backward of K steps cost 4K all-to-alls, one all-gather and one
+reduce-scatter. That q travels twice costs a quarter more bytes than keeping what arrived the first time, and
+saves a third of what a step keeps.
 
-Only live slots (layout/plan.py) have queries, and diagonals with them; the other slots give step 0 a key and a value.
+Only live slots (layout/plan.py) have queries, and diagonals with them; the other slots give step 0 a key and
+a value.
 
-Legend: S slots of this rank, Q live ones; Lr = S * ulysses columns of this ring rank, Lq = Q * ulysses live ones; Hq / Hkv heads,
-D head size.
+Legend: S slots of this rank, Q live ones; Lr = S * ulysses columns of this ring rank, Lq = Q * ulysses live
+ones; Hq / Hkv heads, D head size.
 """
 
 from __future__ import annotations
@@ -39,13 +41,14 @@ from eagle3_ds.layout import SpanPlan
 class UnrollMemory:
     """What one layer remembers over the steps of one unroll, and what their backward sums up.
 
-    The backward of the steps must run in reverse order, so that a step's own gradients are whole when its turn comes. The
-    ticket, a scalar that each step hands to the next, holds autograd to it.
+    The backward of the steps must run in reverse order, so that a step's own gradients are whole when its
+    turn comes. The ticket, a scalar that each step hands to the next, holds autograd to it.
 
     Attributes:
         prefix: the step-0 keys and values; None before step 0.
         keys, values: the diagonals of the steps since, [Q, Hkv, D] each.
-        dkeys, dvalues: their gradients, in their dtype; empty before backward, and one shorter after each step's.
+        dkeys, dvalues: their gradients, in their dtype; empty before backward, and one shorter after each
+            step's.
     """
 
     def __init__(self, plan: SpanPlan, ring_rank: int) -> None:
@@ -71,11 +74,13 @@ class Attended(NamedTuple):
 
 
 class LlamaUSPFlashAttention(nn.Module):
-    """Takes the place of a draft layer's attention. Parameter names stay: the projections are the replaced module's own.
+    """Takes the place of a draft layer's attention. Parameter names stay: the projections are the replaced
+    module's own.
 
     Attributes:
         sp_ring_degree, sp_ulysses_degree, sp_world_size, sp_rank: the mesh, as RFC 338 names it.
-        ring_bytes: for `kv_exchange` ring, bytes of other ranks' keys and values that are kept between the TTT steps.
+        ring_bytes: for `kv_exchange` ring, bytes of other ranks' keys and values that are kept between the
+            TTT steps.
         window: keys that a position sees at most, its own among them; None: all before it.
     """
 
@@ -106,11 +111,15 @@ class LlamaUSPFlashAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, memory: UnrollMemory) -> Tensor:
         """x [S, 2H] (or [S, H]), cos and sin [S, D] -> [S, H]."""
-        q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
         return self.o_proj(self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, memory))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, memory: UnrollMemory) -> Tensor:
-        """The attention of one TTT step with autograd, [Q, Hq * D]; the step is how often `memory` has been here before.
+        """The attention of one TTT step with autograd, [Q, Hq * D]; the step is how often `memory` has been
+        here before.
 
         q [Q, Hq, D], k, v [S, Hkv, D] ([Q, Hkv, D] from step 1 on), q and k rotated.
         """
@@ -146,7 +155,11 @@ class LlamaUSPFlashAttention(nn.Module):
         dtype = accumulation_dtype(out.dtype)
         delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
         # On its way while the diagonals are computed.
-        pending = start_sequence_to_heads(_pack((dout, q), (lse, delta)), self.ulysses_group) if self.ulysses_group else None
+        pending = (
+            start_sequence_to_heads(_pack((dout, q), (lse, delta)), self.ulysses_group)
+            if self.ulysses_group
+            else None
+        )
         dq: Tensor | None = None
         if step > 0:
             diagonals = (memory.keys[:step], memory.values[:step])
@@ -157,7 +170,9 @@ class LlamaUSPFlashAttention(nn.Module):
             dout_heads, q_heads, lse, delta = _unpack(pending.wait(), (dout, q), (lse, delta))
             # What travelled is as large as dout and q, and the kernel's workspace comes now.
             del pending
-        dq_heads = memory.prefix.attend_backward(dout_heads, q_heads, lse, delta, self.scale, step).to(q.dtype)
+        dq_heads = memory.prefix.attend_backward(dout_heads, q_heads, lse, delta, self.scale, step).to(
+            q.dtype
+        )
         if dq is None:
             dk_heads, dv_heads = (x.to(q.dtype) for x in memory.prefix.take_gradients())
             dq, dk, dv = all_heads_to_sequence((dq_heads, dk_heads, dv_heads), self.ulysses_group)
@@ -174,12 +189,16 @@ class LlamaUSPFlashAttention(nn.Module):
         """x [Lq, Hq / u, D] and statistic [Lq, Hq / u] in heads layout -> [Q, Hq, D], [Q, Hq]."""
         if self.ulysses_group is None:
             return x.contiguous(), statistic
-        home, home_statistic = _unpack(heads_to_sequence(_pack((x,), (statistic,)), self.ulysses_group), (x,), (statistic,))
+        home, home_statistic = _unpack(
+            heads_to_sequence(_pack((x,), (statistic,)), self.ulysses_group), (x,), (statistic,)
+        )
         return home, home_statistic
 
 
 class _Attend(torch.autograd.Function):
-    """Forward: the attention of one step. Backward: of the same step, after those of the later ones (the ticket)."""
+    """Forward: the attention of one step. Backward: of the same step, after those of the later ones (the
+    ticket).
+    """
 
     @staticmethod
     def forward(
@@ -192,7 +211,8 @@ class _Attend(torch.autograd.Function):
         memory: UnrollMemory,
     ) -> tuple[Tensor, Tensor]:
         ctx.attention, ctx.memory, ctx.step = attention, memory, memory.next_step
-        # Remembered without their graph, which holds the memory: a cycle that no collector sees, and that would outlive the step.
+        # Remembered without their graph, which holds the memory: a cycle that no collector sees, and that
+        # would outlive the step.
         attended = attention.attend_forward(q, k.detach(), v.detach(), memory)
         ctx.save_for_backward(q, *attended)
         return attended.out, q.new_zeros(())
@@ -205,7 +225,9 @@ class _Attend(torch.autograd.Function):
 
 
 def _pack(parts: Sequence[Tensor], statistics: Sequence[Tensor]) -> Tensor:
-    """Parts [rows, heads, D] of one dtype for one exchange, behind them fp32 (or fp64) statistics [rows, heads], bit by bit."""
+    """Parts [rows, heads, D] of one dtype for one exchange, behind them fp32 (or fp64) statistics [rows,
+    heads], bit by bit.
+    """
     columns = torch.stack(tuple(statistics), dim=-1).contiguous().view(parts[0].dtype)
     return torch.cat((*parts, columns), dim=-1)
 

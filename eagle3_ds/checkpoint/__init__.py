@@ -1,1 +1,3 @@
-"""Checkpoints that any mesh and any ZeRO stage resumes: their format, and writing and reading them with all ranks."""
+"""Checkpoints that any mesh and any ZeRO stage resumes: their format, and writing and reading them with all
+ranks.
+"""

@@ -1,13 +1,15 @@
-"""A checkpoint on disk: whole fp32 masters and Adam moments in fragments, readable by any other mesh, ZeRO stage or zero_group.
+"""A checkpoint on disk: whole fp32 masters and Adam moments in fragments, readable by any other mesh, ZeRO
+stage or zero_group.
 
     checkpoints/latest.json               {"folder": "step-000120", "step": 120}, moved last
     checkpoints/step-000120/
-        rank-00000.safetensors ...        fragments `KIND/PARAMETER/START`, fp32 [numel], and this rank's random states `rng/...`
-        vocabulary.safetensors            d2t, t2d
-        manifest.json                     what else a run goes on from, and size and sha256 of every other file
+        rank-00000.safetensors ...        fragments `KIND/PARAMETER/START`, fp32 [numel], and this rank's
+        random states `rng/...` vocabulary.safetensors            d2t, t2d manifest.json
+        what else a run goes on from, and size and sha256 of every other file
 
-A folder is written aside under a hidden name, made durable, and renamed: whatever is called `step-...` was whole once. This
-file knows no ranks and no DeepSpeed, so that the command line can judge a checkpoint before anything starts.
+A folder is written aside under a hidden name, made durable, and renamed: whatever is called `step-...` was
+whole once. This file knows no ranks and no DeepSpeed, so that the command line can judge a checkpoint before
+anything starts.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from torch import Tensor
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 KINDS = (MASTER, *MOMENTS)
 CHECKPOINTS = "checkpoints"
-# The draft before the first and after the last step, beside the checkpoints. The second stands for a run that came to its end.
+# The draft before the first and after the last step, beside the checkpoints. The second stands for a run that
+# came to its end.
 INITIAL_WEIGHTS, FINAL_WEIGHTS = "draft-initial.safetensors", "draft-final.safetensors"
 LATEST, MANIFEST, VOCABULARY = "latest.json", "manifest.json", "vocabulary.safetensors"
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
@@ -47,7 +50,9 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements `start` to `start + numel` of the flattened parameter `name`, from element `offset` of a flat master on."""
+    """Elements `start` to `start + numel` of the flattened parameter `name`, from element `offset` of a flat
+    master on.
+    """
 
     name: str
     start: int
@@ -87,7 +92,8 @@ class Manifest(_Strict):
         packs: packed sequences that all draft_dp ranks together have taken: the loader's position.
         adam_steps: updates that AdamW made, without the skipped ones.
         skipped_steps: as DeepSpeed counts them.
-        skipped_in_a_row: steps up to this one that were not finite and skipped, without one between them that was taken.
+        skipped_in_a_row: steps up to this one that were not finite and skipped, without one between them that
+            was taken.
         heldout_loss: of this very step, when it was evaluated.
         recipe: the resolved recipe, as JSON.
         mesh: draft_dp, ring, ulysses and ZeRO stage it was written by; for people, nothing depends on it.
@@ -112,7 +118,9 @@ class Manifest(_Strict):
 
 
 class _Sealed(_Strict):
-    """The manifest file. `sha256` is of the canonical JSON of `manifest`, so that a flipped digit is noticed there too."""
+    """The manifest file. `sha256` is of the canonical JSON of `manifest`, so that a flipped digit is noticed
+    there too.
+    """
 
     sha256: str
     manifest: dict[str, Any]
@@ -133,7 +141,9 @@ def rank_file(rank: int) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     content = manifest.model_dump(mode="json")
-    write_durably(folder / MANIFEST, json.dumps({"sha256": _digest(content), "manifest": content}, indent=1) + "\n")
+    write_durably(
+        folder / MANIFEST, json.dumps({"sha256": _digest(content), "manifest": content}, indent=1) + "\n"
+    )
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -166,7 +176,9 @@ def file_entry(path: Path) -> FileEntry:
 
 
 def damage(folder: Path, manifest: Manifest, names: Collection[str] | None = None) -> str | None:
-    """What is wrong with the files of a checkpoint (only `names`, if given), or None. Sizes first, they are cheap."""
+    """What is wrong with the files of a checkpoint (only `names`, if given), or None. Sizes first, they are
+    cheap.
+    """
     entries = {name: entry for name, entry in manifest.files.items() if names is None or name in names}
     for name, entry in entries.items():
         path = folder / name
@@ -182,7 +194,9 @@ def damage(folder: Path, manifest: Manifest, names: Collection[str] | None = Non
 
 def step_folders(root: Path) -> list[Path]:
     """Everything in `root` that was once a whole checkpoint, newest first."""
-    found = [(int(match[1]), path) for path in root.glob("step-*") if (match := _STEP_FOLDER.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path) for path in root.glob("step-*") if (match := _STEP_FOLDER.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found, reverse=True)]
 
 
@@ -204,15 +218,21 @@ def latest(root: Path) -> Path:
     """The folder that latest.json names. Raises ValueError when that file is missing or damaged."""
     path = root / LATEST
     if not path.is_file():
-        raise ValueError(f"{path} does not exist, so there is no checkpoint to go on from. Start the run without --resume.")
+        raise ValueError(
+            f"{path} does not exist, so there is no checkpoint to go on from. Start the run without --resume."
+        )
     try:
         return root / _Latest.model_validate_json(path.read_bytes()).folder
     except ValidationError as error:
-        raise ValueError(f"{path} is damaged: {error.errors()[0]['msg']}. `--resume auto` does not need it.") from error
+        raise ValueError(
+            f"{path} is damaged: {error.errors()[0]['msg']}. `--resume auto` does not need it."
+        ) from error
 
 
 def require_intact(root: Path) -> Path:
-    """The newest checkpoint, checked in full. Raises ValueError that names what is damaged and the newest intact one."""
+    """The newest checkpoint, checked in full. Raises ValueError that names what is damaged and the newest
+    intact one.
+    """
     folder = latest(root)
     try:
         problem = damage(folder, read_manifest(folder))
@@ -221,7 +241,11 @@ def require_intact(root: Path) -> Path:
     if problem is None:
         return folder
     other, _ = newest_intact(root)
-    offer = f"{other} is the newest intact one; `--resume auto` takes it" if other else "No other checkpoint is intact"
+    offer = (
+        f"{other} is the newest intact one; `--resume auto` takes it"
+        if other
+        else "No other checkpoint is intact"
+    )
     raise ValueError(f"The newest checkpoint is damaged: {problem}. {offer}.")
 
 
@@ -237,7 +261,8 @@ def publish(aside: Path, folder: Path, step: int) -> None:
 
 
 def rotate(root: Path, newest: Path, keep: int | None) -> None:
-    """Remove all but `newest`, the `keep - 1` before it, and the best by held-out loss; None keeps all of these.
+    """Remove all but `newest`, the `keep - 1` before it, and the best by held-out loss; None keeps all of
+    these.
 
     Folders newer than `newest` go too: the run was resumed from before them, because they were damaged.
     """
@@ -261,7 +286,9 @@ def _heldout(folder: Path) -> tuple[float, Path] | None:
 
 
 def hide(folder: Path) -> None:
-    """Take a checkpoint's name away at once, so that a removal which is cut short leaves no damaged one behind."""
+    """Take a checkpoint's name away at once, so that a removal which is cut short leaves no damaged one
+    behind.
+    """
     os.rename(folder, folder.with_name(f".{folder.name}.{os.getpid()}.old"))
 
 
@@ -304,7 +331,8 @@ class FragmentReader:
     """Reads any slice of any parameter's state, however the ranks that wrote it had cut it.
 
     Raises:
-        ValueError: the files are not safetensors, or their fragments do not cover every parameter exactly once.
+        ValueError: the files are not safetensors, or their fragments do not cover every parameter exactly
+            once.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -333,7 +361,9 @@ class FragmentReader:
         end = 0
         for start, size, *_ in found:
             if start != end:
-                raise ValueError(f"{folder}: {kind} of {parameter} has a gap or an overlap at element {min(start, end)}.")
+                raise ValueError(
+                    f"{folder}: {kind} of {parameter} has a gap or an overlap at element {min(start, end)}."
+                )
             end += size
         if end != numel:
             raise ValueError(f"{folder}: {kind} of {parameter} has {end} elements instead of {numel}.")
@@ -345,7 +375,9 @@ class FragmentReader:
         for start, size, file, key in self._fragments[kind, fragment.name]:
             low, high = max(start, fragment.start), min(start + size, last)
             if low < high:
-                out[low - fragment.start : high - fragment.start] = file.get_slice(key)[low - start : high - start]
+                out[low - fragment.start : high - fragment.start] = file.get_slice(key)[
+                    low - start : high - start
+                ]
         return out
 
 

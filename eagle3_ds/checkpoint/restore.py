@@ -1,4 +1,6 @@
-"""Reading a checkpoint with all ranks, of whatever shape they are: each reads the share of the state that it holds."""
+"""Reading a checkpoint with all ranks, of whatever shape they are: each reads the share of the state that it
+holds.
+"""
 
 from __future__ import annotations
 
@@ -22,24 +24,33 @@ from eagle3_ds.draft import VocabularyMap
 
 
 def load_checkpoint(training: TrainingState, folder: Path) -> Manifest:
-    """Put a training state of any shape where a checkpoint was. Collective; files are checked before any tensor is read.
+    """Put a training state of any shape where a checkpoint was. Collective; files are checked before any
+    tensor is read.
 
-    A rank takes the random states of the rank of its number, counted round when the checkpoint had fewer ranks.
+    A rank takes the random states of the rank of its number, counted round when the checkpoint had fewer
+    ranks.
 
     Raises:
-        ValueError: a damaged file, another geometry or vocabulary, or a checkpoint that does not hold every element once.
+        ValueError: a damaged file, another geometry or vocabulary, or a checkpoint that does not hold every
+            element once.
     """
     manifest, place, device = read_manifest(folder), training.topology.place, training.topology.device
     own_files = sorted(manifest.files)[place.rank :: training.topology.mesh.world_size]
     problem = damage(folder, manifest, own_files)
     (found,) = max_over_ranks([place.rank + 1 if problem else 0], device)
     if found:
-        raise ValueError(f"the checkpoint is damaged: {problem or f'rank {found - 1} says where'}. Try --resume auto.")
+        raise ValueError(
+            f"the checkpoint is damaged: {problem or f'rank {found - 1} says where'}. Try --resume auto."
+        )
     differing = differing_shapes(manifest, training.parameter_shapes)
     if differing:
-        raise ValueError(f"{folder / MANIFEST} is of another draft: {'; '.join(differing)}. Resume with its own recipe.")
+        raise ValueError(
+            f"{folder / MANIFEST} is of another draft: {'; '.join(differing)}. Resume with its own recipe."
+        )
     if not VocabularyMap.load(folder / VOCABULARY).equals(training.vocabulary):
-        raise ValueError(f"{folder / VOCABULARY} is another draft vocabulary than this run's. Resume with its own recipe.")
+        raise ValueError(
+            f"{folder / VOCABULARY} is another draft vocabulary than this run's. Resume with its own recipe."
+        )
     training.write(manifest.adam_steps, FragmentReader(folder, manifest).read)
     num_saved = sum(name.startswith("rank-") for name in manifest.files)
     restore_random_states(read_prefix(folder / rank_file(place.rank % num_saved), PREFIX), device)

@@ -43,8 +43,8 @@ _SMALL_FILES = 2**20
 
 @dataclass(frozen=True)
 class Progress:
-    """Attributes: optimizer steps done, packs taken by all draft_dp ranks, held-out loss when this step was evaluated, and how
-    many steps up to this one were skipped in a row."""
+    """Attributes: optimizer steps done, packs taken by all draft_dp ranks, held-out loss when this step was
+    evaluated, and how many steps up to this one were skipped in a row."""
 
     step: int
     packs: int
@@ -54,7 +54,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A checkpoint that is being written. Attributes: its manifest without files, bytes of all ranks, this rank's file."""
+    """A checkpoint that is being written. Attributes: its manifest without files, bytes of all ranks, this
+    rank's file.
+    """
 
     manifest: Manifest
     needed: int
@@ -64,8 +66,8 @@ class _Pending:
 class CheckpointSaver:
     """Writes the checkpoints of a run. `save` and `finish` are collective.
 
-    With `train.save_async` a thread writes a host copy of this rank's state while training goes on; the checkpoint counts once
-    `finish` was called, which the loop does as soon as every rank's thread is done.
+    With `train.save_async` a thread writes a host copy of this rank's state while training goes on; the
+    checkpoint counts once `finish` was called, which the loop does as soon as every rank's thread is done.
     """
 
     def __init__(self, training: TrainingState, root: Path) -> None:
@@ -136,8 +138,8 @@ class CheckpointSaver:
         if max_over_ranks([int(short)], self._device)[0]:
             raise CheckpointError(
                 f"{folder_name(step)} was not written: it needs {needed:,} bytes, and {self._root} has "
-                f"{shutil.disk_usage(self._root).free:,} free. Free some space or lower train.keep_checkpoints, then go on with "
-                "--resume. Earlier checkpoints are untouched."
+                f"{shutil.disk_usage(self._root).free:,} free. Free some space or lower "
+                "train.keep_checkpoints, then go on with --resume. Earlier checkpoints are untouched."
             )
         return needed
 
@@ -170,7 +172,10 @@ class CheckpointSaver:
         files = {rank_file(rank): entry for rank, entry in enumerate(entries)}
         for name, entry in files.items():
             if not (aside / name).is_file() or (aside / name).stat().st_size != entry.bytes:
-                raise OSError(f"rank 0 does not see {name} as it was written; output_dir must be on storage that all hosts share")
+                raise OSError(
+                    f"rank 0 does not see {name} as it was written; output_dir must be on storage that all "
+                    "hosts share"
+                )
         files[VOCABULARY] = file_entry(aside / VOCABULARY)
         write_manifest(aside, manifest.model_copy(update={"files": files}))
         folder = self._root / folder_name(manifest.step)
@@ -183,8 +188,8 @@ class CheckpointSaver:
             remove_hidden(self._root)
         cause = f"{type(error).__name__}: {error}" if error else f"rank {failed} says why"
         raise CheckpointError(
-            f"{name} could not be written ({cause}). It needs {pending.needed:,} bytes; {self._root} had {free:,} free. Earlier "
-            "checkpoints are untouched: free some space, then go on with --resume."
+            f"{name} could not be written ({cause}). It needs {pending.needed:,} bytes; {self._root} had "
+            f"{free:,} free. Earlier checkpoints are untouched: free some space, then go on with --resume."
         ) from error
 
 

@@ -1,4 +1,6 @@
-"""`eagle3-ds doctor`: what this machine has, and which attention kernels run here, each checked on a small case."""
+"""`eagle3-ds doctor`: what this machine has, and which attention kernels run here, each checked on a small
+case.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,14 @@ _DTYPES = (torch.bfloat16, torch.float32)
 
 
 def run(arguments: Sequence[str], console: Console) -> int:
-    """Print versions, devices and kernels. Returns 1 when a kernel that says it runs here fails or computes something else."""
+    """Print versions, devices and kernels. Returns 1 when a kernel that says it runs here fails or computes
+    something else.
+    """
     options = _parser().parse_args(arguments)
     if options.head_dim < 1:
         raise ValueError(
-            f"--head-dim is {options.head_dim}; it is the size of one attention head, 1 or more, e.g. --head-dim 128"
+            f"--head-dim is {options.head_dim}; it is the size of one attention head, 1 or more, e.g. "
+            "--head-dim 128"
         )
     device = torch.device(detect_accelerator())
     console.print(_version_table())
@@ -38,7 +43,13 @@ def run(arguments: Sequence[str], console: Console) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="eagle3-ds doctor", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--head-dim", type=int, default=128, metavar="D", help="size of one attention head, e.g. --head-dim 64")
+    parser.add_argument(
+        "--head-dim",
+        type=int,
+        default=128,
+        metavar="D",
+        help="size of one attention head, e.g. --head-dim 64",
+    )
     return parser
 
 
@@ -69,8 +80,14 @@ def _device_table(device: torch.device) -> Table:
     backend = getattr(torch, device.type)
     for index in range(backend.device_count()):
         properties = backend.get_device_properties(index)
-        capability = f", compute capability {properties.major}.{properties.minor}" if device.type == "cuda" else ""
-        table.add_row(f"{device.type}:{index}", properties.name + capability, f"{properties.total_memory / 2**30:.0f} GiB")
+        capability = (
+            f", compute capability {properties.major}.{properties.minor}" if device.type == "cuda" else ""
+        )
+        table.add_row(
+            f"{device.type}:{index}",
+            properties.name + capability,
+            f"{properties.total_memory / 2**30:.0f} GiB",
+        )
     return table
 
 
@@ -94,7 +111,11 @@ def _kernel_table(device: torch.device, head_dim: int) -> tuple[Table, list[str]
                 failures.append(f"{kernel.name} in {name}: {result}")
             cells.append(result + (", auto" if automatic[dtype] is kernel else ""))
         same = len(reasons) == len(names) and len(set(reasons.values())) == 1
-        why = next(iter(reasons.values())) if same else "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        why = (
+            next(iter(reasons.values()))
+            if same
+            else "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        )
         table.add_row(kernel.name, *cells, why)
     return table, failures
 
@@ -104,4 +125,8 @@ def _check(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, he
         error = measured_error(kernel, device, dtype, head_dim)
     except Exception as problem:
         return f"fails: {type(problem).__name__}: {problem}"
-    return f"error {error:.0e}" if error <= TOLERANCE[dtype] else f"wrong by {error:.0e}, over {TOLERANCE[dtype]:.0e}"
+    return (
+        f"error {error:.0e}"
+        if error <= TOLERANCE[dtype]
+        else f"wrong by {error:.0e}, over {TOLERANCE[dtype]:.0e}"
+    )

@@ -53,12 +53,25 @@ COMMANDS = {
     "export": "write the trained draft of a finished run for vLLM / SGLang and speculators",
     "report": "draw report.png of a run from its metrics.jsonl and eval.json",
 }
-# Commands with sub-commands of their own: the module whose `run(arguments, console)` they are, and their meaning.
+# Commands with sub-commands of their own: the module whose `run(arguments, console)` they are, and their
+# meaning.
 TOOLS = {
-    "doctor": ("eagle3_ds.cli.doctor", "versions, devices, and which attention kernels run here, each checked"),
-    "data": ("eagle3_ds.cli.data", "look at a row, or let the target answer the prompts: data inspect | regenerate"),
-    "plan": ("eagle3_ds.cli.plan", "bytes per rank, the longest sequence that fits, and the fastest settings of a recipe"),
-    "store": ("eagle3_ds.cli.store", "verify, describe or import hidden states: store verify | info | import"),
+    "doctor": (
+        "eagle3_ds.cli.doctor",
+        "versions, devices, and which attention kernels run here, each checked",
+    ),
+    "data": (
+        "eagle3_ds.cli.data",
+        "look at a row, or let the target answer the prompts: data inspect | regenerate",
+    ),
+    "plan": (
+        "eagle3_ds.cli.plan",
+        "bytes per rank, the longest sequence that fits, and the fastest settings of a recipe",
+    ),
+    "store": (
+        "eagle3_ds.cli.store",
+        "verify, describe or import hidden states: store verify | info | import",
+    ),
 }
 
 
@@ -75,7 +88,9 @@ class Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status. A user's mistake is one message and status 2, without a traceback."""
+    """Run one command; returns the exit status. A user's mistake is one message and status 2, without a
+    traceback.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
@@ -83,12 +98,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, *rest = arguments
     console = Console(soft_wrap=True)
     if command not in COMMANDS and command not in TOOLS:
-        print(f"eagle3-ds: there is no command {command!r}. Commands: {', '.join([*COMMANDS, *TOOLS])}.", file=sys.stderr)
+        print(
+            f"eagle3-ds: there is no command {command!r}. Commands: {', '.join([*COMMANDS, *TOOLS])}.",
+            file=sys.stderr,
+        )
         return 2
     try:
         if command in TOOLS:
             return int(importlib.import_module(TOOLS[command][0]).run(rest, console))
-        return _run_command(command, _parser(command).parse_intermixed_args(_with_explicit_resume(rest)), console)
+        return _run_command(
+            command, _parser(command).parse_intermixed_args(_with_explicit_resume(rest)), console
+        )
     except (ValueError, OSError) as error:
         # What the system refuses (a path too long, a folder of somebody else) is the user's to mend too.
         print(f"eagle3-ds {command}: {error}", file=sys.stderr)
@@ -130,7 +150,9 @@ def launch(options: argparse.Namespace, console: Console) -> int:
     if status:
         return status
     write_environment_file(run.plan)
-    outcome = run_with_restarts(run.plan, partial(_plan_again, options, console), run.recipe.faults.max_restarts, console)
+    outcome = run_with_restarts(
+        run.plan, partial(_plan_again, options, console), run.recipe.faults.max_restarts, console
+    )
     if outcome.status:
         ranks_per_host = max(len(slots) for slots in run.plan.hosts.values())
         advice = importlib.import_module("eagle3_ds.run.memory_advice").advise_on_memory(
@@ -140,7 +162,10 @@ def launch(options: argparse.Namespace, console: Console) -> int:
             print(f"\n{advice}", file=sys.stderr)
         return outcome.status
     if not (output_dir / FINAL_WEIGHTS).is_file():
-        console.print("training was stopped before its end: the same command with --resume goes on, then evaluates and exports")
+        console.print(
+            "training was stopped before its end: the same command with --resume goes on, then evaluates "
+            "and exports"
+        )
         return 0
     stages.evaluate(run.recipe, console)
     stages.export(run.recipe, console)
@@ -215,7 +240,9 @@ def _check_rest(recipe: Recipe, accelerator: str, options: argparse.Namespace) -
     notes = []
     shape = target_shape(recipe, options.dry_run)
     if shape is None:
-        notes.append(f"target {recipe.target.path} is not a folder here: its heads and vocabulary were not checked")
+        notes.append(
+            f"target {recipe.target.path} is not a folder here: its heads and vocabulary were not checked"
+        )
     else:
         check_target(recipe, shape)
         check_target_on_ranks(recipe)
@@ -241,7 +268,9 @@ def _describe(run: Run, console: Console) -> None:
     """Print the resolved recipe, each rank's place, and the exact command."""
     mesh, plan = run.mesh, run.plan
     console.print(dump_recipe(run.recipe).rstrip(), markup=False, highlight=False)
-    mesh_text = f"draft_dp {mesh.draft_dp} x ring {mesh.ring} x ulysses {mesh.ulysses} = {mesh.world_size} ranks"
+    mesh_text = (
+        f"draft_dp {mesh.draft_dp} x ring {mesh.ring} x ulysses {mesh.ulysses} = {mesh.world_size} ranks"
+    )
     table = Table("rank", "host", "slot", "draft_dp", "ring", "ulysses", "sp", title=f"mesh: {mesh_text}")
     slots = [(host, slot) for host, numbers in plan.hosts.items() for slot in numbers]
     for rank, (host, slot) in enumerate(slots):
@@ -252,7 +281,9 @@ def _describe(run: Run, console: Console) -> None:
     for note in run.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
     variables = [f"{name}={shlex.quote(value)}" for name, value in plan.environment.items()]
-    console.print("command: " + " ".join([*variables, shlex.join(plan.command)]), markup=False, highlight=False)
+    console.print(
+        "command: " + " ".join([*variables, shlex.join(plan.command)]), markup=False, highlight=False
+    )
     if plan.exported is not None:
         console.print(f"handed to every host: {', '.join(plan.exported)}", markup=False, highlight=False)
 
@@ -272,7 +303,9 @@ def _overview() -> str:
 
 
 def _with_explicit_resume(arguments: Sequence[str]) -> list[str]:
-    """`--resume` as `--resume=latest`, `--resume auto` in one word: else an override behind it would be taken for its value."""
+    """`--resume` as `--resume=latest`, `--resume auto` in one word: else an override behind it would be taken
+    for its value.
+    """
     found: list[str] = []
     for argument in arguments:
         if argument == "auto" and found and found[-1] == "--resume=latest":
@@ -283,10 +316,17 @@ def _with_explicit_resume(arguments: Sequence[str]) -> list[str]:
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"eagle3-ds {command}", description=COMMANDS[command], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=f"eagle3-ds {command}", description=COMMANDS[command], allow_abbrev=False
+    )
     add = parser.add_argument
     add("recipe", help="recipe file, e.g. recipes/quickstart.yaml")
-    add("overrides", nargs="*", metavar="section.key=value", help="e.g. parallel.ulysses=4 data.max_length=131072")
+    add(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="e.g. parallel.ulysses=4 data.max_length=131072",
+    )
     if command in ("launch", "capture"):
         _add_where(parser)
     if command == "launch":
@@ -307,7 +347,11 @@ def _parser(command: str) -> argparse.ArgumentParser:
             metavar="N",
             help="restart a failed run by itself, at most so often, e.g. --max-restarts 3",
         )
-        add("--overwrite", action="store_true", help="replace the run in output_dir, e.g. train.seed=1 --overwrite")
+        add(
+            "--overwrite",
+            action="store_true",
+            help="replace the run in output_dir, e.g. train.seed=1 --overwrite",
+        )
     else:
         parser.set_defaults(ds_config=None, resume=None, max_restarts=None, overwrite=False)
     return parser
@@ -325,11 +369,18 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="ranks per host, e.g. --num_gpus 8",
     )
-    add("--num_nodes", type=int, metavar="N", help="use the first N hosts of the hostfile, e.g. --num_nodes 2")
+    add(
+        "--num_nodes", type=int, metavar="N", help="use the first N hosts of the hostfile, e.g. --num_nodes 2"
+    )
     add("--include", metavar="SPEC", help="only these hosts or slots, e.g. --include node-0@node-1:0,2")
     add("--exclude", metavar="SPEC", help="not these hosts or slots, e.g. --exclude node-1:0")
     add("--master_addr", metavar="A", help="address of the first host, e.g. --master_addr 10.0.0.1")
-    add("--master_port", type=int, metavar="P", help="rendezvous port, e.g. --master_port 29501; else a free one")
+    add(
+        "--master_port",
+        type=int,
+        metavar="P",
+        help="rendezvous port, e.g. --master_port 29501; else a free one",
+    )
     add(
         "--launcher",
         choices=LAUNCHERS,

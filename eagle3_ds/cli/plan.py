@@ -1,4 +1,6 @@
-"""`eagle3-ds plan`: what a recipe costs on given devices, how long a sequence may be, and the fastest settings."""
+"""`eagle3-ds plan`: what a recipe costs on given devices, how long a sequence may be, and the fastest
+settings.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,15 @@ from eagle3_ds.topology import Mesh, check_heads
 
 GIB = 2**30
 SHOWN = 6
-SIZES = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "num_layers")
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "vocab_size",
+    "num_layers",
+)
 # Sizes of targets in the order of SIZES, as their config.json gives them.
 SHAPES: Mapping[str, tuple[int, ...]] = {
     "llama3.1-8b": (4096, 14336, 32, 8, 128, 128256, 32),
@@ -50,7 +60,8 @@ def run(arguments: Sequence[str], console: Console) -> int:
     """Print the plan. Returns 1 when the recipe as it stands does not fit.
 
     Raises:
-        ValueError: a mesh that cannot be, heads that do not divide, a target without sizes, or nothing that fits.
+        ValueError: a mesh that cannot be, heads that do not divide, a target without sizes, or nothing that
+            fits.
     """
     return _plan(_parser().parse_intermixed_args(arguments), console)
 
@@ -59,16 +70,51 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="eagle3-ds plan", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("recipe", help="recipe file, e.g. recipes/llama3.1-8b_128k_usp.yaml")
-    add("overrides", nargs="*", metavar="section.key=value", help="e.g. data.max_length=262144 train.activation=offload")
+    add(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="e.g. data.max_length=262144 train.activation=offload",
+    )
     add("--gpus", type=_positive, default=8, metavar="N", help="ranks of the run, e.g. --gpus 16 (else 8)")
-    add("--gpus-per-node", type=_positive, default=8, metavar="N", help="ranks with fast links between them (else 8)")
-    add("--gpu-memory", type=_gibibytes, metavar="GIB", help="memory a rank may use, e.g. --gpu-memory 80 (else the device's)")
-    add("--reserve", type=_gibibytes, default=2.0, metavar="GIB", help="of it for context, NCCL and fragmentation (else 2)")
+    add(
+        "--gpus-per-node",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="ranks with fast links between them (else 8)",
+    )
+    add(
+        "--gpu-memory",
+        type=_gibibytes,
+        metavar="GIB",
+        help="memory a rank may use, e.g. --gpu-memory 80 (else the device's)",
+    )
+    add(
+        "--reserve",
+        type=_gibibytes,
+        default=2.0,
+        metavar="GIB",
+        help="of it for context, NCCL and fragmentation (else 2)",
+    )
     add("--device", choices=sorted(DEVICES), default="H100", help="whose peaks predict the time (else H100)")
-    add("--supervised", type=_share, default=1.0, metavar="SHARE", help="of the tokens, answers that is, e.g. 0.2 (else 1)")
-    add("--shape", choices=sorted(SHAPES), help="sizes of a target that is not here, e.g. --shape llama3.1-8b")
+    add(
+        "--supervised",
+        type=_share,
+        default=1.0,
+        metavar="SHARE",
+        help="of the tokens, answers that is, e.g. 0.2 (else 1)",
+    )
+    add(
+        "--shape", choices=sorted(SHAPES), help="sizes of a target that is not here, e.g. --shape llama3.1-8b"
+    )
     for size in SIZES:
-        add(f"--{size.replace('_', '-')}", type=_positive, metavar="N", help=f"the target's {size}; all of them, or over --shape")
+        add(
+            f"--{size.replace('_', '-')}",
+            type=_positive,
+            metavar="N",
+            help=f"the target's {size}; all of them, or over --shape",
+        )
     return parser
 
 
@@ -94,7 +140,8 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     candidates = fastest(setup, options.gpus, budget, device, files, options.gpus_per_node)
     if not fits and not candidates:
         raise ValueError(
-            f"data.max_length = {setup.length} fits no mesh and no setting.\n{explain_shortage(setup, budget, files)}"
+            f"data.max_length = {setup.length} fits no mesh and no "
+            f"setting.\n{explain_shortage(setup, budget, files)}"
         )
     _print_setup(setup, device, budget, console)
     _print_memory(setup, budget, console)
@@ -113,7 +160,9 @@ def _target_config(recipe: Recipe, options: argparse.Namespace) -> Any:
         sizes = {**dict(zip(SIZES, SHAPES.get(options.shape, ()), strict=False)), **given}
         missing = [f"--{size.replace('_', '-')}" for size in SIZES if size not in sizes]
         if missing:
-            raise ValueError(f"{', '.join(missing)}: not given. Give every size of the target, or a --shape to start from.")
+            raise ValueError(
+                f"{', '.join(missing)}: not given. Give every size of the target, or a --shape to start from."
+            )
         return _llama(sizes)
     path, build = Path(recipe.target.path).expanduser(), recipe.target.build
     if path.is_dir():
@@ -152,8 +201,9 @@ def _hub_config(name: str) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"target.path = {name!r} is no folder here, and its config could not be fetched from the hub ({reason}). Say its "
-            f"sizes instead: --shape {' | '.join(SHAPES)}, or --hidden-size and the others."
+            f"target.path = {name!r} is no folder here, and its config could not be fetched from the hub "
+            f"({reason}). Say its sizes instead: --shape {' | '.join(SHAPES)}, or --hidden-size and the "
+            "others."
         ) from error
 
 
@@ -161,13 +211,14 @@ def _print_setup(setup: Setup, device: Device, budget: int, console: Console) ->
     shape = setup.shape
     _say(
         console,
-        f"draft: {shape.num_parameters / 1e6:.0f} M trained parameters, hidden {shape.hidden_size}, {shape.num_heads}/"
-        f"{shape.num_kv_heads} heads of {shape.head_dim}, draft vocabulary {shape.draft_vocab_size}, K {setup.ttt_steps}",
+        f"draft: {shape.num_parameters / 1e6:.0f} M trained parameters, hidden {shape.hidden_size}, "
+        f"{shape.num_heads}/{shape.num_kv_heads} heads of {shape.head_dim}, draft vocabulary "
+        f"{shape.draft_vocab_size}, K {setup.ttt_steps}",
     )
     _say(
         console,
-        f"run: draft_dp x ring x ulysses = {_mesh_text(setup)}, {setup.dtype}, {setup.length} tokens per sequence, "
-        f"{setup.slots} slots per rank, {setup.live_slots} of them live",
+        f"run: draft_dp x ring x ulysses = {_mesh_text(setup)}, {setup.dtype}, {setup.length} tokens per "
+        f"sequence, {setup.slots} slots per rank, {setup.live_slots} of them live",
     )
     _say(console, f"device: {device.name}, {budget / GIB:.1f} GiB per rank for tensors")
 
@@ -190,7 +241,10 @@ def _print_memory(setup: Setup, budget: int, console: Console) -> None:
 
 
 def _print_lengths(setup: Setup, budget: int, console: Console) -> None:
-    lengths = {mode: largest_length(replace(setup, activation=mode), budget) for mode in ("keep", "recompute", "offload")}
+    lengths = {
+        mode: largest_length(replace(setup, activation=mode), budget)
+        for mode in ("keep", "recompute", "offload")
+    }
     text = ", ".join(f"{mode} {length}" for mode, length in lengths.items())
     _say(console, f"longest sequence that fits this mesh, in tokens, by train.activation: {text}")
 
@@ -201,13 +255,22 @@ def _print_time(setup: Setup, device: Device, ranks_per_node: int, console: Cons
     parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in time.parts.items() if seconds >= 5e-4)
     _say(
         console,
-        f"predicted step: {time.seconds:.3f} s, {time.tokens_per_second:.0f} tokens/s, {flops.total / 1e12:.1f} TFLOP per rank "
-        f"and sequence; in seconds: {parts}",
+        f"predicted step: {time.seconds:.3f} s, {time.tokens_per_second:.0f} tokens/s, "
+        f"{flops.total / 1e12:.1f} TFLOP per rank and sequence; in seconds: {parts}",
     )
-    share = "every token is" if setup.supervised == 1 else f"{setup.supervised:.1%} of the tokens, spread evenly, are"
-    _say(console, f"assumed: one document fills each sequence, {share} supervised, no communication is hidden")
+    share = (
+        "every token is"
+        if setup.supervised == 1
+        else f"{setup.supervised:.1%} of the tokens, spread evenly, are"
+    )
+    _say(
+        console, f"assumed: one document fills each sequence, {share} supervised, no communication is hidden"
+    )
     if setup.target_bytes:
-        _say(console, "the target beside: its weights are counted, its forward is not, neither bytes nor seconds")
+        _say(
+            console,
+            "the target beside: its weights are counted, its forward is not, neither bytes nor seconds",
+        )
 
 
 def _print_candidates(candidates: Sequence[Candidate], budget: int, console: Console) -> None:

@@ -22,7 +22,9 @@ ACTIONS = {
 
 
 def run(arguments: Sequence[str], console: Console) -> int:
-    """Run one action; returns the exit status. Raises ValueError for a user's mistake and for a damaged store."""
+    """Run one action; returns the exit status. Raises ValueError for a user's mistake and for a damaged
+    store.
+    """
     if not arguments or arguments[0] in ("-h", "--help"):
         console.print(_overview(), markup=False, highlight=False)
         return 0 if arguments else 2
@@ -68,7 +70,9 @@ def _info(path: str, console: Console) -> None:
 
 
 def _parser(action: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"eagle3-ds store {action}", description=ACTIONS[action], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=f"eagle3-ds store {action}", description=ACTIONS[action], allow_abbrev=False
+    )
     add = parser.add_argument
     if action != "import":
         add("path", help="folder of the store, e.g. output/cache/hidden-0123456789abcdef")
@@ -76,13 +80,22 @@ def _parser(action: str) -> argparse.ArgumentParser:
     add("recipe", help="recipe whose data.train names the .jsonl file that the rows of tokens are written to")
     add("overrides", nargs="*", metavar="section.key=value", help="e.g. data.train='[imported.jsonl]'")
     add("--from", dest="source", required=True, metavar="F", help="folder that the other trainer wrote")
-    add("--hidden-states", type=Path, metavar="F", help="folder of the hs_*.safetensors, if not inside the data set")
+    add(
+        "--hidden-states",
+        type=Path,
+        metavar="F",
+        help="folder of the hs_*.safetensors, if not inside the data set",
+    )
     add("--skip-check", action="store_true", help="do not load the target to compare some samples with it")
     return parser
 
 
 def _overview() -> str:
-    lines = ["usage: eagle3-ds store ACTION ...", "", *(f"  {name:6}  {meaning}" for name, meaning in ACTIONS.items())]
+    lines = [
+        "usage: eagle3-ds store ACTION ...",
+        "",
+        *(f"  {name:6}  {meaning}" for name, meaning in ACTIONS.items()),
+    ]
     return "\n".join([*lines, "", "eagle3-ds store ACTION --help tells an action's options."])
 
 

@@ -1,4 +1,5 @@
-"""Importing the offline hidden states of another trainer, checked against the target as far as that can be done.
+"""Importing the offline hidden states of another trainer, checked against the target as far as that can be
+done.
 
 Legend: L rows, Ht hidden size of the target.
 """
@@ -51,7 +52,9 @@ class TargetEnd:
         return teacher, teacher_tokens(teacher, self.head)
 
 
-def import_store(recipe: Recipe, source: Path, hidden_states: Path | None, check: bool, console: Console) -> None:
+def import_store(
+    recipe: Recipe, source: Path, hidden_states: Path | None, check: bool, console: Console
+) -> None:
     """Write the rows of tokens to `data.train`, and the hidden states to where `prepare` looks for them.
 
     An interrupted import continues when it is run again.
@@ -61,7 +64,8 @@ def import_store(recipe: Recipe, source: Path, hidden_states: Path | None, check
         check: load the target and compare some samples with what it computes.
 
     Raises:
-        ValueError: files that are damaged or of another target or other layers, or a recipe that they do not fit.
+        ValueError: files that are damaged or of another target or other layers, or a recipe that they do not
+            fit.
     """
     rows_file = _rows_file(recipe)
     files = open_foreign(source, hidden_states)
@@ -107,7 +111,11 @@ def _fill(
     writer = HiddenStateWriter(path, lengths, documents.layout, documents.fingerprint, origin=files.writer)
     _say(console, f"hidden states: {writer.size_text}")
     fill_store(
-        files, matches, writer, lambda last: end.finish(last, files.last_is_normed), _progress(list(matches), "hidden states")
+        files,
+        matches,
+        writer,
+        lambda last: end.finish(last, files.last_is_normed),
+        _progress(list(matches), "hidden states"),
     )
     writer.finish()
     return path
@@ -117,23 +125,27 @@ def _rows_file(recipe: Recipe) -> Path:
     path = Path(recipe.data.train[0])
     if len(recipe.data.train) != 1 or path.suffix != ".jsonl" or recipe.data.heldout:
         raise ValueError(
-            f"data.train is {list(recipe.data.train)} and data.heldout {list(recipe.data.heldout)}: an import writes its rows of "
-            "tokens to the one .jsonl file in data.train, and holds out a share of them. Set data.train='[imported.jsonl]' and "
-            "data.heldout='[]'"
+            f"data.train is {list(recipe.data.train)} and data.heldout {list(recipe.data.heldout)}: an "
+            "import writes its rows of tokens to the one .jsonl file in data.train, and holds out a share "
+            "of them. Set data.train='[imported.jsonl]' and data.heldout='[]'"
         )
     return path
 
 
 def _check_shape(files: ForeignFiles, source: Path, config: Any) -> None:
     """The first sample's width, before anything is loaded or written."""
-    sample = next((sample for index in range(len(files)) if (sample := files.sample(index)) is not None), None)
+    sample = next(
+        (sample for index in range(len(files)) if (sample := files.sample(index)) is not None), None
+    )
     if sample is None:
-        raise ValueError(f"--from {source}: none of the {len(files)} samples has hidden states. Generate them first.")
+        raise ValueError(
+            f"--from {source}: none of the {len(files)} samples has hidden states. Generate them first."
+        )
     width = sample.last.shape[1]
     if width != config.hidden_size:
         raise ValueError(
-            f"{sample.place} holds hidden states of {width}, the target's are {config.hidden_size} wide: they were computed by "
-            "another model. Name that one in target.path."
+            f"{sample.place} holds hidden states of {width}, the target's are {config.hidden_size} wide: "
+            "they were computed by another model. Name that one in target.path."
         )
 
 
@@ -142,20 +154,24 @@ def _check_layers(files: ForeignFiles, aux_layers: Sequence[int], num_layers: in
     written = files.aux_layers(num_layers)
     if tuple(aux_layers) != written:
         raise ValueError(
-            f"{files.writer} writes the inputs of layers {list(written)} of a target of {num_layers} layers, and the recipe "
-            f"wants those of {list(aux_layers)}. Set target.aux_layers='{list(written)}', or leave --skip-check out, so that "
-            "the layers are looked for."
+            f"{files.writer} writes the inputs of layers {list(written)} of a target of {num_layers} layers, "
+            f"and the recipe wants those of {list(aux_layers)}. Set target.aux_layers='{list(written)}', or "
+            "leave --skip-check out, so that the layers are looked for."
         )
 
 
 def load_target_end(folder: Path, config: Any, dtype: torch.dtype) -> TargetEnd:
-    """The target's final norm and head, and nothing else of its weights. Raises ValueError when its norm is not found."""
+    """The target's final norm and head, and nothing else of its weights. Raises ValueError when its norm is
+    not found.
+    """
     with torch.device("meta"):
         norm = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).model.norm
     files = weight_files(folder)
     names = {name.removeprefix("model.norm."): name for name in files if name.startswith("model.norm.")}
     if set(names) != set(norm.state_dict()):
-        raise ValueError(f"{folder} has no weights {', '.join(f'model.norm.{name}' for name in norm.state_dict())}")
+        raise ValueError(
+            f"{folder} has no weights {', '.join(f'model.norm.{name}' for name in norm.state_dict())}"
+        )
     weights = {}
     for key, name in names.items():
         with safe_open(files[name], framework="pt") as file:
@@ -169,8 +185,17 @@ def _on_trust(files: ForeignFiles, aux_layers: Sequence[int], checked: bool) -> 
     """What could not be checked."""
     lines = [f"the tokens and masks, as {files.writer} wrote them: no template or tokenizer was applied"]
     if checked:
-        return [*lines, f"that the samples which were not compared with the target are like the {COMPARED_SAMPLES} that were"]
-    return [*lines, f"that the hidden states are this target's, of the inputs of its layers {list(aux_layers)}"]
+        return [
+            *lines,
+            (
+                f"that the samples which were not compared with the target are like the {COMPARED_SAMPLES} "
+                "that were"
+            ),
+        ]
+    return [
+        *lines,
+        f"that the hidden states are this target's, of the inputs of its layers {list(aux_layers)}",
+    ]
 
 
 def _progress(numbers: Sequence[int], what: str) -> Any:

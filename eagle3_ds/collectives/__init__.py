@@ -1,4 +1,6 @@
-"""Communication over torch.distributed groups; a group of None is one rank, for which everything is the identity."""
+"""Communication over torch.distributed groups; a group of None is one rank, for which everything is the
+identity.
+"""
 
 from eagle3_ds.collectives.all_to_all import (
     SeqAllToAll4D,

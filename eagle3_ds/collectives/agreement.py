@@ -1,4 +1,6 @@
-"""Small facts that all ranks must agree on. Every function is collective, and trivial without a process group."""
+"""Small facts that all ranks must agree on. Every function is collective, and trivial without a process
+group.
+"""
 
 from __future__ import annotations
 

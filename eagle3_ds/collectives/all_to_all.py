@@ -1,6 +1,7 @@
 """The Ulysses exchange: a rank trades its rows of all heads for all rows of its heads (Jacobs et al., 2023).
 
-Legend: u ranks of the group, S rows of a rank, H heads in all, h = H / u heads of a rank, D head size, B batch.
+Legend: u ranks of the group, S rows of a rank, H heads in all, h = H / u heads of a rank, D head size, B
+batch.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from torch import Tensor
 
 
 class PendingRows:
-    """An exchange under way: `wait` returns what `sequence_to_heads` would. It keeps the sent buffer alive until then."""
+    """An exchange under way: `wait` returns what `sequence_to_heads` would. It keeps the sent buffer alive
+    until then.
+    """
 
     def __init__(self, received: Tensor, work: dist.Work | None = None, sent: Tensor | None = None) -> None:
         self._received, self._work, self._sent = received, work, sent
@@ -61,7 +64,8 @@ def heads_to_sequence(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def all_sequence_to_heads(parts: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """`sequence_to_heads` of several tensors in one call, [S_i, H_i, D] each, of equal D; rows and heads may differ.
+    """`sequence_to_heads` of several tensors in one call, [S_i, H_i, D] each, of equal D; rows and heads may
+    differ.
 
     Raises:
         ValueError: the ranks do not divide the heads.
@@ -87,10 +91,15 @@ def all_heads_to_sequence(parts: Sequence[Tensor], group: dist.ProcessGroup | No
     size = group.size()
     for rows in (part.shape[0] for part in parts):
         if rows % size:
-            raise ValueError(f"{rows} rows cannot be shared by {size} ranks. Pad them to a multiple of {size}.")
+            raise ValueError(
+                f"{rows} rows cannot be shared by {size} ranks. Pad them to a multiple of {size}."
+            )
     by_rank = [part.unflatten(0, (size, -1)) for part in parts]
     received = _exchange_flat([part.flatten(1) for part in by_rank], group)
-    return [flat.reshape(part.shape).transpose(0, 1).flatten(1, 2) for flat, part in zip(received, by_rank, strict=True)]
+    return [
+        flat.reshape(part.shape).transpose(0, 1).flatten(1, 2)
+        for flat, part in zip(received, by_rank, strict=True)
+    ]
 
 
 def _exchange_flat(parts: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
@@ -103,13 +112,16 @@ def _exchange_flat(parts: Sequence[Tensor], group: dist.ProcessGroup) -> list[Te
 
 def _check_heads(heads: int, size: int) -> None:
     if heads % size:
-        raise ValueError(f"{heads} heads cannot be shared by {size} ranks. Use a ulysses degree that divides {heads}.")
+        raise ValueError(
+            f"{heads} heads cannot be shared by {size} ranks. Use a ulysses degree that divides {heads}."
+        )
 
 
 def all_to_all_4D(  # noqa: N802 - the name RFC 338 uses
     input: Tensor, scatter_idx: int = 2, gather_idx: int = 1, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """The exchange on batches, without autograd: scatter one of the dims sequence (1) and heads (2), gather the other.
+    """The exchange on batches, without autograd: scatter one of the dims sequence (1) and heads (2), gather
+    the other.
 
     Scatter 2, gather 1: [B, S, H, D] -> [B, u * S, H / u, D].
     Scatter 1, gather 2: [B, u * S, h, D] -> [B, S, u * h, D], its inverse.
@@ -118,13 +130,19 @@ def all_to_all_4D(  # noqa: N802 - the name RFC 338 uses
         ValueError: other dims, not four of them, or the ranks do not divide the scattered one.
     """
     if input.dim() != 4:
-        raise ValueError(f"all_to_all_4D takes [batch, sequence, heads, dim], and the input is {tuple(input.shape)}.")
+        raise ValueError(
+            f"all_to_all_4D takes [batch, sequence, heads, dim], and the input is {tuple(input.shape)}."
+        )
     if (scatter_idx, gather_idx) not in ((2, 1), (1, 2)):
-        raise ValueError(f"scatter_idx {scatter_idx}, gather_idx {gather_idx}: use 2, 1 (scatter heads) or 1, 2 (scatter rows).")
+        raise ValueError(
+            f"scatter_idx {scatter_idx}, gather_idx {gather_idx}: use 2, 1 (scatter heads) or 1, 2 (scatter "
+            "rows)."
+        )
     if group is None:
         return input
     batch, dim = input.shape[0], input.shape[3]
-    # The batch travels beside the head's entries, so that rows and heads lead as in the exchange of one sequence.
+    # The batch travels beside the head's entries, so that rows and heads lead as in the exchange of one
+    # sequence.
     x = input.permute(1, 2, 0, 3).flatten(2)
     moved = sequence_to_heads(x, group) if scatter_idx == 2 else heads_to_sequence(x, group)
     return moved.unflatten(2, (batch, dim)).permute(2, 0, 1, 3).contiguous()
@@ -137,7 +155,9 @@ class SeqAllToAll4D(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup | None, input: Tensor, scatter_idx: int = 2, gather_idx: int = 1) -> Tensor:
+    def forward(
+        ctx: Any, group: dist.ProcessGroup | None, input: Tensor, scatter_idx: int = 2, gather_idx: int = 1
+    ) -> Tensor:
         ctx.group, ctx.scatter_idx, ctx.gather_idx = group, scatter_idx, gather_idx
         return all_to_all_4D(input, scatter_idx, gather_idx, group)
 

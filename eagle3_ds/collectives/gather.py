@@ -1,4 +1,5 @@
-"""All-gather and reduce-scatter along rows or any dim, with uneven shares where the sizes are known to all ranks.
+"""All-gather and reduce-scatter along rows or any dim, with uneven shares where the sizes are known to all
+ranks.
 
 Legend: n ranks of the group, S rows of a rank.
 """
@@ -36,19 +37,23 @@ def reduce_scatter_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return x
     size, rows = group.size(), x.shape[0]
     if rows % size:
-        raise ValueError(f"{rows} rows cannot be scattered to {size} ranks. Pad them to a multiple of {size}.")
+        raise ValueError(
+            f"{rows} rows cannot be scattered to {size} ranks. Pad them to a multiple of {size}."
+        )
     scattered = x.new_empty((rows // size, *x.shape[1:]))
     _reduce_scatter_single(scattered, x.contiguous(), group=group)
     return scattered
 
 
-def all_gather_tensor(local: Tensor, group: dist.ProcessGroup | None, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
+def all_gather_tensor(
+    local: Tensor, group: dist.ProcessGroup | None, dim: int = 0, sizes: Sequence[int] | None = None
+) -> Tensor:
     """Concatenate every rank's `local` along `dim`, in rank order, without autograd.
 
     Args:
         local: this rank's share; the shares differ in `dim` at most.
-        sizes: the size of each rank's share along `dim`, known to all ranks; None when they are equal. They are
-            never asked for over the network: that would make the host wait for the device.
+        sizes: the size of each rank's share along `dim`, known to all ranks; None when they are equal. They
+            are never asked for over the network: that would make the host wait for the device.
 
     Raises:
         ValueError: `sizes` does not fit the group or this rank's share.
@@ -68,13 +73,18 @@ def all_gather_tensor(local: Tensor, group: dist.ProcessGroup | None, dim: int =
 class Gather(torch.autograd.Function):
     """Forward: all_gather_tensor. Backward: reduce-scatter of the gradient, summed over the ranks.
 
-    `apply(group, local, dim, sizes)`. The sum is the gradient of the sum of all ranks' losses. Where every rank
-    computes the same loss from the gathered tensor, that is n times the gradient of one of them: divide such a loss by n.
+    `apply(group, local, dim, sizes)`. The sum is the gradient of the sum of all ranks' losses. Where every
+    rank computes the same loss from the gathered tensor, that is n times the gradient of one of them: divide
+    such a loss by n.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, group: dist.ProcessGroup | None, local: Tensor, dim: int = 0, sizes: Sequence[int] | None = None
+        ctx: Any,
+        group: dist.ProcessGroup | None,
+        local: Tensor,
+        dim: int = 0,
+        sizes: Sequence[int] | None = None,
     ) -> Tensor:
         ctx.group, ctx.dim, ctx.sizes = group, dim, sizes
         return all_gather_tensor(local, group, dim, sizes)
@@ -99,7 +109,8 @@ def gather_outputs_and_unpad(
     unpad_dim: int | None = None,
     padding: int = 0,
 ) -> Tensor:
-    """Gather every rank's `x` along `gather_dim`, with autograd (see `Gather`), and cut the padding off the end.
+    """Gather every rank's `x` along `gather_dim`, with autograd (see `Gather`), and cut the padding off the
+    end.
 
     Args:
         unpad_dim: the dim that was padded before the sequence was cut; None is `gather_dim`.
@@ -112,7 +123,9 @@ def gather_outputs_and_unpad(
     dim = gather_dim if unpad_dim is None else unpad_dim
     size = gathered.shape[dim]
     if not 0 <= padding <= size:
-        raise ValueError(f"padding is {padding}, but dim {dim} of the gathered tensor has size {size}. Use 0 to {size}.")
+        raise ValueError(
+            f"padding is {padding}, but dim {dim} of the gathered tensor has size {size}. Use 0 to {size}."
+        )
     return gathered.narrow(dim, 0, size - padding)
 
 
@@ -123,9 +136,11 @@ def _pad_rows(rows: Tensor, size: int) -> Tensor:
 
 def _check_sizes(sizes: Sequence[int], rows: int, group: dist.ProcessGroup) -> None:
     if len(sizes) != group.size():
-        raise ValueError(f"sizes {list(sizes)} has {len(sizes)} entries for {group.size()} ranks. Give one per rank.")
+        raise ValueError(
+            f"sizes {list(sizes)} has {len(sizes)} entries for {group.size()} ranks. Give one per rank."
+        )
     if sizes[group.rank()] != rows:
         raise ValueError(
-            f"sizes {list(sizes)} says {sizes[group.rank()]} for rank {group.rank()}, whose share has {rows}. "
-            "Give the same list, the true sizes, on every rank."
+            f"sizes {list(sizes)} says {sizes[group.rank()]} for rank {group.rank()}, whose share has "
+            f"{rows}. Give the same list, the true sizes, on every rank."
         )

@@ -13,7 +13,11 @@ class RingTransfer:
     """One exchange under way. It keeps the sent buffers alive until `wait`."""
 
     def __init__(
-        self, works: list[dist.Work], sent: list[Tensor], received: dict[torch.dtype, Tensor], like: Sequence[Tensor]
+        self,
+        works: list[dist.Work],
+        sent: list[Tensor],
+        received: dict[torch.dtype, Tensor],
+        like: Sequence[Tensor],
     ) -> None:
         self._works, self._sent, self._received = works, sent, received
         self._layout = [(tensor.dtype, tensor.shape) for tensor in like]
@@ -32,7 +36,9 @@ class RingTransfer:
 
 
 class RingExchange:
-    """A ring over the ranks of a group. With None or one rank, every exchange hands back a copy of what it was given."""
+    """A ring over the ranks of a group. With None or one rank, every exchange hands back a copy of what it
+    was given.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
@@ -43,10 +49,12 @@ class RingExchange:
             self._next, self._previous = ranks[(place + 1) % self.size], ranks[(place - 1) % self.size]
 
     def start(self, tensors: Sequence[Tensor]) -> RingTransfer:
-        """Send `tensors` to the next rank and receive the previous rank's, which have the same shapes and dtypes.
+        """Send `tensors` to the next rank and receive the previous rank's, which have the same shapes and
+        dtypes.
 
-        Collective over the ring, in the same order on every rank. The tensors are copied into one buffer per dtype, so
-        they may be changed while the transfer is under way, and a hop costs one message per dtype, not one per tensor.
+        Collective over the ring, in the same order on every rank. The tensors are copied into one buffer per
+        dtype, so they may be changed while the transfer is under way, and a hop costs one message per dtype,
+        not one per tensor.
         """
         sent: dict[torch.dtype, Tensor] = {}
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
@@ -54,7 +62,8 @@ class RingExchange:
         if self.size == 1:
             return RingTransfer([], [], sent, tensors)
         received = {dtype: torch.empty_like(buffer) for dtype, buffer in sent.items()}
-        # Both directions of all messages are posted before anything waits: no order of the ranks can deadlock.
+        # Both directions of all messages are posted before anything waits: no order of the ranks can
+        # deadlock.
         operations = []
         for dtype, buffer in sent.items():
             operations.append(dist.P2POp(dist.isend, buffer, self._next, self.group))

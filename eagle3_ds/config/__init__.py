@@ -1,4 +1,6 @@
-"""What a run is: the recipe (YAML) and the DeepSpeed JSON beside it, both refused early when they cannot be meant."""
+"""What a run is: the recipe (YAML) and the DeepSpeed JSON beside it, both refused early when they cannot be
+meant.
+"""
 
 from eagle3_ds.config.deepspeed import fill_deepspeed_config, load_deepspeed_config
 from eagle3_ds.config.load import dump_recipe, load_recipe, recipe_differences

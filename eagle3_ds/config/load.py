@@ -28,10 +28,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"recipe: {path} is not a file. Give the path of one, for example recipes/quickstart.yaml.")
+        raise ValueError(
+            f"recipe: {path} is not a file. Give the path of one, for example recipes/quickstart.yaml."
+        )
     tree = parse_yaml(read_text(path), str(path))
     if not isinstance(tree, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of sections, not {type(tree).__name__}. See docs/recipe.md.")
+        raise ValueError(
+            f"{path}: a recipe is a mapping of sections, not {type(tree).__name__}. See docs/recipe.md."
+        )
     for override in overrides:
         _apply_override(tree, override)
     try:
@@ -53,7 +57,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
-        raise ValueError(f"override {override!r}: not of the form section.key=value, for example parallel.ulysses=4.")
+        raise ValueError(
+            f"override {override!r}: not of the form section.key=value, for example parallel.ulysses=4."
+        )
     node = tree
     for depth, key in enumerate(keys[:-1]):
         if node.get(key) is None:

@@ -1,7 +1,7 @@
 """The recipe: one frozen object that says everything about a run.
 
-Every section forbids unknown keys and is strict about types; what needs no other file to be judged is judged here.
-The meaning of every key is told in docs/recipe.md.
+Every section forbids unknown keys and is strict about types; what needs no other file to be judged is judged
+here. The meaning of every key is told in docs/recipe.md.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class TargetBuild(Section):
     def _whole_heads(self) -> TargetBuild:
         if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 2:
             raise ValueError(
-                f"hidden_size is {self.hidden_size} and num_heads is {self.num_heads}: heads must be equally wide, "
-                "and of an even width. Choose hidden_size as a multiple of 2 * num_heads."
+                f"hidden_size is {self.hidden_size} and num_heads is {self.num_heads}: heads must be equally "
+                "wide, and of an even width. Choose hidden_size as a multiple of 2 * num_heads."
             )
         _check_grouping(self.num_heads, self.num_kv_heads)
         return self
@@ -55,12 +55,16 @@ class TargetSection(Section):
     path: Text
     """Folder of a Hugging Face causal LM, or a hub name."""
     build: TargetBuild | None = None
-    """Build the target at `path` when it is not there yet; one built from other values is refused, not replaced."""
+    """Build the target at `path` when it is not there yet; one built from other values is refused, not
+    replaced.
+    """
     aux_layers: tuple[NonNegative, NonNegative, NonNegative] | None = None
     """Layers whose inputs are captured; null is the EAGLE-3 rule (2, n // 2, n - 3)."""
     dtype: FloatDtype = "bfloat16"
     capture: Literal["single", "parallel"] = "single"
-    """Who captures hidden states before training: one process, document by document, or all ranks, cut as training is."""
+    """Who captures hidden states before training: one process, document by document, or all ranks, cut as
+    training is.
+    """
 
 
 class DraftSection(Section):
@@ -77,8 +81,9 @@ class DraftSection(Section):
     def _window_holds_the_unroll(self) -> DraftSection:
         if self.sliding_window is not None and self.sliding_window < self.ttt_steps:
             raise ValueError(
-                f"sliding_window = {self.sliding_window} is less than ttt_steps = {self.ttt_steps}: a guess must at least see "
-                "those before it. Use a window of thousands of tokens, or null for full attention."
+                f"sliding_window = {self.sliding_window} is less than ttt_steps = {self.ttt_steps}: a guess "
+                "must at least see those before it. Use a window of thousands of tokens, or null for full "
+                "attention."
             )
         return self
 
@@ -91,13 +96,16 @@ class DraftSection(Section):
 
 class DataSection(Section):
     train: Annotated[tuple[Text, ...], Field(min_length=1)]
-    """JSONL / Parquet files, folders of them, hub data sets, or the word `stdlib` (made from Python's standard library)."""
+    """JSONL / Parquet files, folders of them, hub data sets, or the word `stdlib` (made from Python's
+    standard library).
+    """
     shape: Literal["auto", "messages", "sharegpt", "prompt_response", "tokenized"] = "auto"
     """Of the rows; `auto` recognises it by the first row of each file."""
     supervise: Literal["all", "last"] = "all"
     """Learn from every turn of the assistant, or from the last one alone."""
     heldout: tuple[Text, ...] = ()
-    """Same as `train`; empty means `heldout_fraction` of the training conversations, split by conversation."""
+    """Same as `train`; empty means `heldout_fraction` of the training conversations, split by conversation.
+    """
     heldout_fraction: BelowOne = 0.02
     max_length: Positive = 4096
     """Packing length in tokens."""
@@ -107,13 +115,17 @@ class DataSection(Section):
     chat_template: str | None = None
     """A Jinja file used instead of the tokenizer's own template."""
     chat_template_arguments: dict[str, bool | int | float | str] = {}
-    """What the template is rendered with besides the messages, as a server does: enable_thinking, date_string."""
+    """What the template is rendered with besides the messages, as a server does: enable_thinking,
+    date_string.
+    """
     workers: Positive | None = None
     """Processes that tokenise; null: the cores. The documents do not depend on it."""
     cache_dir: str = "output/cache"
     """Tokenised conversations and hidden-state stores, keyed by content."""
     hidden_states: Literal["offline", "online"] = "offline"
-    """Captured before training into a store, or computed in each step by the target, which then lives beside the draft."""
+    """Captured before training into a store, or computed in each step by the target, which then lives beside
+    the draft.
+    """
     hidden_dtype: Literal["float32", "bfloat16", "float16", "float8"] = "bfloat16"
     """float8 has an exponent per hidden state and takes half the disk of bfloat16."""
     seed: int = 0
@@ -127,15 +139,17 @@ class ParallelSection(Section):
     zero_group: Literal["all", "draft_dp"] = "all"
     kv_exchange: Literal["auto", "gather", "ring"] = "auto"
     kv_bytes: NonNegative = 2**33
-    """Bytes of other ranks' step-0 keys and values, and of their gradients, that a rank may hold in each layer."""
+    """Bytes of other ranks' step-0 keys and values, and of their gradients, that a rank may hold in each
+    layer.
+    """
     chunks_per_rank: Positive = 8
     """Pieces a ring rank's share of the sequence is cut into for balance."""
 
 
 class AttentionSection(Section):
-    kernel: Literal["auto", "reference", "blockwise", "cpu", "cuda", "cudnn", "flash_attn2", "flash_attn3", "flash_attn4"] = (
-        "auto"
-    )
+    kernel: Literal[
+        "auto", "reference", "blockwise", "cpu", "cuda", "cudnn", "flash_attn2", "flash_attn3", "flash_attn4"
+    ] = "auto"
 
 
 class LossSection(Section):
@@ -183,11 +197,14 @@ class TrainSection(Section):
     def _one_length(self) -> TrainSection:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
-                f"train.steps is {self.steps} and train.epochs is {self.epochs}: exactly one of them says how long to "
-                "train. Set one and remove the other."
+                f"train.steps is {self.steps} and train.epochs is {self.epochs}: exactly one of them says "
+                "how long to train. Set one and remove the other."
             )
         if self.steps is not None and self.warmup_steps > self.steps:
-            raise ValueError(f"train.warmup_steps is {self.warmup_steps}, more than the {self.steps} steps of the run. Lower it.")
+            raise ValueError(
+                f"train.warmup_steps is {self.warmup_steps}, more than the {self.steps} steps of the run. "
+                "Lower it."
+            )
         return self
 
 
@@ -214,7 +231,9 @@ class EvalSection(Section):
     @model_validator(mode="after")
     def _ascending_buckets(self) -> EvalSection:
         if list(self.context_buckets) != sorted(set(self.context_buckets)):
-            raise ValueError(f"context_buckets is {list(self.context_buckets)}, but upper ends must ascend. Sort them.")
+            raise ValueError(
+                f"context_buckets is {list(self.context_buckets)}, but upper ends must ascend. Sort them."
+            )
         return self
 
 
@@ -224,7 +243,9 @@ class ExportSection(Section):
 
 
 class Recipe(Section):
-    """One run. `deepspeed` is the path of a DeepSpeed JSON, passed through but for the keys we fill in or refuse."""
+    """One run. `deepspeed` is the path of a DeepSpeed JSON, passed through but for the keys we fill in or
+    refuse.
+    """
 
     target: TargetSection
     draft: DraftSection = DraftSection()
@@ -243,6 +264,6 @@ class Recipe(Section):
 def _check_grouping(num_heads: int, num_kv_heads: int) -> None:
     if num_heads % num_kv_heads:
         raise ValueError(
-            f"num_heads is {num_heads} and num_kv_heads is {num_kv_heads}: every key/value head must serve equally "
-            "many query heads. Choose num_kv_heads as a divisor of num_heads."
+            f"num_heads is {num_heads} and num_kv_heads is {num_kv_heads}: every key/value head must serve "
+            "equally many query heads. Choose num_kv_heads as a divisor of num_heads."
         )

@@ -28,7 +28,8 @@ class StrictLoader(yaml.SafeLoader):
                 raise ValueError(f"line {line}: the key {key!r} is not text. Quote it, or remove it.")
             if key in first_line:
                 raise ValueError(
-                    f"line {line}: the key `{key}` is given twice, first on line {first_line[key]}. Keep one of them."
+                    f"line {line}: the key `{key}` is given twice, first on line {first_line[key]}. Keep one "
+                    "of them."
                 )
             first_line[key] = line
         return super().construct_mapping(node, deep=deep)
@@ -39,9 +40,15 @@ def _construct_int(loader: StrictLoader, node: yaml.ScalarNode) -> int:
     return int(loader.construct_scalar(node), 10)
 
 
-StrictLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), [*"~nN", ""])
-StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-StrictLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), [*"~nN", ""]
+)
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789")
+)
 StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
@@ -58,7 +65,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
+        raise ValueError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from error
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -72,6 +81,8 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(f"{source}: not valid YAML: {error}") from error
     except RecursionError as error:
-        raise ValueError(f"{source}: nested far deeper than any recipe. Look for brackets that are not closed.") from error
+        raise ValueError(
+            f"{source}: nested far deeper than any recipe. Look for brackets that are not closed."
+        ) from error
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error

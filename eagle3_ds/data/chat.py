@@ -31,7 +31,9 @@ FOLLOWERS = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as `validate_messages` returns them, and the JSON schemas of the tools that the prompt announces."""
+    """Messages as `validate_messages` returns them, and the JSON schemas of the tools that the prompt
+    announces.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
@@ -43,10 +45,10 @@ class Conversation:
 def validate_messages(messages: Any, where: str) -> list[dict[str, Any]]:
     """The messages of one row, made uniform; `where` ("file, line n") opens every error.
 
-    An optional system message, then user and assistant in turn, tool messages after the assistant that called. At
-    least one assistant message; contents are non-empty strings (an assistant message with `tool_calls` may leave it
-    out). Null keys are removed, reasoning is given under every name that templates know, and tool-call arguments in
-    JSON text are parsed, as servers do before they render.
+    An optional system message, then user and assistant in turn, tool messages after the assistant that
+    called. At least one assistant message; contents are non-empty strings (an assistant message with
+    `tool_calls` may leave it out). Null keys are removed, reasoning is given under every name that templates
+    know, and tool-call arguments in JSON text are parsed, as servers do before they render.
     """
     if not isinstance(messages, list):
         raise ValueError(f"{where}: 'messages' is {kind(messages)}, expected a list of messages")
@@ -72,7 +74,8 @@ def _check_message(message: Any, previous: str, where: str) -> str:
     if role not in FOLLOWERS[previous]:
         place = "first" if previous == "start" else f"after {previous!r}"
         raise ValueError(
-            f"{where}.role is {role!r} {place}, where only {_words(FOLLOWERS[previous])} may stand: correct or remove the row"
+            f"{where}.role is {role!r} {place}, where only {_words(FOLLOWERS[previous])} may stand: correct "
+            "or remove the row"
         )
     content = message.get("content")
     if role == "assistant" and message.get("tool_calls") and not content:
@@ -90,8 +93,8 @@ def check_text(value: Any, where: str) -> str:
     found = BINARY.search(value)
     if found:
         raise ValueError(
-            f"{where} is binary data, not text (U+{ord(found.group()):04X} at character {found.start()}): correct or remove the "
-            "row"
+            f"{where} is binary data, not text (U+{ord(found.group()):04X} at character {found.start()}): "
+            "correct or remove the row"
         )
     return value
 
@@ -101,16 +104,24 @@ def _uniform(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key in REASONING_KEYS:
         if uniform.get(key) == "":
             del uniform[key]
-    reasoning = {uniform[key] for key in REASONING_KEYS if key in uniform and check_text(uniform[key], f"{where}.{key}")}
+    reasoning = {
+        uniform[key]
+        for key in REASONING_KEYS
+        if key in uniform and check_text(uniform[key], f"{where}.{key}")
+    }
     if len(reasoning) > 1:
-        raise ValueError(f"{where} has different reasoning under several of {_words(REASONING_KEYS)}: keep one of them")
+        raise ValueError(
+            f"{where} has different reasoning under several of {_words(REASONING_KEYS)}: keep one of them"
+        )
     for text in reasoning:
         uniform |= dict.fromkeys(REASONING_KEYS, text)
     if uniform.get("tool_calls"):
         calls = uniform["tool_calls"]
         if not isinstance(calls, list):
             raise ValueError(f"{where}.tool_calls is {kind(calls)}, expected a list of calls")
-        uniform["tool_calls"] = [_uniform_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
+        uniform["tool_calls"] = [
+            _uniform_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)
+        ]
     else:
         uniform.pop("tool_calls", None)
     return uniform
@@ -157,7 +168,8 @@ class ChatTemplate:
     """A target's chat template and what it is rendered with.
 
     `tool_text` is the template for conversations with tools: another one only where the tokenizer has both.
-    `arguments` are the recipe's `data.chat_template_arguments`. `special` matches the tokenizer's special tokens.
+    `arguments` are the recipe's `data.chat_template_arguments`. `special` matches the tokenizer's special
+    tokens.
     """
 
     text: str
@@ -170,21 +182,27 @@ class ChatTemplate:
         """Whether the template tells the assistant's words by `{% generation %}` marks."""
         return bool(GENERATION_MARK.search(self._template(tools)))
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Any, where: str, prompt: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, where: str, prompt: bool = False
+    ) -> str:
         """The messages as text; with `prompt` up to where a server lets the model speak.
 
         Raises ValueError, opened by `where`, when the template raises.
         """
         return self._render(messages, tools, where, add_generation_prompt=prompt)[0]
 
-    def render_marked(self, messages: Sequence[Mapping[str, Any]], tools: Any, where: str) -> tuple[str, list[Span]]:
+    def render_marked(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, where: str
+    ) -> tuple[str, list[Span]]:
         """The messages as text, and what lies between the template's `{% generation %}` marks."""
         return self._render(messages, tools, where, return_assistant_tokens_mask=True)
 
     def _template(self, tools: Any) -> str:
         return self.tool_text if tools else self.text
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any, where: str, **flags: bool) -> tuple[str, list[Span]]:
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, where: str, **flags: bool
+    ) -> tuple[str, list[Span]]:
         try:
             texts, marks = render_jinja_template(
                 conversations=[list(messages)],
@@ -195,13 +213,16 @@ class ChatTemplate:
             )
         except Exception as error:  # a template is a program of its own: it may raise anything
             raise ValueError(
-                f"{where}: the chat template raised {type(error).__name__} on the first {len(messages)} messages: {error}. "
-                "Correct or remove the row, or name another template in data.chat_template"
+                f"{where}: the chat template raised {type(error).__name__} on the first {len(messages)} "
+                f"messages: {error}. Correct or remove the row, or name another template in "
+                "data.chat_template"
             ) from error
         return texts[0], marks[0] if marks else []
 
 
-def load_chat_template(tokenizer: Any, path: str | None = None, arguments: Mapping[str, Any] | None = None) -> ChatTemplate:
+def load_chat_template(
+    tokenizer: Any, path: str | None = None, arguments: Mapping[str, Any] | None = None
+) -> ChatTemplate:
     """The template in the file `path`, else the tokenizer's own.
 
     Raises ValueError when there is none.
@@ -211,17 +232,23 @@ def load_chat_template(tokenizer: Any, path: str | None = None, arguments: Mappi
     text = named.get("default")
     if not isinstance(text, str) or not text:
         raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template: write one, or copy that of the model it was made "
-            "from, to a file and name the file in data.chat_template"
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template: write one, or copy that of the "
+            "model it was made from, to a file and name the file in data.chat_template"
         )
     added = tokenizer.added_tokens_decoder.values()
     names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
     # the longest first: one special token may be the beginning of another
-    special = re.compile("|".join(re.escape(name) for name in sorted(names, key=lambda name: (-len(name), name))) or r"(?!)")
-    return ChatTemplate(text, named.get("tool_use", text), dict(tokenizer.special_tokens_map), dict(arguments or {}), special)
+    special = re.compile(
+        "|".join(re.escape(name) for name in sorted(names, key=lambda name: (-len(name), name))) or r"(?!)"
+    )
+    return ChatTemplate(
+        text, named.get("tool_use", text), dict(tokenizer.special_tokens_map), dict(arguments or {}), special
+    )
 
 
 def _read_template(path: str) -> str:
     if not Path(path).is_file():
-        raise ValueError(f"data.chat_template is {path!r}, which is not a file: name a Jinja file, or remove the key")
+        raise ValueError(
+            f"data.chat_template is {path!r}, which is not a file: name a Jinja file, or remove the key"
+        )
     return Path(path).read_text(encoding="utf-8")

@@ -1,4 +1,6 @@
-"""Tokenised conversations on disk: one arrow row per document, the split, the counts, and what happened on the way."""
+"""Tokenised conversations on disk: one arrow row per document, the split, the counts, and what happened on
+the way.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ FEATURES = datasets.Features(
         "document_id": datasets.Value("int64"),
     }
 )
-"""One document: token ids, True where the assistant wrote the token, and its number over training and held-out data."""
+"""One document: token ids, True where the assistant wrote the token, and its number over training and
+held-out data.
+"""
 DOCUMENTS_FILE = "documents.arrow"
 TABLES_FILE = "tables.safetensors"
 STATISTICS_FILE = "statistics.json"
@@ -47,7 +51,9 @@ class PreparedData:
         """Read a folder that `prepare_data` wrote; the documents stay memory-mapped."""
         for name in (DOCUMENTS_FILE, TABLES_FILE, STATISTICS_FILE):
             if not (path / name).is_file():
-                raise ValueError(f"{path / name} is missing from the prepared data: remove the folder {path} and run again")
+                raise ValueError(
+                    f"{path / name} is missing from the prepared data: remove the folder {path} and run again"
+                )
         documents = datasets.Dataset.from_file(str(path / DOCUMENTS_FILE))
         tables = load_file(path / TABLES_FILE)
         statistics = DataStatistics(**json.loads((path / STATISTICS_FILE).read_text()))
@@ -56,7 +62,9 @@ class PreparedData:
         return cls(train, heldout, statistics, counts, required, fingerprint, path)
 
     def lengths(self) -> dict[int, int]:
-        """{document_id: tokens} of every document, training and held-out: what a hidden-state store has to hold."""
+        """{document_id: tokens} of every document, training and held-out: what a hidden-state store has to
+        hold.
+        """
         return {**document_lengths(self.train), **document_lengths(self.heldout)}
 
 

@@ -33,8 +33,8 @@ EVENTS = (
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """The documents of some rows, end to end: int32 [T] token ids, bool [T] mask; int64 [n] lengths, uint64 [n] hashes
-    of the conversations they come from. `events` counts what happened, by the names in `EVENTS`.
+    """The documents of some rows, end to end: int32 [T] token ids, bool [T] mask; int64 [n] lengths, uint64
+    [n] hashes of the conversations they come from. `events` counts what happened, by the names in `EVENTS`.
     """
 
     input_ids: np.ndarray
@@ -50,7 +50,9 @@ class RowEncoder:
     `template` may be None when every row is tokenised already. `vocab_size`: rows of the target's embedding.
     """
 
-    def __init__(self, tokenizer: Any, template: ChatTemplate | None, section: DataSection, vocab_size: int) -> None:
+    def __init__(
+        self, tokenizer: Any, template: ChatTemplate | None, section: DataSection, vocab_size: int
+    ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.section = section
@@ -78,7 +80,11 @@ class RowEncoder:
     def tokenise(self, rows: Sequence[Row], events: Counter[str]) -> Iterator[tuple[Row, int, MaskedTokens]]:
         """(row, hash of its content, tokens and mask at full length) of each row."""
         contents = [read_row(row.value(), row.shape, row.place) for row in rows]
-        chats = [(row.place, content) for row, content in zip(rows, contents, strict=True) if isinstance(content, Conversation)]
+        chats = [
+            (row.place, content)
+            for row, content in zip(rows, contents, strict=True)
+            if isinstance(content, Conversation)
+        ]
         encoded = iter(self._encode_chats(chats, events))
         for row, content in zip(rows, contents, strict=True):
             if isinstance(content, TokenRow):
@@ -88,7 +94,9 @@ class RowEncoder:
             self._check_vocabulary(tokens.input_ids, row.place)
             yield row, content_hash(content, self.section.seed), tokens
 
-    def _encode_chats(self, chats: Sequence[tuple[str, Conversation]], events: Counter[str]) -> list[MaskedTokens]:
+    def _encode_chats(
+        self, chats: Sequence[tuple[str, Conversation]], events: Counter[str]
+    ) -> list[MaskedTokens]:
         texts, spans = [], []
         for place, conversation in chats:
             assert self.template is not None
@@ -109,11 +117,13 @@ class RowEncoder:
             raise ValueError(f"{place}: the row has no token: remove it")
         if max(input_ids) >= self.vocab_size:
             raise ValueError(
-                f"{place}: token id {max(input_ids)} lies outside the target's vocabulary of {self.vocab_size}: the "
-                "tokenizer and the target do not belong together"
+                f"{place}: token id {max(input_ids)} lies outside the target's vocabulary of "
+                f"{self.vocab_size}: the tokenizer and the target do not belong together"
             )
 
-    def _fit(self, tokens: MaskedTokens, place: str, events: Counter[str]) -> Iterator[tuple[list[int], list[bool]]]:
+    def _fit(
+        self, tokens: MaskedTokens, place: str, events: Counter[str]
+    ) -> Iterator[tuple[list[int], list[bool]]]:
         """The documents of one conversation, each of at most `data.max_length` tokens, by `data.on_too_long`."""
         length, limit, choice = len(tokens.input_ids), self.section.max_length, self.section.on_too_long
         if length <= limit:
@@ -121,8 +131,8 @@ class RowEncoder:
             return
         if choice == "error":
             raise ValueError(
-                f"{place}: the conversation has {length} tokens, more than data.max_length {limit}: raise data.max_length, or "
-                "set data.on_too_long to 'split', 'truncate' or 'drop'"
+                f"{place}: the conversation has {length} tokens, more than data.max_length {limit}: raise "
+                "data.max_length, or set data.on_too_long to 'split', 'truncate' or 'drop'"
             )
         if choice == "drop":
             events["too_long_dropped"] += 1
@@ -131,7 +141,9 @@ class RowEncoder:
         events["truncated" if choice == "truncate" else "split"] += 1
         # Pieces of equal length: a rest of a few tokens would teach nothing.
         pieces = -(-length // limit)
-        ends = [0, limit] if choice == "truncate" else [length * piece // pieces for piece in range(pieces + 1)]
+        ends = (
+            [0, limit] if choice == "truncate" else [length * piece // pieces for piece in range(pieces + 1)]
+        )
         events["tokens_left_out"] += length - ends[-1]
         for start, end in zip(ends, ends[1:], strict=False):
             if any(tokens.loss_mask[start:end]):

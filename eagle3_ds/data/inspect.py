@@ -48,14 +48,17 @@ class Inspection:
 
 
 def inspect_row(section: DataSection, tokenizer: Any, number: int) -> Inspection:
-    """Row `number`, counted from 1 over the sources of `data.train`, before anything is cut to `data.max_length`.
+    """Row `number`, counted from 1 over the sources of `data.train`, before anything is cut to
+    `data.max_length`.
 
     Raises ValueError for a bad row, and when there are fewer rows.
     """
     sources = expand_sources(section.train, "data.train")
     row = next(islice(recipe_rows(sources, section), number - 1, None), None)
     if row is None:
-        raise ValueError(f"--row is {number}, but {', '.join(sources)} hold fewer rows: ask for a smaller number")
+        raise ValueError(
+            f"--row is {number}, but {', '.join(sources)} hold fewer rows: ask for a smaller number"
+        )
     encoder = RowEncoder(tokenizer, chat_template(tokenizer, section, [row.shape]), section, len(tokenizer))
     ((_, _, tokens),) = encoder.tokenise([row], Counter())
     return Inspection(f"{row.place}, shape {row.shape}", tokens, list(text_pieces(tokenizer, tokens)))
@@ -72,7 +75,9 @@ def inspect_document(data: PreparedData, tokenizer: Any, number: int) -> Inspect
             document = documents[numbers.index(number)]
             tokens = MaskedTokens(document["input_ids"], document["loss_mask"], cut=False)
             return Inspection(f"document {number}, {side}", tokens, list(text_pieces(tokenizer, tokens)))
-    raise ValueError(f"--document is {number}, but the documents are 0 to {len(data.train) + len(data.heldout) - 1}")
+    raise ValueError(
+        f"--document is {number}, but the documents are 0 to {len(data.train) + len(data.heldout) - 1}"
+    )
 
 
 def text_pieces(tokenizer: Any, tokens: MaskedTokens) -> Iterable[tuple[str, bool]]:
@@ -80,8 +85,11 @@ def text_pieces(tokenizer: Any, tokens: MaskedTokens) -> Iterable[tuple[str, boo
     done, last = "", len(tokens.input_ids) - 1
     for place, flag in enumerate(tokens.loss_mask):
         if place == last or tokens.loss_mask[place + 1] != flag:
-            # decoded from the beginning: tokenizers of sentence pieces drop the space at the beginning of a text
-            text = tokenizer.decode(tokens.input_ids[: place + 1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            # decoded from the beginning: tokenizers of sentence pieces drop the space at the beginning of a
+            # text
+            text = tokenizer.decode(
+                tokens.input_ids[: place + 1], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
             yield text[len(done) :], flag
             done = text
 
@@ -99,7 +107,9 @@ def as_text(inspection: Inspection, colour: bool) -> Text:
 
 def as_html(inspection: Inspection) -> str:
     """A page of its own, which loads nothing."""
-    pieces = (f"<mark>{html.escape(text)}</mark>" if flag else html.escape(text) for text, flag in inspection.pieces)
+    pieces = (
+        f"<mark>{html.escape(text)}</mark>" if flag else html.escape(text) for text, flag in inspection.pieces
+    )
     summary = html.escape(inspection.summary)
     return (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{summary}</title>\n<style>{STYLES}</style>\n'

@@ -1,4 +1,6 @@
-"""Which packed sequence goes where: pure functions of (seed, step, dp rank), the same for all peers of one sp group."""
+"""Which packed sequence goes where: pure functions of (seed, step, dp rank), the same for all peers of one sp
+group.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ class HiddenStates(Protocol):
     """Where hidden states come from: the store on disk, or the target itself."""
 
     def require_documents(self, lengths: Mapping[int, int]) -> None:
-        """Raises ValueError unless there are hidden states for every document of `lengths` ({document_id: tokens})."""
+        """Raises ValueError unless there are hidden states for every document of `lengths` ({document_id:
+        tokens}).
+        """
 
     def states(
         self, documents: Sequence[int], token_ids: Tensor, loss_mask: Tensor, lengths: Sequence[int]
@@ -45,16 +49,22 @@ class SequenceSource:
         self.lengths = list(lengths.values())
 
     def sequence(self, rows: Sequence[int], supervised: bool = True) -> PackedSequence:
-        """The documents in these rows of the data set, end to end; with `supervised` false none of their tokens counts.
+        """The documents in these rows of the data set, end to end; with `supervised` false none of their
+        tokens counts.
 
-        Stored hidden states stay on disk until they are sliced; those of a target that runs now are computed here, by all
-        ranks together.
+        Stored hidden states stay on disk until they are sliced; those of a target that runs now are computed
+        here, by all ranks together.
         """
         documents = [self.dataset[row] for row in rows]
         ids = [int(document["document_id"]) for document in documents]
-        token_ids = torch.from_numpy(np.concatenate([document["input_ids"] for document in documents]).astype(np.int64))
+        token_ids = torch.from_numpy(
+            np.concatenate([document["input_ids"] for document in documents]).astype(np.int64)
+        )
         lengths = tuple(self.lengths[row] for row in rows)
-        loss_mask = torch.from_numpy(np.concatenate([document["loss_mask"] for document in documents]).astype(bool)) & supervised
+        loss_mask = (
+            torch.from_numpy(np.concatenate([document["loss_mask"] for document in documents]).astype(bool))
+            & supervised
+        )
         teacher_token, aux, teacher = self.store.states(ids, token_ids, loss_mask, lengths)
         return PackedSequence(
             token_ids=token_ids,
@@ -69,12 +79,13 @@ class SequenceSource:
 class PackedLoader:
     """Packs of at most `max_length` tokens for one draft_dp rank.
 
-    The packs are laid out as one endless row, epoch after epoch, each epoch in an order of its own. Optimizer step s
-    takes the next `accumulation * draft_dp` packs of it, and dp rank r every draft_dp-th of these. When the packs of
-    an epoch do not fill its last step, that step goes on with the next epoch's first packs: nothing is lost, nothing
-    is padded. So what a rank sees depends on (seed, step, dp_rank, draft_dp, accumulation) only, and resuming at a
-    step needs no state. A run that is resumed with another `accumulation * draft_dp` says with `resumed` that step
-    `resumed[0]` starts at place `resumed[1]` of the row; nothing is lost or seen twice then either.
+    The packs are laid out as one endless row, epoch after epoch, each epoch in an order of its own. Optimizer
+    step s takes the next `accumulation * draft_dp` packs of it, and dp rank r every draft_dp-th of these.
+    When the packs of an epoch do not fill its last step, that step goes on with the next epoch's first packs:
+    nothing is lost, nothing is padded. So what a rank sees depends on (seed, step, dp_rank, draft_dp,
+    accumulation) only, and resuming at a step needs no state. A run that is resumed with another
+    `accumulation * draft_dp` says with `resumed` that step `resumed[0]` starts at place `resumed[1]` of the
+    row; nothing is lost or seen twice then either.
     """
 
     def __init__(
@@ -90,7 +101,9 @@ class PackedLoader:
     ) -> None:
         assert 0 <= dp_rank < draft_dp and accumulation >= 1
         if not len(dataset):
-            raise ValueError("the data set has no document to pack: name files that hold conversations in data.train")
+            raise ValueError(
+                "the data set has no document to pack: name files that hold conversations in data.train"
+            )
         self.source = SequenceSource(dataset, store)
         self.packs = pack(self.source.lengths, max_length, seed)
         self.draft_dp = draft_dp
@@ -144,10 +157,12 @@ class PackedLoader:
 
 
 class HeldoutPacks(Sequence[PackedSequence]):
-    """Every pack once over all dp ranks, for evaluation: this rank's packs in order, made when they are asked for.
+    """Every pack once over all dp ranks, for evaluation: this rank's packs in order, made when they are asked
+    for.
 
-    All ranks have equally many, because a rank that stopped early would leave the others waiting in a collective. A rank that
-    has none left repeats the first pack without supervision: it takes part in everything and adds nothing.
+    All ranks have equally many, because a rank that stopped early would leave the others waiting in a
+    collective. A rank that has none left repeats the first pack without supervision: it takes part in
+    everything and adds nothing.
     """
 
     def __init__(self, loader: PackedLoader) -> None:

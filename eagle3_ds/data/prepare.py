@@ -58,10 +58,11 @@ def prepare_data(
 ) -> PreparedData:
     """Tokenise, split and count the recipe's conversations, or open them where an earlier run left them.
 
-    The folder under `data.cache_dir` is named by the contents of the sources, the tokenizer, the template and the
-    settings; it appears whole or not at all. `vocab_size` is the number of rows of the target's embedding (default:
-    of the tokenizer). Raises ValueError for bad rows, files and templates, an empty data set, one without supervised
-    token, documents longer than `data.max_length` unless `data.on_too_long` says what to do, and a full disk.
+    The folder under `data.cache_dir` is named by the contents of the sources, the tokenizer, the template and
+    the settings; it appears whole or not at all. `vocab_size` is the number of rows of the target's embedding
+    (default: of the tokenizer). Raises ValueError for bad rows, files and templates, an empty data set, one
+    without supervised token, documents longer than `data.max_length` unless `data.on_too_long` says what to
+    do, and a full disk.
     """
     section = recipe.data
     train_files = expand_sources(section.train, "data.train")
@@ -69,13 +70,15 @@ def prepare_data(
     shared = sorted(set(train_files) & set(heldout_files))
     if shared:
         raise ValueError(
-            f"{shared[0]} is both in data.train and in data.heldout: held-out data must be apart. Remove it from one of "
-            "them, or leave data.heldout empty for a split of the training data"
+            f"{shared[0]} is both in data.train and in data.heldout: held-out data must be apart. Remove it "
+            "from one of them, or leave data.heldout empty for a split of the training data"
         )
     vocab_size = vocab_size or len(tokenizer)
     shapes = source_shapes([*train_files, *heldout_files], section)
     template = chat_template(tokenizer, section, shapes.values())
-    fingerprint = _fingerprint(section, template, tokenizer_fingerprint, vocab_size, train_files, heldout_files)
+    fingerprint = _fingerprint(
+        section, template, tokenizer_fingerprint, vocab_size, train_files, heldout_files
+    )
     path = Path(section.cache_dir) / f"data-{fingerprint[:16]}"
     if not path.is_dir():
         encoder = RowEncoder(tokenizer, template, section, vocab_size)
@@ -86,7 +89,9 @@ def prepare_data(
 
 
 def source_shapes(sources: Sequence[str], section: DataSection) -> dict[str, Shape | None]:
-    """The shape of each source's rows, as the recipe says or as the first row shows; None where there is no row."""
+    """The shape of each source's rows, as the recipe says or as the first row shows; None where there is no
+    row.
+    """
     given = None if section.shape == "auto" else section.shape
     return {source: open_source(source, given)[0] for source in sources}
 
@@ -97,7 +102,9 @@ def recipe_rows(sources: Sequence[str], section: DataSection, limit: int | None 
     return islice((row for source in sources for row in open_source(source, given)[1]), limit)
 
 
-def chat_template(tokenizer: Any, section: DataSection, shapes: Iterable[Shape | None]) -> ChatTemplate | None:
+def chat_template(
+    tokenizer: Any, section: DataSection, shapes: Iterable[Shape | None]
+) -> ChatTemplate | None:
     """The template of the recipe or the tokenizer; None when no row of these shapes needs one."""
     if set(shapes) <= {"tokenized", None}:
         return None
@@ -124,8 +131,8 @@ def _build(
         if error.errno != errno.ENOSPC:
             raise
         raise ValueError(
-            f"data.cache_dir: no space left on the disk of {path.parent} while writing tokenised documents: free some, or "
-            "choose another folder. Nothing half-written was kept"
+            f"data.cache_dir: no space left on the disk of {path.parent} while writing tokenised documents: "
+            "free some, or choose another folder. Nothing half-written was kept"
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -165,7 +172,9 @@ def _fingerprint(
         "train": [source_fingerprint(file) for file in train],
         "heldout": [source_fingerprint(file) for file in heldout],
         "heldout_fraction": None if heldout else section.heldout_fraction,
-        "template": None if template is None else [template.text, template.tool_text, dict(template.special_tokens)],
+        "template": None
+        if template is None
+        else [template.text, template.tool_text, dict(template.special_tokens)],
         "chat_template_arguments": section.chat_template_arguments,
         "shape": section.shape,
         "supervise": section.supervise,
@@ -180,7 +189,9 @@ def _fingerprint(
 
 
 def heldout_mask(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """bool [n]: the documents with the smallest hashes (uint64 [n]), at least one when `fraction` > 0 and n > 1."""
+    """bool [n]: the documents with the smallest hashes (uint64 [n]), at least one when `fraction` > 0 and n >
+    1.
+    """
     wanted = round(len(hashes) * fraction)
     if fraction > 0.0 and len(hashes) > 1:
         wanted = max(wanted, 1)
@@ -229,8 +240,8 @@ class _Builder:
             train_documents, heldout_documents = train.numbers[~mask], train.numbers[mask]
         if not len(train_documents):
             raise ValueError(
-                f"no training document is left after {len(heldout_documents)} were held out: add conversations that "
-                f"differ, or lower data.heldout_fraction ({self.section.heldout_fraction})"
+                f"no training document is left after {len(heldout_documents)} were held out: add "
+                f"conversations that differ, or lower data.heldout_fraction ({self.section.heldout_fraction})"
             )
         tables = {"train": torch.from_numpy(train_documents), "heldout": torch.from_numpy(heldout_documents)}
         tables["supervised_counts"] = self._counts(folder, tables["train"])
@@ -249,7 +260,9 @@ class _Builder:
         rows = recipe_rows(files, self.section, limit)
         batches = iter(lambda: list(islice(rows, BATCH)), [])
         workers = self.section.workers or usable_cores()
-        progress = tqdm(total=limit, desc=f"tokenise {side}", unit=" conversations", disable=not self.show_progress)
+        progress = tqdm(
+            total=limit, desc=f"tokenise {side}", unit=" conversations", disable=not self.show_progress
+        )
         with progress, closing(map_batches(self.encoder.encode, batches, workers)) as encoded:
             for batch in encoded:
                 self._write_batch(writer, batch, kept)
@@ -265,7 +278,9 @@ class _Builder:
         numbers = np.arange(len(self.lengths), len(self.lengths) + len(batch.lengths))
         cuts = np.cumsum(batch.lengths)[:-1]
         masks = np.split(batch.loss_mask, cuts)
-        writer.write_batch({"input_ids": np.split(batch.input_ids, cuts), "loss_mask": masks, "document_id": numbers})
+        writer.write_batch(
+            {"input_ids": np.split(batch.input_ids, cuts), "loss_mask": masks, "document_id": numbers}
+        )
         self.lengths += batch.lengths.tolist()
         self.supervised += [int(mask.sum()) for mask in masks]
         kept.hashes += batch.hashes.tolist()
@@ -274,21 +289,29 @@ class _Builder:
     def _refuse_empty(self, files: Sequence[str], side: str, events: Counter[str]) -> None:
         names, read = ", ".join(files), events["conversations"]
         if read == 0:
-            raise ValueError(f"data.{side}: the data set is empty, no conversation in {names}: name files that hold rows")
+            raise ValueError(
+                f"data.{side}: the data set is empty, no conversation in {names}: name files that hold rows"
+            )
         if events["unsupervised_dropped"]:
             raise ValueError(
-                f"data.{side}: no supervised token at all in {read} conversations of {names}: {events['unsupervised_dropped']} "
-                f"of them reach data.max_length ({self.section.max_length}) before the assistant speaks. Raise data.max_length"
+                f"data.{side}: no supervised token at all in {read} conversations of {names}: "
+                f"{events['unsupervised_dropped']} of them reach data.max_length ({self.section.max_length}) "
+                "before the assistant speaks. Raise data.max_length"
             )
         raise ValueError(
             f"data.{side}: all {read} conversations of {names} are longer than data.max_length "
-            f"({self.section.max_length}) and were dropped. Raise data.max_length, or set data.on_too_long: split"
+            f"({self.section.max_length}) and were dropped. Raise data.max_length, or set data.on_too_long: "
+            "split"
         )
 
     def _counts(self, folder: Path, train_documents: torch.Tensor) -> torch.Tensor:
         """int64 [V]: how often each token is supervised in the training documents."""
         counts = np.zeros(self.encoder.vocab_size, dtype=np.int64)
-        documents = Dataset.from_file(str(folder / DOCUMENTS_FILE)).select(train_documents.numpy()).with_format("numpy")
+        documents = (
+            Dataset.from_file(str(folder / DOCUMENTS_FILE))
+            .select(train_documents.numpy())
+            .with_format("numpy")
+        )
         for batch in documents.iter(batch_size=256):
             tokens, mask = np.concatenate(list(batch["input_ids"])), np.concatenate(list(batch["loss_mask"]))
             counts += np.bincount(tokens[mask], minlength=len(counts))
@@ -317,8 +340,9 @@ class _Builder:
 def required_tokens(tokenizer: Any, supervised_counts: torch.Tensor) -> torch.Tensor:
     """int64 [n], ascending: the tokens that a draft vocabulary must hold however rare they are.
 
-    The tokenizer's named special tokens (end of text among them), and every other special token that the assistant
-    generates: those that end its turns and those within them. Reserved tokens that nobody uses are not among them.
+    The tokenizer's named special tokens (end of text among them), and every other special token that the
+    assistant generates: those that end its turns and those within them. Reserved tokens that nobody uses are
+    not among them.
     """
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     used = {number for number in special if number < len(supervised_counts) and supervised_counts[number]}

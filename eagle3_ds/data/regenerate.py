@@ -1,8 +1,9 @@
-"""The target's own answers to the prompts of a data set: a draft learns best from the text of the model it drafts for.
+"""The target's own answers to the prompts of a data set: a draft learns best from the text of the model it
+drafts for.
 
-Rows are read in order, in batches; every assistant message that is no tool call is answered anew, on top of the answers
-before it. What is written is a JSONL file of `messages` that a recipe reads, and beside it how far it has come, so that
-an interrupted run goes on with the next batch.
+Rows are read in order, in batches; every assistant message that is no tool call is answered anew, on top of
+the answers before it. What is written is a JSONL file of `messages` that a recipe reads, and beside it how
+far it has come, so that an interrupted run goes on with the next batch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from eagle3_ds.data.token_mask import mask_tokens
 from eagle3_ds.data.turns import locate_turns
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]
-"""(prompts, number of the draw) -> the tokens after each prompt, the one that stops it included where it came to that."""
+"""(prompts, number of the draw) -> the tokens after each prompt, the one that stops it included where it came
+to that.
+"""
 
 
 @dataclass
@@ -100,8 +103,8 @@ class Regenerator:
         """What came of the rows, one fact a line."""
         counts = self.counts
         told = [
-            f"{self.rows:,} rows read, {counts['written']:,} conversations with {counts['answers']:,} answers of "
-            f"{counts['tokens']:,} tokens in {self.output}",
+            f"{self.rows:,} rows read, {counts['written']:,} conversations with {counts['answers']:,} "
+            f"answers of {counts['tokens']:,} tokens in {self.output}",
             f"{counts['same_tokens']:,} of {counts['answers']:,} answers are read back token for token",
         ]
         happened = {
@@ -119,7 +122,9 @@ class Regenerator:
         for row in batch:
             content = read_row(row.value(), row.shape, row.place)
             if isinstance(content, TokenRow):
-                raise ValueError(f"{row.place}: a row of tokens has no prompts to answer: name rows of messages")
+                raise ValueError(
+                    f"{row.place}: a row of tokens has no prompts to answer: name rows of messages"
+                )
             talks.append(_Talk(row, content.tools, list(content.messages)))
         speaking, draw = talks, 0
         while speaking := [talk for talk in speaking if talk.next_prompt()]:
@@ -148,7 +153,9 @@ class Regenerator:
         if not tokens or tokens[-1] not in self.stops:
             self.counts["unfinished"] += 1
             return False
-        text = self.tokenizer.decode(tokens[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(
+            tokens[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         conversation = Conversation([*talk.messages, {"role": "assistant", "content": text}], talk.tools)
         try:
             rendered, spans = locate_turns(self.template, conversation, "last", talk.row.place)
@@ -166,7 +173,9 @@ class Regenerator:
         """Rows done and their counts; what was written of a batch that was not finished is cut off."""
         if not self.progress_file.is_file():
             if self.output.exists():
-                raise ValueError(f"--output: {self.output} exists and was not begun by this command: name another file")
+                raise ValueError(
+                    f"--output: {self.output} exists and was not begun by this command: name another file"
+                )
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self.output.touch()
             self._save(0, Counter())
@@ -178,14 +187,14 @@ class Regenerator:
         ]
         if changed:
             raise ValueError(
-                f"--output: {self.output} was begun otherwise ({'; '.join(changed)}): restore these settings to go on with it, "
-                "or name another file"
+                f"--output: {self.output} was begun otherwise ({'; '.join(changed)}): restore these settings "
+                "to go on with it, or name another file"
             )
         size = self.output.stat().st_size if self.output.is_file() else -1
         if size < progress["bytes"]:
             raise ValueError(
-                f"--output: {self.output} is shorter than {self.progress_file.name} says: bring it back, or remove both to begin "
-                "anew"
+                f"--output: {self.output} is shorter than {self.progress_file.name} says: bring it back, or "
+                "remove both to begin anew"
             )
         os.truncate(self.output, progress["bytes"])
         return progress["rows"], Counter(progress["counts"])

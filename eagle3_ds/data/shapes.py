@@ -23,8 +23,8 @@ SHAREGPT_ROLES = {
 }
 """What ShareGPT data sets write in `from`, as roles. The value of a `function_call` is the call in JSON."""
 KNOWN = (
-    "'messages' (a list of role / content), 'conversations' (a list of from / value), 'prompt' and 'response', or 'input_ids' "
-    "and 'loss_mask'"
+    "'messages' (a list of role / content), 'conversations' (a list of from / value), 'prompt' and "
+    "'response', or 'input_ids' and 'loss_mask'"
 )
 
 
@@ -50,7 +50,10 @@ def recognise_shape(row: Any, where: str) -> Shape:
             return "messages"
     if {"prompt", "response"} <= keys:
         return "prompt_response"
-    raise ValueError(f"{where}: the row's shape is unknown, its keys are {_show(keys)}. Known are {KNOWN}: rename the columns")
+    raise ValueError(
+        f"{where}: the row's shape is unknown, its keys are {_show(keys)}. Known are {KNOWN}: rename the "
+        "columns"
+    )
 
 
 def read_row(row: Any, shape: Shape, where: str) -> Conversation | TokenRow:
@@ -59,13 +62,25 @@ def read_row(row: Any, shape: Shape, where: str) -> Conversation | TokenRow:
     if shape == "tokenized":
         return _read_tokens(_need(row, "input_ids", keys, where), _need(row, "loss_mask", keys, where), where)
     if shape == "messages":
-        messages = _need(row, "messages" if row.get("messages") is not None else "conversations", keys, where, "messages")
+        messages = _need(
+            row, "messages" if row.get("messages") is not None else "conversations", keys, where, "messages"
+        )
     elif shape == "sharegpt":
-        turns = _need(row, "conversations" if row.get("conversations") is not None else "messages", keys, where, "conversations")
+        turns = _need(
+            row,
+            "conversations" if row.get("conversations") is not None else "messages",
+            keys,
+            where,
+            "conversations",
+        )
         messages = _after_system(row, _from_sharegpt(turns, where))
     else:
         prompt, response = _need(row, "prompt", keys, where), _need(row, "response", keys, where)
-        asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": check_text(prompt, f"{where}: prompt")}]
+        asked = (
+            prompt
+            if isinstance(prompt, list)
+            else [{"role": "user", "content": check_text(prompt, f"{where}: prompt")}]
+        )
         answer = {"role": "assistant", "content": check_text(response, f"{where}: response")}
         messages = _after_system(row, [*asked, answer])
     return Conversation(validate_messages(messages, where), _tools(row.get("tools"), where))
@@ -80,8 +95,8 @@ def _keys(row: Any, where: str) -> set[str]:
 def _need(row: Mapping[str, Any], key: str, keys: set[str], where: str, name: str | None = None) -> Any:
     if key not in keys:
         raise ValueError(
-            f"{where}: key {name or key!r} is missing (keys present: {_show(keys)}): rename the column, or set data.shape to one "
-            f"of {', '.join(get_args(Shape))}"
+            f"{where}: key {name or key!r} is missing (keys present: {_show(keys)}): rename the column, or "
+            f"set data.shape to one of {', '.join(get_args(Shape))}"
         )
     return row[key]
 
@@ -105,7 +120,9 @@ def _from_sharegpt(turns: Any, where: str) -> list[dict[str, Any]]:
             raise ValueError(f"{place} is {kind(turn)}, expected an object with 'from' and 'value'")
         speaker = turn.get("from")
         if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-            raise ValueError(f"{place}.from is {speaker!r}, expected one of {', '.join(map(repr, SHAREGPT_ROLES))}")
+            raise ValueError(
+                f"{place}.from is {speaker!r}, expected one of {', '.join(map(repr, SHAREGPT_ROLES))}"
+            )
         role, value = SHAREGPT_ROLES[speaker], turn.get("value")
         if speaker == "function_call":
             call = parse_json(check_text(value, f"{place}.value"), f"{place}.value")
@@ -122,7 +139,9 @@ def _tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise ValueError(f"{where}: 'tools' is {kind(tools)}, expected a list of JSON schemas, or JSON text of one")
+        raise ValueError(
+            f"{where}: 'tools' is {kind(tools)}, expected a list of JSON schemas, or JSON text of one"
+        )
     return [dict(tool) for tool in tools]
 
 
@@ -132,11 +151,19 @@ def _read_tokens(input_ids: Any, loss_mask: Any, where: str) -> TokenRow:
         if not isinstance(values, list) or not all(type(value) in kinds for value in values):
             raise ValueError(f"{where}: {name!r} is not a list of integers: correct or remove the row")
     if len(input_ids) != len(loss_mask):
-        raise ValueError(f"{where}: 'input_ids' has {len(input_ids)} entries and 'loss_mask' {len(loss_mask)}: they must match")
+        raise ValueError(
+            f"{where}: 'input_ids' has {len(input_ids)} entries and 'loss_mask' {len(loss_mask)}: they must "
+            "match"
+        )
     if not set(loss_mask) <= {0, 1}:
-        raise ValueError(f"{where}: 'loss_mask' holds {sorted(set(loss_mask) - {0, 1})[0]}, expected 0 and 1 (or false and true)")
+        raise ValueError(
+            f"{where}: 'loss_mask' holds {sorted(set(loss_mask) - {0, 1})[0]}, expected 0 and 1 (or false "
+            "and true)"
+        )
     if not any(loss_mask):
-        raise ValueError(f"{where}: 'loss_mask' marks no token, so there is nothing to learn from: remove the row")
+        raise ValueError(
+            f"{where}: 'loss_mask' marks no token, so there is nothing to learn from: remove the row"
+        )
     if min(input_ids) < 0:
         raise ValueError(f"{where}: 'input_ids' holds {min(input_ids)}: token ids are not negative")
     return TokenRow(input_ids, [bool(flag) for flag in loss_mask])

@@ -1,4 +1,6 @@
-"""Where rows come from: JSONL and Parquet files, folders of them, data sets of the hub, and the word `stdlib`."""
+"""Where rows come from: JSONL and Parquet files, folders of them, data sets of the hub, and the word
+`stdlib`.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,17 @@ from eagle3_ds.data.stdlib_corpus import stdlib_conversations, stdlib_fingerprin
 
 STDLIB = "stdlib"
 SUFFIXES = (".jsonl", ".parquet")
-HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%:+-]+))?", flags=re.ASCII)
+HUB_NAME = re.compile(
+    r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%:+-]+))?",
+    flags=re.ASCII,
+)
 """owner/name, then /config and :split where the data set has several."""
 
 
 class Row(NamedTuple):
-    """One row. `place` ("file, line n") opens the errors about it; `content` in bytes is a line of JSON, not yet read."""
+    """One row. `place` ("file, line n") opens the errors about it; `content` in bytes is a line of JSON, not
+    yet read.
+    """
 
     place: str
     shape: Shape
@@ -35,13 +42,17 @@ class Row(NamedTuple):
         try:
             return json.loads(self.content)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{self.place}: not valid JSON ({error}): every line holds one JSON object") from error
+            raise ValueError(
+                f"{self.place}: not valid JSON ({error}): every line holds one JSON object"
+            ) from error
 
 
 def expand_sources(entries: Sequence[str], field: str) -> list[str]:
-    """The sources behind the entries of the recipe's `field`: folders opened in sorted order, the others as they stand.
+    """The sources behind the entries of the recipe's `field`: folders opened in sorted order, the others as
+    they stand.
 
-    Raises ValueError for an entry that does not exist, has another suffix, is named twice, or is a folder without data.
+    Raises ValueError for an entry that does not exist, has another suffix, is named twice, or is a folder
+    without data.
     """
     files: list[str] = []
     for index, entry in enumerate(entries):
@@ -50,16 +61,23 @@ def expand_sources(entries: Sequence[str], field: str) -> list[str]:
         if entry == STDLIB or is_hub_name(entry):
             found = [entry]
         elif path.is_dir():
-            found = [str(file) for file in sorted(path.rglob("*")) if file.suffix in SUFFIXES and file.is_file()]
+            found = [
+                str(file) for file in sorted(path.rglob("*")) if file.suffix in SUFFIXES and file.is_file()
+            ]
             if not found:
-                raise ValueError(f"{place}, a folder without any .jsonl or .parquet file: name the folder that holds the data")
+                raise ValueError(
+                    f"{place}, a folder without any .jsonl or .parquet file: name the folder that holds the "
+                    "data"
+                )
         elif not path.is_file():
             raise ValueError(
-                f"{place}, which does not exist: name a .jsonl or .parquet file, a folder of them, a data set of the hub "
-                "(owner/name, owner/name:split) or 'stdlib'"
+                f"{place}, which does not exist: name a .jsonl or .parquet file, a folder of them, a data "
+                "set of the hub (owner/name, owner/name:split) or 'stdlib'"
             )
         elif path.suffix not in SUFFIXES:
-            raise ValueError(f"{place}, a file of type {path.suffix!r}: only .jsonl and .parquet can be read; convert it")
+            raise ValueError(
+                f"{place}, a file of type {path.suffix!r}: only .jsonl and .parquet can be read; convert it"
+            )
         else:
             found = [entry]
         twice = set(found) & set(files)
@@ -74,7 +92,10 @@ def is_hub_name(entry: str) -> bool:
     path = Path(entry)
     # "data/chats" looks like a hub name too: an existing first part tells that a folder was meant
     return (
-        bool(HUB_NAME.fullmatch(entry)) and path.suffix not in SUFFIXES and not path.exists() and not Path(path.parts[0]).exists()
+        bool(HUB_NAME.fullmatch(entry))
+        and path.suffix not in SUFFIXES
+        and not path.exists()
+        and not Path(path.parts[0]).exists()
     )
 
 
@@ -82,7 +103,9 @@ def source_fingerprint(source: str) -> str:
     """sha256 of what the source holds."""
     if source == STDLIB:
         return stdlib_fingerprint()
-    files = [source] if not is_hub_name(source) else [file["filename"] for file in _load_hub(source).cache_files]
+    files = (
+        [source] if not is_hub_name(source) else [file["filename"] for file in _load_hub(source).cache_files]
+    )
     digest = hashlib.sha256()
     try:
         for file in files:
@@ -95,10 +118,11 @@ def source_fingerprint(source: str) -> str:
 
 
 def open_source(source: str, shape: Shape | None) -> tuple[Shape | None, Iterator[Row]]:
-    """The shape of a source, by its first row unless it is given, and its rows; no shape where there is no row.
+    """The shape of a source, by its first row unless it is given, and its rows; no shape where there is no
+    row.
 
-    The rows of a file share one shape. JSONL is handed out line by line, not in one common schema: messages may carry
-    keys that others lack.
+    The rows of a file share one shape. JSONL is handed out line by line, not in one common schema: messages
+    may carry keys that others lack.
     """
     rows = _read(source)
     first = next(rows, None)
@@ -144,7 +168,10 @@ def _read_parquet(file: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _vanished(file: str, error: OSError) -> ValueError:
-    return ValueError(f"{file} was there and cannot be read any more ({error}): put it back, or take it out of the recipe's data")
+    return ValueError(
+        f"{file} was there and cannot be read any more ({error}): put it back, or take it out of the "
+        "recipe's data"
+    )
 
 
 def _load_hub(entry: str) -> datasets.Dataset:
@@ -155,6 +182,7 @@ def _load_hub(entry: str) -> datasets.Dataset:
         return datasets.load_dataset(found["name"], found["config"], split=found["split"] or "train")
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"{entry!r} is no file here, and could not be loaded from the hub ({error}): correct it (owner/name/config:split; "
-            "without a split it is 'train'), or download the data and name the files"
+            f"{entry!r} is no file here, and could not be loaded from the hub ({error}): correct it "
+            "(owner/name/config:split; without a split it is 'train'), or download the data and name the "
+            "files"
         ) from error

@@ -17,13 +17,14 @@ SUPERVISED, OTHER = "#1f6f8b", "#b8b8b8"
 
 @dataclass(frozen=True)
 class DataStatistics:
-    """Counts of conversations, documents and tokens. Tokens are over the documents kept; supervised ones are the
-    assistant's.
+    """Counts of conversations, documents and tokens. Tokens are over the documents kept; supervised ones are
+    the assistant's.
 
     Attributes:
         sources: each source and the shape of its rows, null where it has none.
         conversations: rows read. Each is one document, none (dropped), or several (split).
-        too_long_dropped, truncated, split: conversations longer than `data.max_length`, by what became of them.
+        too_long_dropped, truncated, split: conversations longer than `data.max_length`, by what became of
+            them.
         tokens_left_out: of the tokens of conversations read, those in no document.
         unsupervised_dropped: documents that a cut left without a word of the assistant.
         token_boundaries_cut: conversations where a token would have run across an end of a turn.
@@ -60,11 +61,14 @@ class DataStatistics:
         for shape in dict.fromkeys(self.sources.values()):
             names = [source for source, own in self.sources.items() if own == shape]
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            told.append(f"{f'rows of shape {shape}' if shape else 'no row'} in {', '.join(names[:NAMED])}{more}")
+            told.append(
+                f"{f'rows of shape {shape}' if shape else 'no row'} in {', '.join(names[:NAMED])}{more}"
+            )
         told.append(
-            f"{self.train_documents:,} training documents, {self.train_supervised_tokens:,} of {self.train_tokens:,} tokens "
-            f"supervised ({_share(self.train_supervised_tokens, self.train_tokens)}); {self.heldout_documents:,} held out, "
-            f"{self.heldout_tokens:,} tokens; longest {self.longest:,}"
+            f"{self.train_documents:,} training documents, {self.train_supervised_tokens:,} of "
+            f"{self.train_tokens:,} tokens supervised "
+            f"({_share(self.train_supervised_tokens, self.train_tokens)}); {self.heldout_documents:,} held "
+            f"out, {self.heldout_tokens:,} tokens; longest {self.longest:,}"
         )
         told.append(f"{self.packs:,} packed sequences, filled to {self.fill:.1%}")
         happened = (
@@ -73,15 +77,22 @@ class DataStatistics:
             (self.split, "conversations are too long and were split"),
             (self.tokens_left_out, "tokens of the conversations read are in no document"),
             (self.unsupervised_dropped, "pieces without a word of the assistant were dropped"),
-            (self.token_boundaries_cut, "conversations had a token that ran across an end of a turn; it was cut there"),
-            (self.reasoning_not_rendered, "assistant messages have reasoning that the chat template leaves out"),
+            (
+                self.token_boundaries_cut,
+                "conversations had a token that ran across an end of a turn; it was cut there",
+            ),
+            (
+                self.reasoning_not_rendered,
+                "assistant messages have reasoning that the chat template leaves out",
+            ),
             (self.heldout_in_train, "held-out documents are in the training data too"),
         )
         told += [f"{count:,} {what}" for count, what in happened if count]
         widest = max((documents for _, documents, _, _ in self.histogram), default=0)
         for upper, documents, tokens, _ in self.histogram:
             told.append(
-                f"up to {upper:>9,} tokens {'#' * -(-40 * documents // widest):40} {documents:,} documents, {tokens:,} tokens"
+                f"up to {upper:>9,} tokens {'#' * -(-40 * documents // widest):40} {documents:,} documents, "
+                f"{tokens:,} tokens"
             )
         return told
 
@@ -91,7 +102,8 @@ def _share(part: int, whole: int) -> str:
 
 
 def length_histogram(lengths: np.ndarray, supervised: np.ndarray) -> list[tuple[int, int, int, int]]:
-    """(upper end, documents, tokens, supervised tokens) by powers of two, from the first that holds a document to the last.
+    """(upper end, documents, tokens, supervised tokens) by powers of two, from the first that holds a
+    document to the last.
 
     lengths, supervised: int64 [n], n >= 1.
     """
@@ -106,7 +118,9 @@ def length_histogram(lengths: np.ndarray, supervised: np.ndarray) -> list[tuple[
 def draw_lengths(statistics: DataStatistics, png: Path) -> None:
     """Documents and tokens of the training data by length, the supervised tokens apart."""
     labels = [f"{upper:,}" for upper, *_ in statistics.histogram]
-    documents, tokens, supervised = (np.array(column) for column in list(zip(*statistics.histogram, strict=True))[1:])
+    documents, tokens, supervised = (
+        np.array(column) for column in list(zip(*statistics.histogram, strict=True))[1:]
+    )
     figure = Figure(figsize=(12, 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)

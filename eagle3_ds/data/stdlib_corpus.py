@@ -1,8 +1,9 @@
-"""Real text that every Python installation carries: the standard library's sources, as plain text and as conversations.
+"""Real text that every Python installation carries: the standard library's sources, as plain text and as
+conversations.
 
-Order and content depend on nothing but the installed library: files are taken by sorted path, choices are seeded by
-names. A definition is shown in one conversation only, so a split by conversation keeps held-out code apart from
-training code.
+Order and content depend on nothing but the installed library: files are taken by sorted path, choices are
+seeded by names. A definition is shown in one conversation only, so a split by conversation keeps held-out
+code apart from training code.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ class Definition:
 def stdlib_files() -> list[Path]:
     """The library's Python sources, sorted, without its tests."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = [path for path in root.rglob("*.py") if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)]
+    files = [
+        path for path in root.rglob("*.py") if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
+    ]
     if not files:
         raise ValueError(
-            f"no Python source in the standard library folder {root}: this installation carries none. Use a regular "
-            "Python installation, or name JSONL or Parquet files in data.train"
+            f"no Python source in the standard library folder {root}: this installation carries none. Use a "
+            "regular Python installation, or name JSONL or Parquet files in data.train"
         )
     return sorted(files)
 
@@ -60,8 +63,8 @@ def stdlib_fingerprint() -> str:
 
 
 def stdlib_text(max_bytes: int | None = None) -> Iterator[str]:
-    """Whole source files in an order that mixes packages, until their UTF-8 text reaches `max_bytes` (the last one is
-    cut).
+    """Whole source files in an order that mixes packages, until their UTF-8 text reaches `max_bytes` (the
+    last one is cut).
     """
     files = stdlib_files()
     random.Random("text").shuffle(files)
@@ -80,8 +83,8 @@ def stdlib_text(max_bytes: int | None = None) -> Iterator[str]:
 
 
 def stdlib_conversations() -> Iterator[dict]:
-    """Rows `{"messages": [...]}` of 1 to 6 questions about one module, its docstrings, signatures and sources;
-    modules mixed.
+    """Rows `{"messages": [...]}` of 1 to 6 questions about one module, its docstrings, signatures and
+    sources; modules mixed.
     """
     found = [conversation for path in stdlib_files() for conversation in _module_conversations(path)]
     random.Random("conversations").shuffle(found)
@@ -101,7 +104,9 @@ def _module_name(path: Path) -> str:
 
 
 def _module_conversations(path: Path) -> Iterator[dict]:
-    """Group the definitions of one module, in their order, into conversations of 1 to 6 turns and limited length."""
+    """Group the definitions of one module, in their order, into conversations of 1 to 6 turns and limited
+    length.
+    """
     module = _module_name(path)
     rng = random.Random(module)
     turns: list[tuple[str, str]] = []
@@ -123,7 +128,9 @@ def _module_conversations(path: Path) -> Iterator[dict]:
 def _conversation(module: str, turns: list[tuple[str, str]], rng: random.Random) -> dict:
     messages = []
     if rng.random() < 0.5:
-        messages.append({"role": "system", "content": f"You answer questions about the Python module {module}."})
+        messages.append(
+            {"role": "system", "content": f"You answer questions about the Python module {module}."}
+        )
     for question, answer in turns:
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer})
@@ -131,11 +138,13 @@ def _conversation(module: str, turns: list[tuple[str, str]], rng: random.Random)
 
 
 def _definitions(module: str, text: str) -> Iterator[Definition]:
-    """The module itself, then its classes and functions; a class too long to be shown whole is followed by its
-    methods.
+    """The module itself, then its classes and functions; a class too long to be shown whole is followed by
+    its methods.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd escapes in the library's own strings are not the user's business
+        warnings.simplefilter(
+            "ignore"
+        )  # odd escapes in the library's own strings are not the user's business
         tree = ast.parse(text)
     lines = text.splitlines()
     yield Definition("module", module, f"import {module}", ast.get_docstring(tree), None)
@@ -153,7 +162,9 @@ def _definitions(module: str, text: str) -> Iterator[Definition]:
                     yield _function(member, "method", f"{node.name}.{member.name}", lines)
 
 
-def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, kind: str, name: str, lines: list[str]) -> Definition:
+def _function(
+    node: ast.FunctionDef | ast.AsyncFunctionDef, kind: str, name: str, lines: list[str]
+) -> Definition:
     word = "async def" if isinstance(node, ast.AsyncFunctionDef) else "def"
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     signature = f"{word} {node.name}({ast.unparse(node.args)}){returns}:"
@@ -161,8 +172,8 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, kind: str, name: str
 
 
 def _source(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, lines: list[str]) -> str | None:
-    """The lines of `node`, decorators included, moved to the left margin; None when too long or too short to be asked
-    for.
+    """The lines of `node`, decorators included, moved to the left margin; None when too long or too short to
+    be asked for.
     """
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     margin = node.col_offset

@@ -13,8 +13,8 @@ from eagle3_ds.data.chat import Span
 class MaskedTokens:
     """Token ids and, for each, whether it is supervised.
 
-    `cut`: a token of the text as a whole would have run across an end of a span, so that the pieces were tokenised apart,
-    which is how a server's prompt and its answer come about.
+    `cut`: a token of the text as a whole would have run across an end of a span, so that the pieces were
+    tokenised apart, which is how a server's prompt and its answer come about.
     """
 
     input_ids: list[int]
@@ -25,10 +25,12 @@ class MaskedTokens:
 def mask_tokens(
     tokenizer: Any, texts: Sequence[str], spans: Sequence[Sequence[Span]], places: Sequence[str]
 ) -> list[MaskedTokens]:
-    """Tokenise each text and mark the tokens of its spans (ascending, apart), one call for all: tokenizers are parallel.
+    """Tokenise each text and mark the tokens of its spans (ascending, apart), one call for all: tokenizers
+    are parallel.
 
-    Each text is tokenised whole and in the pieces that the spans cut it into. Where both give the same tokens, every end
-    of a span is proven to be an end of a token. Raises ValueError, opened by the text's place, when no way proves it.
+    Each text is tokenised whole and in the pieces that the spans cut it into. Where both give the same
+    tokens, every end of a span is proven to be an end of a token. Raises ValueError, opened by the text's
+    place, when no way proves it.
     """
     pieces = [_cut(text, own) for text, own in zip(texts, spans, strict=True)]
     encoded = iter(_encode(tokenizer, [*texts, *(piece for own in pieces for piece, _ in own)]))
@@ -48,9 +50,9 @@ def mask_tokens(
             results.append(MaskedTokens(joined, _flags([len(part) for part in parts], flags), cut=True))
         else:
             raise ValueError(
-                f"{place}: a token runs across the beginning or the end of what the assistant says, and the tokenizer does not "
-                "give the same text when they are tokenised apart: remove the row, or name a template in data.chat_template "
-                "that puts a special token there"
+                f"{place}: a token runs across the beginning or the end of what the assistant says, and the "
+                "tokenizer does not give the same text when they are tokenised apart: remove the row, or "
+                "name a template in data.chat_template that puts a special token there"
             )
     return results
 
@@ -68,9 +70,12 @@ def _flags(counts: Sequence[int], flags: Sequence[bool]) -> list[bool]:
     return [flag for count, flag in zip(counts, flags, strict=True) for _ in range(count)]
 
 
-def _count_by_prefixes(tokenizer: Any, text: str, pieces: Sequence[str], whole: list[int]) -> list[int] | None:
-    """Tokens of each piece, for a tokenizer that reads the beginning of a text in a way of its own (a space put before
-    it, say): growing prefixes must each give a prefix of the whole's tokens. None where one does not.
+def _count_by_prefixes(
+    tokenizer: Any, text: str, pieces: Sequence[str], whole: list[int]
+) -> list[int] | None:
+    """Tokens of each piece, for a tokenizer that reads the beginning of a text in a way of its own (a space
+    put before it, say): growing prefixes must each give a prefix of the whole's tokens. None where one does
+    not.
     """
     ends, done = [], 0
     for piece in pieces:
@@ -84,7 +89,8 @@ def _count_by_prefixes(tokenizer: Any, text: str, pieces: Sequence[str], whole: 
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    # templates write the special tokens themselves; verbose would warn of texts longer than the target's context
+    # templates write the special tokens themselves; verbose would warn of texts longer than the target's
+    # context
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 

@@ -1,10 +1,12 @@
-"""Where the assistant's turns are in a rendered conversation: the characters that a server would have generated.
+"""Where the assistant's turns are in a rendered conversation: the characters that a server would have
+generated.
 
-A turn starts where the prompt ends that a server would have rendered for it, and ends with the special token that closes
-it. Nothing about a template is known beforehand. Two kinds of renders tell everything:
+A turn starts where the prompt ends that a server would have rendered for it, and ends with the special token
+that closes it. Nothing about a template is known beforehand. Two kinds of renders tell everything:
 
-- growing prefixes: the messages before a turn, with the generation prompt, are the server's prompt for that turn;
-- disguises: the same messages with all that one of them says replaced by a mark show where its words are.
+- growing prefixes: the messages before a turn, with the generation prompt, are the server's prompt for that
+turn; - disguises: the same messages with all that one of them says replaced by a mark show where its words
+are.
 
 What these renders cannot prove is an error, never a guess.
 """
@@ -19,8 +21,8 @@ from typing import Any, Literal
 from eagle3_ds.data.chat import REASONING_KEYS, ChatTemplate, Conversation, Span
 
 FIX = (
-    "Copy the template to a file, put {% generation %} and {% endgeneration %} around what the assistant generates, and name "
-    "the file in data.chat_template"
+    "Copy the template to a file, put {% generation %} and {% endgeneration %} around what the assistant "
+    "generates, and name the file in data.chat_template"
 )
 MARK = "Zq7x"
 
@@ -38,9 +40,9 @@ def locate_turns(
 ) -> tuple[str, list[Span]]:
     """The rendered conversation and the spans in it that the assistant generated, in order.
 
-    Every turn, or the last one alone: its reasoning, words and tool calls as far as the render has them, and the special
-    token that ends it; not the generation prompt before, not what the template writes after. Templates with
-    `{% generation %}` marks are taken at their word.
+    Every turn, or the last one alone: its reasoning, words and tool calls as far as the render has them, and
+    the special token that ends it; not the generation prompt before, not what the template writes after.
+    Templates with `{% generation %}` marks are taken at their word.
 
     Raises ValueError, opened by `where`, when the template raises or a turn cannot be told from the rest.
     """
@@ -68,7 +70,9 @@ class _View:
     def render(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
         return self.template.render(messages, self.tools, self.where, prompt)
 
-    def words(self, text: str, messages: Sequence[Mapping[str, Any]], index: int, prompt: bool = False) -> Words:
+    def words(
+        self, text: str, messages: Sequence[Mapping[str, Any]], index: int, prompt: bool = False
+    ) -> Words:
         """Where `messages[index]` speaks in `text`, the render of `messages`."""
         mark = unused_mark(text)
         disguised = [*messages[:index], _disguise(messages[index], mark), *messages[index + 1 :]]
@@ -78,16 +82,21 @@ class _View:
         tail = _shared_suffix(text, other[end:]) if begin >= 0 else 0
         if begin < 0 or head + tail >= len(text):
             raise ValueError(
-                f"{self.where}: the chat template leaves out what messages[{index}] ({messages[index]['role']}) says: correct or "
-                "remove the row, or name another template in data.chat_template"
+                f"{self.where}: the chat template leaves out what messages[{index}] "
+                f"({messages[index]['role']}) says: correct or remove the row, or name another template in "
+                "data.chat_template"
             )
         closing = self.template.special.search(other, end)
-        if closing is not None and closing.start() < len(other) - tail:  # it changed, or what stands before it did
+        if (
+            closing is not None and closing.start() < len(other) - tail
+        ):  # it changed, or what stands before it did
             raise self.unclear(index, "the way its turn ends depends on its words")
         return Words(head, len(text) - tail)
 
     def unclear(self, index: int, reason: str) -> ValueError:
-        return ValueError(f"{self.where}: the tokens of messages[{index}] cannot be told from the rest: {reason}. {FIX}")
+        return ValueError(
+            f"{self.where}: the tokens of messages[{index}] cannot be told from the rest: {reason}. {FIX}"
+        )
 
 
 def unused_mark(text: str) -> str:
@@ -97,7 +106,10 @@ def unused_mark(text: str) -> str:
 
 def _disguise(message: Mapping[str, Any], mark: str) -> dict[str, Any]:
     """The message with all that it says replaced by `mark`, its structure kept."""
-    disguised = {key: mark if key in ("content", *REASONING_KEYS) and value else value for key, value in message.items()}
+    disguised = {
+        key: mark if key in ("content", *REASONING_KEYS) and value else value
+        for key, value in message.items()
+    }
     if "tool_calls" in message:
         disguised["tool_calls"] = [_disguise_call(call, mark) for call in message["tool_calls"]]
     return disguised
@@ -144,20 +156,22 @@ def _start(view: _View, turn: int, words: Words) -> int:
     if text.startswith(prompt):
         start = len(prompt)
     else:
-        # Earlier messages are rendered otherwise by now (reasoning dropped, a system message moved on), so that the prompt
-        # is compared from the end of the message before.
+        # Earlier messages are rendered otherwise by now (reasoning dropped, a system message moved on), so
+        # that the prompt is compared from the end of the message before.
         here = view.words(text, view.messages, turn - 1).last
         opening = prompt[view.words(prompt, view.messages[:turn], turn - 1, prompt=True).last :]
         if text.startswith(opening, here):
             start = here + len(opening)
         else:
-            # The prompt may go on with what this turn was rendered without by now, like an empty block of reasoning.
+            # The prompt may go on with what this turn was rendered without by now, like an empty block of
+            # reasoning.
             start = _answer_start(view, turn)
             if start < here or not opening.startswith(text[here:start]):
                 raise view.unclear(
                     turn,
-                    "the generation prompt is not how the template renders the beginning of the turn (does the one ask for "
-                    "reasoning that the other lacks, or rule it out? data.chat_template_arguments may change that)",
+                    "the generation prompt is not how the template renders the beginning of the turn (does "
+                    "the one ask for reasoning that the other lacks, or rule it out? "
+                    "data.chat_template_arguments may change that)",
                 )
     if text[start : words.first].strip():
         _check_generation_prompt(view, turn, prompt)
@@ -180,13 +194,17 @@ def _check_generation_prompt(view: _View, turn: int, prompt: str) -> None:
     mark = unused_mark(prompt)
     answered = view.render([*before, {"role": "assistant", "content": mark}])
     if not answered.startswith(prompt) or answered[len(prompt) : answered.find(mark)].strip():
-        raise view.unclear(turn, "the template ignores add_generation_prompt, so nothing says where a server's prompt ends")
+        raise view.unclear(
+            turn, "the template ignores add_generation_prompt, so nothing says where a server's prompt ends"
+        )
 
 
 def _end(view: _View, turn: int, words: Words, ends: set[str]) -> int:
-    """Where the turn's last special token ends: what follows its words both with a message after it and without.
+    """Where the turn's last special token ends: what follows its words both with a message after it and
+    without.
 
-    `ends` holds what is proven to end a turn of this conversation, from its words on, and gets what this turn proves.
+    `ends` holds what is proven to end a turn of this conversation, from its words on, and gets what this turn
+    proves.
     """
     known = max((end for end in ends if view.text.startswith(end, words.last)), key=len, default=None)
     if known is None:
@@ -194,7 +212,9 @@ def _end(view: _View, turn: int, words: Words, ends: set[str]) -> int:
         known = _up_to_special(view.template, followed[: _shared_prefix(followed, alone)])
         if known is None:
             # The two may differ in the very token, as where only the last turn of all ends a text.
-            known, other = (_up_to_special(view.template, closing, first=True) for closing in (followed, alone))
+            known, other = (
+                _up_to_special(view.template, closing, first=True) for closing in (followed, alone)
+            )
             before = [view.template.special.split(closing, maxsplit=1)[0] for closing in (followed, alone)]
             if known is None or other is None or before[0] != before[1]:
                 raise view.unclear(turn, "the template writes no special token that ends the turn")
@@ -203,7 +223,8 @@ def _end(view: _View, turn: int, words: Words, ends: set[str]) -> int:
     for key in ("content", *REASONING_KEYS):
         if closing in view.messages[turn].get(key, ""):
             raise ValueError(
-                f"{view.where}: messages[{turn}].{key} holds {closing!r}, the token that ends a turn: correct or remove the row"
+                f"{view.where}: messages[{turn}].{key} holds {closing!r}, the token that ends a turn: "
+                "correct or remove the row"
             )
     return words.last + len(known)
 
@@ -211,8 +232,8 @@ def _end(view: _View, turn: int, words: Words, ends: set[str]) -> int:
 def _closings(view: _View, turn: int, words: Words) -> tuple[str, str]:
     """What the template writes after the turn's words: with a message after the turn, and without.
 
-    The first is what the conversation itself has there, except where the turn is the last one and writes several special
-    tokens, of which some may end not the turn but the whole text.
+    The first is what the conversation itself has there, except where the turn is the last one and writes
+    several special tokens, of which some may end not the turn but the whole text.
     """
     rest = view.text[words.last :]
     upto = view.messages[: turn + 1]
@@ -237,7 +258,9 @@ def _next_message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _up_to_special(template: ChatTemplate, closing: str, first: bool = False) -> str | None:
-    """`closing` up to its last (or first) special token, at most up to the tokenizer's end token; None without any."""
+    """`closing` up to its last (or first) special token, at most up to the tokenizer's end token; None
+    without any.
+    """
     found = list(template.special.finditer(closing))
     ends = [match for match in found if match.group() == template.special_tokens.get("eos_token")]
     match = found[:1] if first else ends[:1] or found[-1:]
@@ -255,8 +278,8 @@ def _marked_spans(view: _View, turns: list[int], supervise: str) -> list[Span]:
         last = view.words(text, view.messages, turn).last
         if not any(start < last <= end for start, end in spans):
             raise ValueError(
-                f"{view.where}: the {{% generation %}} marks of the chat template leave out messages[{turn}]: put them around "
-                "every assistant message"
+                f"{view.where}: the {{% generation %}} marks of the chat template leave out "
+                f"messages[{turn}]: put them around every assistant message"
             )
     if supervise == "last":
         asked = view.words(text, view.messages, turns[0] - 1).last

@@ -23,11 +23,14 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def map_batches(function: Callable[[Batch], Result], batches: Iterable[Batch], workers: int) -> Generator[Result, None, None]:
-    """`function` of every batch, in order, whatever the number of processes. What it raises is raised here, in order.
+def map_batches(
+    function: Callable[[Batch], Result], batches: Iterable[Batch], workers: int
+) -> Generator[Result, None, None]:
+    """`function` of every batch, in order, whatever the number of processes. What it raises is raised here,
+    in order.
 
-    Each process holds one batch at a time: the next is read only when its result has been taken. Closing the generator
-    ends the processes.
+    Each process holds one batch at a time: the next is read only when its result has been taken. Closing the
+    generator ends the processes.
     """
     batches = iter(batches)
     first = list(islice(batches, POOL_FROM))
@@ -41,7 +44,8 @@ def map_batches(function: Callable[[Batch], Result], batches: Iterable[Batch], w
         pool = [stack.enter_context(_Worker(context, function)) for _ in range(workers)]
         for worker in pool:
             worker.give(batches)
-        # Round robin keeps the order: a process's turn comes when those of all earlier batches have had theirs.
+        # Round robin keeps the order: a process's turn comes when those of all earlier batches have had
+        # theirs.
         for worker in cycle(pool):
             if not worker.busy:
                 return
@@ -51,7 +55,9 @@ def map_batches(function: Callable[[Batch], Result], batches: Iterable[Batch], w
 
 
 class _Worker:
-    """A process that waits for batches. Use as a context manager: leaving it ends the process, whatever it does."""
+    """A process that waits for batches. Use as a context manager: leaving it ends the process, whatever it
+    does.
+    """
 
     def __init__(self, context: Any, function: Callable[[Any], Any]) -> None:
         self.busy = False
@@ -81,7 +87,8 @@ class _Worker:
             result, error = self.connection.recv()
         except (EOFError, ConnectionError) as ended:
             raise ValueError(
-                f"one of {workers} processes that read the data was killed, most likely for lack of memory: lower data.workers"
+                f"one of {workers} processes that read the data was killed, most likely for lack of memory: "
+                "lower data.workers"
             ) from ended
         if error is not None:
             raise error

@@ -1,8 +1,17 @@
-"""What every draft shares: vocabulary map, served attention, tiles and their backward, offload, taps and the tiled loss."""
+"""What every draft shares: vocabulary map, served attention, tiles and their backward, offload, taps and the
+tiled loss.
+"""
 
 from eagle3_ds.draft.served import DraftCache
 from eagle3_ds.draft.taps import LossTaps
-from eagle3_ds.draft.tiled_loss import LossInputs, LossSum, LossTile, check_tile_bytes, loss_tiles, tiled_soft_cross_entropy
+from eagle3_ds.draft.tiled_loss import (
+    LossInputs,
+    LossSum,
+    LossTile,
+    check_tile_bytes,
+    loss_tiles,
+    tiled_soft_cross_entropy,
+)
 from eagle3_ds.draft.tiles import slots_per_tile
 from eagle3_ds.draft.vocabulary import VocabularyMap
 from eagle3_ds.draft.window import sliding_window, window_keys

@@ -1,7 +1,9 @@
-"""The gradient of a decoder layer's arithmetic, by hand: what a tile must repeat of the forward pass, and no matmul more.
+"""The gradient of a decoder layer's arithmetic, by hand: what a tile must repeat of the forward pass, and no
+matmul more.
 
-Autograd would need the outputs of the projections and of `down` to hang the graph on; their gradients need only their inputs.
-Weight gradients are added to the caller's sums, in the sums' dtype. The norms are left to torch, which has fused kernels.
+Autograd would need the outputs of the projections and of `down` to hang the graph on; their gradients need
+only their inputs. Weight gradients are added to the caller's sums, in the sums' dtype. The norms are left to
+torch, which has fused kernels.
 
 Legend: t slots of a tile, H hidden size, Hq heads, D head size, I width of the MLP.
 """

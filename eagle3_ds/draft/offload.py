@@ -1,4 +1,6 @@
-"""Where the `offload` mode keeps what the TTT steps need in backward: pinned host memory, copied beside the computation."""
+"""Where the `offload` mode keeps what the TTT steps need in backward: pinned host memory, copied beside the
+computation.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ from torch import Tensor
 class HostStash:
     """Tensors put away in order and taken back in the reverse order.
 
-    On a device with streams the copies run on one of their own, both ways: a step's tensors leave while the next step computes,
-    and those of the step before arrive while this one's backward runs. On a CPU the tensors are in host memory already, and
-    stay where they are.
+    On a device with streams the copies run on one of their own, both ways: a step's tensors leave while the
+    next step computes, and those of the step before arrive while this one's backward runs. On a CPU the
+    tensors are in host memory already, and stay where they are.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,7 +36,9 @@ class HostStash:
         return len(self._put) - 1
 
     def take(self, place: int) -> tuple[Tensor, ...]:
-        """The tensors put at `place`, on the device; the stash forgets them, and begins to bring back those before."""
+        """The tensors put at `place`, on the device; the stash forgets them, and begins to bring back those
+        before.
+        """
         assert place == len(self._put) - 1, "taken out of order"
         if self._streams is None:
             return self._put.pop()
@@ -54,9 +58,9 @@ class HostStash:
         except RuntimeError as error:
             held = sum(t.nbytes for tensors in self._put for t in tensors)
             raise ValueError(
-                f"train.activation offload: the host cannot pin {tensor.nbytes} bytes more beside {held} already pinned "
-                f"({error}). Raise the limit on locked memory (ulimit -l) or the host's memory, shorten data.max_length, or use "
-                "train.activation: recompute."
+                f"train.activation offload: the host cannot pin {tensor.nbytes} bytes more beside {held} "
+                f"already pinned ({error}). Raise the limit on locked memory (ulimit -l) or the host's "
+                "memory, shorten data.max_length, or use train.activation: recompute."
             ) from error
         self._stream.wait_stream(self._streams.current_stream(self._device))
         with self._streams.stream(self._stream):
@@ -71,4 +75,6 @@ class HostStash:
             return
         assert self._streams is not None
         with self._streams.stream(self._stream):
-            self._arriving[place] = tuple(host.to(self._device, non_blocking=True) for host in self._put[place])
+            self._arriving[place] = tuple(
+                host.to(self._device, non_blocking=True) for host in self._put[place]
+            )

@@ -1,5 +1,5 @@
-"""The attention that a draft has when it serves: causal, over a cache of keys and values. Training replaces it (see
-attention/patching.py).
+"""The attention that a draft has when it serves: causal, over a cache of keys and values. Training replaces
+it (see attention/patching.py).
 
 Legend: S new slots, T cached keys, Hq / Hkv heads, D head size.
 """
@@ -50,7 +50,9 @@ class DraftAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: DraftCache) -> Tensor:
         """Rotated q [S, Hq, D], rotated k and v [S, Hkv, D] of the S newest slots -> [S, Hq * D]."""
         keys, values = cache.append(self.layer, k, v)
-        back = torch.arange(len(keys) - len(q), len(keys), device=q.device)[:, None] - torch.arange(len(keys), device=q.device)
+        back = torch.arange(len(keys) - len(q), len(keys), device=q.device)[:, None] - torch.arange(
+            len(keys), device=q.device
+        )
         seen = (back >= 0) & (back < (self.window or len(keys)))
         out = functional.scaled_dot_product_attention(
             q.transpose(0, 1)[None],

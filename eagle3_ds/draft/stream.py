@@ -1,4 +1,5 @@
-"""The first matrix of a draft, from the target's hidden states to its own: rows stream from the host through it.
+"""The first matrix of a draft, from the target's hidden states to its own: rows stream from the host through
+it.
 
 Legend: S slots of this rank, H hidden size, Ht the target's, n captured layers.
 """
@@ -14,7 +15,8 @@ from eagle3_ds.layout import LocalRows, row_tiles, stream_rows
 
 
 def stream_aux(aux: LocalRows, weight: Tensor, tile_bytes: int, anchor: Tensor | None = None) -> Tensor:
-    """The hidden state of step 0: aux rows [S, 3 * Ht] on the host, weight [H, 3 * Ht] -> [S, H] on the weight's device.
+    """The hidden state of step 0: aux rows [S, 3 * Ht] on the host, weight [H, 3 * Ht] -> [S, H] on the
+    weight's device.
 
     The rows stream through tile by tile, in forward and again in backward; the device never holds them all.
     """
@@ -42,4 +44,9 @@ class _StreamAux(torch.autograd.Function):
         rows = stream_rows(ctx.aux, ctx.tiles, dhidden.device, dhidden.dtype)
         for tile, part in zip(ctx.tiles, rows, strict=True):
             dweight += dhidden[tile[0] : tile[-1] + 1].T @ part
-        return None, None, dweight.to(dhidden.dtype), dhidden.new_zeros(()) if ctx.needs_input_grad[3] else None
+        return (
+            None,
+            None,
+            dweight.to(dhidden.dtype),
+            dhidden.new_zeros(()) if ctx.needs_input_grad[3] else None,
+        )

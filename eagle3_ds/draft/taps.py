@@ -1,7 +1,8 @@
-"""Where the loss touches the unroll: it reads each TTT step's hidden state and, in backward, adds its gradient there.
+"""Where the loss touches the unroll: it reads each TTT step's hidden state and, in backward, adds its
+gradient there.
 
-The gradient of a step's loss is known as soon as its logits are, in the forward pass, and only at the columns that count. It
-waits here, compact, until backward comes by: K dense gradients never exist at one time.
+The gradient of a step's loss is known as soon as its logits are, in the forward pass, and only at the columns
+that count. It waits here, compact, until backward comes by: K dense gradients never exist at one time.
 """
 
 from __future__ import annotations

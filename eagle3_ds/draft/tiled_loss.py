@@ -1,12 +1,12 @@
 """Tiled soft cross entropy over all TTT steps at once.
 
-A tile is a few columns of this rank. The teacher is projected once per tile and read by all K steps (step k reads it one
-row further than step k - 1), and the gradient is formed in the forward pass, while the logits are at hand. So no
-tensor of slots x vocabulary exists beyond one tile, and the head is used once per micro-batch. The draft's final norm is
-applied here too, tile by tile.
+A tile is a few columns of this rank. The teacher is projected once per tile and read by all K steps (step k
+reads it one row further than step k - 1), and the gradient is formed in the forward pass, while the logits
+are at hand. So no tensor of slots x vocabulary exists beyond one tile, and the head is used once per
+micro-batch. The draft's final norm is applied here too, tile by tile.
 
-Legend: Q live slots of this rank, E rows of the extended buffers, K TTT steps, H hidden size, Ht the target's, Vd draft
-vocabulary, t columns and R teacher rows of one tile.
+Legend: Q live slots of this rank, E rows of the extended buffers, K TTT steps, H hidden size, Ht the
+target's, Vd draft vocabulary, t columns and R teacher rows of one tile.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class LossTile(NamedTuple):
     """Some columns, and what they read; computed on the host, so that no device is waited for.
 
     Attributes:
-        columns: int64 [t], ascending; rows: int64 [R], the rows of the extended buffers that they read at any step, ascending.
+        columns: int64 [t], ascending; rows: int64 [R], the rows of the extended buffers that they read at any
+            step, ascending.
         place: int64 [K, t], where in `rows` each column reads at each step.
         starts: per step, `place[k]` as the start of a run of t, or None where it is not one.
     """
@@ -47,7 +48,8 @@ class LossInputs:
 
     Attributes:
         tiles: the columns that some step supervises, cut by `loss_tiles`.
-        teacher: the rows [R, Ht] of each tile, the target's last hidden states, on the device and in the head's dtype.
+        teacher: the rows [R, Ht] of each tile, the target's last hidden states, on the device and in the
+            head's dtype.
         teacher_head: [Vd, Ht], the target's head, rows of the draft vocabulary.
         teacher_token: int64 [E], the target's full-vocabulary argmax.
         draft_to_target: int64 [Vd].
@@ -69,7 +71,8 @@ class LossInputs:
 
 
 class LossSum(NamedTuple):
-    """This rank's share of the loss and of what is reported, sums over its slots. All but `total` carry no gradient.
+    """This rank's share of the loss and of what is reported, sums over its slots. All but `total` carry no
+    gradient.
 
     A tuple, because DeepSpeed hooks the tensors of a module's output and does not look into dataclasses.
 
@@ -88,29 +91,40 @@ class LossSum(NamedTuple):
     joint_counts: Tensor
 
 
-def tiled_soft_cross_entropy(taps: LossTaps, norm_weight: Tensor, head_weight: Tensor, inputs: LossInputs) -> LossSum:
+def tiled_soft_cross_entropy(
+    taps: LossTaps, norm_weight: Tensor, head_weight: Tensor, inputs: LossInputs
+) -> LossSum:
     """Loss of the K steps in `taps`.
 
     Args:
         norm_weight: [H], the draft's final norm; head_weight: [Vd, H]. Trained, both.
     """
-    total, step_loss, hits, joint_hits = _TiledLoss.apply(inputs, taps, norm_weight, head_weight, *taps.tickets)
-    # The tickets hold the graph, which holds the taps: a cycle that no collector sees, and that would outlive the step.
+    total, step_loss, hits, joint_hits = _TiledLoss.apply(
+        inputs, taps, norm_weight, head_weight, *taps.tickets
+    )
+    # The tickets hold the graph, which holds the taps: a cycle that no collector sees, and that would outlive
+    # the step.
     taps.hidden.clear()
     taps.tickets.clear()
     joint = inputs.supervised.cumprod(0)
-    return LossSum(total, step_loss, hits, inputs.supervised.sum(1).float(), joint_hits, joint.sum(1).to(torch.float32))
+    return LossSum(
+        total, step_loss, hits, inputs.supervised.sum(1).float(), joint_hits, joint.sum(1).to(torch.float32)
+    )
 
 
-def loss_tiles(row: IntArray, supervised: NDArray[np.bool_], tile_bytes: int, vocabulary: int, itemsize: int) -> list[LossTile]:
+def loss_tiles(
+    row: IntArray, supervised: NDArray[np.bool_], tile_bytes: int, vocabulary: int, itemsize: int
+) -> list[LossTile]:
     """Cut the columns that some step supervises into tiles whose transient logits fit a byte budget.
 
-    A tile holds the teacher's probabilities of its R rows, R at most t + K where columns are neighbours, and logits, target and
-    gradient of t columns. K and the tiles may differ between ranks: no collective runs among them.
+    A tile holds the teacher's probabilities of its R rows, R at most t + K where columns are neighbours, and
+    logits, target and gradient of t columns. K and the tiles may differ between ranks: no collective runs
+    among them.
 
     Args:
         row: int64 [Q], each slot's row in the extended buffers; step k reads row + 1 + k. Ascending.
-        supervised: bool [K, Q]. Columns that only miss the draft vocabulary count too: accuracy looks at them.
+        supervised: bool [K, Q]. Columns that only miss the draft vocabulary count too: accuracy looks at
+            them.
         vocabulary: Vd. itemsize: bytes of the trained weights' dtype.
 
     Raises:
@@ -132,7 +146,9 @@ def loss_tiles(row: IntArray, supervised: NDArray[np.bool_], tile_bytes: int, vo
             rows = np.unique(reads)
             if len(rows) * per_row + len(chosen) * per_column <= tile_bytes or len(chosen) == 1:
                 break
-            size = max(1, int(len(chosen) * tile_bytes / (len(rows) * per_row + len(chosen) * per_column) * 0.95))
+            size = max(
+                1, int(len(chosen) * tile_bytes / (len(rows) * per_row + len(chosen) * per_column) * 0.95)
+            )
         place = np.searchsorted(rows, reads)
         runs = (np.diff(place, axis=1) == 1).all(1)
         starts = tuple(int(first) if run else None for first, run in zip(place[:, 0], runs, strict=True))
@@ -147,13 +163,14 @@ def check_tile_bytes(tile_bytes: int, vocabulary: int, steps: int, itemsize: int
     smallest = steps * per_row + per_column
     if tile_bytes < smallest:
         raise ValueError(
-            f"loss.tile_bytes = {tile_bytes} is too small for a tile of one slot with a draft vocabulary of {vocabulary} "
-            f"and {steps} TTT steps: at least {smallest} bytes are needed."
+            f"loss.tile_bytes = {tile_bytes} is too small for a tile of one slot with a draft vocabulary of "
+            f"{vocabulary} and {steps} TTT steps: at least {smallest} bytes are needed."
         )
 
 
 def _row_and_column_bytes(vocabulary: int, itemsize: int) -> tuple[int, int]:
-    """Bytes of the teacher's logits and probabilities of a row, and of logits, target and gradient of a column.
+    """Bytes of the teacher's logits and probabilities of a row, and of logits, target and gradient of a
+    column.
 
     All fp32, but for the logits as the matmul gives them.
     """
@@ -161,7 +178,9 @@ def _row_and_column_bytes(vocabulary: int, itemsize: int) -> tuple[int, int]:
 
 
 class _TiledLoss(torch.autograd.Function):
-    """Forward: the loss, and beside it d(total)/d(hidden) left at the taps and d(total)/d(norm, head) kept. Backward: scales."""
+    """Forward: the loss, and beside it d(total)/d(hidden) left at the taps and d(total)/d(norm, head) kept.
+    Backward: scales.
+    """
 
     @staticmethod
     def forward(
@@ -191,21 +210,35 @@ class _TiledLoss(torch.autograd.Function):
 class _Tally:
     """The running sums over tiles.
 
-    `gradients` holds, per step, all columns of the tiles and the gradient at them: one buffer each, filled as the tiles come.
+    `gradients` holds, per step, all columns of the tiles and the gradient at them: one buffer each, filled as
+    the tiles come.
     """
 
-    def __init__(self, inputs: LossInputs, taps: LossTaps, norm: Tensor, head: Tensor, needs_grad: bool) -> None:
-        self.inputs, self.hidden, self.norm, self.head, self.needs_grad = inputs, taps.hidden, norm, head, needs_grad
+    def __init__(
+        self, inputs: LossInputs, taps: LossTaps, norm: Tensor, head: Tensor, needs_grad: bool
+    ) -> None:
+        self.inputs, self.hidden, self.norm, self.head, self.needs_grad = (
+            inputs,
+            taps.hidden,
+            norm,
+            head,
+            needs_grad,
+        )
         self.dtype = torch.float64 if head.dtype == torch.float64 else torch.float32
         steps, device = len(self.hidden), head.device
-        self.step_loss, self.hits, self.joint_hits = (torch.zeros(steps, dtype=self.dtype, device=device) for _ in range(3))
+        self.step_loss, self.hits, self.joint_hits = (
+            torch.zeros(steps, dtype=self.dtype, device=device) for _ in range(3)
+        )
         self.weight = inputs.contributing.to(self.dtype) * inputs.step_weight.to(self.dtype)[:, None]
         self.done = 0
         if needs_grad:
             columns = np.concatenate([tile.columns for tile in inputs.tiles] or [np.empty(0, dtype=np.int64)])
             where = torch.from_numpy(columns).to(device)
             self.gradients = [(where, head.new_empty((len(where), head.shape[1]))) for _ in range(steps)]
-            self.dnorm, self.dhead = torch.zeros_like(norm, dtype=self.dtype), torch.zeros_like(head, dtype=self.dtype)
+            self.dnorm, self.dhead = (
+                torch.zeros_like(norm, dtype=self.dtype),
+                torch.zeros_like(head, dtype=self.dtype),
+            )
 
     def add(self, tile: LossTile, teacher: Tensor) -> None:
         """teacher: [R, Ht], the tile's rows."""

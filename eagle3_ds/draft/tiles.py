@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 def slots_per_tile(hidden_size: int, width: int, itemsize: int, tile_bytes: int) -> int:
-    """Slots whose transient tensors fit the budget: in backward about 7 of the MLP's width and 8 of the hidden size each.
+    """Slots whose transient tensors fit the budget: in backward about 7 of the MLP's width and 8 of the
+    hidden size each.
 
     Raises:
         ValueError: the budget does not hold one slot.
@@ -17,8 +18,8 @@ def slots_per_tile(hidden_size: int, width: int, itemsize: int, tile_bytes: int)
     per_slot = (7 * width + 8 * hidden_size) * itemsize
     if tile_bytes < per_slot:
         raise ValueError(
-            f"train.tile_bytes = {tile_bytes} is too small for one slot of a draft layer of width {hidden_size} with an MLP of "
-            f"{width}: at least {per_slot} bytes are needed."
+            f"train.tile_bytes = {tile_bytes} is too small for one slot of a draft layer of width "
+            f"{hidden_size} with an MLP of {width}: at least {per_slot} bytes are needed."
         )
     return tile_bytes // per_slot
 
@@ -32,7 +33,9 @@ class Tiles(NamedTuple):
     @staticmethod
     def cut(num_live: int, num_slots: int, size: int) -> Tiles:
         ranges = ((0, num_live), (num_live, num_slots))
-        return Tiles(*([slice(a, min(a + size, stop)) for a in range(start, stop, size)] for start, stop in ranges))
+        return Tiles(
+            *([slice(a, min(a + size, stop)) for a in range(start, stop, size)] for start, stop in ranges)
+        )
 
 
 def map_tiles(function: Callable[[slice], tuple[Tensor, ...]], tiles: Sequence[slice]) -> tuple[Tensor, ...]:

@@ -19,25 +19,28 @@ class VocabularyMap:
 
     @staticmethod
     def from_counts(counts: Tensor, draft_vocab_size: int, always: Tensor | None = None) -> VocabularyMap:
-        """`always` and then the most frequent tokens, ties to the lower id: `draft_vocab_size` in all, ascending.
+        """`always` and then the most frequent tokens, ties to the lower id: `draft_vocab_size` in all,
+        ascending.
 
         Args:
             counts: int64 [V].
             always: int64 [n], token ids that are in the map however rare: special and end tokens.
 
         Raises:
-            ValueError: the draft vocabulary is larger than the target's, or too small for the tokens of `always`.
+            ValueError: the draft vocabulary is larger than the target's, or too small for the tokens of
+                `always`.
         """
         if draft_vocab_size > len(counts):
             raise ValueError(
-                f"draft.vocab_size = {draft_vocab_size} is larger than the target's vocabulary of {len(counts)}: "
-                f"the draft predicts a subset of the target's tokens. Use at most {len(counts)}."
+                f"draft.vocab_size = {draft_vocab_size} is larger than the target's vocabulary of "
+                f"{len(counts)}: the draft predicts a subset of the target's tokens. Use at most "
+                f"{len(counts)}."
             )
         if always is not None:
             if len(always) > draft_vocab_size:
                 raise ValueError(
-                    f"draft.vocab_size = {draft_vocab_size} is smaller than the {len(always)} special and end tokens that every "
-                    f"draft vocabulary holds. Use at least {len(always)}."
+                    f"draft.vocab_size = {draft_vocab_size} is smaller than the {len(always)} special and "
+                    f"end tokens that every draft vocabulary holds. Use at least {len(always)}."
                 )
             counts = counts.clone()
             counts[always] = torch.iinfo(counts.dtype).max

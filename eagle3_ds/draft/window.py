@@ -6,8 +6,14 @@ from typing import Any
 
 
 def window_keys(window: int | None, num_layers: int) -> dict[str, Any]:
-    """How a config says that every layer sees `window` keys: servers look at both. Nothing for full attention."""
-    return {} if window is None else {"sliding_window": window, "layer_types": ["sliding_attention"] * num_layers}
+    """How a config says that every layer sees `window` keys: servers look at both. Nothing for full
+    attention.
+    """
+    return (
+        {}
+        if window is None
+        else {"sliding_window": window, "layer_types": ["sliding_attention"] * num_layers}
+    )
 
 
 def sliding_window(config: Any) -> int | None:
@@ -21,4 +27,7 @@ def sliding_window(config: Any) -> int | None:
         return None
     if kinds is None or set(kinds) == {"sliding_attention"}:
         return int(window)
-    raise ValueError(f"layer_types is {list(kinds)}: all layers of a draft see sliding_window keys here, or all see everything.")
+    raise ValueError(
+        f"layer_types is {list(kinds)}: all layers of a draft see sliding_window keys here, or all see "
+        "everything."
+    )

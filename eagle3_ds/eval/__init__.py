@@ -4,4 +4,11 @@ from eagle3_ds.eval.evaluate import evaluate_draft
 from eagle3_ds.eval.report import draw_report
 from eagle3_ds.eval.speculative import NotLosslessError, Round, greedy_decode, speculative_decode
 
-__all__ = ["NotLosslessError", "Round", "draw_report", "evaluate_draft", "greedy_decode", "speculative_decode"]
+__all__ = [
+    "NotLosslessError",
+    "Round",
+    "draw_report",
+    "evaluate_draft",
+    "greedy_decode",
+    "speculative_decode",
+]

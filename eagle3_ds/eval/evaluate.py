@@ -1,4 +1,6 @@
-"""The numbers of eval.json: acceptance of a trained draft and of the same draft untrained, by position and by context."""
+"""The numbers of eval.json: acceptance of a trained draft and of the same draft untrained, by position and by
+context.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,15 @@ def evaluate_draft(
 
     Args:
         target: loaded in `eval.dtype`.
-        draft, untrained_draft: served drafts (attention not patched), moved to the target's device and `eval.dtype`.
+        draft, untrained_draft: served drafts (attention not patched), moved to the target's device and
+            `eval.dtype`.
         prompts: token ids up to where the assistant speaks.
 
     Returns:
-        What eval.json holds. Acceptance length: tokens per forward of the target, its own included. By position: for guess
-        k, the share accepted of those reached (`accepted_when_reached`) and of all rounds (`accepted`). By context: buckets
-        of `eval.context_buckets`, upper ends included, null the last without one.
+        What eval.json holds. Acceptance length: tokens per forward of the target, its own included. By
+        position: for guess k, the share accepted of those reached (`accepted_when_reached`) and of all rounds
+        (`accepted`). By context: buckets of `eval.context_buckets`, upper ends included, null the last
+        without one.
 
     Raises:
         ValueError: no prompt, an empty one, or a target in another dtype.
@@ -44,11 +48,14 @@ def evaluate_draft(
     dtype: torch.dtype = getattr(torch, settings.dtype)
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError(
-            f"{len(prompts)} prompts, the shortest of {min(map(len, prompts), default=0)} tokens: an evaluation "
-            "needs prompts of a token or more. Give more held-out data, or set eval.num_prompts to 0."
+            f"{len(prompts)} prompts, the shortest of {min(map(len, prompts), default=0)} tokens: an "
+            "evaluation needs prompts of a token or more. Give more held-out data, or set eval.num_prompts "
+            "to 0."
         )
     if target.head.dtype != dtype:
-        raise ValueError(f"eval.dtype is {settings.dtype}, the target is in {target.head.dtype}. Load it in eval.dtype.")
+        raise ValueError(
+            f"eval.dtype is {settings.dtype}, the target is in {target.head.dtype}. Load it in eval.dtype."
+        )
     drafts = {"trained": draft, "untrained": untrained_draft}
     rounds: dict[str, list[Round]] = {name: [] for name in drafts}
     new_tokens = 0
@@ -60,7 +67,14 @@ def evaluate_draft(
         new_tokens += len(expected)
         for name, model in drafts.items():
             _, more = speculative_decode(
-                target, model, vocabulary, prompt, settings.max_new_tokens, settings.draft_tokens, eos, expected
+                target,
+                model,
+                vocabulary,
+                prompt,
+                settings.max_new_tokens,
+                settings.draft_tokens,
+                eos,
+                expected,
             )
             rounds[name] += more
     # lossless: every output above was compared with the target's own, a difference raises
@@ -109,7 +123,16 @@ def _by_context(rounds: Sequence[Round], upper_ends: Sequence[int]) -> list[dict
     rows = []
     lower = 0
     for upper in (*upper_ends, None):
-        inside = [each for each in rounds if lower < each.context and (upper is None or each.context <= upper)]
-        rows.append({"above": lower, "up_to": upper, "rounds": len(inside), "acceptance_length": _acceptance_length(inside)})
+        inside = [
+            each for each in rounds if lower < each.context and (upper is None or each.context <= upper)
+        ]
+        rows.append(
+            {
+                "above": lower,
+                "up_to": upper,
+                "rounds": len(inside),
+                "acceptance_length": _acceptance_length(inside),
+            }
+        )
         lower = upper or lower
     return rows

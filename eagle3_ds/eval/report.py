@@ -1,4 +1,6 @@
-"""The picture of a run: loss, accuracy per TTT step, and, after an evaluation, acceptance against the untrained draft."""
+"""The picture of a run: loss, accuracy per TTT step, and, after an evaluation, acceptance against the
+untrained draft.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def draw_report(metrics_jsonl: str | Path, eval_json: str | Path | None, png: st
     lines = Path(metrics_jsonl).read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines if line.strip()]
     if not records:
-        raise ValueError(f"{str(metrics_jsonl)!r} holds no line, so there is no run to draw. Name the file of a run.")
+        raise ValueError(
+            f"{str(metrics_jsonl)!r} holds no line, so there is no run to draw. Name the file of a run."
+        )
     evaluation = json.loads(Path(eval_json).read_text(encoding="utf-8")) if eval_json is not None else None
     figure = Figure(figsize=(12, 8 if evaluation else 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -46,7 +50,13 @@ def draw_report(metrics_jsonl: str | Path, eval_json: str | Path | None, png: st
 
 def _draw_loss(axis: Axes, records: Sequence[dict[str, Any]]) -> None:
     steps = [record["step"] for record in records]
-    axis.plot(steps, [record["loss"] for record in records], color=TRAINED, label="training", marker=_marker(records))
+    axis.plot(
+        steps,
+        [record["loss"] for record in records],
+        color=TRAINED,
+        label="training",
+        marker=_marker(records),
+    )
     heldout = [record for record in records if "heldout" in record]
     if heldout:
         values = [record["heldout"]["loss"] for record in heldout]
@@ -93,7 +103,10 @@ def _draw_contexts(axis: Axes, evaluation: dict[str, Any]) -> None:
     axis.set_xticks(list(places), labels)
     axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
     title = f"Tokens per target forward (mean {_number(evaluation['acceptance_length'])}, "
-    axis.set(title=title + f"untrained {_number(evaluation['acceptance_length_untrained'])})", xlabel="tokens of context")
+    axis.set(
+        title=title + f"untrained {_number(evaluation['acceptance_length_untrained'])})",
+        xlabel="tokens of context",
+    )
 
 
 def _number(value: float | None) -> str:

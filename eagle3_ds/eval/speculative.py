@@ -1,9 +1,9 @@
 """Greedy chain speculation, batch 1: the draft proposes some tokens, the target checks them in one forward.
 
-Slots are those of training: slot i holds the target's g_i and the token x_{i+1}, at rotary position i; its output predicts
-x_{i+2}. The draft's k-th guess is made in the slot k places after the last verified one, fed with the draft's own output
-and its own guess, at the next position. Once the target has spoken, the guessed slots are dropped from the draft's cache
-and the verified ones enter with the target's hidden states.
+Slots are those of training: slot i holds the target's g_i and the token x_{i+1}, at rotary position i; its
+output predicts x_{i+2}. The draft's k-th guess is made in the slot k places after the last verified one, fed
+with the draft's own output and its own guess, at the next position. Once the target has spoken, the guessed
+slots are dropped from the draft's cache and the verified ones enter with the target's hidden states.
 
 Legend: P prompt tokens, S new slots, n known tokens, Ht hidden size of the target.
 """
@@ -52,7 +52,8 @@ class TargetStream:
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        # Without the config: a layer with a sliding window would keep only the window, and could not be cut back.
+        # Without the config: a layer with a sliding window would keep only the window, and could not be cut
+        # back.
         self._cache = DynamicCache()
         self.length = 0
 
@@ -75,7 +76,9 @@ class TargetStream:
 
     def keep(self, length: int) -> None:
         if length < self.length:
-            self._cache.crop(length - self.length)  # negative: so many tokens less; positive lengths are refused lately
+            self._cache.crop(
+                length - self.length
+            )  # negative: so many tokens less; positive lengths are refused lately
         self.length = length
 
 
@@ -113,7 +116,9 @@ class DraftStream:
 
 
 @torch.no_grad()
-def greedy_decode(target: Target, prompt: Sequence[int], max_new_tokens: int, eos_token_id: int | None) -> list[int]:
+def greedy_decode(
+    target: Target, prompt: Sequence[int], max_new_tokens: int, eos_token_id: int | None
+) -> list[int]:
     """The target alone: up to `max_new_tokens` tokens after the prompt, the end token included."""
     stream, output = TargetStream(target), list[int]()
     tokens = list(prompt)
@@ -137,7 +142,8 @@ def speculative_decode(
 ) -> tuple[list[int], list[Round]]:
     """Decode after the prompt with the draft's help.
 
-    The last round counts whole, even when it goes past `max_new_tokens`: the output is cut, the acceptance is not.
+    The last round counts whole, even when it goes past `max_new_tokens`: the output is cut, the acceptance is
+    not.
 
     Args:
         expected: the target's own greedy output; when given, the result must equal it.
@@ -189,7 +195,8 @@ def _difference(target: Target, prompt: Sequence[int], output: Sequence[int], ex
     logits, _ = TargetStream(target).read([*prompt, *expected[:place]], last_only=True)
     gap = float(logits[0, expected[place]] - logits[0, output[place]])
     return (
-        f"speculative decoding is not lossless: new token {place} (after a prompt of {len(prompt)}) is {output[place]}, the "
-        f"target alone gives {expected[place]}, whose logit is {gap:.3g} higher in {logits.dtype}. A gap of the size of the "
-        "dtype's rounding comes from the different batch shape: set eval.dtype to float32. A larger one is an error."
+        f"speculative decoding is not lossless: new token {place} (after a prompt of {len(prompt)}) is "
+        f"{output[place]}, the target alone gives {expected[place]}, whose logit is {gap:.3g} higher in "
+        f"{logits.dtype}. A gap of the size of the dtype's rounding comes from the different batch shape: "
+        "set eval.dtype to float32. A larger one is an error."
     )

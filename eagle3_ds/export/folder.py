@@ -1,4 +1,6 @@
-"""What both layouts share: names and shapes of a whole draft, its geometry as config keys, and writing a folder at once."""
+"""What both layouts share: names and shapes of a whole draft, its geometry as config keys, and writing a
+folder at once.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,9 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 def geometry(config: LlamaConfig, max_position: int | None) -> dict[str, Any]:
     """The draft's decoder as config keys, without an architecture.
 
-    Servers read the rotary settings from `rope_theta` and `rope_scaling` (transformers 4) or from `rope_parameters`
-    (transformers 5): both are written and say the same. `max_position` raises `max_position_embeddings` to the length the
-    draft is served at.
+    Servers read the rotary settings from `rope_theta` and `rope_scaling` (transformers 4) or from
+    `rope_parameters` (transformers 5): both are written and say the same. `max_position` raises
+    `max_position_embeddings` to the length the draft is served at.
     """
     rope = dict(config.rope_parameters)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -60,7 +62,8 @@ def geometry(config: LlamaConfig, max_position: int | None) -> dict[str, Any]:
 def draft_config(keys: Mapping[str, Any], draft_vocab_size: int) -> LlamaConfig:
     """The config that `geometry` was taken from, or that another program wrote in its way.
 
-    The rotary settings are read from `rope_parameters`; where transformers 4 wrote `rope_theta` and `rope_scaling`, from those.
+    The rotary settings are read from `rope_parameters`; where transformers 4 wrote `rope_theta` and
+    `rope_scaling`, from those.
     """
     doubled = {"rope_theta", "rope_scaling"} if keys.get("rope_parameters") else set()
     kept = {key: value for key, value in keys.items() if key not in {"model_type", *doubled}}
@@ -73,15 +76,21 @@ def check_complete(state: Mapping[str, Tensor], config: LlamaConfig, vocabulary:
         wanted = {name: tuple(tensor.shape) for name, tensor in DraftModel(config).state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wrong = [
-        f"{name} {found.get(name, 'absent')} instead of {shape}" for name, shape in wanted.items() if found.get(name) != shape
+        f"{name} {found.get(name, 'absent')} instead of {shape}"
+        for name, shape in wanted.items()
+        if found.get(name) != shape
     ]
     wrong += [f"{name} is unknown" for name in found if name not in wanted]
     if wrong:
-        raise ValueError(f"these weights are not the draft of this config: {'; '.join(wrong)}. Use weights of the same recipe.")
+        raise ValueError(
+            f"these weights are not the draft of this config: {'; '.join(wrong)}. Use weights of the same "
+            "recipe."
+        )
     if len(vocabulary.d2t) != config.draft_vocab_size or len(vocabulary.t2d) != config.vocab_size:
         raise ValueError(
-            f"the vocabulary map is {len(vocabulary.d2t)} of {len(vocabulary.t2d)} tokens, the draft's config "
-            f"{config.draft_vocab_size} of {config.vocab_size}. Use the map the draft was trained with."
+            f"the vocabulary map is {len(vocabulary.d2t)} of {len(vocabulary.t2d)} tokens, the draft's "
+            f"config {config.draft_vocab_size} of {config.vocab_size}. Use the map the draft was trained "
+            "with."
         )
 
 
@@ -93,13 +102,17 @@ def write_folder(folder: str | Path, config: Mapping[str, Any], tensors: Mapping
     """
     folder = Path(folder)
     if folder.exists():
-        raise ValueError(f"the export folder {str(folder)!r} exists and is not replaced. Remove it or name another one.")
+        raise ValueError(
+            f"the export folder {str(folder)!r} exists and is not replaced. Remove it or name another one."
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         aside.chmod(0o755)
         (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / WEIGHTS, {"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, aside / WEIGHTS, {"format": "pt"}
+        )
         (aside / WEIGHTS).chmod(0o644)  # safetensors leaves it to its owner, and a server may be another user
         os.rename(aside, folder)
     except BaseException:
@@ -116,7 +129,9 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     for name in (CONFIG, WEIGHTS):
         if not (Path(folder) / name).is_file():
-            raise ValueError(f"{str(folder)!r} holds no {name}: it is not an exported draft. Name the folder of an export.")
+            raise ValueError(
+                f"{str(folder)!r} holds no {name}: it is not an exported draft. Name the folder of an export."
+            )
     return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8")), load_file(Path(folder) / WEIGHTS)
 
 

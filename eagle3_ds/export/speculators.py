@@ -1,4 +1,6 @@
-"""The layout of the speculators library: its config around the decoder's, our tensor names, and the target's embedding."""
+"""The layout of the speculators library: its config around the decoder's, our tensor names, and the target's
+embedding.
+"""
 
 from __future__ import annotations
 
@@ -75,12 +77,15 @@ def load_speculators(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor]
     if keys.get("speculators_model_type") != "eagle3" or not {"d2t", "t2d", EMBEDDING} <= tensors.keys():
         raise ValueError(
             f"{str(folder)!r} is no draft in the speculators layout: speculators_model_type is "
-            f"{keys.get('speculators_model_type')!r}, expected 'eagle3', with the tensors d2t, t2d and {EMBEDDING}. Name the "
-            "folder of such an export."
+            f"{keys.get('speculators_model_type')!r}, expected 'eagle3', with the tensors d2t, t2d and "
+            f"{EMBEDDING}. Name the folder of such an export."
         )
     unlike = [name for name in ("norm_before_residual", "norm_before_fc") if keys.get(name)]
     if unlike:
-        raise ValueError(f"{str(folder)!r} has {unlike[0]} true: such a draft computes otherwise than ours. Name another one.")
+        raise ValueError(
+            f"{str(folder)!r} has {unlike[0]} true: such a draft computes otherwise than ours. Name another "
+            "one."
+        )
     vocabulary = VocabularyMap(tensors.pop("d2t"), tensors.pop("t2d"))
     embedding = tensors.pop(EMBEDDING)
     config = draft_config(keys["transformer_layer_config"], keys["draft_vocab_size"])
@@ -92,4 +97,7 @@ def load_speculators(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor]
 def _check_embedding(embedding: Tensor, config: LlamaConfig) -> None:
     wanted = (config.vocab_size, config.hidden_size)
     if tuple(embedding.shape) != wanted:
-        raise ValueError(f"the embedding is {list(embedding.shape)}, the draft's config wants {list(wanted)}. Use the target's.")
+        raise ValueError(
+            f"the embedding is {list(embedding.shape)}, the draft's config wants {list(wanted)}. Use the "
+            "target's."
+        )

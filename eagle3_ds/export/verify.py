@@ -18,13 +18,18 @@ SLOTS = 12
 
 
 @torch.no_grad()
-def verify_export(folder: str | Path, model: DraftModel, vocabulary: VocabularyMap, tolerance: float | None = None) -> float:
-    """Reload either layout, and compare its logits on a fixed random input with those of `model`, the served draft.
+def verify_export(
+    folder: str | Path, model: DraftModel, vocabulary: VocabularyMap, tolerance: float | None = None
+) -> float:
+    """Reload either layout, and compare its logits on a fixed random input with those of `model`, the served
+    draft.
 
-    Both run in fp32 on the CPU, so that float32 exports must agree exactly and others up to the rounding of their weights.
+    Both run in fp32 on the CPU, so that float32 exports must agree exactly and others up to the rounding of
+    their weights.
 
     Args:
-        tolerance: largest relative error allowed; null is 0 for float32 exports, and 16 times the epsilon of others.
+        tolerance: largest relative error allowed; null is 0 for float32 exports, and 16 times the epsilon of
+            others.
 
     Returns:
         The relative L2 error of the logits.
@@ -34,19 +39,28 @@ def verify_export(folder: str | Path, model: DraftModel, vocabulary: VocabularyM
     """
     config, state, stored = load_export(folder)
     if not (torch.equal(stored.d2t, vocabulary.d2t.cpu()) and torch.equal(stored.t2d, vocabulary.t2d.cpu())):
-        raise ValueError(f"the export {str(folder)!r} has another vocabulary map than the draft. Export it again.")
+        raise ValueError(
+            f"the export {str(folder)!r} has another vocabulary map than the draft. Export it again."
+        )
     dtype = state["fc.weight"].dtype
     original = DraftModel(model.config)
-    original.load_state_dict({name: tensor.detach().to("cpu", torch.float32) for name, tensor in model.state_dict().items()})
+    original.load_state_dict(
+        {name: tensor.detach().to("cpu", torch.float32) for name, tensor in model.state_dict().items()}
+    )
     exported = DraftModel(config)
     exported.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     expected, found = _fixed_logits(original), _fixed_logits(exported)
-    error = float((found - expected).norm() / expected.norm()) if expected.shape == found.shape else float("inf")
-    allowed = tolerance if tolerance is not None else 0.0 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps
+    error = (
+        float((found - expected).norm() / expected.norm()) if expected.shape == found.shape else float("inf")
+    )
+    allowed = (
+        tolerance if tolerance is not None else 0.0 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps
+    )
     if not error <= allowed:
         raise ValueError(
-            f"the export {str(folder)!r} gives other logits than the draft: relative error {error:.3g}, allowed {allowed:.3g} "
-            f"for {dtype}. Export it again; if it happens again, the layout and the draft do not belong together."
+            f"the export {str(folder)!r} gives other logits than the draft: relative error {error:.3g}, "
+            f"allowed {allowed:.3g} for {dtype}. Export it again; if it happens again, the layout and the "
+            "draft do not belong together."
         )
     return error
 

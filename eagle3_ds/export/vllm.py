@@ -1,4 +1,5 @@
-"""The layout that vLLM and SGLang load: the first layer is called `midlayer`, the token map goes along as `d2t` and `t2d`.
+"""The layout that vLLM and SGLang load: the first layer is called `midlayer`, the token map goes along as
+`d2t` and `t2d`.
 
 The embedding is left out: both servers share the target's, which is what the draft was trained with.
 """
@@ -54,8 +55,12 @@ def export_vllm(
     return write_folder(folder, keys, vllm_tensors(model_state, vocabulary, dtype))
 
 
-def vllm_tensors(model_state: Mapping[str, Tensor], vocabulary: VocabularyMap, dtype: str = "bfloat16") -> dict[str, Tensor]:
-    """The draft's weights under the names that vLLM and SGLang load, on the CPU: what a running server is handed."""
+def vllm_tensors(
+    model_state: Mapping[str, Tensor], vocabulary: VocabularyMap, dtype: str = "bfloat16"
+) -> dict[str, Tensor]:
+    """The draft's weights under the names that vLLM and SGLang load, on the CPU: what a running server is
+    handed.
+    """
     tensors = {_there(name): tensor for name, tensor in cast(model_state, dtype).items()}
     return tensors | {"d2t": vocabulary.d2t.cpu(), "t2d": vocabulary.t2d.cpu()}
 
@@ -69,8 +74,8 @@ def load_vllm(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], Vocab
     keys, tensors = read_folder(folder)
     if keys.get("architectures") != [ARCHITECTURE] or not {"d2t", "t2d"} <= tensors.keys():
         raise ValueError(
-            f"{str(folder)!r} is no draft in the vLLM layout: architectures is {keys.get('architectures')}, expected "
-            f"[{ARCHITECTURE!r}], with the tensors d2t and t2d. Name the folder of such an export."
+            f"{str(folder)!r} is no draft in the vLLM layout: architectures is {keys.get('architectures')}, "
+            f"expected [{ARCHITECTURE!r}], with the tensors d2t and t2d. Name the folder of such an export."
         )
     vocabulary = VocabularyMap(tensors.pop("d2t"), tensors.pop("t2d"))
     config = draft_config(keys, keys["draft_vocab_size"])

@@ -1,1 +1,3 @@
-"""What keeps a run honest: ranks that are alike, replicas that stay alike, steps that are finite, requests to stop."""
+"""What keeps a run honest: ranks that are alike, replicas that stay alike, steps that are finite, requests to
+stop.
+"""

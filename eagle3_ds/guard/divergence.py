@@ -1,4 +1,6 @@
-"""Optimizer steps whose loss or gradient is not finite: skipped, explained, and the end of the run when they do not stop."""
+"""Optimizer steps whose loss or gradient is not finite: skipped, explained, and the end of the run when they
+do not stop.
+"""
 
 from __future__ import annotations
 
@@ -38,23 +40,34 @@ class Blame:
         return Blame(self.hidden_states or other.hidden_states, self.steps | other.steps)
 
     def __str__(self) -> str:
-        return f"at TTT steps {sorted(self.steps)}" + (", its hidden states are not finite either" if self.hidden_states else "")
+        return f"at TTT steps {sorted(self.steps)}" + (
+            ", its hidden states are not finite either" if self.hidden_states else ""
+        )
 
 
 class DivergenceGuard:
-    """Judges each step that the trainer has taken. No weight was touched by a step that is not finite, see `step_and_norm`.
+    """Judges each step that the trainer has taken. No weight was touched by a step that is not finite, see
+    `step_and_norm`.
 
     Args:
         max_skipped: so many such steps in a row are let pass; the next one ends the run.
         in_a_row: how many of them came last before the checkpoint that the run goes on from.
     """
 
-    def __init__(self, trainer: Trained, loader: DocumentsOfStep, output_dir: Path, max_skipped: int, in_a_row: int = 0) -> None:
-        self.trainer, self.loader, self.folder, self.max_skipped = trainer, loader, output_dir / FOLDER, max_skipped
+    def __init__(
+        self, trainer: Trained, loader: DocumentsOfStep, output_dir: Path, max_skipped: int, in_a_row: int = 0
+    ) -> None:
+        self.trainer, self.loader, self.folder, self.max_skipped = (
+            trainer,
+            loader,
+            output_dir / FOLDER,
+            max_skipped,
+        )
         self.in_a_row = in_a_row
 
     def skipped(self, index: int, report: StepFigures) -> bool:
-        """Whether step `index` (from 0) was skipped. Collective when it was: the documents to blame are found and saved.
+        """Whether step `index` (from 0) was skipped. Collective when it was: the documents to blame are found
+        and saved.
 
         Raises:
             FloatingPointError: too many in a row.
@@ -68,8 +81,9 @@ class DivergenceGuard:
         text = _explain(index, report, blamed, self.folder)
         if self.in_a_row > self.max_skipped:
             raise FloatingPointError(
-                f"{text} It is the {self.in_a_row}. in a row, and faults.max_skipped is {self.max_skipped}. Take these documents "
-                "out, or lower train.learning_rate and go on from the last checkpoint by --resume."
+                f"{text} It is the {self.in_a_row}. in a row, and faults.max_skipped is {self.max_skipped}. "
+                "Take these documents out, or lower train.learning_rate and go on from the last checkpoint "
+                "by --resume."
             )
         if self.trainer.topology.place.rank == 0:
             print(f"{text} Skipped, {self.in_a_row} in a row of at most {self.max_skipped}.", flush=True)
@@ -78,12 +92,14 @@ class DivergenceGuard:
     def _blamed(self, index: int) -> dict[int, Blame]:
         """By document, over all ranks; documents that are well are left out.
 
-        Each document is run by itself, equally many on every rank. Those of this draft_dp rank are saved by its first sp rank.
+        Each document is run by itself, equally many on every rank. Those of this draft_dp rank are saved by
+        its first sp rank.
         """
         topology = self.trainer.topology
         numbers = self.loader.documents(index)
         turns = int(_over_ranks(torch.tensor([len(numbers)], device=topology.device), dist.ReduceOp.MAX))
-        # Per rank and turn: 1 + the document's number, whether its hidden states are bad, and which TTT steps are.
+        # Per rank and turn: 1 + the document's number, whether its hidden states are bad, and which TTT steps
+        # are.
         width = 2 + self.trainer.recipe.draft.ttt_steps
         table = torch.zeros(topology.mesh.world_size, turns, width, dtype=torch.int64, device=topology.device)
         documents: dict[int, dict[str, Tensor]] = {}
@@ -104,7 +120,9 @@ class DivergenceGuard:
             self._save(index, documents, blamed)
         return dict(sorted(blamed.items()))
 
-    def _save(self, index: int, documents: Mapping[int, dict[str, Tensor]], blamed: Mapping[int, Blame]) -> None:
+    def _save(
+        self, index: int, documents: Mapping[int, dict[str, Tensor]], blamed: Mapping[int, Blame]
+    ) -> None:
         """The blamed ones among these documents, or all when nobody is to blame, one file each."""
         self.folder.mkdir(exist_ok=True)
         for number, tensors in documents.items():

@@ -22,7 +22,14 @@ BEAT_SECONDS = 1.0
 # torch keeps the record of NCCL's collectives apart from the others'.
 _RECORDERS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
 # What the libraries below say when a peer has gone; torch's own errors are told by their type.
-_OF_A_PEER = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL error", "HCCL")
+_OF_A_PEER = (
+    "gloo/transport",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "NCCL error",
+    "HCCL",
+)
 
 
 class Heart:
@@ -82,13 +89,16 @@ class Heart:
             with self._writing:
                 self._stream.write(json.dumps(message).encode() + b"\n")
         except BrokenPipeError:
-            # The supervisor has been killed. A rank must not train on unseen, and its peers will notice that it has gone.
+            # The supervisor has been killed. A rank must not train on unseen, and its peers will notice that
+            # it has gone.
             os._exit(1)
 
 
 @contextmanager
 def beating(status_fd: int | None) -> Iterator[Heart]:
-    """A heart for the time of training. An exception that leaves the block is told to the supervisor, and raised on."""
+    """A heart for the time of training. An exception that leaves the block is told to the supervisor, and
+    raised on.
+    """
     heart = Heart(None if status_fd is None else os.fdopen(status_fd, "wb", buffering=0))
     heart.start()
     try:
@@ -102,9 +112,11 @@ def beating(status_fd: int | None) -> Iterator[Heart]:
 
 
 def last_collective() -> tuple[str, bool, int]:
-    """The collective that this rank waits for, else the one that it issued last; whether it waits; when it was issued, in ns.
+    """The collective that this rank waits for, else the one that it issued last; whether it waits; when it
+    was issued, in ns.
 
-    From torch's flight recorder, which records when TORCH_FR_BUFFER_SIZE is set. Without a record: ("", False, 0).
+    From torch's flight recorder, which records when TORCH_FR_BUFFER_SIZE is set. Without a record: ("",
+    False, 0).
     """
     entries = []
     for name in _RECORDERS:

@@ -34,7 +34,9 @@ def require_same_identity(recipe: Recipe, topology: Topology) -> None:
     texts = _gather([f"{key}\n{value}" for key, value in own_identity(recipe).items()], topology.device)
     different = differences([dict(line.split("\n", 1) for line in lines) for lines in texts])
     if different:
-        raise ValueError("\n  ".join(["The ranks are not alike, so they would not train one model:", *different]))
+        raise ValueError(
+            "\n  ".join(["The ranks are not alike, so they would not train one model:", *different])
+        )
 
 
 def own_identity(recipe: Recipe) -> dict[str, str]:
@@ -47,7 +49,9 @@ def own_identity(recipe: Recipe) -> dict[str, str]:
         **{package: version(package) for package in PACKAGES},
         "recipe": _digest(dump_recipe(recipe).encode()),
         "DeepSpeed JSON": _digest(Path(recipe.deepspeed).read_bytes()),
-        "data": _digest((output_dir / "prepared.json").read_bytes() + (output_dir / "vocabulary.safetensors").read_bytes()),
+        "data": _digest(
+            (output_dir / "prepared.json").read_bytes() + (output_dir / "vocabulary.safetensors").read_bytes()
+        ),
     }
 
 
@@ -68,10 +72,15 @@ def differences(identities: Sequence[Mapping[str, str]]) -> list[str]:
             holders.setdefault(identity[key], []).append(rank)
         if key != "host" and len(holders) > 1:
             told = [
-                f"{value} on ranks {ranks} ({', '.join(sorted({identities[rank]['host'] for rank in ranks}))})"
+                (
+                    f"{value} on ranks {ranks} "
+                    f"({', '.join(sorted({identities[rank]['host'] for rank in ranks}))})"
+                )
                 for value, ranks in holders.items()
             ]
-            lines.append(f"{key}: {'; '.join(told)}. {_FIX.get(key, f'Install the same {key} on all hosts.')}")
+            lines.append(
+                f"{key}: {'; '.join(told)}. {_FIX.get(key, f'Install the same {key} on all hosts.')}"
+            )
     return lines
 
 

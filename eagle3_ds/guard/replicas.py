@@ -1,6 +1,7 @@
 """Whether the ranks still hold the same of what each of them holds: cheap enough to ask every hundred steps.
 
-A rank whose copy has drifted (a flipped bit, a collective that one rank missed) trains on without any error, and wrongly.
+A rank whose copy has drifted (a flipped bit, a collective that one rank missed) trains on without any error,
+and wrongly.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ def require_same_replicas(trainer: Trained, loader: PacksOfStep, step: int) -> N
 
 @contextmanager
 def weights_compared_before_update(trainer: Trained, step: int) -> Iterator[None]:
-    """The first update in here, after `step` optimizer steps, compares the weights that its gradients were computed with.
+    """The first update in here, after `step` optimizer steps, compares the weights that its gradients were
+    computed with.
 
-    At ZeRO 1 and 2 an update writes every rank's weights anew from the masters: what was wrong with one rank's is gone, and its
-    gradients are in the masters of all. Raises RuntimeError before that, as `require_same_replicas`.
+    At ZeRO 1 and 2 an update writes every rank's weights anew from the masters: what was wrong with one
+    rank's is gone, and its gradients are in the masters of all. Raises RuntimeError before that, as
+    `require_same_replicas`.
     """
 
     def compare(*_: Any) -> None:
@@ -73,8 +76,9 @@ def _require_same(trainer: Trained, digests: Digests, step: int) -> None:
             if len(holders) > 1:
                 raise RuntimeError(
                     f"After step {step} the ranks do not hold the same {what}: it differs between ranks "
-                    f"{' and '.join(map(str, holders.values()))}. Training on would be silently wrong. Go on from the last "
-                    "checkpoint by --resume; when it happens again, test the memory of the hosts of the smaller party."
+                    f"{' and '.join(map(str, holders.values()))}. Training on would be silently wrong. Go on "
+                    "from the last checkpoint by --resume; when it happens again, test the memory of the "
+                    "hosts of the smaller party."
                 )
 
 
@@ -98,7 +102,9 @@ def _weights(trainer: Trained) -> Digests:
 
 
 def _sum_of_bits(tensors: Iterable[Tensor]) -> int:
-    """A number that changes when any one bit does: the tensors' words as integers, summed, each tensor weighed by its place."""
+    """A number that changes when any one bit does: the tensors' words as integers, summed, each tensor
+    weighed by its place.
+    """
     total = 0
     for place, tensor in enumerate(tensors):
         words = tensor.detach().contiguous().view(_BITS[tensor.element_size()])

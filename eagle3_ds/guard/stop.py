@@ -19,7 +19,8 @@ class StopRequest:
     The first SIGINT is noted, a second one ends the process at once.
 
     Args:
-        timeout_minutes: the time limit, counted from now; None for none, and on all ranks but one, because clocks differ.
+        timeout_minutes: the time limit, counted from now; None for none, and on all ranks but one, because
+            clocks differ.
     """
 
     def __init__(self, timeout_minutes: float | None = None) -> None:
@@ -38,7 +39,8 @@ class StopRequest:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._noted = self._noted or REASONS.index(signal.Signals(number).name)
         if number == signal.SIGINT:
-            # Left to the system: a handler of ours would not run while the main thread waits inside a collective.
+            # Left to the system: a handler of ours would not run while the main thread waits inside a
+            # collective.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     @property

@@ -13,7 +13,9 @@ from eagle3_ds.topology import Topology
 
 
 class StepFigures(Protocol):
-    """Of one optimizer step, the same on every rank: the loss, the loss of each TTT step, and the gradient's norm."""
+    """Of one optimizer step, the same on every rank: the loss, the loss of each TTT step, and the gradient's
+    norm.
+    """
 
     @property
     def loss(self) -> float: ...
@@ -36,4 +38,6 @@ class Trained(Protocol):
         """What is not trained and the same on every rank."""
 
     def own_losses(self, pack: PackedSequence) -> tuple[Tensor, bool]:
-        """This rank's share of the summed loss of each TTT step, fp32 [K], and whether its hidden states are finite."""
+        """This rank's share of the summed loss of each TTT step, fp32 [K], and whether its hidden states are
+        finite.
+        """

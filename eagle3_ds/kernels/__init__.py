@@ -1,4 +1,6 @@
-"""Attention kernels behind one interface: tiles in, (out, lse) out, and a backward under a merged log-sum-exp."""
+"""Attention kernels behind one interface: tiles in, (out, lse) out, and a backward under a merged
+log-sum-exp.
+"""
 
 from eagle3_ds.kernels.base import AttentionKernel, TileKernel, accumulation_dtype, merge_partial
 from eagle3_ds.kernels.select import KERNELS, select_kernel

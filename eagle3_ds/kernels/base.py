@@ -26,7 +26,9 @@ class AttentionKernel(ABC):
         """Why this kernel cannot run there, as the end of a sentence; None when it can."""
 
     @abstractmethod
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float
+    ) -> tuple[Tensor, Tensor]:
         """Softmax over every key that the tiles show a row; a key that two tiles show it counts twice.
 
         Args:
@@ -69,7 +71,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def merge_partial(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge two partial attentions over different keys. out [L, H, D], lse [L, H]; a row without keys has lse -inf."""
+    """Merge two partial attentions over different keys. out [L, H, D], lse [L, H]; a row without keys has lse
+    -inf.
+    """
     lse = torch.logaddexp(lse_a, lse_b)
     # (-inf) - (-inf) is nan: a row that has seen no key yet keeps its zero output.
     safe = torch.where(torch.isneginf(lse), torch.zeros_like(lse), lse)
@@ -78,10 +82,12 @@ def merge_partial(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) ->
 
 
 def out_with_delta(dout: Tensor, delta: Tensor) -> Tensor:
-    """An output whose row sum with dout is delta, for kernels that recompute delta from it: dout * delta / |dout|^2.
+    """An output whose row sum with dout is delta, for kernels that recompute delta from it: dout * delta /
+    |dout|^2.
 
-    All terms of that sum have one sign and |result| <= |merged output|, so rounding to the dtype of dout costs no more
-    than one rounding of delta. dout is scaled by its largest entry first: the square of a tiny one would underflow.
+    All terms of that sum have one sign and |result| <= |merged output|, so rounding to the dtype of dout
+    costs no more than one rounding of delta. dout is scaled by its largest entry first: the square of a tiny
+    one would underflow.
     """
     wide = dout.to(delta.dtype)
     largest = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(delta.dtype).tiny)
@@ -119,22 +125,36 @@ class Call(NamedTuple):
 
 
 class TileKernel(AttentionKernel):
-    """A kernel made of calls that compute one tile, or several at once: a subclass computes, this class loops and merges.
+    """A kernel made of calls that compute one tile, or several at once: a subclass computes, this class loops
+    and merges.
 
     Attributes:
-        backward_block: rows, and about as many keys, that one call of a backward takes. A backend makes gradients in the inputs'
-            dtype for every query head of both, and its own sums, so this bounds what the longest document needs beside them.
+        backward_block: rows, and about as many keys, that one call of a backward takes. A backend makes
+            gradients in the inputs' dtype for every query head of both, and its own sums, so this bounds what
+            the longest document needs beside them.
     """
 
     backward_block = 2**12
 
     @abstractmethod
-    def call_forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
-        """q [Lq, Hq, D], k, v [Lk, Hkv, D]: the call's rows and keys alone, one after another -> out, lse [Lq, Hq]."""
+    def call_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """q [Lq, Hq, D], k, v [Lk, Hkv, D]: the call's rows and keys alone, one after another -> out, lse
+        [Lq, Hq].
+        """
 
     @abstractmethod
     def call_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call, scale: float
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        call: Call,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same rows and keys under the merged lse -> dq [Lq, Hq, D], dk, dv [Lk, Hkv, D].
 
@@ -142,14 +162,18 @@ class TileKernel(AttentionKernel):
         """
 
     def calls(self, tiles: Iterable[Tile], most: int | None = None) -> list[Call]:
-        """The tiles, none of them empty, as the backend takes them; `most`: rows, and keys, of a call of several tiles."""
+        """The tiles, none of them empty, as the backend takes them; `most`: rows, and keys, of a call of
+        several tiles.
+        """
         return [Call((tile,)) for tile in tiles]
 
     def delta_form(self, dout: Tensor, delta: Tensor) -> Tensor:
         """How the backend takes delta [Lq, Hq]: as it is, or as an output [Lq, Hq, D] to compute it from."""
         return delta
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float
+    ) -> tuple[Tensor, Tensor]:
         calls = self.calls(_nonempty(tiles))
         dtype = accumulation_dtype(q.dtype)
         if len(calls) == 1 and calls[0].rows == [slice(0, len(q))]:
@@ -186,12 +210,16 @@ class TileKernel(AttentionKernel):
             dout_rows, q_rows, lse_rows, delta_rows = (_take(x, call.rows) for x in (dout, q, lse, delta))
             k_rows, v_rows = _take(k, call.keys), _take(v, call.keys)
             grads = self.call_backward(dout_rows, q_rows, k_rows, v_rows, lse_rows, delta_rows, call, scale)
-            for total, new, ranges in zip((dq, dk_accum, dv_accum), grads, (call.rows, call.keys, call.keys), strict=True):
+            for total, new, ranges in zip(
+                (dq, dk_accum, dv_accum), grads, (call.rows, call.keys, call.keys), strict=True
+            ):
                 for place, part in _places(ranges):
                     total[place] += new[part]
         return dq
 
-    def _forward_call(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
+    def _forward_call(
+        self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float
+    ) -> tuple[Tensor, Tensor]:
         return self.call_forward(_take(q, call.rows), _take(k, call.keys), _take(v, call.keys), call, scale)
 
 

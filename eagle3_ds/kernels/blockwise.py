@@ -2,7 +2,8 @@
 
 Online softmax over blocks of keys (Dao et al., FlashAttention-2, 2023), computed in fp32 (fp64 for fp64).
 
-Legend: N key heads, R rows of one query block times the G query heads that share a key head, B keys of one block.
+Legend: N key heads, R rows of one query block times the G query heads that share a key head, B keys of one
+block.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from eagle3_ds.kernels.base import Call, TileKernel, accumulation_dtype
 
-# Measured forward + backward, 2048 causal rows, 8 heads of 64, fp32, one CPU core: 128 x 256 181 ms, 256 x 256 190 ms,
-# 512 x 512 285 ms (its scores leave the cache). The larger of the two good ones, for devices where a launch costs.
+# Measured forward + backward, 2048 causal rows, 8 heads of 64, fp32, one CPU core: 128 x 256 181 ms, 256 x
+# 256 190 ms, 512 x 512 285 ms (its scores leave the cache). The larger of the two good ones, for devices
+# where a launch costs.
 _QUERY_BLOCK = 256
 _KEY_BLOCK = 256
 
@@ -28,7 +30,9 @@ class BlockwiseKernel(TileKernel):
     def unavailable_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         return None
 
-    def call_forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
+    def call_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float
+    ) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(q.dtype)
         out = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[:2], dtype=dtype, device=q.device)
@@ -54,7 +58,15 @@ class BlockwiseKernel(TileKernel):
         return out, lse
 
     def call_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call, scale: float
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        call: Call,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = accumulation_dtype(q.dtype)
         num_kv_heads = k.shape[1]
@@ -117,7 +129,9 @@ def _wide(x_BND: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _fold(x_LHD: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """[L, N * G, D] -> [N, L * G, D]: the query heads of one key head become rows, so that nothing is repeated."""
+    """[L, N * G, D] -> [N, L * G, D]: the query heads of one key head become rows, so that nothing is
+    repeated.
+    """
     return x_LHD.unflatten(1, (num_kv_heads, -1)).to(dtype).transpose(0, 1).flatten(1, 2)
 
 

@@ -23,18 +23,29 @@ class CpuKernel(SquareKernel):
             return f"it takes {', '.join(map(str, _DTYPES))}, not {dtype}"
         return None
 
-    def square_forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def square_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             _heads_first(q), _heads_first(k), _heads_first(v), 0.0, causal, scale=scale
         )
         return out[0].transpose(0, 1), lse[0].T
 
     def square_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, out: Tensor, causal: bool, scale: float
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        out: Tensor,
+        causal: bool,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         num_kv_heads = k.shape[1]
         group = q.shape[1] // num_kv_heads
-        # With key heads left unrepeated the operator's backward is about 25 times slower (measured on torch 2.13).
+        # With key heads left unrepeated the operator's backward is about 25 times slower (measured on torch
+        # 2.13).
         wide_k, wide_v = (x if group == 1 else x.repeat_interleave(group, dim=1) for x in (k, v))
         operands = (_heads_first(x) for x in (dout, q, wide_k, wide_v, out))
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

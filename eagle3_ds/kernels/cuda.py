@@ -1,7 +1,9 @@
-"""The cuda kernel: torch's built-in flash attention 2 for CUDA, through its raw operators (torch 2.11 - 2.13).
+"""The cuda kernel: torch's built-in flash attention 2 for CUDA, through its raw operators (torch 2.11 -
+2.13).
 
-The raw backward is called because the differentiable wrappers ignore the gradient of the log-sum-exp, and because it
-takes the merged log-sum-exp. Its dq is summed by atomics unless `torch.use_deterministic_algorithms` is on.
+The raw backward is called because the differentiable wrappers ignore the gradient of the log-sum-exp, and
+because it takes the merged log-sum-exp. Its dq is summed by atomics unless
+`torch.use_deterministic_algorithms` is on.
 """
 
 from __future__ import annotations
@@ -22,9 +24,12 @@ class CudaKernel(VarlenKernel):
         if not torch.backends.cuda.is_flash_attention_available():
             return "this torch was built without flash attention"
         capability = torch.cuda.get_device_capability(device)
-        # These have too little shared memory for the backward at this width (torch's own sdp_utils refuses it as well).
+        # These have too little shared memory for the backward at this width (torch's own sdp_utils refuses it
+        # as well).
         if 192 < head_dim <= 224 and capability in ((8, 6), (8, 9), (12, 0), (12, 1)):
-            return f"compute capability {capability[0]}.{capability[1]} has no backward for head_dim {head_dim}"
+            return (
+                f"compute capability {capability[0]}.{capability[1]} has no backward for head_dim {head_dim}"
+            )
         return None
 
     def varlen_forward(
@@ -52,6 +57,18 @@ class CudaKernel(VarlenKernel):
         rng_state = torch.empty(2, dtype=torch.uint64, device=q.device)
         unused = torch.empty((), dtype=torch.uint64, device=q.device)
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            dout, q, k, v, out, lse, *lengths, 0.0, causal, rng_state, unused, scale=scale, window_size_left=left
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            *lengths,
+            0.0,
+            causal,
+            rng_state,
+            unused,
+            scale=scale,
+            window_size_left=left,
         )
         return dq, dk, dv

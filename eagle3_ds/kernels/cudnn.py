@@ -1,8 +1,9 @@
 """The cudnn kernel: torch's built-in cuDNN attention, through its raw operators. For few, long documents.
 
-cuDNN builds a plan for every new shape of a tile, which a pack of many documents of any length cannot afford, and torch's
-operator for several sequences builds one in every call. So `auto` does not take this kernel, and tiles of less than
-`_SMALLEST` rows or keys go to torch's flash kernel; cuDNN takes no tile of a single key at all.
+cuDNN builds a plan for every new shape of a tile, which a pack of many documents of any length cannot afford,
+and torch's operator for several sequences builds one in every call. So `auto` does not take this kernel, and
+tiles of less than `_SMALLEST` rows or keys go to torch's flash kernel; cuDNN takes no tile of a single key at
+all.
 """
 
 from __future__ import annotations
@@ -36,26 +37,46 @@ class CudnnKernel(SquareKernel):
             return "its backward is not deterministic, and torch.use_deterministic_algorithms is on"
         return self._flash.unavailable_reason(device, dtype, head_dim)
 
-    def call_forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
+    def call_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float
+    ) -> tuple[Tensor, Tensor]:
         if _is_small(call):
             return self._flash.call_forward(q, k, v, call, scale)
         return super().call_forward(q, k, v, call, scale)
 
     def call_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call, scale: float
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        call: Call,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if _is_small(call):
             return self._flash.call_backward(dout, q, k, v, lse, delta, call, scale)
         return super().call_backward(dout, q, k, v, lse, delta, call, scale)
 
-    def square_forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def square_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             _heads_first(q), _heads_first(k), _heads_first(v), None, True, 0.0, causal, False, scale=scale
         )
         return out[0].transpose(0, 1), lse.view(q.shape[1], q.shape[0]).T
 
     def square_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, out: Tensor, causal: bool, scale: float
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        out: Tensor,
+        causal: bool,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Read only under dropout, which is off.
         philox = torch.empty((), dtype=torch.int64, device=q.device)
@@ -77,9 +98,13 @@ class CudnnKernel(SquareKernel):
 
 
 def _statistics(lse: Tensor, q: Tensor) -> Tensor:
-    """lse [Lq, Hq] as the backward takes it: as the forward gives it, [1, Hq, Lq] or [1, Hq, Lq, 1] by the version of torch."""
+    """lse [Lq, Hq] as the backward takes it: as the forward gives it, [1, Hq, Lq] or [1, Hq, Lq, 1] by the
+    version of torch.
+    """
     x = q.new_zeros(1, 1, _SMALLEST, q.shape[-1])
-    _, given, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(x, x, x, None, True, 0.0, False, False, scale=1.0)
+    _, given, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        x, x, x, None, True, 0.0, False, False, scale=1.0
+    )
     lse_1HL = lse.T.contiguous()[None]
     return lse_1HL if given.dim() == 3 else lse_1HL[..., None]
 
@@ -90,5 +115,7 @@ def _is_small(call: Call) -> bool:
 
 
 def _heads_first(x_LHD: Tensor) -> Tensor:
-    """[1, H, L, D] of rows without gaps: the plan that torch caches for a shape knows the strides of some operands only."""
+    """[1, H, L, D] of rows without gaps: the plan that torch caches for a shape knows the strides of some
+    operands only.
+    """
     return x_LHD.contiguous().transpose(0, 1)[None]

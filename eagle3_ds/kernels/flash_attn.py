@@ -1,7 +1,7 @@
 """The flash-attn packages: FlashAttention 2, 3 and 4 through their low-level forward and backward functions.
 
-Source of the calls: Dao-AILab/flash-attention, flash_attn/flash_attn_interface.py (2.8), hopper/flash_api.cpp (3) and
-flash_attn/cute/interface.py (4). A package is imported when its kernel is asked for, and not before.
+Source of the calls: Dao-AILab/flash-attention, flash_attn/flash_attn_interface.py (2.8), hopper/flash_api.cpp
+(3) and flash_attn/cute/interface.py (4). A package is imported when its kernel is asked for, and not before.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class FlashAttn2Kernel(VarlenKernel):
 
 
 class FlashAttn3Kernel(VarlenKernel):
-    """The operators that the package registers: their arguments are the same in all its releases, its functions' are not."""
+    """The operators that the package registers: their arguments are the same in all its releases, its
+    functions' are not.
+    """
 
     name = "flash_attn3"
 
@@ -98,7 +100,9 @@ class FlashAttn3Kernel(VarlenKernel):
     ) -> tuple[Tensor, Tensor]:
         importlib.import_module("flash_attn_3._C")
         # One split: the default lets a heuristic cut the keys, and adds the parts in a second kernel.
-        out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, num_splits=1, **_fa3_options(lengths, causal, left, scale))
+        out, lse, *_ = torch.ops.flash_attn_3.fwd(
+            q, k, v, num_splits=1, **_fa3_options(lengths, causal, left, scale)
+        )
         return out, lse
 
     def varlen_backward(
@@ -141,9 +145,7 @@ class FlashAttn4Kernel(VarlenKernel):
         if (major := torch.cuda.get_device_capability(device)[0]) < 9:
             return f"its backward needs compute capability 9.0 (Hopper) or higher, and {device} has {major}.x"
         if major >= 12 and torch.are_deterministic_algorithms_enabled():
-            return (
-                f"it has no deterministic backward for compute capability {major}.x, and torch.use_deterministic_algorithms is on"
-            )
+            return f"it has no deterministic backward for compute capability {major}.x, and torch.use_deterministic_algorithms is on"
         return _package_reason("flash-attn-4", (4,), "flash_attn.cute.interface")
 
     def varlen_forward(

@@ -8,7 +8,9 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def nvidia_reason(device: torch.device, dtype: torch.dtype, head_dim: int, max_head_dim: int) -> str | None:
-    """Why a half-precision flash kernel cannot run there, as the end of a sentence; None when nothing speaks against it."""
+    """Why a half-precision flash kernel cannot run there, as the end of a sentence; None when nothing speaks
+    against it.
+    """
     if device.type != "cuda":
         return f"it runs on NVIDIA GPUs, and the device is {device}"
     if not torch.cuda.is_available() or torch.version.cuda is None:

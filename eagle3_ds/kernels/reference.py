@@ -1,4 +1,6 @@
-"""The reference kernel: dense attention in plain torch, any device and dtype. Memory grows with Lq * Lk: for checks."""
+"""The reference kernel: dense attention in plain torch, any device and dtype. Memory grows with Lq * Lk: for
+checks.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,18 @@ from eagle3_ds.kernels.tile import Tile
 
 
 class ReferenceKernel(AttentionKernel):
-    """Builds the whole mask at once instead of merging tiles, so that it shares no code with the kernels it judges."""
+    """Builds the whole mask at once instead of merging tiles, so that it shares no code with the kernels it
+    judges.
+    """
 
     name = "reference"
 
     def unavailable_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float
+    ) -> tuple[Tensor, Tensor]:
         _, _, v_HKD, scores = _scores(q, k, v, tiles, scale)
         lse_HQ = torch.logsumexp(scores, -1)
         # A row without keys has lse -inf; 0 in its place makes every p of it exp(-inf) = 0, not nan.
@@ -49,7 +55,9 @@ class ReferenceKernel(AttentionKernel):
         return (ds_HQK @ k_HKD).transpose(0, 1).contiguous()
 
 
-def _scores(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _scores(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v heads first with the key heads repeated, wide, and the scores [Hq, Lq, Lk].
 
     A score carries the log of how often the tiles show that key to that row: -inf for never.

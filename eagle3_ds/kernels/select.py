@@ -12,8 +12,8 @@ from eagle3_ds.kernels.cudnn import CudnnKernel
 from eagle3_ds.kernels.flash_attn import FlashAttn2Kernel, FlashAttn3Kernel, FlashAttn4Kernel
 from eagle3_ds.kernels.reference import ReferenceKernel
 
-# In the order in which `auto` tries them, the fastest for a device first. It never reaches those after blockwise, which
-# runs everywhere: cudnn is for few long documents only, the reference is for checks.
+# In the order in which `auto` tries them, the fastest for a device first. It never reaches those after
+# blockwise, which runs everywhere: cudnn is for few long documents only, the reference is for checks.
 KERNELS: tuple[AttentionKernel, ...] = (
     FlashAttn3Kernel(),
     FlashAttn4Kernel(),
@@ -33,14 +33,20 @@ def select_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim:
         ValueError: no kernel has that name, or it cannot run here; says why and which can.
     """
     if name == "auto":
-        return next(kernel for kernel in KERNELS if kernel.unavailable_reason(device, dtype, head_dim) is None)
+        return next(
+            kernel for kernel in KERNELS if kernel.unavailable_reason(device, dtype, head_dim) is None
+        )
     named = next((kernel for kernel in KERNELS if kernel.name == name), None)
     reason = named.unavailable_reason(device, dtype, head_dim) if named else None
     if named is not None and reason is None:
         return named
-    usable = ", ".join(kernel.name for kernel in KERNELS if kernel.unavailable_reason(device, dtype, head_dim) is None)
+    usable = ", ".join(
+        kernel.name for kernel in KERNELS if kernel.unavailable_reason(device, dtype, head_dim) is None
+    )
     if named is None:
-        raise ValueError(f"attention.kernel is {name!r}, but no kernel is named so. Use auto, or one of these: {usable}.")
+        raise ValueError(
+            f"attention.kernel is {name!r}, but no kernel is named so. Use auto, or one of these: {usable}."
+        )
     raise ValueError(
         f"attention.kernel {name!r} cannot run with {dtype} heads of {head_dim} on {device}: {reason}. "
         f"Use auto, or one that can: {usable}."

@@ -1,4 +1,6 @@
-"""Does a kernel compute the right thing on this machine? A small case, forward and backward, against the reference."""
+"""Does a kernel compute the right thing on this machine? A small case, forward and backward, against the
+reference.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,16 @@ from eagle3_ds.kernels.tile import Tile
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 _NUM_HEADS, _NUM_KV_HEADS = 4, 2
-# A short document, a later chunk of a document under a sliding window, and a block of keys that the window leaves.
+# A short document, a later chunk of a document under a sliding window, and a block of keys that the window
+# leaves.
 _TILES = (Tile(0, 30, 0, 30, True), Tile(30, 190, 40, 260, True, 100), Tile(200, 260, 260, 380, False, 40))
 _NUM_QUERIES, _NUM_KEYS = 260, 380
 
 
 def measured_error(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
-    """Largest relative L2 error of out, log-sum-exp, dq, dk and dv on `device`, against the reference in fp64 on the CPU."""
+    """Largest relative L2 error of out, log-sum-exp, dq, dk and dv on `device`, against the reference in fp64
+    on the CPU.
+    """
     generator = torch.Generator().manual_seed(0)
     queries, keys = (_NUM_QUERIES, _NUM_HEADS, head_dim), (_NUM_KEYS, _NUM_KV_HEADS, head_dim)
     operands = [torch.randn(shape, generator=generator).to(dtype) for shape in (queries, keys, keys, queries)]
@@ -43,14 +48,17 @@ def checked_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim
     error = measured_error(kernel, device, dtype, head_dim)
     if not error <= TOLERANCE[dtype]:
         raise ValueError(
-            f"attention.kernel {kernel.name!r} computes wrongly on {device} with {dtype} heads of {head_dim}: its relative error "
-            f"against the reference is {error:.1e}, and rounding explains {TOLERANCE[dtype]:.0e}. Set attention.kernel to "
-            "another, such as blockwise; `eagle3-ds doctor` checks them all."
+            f"attention.kernel {kernel.name!r} computes wrongly on {device} with {dtype} heads of "
+            f"{head_dim}: its relative error against the reference is {error:.1e}, and rounding explains "
+            f"{TOLERANCE[dtype]:.0e}. Set attention.kernel to another, such as blockwise; `eagle3-ds doctor` "
+            "checks them all."
         )
     return kernel
 
 
-def _results(kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor) -> list[Tensor]:
+def _results(
+    kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor
+) -> list[Tensor]:
     """out, lse, dq, dk, dv; the backward under the exact lse and delta."""
     scale = q.shape[-1] ** -0.5
     dk, dv = torch.zeros_like(k, dtype=lse.dtype), torch.zeros_like(v, dtype=lse.dtype)

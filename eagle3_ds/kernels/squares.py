@@ -12,15 +12,27 @@ from eagle3_ds.kernels.tile import Tile, cut_into_squares
 
 
 class SquareKernel(TileKernel):
-    """Each tile is cut into squares and rectangles; a mirrored square is turned upside down, which makes it causal."""
+    """Each tile is cut into squares and rectangles; a mirrored square is turned upside down, which makes it
+    causal.
+    """
 
     @abstractmethod
-    def square_forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def square_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
         """q [Lq, Hq, D], k, v [Lk, Hkv, D], Lq = Lk where causal -> out [Lq, Hq, D], lse [Lq, Hq]."""
 
     @abstractmethod
     def square_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, out: Tensor, causal: bool, scale: float
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        out: Tensor,
+        causal: bool,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Under the merged lse, delta being the row sum of dout * out -> dq [Lq, Hq, D], dk, dv [Lk, Hkv, D]."""
 
@@ -30,14 +42,24 @@ class SquareKernel(TileKernel):
     def delta_form(self, dout: Tensor, delta: Tensor) -> Tensor:
         return out_with_delta(dout, delta)
 
-    def call_forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
+    def call_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float
+    ) -> tuple[Tensor, Tensor]:
         if call.left is None:
             return self.square_forward(q, k, v, call.causal, scale)
         out, lse = self.square_forward(q.flip(0), k.flip(0), v.flip(0), True, scale)
         return out.flip(0), lse.flip(0)
 
     def call_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call, scale: float
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        call: Call,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if call.left is None:
             return self.square_backward(dout, q, k, v, lse, delta, call.causal, scale)

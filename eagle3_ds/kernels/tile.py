@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """Query rows [q_start, q_stop) see key rows [k_start, k_stop), or a band of them along the tile's diagonal.
+    """Query rows [q_start, q_stop) see key rows [k_start, k_stop), or a band of them along the tile's
+    diagonal.
 
-    The diagonal is aligned at the bottom right: the last query row's own key is the last of the tile, the row before it
-    has the key before. `causal`: a row sees no key after its own. `left`: a row sees no key more than `left` before its
-    own. A tile with either has at least as many keys as query rows, so that no row of it is empty.
+    The diagonal is aligned at the bottom right: the last query row's own key is the last of the tile, the row
+    before it has the key before. `causal`: a row sees no key after its own. `left`: a row sees no key more
+    than `left` before its own. A tile with either has at least as many keys as query rows, so that no row of
+    it is empty.
     """
 
     q_start: int
@@ -32,13 +34,16 @@ class Tile(NamedTuple):
     def check(self) -> None:
         """Our own invariant: no row of a tile is empty."""
         banded = self.causal or self.left is not None
-        assert not banded or (self.num_keys >= self.num_queries and (self.left or 0) >= 0), f"{self} leaves rows without a key"
+        assert not banded or (self.num_keys >= self.num_queries and (self.left or 0) >= 0), (
+            f"{self} leaves rows without a key"
+        )
 
 
 def cut_into_blocks(tile: Tile, most: int) -> Iterator[Tile]:
     """The pairs of `tile` in tiles of at most `most` rows and less than twice as many keys.
 
-    A tile with a left edge keeps its keys: they are few where it is causal, and a moving edge all the way where it is not.
+    A tile with a left edge keeps its keys: they are few where it is causal, and a moving edge all the way
+    where it is not.
     """
     if tile.left is not None and not tile.causal:
         yield tile
@@ -62,8 +67,8 @@ def cut_into_blocks(tile: Tile, most: int) -> Iterator[Tile]:
 def cut_into_squares(tile: Tile) -> Iterator[Tile]:
     """The pairs of `tile` as full rectangles, causal squares, and their mirror image, squares with `left` 0.
 
-    A band is walked down in steps as high as it is wide: each step is a causal square at its right edge, a mirrored one
-    at its left edge, and the rectangle between them.
+    A band is walked down in steps as high as it is wide: each step is a causal square at its right edge, a
+    mirrored one at its left edge, and the rectangle between them.
     """
     num_queries, num_keys, causal = tile.num_queries, tile.num_keys, tile.causal
     diagonal = num_keys - num_queries
@@ -85,4 +90,6 @@ def cut_into_squares(tile: Tile) -> Iterator[Tile]:
     q, k = tile.q_start, tile.k_start
     for part in parts:
         if part.num_queries > 0 and part.num_keys > 0:
-            yield Tile(q + part.q_start, q + part.q_stop, k + part.k_start, k + part.k_stop, part.causal, part.left)
+            yield Tile(
+                q + part.q_start, q + part.q_stop, k + part.k_start, k + part.k_stop, part.causal, part.left
+            )

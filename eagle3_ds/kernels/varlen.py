@@ -33,11 +33,12 @@ class Lengths(NamedTuple):
 
 
 class VarlenKernel(TileKernel):
-    """Tiles of one kind whose rows and keys do not meet go into one call, so that a pack of many documents is one launch.
+    """Tiles of one kind whose rows and keys do not meet go into one call, so that a pack of many documents is
+    one launch.
 
-    The backend takes q [total_q, Hq, D], k, v [total_k, Hkv, D] with unit stride in D, aligns causal and the left edge at
-    the bottom right of each tile, and has a log-sum-exp [Hq, total_q] fp32. No tile has an empty row, whose log-sum-exp
-    each backend defines differently.
+    The backend takes q [total_q, Hq, D], k, v [total_k, Hkv, D] with unit stride in D, aligns causal and the
+    left edge at the bottom right of each tile, and has a log-sum-exp [Hq, total_q] fp32. No tile has an empty
+    row, whose log-sum-exp each backend defines differently.
     """
 
     @abstractmethod
@@ -76,15 +77,27 @@ class VarlenKernel(TileKernel):
     def delta_form(self, dout: Tensor, delta: Tensor) -> Tensor:
         return out_with_delta(dout, delta)
 
-    def call_forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
+    def call_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float
+    ) -> tuple[Tensor, Tensor]:
         out, lse = self.varlen_forward(q, k, v, Lengths.of(call, q.device), call.causal, call.left, scale)
         return out, lse.T
 
     def call_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call, scale: float
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        call: Call,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         lengths = Lengths.of(call, q.device)
-        return self.varlen_backward(dout, q, k, v, delta, lse.T.contiguous(), lengths, call.causal, call.left, scale)
+        return self.varlen_backward(
+            dout, q, k, v, delta, lse.T.contiguous(), lengths, call.causal, call.left, scale
+        )
 
 
 def _follows(tile: Tile, last: Tile) -> bool:
@@ -99,5 +112,6 @@ def _have_room(group: Sequence[Tile], tile: Tile, most: int) -> bool:
 
 
 def _offsets(sizes: list[int], device: torch.device) -> Tensor:
-    # Pageable memory this small is staged before the copy returns: nothing waits for the device, and the list may go.
+    # Pageable memory this small is staged before the copy returns: nothing waits for the device, and the list
+    # may go.
     return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(device, non_blocking=True)

@@ -15,10 +15,15 @@ _ANNOUNCED = (
 
 
 def announcement(environ: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE and LOCAL_RANK as MPI or Slurm announce them; empty when nobody does, or they are set already."""
+    """RANK, WORLD_SIZE and LOCAL_RANK as MPI or Slurm announce them; empty when nobody does, or they are set
+    already.
+    """
     if "RANK" in environ:
         return {}
     for names in _ANNOUNCED:
         if all(name in environ for name in names) and int(environ[names[1]]) > 1:
-            return {name: environ[announced] for name, announced in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), names, strict=True)}
+            return {
+                name: environ[announced]
+                for name, announced in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), names, strict=True)
+            }
     return {}

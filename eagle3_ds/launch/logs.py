@@ -1,8 +1,9 @@
 """What the processes of one run leave for each other, in `output_dir/logs` on storage that all hosts share.
 
-`rank_N.log` is what rank N said. `rank_N.end.json` says how it ended. `control` is one file that every supervisor reads once a
-second: by it a failure reaches all hosts within seconds, whatever the ranks are waiting for. It is made before the run and
-opened anew for each look, because NFS shows changes of a file at its opening, but a new file in a folder only much later.
+`rank_N.log` is what rank N said. `rank_N.end.json` says how it ended. `control` is one file that every
+supervisor reads once a second: by it a failure reaches all hosts within seconds, whatever the ranks are
+waiting for. It is made before the run and opened anew for each look, because NFS shows changes of a file at
+its opening, but a new file in a folder only much later.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 How = Literal["finished", "raised", "killed", "silent", "hung", "ended"]
-"""Well; by an exception; by a signal; alive but mute; waiting in a collective that did not end; because another rank failed."""
+"""Well; by an exception; by a signal; alive but mute; waiting in a collective that did not end; because
+another rank failed.
+"""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Status:
     Attributes:
         phase: what it is doing, in a word.
         step: optimizer steps done.
-        collective: the one it waits for, else the last one, in words; empty when there was none or torch does not record it.
+        collective: the one it waits for, else the last one, in words; empty when there was none or torch does
+            not record it.
         waiting: that collective has not ended.
         mark: another number with every collective.
     """
@@ -60,8 +64,17 @@ class RankEnd:
 
     @property
     def precedence(self) -> tuple[int, float]:
-        """Sorts causes before consequences: of a peer that vanished, the others hear as a broken or an endless collective."""
-        order = {"killed": 0, "silent": 0, "raised": 1 if self.follows else 0, "hung": 2, "ended": 3, "finished": 4}
+        """Sorts causes before consequences: of a peer that vanished, the others hear as a broken or an
+        endless collective.
+        """
+        order = {
+            "killed": 0,
+            "silent": 0,
+            "raised": 1 if self.follows else 0,
+            "hung": 2,
+            "ended": 3,
+            "finished": 4,
+        }
         return order[self.how], self.time
 
 
@@ -89,8 +102,8 @@ class Logs:
         self.control.write_text("")
 
     def order(self, line: str) -> None:
-        """Tell every supervisor: `signal NAME` for a signal that each rank shall get, `end REASON` for its end, `kill REASON` for
-        an end at once, whatever the rank is about to do by itself.
+        """Tell every supervisor: `signal NAME` for a signal that each rank shall get, `end REASON` for its
+        end, `kill REASON` for an end at once, whatever the rank is about to do by itself.
         """
         with self.control.open("a") as file:
             file.write(f"{line}\n")
@@ -108,4 +121,6 @@ class Logs:
     def ends(self, world_size: int) -> dict[int, RankEnd]:
         """How the ranks ended, by rank; a rank that could not tell is missing."""
         paths = {rank: self.end(rank) for rank in range(world_size)}
-        return {rank: RankEnd(**json.loads(path.read_text())) for rank, path in paths.items() if path.is_file()}
+        return {
+            rank: RankEnd(**json.loads(path.read_text())) for rank, path in paths.items() if path.is_file()
+        }

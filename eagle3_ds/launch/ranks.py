@@ -1,4 +1,6 @@
-"""The ranks of a stage from outside: start the launcher, pass signals on, end it when a rank has failed, and say why last."""
+"""The ranks of a stage from outside: start the launcher, pass signals on, end it when a rank has failed, and
+say why last.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from eagle3_ds.launch.command import LaunchPlan
 from eagle3_ds.launch.logs import Logs, RankEnd
 
 LOOK_SECONDS = 0.5
-# After a failure the supervisors end their ranks within seconds; a launcher that still waits then waits for a lost host.
+# After a failure the supervisors end their ranks within seconds; a launcher that still waits then waits for a
+# lost host.
 END_SECONDS = 15.0
 # How long the last rank's words may take over a shared file system.
 LATE_SECONDS = 3.0
@@ -39,25 +42,40 @@ class Outcome(NamedTuple):
 
 def run_ranks(plan: LaunchPlan, console: Console, what: str = "training") -> Outcome:
     """Run the launcher to its end. When a rank fails, the first error is told on stderr, last of all."""
-    console.print(f"{what} on {plan.world_size} ranks; what each says: {plan.logs}/rank_N.log", markup=False, highlight=False)
+    console.print(
+        f"{what} on {plan.world_size} ranks; what each says: {plan.logs}/rank_N.log",
+        markup=False,
+        highlight=False,
+    )
     logs = Logs(plan.logs)
     logs.prepare()
-    # In a session of its own: a signal of the terminal comes to us, and from us to the ranks on all hosts. DeepSpeed's launcher
-    # would answer it by killing them after 30 s.
+    # In a session of its own: a signal of the terminal comes to us, and from us to the ranks on all hosts.
+    # DeepSpeed's launcher would answer it by killing them after 30 s.
     process = subprocess.Popen(plan.command, env={**os.environ, **plan.environment}, start_new_session=True)
     with _signals_passed_on(logs) as received:
         _wait(process, logs)
     ends = _ends(logs, plan.world_size)
-    if process.returncode == 0 and len(ends) == plan.world_size and all(end.how == "finished" for end in ends.values()):
+    if (
+        process.returncode == 0
+        and len(ends) == plan.world_size
+        and all(end.how == "finished" for end in ends.values())
+    ):
         return Outcome(0, bool(received))
     sys.stdout.flush()
-    print(describe_failure(ends, plan.world_size, process.returncode, logs, what), file=sys.stderr, flush=True)
+    print(
+        describe_failure(ends, plan.world_size, process.returncode, logs, what), file=sys.stderr, flush=True
+    )
     first = first_error(ends)
-    return Outcome(process.returncode if process.returncode > 0 else 1, bool(received), first.reason if first else "")
+    return Outcome(
+        process.returncode if process.returncode > 0 else 1, bool(received), first.reason if first else ""
+    )
 
 
-def run_with_restarts(plan: LaunchPlan, again: Callable[[], LaunchPlan], most: int, console: Console) -> Outcome:
-    """Run the launcher, and when the run fails, start it again up to `most` times by the plan that `again` makes.
+def run_with_restarts(
+    plan: LaunchPlan, again: Callable[[], LaunchPlan], most: int, console: Console
+) -> Outcome:
+    """Run the launcher, and when the run fails, start it again up to `most` times by the plan that `again`
+    makes.
 
     A run that was asked to stop is not started again. Returns how the last one ended.
     """
@@ -84,7 +102,9 @@ def _wait(process: subprocess.Popen[bytes], logs: Logs) -> None:
 
 @contextmanager
 def _signals_passed_on(logs: Logs) -> Iterator[list[int]]:
-    """SIGINT, SIGTERM and SIGUSR1 go to every rank; a second SIGINT ends them at once. Yields those that have come."""
+    """SIGINT, SIGTERM and SIGUSR1 go to every rank; a second SIGINT ends them at once. Yields those that have
+    come.
+    """
     received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -101,7 +121,8 @@ def _signals_passed_on(logs: Logs) -> Iterator[list[int]]:
 
 
 def _ends(logs: Logs, world_size: int) -> Mapping[int, RankEnd]:
-    """How the ranks ended; a missing one is waited for a little, because another host may have written it just now.
+    """How the ranks ended; a missing one is waited for a little, because another host may have written it
+    just now.
 
     One that has lost its launcher is ended: it must not train on beside the ranks of a restart.
     """
@@ -117,10 +138,14 @@ def _ends(logs: Logs, world_size: int) -> Mapping[int, RankEnd]:
 
 def first_error(ends: Mapping[int, RankEnd]) -> RankEnd | None:
     """The end that caused the others; None when no rank has told of one."""
-    return min((end for end in ends.values() if end.how != "finished"), key=lambda end: end.precedence, default=None)
+    return min(
+        (end for end in ends.values() if end.how != "finished"), key=lambda end: end.precedence, default=None
+    )
 
 
-def describe_failure(ends: Mapping[int, RankEnd], world_size: int, status: int, logs: Logs, what: str = "training") -> str:
+def describe_failure(
+    ends: Mapping[int, RankEnd], world_size: int, status: int, logs: Logs, what: str = "training"
+) -> str:
     """Where every rank was and how it ended, and the first error as the last words."""
     lines = [f"{what} failed, the launcher's exit status is {status}; the ranks:"]
     lines += [_line(rank, ends.get(rank)) for rank in range(world_size)]
@@ -133,7 +158,10 @@ def describe_failure(ends: Mapping[int, RankEnd], world_size: int, status: int, 
             "",
             first.traceback.rstrip(),
             "",
-            f"First error, of rank {first.rank} on {first.host} while {first.phase}, after {first.step} steps: {first.reason}",
+            (
+                f"First error, of rank {first.rank} on {first.host} while {first.phase}, after {first.step} "
+                f"steps: {first.reason}"
+            ),
         ]
     )
 

@@ -1,8 +1,10 @@
-"""The process beside each rank: `python -m eagle3_ds.launch.supervisor --log_folder DIR --limit SECONDS MODULE ARGUMENTS`.
+"""The process beside each rank: `python -m eagle3_ds.launch.supervisor --log_folder DIR --limit SECONDS
+MODULE ARGUMENTS`.
 
-It starts `python -m MODULE ARGUMENTS` as the rank, keeps what the rank says in a log, and notices when it dies, falls silent or
-waits too long in a collective, even where the rank itself cannot: stopped, or stuck with Python's lock held. The first
-supervisor that notices tells the others through the control file, and all end their ranks, on every host.
+It starts `python -m MODULE ARGUMENTS` as the rank, keeps what the rank says in a log, and notices when it
+dies, falls silent or waits too long in a collective, even where the rank itself cannot: stopped, or stuck
+with Python's lock held. The first supervisor that notices tells the others through the control file, and all
+end their ranks, on every host.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ from eagle3_ds.launch.announced import announcement
 from eagle3_ds.launch.logs import How, Logs, RankEnd, Status
 
 TICK_SECONDS = 0.5
-# Between a rank's last word about an exception and its end, which may hang in the farewell to a broken process group.
+# Between a rank's last word about an exception and its end, which may hang in the farewell to a broken
+# process group.
 EXIT_SECONDS = 5.0
-# A rank that dies is heard of by its peers before the system has done away with it, which takes long with much memory.
+# A rank that dies is heard of by its peers before the system has done away with it, which takes long with
+# much memory.
 DYING_SECONDS = 1.0
 # Before its first word a rank imports its packages, which takes minutes where they lie on a busy file system.
 START_SECONDS = 300.0
@@ -60,7 +64,9 @@ class Rank:
         self.status, self.heard = status, now
 
     def trouble(self, now: float, limit: float) -> tuple[How, float] | None:
-        """Whether it has been silent, or in one collective, for longer than `limit` seconds, and for how long."""
+        """Whether it has been silent, or in one collective, for longer than `limit` seconds, and for how
+        long.
+        """
         silent = now - self.heard if self.heard is not None else now - self.started - START_SECONDS
         if silent > limit:
             return "silent", silent
@@ -77,7 +83,9 @@ class Supervisor:
         self.parent = os.getppid()
         self.selector = selectors.DefaultSelector()
         log = logs.output(rank).open("ab")
-        log.write(f"--- rank {rank} on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+        log.write(
+            f"--- rank {rank} on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode()
+        )
         self.streams: list[BinaryIO] = [log]
         if rank == 0:
             self.streams.append(sys.stdout.buffer)
@@ -151,7 +159,9 @@ class Supervisor:
             self._stop("killed", "the launcher that started this rank is gone")
 
     def _is_dying(self) -> bool:
-        """Whether the rank ends by itself within a moment, so that its death may be what the order to end is about."""
+        """Whether the rank ends by itself within a moment, so that its death may be what the order to end is
+        about.
+        """
         try:
             self.child.wait(DYING_SECONDS)
         except subprocess.TimeoutExpired:
@@ -159,7 +169,8 @@ class Supervisor:
         return True
 
     def _why_ended(self, now: float, order: str) -> tuple[How, str]:
-        """Why the rank is ended when another supervisor asks for it: because it was asked, unless this rank was mute already.
+        """Why the rank is ended when another supervisor asks for it: because it was asked, unless this rank
+        was mute already.
 
         Those that wait for a mute rank in a collective may lose patience first, and are not the cause.
         """
@@ -188,14 +199,17 @@ class Supervisor:
         if how in ("killed", "silent", "hung", "raised") and not traceback:
             traceback = self._tail()
         place = (status.phase, status.step, status.collective)
-        self.end = RankEnd(self.rank, socket.gethostname(), how, reason, *place, traceback, follows, time.time())
+        self.end = RankEnd(
+            self.rank, socket.gethostname(), how, reason, *place, traceback, follows, time.time()
+        )
         self.concluded = time.monotonic()
         try:
             self.logs.write_end(self.end)
             if how not in ("finished", "ended"):
                 self.logs.order(f"end rank {self.rank} on {self.end.host} failed")
         except OSError as error:
-            # A full disk: the terminal is what is left. The launcher ends the other ranks when this one has gone.
+            # A full disk: the terminal is what is left. The launcher ends the other ranks when this one has
+            # gone.
             print(f"rank {self.rank}: {reason}\n{traceback}\n{error}", file=sys.stderr, flush=True)
 
     def _keep(self, fd: int) -> None:
@@ -257,7 +271,11 @@ def _outcome(code: int) -> tuple[How, str]:
     if code > 0:
         return "raised", f"exit code {code}"
     name = signal.Signals(-code).name
-    hint = ": by hand, by the scheduler, or by the kernel because the host's memory was full" if name == "SIGKILL" else ""
+    hint = (
+        ": by hand, by the scheduler, or by the kernel because the host's memory was full"
+        if name == "SIGKILL"
+        else ""
+    )
     return "killed", f"signal {-code} ({name}){hint}"
 
 
@@ -273,7 +291,12 @@ def _process_state(pid: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--log_folder", required=True, type=Path, help="output_dir/logs")
-    parser.add_argument("--limit", required=True, type=float, help="seconds of silence, or in one collective, that are a fault")
+    parser.add_argument(
+        "--limit",
+        required=True,
+        type=float,
+        help="seconds of silence, or in one collective, that are a fault",
+    )
     parser.add_argument("module", help="the module that is the rank")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     options = parser.parse_args(arguments)

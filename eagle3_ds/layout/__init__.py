@@ -1,4 +1,6 @@
-"""Who holds which slot: span plans, halos and the one cutter from a packed sequence to a rank's batch. Integers first."""
+"""Who holds which slot: span plans, halos and the one cutter from a packed sequence to a rank's batch.
+Integers first.
+"""
 
 from eagle3_ds.layout.batch import LocalBatch, PackedSequence, live_slots, prepare_usp_input
 from eagle3_ds.layout.plan import Run, SpanPlan, attention_work, slots_of_a_rank

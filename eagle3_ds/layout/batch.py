@@ -1,7 +1,7 @@
 """From a packed sequence to what one rank holds of it.
 
-Shapes: L real tokens, S slots of this rank, the first Q of them live, E rows of its extended buffers (own slots plus halo), K TTT
-steps, Ht hidden size of the target.
+Shapes: L real tokens, S slots of this rank, the first Q of them live, E rows of its extended buffers (own
+slots plus halo), K TTT steps, Ht hidden size of the target.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class PackedSequence:
         token_ids: int64 [L], `x_i`.
         loss_mask: bool [L], true for assistant tokens.
         lengths: document lengths, sum L.
-        teacher_token: int64 [L], the target's argmax over its full vocabulary at each position (it predicts `x_{i+1}`).
+        teacher_token: int64 [L], the target's argmax over its full vocabulary at each position (it predicts
+            `x_{i+1}`).
         aux: rows [L, 3 * Ht], the concatenated inputs of the three auxiliary target layers.
         teacher: rows [L, Ht], the target's last hidden state after its final norm.
     """
@@ -46,7 +47,8 @@ class LocalBatch:
     Attributes:
         position: int64 [S], position in the document; 0 for padding.
         row: int64 [S], this slot's row in the extended buffers.
-        supervised: bool [K, Q], slots that count at each TTT step, the teacher's token in or out of the draft vocabulary.
+        supervised: bool [K, Q], slots that count at each TTT step, the teacher's token in or out of the draft
+            vocabulary.
         token_ids: int64 [E].
         teacher_token: int64 [E].
         aux: rows [S, 3 * Ht], own slots only, unread.
@@ -84,7 +86,8 @@ def prepare_usp_input(
 ) -> LocalBatch:
     """Cut this rank's batch out of a packed sequence, reading only its own rows and their halo.
 
-    Slot i at step k reads row i + 1 + k, so the halo is `ttt_steps` rows. Whatever leaves the document is never supervised.
+    Slot i at step k reads row i + 1 + k, so the halo is `ttt_steps` rows. Whatever leaves the document is
+    never supervised.
 
     Raises:
         ValueError: the pack's columns or the plan disagree about the length.
@@ -92,9 +95,13 @@ def prepare_usp_input(
     length = plan.length
     for name in ("token_ids", "loss_mask", "teacher_token"):
         if len(getattr(pack, name)) != length:
-            raise ValueError(f"{name} has {len(getattr(pack, name))} rows, but the documents of the pack have {length}.")
+            raise ValueError(
+                f"{name} has {len(getattr(pack, name))} rows, but the documents of the pack have {length}."
+            )
     rules = (pack.loss_mask.numpy(), ttt_steps, mask_alignment)
-    assert not _supervised(plan.document, plan.rest[ring_rank, ulysses_rank], *rules).any(), "a slot in the loss is not live"
+    assert not _supervised(plan.document, plan.rest[ring_rank, ulysses_rank], *rules).any(), (
+        "a slot in the loss is not live"
+    )
     slots = plan.slots(ring_rank, ulysses_rank)
     extended = plan.halo_slots(ring_rank, ulysses_rank, ttt_steps)
     return LocalBatch(
@@ -113,8 +120,12 @@ def prepare_usp_input(
     )
 
 
-def live_slots(lengths: Sequence[int], loss_mask: Tensor, ttt_steps: int, mask_alignment: str = "served") -> NDArray[np.bool_]:
-    """bool [L]: the slots that count at some TTT step, and so all whose hidden states are wanted. `loss_mask`: bool [L]."""
+def live_slots(
+    lengths: Sequence[int], loss_mask: Tensor, ttt_steps: int, mask_alignment: str = "served"
+) -> NDArray[np.bool_]:
+    """bool [L]: the slots that count at some TTT step, and so all whose hidden states are wanted.
+    `loss_mask`: bool [L].
+    """
     document = np.repeat(np.arange(len(lengths)), lengths)
     supervised = _supervised(document, np.arange(len(document)), loss_mask.numpy(), ttt_steps, mask_alignment)
     return np.logical_or.reduce(supervised)
@@ -123,7 +134,8 @@ def live_slots(lengths: Sequence[int], loss_mask: Tensor, ttt_steps: int, mask_a
 def _supervised(
     document: IntArray, slots: IntArray, loss_mask: NDArray[np.bool_], ttt_steps: int, alignment: str
 ) -> NDArray[np.bool_]:
-    """bool [K, len(slots)]: slot i counts at step k when slot i + 1 + k is in its document and the aligned mask is set.
+    """bool [K, len(slots)]: slot i counts at step k when slot i + 1 + k is in its document and the aligned
+    mask is set.
 
     `document`: of each slot of the sequence, -1 for padding.
     """

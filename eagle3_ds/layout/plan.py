@@ -1,16 +1,16 @@
 """SpanPlan: how one packed sequence is cut over ring x ulysses.
 
-A slot is *live* when the loss reads its hidden state at some TTT step. The others, prompts mostly, are looked at but never
-look: all they give is a key and a value at step 0, and nothing else of them is ever computed. So live slots and the rest are
-cut apart, and every rank holds as many of each as any other.
+A slot is *live* when the loss reads its hidden state at some TTT step. The others, prompts mostly, are looked
+at but never look: all they give is a key and a value at step 0, and nothing else of them is ever computed. So
+live slots and the rest are cut apart, and every rank holds as many of each as any other.
 
-Both are cut into equal chunks. Each ring rank gets the same number of chunks, chosen so that the attention work is even;
-because the step-0 keys are gathered (or streamed) as a whole, any chunk-to-rank map is legal. Within a ring rank, the chunks in
-sequence order form its *columns*, and its Ulysses peers take equal contiguous parts of them: of the live ones first, then of
-the rest. So a rank's live slots are its first ones.
+Both are cut into equal chunks. Each ring rank gets the same number of chunks, chosen so that the attention
+work is even; because the step-0 keys are gathered (or streamed) as a whole, any chunk-to-rank map is legal.
+Within a ring rank, the chunks in sequence order form its *columns*, and its Ulysses peers take equal
+contiguous parts of them: of the live ones first, then of the rest. So a rank's live slots are its first ones.
 
-Everything here is a pure function of (document lengths, live slots, ring, ulysses, chunks per rank), so every rank's view can
-be computed, and tested, in one process.
+Everything here is a pure function of (document lengths, live slots, ring, ulysses, chunks per rank), so every
+rank's view can be computed, and tested, in one process.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ SMALLEST_REST = 16
 class Run(NamedTuple):
     """A stretch of one ring rank's columns that is contiguous in the sequence and lies in one document.
 
-    `column` is the first column, `slot` the first slot, `length` the number of both, `document_start` the first slot of
-    the document.
+    `column` is the first column, `slot` the first slot, `length` the number of both, `document_start` the
+    first slot of the document.
     """
 
     column: int
@@ -41,7 +41,8 @@ class Run(NamedTuple):
 
 
 def attention_work(position: IntArray, in_document: NDArray[np.bool_], window: int | None = None) -> IntArray:
-    """Keys that the step-0 attention of each slot reads: position in its document + 1, at most `window`; none for padding.
+    """Keys that the step-0 attention of each slot reads: position in its document + 1, at most `window`; none
+    for padding.
 
     Shape [L].
     """
@@ -56,11 +57,14 @@ def _cut_into_chunks(slots: int, ring: int, ulysses: int, chunks_per_rank: int) 
     return num_chunks, _round_up(-(-slots // num_chunks), ulysses)
 
 
-def slots_of_a_rank(length: int, num_live: int, ring: int, ulysses: int, chunks_per_rank: int) -> tuple[int, int]:
-    """Live slots and all slots that each sp rank holds of a sequence of `length` tokens, `num_live` of them live.
+def slots_of_a_rank(
+    length: int, num_live: int, ring: int, ulysses: int, chunks_per_rank: int
+) -> tuple[int, int]:
+    """Live slots and all slots that each sp rank holds of a sequence of `length` tokens, `num_live` of them
+    live.
 
-    A rank has at least one live slot, so that all ranks run every collective. Where fewer than one slot in SMALLEST_REST is not
-    live, all are cut alike: sorting the keys would cost more than is saved.
+    A rank has at least one live slot, so that all ranks run every collective. Where fewer than one slot in
+    SMALLEST_REST is not live, all are cut alike: sorting the keys would cost more than is saved.
     """
     if (length - num_live) * SMALLEST_REST < length:
         num_live = length
@@ -75,9 +79,11 @@ class SpanPlan:
 
     Attributes:
         lengths: document lengths in tokens, in the order of the pack; their sum is `length`.
-        live: int64 [ring, ulysses, Q], the live slots of each sp rank, ascending; a few others among them, that even it out.
+        live: int64 [ring, ulysses, Q], the live slots of each sp rank, ascending; a few others among them,
+            that even it out.
         rest: int64 [ring, ulysses, S - Q], its other slots, ascending. Padding is at the end of all.
-        window: keys that a slot sees at most, its own among them, as far as work is concerned; None: all before it.
+        window: keys that a slot sees at most, its own among them, as far as work is concerned; None: all
+            before it.
     """
 
     lengths: tuple[int, ...]
@@ -101,15 +107,22 @@ class SpanPlan:
             window: of the attention whose work is balanced.
 
         Raises:
-            ValueError: no document, a document without a token, a degree below one, or another number of slots in `live`.
+            ValueError: no document, a document without a token, a degree below one, or another number of
+                slots in `live`.
         """
         if not lengths or min(lengths) < 1:
-            raise ValueError(f"lengths = {list(lengths)[:8]}: a packed sequence needs documents of one token or more.")
+            raise ValueError(
+                f"lengths = {list(lengths)[:8]}: a packed sequence needs documents of one token or more."
+            )
         if min(ring, ulysses, chunks_per_rank) < 1:
-            raise ValueError(f"ring = {ring}, ulysses = {ulysses}, chunks_per_rank = {chunks_per_rank}: each must be >= 1.")
+            raise ValueError(
+                f"ring = {ring}, ulysses = {ulysses}, chunks_per_rank = {chunks_per_rank}: each must be >= 1."
+            )
         length = sum(lengths)
         if live is not None and live.shape != (length,):
-            raise ValueError(f"live has shape {live.shape}, but the documents of the pack have {length} tokens.")
+            raise ValueError(
+                f"live has shape {live.shape}, but the documents of the pack have {length} tokens."
+            )
         num_live = length if live is None else int(live.sum())
         live_share, share = slots_of_a_rank(length, num_live, ring, ulysses, chunks_per_rank)
         chosen = np.zeros(ring * ulysses * share, dtype=np.bool_)
@@ -117,7 +130,9 @@ class SpanPlan:
         # Others even out the live slots, padding when there are no others left.
         chosen[np.flatnonzero(~chosen)[: ring * ulysses * live_share - num_live]] = True
         work = attention_work(*_positions(lengths, len(chosen)), window)
-        of_live, of_rest = (_deal(np.flatnonzero(part), work, ring, ulysses, chunks_per_rank) for part in (chosen, ~chosen))
+        of_live, of_rest = (
+            _deal(np.flatnonzero(part), work, ring, ulysses, chunks_per_rank) for part in (chosen, ~chosen)
+        )
         return SpanPlan(tuple(lengths), of_live, of_rest, window)
 
     @property
@@ -171,7 +186,9 @@ class SpanPlan:
 
     @cached_property
     def sequence_order(self) -> IntArray:
-        """Row of each slot in the rank-by-rank concatenation of all ring ranks' columns. Shape [padded_length]."""
+        """Row of each slot in the rank-by-rank concatenation of all ring ranks' columns. Shape
+        [padded_length].
+        """
         order = np.empty(self.padded_length, dtype=np.int64)
         order[self.ring_slots.reshape(-1)] = np.arange(self.padded_length)
         return order
@@ -182,23 +199,31 @@ class SpanPlan:
         return self.ring == 1 and not self.rest.size
 
     def slots(self, ring_rank: int, ulysses_rank: int) -> IntArray:
-        """Slots that this sp rank holds, in the order of its columns, the live ones first. Shape [slots_per_rank]."""
+        """Slots that this sp rank holds, in the order of its columns, the live ones first. Shape
+        [slots_per_rank].
+        """
         return np.concatenate((self.live[ring_rank, ulysses_rank], self.rest[ring_rank, ulysses_rank]))
 
     def runs(self, ring_rank: int) -> tuple[Run, ...]:
-        """The ring rank's columns as runs, padding left out. Where there is a rest, a run is live or it is not."""
+        """The ring rank's columns as runs, padding left out. Where there is a rest, a run is live or it is
+        not.
+        """
         if not self.rest.size:
             return self.live_runs(ring_rank)
         peers = zip(self.live[ring_rank], self.rest[ring_rank], strict=True)
         return self._runs(part for parts in peers for part in parts)
 
     def live_runs(self, ring_rank: int) -> tuple[Run, ...]:
-        """The ring rank's live columns as runs. The columns are counted among the live ones, and the runs are runs of `runs`."""
+        """The ring rank's live columns as runs. The columns are counted among the live ones, and the runs are
+        runs of `runs`.
+        """
         live = self.live[ring_rank]
         return self._runs(live if self.rest.size else [live.reshape(-1)])
 
     def _runs(self, parts: Iterable[IntArray]) -> tuple[Run, ...]:
-        """Runs of the columns that the parts make one after the other; a run does not reach from one part into the next."""
+        """Runs of the columns that the parts make one after the other; a run does not reach from one part
+        into the next.
+        """
         runs, column = [], 0
         for slots in parts:
             document = self.document[slots]
@@ -214,14 +239,17 @@ class SpanPlan:
         return tuple(runs)
 
     def halo_slots(self, ring_rank: int, ulysses_rank: int, halo: int) -> IntArray:
-        """Slots whose constants this sp rank reads: each span [s, e) widened to [s, e + halo), overlaps merged, ascending.
+        """Slots whose constants this sp rank reads: each span [s, e) widened to [s, e + halo), overlaps
+        merged, ascending.
 
         Slots at or beyond `padded_length` stand for nothing and are treated as padding by the cutter.
         """
         return np.unique(self.slots(ring_rank, ulysses_rank)[:, None] + np.arange(halo + 1))
 
     def teacher_slots(self, ring_rank: int, ulysses_rank: int, ttt_steps: int) -> IntArray:
-        """Slots whose teacher this sp rank reads: those 1 to `ttt_steps` ahead of its live ones, ascending, no padding."""
+        """Slots whose teacher this sp rank reads: those 1 to `ttt_steps` ahead of its live ones, ascending,
+        no padding.
+        """
         ahead = np.unique(self.live[ring_rank, ulysses_rank][:, None] + 1 + np.arange(ttt_steps))
         return ahead[ahead < self.length]
 
@@ -250,7 +278,9 @@ def _positions(lengths: Sequence[int], padded_length: int) -> tuple[IntArray, ND
 
 
 def _deal(slots: IntArray, work: IntArray, ring: int, ulysses: int, chunks_per_rank: int) -> IntArray:
-    """Slots, as many as chunks hold, over the sp ranks: [ring, ulysses, slots of a rank]. `work` is that of every slot."""
+    """Slots, as many as chunks hold, over the sp ranks: [ring, ulysses, slots of a rank]. `work` is that of
+    every slot.
+    """
     num_chunks, size = _cut_into_chunks(len(slots), ring, ulysses, chunks_per_rank)
     chunks = slots.reshape(num_chunks, size)
     owner = np.asarray(_balance(work[chunks].sum(1), ring))
@@ -258,7 +288,9 @@ def _deal(slots: IntArray, work: IntArray, ring: int, ulysses: int, chunks_per_r
 
 
 def _balance(work: IntArray, ring: int) -> tuple[int, ...]:
-    """Greedy longest-processing-time assignment with equal chunk counts: the heaviest chunk goes to the idlest rank."""
+    """Greedy longest-processing-time assignment with equal chunk counts: the heaviest chunk goes to the
+    idlest rank.
+    """
     capacity = len(work) // ring
     owner = np.zeros(len(work), dtype=np.int64)
     load, count = [0] * ring, [0] * ring

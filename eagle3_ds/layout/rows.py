@@ -1,7 +1,7 @@
 """Rows that stay where they are, on disk or in host memory, and are read a tile at a time.
 
-The hidden states of a long sequence are gigabytes: a rank reads the rows of its own spans only, and a device holds one tile of
-them at a time.
+The hidden states of a long sequence are gigabytes: a rank reads the rows of its own spans only, and a device
+holds one tile of them at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class LocalRows:
 
     Args:
         rows: the rows of the whole sequence.
-        slots: int64 [N]: which of them are this rank's. Slots >= `length` stand for padding, come last and read as zeros.
+        slots: int64 [N]: which of them are this rank's. Slots >= `length` stand for padding, come last and
+            read as zeros.
         length: real rows of the sequence.
     """
 
@@ -59,8 +60,11 @@ class LocalRows:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def stream_rows(rows: LocalRows, tiles: Iterable[IntArray], device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The rows of each tile on `device` in `dtype`, one tile ahead: while one is used, the next is read and copied.
+def stream_rows(
+    rows: LocalRows, tiles: Iterable[IntArray], device: torch.device, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """The rows of each tile on `device` in `dtype`, one tile ahead: while one is used, the next is read and
+    copied.
 
     On a CPU the rows are where they are needed already, and nothing is read ahead.
     """

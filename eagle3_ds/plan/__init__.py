@@ -1,4 +1,6 @@
-"""What a run costs before it starts: bytes per rank, calls and bytes on the wire, seconds per step, and the best settings."""
+"""What a run costs before it starts: bytes per rank, calls and bytes on the wire, seconds per step, and the
+best settings.
+"""
 
 from eagle3_ds.plan.advice import explain_shortage, helpful_changes
 from eagle3_ds.plan.communication import (

@@ -1,6 +1,7 @@
 """What the TTT steps keep for backward, and what a moment of the step needs beside it.
 
-Legend: S slots of a rank, Q live ones, H hidden size, A = Hq * D entries of a slot's queries, K TTT steps, Vd draft vocabulary.
+Legend: S slots of a rank, Q live ones, H hidden size, A = Hq * D entries of a slot's queries, K TTT steps, Vd
+draft vocabulary.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from eagle3_ds.plan.communication import block_bytes, kept_blocks
 from eagle3_ds.plan.setup import FP32, INT64, Parts, Setup
 
 BACKWARD_BLOCK = 2**12
-"""`TileKernel.backward_block`: rows, and about as many keys, of one call of an attention kernel's backward."""
+"""`TileKernel.backward_block`: rows, and about as many keys, of one call of an attention kernel's backward.
+"""
 
 
 def offloaded_activations(setup: Setup) -> int:
@@ -20,8 +22,11 @@ def offloaded_activations(setup: Setup) -> int:
 
 
 def batch_bytes(setup: Setup) -> int:
-    """Integers and masks of one packed sequence; hidden states of the target stay on the host and stream through tiles."""
-    # int64: position and teacher token of each slot; bool: supervised, and in the draft vocabulary too, per step.
+    """Integers and masks of one packed sequence; hidden states of the target stay on the host and stream
+    through tiles.
+    """
+    # int64: position and teacher token of each slot; bool: supervised, and in the draft vocabulary too, per
+    # step.
     return setup.slots * 2 * INT64 + setup.live_slots * 2 * setup.ttt_steps
 
 
@@ -40,14 +45,18 @@ def _saved_by_step(setup: Setup) -> tuple[int, int]:
     # The norm's output, gate, up, silu(gate) and their product.
     after = S * (H + 4 * inner) * item
     if setup.device == "cuda":
-        # A fused norm keeps its input: the embedding and the hidden state, and the hidden state after the attention.
+        # A fused norm keeps its input: the embedding and the hidden state, and the hidden state after the
+        # attention.
         return before + 2 * S * H * item, after + S * H * item
-    # Composed of elementwise operators it keeps, in fp32, its input (the embedding's has no gradient) and the normalised one.
+    # Composed of elementwise operators it keeps, in fp32, its input (the embedding's has no gradient) and the
+    # normalised one.
     return before + 3 * S * H * FP32, after + 2 * S * H * FP32
 
 
 def _saved_of_rest(setup: Setup) -> int:
-    """What step 0 keeps of the slots that are not live: their hidden states, in the one layer that there is then."""
+    """What step 0 keeps of the slots that are not live: their hidden states, in the one layer that there is
+    then.
+    """
     shape, rest, item = setup.shape, setup.slots - setup.live_slots, setup.itemsize
     H = shape.hidden_size
     if setup.activation != "keep":
@@ -59,7 +68,12 @@ def _saved_of_rest(setup: Setup) -> int:
 def _statistics(setup: Setup) -> int:
     """Of all steps: log-sum-exps, and the indices of tokens and positions."""
     rest = (setup.slots - setup.live_slots) * 2 * INT64
-    return setup.ttt_steps * setup.live_slots * (setup.shape.num_layers * setup.shape.num_heads * FP32 + 2 * INT64) + rest
+    return (
+        setup.ttt_steps
+        * setup.live_slots
+        * (setup.shape.num_layers * setup.shape.num_heads * FP32 + 2 * INT64)
+        + rest
+    )
 
 
 def kept_by_forward(setup: Setup) -> Parts:
@@ -68,7 +82,8 @@ def kept_by_forward(setup: Setup) -> Parts:
     hidden = setup.live_slots * setup.shape.hidden_size * setup.itemsize
     saved = K * layers * sum(_saved_by_step(setup)) + _saved_of_rest(setup)
     if offloaded_activations(setup):
-        # The loss reads the K outputs of the last layer before they may go; one step's tensors are on their way.
+        # The loss reads the K outputs of the last layer before they may go; one step's tensors are on their
+        # way.
         saved = K * hidden + sum(_saved_by_step(setup))
     # The last output is nobody's input, but the loss reads it.
     return {"saved activations": saved + hidden + _statistics(setup), **_keys_and_values(setup)}
@@ -95,8 +110,11 @@ def kept_in_backward(setup: Setup, columns: int, steps_done: int) -> Parts:
     shape, layers = setup.shape, setup.shape.num_layers
     steps = setup.ttt_steps - steps_done
     before, after = _saved_by_step(setup)
-    # The later layers of this step are through, and what autograd kept after this layer's attention is used up.
-    saved = steps * layers * (before + after) - (layers - 1) * (before + after) - after + _saved_of_rest(setup)
+    # The later layers of this step are through, and what autograd kept after this layer's attention is used
+    # up.
+    saved = (
+        steps * layers * (before + after) - (layers - 1) * (before + after) - after + _saved_of_rest(setup)
+    )
     if offloaded_activations(setup):
         saved = 2 * (before + after)
     return {
@@ -108,7 +126,9 @@ def kept_in_backward(setup: Setup, columns: int, steps_done: int) -> Parts:
 
 
 def backward_sums(setup: Setup, steps_done: int) -> Parts:
-    """Gradients of keys and values (step 0's in fp32; the diagonals' of the steps behind are used), and of the weights."""
+    """Gradients of keys and values (step 0's in fp32; the diagonals' of the steps behind are used), and of
+    the weights.
+    """
     kv = _keys_and_values(setup)
     step_0 = kv["step-0 KV"] // setup.itemsize * FP32
     diagonals = kv["diagonal KV"] * (setup.ttt_steps - 1 - steps_done) // max(1, setup.ttt_steps - 1)
@@ -132,7 +152,9 @@ def _tile_slots(setup: Setup) -> int:
 
 
 def _norm(setup: Setup) -> int:
-    """Entries of the hidden size, in the training dtype's bytes, that one norm holds for its backward, its output included."""
+    """Entries of the hidden size, in the training dtype's bytes, that one norm holds for its backward, its
+    output included.
+    """
     if setup.device == "cuda":
         return setup.itemsize
     # Composed: the normalised input in fp32, beside a copy of the input where that is of another dtype.
@@ -147,19 +169,24 @@ def tile_after_attention(setup: Setup) -> int:
         # Of the MLP's product: the gradients of it, of gate and of up; autograd has kept the rest.
         return _tile_slots(setup) * 3 * inner * item
     largest = max(max(shape.layer_weights(layer).values()) for layer in range(shape.num_layers))
-    # A product in a half dtype is rounded before it is added to its fp32 sum, when five of the MLP's width are left of six.
+    # A product in a half dtype is rounded before it is added to its fp32 sum, when five of the MLP's width
+    # are left of six.
     slots = _tile_slots(setup)
     product = max(0, (0 if setup.dtype == "float32" else largest * item) - slots * inner * item)
     return slots * (6 * inner * item + H * (item + _norm(setup))) + product
 
 
 def tile_before_attention(setup: Setup) -> int:
-    """The tile of what precedes the attention: norms repeated, gradients of the projections turned back and multiplied."""
+    """The tile of what precedes the attention: norms repeated, gradients of the projections turned back and
+    multiplied.
+    """
     shape, item = setup.shape, setup.itemsize
     turned = shape.query_size + shape.kv_size
     # The embedding, both norms side by side and the gradient of that, and one norm's backward.
     norm_backward = item if setup.device == "cuda" else 3 * FP32
-    return _tile_slots(setup) * (turned * item + shape.hidden_size * (5 * item + 2 * _norm(setup) + norm_backward))
+    return _tile_slots(setup) * (
+        turned * item + shape.hidden_size * (5 * item + 2 * _norm(setup) + norm_backward)
+    )
 
 
 def attention_backward(setup: Setup) -> int:
@@ -191,7 +218,9 @@ def _passing_blocks(setup: Setup) -> int:
 
 
 def _kernel_workspace(setup: Setup) -> int:
-    """What a flash kernel's backward makes for one block: gradients in the input's dtype, those of keys for every query head."""
+    """What a flash kernel's backward makes for one block: gradients in the input's dtype, those of keys for
+    every query head.
+    """
     shape, item = setup.shape, setup.itemsize
     rows, keys = _kernel_block(setup)
     query, kv = shape.query_size // setup.ulysses, 2 * shape.kv_size // setup.ulysses
@@ -205,7 +234,8 @@ def _kernel_workspace(setup: Setup) -> int:
 
 
 def _kernel_block(setup: Setup) -> tuple[int, int]:
-    """Query rows and keys of the largest block for one document, whose rows are together on one ring rank, else in chunks.
+    """Query rows and keys of the largest block for one document, whose rows are together on one ring rank,
+    else in chunks.
 
     They meet all keys before them where those are gathered, else a chunk of a streamed block at a time.
     """
@@ -213,7 +243,9 @@ def _kernel_block(setup: Setup) -> tuple[int, int]:
         rows, keys = setup.live_columns, setup.columns
     else:
         rows = setup.live_columns // setup.chunks_per_rank
-        keys = setup.padded_length if setup.kv_exchange == "gather" else setup.columns // setup.chunks_per_rank
+        keys = (
+            setup.padded_length if setup.kv_exchange == "gather" else setup.columns // setup.chunks_per_rank
+        )
     if setup.window is not None:
         # A block's rows and the window before them.
         return min(rows, BACKWARD_BLOCK), min(keys, min(rows, BACKWARD_BLOCK) + setup.window)
@@ -225,7 +257,8 @@ def loss_parts(setup: Setup, columns: int) -> Parts:
     shape, item, K = setup.shape, setup.itemsize, setup.ttt_steps
     per_row, per_column = (8 + item) * shape.draft_vocab_size, (12 + item) * shape.draft_vocab_size
     tile_columns = max(1, min(columns, (setup.loss_tile_bytes - (K - 1) * per_row) // (per_row + per_column)))
-    # Alive at a time: teacher probabilities of the rows, logits of the columns, and their gradient in the head's dtype.
+    # Alive at a time: teacher probabilities of the rows, logits of the columns, and their gradient in the
+    # head's dtype.
     tile = (2 * tile_columns + K - 1) * shape.draft_vocab_size * FP32
     head = shape.draft_vocab_size * shape.hidden_size
     if setup.dtype != "float32":

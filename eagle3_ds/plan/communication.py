@@ -1,7 +1,7 @@
 """Calls and bytes of one optimizer step, as pure functions of the setup.
 
-The attention's part is what tests count through the real step, call by call. Legend: S slots of a rank, Q live ones, K TTT steps,
-Hq / Hkv heads, D head size, b bytes of an entry.
+The attention's part is what tests count through the real step, call by call. Legend: S slots of a rank, Q
+live ones, K TTT steps, Hq / Hkv heads, D head size, b bytes of an entry.
 """
 
 from __future__ import annotations
@@ -76,10 +76,11 @@ def _gathered(setup: Setup) -> list[Traffic]:
 
 
 def _streamed(setup: Setup) -> Traffic:
-    """Blocks of keys and values pass round; those of the first hops are kept after step 0, the others pass in every step.
+    """Blocks of keys and values pass round; those of the first hops are kept after step 0, the others pass in
+    every step.
 
-    In backward the gradients of passing blocks follow them, the last hop being home, and those of kept blocks make one lap at
-    the end, several in one message where they have one owner. Gradients are fp32.
+    In backward the gradients of passing blocks follow them, the last hop being home, and those of kept blocks
+    make one lap at the end, several in one message where they have one owner. Gradients are fp32.
     """
     steps, ring, kept = setup.ttt_steps, setup.ring, kept_blocks(setup)
     passing = ring - kept
@@ -102,7 +103,8 @@ def kept_blocks(setup: Setup) -> int:
 
 
 def choose_kv_exchange(setup: Setup) -> KVExchange:
-    """What `kv_exchange: auto` means: gather, which sends least, unless what other ranks contribute exceeds `kv_bytes` a layer.
+    """What `kv_exchange: auto` means: gather, which sends least, unless what other ranks contribute exceeds
+    `kv_bytes` a layer.
 
     The same on all ranks and for all packs, because it depends on the packing length and not on a pack.
     """
@@ -129,7 +131,8 @@ def state_traffic(setup: Setup) -> list[Traffic]:
     # Stage 1 reduces once, at the last micro-batch; 2 and 3 own a part of the gradient from the first on.
     times = 1 if zero.stage == 1 else micro
     found.append(Traffic("zero", "reduce_scatter", times, times * weights, ranks))
-    # Stages 1 and 2 gather the updated weights after the step; 3 gathers them for each forward and each backward.
+    # Stages 1 and 2 gather the updated weights after the step; 3 gathers them for each forward and each
+    # backward.
     gathers = 2 * micro if zero.stage == 3 else 1
     found.append(Traffic("zero", "all_gather", gathers, gathers * weights // ranks, ranks))
     return found
@@ -138,10 +141,14 @@ def state_traffic(setup: Setup) -> list[Traffic]:
 def step_traffic(setup: Setup) -> list[Traffic]:
     """One optimizer step."""
     micro = setup.accumulation
-    attention = [Traffic(t.axis, t.kind, micro * t.calls, micro * t.payload, t.ranks) for t in attention_traffic(setup)]
+    attention = [
+        Traffic(t.axis, t.kind, micro * t.calls, micro * t.payload, t.ranks) for t in attention_traffic(setup)
+    ]
     return attention + state_traffic(setup)
 
 
 def separate_all_to_alls(setup: Setup) -> int:
-    """All-to-alls of the plain Ulysses design: q, k, v and out each on its own, at each step, forward and backward."""
+    """All-to-alls of the plain Ulysses design: q, k, v and out each on its own, at each step, forward and
+    backward.
+    """
     return 8 * setup.ttt_steps * setup.shape.num_layers if setup.ulysses > 1 else 0

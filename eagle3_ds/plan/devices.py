@@ -1,7 +1,7 @@
 """Accelerators that the planner knows, and what it assumes of each.
 
-Peaks and bandwidths are the vendors' published figures for dense arithmetic and one direction. For the Ascend 910B sources
-differ between variants; the lower ones stand here.
+Peaks and bandwidths are the vendors' published figures for dense arithmetic and one direction. For the Ascend
+910B sources differ between variants; the lower ones stand here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ class Device:
         memory: GiB that a process can use.
         half_tflops, single_tflops: peak of matrix products in bf16 and in fp32.
         memory_gbs: bandwidth of its own memory, GB/s.
-        node_gbs, network_gbs, host_gbs: GB/s out of one device: to its neighbours in the node, to other nodes, to the host.
+        node_gbs, network_gbs, host_gbs: GB/s out of one device: to its neighbours in the node, to other
+            nodes, to the host.
     """
 
     name: str

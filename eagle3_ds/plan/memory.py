@@ -1,9 +1,10 @@
 """Bytes of one rank in each phase of an optimizer step, as pure functions of the setup.
 
-Every term is a tensor of the training step that can be named; none is fitted. Only tensors count: no allocator's rounding, no
-CUDA context (about 0.5 GiB), no communication library's own buffers.
+Every term is a tensor of the training step that can be named; none is fitted. Only tensors count: no
+allocator's rounding, no CUDA context (about 0.5 GiB), no communication library's own buffers.
 
-What the model holds is in states.py, what the sequence holds in activations.py; here they meet, phase by phase.
+What the model holds is in states.py, what the sequence holds in activations.py; here they meet, phase by
+phase.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ class Memory:
     """Predicted bytes of one rank.
 
     Attributes:
-        phases: what is alive on the device at the worst moment of each phase, part by part: at `rest` between two steps, in the
-            `loss`, in `backward`, when it ends and gradients are reduced (`reduce`), and in the optimizer's `update`.
+        phases: what is alive on the device at the worst moment of each phase, part by part: at `rest` between
+            two steps, in the `loss`, in `backward`, when it ends and gradients are reduced (`reduce`), and in
+            the optimizer's `update`.
         host: what the offload modes keep in host memory.
     """
 
@@ -91,33 +93,47 @@ def predict_memory(setup: Setup) -> Memory:
 def _backward(setup: Setup, columns: int) -> Parts:
     """The worst moment of the backward, in the first layer.
 
-    The attention's backward of the last step makes the sums that stay until step 0, while nearly all that was saved is there.
-    The tiles of what follows the attention come before it, so that they meet those sums one step later.
+    The attention's backward of the last step makes the sums that stay until step 0, while nearly all that was
+    saved is there. The tiles of what follows the attention come before it, so that they meet those sums one
+    step later.
     """
     through = passing_gradients(setup)
     last = kept_in_backward(setup, columns, steps_done=0)
     sums = backward_sums(setup, steps_done=0)
     moments: list[Parts] = [
         {**last, **sums, "attention's backward": through + attention_backward(setup)},
-        {**last, "weight-gradient sums": weight_sums(setup), "tile of the MLP": through + tile_after_attention(setup)},
+        {
+            **last,
+            "weight-gradient sums": weight_sums(setup),
+            "tile of the MLP": through + tile_after_attention(setup),
+        },
     ]
     if setup.activation != "keep":
         dq_and_q = 2 * setup.live_slots * setup.shape.query_size * setup.itemsize
-        moments.append({**last, **sums, "tile of the projections": through + dq_and_q + tile_before_attention(setup)})
+        moments.append(
+            {**last, **sums, "tile of the projections": through + dq_and_q + tile_before_attention(setup)}
+        )
     if setup.ttt_steps > 1:
         earlier = {**kept_in_backward(setup, columns, steps_done=1), **backward_sums(setup, steps_done=1)}
         moments.append({**earlier, "tile of the MLP": through + tile_after_attention(setup)})
     if setup.slots > setup.live_slots:
         # Step 0's gradient is as long as the sequence again.
-        first = {**kept_in_backward(setup, 0, setup.ttt_steps - 1), **backward_sums(setup, setup.ttt_steps - 1)}
-        moments.append({**first, "gradient of all hidden states": setup.slots * setup.shape.hidden_size * setup.itemsize})
+        first = {
+            **kept_in_backward(setup, 0, setup.ttt_steps - 1),
+            **backward_sums(setup, setup.ttt_steps - 1),
+        }
+        moments.append(
+            {**first, "gradient of all hidden states": setup.slots * setup.shape.hidden_size * setup.itemsize}
+        )
     early = gradient_partition(setup) if setup.zero.stage == 2 and head_overflows_bucket(setup) else {}
     worst = max(moments, key=_total)
     return {**worst, "whole gradients": head_gradient(setup), **gradient_buckets(setup), **early}
 
 
 def _whole_gradients(setup: Setup) -> Parts:
-    """Every gradient, and with it the larger of the sums that step 0 hands them out from and of what they are reduced into."""
+    """Every gradient, and with it the larger of the sums that step 0 hands them out from and of what they are
+    reduced into.
+    """
     whole = setup.shape.num_parameters * setup.itemsize
     # Sums of the gradients' own dtype are handed out as they are.
     sums = 0 if setup.dtype == "float32" else weight_sums(setup)

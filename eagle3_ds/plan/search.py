@@ -29,7 +29,9 @@ class Candidate:
 
 
 def largest_length(setup: Setup, budget: int) -> int:
-    """Longest packed sequence, a multiple of GRAIN tokens, whose peak is within `budget` bytes per rank; 0 when none is."""
+    """Longest packed sequence, a multiple of GRAIN tokens, whose peak is within `budget` bytes per rank; 0
+    when none is.
+    """
 
     def fits(grains: int) -> bool:
         return predict_memory(replace(setup, length=grains * GRAIN)).peak <= budget
@@ -54,18 +56,24 @@ def meshes(setup: Setup, world_size: int) -> Iterator[Setup]:
 
 
 def variants(setup: Setup, deepspeed: Mapping[str, ZeroSettings]) -> Iterator[tuple[str, Setup]]:
-    """Every other choice on one mesh: ZeRO, its group, activations, exchange. Yields the DeepSpeed file and the setup."""
+    """Every other choice on one mesh: ZeRO, its group, activations, exchange. Yields the DeepSpeed file and
+    the setup.
+    """
     groups = ZERO_GROUPS if setup.sp > 1 else ZERO_GROUPS[:1]
     exchanges = EXCHANGES if setup.ring > 1 else EXCHANGES[:1]
     for file, zero in deepspeed.items():
         for group in groups:
-            if zero.secondary_partition > 1 and (group != "all" or setup.world_size % zero.secondary_partition):
+            if zero.secondary_partition > 1 and (
+                group != "all" or setup.world_size % zero.secondary_partition
+            ):
                 continue
             for activation in ACTIVATIONS:
                 for exchange in exchanges:
                     yield (
                         file,
-                        replace(setup, zero=zero, zero_group=group, activation=activation, kv_exchange=exchange),
+                        replace(
+                            setup, zero=zero, zero_group=group, activation=activation, kv_exchange=exchange
+                        ),
                     )
 
 
@@ -77,7 +85,8 @@ def fastest(
     deepspeed: Mapping[str, ZeroSettings],
     ranks_per_node: int = 8,
 ) -> list[Candidate]:
-    """The setups of `world_size` ranks that fit `budget` bytes per rank at this length, most tokens per second first.
+    """The setups of `world_size` ranks that fit `budget` bytes per rank at this length, most tokens per
+    second first.
 
     Predictions a percent apart count as equal: then the one with less memory comes first.
     """
@@ -87,7 +96,9 @@ def fastest(
         for file, variant in variants(mesh, deepspeed):
             memory = predict_memory(variant)
             if memory.peak <= budget:
-                found.append(Candidate(variant, file, memory, predict_time(variant, device, pairs, ranks_per_node)))
+                found.append(
+                    Candidate(variant, file, memory, predict_time(variant, device, pairs, ranks_per_node))
+                )
     return sorted(found, key=lambda c: (-round(math.log(c.time.tokens_per_second, 1.01)), c.memory.peak))
 
 

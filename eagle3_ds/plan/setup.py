@@ -59,7 +59,9 @@ class DraftShape:
         return self.num_kv_heads * self.head_dim
 
     def input_size(self, layer: int) -> int:
-        """Width of what q, k and v are projected from: the first layer reads the embedding beside the hidden state."""
+        """Width of what q, k and v are projected from: the first layer reads the embedding beside the hidden
+        state.
+        """
         return self.hidden_size * (2 if layer == 0 else 1)
 
     def layer_weights(self, layer: int) -> dict[str, int]:
@@ -125,7 +127,9 @@ class ZeroSettings:
             offload_optimizer=offloads("offload_optimizer"),
             offload_parameters=offloads("offload_param"),
             secondary_partition=zero.get("zero_hpz_partition_size", 1),
-            persistence_threshold=int(zero.get("stage3_param_persistence_threshold", cls.persistence_threshold)),
+            persistence_threshold=int(
+                zero.get("stage3_param_persistence_threshold", cls.persistence_threshold)
+            ),
         )
 
 
@@ -137,8 +141,10 @@ class Setup:
         length: tokens of one packed sequence.
         zero_group: over which ranks ZeRO shards, as in the recipe.
         accumulation: packed sequences per draft_dp rank and optimizer step.
-        kv_bytes: what a rank may hold of other ranks' step-0 keys and values in each layer, gradients included.
-        target_bytes: weights of a target that runs beside the draft (`data.hidden_states: online`), sharded over all ranks.
+        kv_bytes: what a rank may hold of other ranks' step-0 keys and values in each layer, gradients
+            included.
+        target_bytes: weights of a target that runs beside the draft (`data.hidden_states: online`), sharded
+            over all ranks.
         supervised: share of the tokens whose loss counts, and with it of the slots that are live.
         window: keys that a position of the draft sees at most; None: all before it.
         device: whose attention kernel's workspace counts; any accelerator's is like cuda's.
@@ -223,12 +229,16 @@ class Setup:
 
     @property
     def live_slots(self) -> int:
-        """Slots of one rank that are unrolled; the others give step 0 a key and a value. All, where there are more layers."""
+        """Slots of one rank that are unrolled; the others give step 0 a key and a value. All, where there are
+        more layers.
+        """
         return self._slots[0]
 
     @property
     def columns(self) -> int:
-        """Slots of one ring rank: its Ulysses peers hold a part each, and attend to all of them with a part of the heads."""
+        """Slots of one ring rank: its Ulysses peers hold a part each, and attend to all of them with a part
+        of the heads.
+        """
         return self.slots * self.ulysses
 
     @property

@@ -1,4 +1,5 @@
-"""What a rank holds of the model whatever the sequence: weights, optimizer state, gradients, buckets, by ZeRO stage.
+"""What a rank holds of the model whatever the sequence: weights, optimizer state, gradients, buckets, by ZeRO
+stage.
 
 Legend: P parameters of the draft, n ranks that ZeRO shards over.
 """
@@ -13,7 +14,11 @@ def model_states(setup: Setup) -> tuple[Parts, Parts]:
     shape, zero, item = setup.shape, setup.zero, setup.itemsize
     P, n = shape.num_parameters, setup.zero_ranks
     sharded = P // n
-    whole = {"weights": P * item} if zero.stage < 3 else {"weights": sharded * item, "weights kept whole": _persistent(setup)}
+    whole = (
+        {"weights": P * item}
+        if zero.stage < 3
+        else {"weights": sharded * item, "weights kept whole": _persistent(setup)}
+    )
     owned = P if zero.stage == 0 else sharded
     optimizer = {
         # A plain fp32 optimizer steps the weights themselves; ZeRO always steps a flat copy.
@@ -27,8 +32,11 @@ def model_states(setup: Setup) -> tuple[Parts, Parts]:
         "teacher's head": shape.draft_vocab_size * shape.hidden_size * item,
         "target beside": setup.target_bytes // setup.world_size,
     }
-    # ZeRO-3's bucket is allocated once too; that of the lower stages comes with the first gradient of a backward.
-    bucket = {"gradient buckets": zero.reduce_bucket * item if zero.stage == 3 and zero.contiguous_gradients else 0}
+    # ZeRO-3's bucket is allocated once too; that of the lower stages comes with the first gradient of a
+    # backward.
+    bucket = {
+        "gradient buckets": zero.reduce_bucket * item if zero.stage == 3 and zero.contiguous_gradients else 0
+    }
     host: Parts = {}
     if zero.offload_optimizer:
         host, optimizer = optimizer, {}
@@ -38,7 +46,9 @@ def model_states(setup: Setup) -> tuple[Parts, Parts]:
 
 
 def _persistent(setup: Setup) -> int:
-    """Bytes of the parameters that ZeRO-3 leaves gathered on every rank; alone on its shard, a rank has them anyway."""
+    """Bytes of the parameters that ZeRO-3 leaves gathered on every rank; alone on its shard, a rank has them
+    anyway.
+    """
     if setup.zero_ranks == 1:
         return 0
     threshold = setup.zero.persistence_threshold
@@ -54,7 +64,9 @@ def gathered_weights(setup: Setup) -> Parts:
 
 
 def gradient_buckets(setup: Setup) -> Parts:
-    """Where stages 1 and 2 lay gradients side by side; two of them, where one is reduced while the other fills."""
+    """Where stages 1 and 2 lay gradients side by side; two of them, where one is reduced while the other
+    fills.
+    """
     zero = setup.zero
     if zero.stage not in (1, 2) or not zero.contiguous_gradients:
         return {}
@@ -69,7 +81,9 @@ def gradient_partition(setup: Setup) -> Parts:
 
 
 def head_overflows_bucket(setup: Setup) -> bool:
-    """The first gradients of a backward, the head's and the final norm's, are reduced at once when a bucket cannot hold them."""
+    """The first gradients of a backward, the head's and the final norm's, are reduced at once when a bucket
+    cannot hold them.
+    """
     return (setup.shape.draft_vocab_size + 1) * setup.shape.hidden_size > setup.zero.reduce_bucket
 
 

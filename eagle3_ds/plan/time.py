@@ -1,8 +1,10 @@
-"""FLOPs of one optimizer step and the seconds it should take: what the rank with the most attention work does.
+"""FLOPs of one optimizer step and the seconds it should take: what the rank with the most attention work
+does.
 
-Nothing is assumed to overlap but the offload of activations, so a run that overlaps its communication is faster than this.
-A multiplication and an addition are two FLOPs. Legend: S slots of a rank, H hidden size, I the MLP's, Hq / Hkv heads, D head
-size, K TTT steps, Vd draft vocabulary. Slots that are not live cost their keys and values alone.
+Nothing is assumed to overlap but the offload of activations, so a run that overlaps its communication is
+faster than this. A multiplication and an addition are two FLOPs. Legend: S slots of a rank, H hidden size, I
+the MLP's, Hq / Hkv heads, D head size, K TTT steps, Vd draft vocabulary. Slots that are not live cost their
+keys and values alone.
 """
 
 from __future__ import annotations
@@ -51,13 +53,16 @@ class StepTime:
 
 
 def attention_pairs(setup: Setup, documents: Sequence[int] | None = None) -> int:
-    """Query-key pairs of the busiest ring rank at one TTT step; without `documents`, one document fills the sequence.
+    """Query-key pairs of the busiest ring rank at one TTT step; without `documents`, one document fills the
+    sequence.
 
     Supervised tokens are taken to be spread evenly.
     """
     counted = np.floor(np.arange(setup.length + 1) * setup.supervised)
     live = np.diff(counted) > 0 if setup.shape.num_layers == 1 else None
-    plan = SpanPlan.make(documents or (setup.length,), setup.ring, setup.ulysses, setup.chunks_per_rank, live, setup.window)
+    plan = SpanPlan.make(
+        documents or (setup.length,), setup.ring, setup.ulysses, setup.chunks_per_rank, live, setup.window
+    )
     return int(plan.ring_work().max())
 
 
@@ -66,13 +71,19 @@ def step_flops(setup: Setup, pairs: int) -> Flops:
     shape, slots, steps = setup.shape, setup.live_slots, setup.ttt_steps
     fc = shape.parameter_sizes[0]
     layers = [shape.layer_weights(layer) for layer in range(shape.num_layers)]
-    # Forward once, backward twice; fc has constant inputs, so no gradient of them. The rest has keys and values alone.
+    # Forward once, backward twice; fc has constant inputs, so no gradient of them. The rest has keys and
+    # values alone.
     rest = (setup.slots - slots) * 3 * sum(layers[0][name] for name in ("k", "v"))
-    matmul = 2 * (setup.slots * 2 * fc + rest + slots * 3 * steps * sum(sum(weights.values()) for weights in layers))
+    matmul = 2 * (
+        setup.slots * 2 * fc + rest + slots * 3 * steps * sum(sum(weights.values()) for weights in layers)
+    )
     recompute = 0
     if setup.activation != "keep":
-        # Keys, values and the attention's output are kept, and nothing in backward needs the output of `down`.
-        recompute = 2 * slots * steps * sum(weights[name] for weights in layers for name in ("q", "o", "gate", "up"))
+        # Keys, values and the attention's output are kept, and nothing in backward needs the output of
+        # `down`.
+        recompute = (
+            2 * slots * steps * sum(weights[name] for weights in layers for name in ("q", "o", "gate", "up"))
+        )
     attention = 2 * pairs * shape.query_size // setup.ulysses * steps * shape.num_layers
     head = 2 * slots * shape.hidden_size * shape.draft_vocab_size
     return Flops(
@@ -87,7 +98,9 @@ def step_flops(setup: Setup, pairs: int) -> Flops:
 
 
 def elementwise_bytes(setup: Setup) -> int:
-    """Bytes that norms, rotations, activations and the softmax of the loss move, one rank, one packed sequence."""
+    """Bytes that norms, rotations, activations and the softmax of the loss move, one rank, one packed
+    sequence.
+    """
     shape, steps, item = setup.shape, setup.ttt_steps, setup.itemsize
     wide = 10 * shape.hidden_size + 4 * (shape.query_size + 2 * shape.kv_size) + 6 * shape.intermediate_size
     passes = 3 if setup.activation == "keep" else 4
@@ -97,7 +110,9 @@ def elementwise_bytes(setup: Setup) -> int:
     return setup.live_slots * (shape.num_layers * item * (steps * passes * wide + diagonals) + softmax)
 
 
-def predict_time(setup: Setup, device: Device, pairs: int, ranks_per_node: int = 8, assume: Assumptions = ESTIMATES) -> StepTime:
+def predict_time(
+    setup: Setup, device: Device, pairs: int, ranks_per_node: int = 8, assume: Assumptions = ESTIMATES
+) -> StepTime:
     """Seconds of one optimizer step of all `draft_dp` replicas side by side."""
     flops = step_flops(setup, pairs)
     peak = 1e12 * (device.single_tflops if setup.dtype == "float32" else device.half_tflops)
@@ -120,8 +135,11 @@ def predict_time(setup: Setup, device: Device, pairs: int, ranks_per_node: int =
     return StepTime(parts, setup.length * setup.draft_dp * setup.accumulation)
 
 
-def _exchange_seconds(traffic: Traffic, setup: Setup, device: Device, ranks_per_node: int, assume: Assumptions) -> float:
-    # Ranks that a group reaches over: ulysses runs fastest, so its groups are neighbours, and the ring steps by ulysses.
+def _exchange_seconds(
+    traffic: Traffic, setup: Setup, device: Device, ranks_per_node: int, assume: Assumptions
+) -> float:
+    # Ranks that a group reaches over: ulysses runs fastest, so its groups are neighbours, and the ring steps
+    # by ulysses.
     span = {"ulysses": setup.ulysses, "ring": setup.sp, "sp": setup.sp}.get(traffic.axis, setup.world_size)
     bandwidth = device.node_gbs if span <= ranks_per_node else device.network_gbs
     return traffic.sent / (1e9 * bandwidth * assume.link) + traffic.calls * assume.call_seconds

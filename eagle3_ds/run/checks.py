@@ -1,4 +1,6 @@
-"""What can be judged before any process starts: DeepSpeed JSON, mesh, target, kernel, data files, output folder."""
+"""What can be judged before any process starts: DeepSpeed JSON, mesh, target, kernel, data files, output
+folder.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,21 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from eagle3_ds.checkpoint.format import CHECKPOINTS, FINAL_WEIGHTS, INITIAL_WEIGHTS, newest_intact, read_manifest, require_intact
-from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe, recipe_differences
+from eagle3_ds.checkpoint.format import (
+    CHECKPOINTS,
+    FINAL_WEIGHTS,
+    INITIAL_WEIGHTS,
+    newest_intact,
+    read_manifest,
+    require_intact,
+)
+from eagle3_ds.config import (
+    Recipe,
+    fill_deepspeed_config,
+    load_deepspeed_config,
+    load_recipe,
+    recipe_differences,
+)
 from eagle3_ds.data.sources import expand_sources
 from eagle3_ds.draft import check_tile_bytes, slots_per_tile
 from eagle3_ds.kernels import select_kernel
@@ -58,7 +73,9 @@ class TargetShape:
 
 def check_deepspeed(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
     """The filled DeepSpeed configuration. Raises ValueError on refused keys."""
-    return fill_deepspeed_config(load_deepspeed_config(recipe.deepspeed), recipe, mesh.world_size, mesh.draft_dp)
+    return fill_deepspeed_config(
+        load_deepspeed_config(recipe.deepspeed), recipe, mesh.world_size, mesh.draft_dp
+    )
 
 
 def target_shape(recipe: Recipe, dry_run: bool) -> TargetShape | None:
@@ -93,14 +110,17 @@ def check_target(recipe: Recipe, shape: TargetShape) -> None:
     num_kv_heads = recipe.draft.num_kv_heads or shape.num_kv_heads
     if num_heads % num_kv_heads:
         raise ValueError(
-            f"The draft would have {num_heads} query heads and {num_kv_heads} key/value heads: each key/value head "
-            "must serve equally many query heads. Set draft.num_heads and draft.num_kv_heads."
+            f"The draft would have {num_heads} query heads and {num_kv_heads} key/value heads: each "
+            "key/value head must serve equally many query heads. Set draft.num_heads and draft.num_kv_heads."
         )
     check_heads(recipe.parallel.ulysses, num_heads, num_kv_heads)
     itemsize = getattr(torch, recipe.train.dtype).itemsize
     check_tile_bytes(recipe.loss.tile_bytes, recipe.draft.vocab_size, recipe.draft.ttt_steps, itemsize)
     slots_per_tile(
-        shape.hidden_size, recipe.draft.intermediate_size or shape.intermediate_size, itemsize, recipe.train.tile_bytes
+        shape.hidden_size,
+        recipe.draft.intermediate_size or shape.intermediate_size,
+        itemsize,
+        recipe.train.tile_bytes,
     )
 
 
@@ -109,7 +129,9 @@ def check_kernel(recipe: Recipe, accelerator: str, shape: TargetShape) -> str:
     device = torch.device(accelerator)
     if target_runs_on_ranks(recipe):
         select_kernel(recipe.attention.kernel, device, getattr(torch, recipe.target.dtype), shape.head_dim)
-    return select_kernel(recipe.attention.kernel, device, getattr(torch, recipe.train.dtype), shape.head_dim).name
+    return select_kernel(
+        recipe.attention.kernel, device, getattr(torch, recipe.train.dtype), shape.head_dim
+    ).name
 
 
 def target_runs_on_ranks(recipe: Recipe) -> bool:
@@ -118,7 +140,9 @@ def target_runs_on_ranks(recipe: Recipe) -> bool:
 
 
 def check_target_on_ranks(recipe: Recipe) -> None:
-    """Raises ValueError when the target is to run cut over ranks and cannot. One that is still to be built can."""
+    """Raises ValueError when the target is to run cut over ranks and cannot. One that is still to be built
+    can.
+    """
     path = Path(recipe.target.path)
     if target_runs_on_ranks(recipe) and (recipe.target.build is None or path.exists()):
         config = load_full_config(resolve_path(recipe.target.path))
@@ -138,11 +162,12 @@ def check_output(recipe: Recipe, resume: str | None, overwrite: bool) -> tuple[P
         resume: `latest`, `auto` or None, as `--resume` says.
 
     Returns:
-        The checkpoint to go on from, every file of it checked, or None for a fresh start; and what to tell about the choice.
+        The checkpoint to go on from, every file of it checked, or None for a fresh start; and what to tell
+        about the choice.
 
     Raises:
-        ValueError: the folder holds a run and neither flag is given, there is nothing to resume, it is damaged, or it was
-            another experiment.
+        ValueError: the folder holds a run and neither flag is given, there is nothing to resume, it is
+            damaged, or it was another experiment.
     """
     folder = Path(recipe.output_dir)
     if resume and overwrite:
@@ -155,16 +180,19 @@ def check_output(recipe: Recipe, resume: str | None, overwrite: bool) -> tuple[P
         checkpoint, passed_over = (require_intact(root), []) if resume == "latest" else _newest_or_none(root)
         _check_same_experiment(recipe, folder, checkpoint)
         if checkpoint is not None:
-            return checkpoint, [*(f"passed over: {problem}" for problem in passed_over), f"going on from {checkpoint}"]
+            return checkpoint, [
+                *(f"passed over: {problem}" for problem in passed_over),
+                f"going on from {checkpoint}",
+            ]
     elif present and not overwrite:
         raise ValueError(
-            f"output_dir: {folder} already holds a run ({', '.join(present)}). Go on with it by --resume, replace it "
-            "by --overwrite, or choose another folder."
+            f"output_dir: {folder} already holds a run ({', '.join(present)}). Go on with it by --resume, "
+            "replace it by --overwrite, or choose another folder."
         )
     if present and not (folder / RESOLVED).is_file():
         raise ValueError(
-            f"output_dir: {folder} has {', '.join(present)} but no {RESOLVED}, so it is not a run of this program and "
-            "will not be replaced. Choose another folder."
+            f"output_dir: {folder} has {', '.join(present)} but no {RESOLVED}, so it is not a run of this "
+            "program and will not be replaced. Choose another folder."
         )
     return None, ["there is no checkpoint yet, so the run starts from the beginning"] if resume else []
 
@@ -178,14 +206,16 @@ def _newest_or_none(root: Path) -> tuple[Path | None, list[str]]:
     found, problems = newest_intact(root)
     if found is None and problems:
         raise ValueError(
-            f"--resume auto: no checkpoint in {root} is intact ({'; '.join(problems)}). Restore a file, or start again by "
-            "--overwrite."
+            f"--resume auto: no checkpoint in {root} is intact ({'; '.join(problems)}). Restore a file, or "
+            "start again by --overwrite."
         )
     return found, problems
 
 
 def _check_same_experiment(recipe: Recipe, folder: Path, checkpoint: Path | None) -> None:
-    """Raises ValueError with the keys that differ from those of the checkpoint, or of the run that has none yet."""
+    """Raises ValueError with the keys that differ from those of the checkpoint, or of the run that has none
+    yet.
+    """
     if checkpoint is not None:
         before = saved_recipe(checkpoint)
     elif (folder / RESOLVED).is_file():
@@ -199,8 +229,8 @@ def _check_same_experiment(recipe: Recipe, folder: Path, checkpoint: Path | None
     ]
     if changed:
         raise ValueError(
-            f"--resume: the run in {folder} was another experiment ({'; '.join(changed)}). Undo these changes, or "
-            "choose another output_dir."
+            f"--resume: the run in {folder} was another experiment ({'; '.join(changed)}). Undo these "
+            "changes, or choose another output_dir."
         )
 
 
@@ -211,8 +241,8 @@ def saved_recipe(checkpoint: Path) -> Recipe:
     except ValidationError as error:
         keys = ", ".join(".".join(map(str, detail["loc"])) for detail in error.errors())
         raise ValueError(
-            f"{checkpoint} was written by another version of this program, which has other recipe keys ({keys}). Resume with "
-            "that version."
+            f"{checkpoint} was written by another version of this program, which has other recipe keys "
+            f"({keys}). Resume with that version."
         ) from error
 
 

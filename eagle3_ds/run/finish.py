@@ -33,7 +33,9 @@ def load_draft(recipe: Recipe, weights: str) -> tuple[DraftModel, VocabularyMap]
     folder = Path(recipe.output_dir)
     for name in (weights, "vocabulary.safetensors"):
         if not (folder / name).is_file():
-            raise ValueError(f"output_dir: {folder} has no {name}: no finished training is there. Run `launch` first.")
+            raise ValueError(
+                f"output_dir: {folder} has no {name}: no finished training is there. Run `launch` first."
+            )
     config = load_text_config(resolve_path(recipe.target.path))
     draft = DraftModel(build_draft_config(config, recipe.draft))
     draft.load_state_dict(load_file(folder / weights))
@@ -64,7 +66,8 @@ def evaluate_run(recipe: Recipe) -> dict[str, Any]:
 
 
 def heldout_prompts(data: PreparedData, longest: int, number: int, seed: int) -> list[list[int]]:
-    """Up to `number` prompts of at most `longest` tokens: held-out conversations up to where the assistant speaks.
+    """Up to `number` prompts of at most `longest` tokens: held-out conversations up to where the assistant
+    speaks.
 
     Every assistant turn is a candidate, so that contexts are short and long; the seed chooses.
     """
@@ -79,7 +82,8 @@ def heldout_prompts(data: PreparedData, longest: int, number: int, seed: int) ->
 
 
 def export_draft(recipe: Recipe) -> dict[Path, float]:
-    """Write the recipe's formats; an export takes its name only after it was read back and gave the same logits.
+    """Write the recipe's formats; an export takes its name only after it was read back and gave the same
+    logits.
 
     Returns:
         Each export's folder and the relative error of its logits.
@@ -102,7 +106,8 @@ def _write(recipe: Recipe, layout: str, draft: DraftModel, vocabulary: Vocabular
     path = resolve_path(recipe.target.path)
     target = load_text_config(path)
     num_layers, aux_layers = target.num_hidden_layers, recipe.target.aux_layers
-    # Servers know the rule; SGLang counts explicit ids differently from vLLM, so they are written only when needed.
+    # Servers know the rule; SGLang counts explicit ids differently from vLLM, so they are written only when
+    # needed.
     if aux_layers == (2, num_layers // 2, num_layers - 3):
         aux_layers = None
     state, dtype = draft.state_dict(), recipe.export.dtype

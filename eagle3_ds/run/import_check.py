@@ -16,7 +16,9 @@ from eagle3_ds.targets import Target
 COMPARED_SAMPLES = 3
 COMPARED_ROWS = 512
 FAR = 0.1
-"""Relative error above which hidden states are another model's. Other kernels in bfloat16 differ by a hundredth or so."""
+"""Relative error above which hidden states are another model's. Other kernels in bfloat16 differ by a
+hundredth or so.
+"""
 
 
 def compare_with_target(files: ForeignFiles, target: Target) -> Iterator[str]:
@@ -34,13 +36,15 @@ def compare_with_target(files: ForeignFiles, target: Target) -> Iterator[str]:
 
 
 def _compare(sample: Sample, last_is_normed: bool, target: Target) -> float:
-    """The largest of the relative errors of the three aux states and the last one, each a median over the rows."""
+    """The largest of the relative errors of the three aux states and the last one, each a median over the
+    rows.
+    """
     length = min(len(sample.token_ids), COMPARED_ROWS)
     token_ids = sample.token_ids[:length]
     if int(token_ids.max()) >= len(target.head):
         raise ValueError(
-            f"{sample.place} holds token {int(token_ids.max())}, and the target's vocabulary has {len(target.head)}. Name the "
-            "model that the files were made with in target.path"
+            f"{sample.place} holds token {int(token_ids.max())}, and the target's vocabulary has "
+            f"{len(target.head)}. Name the model that the files were made with in target.path"
         )
     layers, ends = _run(target, token_ids)
     aux, last = sample.states(0, length)
@@ -49,16 +53,19 @@ def _compare(sample: Sample, last_is_normed: bool, target: Target) -> float:
     near, other = (_distance(last, ends[side]) for side in (last_is_normed, not last_is_normed))
     if near > FAR:
         raise ValueError(
-            f"{sample.place}: the last hidden state should lie {'behind' if last_is_normed else 'before'} the target's final "
-            f"norm and is {near:.2f} away from it (relative error; {other:.2f} from the other side). The files are another "
-            "model's, or of a version of their writer that is not known here"
+            f"{sample.place}: the last hidden state should lie {'behind' if last_is_normed else 'before'} "
+            f"the target's final norm and is {near:.2f} away from it (relative error; {other:.2f} from the "
+            "other side). The files are another model's, or of a version of their writer that is not known "
+            "here"
         )
     return max(near, *(errors[layer] for errors, layer in zip(distances, target.aux_layers, strict=True)))
 
 
 @torch.no_grad()
 def _run(target: Target, token_ids: Tensor) -> tuple[list[Tensor], dict[bool, Tensor]]:
-    """The inputs of all layers, and the last hidden state before (False) and behind (True) the final norm; [n, Ht] each."""
+    """The inputs of all layers, and the last hidden state before (False) and behind (True) the final norm;
+    [n, Ht] each.
+    """
     base = target.model.model
     before_norm: list[Tensor] = []
     hook = base.norm.register_forward_pre_hook(lambda _module, inputs: before_norm.append(inputs[0][0]))
@@ -75,14 +82,15 @@ def _require_layers(place: str, distances: Sequence[Sequence[float]], wanted: Se
     least = [errors[layer] for errors, layer in zip(distances, nearest, strict=True)]
     if max(least) > FAR:
         raise ValueError(
-            f"{place}: these hidden states are not the target's, they are {max(least):.2f} away from the nearest layers "
-            f"{nearest} (relative error). Name the model that computed them in target.path, with the weights it had then"
+            f"{place}: these hidden states are not the target's, they are {max(least):.2f} away from the "
+            f"nearest layers {nearest} (relative error). Name the model that computed them in target.path, "
+            "with the weights it had then"
         )
     # Twice the least: neighbouring layers may be closer to each other than bfloat16 tells apart.
     if any(errors[layer] > 2 * low for errors, layer, low in zip(distances, wanted, least, strict=True)):
         raise ValueError(
-            f"{place} holds the inputs of layers {nearest} of the target, and the recipe wants those of {list(wanted)}. Set "
-            f"target.aux_layers='{nearest}'"
+            f"{place} holds the inputs of layers {nearest} of the target, and the recipe wants those of "
+            f"{list(wanted)}. Set target.aux_layers='{nearest}'"
         )
 
 

@@ -34,18 +34,28 @@ def load_initial_draft(recipe: Recipe) -> tuple[dict[str, Tensor], VocabularyMap
     except ValueError as error:
         raise ValueError(f"train.init_from: {error}") from error
     wanted = build_draft_config(load_text_config(resolve_path(recipe.target.path)), recipe.draft)
-    theirs, ours = ({key: getattr(c, key) for key in GEOMETRY} | {"sliding_window": sliding_window(c)} for c in (config, wanted))
-    differing = [f"{key} is {theirs[key]} there and {ours[key]} here" for key in ours if theirs[key] != ours[key]]
+    theirs, ours = (
+        {key: getattr(c, key) for key in GEOMETRY} | {"sliding_window": sliding_window(c)}
+        for c in (config, wanted)
+    )
+    differing = [
+        f"{key} is {theirs[key]} there and {ours[key]} here" for key in ours if theirs[key] != ours[key]
+    ]
     if differing:
         raise ValueError(
-            f"train.init_from: the draft in {folder} is not of this run's geometry: {'; '.join(differing)}. Change the draft "
-            "section or the target, or name another draft."
+            f"train.init_from: the draft in {folder} is not of this run's geometry: {'; '.join(differing)}. "
+            "Change the draft section or the target, or name another draft."
         )
     return {name: tensor.float() for name, tensor in state.items()}, vocabulary
 
 
 def write_initial_draft(recipe: Recipe) -> VocabularyMap:
-    """Put the weights where every rank reads them, and return the vocabulary map. Raises ValueError as `load_initial_draft`."""
+    """Put the weights where every rank reads them, and return the vocabulary map. Raises ValueError as
+    `load_initial_draft`.
+    """
     state, vocabulary = load_initial_draft(recipe)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, Path(recipe.output_dir) / INITIAL_WEIGHTS)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()},
+        Path(recipe.output_dir) / INITIAL_WEIGHTS,
+    )
     return vocabulary

@@ -1,4 +1,6 @@
-"""What is told after a rank has run out of memory: what the planner says it needs, and the settings that would help most."""
+"""What is told after a rank has run out of memory: what the planner says it needs, and the settings that
+would help most.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,15 @@ _PERHAPS = "(SIGKILL)"
 def advise_on_memory(reason: str, recipe: Recipe, ranks_per_host: int) -> str | None:
     """The planner's advice when a rank ended for `reason`; None when memory has nothing to do with it.
 
-    `recipe` is the resolved one. The memory that is there is this machine's: of a device, or an equal share of the host's.
+    `recipe` is the resolved one. The memory that is there is this machine's: of a device, or an equal share
+    of the host's.
     """
     if not _SHORTAGE.search(reason) and _PERHAPS not in reason:
         return None
     assert recipe.parallel.draft_dp is not None
-    shape = DraftShape.of(build_draft_config(load_text_config(resolve_path(recipe.target.path)), recipe.draft))
+    shape = DraftShape.of(
+        build_draft_config(load_text_config(resolve_path(recipe.target.path)), recipe.draft)
+    )
     setup = Setup.of(recipe, load_deepspeed_config(recipe.deepspeed), shape, recipe.parallel.draft_dp)
     if recipe.parallel.kv_exchange == "auto":
         setup = replace(setup, kv_exchange=choose_kv_exchange(setup))

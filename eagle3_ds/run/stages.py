@@ -1,4 +1,6 @@
-"""The stages of a run, in order; each reads what the one before left in the output folder, so each can run alone."""
+"""The stages of a run, in order; each reads what the one before left in the output folder, so each can run
+alone.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +47,8 @@ class Documents:
 def prepare(recipe: Recipe, console: Console, checkpoint: Path | None = None) -> None:
     """Target, documents, hidden states, draft vocabulary; writes vocabulary.safetensors and prepared.json.
 
-    What earlier runs left in the cache folder is used again when it was made from the same inputs. Weights to start from, of
-    a checkpoint or of `train.init_from`, bring the vocabulary that they were trained with.
+    What earlier runs left in the cache folder is used again when it was made from the same inputs. Weights to
+    start from, of a checkpoint or of `train.init_from`, bring the vocabulary that they were trained with.
     """
     section = recipe.target
     if section.build is not None:
@@ -56,8 +58,9 @@ def prepare(recipe: Recipe, console: Console, checkpoint: Path | None = None) ->
     data, fingerprint = documents.data, documents.fingerprint
     if recipe.eval.num_prompts and not data.statistics.heldout_documents:
         raise ValueError(
-            f"eval.num_prompts is {recipe.eval.num_prompts}, but no conversation is held out (data.heldout_fraction "
-            f"{recipe.data.heldout_fraction}). Raise it, name data.heldout, or set eval.num_prompts to 0."
+            f"eval.num_prompts is {recipe.eval.num_prompts}, but no conversation is held out "
+            f"(data.heldout_fraction {recipe.data.heldout_fraction}). Raise it, name data.heldout, or set "
+            "eval.num_prompts to 0."
         )
     store = place_of_states(recipe, data, documents.layout, fingerprint, console)
     output_dir = Path(recipe.output_dir)
@@ -91,7 +94,9 @@ def tokenise(recipe: Recipe, console: Console) -> Documents:
 
 
 def capture(recipe: Recipe, plan: LaunchPlan, console: Console) -> int:
-    """Run the ranks that capture, unless all hidden states are there or none are wanted; returns their exit status."""
+    """Run the ranks that capture, unless all hidden states are there or none are wanted; returns their exit
+    status.
+    """
     store = json.loads((Path(recipe.output_dir) / "prepared.json").read_text())["store"]
     if store is None or Path(store).is_dir():
         return 0
@@ -102,7 +107,9 @@ def capture(recipe: Recipe, plan: LaunchPlan, console: Console) -> int:
     return status
 
 
-def _vocabulary(recipe: Recipe, data: PreparedData, console: Console, checkpoint: Path | None) -> VocabularyMap:
+def _vocabulary(
+    recipe: Recipe, data: PreparedData, console: Console, checkpoint: Path | None
+) -> VocabularyMap:
     if checkpoint is not None:
         return VocabularyMap.load(checkpoint / VOCABULARY)
     if recipe.train.init_from is not None:
@@ -131,8 +138,16 @@ def report(recipe: Recipe, console: Console) -> None:
     folder = Path(recipe.output_dir)
     metrics, evaluation = folder / "metrics.jsonl", folder / "eval.json"
     if not metrics.is_file():
-        raise ValueError(f"output_dir: {folder} has no metrics.jsonl, so there is nothing to report. Train first.")
-    _say(console, f"report: {draw_report(metrics, evaluation if evaluation.is_file() else None, folder / 'report.png')}")
+        raise ValueError(
+            f"output_dir: {folder} has no metrics.jsonl, so there is nothing to report. Train first."
+        )
+    _say(
+        console,
+        (
+            "report: "
+            f"{draw_report(metrics, evaluation if evaluation.is_file() else None, folder / 'report.png')}"
+        ),
+    )
 
 
 def summary(recipe: Recipe, console: Console) -> None:

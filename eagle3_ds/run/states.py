@@ -19,9 +19,11 @@ from eagle3_ds.topology import detect_accelerator
 def place_of_states(
     recipe: Recipe, data: PreparedData, layout: Layout, fingerprint: Fingerprint, console: Console
 ) -> Path | None:
-    """The folder with every document's hidden states, captured now where this process is to do it; None when they are online.
+    """The folder with every document's hidden states, captured now where this process is to do it; None when
+    they are online.
 
-    With `target.capture: parallel` the folder may still be missing: the ranks of `cli_stages.capture` fill it.
+    With `target.capture: parallel` the folder may still be missing: the ranks of `cli_stages.capture` fill
+    it.
 
     Raises:
         ValueError: a damaged store, one of other documents, or a disk that cannot hold what is missing.
@@ -50,7 +52,9 @@ def _capture_alone(recipe: Recipe, data: PreparedData, writer: HiddenStateWriter
     total = sum(writer.lengths[number] for number in missing)
     try:
         with tqdm(total=total, desc="capture", unit=" tokens", unit_scale=True) as bar:
-            for row in (row for dataset in documents for row in dataset if int(row["document_id"]) in missing):
+            for row in (
+                row for dataset in documents for row in dataset if int(row["document_id"]) in missing
+            ):
                 aux, teacher = capture_hidden_states(target, torch.from_numpy(row["input_ids"]).long())
                 writer.append(int(row["document_id"]), aux, teacher, teacher_tokens(teacher, target.head))
                 bar.update(len(row["input_ids"]))

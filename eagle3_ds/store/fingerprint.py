@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 Fingerprint = Mapping[str, str]
-"""Field (target weights, tokenizer, aux layers, chat template, dtype, documents, ...) to its value or digest."""
+"""Field (target weights, tokenizer, aux layers, chat template, dtype, documents, ...) to its value or digest.
+"""
 
 
 def require_same(stored: Fingerprint, expected: Fingerprint, where: str, fix: str) -> None:
@@ -20,7 +21,9 @@ def require_same(stored: Fingerprint, expected: Fingerprint, where: str, fix: st
         if stored.get(field) != expected.get(field)
     ]
     if different:
-        raise ValueError(f"the hidden states in {where} were captured from something else ({'; '.join(different)}): {fix}")
+        raise ValueError(
+            f"the hidden states in {where} were captured from something else ({'; '.join(different)}): {fix}"
+        )
 
 
 def store_folder(cache_dir: str | Path, fingerprint: Fingerprint, dtype: str) -> Path:

@@ -1,14 +1,15 @@
 """Offline hidden-state files of other trainers, read as they lie.
 
-| written by | files | aux states are the inputs of layers | last state |
-|---|---|---|---|
-| SpecForge `prepare_hidden_states.py` | `rows_0-2000/data_0.ckpt`, `.ckpt.gz` | 2, n // 2, n - 3 | after the final norm |
-| speculators 0.5 on, `generate-offline-data` | a data set, `hidden_states/hs_0.safetensors` | 2, n // 2, n - 3 | before it |
-| speculators 0.3 and 0.4 | `data_0.pt`, `data_config.json` | 3, n // 2 + 1, n - 2 | before it |
+| written by | files | aux states are the inputs of layers | last state | |---|---|---|---| | SpecForge
+`prepare_hidden_states.py` | `rows_0-2000/data_0.ckpt`, `.ckpt.gz` | 2, n // 2, n - 3 | after the final norm |
+| speculators 0.5 on, `generate-offline-data` | a data set, `hidden_states/hs_0.safetensors` | 2, n // 2, n -
+3 | before it | | speculators 0.3 and 0.4 | `data_0.pt`, `data_config.json` | 3, n // 2 + 1, n - 2 | before it
+|
 
-All hold one row per token, nothing shifted: token, mask and states of a row belong to the same position. SpecForge numbers a
-layer by its output (1, n // 2 - 1, n - 4), and so did speculators 0.3 and 0.4 (2, n // 2, n - 3), which makes the latter's
-states one layer later than everybody else's. Which layers were asked for is written down by none but the last.
+All hold one row per token, nothing shifted: token, mask and states of a row belong to the same position.
+SpecForge numbers a layer by its output (1, n // 2 - 1, n - 4), and so did speculators 0.3 and 0.4 (2, n // 2,
+n - 3), which makes the latter's states one layer later than everybody else's. Which layers were asked for is
+written down by none but the last.
 
 Pickled files are loaded with `weights_only=True`, which runs no code that they bring.
 """
@@ -72,11 +73,13 @@ class ForeignFiles(Protocol):
     def __len__(self) -> int: ...
 
     def sample(self, index: int) -> Sample | None:
-        """The sample, or None when its hidden states were not written. Raises ValueError for a file that is damaged."""
+        """The sample, or None when its hidden states were not written. Raises ValueError for a file that is
+        damaged.
+        """
 
     def aux_layers(self, num_layers: int) -> AuxLayers:
-        """The layers whose inputs the aux states are, for a target of `num_layers`, as far as the files or their writer's
-        default tell."""
+        """The layers whose inputs the aux states are, for a target of `num_layers`, as far as the files or
+        their writer's default tell."""
 
 
 def open_foreign(folder: Path, hidden_states: Path | None = None) -> ForeignFiles:
@@ -89,11 +92,16 @@ def open_foreign(folder: Path, hidden_states: Path | None = None) -> ForeignFile
         ValueError: no such folder, or no files of these kinds in it.
     """
     if not folder.is_dir():
-        raise ValueError(f"--from {folder}: there is no such folder. Name the one that holds the files to import.")
+        raise ValueError(
+            f"--from {folder}: there is no such folder. Name the one that holds the files to import."
+        )
     if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
         return SpeculatorsFiles(folder, hidden_states or folder / "hidden_states")
     if hidden_states is not None:
-        raise ValueError(f"--hidden-states goes with a data set that speculators prepared, and {folder} holds none. Remove it.")
+        raise ValueError(
+            f"--hidden-states goes with a data set that speculators prepared, and {folder} holds none. "
+            "Remove it."
+        )
     checkpoints = _numbered(folder.rglob("data_*.ckpt*"), r"data_(\d+)\.ckpt(\.gz)?")
     if checkpoints:
         return SpecForgeFiles(checkpoints)
@@ -101,9 +109,9 @@ def open_foreign(folder: Path, hidden_states: Path | None = None) -> ForeignFile
     if pickles:
         return SpeculatorsPickles(folder, pickles)
     raise ValueError(
-        f"--from {folder}: there are neither files of SpecForge (rows_*/data_*.ckpt), nor a data set of speculators "
-        "(dataset_info.json and hidden_states/hs_*.safetensors), nor files of speculators 0.3 or 0.4 (data_*.pt). Name the "
-        "folder that --output-path or --output named."
+        f"--from {folder}: there are neither files of SpecForge (rows_*/data_*.ckpt), nor a data set of "
+        "speculators (dataset_info.json and hidden_states/hs_*.safetensors), nor files of speculators 0.3 "
+        "or 0.4 (data_*.pt). Name the folder that --output-path or --output named."
     )
 
 
@@ -122,7 +130,9 @@ def _numbered(paths: Any, pattern: str) -> list[Path]:
 
 
 class SpecForgeFiles:
-    """One pickled file per sample: input_ids [L], loss_mask [L], aux_hidden_state [1, L, 3 * Ht], hidden_state [1, L, Ht]."""
+    """One pickled file per sample: input_ids [L], loss_mask [L], aux_hidden_state [1, L, 3 * Ht],
+    hidden_state [1, L, Ht].
+    """
 
     writer = "SpecForge prepare_hidden_states"
     last_is_normed = True
@@ -140,17 +150,25 @@ class SpecForgeFiles:
         path = self.paths[index]
         content = _load_pickle(path, ("input_ids", "loss_mask", "aux_hidden_state", "hidden_state"))
         token_ids, loss_mask = content["input_ids"].flatten(), content["loss_mask"].flatten()
-        aux, last = (_rows_of_batch(content[name], name, path) for name in ("aux_hidden_state", "hidden_state"))
+        aux, last = (
+            _rows_of_batch(content[name], name, path) for name in ("aux_hidden_state", "hidden_state")
+        )
         _check_lengths(path, len(token_ids), loss_mask=loss_mask, aux_hidden_state=aux, hidden_state=last)
         # Batches are padded to their longest sample with zeros, and written with the padding.
         used = (token_ids != 0) | (loss_mask != 0)
         length = int(used.nonzero()[-1]) + 1 if used.any() else 0
         rows = slice(0, length)
-        return _checked(Sample(str(path), token_ids[rows], loss_mask[rows], (aux[rows],), last[rows], len(token_ids) - length))
+        return _checked(
+            Sample(
+                str(path), token_ids[rows], loss_mask[rows], (aux[rows],), last[rows], len(token_ids) - length
+            )
+        )
 
 
 class SpeculatorsFiles:
-    """A data set (input_ids, loss_mask) and per row a safetensors file: hidden_states [L, 4, Ht], token_ids [L]."""
+    """A data set (input_ids, loss_mask) and per row a safetensors file: hidden_states [L, 4, Ht], token_ids
+    [L].
+    """
 
     writer = "speculators generate-offline-data"
     last_is_normed = False
@@ -159,12 +177,18 @@ class SpeculatorsFiles:
         try:
             found = datasets.load_from_disk(str(folder))
         except (OSError, ValueError) as error:
-            raise ValueError(f"--from {folder}: the data set cannot be read ({error}). Prepare it again") from error
+            raise ValueError(
+                f"--from {folder}: the data set cannot be read ({error}). Prepare it again"
+            ) from error
         missing = {"input_ids", "loss_mask"} - set(found.column_names)
         if missing:
-            raise ValueError(f"--from {folder}: the data set lacks {', '.join(sorted(missing))}, it is none of speculators")
+            raise ValueError(
+                f"--from {folder}: the data set lacks {', '.join(sorted(missing))}, it is none of speculators"
+            )
         if not hidden_states.is_dir():
-            raise ValueError(f"{hidden_states} is not a folder: name that of the hs_*.safetensors with --hidden-states")
+            raise ValueError(
+                f"{hidden_states} is not a folder: name that of the hs_*.safetensors with --hidden-states"
+            )
         self.rows = found.with_format("torch")
         self.hidden_states = hidden_states
 
@@ -177,7 +201,9 @@ class SpeculatorsFiles:
     def sample(self, index: int) -> Sample | None:
         path = self.hidden_states / f"hs_{index}.safetensors"
         if path.with_name(f"{path.name}.lock").exists():
-            raise ValueError(f"{path} is locked, so it is still being written: import it when the server has finished")
+            raise ValueError(
+                f"{path} is locked, so it is still being written: import it when the server has finished"
+            )
         if not path.is_file():
             return None
         try:
@@ -187,9 +213,13 @@ class SpeculatorsFiles:
             raise ValueError(f"{path} is damaged ({error}): remove it and generate it again") from error
         row = self.rows[index]
         if not torch.equal(token_ids.long(), row["input_ids"].long()):
-            raise ValueError(f"{path} has other tokens than row {index} of the data set: the two do not belong together")
+            raise ValueError(
+                f"{path} has other tokens than row {index} of the data set: the two do not belong together"
+            )
         if hidden.ndim != 3:
-            raise ValueError(f"{path}: hidden_states has shape {tuple(hidden.shape)}, expected [tokens, 4, hidden size]")
+            raise ValueError(
+                f"{path}: hidden_states has shape {tuple(hidden.shape)}, expected [tokens, 4, hidden size]"
+            )
         return _from_layers(path, token_ids, row["loss_mask"], hidden.unbind(1))
 
 
@@ -212,11 +242,13 @@ class SpeculatorsPickles:
             try:
                 layers = list(map(int, json.loads(self.config.read_text())["hidden_states"]["layer_ids"]))
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.config} names no hidden_states.layer_ids ({error!r}): correct or remove it") from error
+                raise ValueError(
+                    f"{self.config} names no hidden_states.layer_ids ({error!r}): correct or remove it"
+                ) from error
         if len(layers) != 4 or layers[-1] != num_layers - 1:
             raise ValueError(
-                f"{self.config}: the outputs of layers {layers} were captured, but a draft learns from three layers and the "
-                f"last one, {num_layers - 1}. Generate the files again without --layer-ids."
+                f"{self.config}: the outputs of layers {layers} were captured, but a draft learns from three "
+                f"layers and the last one, {num_layers - 1}. Generate the files again without --layer-ids."
             )
         low, middle, high = (layer + 1 for layer in layers[:3])
         return (low, middle, high)
@@ -225,8 +257,13 @@ class SpeculatorsPickles:
         path = self.paths[index]
         content = _load_pickle(path, ("input_ids", "loss_mask"))
         hidden = content.get("hidden_states")
-        if not isinstance(hidden, list) or not all(isinstance(layer, Tensor) and layer.ndim == 2 for layer in hidden):
-            raise ValueError(f"{path}: hidden_states is not a list of tensors [tokens, hidden size]: generate the file again")
+        if not isinstance(hidden, list) or not all(
+            isinstance(layer, Tensor) and layer.ndim == 2 for layer in hidden
+        ):
+            raise ValueError(
+                f"{path}: hidden_states is not a list of tensors [tokens, hidden size]: generate the file "
+                "again"
+            )
         return _from_layers(path, content["input_ids"], content["loss_mask"], hidden)
 
 
@@ -240,12 +277,18 @@ def _load_pickle(path: Path, tensors: Sequence[str]) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, zlib.error, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} cannot be read as tensors ({reason}): it is damaged, or holds more than data") from error
+        raise ValueError(
+            f"{path} cannot be read as tensors ({reason}): it is damaged, or holds more than data"
+        ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, expected a dictionary with {', '.join(tensors)}")
+        raise ValueError(
+            f"{path} holds {type(content).__name__}, expected a dictionary with {', '.join(tensors)}"
+        )
     wrong = [name for name in tensors if not isinstance(content.get(name), Tensor)]
     if wrong:
-        raise ValueError(f"{path} has no tensor {', '.join(wrong)} (keys present: {', '.join(map(str, content))})")
+        raise ValueError(
+            f"{path} has no tensor {', '.join(wrong)} (keys present: {', '.join(map(str, content))})"
+        )
     return content
 
 
@@ -260,29 +303,47 @@ def _rows_of_batch(tensor: Tensor, name: str, path: Path) -> Tensor:
 def _from_layers(path: Path, token_ids: Tensor, loss_mask: Tensor, layers: Sequence[Tensor]) -> Sample:
     if len(layers) != 4:
         raise ValueError(
-            f"{path} has {len(layers)} hidden states per token, expected 4: of three layers and the last. Generate the files "
-            "again with the layers of EAGLE-3."
+            f"{path} has {len(layers)} hidden states per token, expected 4: of three layers and the last. "
+            "Generate the files again with the layers of EAGLE-3."
         )
-    _check_lengths(path, len(token_ids), loss_mask=loss_mask, **{f"hidden_states[{i}]": layer for i, layer in enumerate(layers)})
+    _check_lengths(
+        path,
+        len(token_ids),
+        loss_mask=loss_mask,
+        **{f"hidden_states[{i}]": layer for i, layer in enumerate(layers)},
+    )
     return _checked(Sample(str(path), token_ids, loss_mask, tuple(layers[:3]), layers[3]))
 
 
 def _check_lengths(path: Path, length: int, **columns: Tensor) -> None:
     for name, column in columns.items():
         if len(column) != length:
-            raise ValueError(f"{path}: {name} has {len(column)} rows and input_ids {length}: the file is damaged")
+            raise ValueError(
+                f"{path}: {name} has {len(column)} rows and input_ids {length}: the file is damaged"
+            )
 
 
 def _checked(sample: Sample) -> Sample:
     """The sample with its integers in our dtypes."""
     if sample.token_ids.ndim != 1 or sample.token_ids.is_floating_point():
         raise ValueError(
-            f"{sample.place}: input_ids is {sample.token_ids.dtype} {tuple(sample.token_ids.shape)}, expected [tokens]"
+            f"{sample.place}: input_ids is {sample.token_ids.dtype} {tuple(sample.token_ids.shape)}, "
+            "expected [tokens]"
         )
     values = set(sample.loss_mask.unique().tolist())
     if not values <= {0, 1}:
         raise ValueError(f"{sample.place}: loss_mask holds {sorted(values - {0, 1})[0]}, expected 0 and 1")
     widths, wanted = sum(part.shape[1] for part in sample.aux_parts), 3 * sample.last.shape[1]
     if widths != wanted:
-        raise ValueError(f"{sample.place}: the aux states are {widths} wide, expected {wanted}, three times the last state's")
-    return Sample(sample.place, sample.token_ids.long(), sample.loss_mask.bool(), sample.aux_parts, sample.last, sample.padding)
+        raise ValueError(
+            f"{sample.place}: the aux states are {widths} wide, expected {wanted}, three times the last "
+            "state's"
+        )
+    return Sample(
+        sample.place,
+        sample.token_ids.long(),
+        sample.loss_mask.bool(),
+        sample.aux_parts,
+        sample.last,
+        sample.padding,
+    )

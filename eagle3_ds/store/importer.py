@@ -1,4 +1,6 @@
-"""From foreign files to what a recipe trains on: rows of tokens for `data.train`, and a store of their hidden states."""
+"""From foreign files to what a recipe trains on: rows of tokens for `data.train`, and a store of their hidden
+states.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from eagle3_ds.store.writer import HiddenStateWriter
 ROWS_AT_ONCE = 8192
 """Rows of a sample whose copies exist at a time."""
 Finish = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Last states [n, Ht] as they lie in the files -> teacher [n, Ht] behind the final norm, and teacher_token int64 [n]."""
+"""Last states [n, Ht] as they lie in the files -> teacher [n, Ht] behind the final norm, and teacher_token
+int64 [n].
+"""
 
 
 @dataclass
@@ -54,7 +58,9 @@ class ImportedRows:
         return f"{self.rows:,} rows of {self.tokens:,} tokens; left out: {', '.join(left_out) or 'nothing'}"
 
 
-def write_rows(files: ForeignFiles, path: Path, max_length: int, progress: Iterable[int] | None = None) -> ImportedRows:
+def write_rows(
+    files: ForeignFiles, path: Path, max_length: int, progress: Iterable[int] | None = None
+) -> ImportedRows:
     """Write the samples' tokens and masks as JSON lines at `path`, whole or not at all.
 
     Args:
@@ -87,7 +93,10 @@ def write_rows(files: ForeignFiles, path: Path, max_length: int, progress: Itera
         raise ValueError(f"none of the {len(files)} samples of {files.writer} can teach: {found.text}")
     if path.exists() and not filecmp.cmp(path, aside, shallow=False):
         aside.unlink()
-        raise ValueError(f"{path} exists and holds other rows than these files: name another file in data.train, or remove it")
+        raise ValueError(
+            f"{path} exists and holds other rows than these files: name another file in data.train, or "
+            "remove it"
+        )
     os.replace(aside, path)
     return found
 
@@ -98,16 +107,19 @@ def token_digest(tokens: np.ndarray) -> str:
 
 
 def match_documents(sides: Sequence[datasets.Dataset], rows: ImportedRows) -> dict[int, list[int]]:
-    """Sample number -> the documents whose tokens begin it. Raises ValueError for a document that begins no sample."""
+    """Sample number -> the documents whose tokens begin it. Raises ValueError for a document that begins no
+    sample.
+    """
     documents: dict[int, list[int]] = {}
     for side in sides:
         for row in side.with_format("numpy"):
             sample = rows.samples.get(token_digest(row["input_ids"]))
             if sample is None:
                 raise ValueError(
-                    f"document {int(row['document_id'])} with {len(row['input_ids'])} tokens is not the beginning of an imported "
-                    "sample: its hidden states would be those of another text before it. Set data.on_too_long to drop, truncate "
-                    "or error, and let data.train name nothing but the imported rows"
+                    f"document {int(row['document_id'])} with {len(row['input_ids'])} tokens is not the "
+                    "beginning of an imported sample: its hidden states would be those of another text "
+                    "before it. Set data.on_too_long to drop, truncate or error, and let data.train name "
+                    "nothing but the imported rows"
                 )
             documents.setdefault(sample, []).append(int(row["document_id"]))
     return documents
@@ -120,7 +132,8 @@ def fill_store(
     finish: Finish,
     progress: Iterable[int] | None = None,
 ) -> None:
-    """Put the hidden states of the samples in `documents` (from `match_documents`) into the store, but for what it has.
+    """Put the hidden states of the samples in `documents` (from `match_documents`) into the store, but for
+    what it has.
 
     Raises:
         ValueError: a damaged file, states that are not finite, or a full disk.
@@ -132,7 +145,10 @@ def fill_store(
             continue
         sample = files.sample(index)
         if sample is None:
-            raise ValueError(f"the hidden states of sample {index} of {files.writer} vanished: bring the file back and run again")
+            raise ValueError(
+                f"the hidden states of sample {index} of {files.writer} vanished: bring the file back and "
+                "run again"
+            )
         for document in wanted:
             length = writer.lengths[document]
             for start in range(0, length, ROWS_AT_ONCE):

@@ -1,6 +1,7 @@
 """What a hidden-state store is on disk: the tensors of a piece, the shards, and the index that names them.
 
-Everything read here may have been damaged, or written by somebody else: nothing of it is used before it was checked.
+Everything read here may have been damaged, or written by somebody else: nothing of it is used before it was
+checked.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Layout:
         if self.dtype == FLOAT8 and self.aux_width % self.teacher_width:
             raise ValueError(
                 f"data.hidden_dtype is float8, and aux rows of {self.aux_width} are not hidden states of "
-                f"{self.teacher_width} side by side, which share an exponent each: use another data.hidden_dtype"
+                f"{self.teacher_width} side by side, which share an exponent each: use another "
+                "data.hidden_dtype"
             )
 
     @property
@@ -69,7 +71,9 @@ class Layout:
 
     @property
     def read_dtype(self) -> torch.dtype:
-        """Dtype that hidden states are read in: the stored one, and bfloat16 for float8, which it holds exactly."""
+        """Dtype that hidden states are read in: the stored one, and bfloat16 for float8, which it holds
+        exactly.
+        """
         return torch.bfloat16 if self.dtype == FLOAT8 else DTYPES[self.dtype]
 
     def width(self, name: ColumnName) -> tuple[int, ...]:
@@ -96,7 +100,9 @@ def exponent_of(name: str) -> str:
 
 
 class Piece(NamedTuple):
-    """Rows [start, start + length) of a document, stored together. `checksum_crc32` is that of its checksum tensor."""
+    """Rows [start, start + length) of a document, stored together. `checksum_crc32` is that of its checksum
+    tensor.
+    """
 
     document: Index
     start: Index
@@ -145,7 +151,10 @@ class StoreIndex(BaseModel):
         for shard in self.shards:
             rows = sum(piece.length for piece in shard.pieces)
             if rows * row_bytes > shard.bytes:
-                raise ValueError(f"{rows} rows of {row_bytes} bytes do not fit into the {shard.bytes} bytes of {shard.file}")
+                raise ValueError(
+                    f"{rows} rows of {row_bytes} bytes do not fit into the {shard.bytes} bytes of "
+                    f"{shard.file}"
+                )
         if len({shard.file for shard in self.shards}) < len(self.shards):
             raise ValueError("a shard is named twice")
         for document, pieces in pieces_by_document(self.shards).items():
@@ -183,8 +192,8 @@ def read_index(folder: Path) -> StoreIndex:
     file = folder / INDEX_FILE
     if not file.is_file():
         raise ValueError(
-            f"no hidden-state store at {folder}: {INDEX_FILE} is missing. Capture the hidden states (an interrupted "
-            "capture continues where it stopped)"
+            f"no hidden-state store at {folder}: {INDEX_FILE} is missing. Capture the hidden states (an "
+            "interrupted capture continues where it stopped)"
         )
     again = f"remove the folder {folder} and capture again"
     if file.stat().st_size > LARGEST_INDEX:

@@ -4,8 +4,9 @@ A store is a folder with `index.json` and safetensors shards. A document of leng
     aux            [L, aux_width]       inputs of the auxiliary target layers, concatenated
     teacher        [L, teacher_width]   last hidden state after the target's final norm
     teacher_token  int32 [L]            argmax of the target's logits over its full vocabulary
-It is stored as one or more pieces, each a run of its rows in one shard; pieces may overlap where an interrupted capture was
-continued on another mesh, and then hold the same rows. `store_writer.py` writes it, `store_index.py` says how it looks.
+It is stored as one or more pieces, each a run of its rows in one shard; pieces may overlap where an
+interrupted capture was continued on another mesh, and then hold the same rows. `store_writer.py` writes it,
+`store_index.py` says how it looks.
 """
 
 from __future__ import annotations
@@ -63,15 +64,19 @@ class HiddenStateStore:
         self.fingerprint: Fingerprint = index.fingerprint
         self.origin = index.origin
         self.shards = {shard.file: shard for shard in index.shards}
-        self._runs = {document: _runs(pieces) for document, pieces in pieces_by_document(index.shards).items()}
+        self._runs = {
+            document: _runs(pieces) for document, pieces in pieces_by_document(index.shards).items()
+        }
         self.lengths = {document: runs[-1].stop for document, runs in self._runs.items()}
         self._opened: OrderedDict[str, Any] = OrderedDict()
 
     @classmethod
     def open(cls, path: str | Path, expect: Fingerprint | None = None) -> HiddenStateStore:
-        """Open the store at `path`; every shard must be there in full size, and the fingerprint must equal `expect`.
+        """Open the store at `path`; every shard must be there in full size, and the fingerprint must equal
+        `expect`.
 
-        A short file must be found here: reading past the end of a mapped file kills the process. Raises ValueError.
+        A short file must be found here: reading past the end of a mapped file kills the process. Raises
+        ValueError.
         """
         path = Path(path)
         index = read_index(path)
@@ -90,12 +95,17 @@ class HiddenStateStore:
     def rows(self, document_id: int, name: ColumnName, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of one column of one document; only these are read from the disk.
 
-        Hidden states come in `layout.read_dtype`. Raises ValueError when the store lacks the document or a file is damaged.
+        Hidden states come in `layout.read_dtype`. Raises ValueError when the store lacks the document or a
+        file is damaged.
         """
         if document_id not in self._runs:
-            raise ValueError(f"document {document_id} is not in the hidden-state store {self.path}: capture again")
+            raise ValueError(
+                f"document {document_id} is not in the hidden-state store {self.path}: capture again"
+            )
         length = self.lengths[document_id]
-        assert 0 <= start <= stop <= length, f"rows {start}:{stop} of document {document_id} with {length} tokens"
+        assert 0 <= start <= stop <= length, (
+            f"rows {start}:{stop} of document {document_id} with {length} tokens"
+        )
         parts = [
             self._read(run, name, max(start, run.start), min(stop, run.stop))
             for run in self._runs[document_id]
@@ -111,16 +121,20 @@ class HiddenStateStore:
         self, documents: Sequence[int], token_ids: Tensor, loss_mask: Tensor, lengths: Sequence[int]
     ) -> tuple[Tensor, Rows, Rows]:
         """`teacher_token`, `aux` and `teacher` of `PackedSequence` for these documents end to end."""
-        return self.view(documents, "teacher_token")[:].long(), self.view(documents, "aux"), self.view(documents, "teacher")
+        return (
+            self.view(documents, "teacher_token")[:].long(),
+            self.view(documents, "aux"),
+            self.view(documents, "teacher"),
+        )
 
     def require_documents(self, lengths: Mapping[int, int]) -> None:
         """Raises ValueError unless the store holds every document of `lengths` with that many tokens."""
         wrong = [document for document, length in lengths.items() if self.lengths.get(document) != length]
         if wrong:
             raise ValueError(
-                f"the hidden-state store {self.path} does not belong to these documents: {len(wrong)} of {len(lengths)} "
-                f"are missing or have another length, the first is document {wrong[0]} with {lengths[wrong[0]]} tokens "
-                f"(store: {self.lengths.get(wrong[0], 'absent')}). Capture again"
+                f"the hidden-state store {self.path} does not belong to these documents: {len(wrong)} of "
+                f"{len(lengths)} are missing or have another length, the first is document {wrong[0]} with "
+                f"{lengths[wrong[0]]} tokens (store: {self.lengths.get(wrong[0], 'absent')}). Capture again"
             )
 
     def verify(self, progress: Iterable[Shard] | None = None) -> None:
@@ -136,8 +150,8 @@ class HiddenStateStore:
         if damages:
             more = f"; and {len(damages) - NAMED_DAMAGES} more" if len(damages) > NAMED_DAMAGES else ""
             raise ValueError(
-                f"the hidden-state store {self.path} is damaged: {'; '.join(damages[:NAMED_DAMAGES])}{more}. Remove the "
-                "folder and capture again"
+                f"the hidden-state store {self.path} is damaged: {'; '.join(damages[:NAMED_DAMAGES])}{more}. "
+                "Remove the folder and capture again"
             )
 
     def _damages(self, shard: Shard) -> Iterator[str]:
@@ -175,11 +189,15 @@ class HiddenStateStore:
             raise self._damaged(shard, f"{key}: {error}") from error
         found = tuple(stored.get_shape())
         if found != wanted.shape or stored[0:1].dtype != wanted.dtype:
-            raise self._damaged(shard, f"{key} is {stored.get_dtype()} {found} instead of {wanted.dtype} {wanted.shape}")
+            raise self._damaged(
+                shard, f"{key} is {stored.get_dtype()} {found} instead of {wanted.dtype} {wanted.shape}"
+            )
         return stored
 
     def _open_shard(self, shard: Shard) -> Any:
-        """The mapped shard. Raises ValueError when the file vanished, changed its size, or has a damaged header."""
+        """The mapped shard. Raises ValueError when the file vanished, changed its size, or has a damaged
+        header.
+        """
         if shard.file in self._opened:
             self._opened.move_to_end(shard.file)
             return self._opened[shard.file]
@@ -196,7 +214,9 @@ class HiddenStateStore:
         return self._opened[shard.file]
 
     def _damaged(self, shard: Shard, what: str) -> ValueError:
-        return ValueError(f"{self.path / shard.file} is damaged ({what}): remove the folder {self.path} and capture again")
+        return ValueError(
+            f"{self.path / shard.file} is damaged ({what}): remove the folder {self.path} and capture again"
+        )
 
     def _join(self, parts: Sequence[Tensor], name: ColumnName) -> Tensor:
         if not parts:
@@ -206,11 +226,15 @@ class HiddenStateStore:
 
 
 def _runs(pieces: Sequence[tuple[Piece, Shard]]) -> tuple[_Run, ...]:
-    """Which piece serves which rows, in order and without overlap. The pieces leave no gap (the index was checked)."""
+    """Which piece serves which rows, in order and without overlap. The pieces leave no gap (the index was
+    checked).
+    """
     runs: list[_Run] = []
     reached, last = 0, max(piece.stop for piece, _ in pieces)
     while reached < last:
-        piece, shard = max((entry for entry in pieces if entry[0].start <= reached), key=lambda entry: entry[0].stop)
+        piece, shard = max(
+            (entry for entry in pieces if entry[0].start <= reached), key=lambda entry: entry[0].stop
+        )
         runs.append(_Run(reached, piece.stop, piece, shard))
         reached = piece.stop
     return tuple(runs)
@@ -219,12 +243,16 @@ def _runs(pieces: Sequence[tuple[Piece, Shard]]) -> tuple[_Run, ...]:
 def _check_file(path: Path, expected: int) -> None:
     fix = f"remove the folder {path.parent} and capture again"
     if path.resolve().parent != path.parent.resolve():
-        raise ValueError(f"{path} is a link out of the hidden-state store, to {path.resolve()}, and is not followed: {fix}")
+        raise ValueError(
+            f"{path} is a link out of the hidden-state store, to {path.resolve()}, and is not followed: {fix}"
+        )
     if not path.is_file():
         raise ValueError(f"{path} is missing from the hidden-state store: {fix}")
     size = path.stat().st_size
     if size != expected:
-        raise ValueError(f"{path} has {size} bytes instead of {expected}, it is truncated or overwritten: {fix}")
+        raise ValueError(
+            f"{path} has {size} bytes instead of {expected}, it is truncated or overwritten: {fix}"
+        )
 
 
 def _damaged_rows(piece: Any, checksums: Tensor) -> list[int]:
@@ -244,7 +272,9 @@ def _say_rows(rows: Sequence[int], offset: int) -> str:
 
 
 class PackedRows:
-    """The rows of several documents end to end, [L, width] or [L]; `rows[a:b]` reads just rows a to b, across documents."""
+    """The rows of several documents end to end, [L, width] or [L]; `rows[a:b]` reads just rows a to b, across
+    documents.
+    """
 
     def __init__(self, store: HiddenStateStore, documents: Sequence[int], name: ColumnName) -> None:
         self.store = store

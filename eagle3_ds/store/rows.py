@@ -20,11 +20,13 @@ ROWS_AT_ONCE = 4096
 
 
 def encode_float8(rows: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
-    """Codes and exponents of `rows` [L, W] of values up to `LARGEST_FLOAT8`, so that `codes * 2**exponents` is close to them.
+    """Codes and exponents of `rows` [L, W] of values up to `LARGEST_FLOAT8`, so that `codes * 2**exponents`
+    is close to them.
 
-    Every hidden state of every row has an exponent of its own, the smallest with which its largest value fits: later layers
-    are far larger than early ones, and a few tokens far larger than the rest. A power of two takes a byte and makes decoding
-    to bfloat16 exact; a scale of maximum / 448 comes hardly closer (measured, docs/lab-notes.md).
+    Every hidden state of every row has an exponent of its own, the smallest with which its largest value
+    fits: later layers are far larger than early ones, and a few tokens far larger than the rest. A power of
+    two takes a byte and makes decoding to bfloat16 exact; a scale of maximum / 448 comes hardly closer
+    (measured, docs/lab-notes.md).
 
     Returns:
         float8_e4m3fn [L, W] and int8 [L, G].
@@ -34,9 +36,12 @@ def encode_float8(rows: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
     for start in range(0, len(rows), ROWS_AT_ONCE):
         piece = rows[start : start + ROWS_AT_ONCE].float().unflatten(1, (-1, hidden_size))
         mantissa, exponent = torch.frexp(piece.abs().amax(-1))
-        # amax = mantissa * 2**exponent with mantissa in [0.5, 1): it fits under 0.875 * 2**9 as it is, or halved once.
+        # amax = mantissa * 2**exponent with mantissa in [0.5, 1): it fits under 0.875 * 2**9 as it is, or
+        # halved once.
         exponent = (exponent - 9 + (mantissa > 0.875).int()).clamp(-126, 127)
-        codes[start : start + len(piece)] = (piece * power_of_two(-exponent)[..., None]).flatten(1).to(codes.dtype)
+        codes[start : start + len(piece)] = (
+            (piece * power_of_two(-exponent)[..., None]).flatten(1).to(codes.dtype)
+        )
         exponents[start : start + len(piece)] = exponent.to(torch.int8)
     return codes, exponents
 

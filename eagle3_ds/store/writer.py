@@ -1,7 +1,8 @@
 """Writing a hidden-state store so that a crash loses at most one shard.
 
-The store grows in the folder `<path>.partial`. A shard is written under a hidden name, flushed and renamed, and carries the
-list of its pieces in its own header: what has its final name is whole. The index comes last, then the folder gets its name.
+The store grows in the folder `<path>.partial`. A shard is written under a hidden name, flushed and renamed,
+and carries the list of its pieces in its own header: what has its final name is whole. The index comes last,
+then the folder gets its name.
 """
 
 from __future__ import annotations
@@ -54,20 +55,21 @@ def required_bytes(lengths: Mapping[int, int], layout: Layout) -> int:
 
 
 class HiddenStateWriter:
-    """Fills the store at `path` with the documents of `lengths` ({document_id: tokens}), in any order. `origin` says who
-    computed their hidden states.
+    """Fills the store at `path` with the documents of `lengths` ({document_id: tokens}), in any order.
+    `origin` says who computed their hidden states.
 
-    Continues an interrupted capture: `missing()` lists what is still to do. Several processes may write at once, each with
-    its own `rank`: whole documents, or the rows of each document that the rank holds. All are made before any of them
-    writes; after all have called `flush()`, one of them calls `finish()`. Making one writes nothing.
+    Continues an interrupted capture: `missing()` lists what is still to do. Several processes may write at
+    once, each with its own `rank`: whole documents, or the rows of each document that the rank holds. All are
+    made before any of them writes; after all have called `flush()`, one of them calls `finish()`. Making one
+    writes nothing.
 
     Attributes:
         required: bytes that the missing documents take.
         free: bytes free on the file system of `path`.
 
     Raises:
-        ValueError: the disk is too small, or there is a store already, or the interrupted capture there is damaged or was
-            made from something else.
+        ValueError: the disk is too small, or there is a store already, or the interrupted capture there is
+            damaged or was made from something else.
     """
 
     def __init__(
@@ -94,18 +96,23 @@ class HiddenStateWriter:
         self._pending: list[Piece] = []
         self._pending_bytes = 0
         if self.path.exists():
-            raise ValueError(f"there is a complete hidden-state store at {self.path}: open it, or remove the folder first")
+            raise ValueError(
+                f"there is a complete hidden-state store at {self.path}: open it, or remove the folder first"
+            )
         self._spans: dict[int, list[tuple[int, int]]] = {document: [] for document in self.lengths}
         for file in self._shard_files():
             for piece in self._read_pieces(file):
                 self._spans[piece.document].append((piece.start, piece.stop))
-        self.required = required_bytes({document: self.lengths[document] for document in self.missing()}, layout)
+        self.required = required_bytes(
+            {document: self.lengths[document] for document in self.missing()}, layout
+        )
         self.free = shutil.disk_usage(_existing(self.partial)).free
         if self.required > self.free:
             raise ValueError(
-                f"the hidden states take {self.required:,} bytes and {_existing(self.partial)} has {self.free:,} free: free "
-                "some space, put data.cache_dir on another disk, set data.hidden_dtype to float8, or use fewer or shorter "
-                "conversations (data.max_conversations, data.max_length)"
+                f"the hidden states take {self.required:,} bytes and {_existing(self.partial)} has "
+                f"{self.free:,} free: free some space, put data.cache_dir on another disk, set "
+                "data.hidden_dtype to float8, or use fewer or shorter conversations "
+                "(data.max_conversations, data.max_length)"
             )
 
     @property
@@ -113,10 +120,14 @@ class HiddenStateWriter:
         """What will be written and where, for people."""
         missing = self.missing()
         tokens = sum(self.lengths[document] for document in missing)
-        done = f", {len(self.lengths) - len(missing)} documents are there already" if self.partial.exists() else ""
+        done = (
+            f", {len(self.lengths) - len(missing)} documents are there already"
+            if self.partial.exists()
+            else ""
+        )
         return (
-            f"{len(missing)} documents of {tokens:,} tokens take {decimal(self.required)} as {self.layout.dtype} in "
-            f"{self.path.parent}, {decimal(self.free)} are free{done}"
+            f"{len(missing)} documents of {tokens:,} tokens take {decimal(self.required)} as "
+            f"{self.layout.dtype} in {self.path.parent}, {decimal(self.free)} are free{done}"
         )
 
     def missing(self) -> list[int]:
@@ -127,11 +138,14 @@ class HiddenStateWriter:
         """Whether all rows of the document are on disk or wait in this process."""
         return covers(self._spans[document_id], self.lengths[document_id])
 
-    def append(self, document_id: int, aux: Tensor, teacher: Tensor, teacher_token: Tensor, start: int | None = None) -> None:
-        """Add a document, or as many rows of it from row `start` on: aux [n, aux_width], teacher [n, teacher_width],
-        teacher_token [n]; cast to the store's dtypes.
+    def append(
+        self, document_id: int, aux: Tensor, teacher: Tensor, teacher_token: Tensor, start: int | None = None
+    ) -> None:
+        """Add a document, or as many rows of it from row `start` on: aux [n, aux_width], teacher [n,
+        teacher_width], teacher_token [n]; cast to the store's dtypes.
 
-        Raises ValueError for wrong shapes, for values that are not finite in the store's dtype, and when the disk is full.
+        Raises ValueError for wrong shapes, for values that are not finite in the store's dtype, and when the
+        disk is full.
         """
         length = self.lengths[document_id]
         assert not self.holds(document_id), f"document {document_id} is in the store already"
@@ -157,7 +171,9 @@ class HiddenStateWriter:
         metadata = {"pieces": json.dumps(self._pending), "identity": json.dumps(self._identity)}
         with self._full_disk_told(aside):
             save_file(self._tensors, aside, metadata=metadata)
-            aside.chmod(0o644)  # safetensors leaves it to its owner; other users may train from the same cache
+            aside.chmod(
+                0o644
+            )  # safetensors leaves it to its owner; other users may train from the same cache
             _sync(aside)
         os.rename(aside, self.partial / name)
         _sync(self.partial)
@@ -173,17 +189,24 @@ class HiddenStateWriter:
         spans: dict[int, list[tuple[int, int]]] = {document: [] for document in self.lengths}
         for piece in (piece for shard in shards for piece in shard.pieces):
             spans[piece.document].append((piece.start, piece.stop))
-        absent = [document for document, length in self.lengths.items() if not covers(spans[document], length)]
+        absent = [
+            document for document, length in self.lengths.items() if not covers(spans[document], length)
+        ]
         if absent:
             raise ValueError(
-                f"the capture into {self.partial} has {len(self.lengths) - len(absent)} whole documents instead of "
-                f"{len(self.lengths)}; missing: {absent[:5]}. Capture these, or remove the folder and start again"
+                f"the capture into {self.partial} has {len(self.lengths) - len(absent)} whole documents "
+                f"instead of {len(self.lengths)}; missing: {absent[:5]}. Capture these, or remove the folder "
+                "and start again"
             )
         for leftover in self.partial.glob(".shard-*"):
             leftover.unlink()
         aside = self.partial / f".{INDEX_FILE}"
         index = StoreIndex(
-            format=STORE_FORMAT, origin=self.origin, layout=self.layout, fingerprint=self.fingerprint, shards=shards
+            format=STORE_FORMAT,
+            origin=self.origin,
+            layout=self.layout,
+            fingerprint=self.fingerprint,
+            shards=shards,
         )
         with self._full_disk_told(aside):
             aside.write_text(index.model_dump_json(indent=1) + "\n")
@@ -202,8 +225,8 @@ class HiddenStateWriter:
         except (OSError, SafetensorError) as error:
             aside.unlink(missing_ok=True)
             raise ValueError(
-                f"{aside.with_name(aside.name.removeprefix('.'))} could not be written ({error}). The shards before it are "
-                "whole: free some space and run again, the capture continues after them"
+                f"{aside.with_name(aside.name.removeprefix('.'))} could not be written ({error}). The shards "
+                "before it are whole: free some space and run again, the capture continues after them"
             ) from error
 
     def _encode(self, piece: Piece, given: Mapping[ColumnName, Tensor]) -> dict[str, Tensor]:
@@ -217,11 +240,17 @@ class HiddenStateWriter:
             if name == "teacher_token":
                 encoded[name] = tensor.detach().to("cpu", torch.int32, copy=True).contiguous()
             else:
-                encoded |= self._encode_states(name, tensor.detach(), f"{where} is not finite as {self.layout.dtype}", piece)
+                encoded |= self._encode_states(
+                    name, tensor.detach(), f"{where} is not finite as {self.layout.dtype}", piece
+                )
         ordered = {name: encoded[name] for name in self.layout.tensors(1) if name != CHECKSUM}
-        return ordered | {CHECKSUM: torch.stack([row_checksums(tensor) for tensor in ordered.values()], dim=1)}
+        return ordered | {
+            CHECKSUM: torch.stack([row_checksums(tensor) for tensor in ordered.values()], dim=1)
+        }
 
-    def _encode_states(self, name: ColumnName, states: Tensor, not_finite: str, piece: Piece) -> dict[str, Tensor]:
+    def _encode_states(
+        self, name: ColumnName, states: Tensor, not_finite: str, piece: Piece
+    ) -> dict[str, Tensor]:
         if self.layout.dtype == FLOAT8:
             stored, limit = states.cpu(), LARGEST_FLOAT8
         else:
@@ -231,9 +260,9 @@ class HiddenStateWriter:
         if row is not None:
             largest = states[row].abs().max().item()
             raise ValueError(
-                f"{not_finite} (largest input {largest:.4g}), first at row {row + piece.start}: set data.hidden_dtype to "
-                "bfloat16 or float32, or mend the target. `eagle3-ds data inspect RECIPE --document "
-                f"{piece.document}` shows its text"
+                f"{not_finite} (largest input {largest:.4g}), first at row {row + piece.start}: set "
+                "data.hidden_dtype to bfloat16 or float32, or mend the target. `eagle3-ds data inspect "
+                f"RECIPE --document {piece.document}` shows its text"
             )
         if self.layout.dtype != FLOAT8:
             return {name: stored}
@@ -244,14 +273,18 @@ class HiddenStateWriter:
         return sorted(self.partial.glob(f"shard-{'*' if rank is None else f'{rank:04d}'}-*.safetensors"))
 
     def _read_pieces(self, file: Path) -> list[Piece]:
-        """Pieces of a shard that an earlier run left. Raises ValueError when it is damaged or made from something else."""
+        """Pieces of a shard that an earlier run left. Raises ValueError when it is damaged or made from
+        something else.
+        """
         try:
             with safe_open(file, framework="pt") as shard:
                 metadata = shard.metadata() or {}
             pieces = PIECES.validate_json(metadata.get("pieces", ""))
             identity = IDENTITY.validate_json(metadata.get("identity", ""))
         except (SafetensorError, ValidationError) as error:
-            raise ValueError(f"{file} is damaged ({error}): remove that file, the capture will make its rows again") from error
+            raise ValueError(
+                f"{file} is damaged ({error}): remove that file, the capture will make its rows again"
+            ) from error
         again = f"finish what began it, or remove the folder {self.partial} to start again"
         require_same(identity, self._identity, str(file), again)
         strange = [piece for piece in pieces if piece.stop > self.lengths.get(piece.document, 0)]
@@ -263,7 +296,12 @@ class HiddenStateWriter:
         return pieces
 
     def _describe(self, file: Path) -> Shard:
-        return Shard(file=file.name, bytes=file.stat().st_size, header_crc32=header_crc32(file), pieces=self._read_pieces(file))
+        return Shard(
+            file=file.name,
+            bytes=file.stat().st_size,
+            header_crc32=header_crc32(file),
+            pieces=self._read_pieces(file),
+        )
 
 
 def _existing(path: Path) -> Path:

@@ -1,4 +1,5 @@
-"""A small Llama and its tokenizer, trained from scratch on the texts handed in, for machines without a real target.
+"""A small Llama and its tokenizer, trained from scratch on the texts handed in, for machines without a real
+target.
 
 Legend: B rows of a batch, T tokens of a row, V vocabulary.
 """
@@ -30,7 +31,8 @@ Messages = list[dict[str, str]]
 RECORD = "build.json"
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHARACTERS_PER_TOKEN = 4
-"""An upper estimate for a byte-level BPE of a few thousand tokens on code: sets how much text is asked for."""
+"""An upper estimate for a byte-level BPE of a few thousand tokens on code: sets how much text is asked for.
+"""
 WARMUP_SHARE = 0.1
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -55,7 +57,8 @@ def build_target(
 
     Args:
         texts: plain documents; read only as far as the training needs them.
-        conversations: lists of messages (role, content), rendered with the chat template; half of the training.
+        conversations: lists of messages (role, content), rendered with the chat template; half of the
+            training.
 
     Returns:
         The folder, as `save_pretrained` writes it, with the weights in fp32 and the build in build.json.
@@ -65,7 +68,9 @@ def build_target(
             sizes without a meaning.
     """
     if section.build is None:
-        raise ValueError(f"target.build is null: it says how to build the target at {section.path!r}. Set it.")
+        raise ValueError(
+            f"target.build is null: it says how to build the target at {section.path!r}. Set it."
+        )
     build, folder = section.build, Path(section.path).expanduser()
     if folder.exists():
         _check_same_build(folder, build)
@@ -109,21 +114,29 @@ def _check_same_build(folder: Path, build: TargetBuild) -> None:
     record = folder / RECORD
     if not record.is_file():
         raise ValueError(
-            f"target.path = {str(folder)!r} exists, but was not built from target.build (no {RECORD}): it is not replaced. "
-            "Remove target.build to use it as it is, or name another path."
+            f"target.path = {str(folder)!r} exists, but was not built from target.build (no {RECORD}): it is "
+            "not replaced. Remove target.build to use it as it is, or name another path."
         )
     found = json.loads(record.read_text(encoding="utf-8"))["build"]
     wanted = build.model_dump()
-    changed = [f"{key} {found.get(key)} there, {wanted.get(key)} wanted" for key in wanted if found.get(key) != wanted[key]]
+    changed = [
+        f"{key} {found.get(key)} there, {wanted.get(key)} wanted"
+        for key in wanted
+        if found.get(key) != wanted[key]
+    ]
     if changed:
         raise ValueError(
-            f"target.path = {str(folder)!r} was built from other values ({'; '.join(changed)}): it is not replaced. Name "
-            "another path, remove the folder, or restore target.build."
+            f"target.path = {str(folder)!r} was built from other values ({'; '.join(changed)}): it is not "
+            "replaced. Name another path, remove the folder, or restore target.build."
         )
 
 
-def _gather(build: TargetBuild, texts: Iterable[str], conversations: Iterable[Messages]) -> list[str | Messages]:
-    """As many documents as the training reads once, half of the characters plain and half chat while both last."""
+def _gather(
+    build: TargetBuild, texts: Iterable[str], conversations: Iterable[Messages]
+) -> list[str | Messages]:
+    """As many documents as the training reads once, half of the characters plain and half chat while both
+    last.
+    """
     wanted = max(1, build.steps) * build.batch_size * (build.sequence_length + 1) * CHARACTERS_PER_TOKEN
     plain, chat = iter(texts), iter(conversations)
     sizes = {"plain": 0, "chat": 0}
@@ -138,18 +151,23 @@ def _gather(build: TargetBuild, texts: Iterable[str], conversations: Iterable[Me
         if document is None:
             break
         documents.append(document)
-        sizes[kind] += len(document) if isinstance(document, str) else sum(len(m["content"]) for m in document)
+        sizes[kind] += (
+            len(document) if isinstance(document, str) else sum(len(m["content"]) for m in document)
+        )
     return documents
 
 
-def _train_tokenizer(build: TargetBuild, documents: list[str | Messages]) -> transformers.PreTrainedTokenizerFast:
+def _train_tokenizer(
+    build: TargetBuild, documents: list[str | Messages]
+) -> transformers.PreTrainedTokenizerFast:
     """A byte-level BPE, so that any text has tokens, with the chat's special tokens and template."""
     special = [END_OF_TEXT, TURN_START, TURN_END]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if build.vocab_size < len(alphabet) + len(special):
         raise ValueError(
-            f"target.build.vocab_size = {build.vocab_size} is less than the {len(alphabet)} bytes and {len(special)} special "
-            f"tokens that every tokenizer has. Use at least {len(alphabet) + len(special)}."
+            f"target.build.vocab_size = {build.vocab_size} is less than the {len(alphabet)} bytes and "
+            f"{len(special)} special tokens that every tokenizer has. Use at least "
+            f"{len(alphabet) + len(special)}."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -157,7 +175,10 @@ def _train_tokenizer(build: TargetBuild, documents: list[str | Messages]) -> tra
     trainer = trainers.BpeTrainer(
         vocab_size=build.vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    plain = ("\n".join(message["content"] for message in doc) if isinstance(doc, list) else doc for doc in documents)
+    plain = (
+        "\n".join(message["content"] for message in doc) if isinstance(doc, list) else doc
+        for doc in documents
+    )
     tokenizer.train_from_iterator(plain, trainer)
     wrapped = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -171,9 +192,14 @@ def _train_tokenizer(build: TargetBuild, documents: list[str | Messages]) -> tra
     return wrapped
 
 
-def _tokenise(build: TargetBuild, tokenizer: transformers.PreTrainedTokenizerFast, documents: list[str | Messages]) -> Tensor:
+def _tokenise(
+    build: TargetBuild, tokenizer: transformers.PreTrainedTokenizerFast, documents: list[str | Messages]
+) -> Tensor:
     """All documents in one stream, cut into rows: int64 [N, sequence_length + 1]."""
-    rendered = [tokenizer.apply_chat_template(doc, tokenize=False) if isinstance(doc, list) else doc for doc in documents]
+    rendered = [
+        tokenizer.apply_chat_template(doc, tokenize=False) if isinstance(doc, list) else doc
+        for doc in documents
+    ]
     separator = tokenizer.pad_token_id
     stream: list[int] = []
     for ids in tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"] if rendered else []:
@@ -182,8 +208,8 @@ def _tokenise(build: TargetBuild, tokenizer: transformers.PreTrainedTokenizerFas
     width = build.sequence_length + 1
     if len(stream) < width:
         raise ValueError(
-            f"the texts for target.build give {len(stream)} tokens, less than one training row of sequence_length + 1 = "
-            f"{width}. Give more text or lower target.build.sequence_length."
+            f"the texts for target.build give {len(stream)} tokens, less than one training row of "
+            f"sequence_length + 1 = {width}. Give more text or lower target.build.sequence_length."
         )
     whole = len(stream) // width
     return torch.tensor(stream[: whole * width]).view(whole, width)
@@ -192,7 +218,9 @@ def _tokenise(build: TargetBuild, tokenizer: transformers.PreTrainedTokenizerFas
 def _train_model(
     build: TargetBuild, tokenizer: transformers.PreTrainedTokenizerFast, rows: Tensor, progress: bool
 ) -> tuple[transformers.LlamaForCausalLM, list[float]]:
-    """AdamW with a short warm-up and a cosine to zero, gradients clipped at 1; the seed leaves the caller's alone."""
+    """AdamW with a short warm-up and a cosine to zero, gradients clipped at 1; the seed leaves the caller's
+    alone.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(build.seed)
         model = transformers.LlamaForCausalLM(_model_config(build, tokenizer)).float()
@@ -201,7 +229,13 @@ def _train_model(
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=build.learning_rate, betas=(0.9, 0.95))
     losses: list[float] = []
-    bar = tqdm(_batches(build, rows), total=build.steps, desc="building the target", disable=not progress, unit="step")
+    bar = tqdm(
+        _batches(build, rows),
+        total=build.steps,
+        desc="building the target",
+        disable=not progress,
+        unit="step",
+    )
     model.train()
     for step, batch in enumerate(bar):
         for group in optimizer.param_groups:
@@ -226,7 +260,8 @@ def _model_config(build: TargetBuild, tokenizer: Any) -> transformers.LlamaConfi
         num_attention_heads=build.num_heads,
         num_key_value_heads=build.num_kv_heads,
         max_position_embeddings=build.max_positions,
-        initializer_range=build.hidden_size**-0.5,  # the usual 0.02 is too small for narrow layers: learning starts late
+        initializer_range=build.hidden_size
+        ** -0.5,  # the usual 0.02 is too small for narrow layers: learning starts late
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -1,4 +1,5 @@
-"""What the draft is taught with: hidden states of three target layers, of its final norm, and its choice of token.
+"""What the draft is taught with: hidden states of three target layers, of its final norm, and its choice of
+token.
 
 Legend: L tokens, Ht hidden size of the target, V vocabulary.
 """
@@ -33,7 +34,9 @@ class AuxCapture:
             self._handles.append(layer.register_forward_pre_hook(self._keep(place), with_kwargs=True))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -60,8 +63,8 @@ def capture_hidden_states(target: Target, input_ids: Tensor) -> tuple[Tensor, Te
         input_ids: int64 [L], on any device.
 
     Returns:
-        aux [L, 3 * Ht]: the concatenated inputs of the aux layers; teacher [L, Ht]: the output of the final norm, which the
-        head applies to directly. Both in the target's dtype, on its device.
+        aux [L, 3 * Ht]: the concatenated inputs of the aux layers; teacher [L, Ht]: the output of the final
+        norm, which the head applies to directly. Both in the target's dtype, on its device.
     """
     base = target.base
     with AuxCapture(base, target.aux_layers) as capture:

@@ -1,6 +1,8 @@
-"""Which targets a draft can be taught by, and which can run cut into spans: judged from the config, refused by name.
+"""Which targets a draft can be taught by, and which can run cut into spans: judged from the config, refused
+by name.
 
-Any causal LM of transformers is taken that passes; docs/targets.md lists the families that the tests hold to the plain forward.
+Any causal LM of transformers is taken that passes; docs/targets.md lists the families that the tests hold to
+the plain forward.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ def check_supported(config: Any, path: str) -> None:
     """Refuse what the draft cannot learn from or mirror. `config`: the target's text config.
 
     Raises:
-        ValueError: an encoder-decoder, a config without the sizes that the draft takes over, a rotary embedding of part of
-            the head, or logits that are not a plain product with the head.
+        ValueError: an encoder-decoder, a config without the sizes that the draft takes over, a rotary
+            embedding of part of the head, or logits that are not a plain product with the head.
     """
     named = f"target.path = {path!r} is a model of the family {config.model_type!r}"
     if getattr(config, "is_encoder_decoder", False):
@@ -45,61 +47,73 @@ def check_supported(config: Any, path: str) -> None:
     missing = [name for name in NEEDED if getattr(config, name, None) is None]
     if missing:
         raise ValueError(
-            f"{named}, whose config lacks {', '.join(missing)}: the draft takes its sizes, norm and rotary embedding from a "
-            "decoder of the Llama kind. Choose such a target; docs/targets.md names the tested families."
+            f"{named}, whose config lacks {', '.join(missing)}: the draft takes its sizes, norm and rotary "
+            "embedding from a decoder of the Llama kind. Choose such a target; docs/targets.md names the "
+            "tested families."
         )
     if "rope_type" not in config.rope_parameters and "full_attention" not in config.rope_parameters:
-        raise ValueError(f"{named}, whose rope_parameters name no full attention, which the draft has. Choose another target.")
+        raise ValueError(
+            f"{named}, whose rope_parameters name no full attention, which the draft has. Choose another "
+            "target."
+        )
     for rope in _ropes(config):
         share = rope.get("partial_rotary_factor", 1.0)
         if share != 1.0:
             raise ValueError(
-                f"{named}, which rotates {share} of each head (partial_rotary_factor); the draft rotates the whole of it, as "
-                "servers do for drafts. Choose a target with full rotary heads."
+                f"{named}, which rotates {share} of each head (partial_rotary_factor); the draft rotates the "
+                "whole of it, as servers do for drafts. Choose a target with full rotary heads."
             )
     for name, neutral in LOGIT_CHANGES:
         value = getattr(config, name, neutral)
         if value != neutral:
             raise ValueError(
-                f"{named} with {name} = {value}: its logits are not the product of head and hidden state, from which the "
-                "draft is taught. Choose a target without it."
+                f"{named} with {name} = {value}: its logits are not the product of head and hidden state, "
+                "from which the draft is taught. Choose a target without it."
             )
 
 
 def check_parallel(full_config: Any, path: str, ulysses: int, longest: int) -> None:
-    """Refuse what cannot run cut over ranks. `full_config`: as AutoConfig reads it; `longest`: data.max_length.
+    """Refuse what cannot run cut over ranks. `full_config`: as AutoConfig reads it; `longest`:
+    data.max_length.
 
     Raises:
-        ValueError: attention that does not go through transformers' attention interface, or that the kernels cannot compute;
-            layers that are not attention; heads that `ulysses` does not divide; packed or quantized in a way not understood.
+        ValueError: attention that does not go through transformers' attention interface, or that the kernels
+            cannot compute; layers that are not attention; heads that `ulysses` does not divide; packed or
+            quantized in a way not understood.
     """
     config = full_config.get_text_config()
     named = f"target.path = {path!r} ({config.model_type}) cannot run on several ranks"
     fix = "Capture it with target.capture: single, which runs it as transformers does, or choose another target."
     if not _has_attention_interface(full_config):
-        raise ValueError(f"{named}: its attention does not go through transformers' attention interface. {fix}")
+        raise ValueError(
+            f"{named}: its attention does not go through transformers' attention interface. {fix}"
+        )
     softcap = getattr(config, "attn_logit_softcapping", None)
     if softcap is not None:
         raise ValueError(
-            f"{named}: its attention scores are capped (attn_logit_softcapping = {softcap}), no kernel does that. {fix}"
+            f"{named}: its attention scores are capped (attn_logit_softcapping = {softcap}), no kernel does "
+            f"that. {fix}"
         )
     kinds = getattr(config, "layer_types", None) or ()
     other = sorted(set(kinds) - set(LAYER_KINDS))
     if other:
         raise ValueError(
-            f"{named}: it has layers of the kind {', '.join(other)}, only {' and '.join(LAYER_KINDS)} are known. {fix}"
+            f"{named}: it has layers of the kind {', '.join(other)}, only {' and '.join(LAYER_KINDS)} are "
+            f"known. {fix}"
         )
     if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
         raise ValueError(f"{named}: its attention is bidirectional. {fix}")
     if getattr(full_config, "quantization_config", None) is not None:
         raise ValueError(
-            f"{named}: its weights are quantized, and ZeRO-3 shards plain ones. Name the unquantized model, or: {fix}"
+            f"{named}: its weights are quantized, and ZeRO-3 shards plain ones. Name the unquantized model, "
+            f"or: {fix}"
         )
     if config.num_attention_heads % ulysses:
         fitting = max(degree for degree in range(1, ulysses) if config.num_attention_heads % degree == 0)
         raise ValueError(
-            f"parallel.ulysses is {ulysses}, which does not divide the {config.num_attention_heads} query heads of the target. "
-            f"Set it to {fitting}; the rest of the sequence parallelism belongs to parallel.ring."
+            f"parallel.ulysses is {ulysses}, which does not divide the {config.num_attention_heads} query "
+            f"heads of the target. Set it to {fitting}; the rest of the sequence parallelism belongs to "
+            "parallel.ring."
         )
     _check_rope(config, longest, named, fix)
 
@@ -109,8 +123,9 @@ def _check_rope(config: Any, longest: int, named: str, fix: str) -> None:
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE and longest > original:
             raise ValueError(
-                f"{named}: the angles of its {rope['rope_type']} rotary scaling depend on the length of the document, which no "
-                f"rank holds whole, from {original} tokens on (data.max_length is {longest}). {fix}"
+                f"{named}: the angles of its {rope['rope_type']} rotary scaling depend on the length of the "
+                f"document, which no rank holds whole, from {original} tokens on (data.max_length is "
+                f"{longest}). {fix}"
             )
 
 

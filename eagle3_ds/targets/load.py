@@ -53,12 +53,14 @@ class Target:
         return self.embedding.device
 
 
-def load_target(section: TargetSection, dtype: str | None = None, device: torch.device | str = "cpu") -> Target:
+def load_target(
+    section: TargetSection, dtype: str | None = None, device: torch.device | str = "cpu"
+) -> Target:
     """Load the target frozen, in eval mode, in `dtype` (null: the section's).
 
     Raises:
-        ValueError: a missing folder, one that is no Hugging Face model, an unsupported family, too few layers, a head with a
-            bias, or no tokenizer.
+        ValueError: a missing folder, one that is no Hugging Face model, an unsupported family, too few
+            layers, a head with a bias, or no tokenizer.
     """
     path = resolve_path(section.path, section.build is not None)
     config = load_text_config(path)
@@ -69,8 +71,8 @@ def load_target(section: TargetSection, dtype: str | None = None, device: torch.
     model = transformers.AutoModelForCausalLM.from_pretrained(str(path), **settings)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ValueError(
-            f"target.path = {section.path!r} has a bias in its head: the draft is taught from the product of head and hidden "
-            "state alone. Choose a target without one."
+            f"target.path = {section.path!r} has a bias in its head: the draft is taught from the product of "
+            "head and hidden state alone. Choose a target without one."
         )
     model.requires_grad_(False).eval().to(device)
     return Target(model, load_tokenizer(section), config, aux_layers)
@@ -91,7 +93,10 @@ def empty_target(section: TargetSection) -> Target:
         )
     model.requires_grad_(False).eval()
     return Target(
-        model, load_tokenizer(section), text_config, choose_aux_layers(text_config.num_hidden_layers, section.aux_layers)
+        model,
+        load_tokenizer(section),
+        text_config,
+        choose_aux_layers(text_config.num_hidden_layers, section.aux_layers),
     )
 
 
@@ -106,8 +111,8 @@ def load_tokenizer(section: TargetSection) -> Any:
         return transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"target.path = {section.path!r} holds no tokenizer that transformers can load ({error}). Put the target's "
-            "tokenizer files beside its weights."
+            f"target.path = {section.path!r} holds no tokenizer that transformers can load ({error}). Put "
+            "the target's tokenizer files beside its weights."
         ) from error
 
 
@@ -115,7 +120,8 @@ def resolve_path(path: str, is_built: bool = False) -> Path:
     """The local folder of a target: `path` itself, or the downloaded snapshot of a hub name.
 
     Args:
-        is_built: the recipe builds the target (`target.build`), which is what a missing folder then waits for.
+        is_built: the recipe builds the target (`target.build`), which is what a missing folder then waits
+            for.
 
     Raises:
         ValueError: no such folder, and no such name on the hub.
@@ -124,12 +130,14 @@ def resolve_path(path: str, is_built: bool = False) -> Path:
     if folder.is_dir():
         return folder
     if is_built:
-        raise ValueError(f"target.path = {path!r} is not built yet: `eagle3-ds prepare` with this recipe builds it.")
+        raise ValueError(
+            f"target.path = {path!r} is not built yet: `eagle3-ds prepare` with this recipe builds it."
+        )
     # "output/target" looks like a hub name too: an existing first part tells that a folder was meant
     if not HUB_NAME.fullmatch(path) or folder.parent.is_dir():
         raise ValueError(
-            f"target.path = {path!r} is not a folder: the target must exist before the run. Correct the path, or add "
-            "target.build to have a small one built there."
+            f"target.path = {path!r} is not a folder: the target must exist before the run. Correct the "
+            "path, or add target.build to have a small one built there."
         )
     from huggingface_hub import snapshot_download
 
@@ -137,8 +145,8 @@ def resolve_path(path: str, is_built: bool = False) -> Path:
         return Path(snapshot_download(path, allow_patterns=list(HUB_FILES)))
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"target.path = {path!r} is neither a folder here nor a model that could be fetched from the hub ({error}). "
-            "Correct it, or download the model where there is a network and name its folder."
+            f"target.path = {path!r} is neither a folder here nor a model that could be fetched from the hub "
+            f"({error}). Correct it, or download the model where there is a network and name its folder."
         ) from error
 
 
@@ -151,16 +159,16 @@ def choose_aux_layers(num_layers: int, wanted: Sequence[int] | None = None) -> t
     if wanted is None:
         if num_layers < FEWEST_LAYERS:
             raise ValueError(
-                f"the target has {num_layers} layers: the rule (2, n // 2, n - 3) gives three different ones from "
-                f"{FEWEST_LAYERS} layers on. Choose a deeper target, or set target.aux_layers."
+                f"the target has {num_layers} layers: the rule (2, n // 2, n - 3) gives three different ones "
+                f"from {FEWEST_LAYERS} layers on. Choose a deeper target, or set target.aux_layers."
             )
         return (2, num_layers // 2, num_layers - 3)
     low, middle, high = wanted
     # servers collect the layers in ascending order and each once, whatever order the config has
     if not 0 <= low < middle < high < num_layers:
         raise ValueError(
-            f"target.aux_layers = {list(wanted)}: they must ascend, each once, and lie in 0..{num_layers - 1}, the target's "
-            "layers. Correct them, or leave them null."
+            f"target.aux_layers = {list(wanted)}: they must ascend, each once, and lie in "
+            f"0..{num_layers - 1}, the target's layers. Correct them, or leave them null."
         )
     return (low, middle, high)
 
@@ -168,8 +176,8 @@ def choose_aux_layers(num_layers: int, wanted: Sequence[int] | None = None) -> t
 def target_fingerprint(path: str | Path, aux_layers: Sequence[int], dtype: str) -> dict[str, str]:
     """What hidden states depend on: weights, tokenizer, aux layers and the dtype they are computed in.
 
-    The weights are known by the config, file names and sizes, the safetensors headers and a few MiB of each file, so that a
-    target of hundreds of GB is known in seconds.
+    The weights are known by the config, file names and sizes, the safetensors headers and a few MiB of each
+    file, so that a target of hundreds of GB is known in seconds.
     """
     folder = resolve_path(str(path))
     weights = hashlib.sha256((folder / "config.json").read_bytes())
@@ -178,7 +186,14 @@ def target_fingerprint(path: str | Path, aux_layers: Sequence[int], dtype: str) 
         for piece in _sample(file):
             weights.update(piece)
     tokenizer = hashlib.sha256()
-    for pattern in ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja"):
+    for pattern in (
+        "tokenizer*",
+        "vocab*",
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "*.jinja",
+    ):
         for file in sorted(folder.glob(pattern)):
             tokenizer.update(f"{file.name} {file.stat().st_size}\n".encode())
             tokenizer.update(file.read_bytes())

@@ -1,7 +1,9 @@
-"""The target over one rank's spans of a packed sequence: its own code, with our attention in transformers' interface.
+"""The target over one rank's spans of a packed sequence: its own code, with our attention in transformers'
+interface.
 
-Every layer but the attention looks at one slot at a time, so a rank runs them on its spans alone. The attention function is
-registered without a mask function, upon which transformers builds no mask; who sees whom is said by the span plan.
+Every layer but the attention looks at one slot at a time, so a rank runs them on its spans alone. The
+attention function is registered without a mask function, upon which transformers builds no mask; who sees
+whom is said by the span plan.
 
 Legend: S slots of this rank, Hq / Hkv heads, D head size, Ht hidden size.
 """
@@ -23,7 +25,15 @@ INTERFACE_NAME = "eagle3_ds_packed"
 MLP_ROWS = 8192
 """Slots that an MLP sees at a time: bounds its transient memory to a few rows x intermediate size."""
 WITHOUT_EFFECT = frozenset(
-    ("position_ids", "use_cache", "cache", "past_key_values", "cache_position", "output_attentions", "output_hidden_states")
+    (
+        "position_ids",
+        "use_cache",
+        "cache",
+        "past_key_values",
+        "cache_position",
+        "output_attentions",
+        "output_hidden_states",
+    )
 )
 """What models hand to their attention besides, and which changes nothing in a forward without a cache."""
 
@@ -44,21 +54,27 @@ def packed_attention(
     packed: PackedAttention | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls for each layer. query [1, Hq, S, D]; key, value [1, Hkv, S, D] -> [1, S, Hq, D].
+    """What transformers calls for each layer. query [1, Hq, S, D]; key, value [1, Hkv, S, D] -> [1, S, Hq,
+    D].
 
     Raises:
-        ValueError: the layer asks for something that the kernels do not compute, or `packed` did not reach it.
+        ValueError: the layer asks for something that the kernels do not compute, or `packed` did not reach
+            it.
     """
     layer = type(module).__name__
     if packed is None:
-        raise ValueError(f"{layer} does not hand the model's keyword arguments on to its attention. {_SINGLE}")
+        raise ValueError(
+            f"{layer} does not hand the model's keyword arguments on to its attention. {_SINGLE}"
+        )
     if is_causal is False or not getattr(module, "is_causal", True):
         raise ValueError(f"{layer} attends without a causal mask. {_SINGLE}")
     asked = [name for name, given in others.items() if name not in WITHOUT_EFFECT and given is not None]
     asked += ["a mask of its own"] if attention_mask is not None else []
     asked += ["dropout"] if dropout else []
     if asked:
-        raise ValueError(f"{layer} asks its attention for {', '.join(asked)}, which the kernels do not compute. {_SINGLE}")
+        raise ValueError(
+            f"{layer} asks its attention for {', '.join(asked)}, which the kernels do not compute. {_SINGLE}"
+        )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     return packed.attend(q, k, v, scale, sliding_window, s_aux)[None], None
@@ -77,13 +93,15 @@ class SpanForward(nn.Module):
                 layer.mlp.forward = _tiled(layer.mlp.forward)
 
     @torch.no_grad()
-    def forward(self, token_ids: Tensor, positions: Tensor, packed: PackedAttention | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, packed: PackedAttention | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Collective over the sp group of `packed`.
 
         Args:
             token_ids, positions: int64 [S], those of this rank's slots; padding may hold any token.
-            packed: a fresh attention over the plan of the sequence; None: the slots are one whole document, and the attention
-                is transformers' own, to compare with.
+            packed: a fresh attention over the plan of the sequence; None: the slots are one whole document,
+                and the attention is transformers' own, to compare with.
 
         Returns:
             aux [S, 3 * Ht] and teacher [S, Ht], as `capture_hidden_states` gives them.
@@ -94,12 +112,15 @@ class SpanForward(nn.Module):
         self.decoder.set_attn_implementation("eager" if packed is None else INTERFACE_NAME)
         options = {} if packed is None else {"packed": packed}
         with AuxCapture(self.decoder, self.aux_layers) as capture:
-            output = self.decoder(input_ids=token_ids[None], position_ids=positions[None], use_cache=False, **options)
+            output = self.decoder(
+                input_ids=token_ids[None], position_ids=positions[None], use_cache=False, **options
+            )
             aux = capture.take()
         if packed is not None and packed.num_calls != len(self.decoder.layers):
             raise ValueError(
-                f"the target has {len(self.decoder.layers)} layers, but {packed.num_calls} went through transformers' attention "
-                f"interface: the others mix tokens in a way that a rank cannot do over its spans alone. {_SINGLE}"
+                f"the target has {len(self.decoder.layers)} layers, but {packed.num_calls} went through "
+                "transformers' attention interface: the others mix tokens in a way that a rank cannot do "
+                f"over its spans alone. {_SINGLE}"
             )
         return aux, output.last_hidden_state[0]
 

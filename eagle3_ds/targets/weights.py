@@ -45,20 +45,21 @@ def load_full_config(path: str | Path) -> Any:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise ValueError(
-            f"target.path = {str(path)!r} holds no config.json: it is not a Hugging Face model folder. Name the folder that "
-            "save_pretrained wrote."
+            f"target.path = {str(path)!r} holds no config.json: it is not a Hugging Face model folder. Name "
+            "the folder that save_pretrained wrote."
         )
     try:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"target.path = {str(path)!r}: transformers cannot read its config.json ({error}). Name the folder of a model "
-            "that this version of transformers knows."
+            f"target.path = {str(path)!r}: transformers cannot read its config.json ({error}). Name the "
+            "folder of a model that this version of transformers knows."
         ) from error
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(
-            f"target.path = {str(path)!r} is a model of the family {config.model_type!r}, which transformers does not load as a "
-            "causal language model, not even its text part alone. Save its language model in a folder of its own and name that."
+            f"target.path = {str(path)!r} is a model of the family {config.model_type!r}, which transformers "
+            "does not load as a causal language model, not even its text part alone. Save its language "
+            "model in a folder of its own and name that."
         )
     return config
 
@@ -90,25 +91,28 @@ def weight_files(path: str | Path) -> dict[str, Path]:
         missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
         if missing:
             raise ValueError(
-                f"target.path = {str(path)!r}: {INDEX} names {', '.join(missing)}, which the folder lacks. Copy or download "
-                "the target again."
+                f"target.path = {str(path)!r}: {INDEX} names {', '.join(missing)}, which the folder lacks. "
+                "Copy or download the target again."
             )
         return {tensor: folder / name for tensor, name in weight_map.items()}
     if (folder / SINGLE).is_file():
         with safe_open(folder / SINGLE, framework="pt") as file:
             return dict.fromkeys(file.keys(), folder / SINGLE)
     raise ValueError(
-        f"target.path = {str(path)!r} holds neither {SINGLE} nor {INDEX}: only safetensors weights are read. Convert the "
-        "target with save_pretrained."
+        f"target.path = {str(path)!r} holds neither {SINGLE} nor {INDEX}: only safetensors weights are read. "
+        "Convert the target with save_pretrained."
     )
 
 
-def _read_tensor(path: str | Path, files: dict[str, Path], names: Sequence[str], dtype: torch.dtype | None) -> Tensor:
+def _read_tensor(
+    path: str | Path, files: dict[str, Path], names: Sequence[str], dtype: torch.dtype | None
+) -> Tensor:
     """The tensor that has one of `names`."""
     name = next((name for name in names if name in files), None)
     if name is None:
         raise ValueError(
-            f"target.path = {str(path)!r} has no tensor {names[0]}: a decoder-only Llama-like model has one. Name such a model."
+            f"target.path = {str(path)!r} has no tensor {names[0]}: a decoder-only Llama-like model has one. "
+            "Name such a model."
         )
     with safe_open(files[name], framework="pt") as file:
         return file.get_tensor(name).to(dtype)

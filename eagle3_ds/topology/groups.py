@@ -52,11 +52,15 @@ class Topology:
 
 
 def detect_accelerator() -> str:
-    """`cuda`, `npu` or `cpu`: what this machine's ranks run on. DS_ACCELERATOR, DeepSpeed's own switch, decides."""
+    """`cuda`, `npu` or `cpu`: what this machine's ranks run on. DS_ACCELERATOR, DeepSpeed's own switch,
+    decides.
+    """
     forced = os.environ.get("DS_ACCELERATOR")
     if forced:
         if forced not in _BACKEND:
-            raise ValueError(f"DS_ACCELERATOR is {forced!r}, but only {', '.join(_BACKEND)} are supported. Unset it.")
+            raise ValueError(
+                f"DS_ACCELERATOR is {forced!r}, but only {', '.join(_BACKEND)} are supported. Unset it."
+            )
         return forced
     if torch.cuda.is_available():
         return "cuda"
@@ -64,11 +68,13 @@ def detect_accelerator() -> str:
     return "npu" if npu is not None and npu.is_available() else "cpu"
 
 
-def maybe_setup_distributed(ulysses: int = 1, ring: int = 1, draft_dp: int | None = None, backend: str | None = None) -> Topology:
+def maybe_setup_distributed(
+    ulysses: int = 1, ring: int = 1, draft_dp: int | None = None, backend: str | None = None
+) -> Topology:
     """Join the world that the launcher announces through RANK, and make the groups of the mesh.
 
-    Without RANK this is a single process: no process group is made and every group is None. A process group that
-    exists already is used. Collective: all ranks must call it with the same arguments.
+    Without RANK this is a single process: no process group is made and every group is None. A process group
+    that exists already is used. Collective: all ranks must call it with the same arguments.
 
     Args:
         ulysses, ring: sequence-parallel degrees.
@@ -79,12 +85,14 @@ def maybe_setup_distributed(ulysses: int = 1, ring: int = 1, draft_dp: int | Non
         ValueError: the world size is not draft_dp x ring x ulysses.
     """
     kind = detect_accelerator()
-    # What torch and DeepSpeed read, where MPI or Slurm say it otherwise; the launch exported MASTER_ADDR and _PORT.
+    # What torch and DeepSpeed read, where MPI or Slurm say it otherwise; the launch exported MASTER_ADDR and
+    # _PORT.
     os.environ.update(announcement(os.environ))
     if not dist.is_initialized() and "RANK" not in os.environ:
         mesh = Mesh.from_world(1, ring, ulysses, draft_dp)
         return Topology(mesh, mesh.place(0), torch.device(kind))
-    # Judged from the environment when possible, so that a wrong world fails before anybody waits for a rendezvous.
+    # Judged from the environment when possible, so that a wrong world fails before anybody waits for a
+    # rendezvous.
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
     mesh = Mesh.from_world(world_size, ring, ulysses, draft_dp)
     device = _set_device(kind)
@@ -100,7 +108,9 @@ def maybe_setup_distributed(ulysses: int = 1, ring: int = 1, draft_dp: int | Non
         ulysses_group=ulysses_group,
         ring_group=ring_group,
         # One communicator less where sp is a single axis.
-        sp_group=_make_group(mesh.sp_groups(), place.rank) if min(ring, ulysses) > 1 else ulysses_group or ring_group,
+        sp_group=_make_group(mesh.sp_groups(), place.rank)
+        if min(ring, ulysses) > 1
+        else ulysses_group or ring_group,
         dp_group=_make_group(mesh.dp_groups(), place.rank),
         world_group=dist.group.WORLD if world_size > 1 else None,
     )

@@ -1,4 +1,5 @@
-"""The mesh draft_dp x ring x ulysses as integers: pure functions of rank and sizes, testable without processes.
+"""The mesh draft_dp x ring x ulysses as integers: pure functions of rank and sizes, testable without
+processes.
 
 Ulysses runs fastest, so that Ulysses peers are neighbours (one node, NVLink) and the ring crosses nodes.
 """
@@ -31,10 +32,14 @@ class Mesh:
     def __post_init__(self) -> None:
         for axis in ("draft_dp", "ring", "ulysses"):
             if getattr(self, axis) < 1:
-                raise ValueError(f"parallel.{axis} is {getattr(self, axis)}, but it must be at least 1. Set it to 1.")
+                raise ValueError(
+                    f"parallel.{axis} is {getattr(self, axis)}, but it must be at least 1. Set it to 1."
+                )
 
     @classmethod
-    def from_world(cls, world_size: int, ring: int = 1, ulysses: int = 1, draft_dp: int | None = None) -> Mesh:
+    def from_world(
+        cls, world_size: int, ring: int = 1, ulysses: int = 1, draft_dp: int | None = None
+    ) -> Mesh:
         """The mesh of `world_size` ranks; draft_dp is what ring and ulysses leave, unless given.
 
         Raises:
@@ -51,8 +56,9 @@ class Mesh:
             )
         if draft_dp is not None and draft_dp * sp != world_size:
             raise ValueError(
-                f"parallel.draft_dp {draft_dp} x {product} = {draft_dp * sp}, but the world size is {world_size}. "
-                f"Start {draft_dp * sp} ranks, or set parallel.draft_dp to {world_size // sp} or null."
+                f"parallel.draft_dp {draft_dp} x {product} = {draft_dp * sp}, but the world size is "
+                f"{world_size}. Start {draft_dp * sp} ranks, or set parallel.draft_dp to {world_size // sp} "
+                "or null."
             )
         return cls(world_size // sp, ring, ulysses)
 
@@ -110,7 +116,7 @@ def check_heads(ulysses: int, num_heads: int, num_kv_heads: int) -> None:
     if common % ulysses:
         largest = max(degree for degree in range(1, min(ulysses, common) + 1) if common % degree == 0)
         raise ValueError(
-            f"parallel.ulysses is {ulysses}, but it must divide {common}, the greatest common divisor of the draft's "
-            f"{num_heads} query heads and {num_kv_heads} key/value heads. Set parallel.ulysses to {largest}; the rest "
-            "of the sequence parallelism belongs to parallel.ring."
+            f"parallel.ulysses is {ulysses}, but it must divide {common}, the greatest common divisor of the "
+            f"draft's {num_heads} query heads and {num_kv_heads} key/value heads. Set parallel.ulysses to "
+            f"{largest}; the rest of the sequence parallelism belongs to parallel.ring."
         )

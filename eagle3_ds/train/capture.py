@@ -1,8 +1,8 @@
 """What each rank runs in a capture: `python -m eagle3_ds.train.capture --recipe OUTPUT/recipe.resolved.yaml`.
 
-The draft_dp groups take different packs; within a group each rank runs its own spans and writes the rows that it computed, so
-that no hidden state travels and no device holds more than its share. It reads `prepared.json`, as training does, and goes on
-after what an interrupted capture left, on any number of ranks.
+The draft_dp groups take different packs; within a group each rank runs its own spans and writes the rows that
+it computed, so that no hidden state travels and no device holds more than its share. It reads
+`prepared.json`, as training does, and goes on after what an interrupted capture left, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -59,23 +59,35 @@ def capture(recipe: Recipe, heart: Heart) -> None:
     hidden_size = load_text_config(resolve_path(recipe.target.path)).hidden_size
     layout = Layout(3 * hidden_size, hidden_size, recipe.data.hidden_dtype)
     rank = topology.place.rank
-    writer = HiddenStateWriter(prepared["store"], data.lengths(), layout, prepared["store_fingerprint"], rank=rank)
+    writer = HiddenStateWriter(
+        prepared["store"], data.lengths(), layout, prepared["store_fingerprint"], rank=rank
+    )
     missing = _agreed(writer.missing(), topology)
     engine = TargetEngine(recipe, topology)
     lengths = [writer.lengths[document] for document in missing]
-    packs = [[missing[place] for place in places] for places in pack(lengths, recipe.data.max_length, recipe.data.seed)]
+    packs = [
+        [missing[place] for place in places]
+        for places in pack(lengths, recipe.data.max_length, recipe.data.seed)
+    ]
     tokens = _Tokens(data)
     progress = tqdm(total=sum(lengths), desc="capture", unit=" tokens", unit_scale=True, disable=rank != 0)
     for turn in range(0, len(packs), topology.draft_dp):
         heart.at("capturing", turn)
         place = turn + topology.place.dp_rank
-        # A group that has no pack left repeats the first one: it takes part in the gathers of ZeRO-3, and writes nothing.
+        # A group that has no pack left repeats the first one: it takes part in the gathers of ZeRO-3, and
+        # writes nothing.
         documents = packs[place] if place < len(packs) else packs[0]
         token_ids = [tokens.of(document) for document in documents]
         states = engine.run(torch.cat(token_ids), [len(ids) for ids in token_ids])
         if place < len(packs):
             _write(writer, states, documents)
-        progress.update(sum(writer.lengths[document] for group in packs[turn : turn + topology.draft_dp] for document in group))
+        progress.update(
+            sum(
+                writer.lengths[document]
+                for group in packs[turn : turn + topology.draft_dp]
+                for document in group
+            )
+        )
     progress.close()
     writer.flush()
     if topology.world_group is not None:
@@ -114,13 +126,17 @@ def _write(writer: HiddenStateWriter, states: SpanStates, documents: Sequence[in
         document, rows = documents[stretch.document], slice(stretch.first, stretch.last)
         # What an interrupted capture on another mesh left may complete the document before its last stretch.
         if not writer.holds(document):
-            writer.append(document, states.aux[rows], states.teacher[rows], states.teacher_token[rows], stretch.start)
+            writer.append(
+                document, states.aux[rows], states.teacher[rows], states.teacher_token[rows], stretch.start
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", required=True, help="the resolved recipe")
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher; LOCAL_RANK is what counts")
+    parser.add_argument(
+        "--local_rank", type=int, default=0, help="set by the launcher; LOCAL_RANK is what counts"
+    )
     parser.add_argument("--status_fd", type=int, help="where the supervisor listens, set by it")
     options = parser.parse_args(arguments)
     ignore_renamed_collectives()

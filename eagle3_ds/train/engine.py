@@ -1,8 +1,9 @@
 """What DeepSpeed is handed, and how the gradient keeps its scale.
 
-`zero_group: all`: DeepSpeed sees every rank as data parallel and averages over all W of them, so the loss share is multiplied
-by W. `zero_group: draft_dp`: DeepSpeed sees draft_dp only, averages over it, and a hook on each parameter sums the gradient
-over the sequence-parallel replicas first. Either way the result is the sum of all ranks' shares, at every ZeRO stage.
+`zero_group: all`: DeepSpeed sees every rank as data parallel and averages over all W of them, so the loss
+share is multiplied by W. `zero_group: draft_dp`: DeepSpeed sees draft_dp only, averages over it, and a hook
+on each parameter sums the gradient over the sequence-parallel replicas first. Either way the result is the
+sum of all ranks' shares, at every ZeRO stage.
 """
 
 from __future__ import annotations
@@ -43,13 +44,15 @@ class DraftWithLoss(nn.Module):
     def forward(self, batch: LocalBatch, inputs: LossInputs) -> LossSum:
         embedding, taps = self.frozen[0], LossTaps()
         finish = partial(tiled_soft_cross_entropy, taps, inputs=inputs)
-        # DeepSpeed reduces the gradients of a leaf module (see build_engine) once those of its inputs are known. No other
-        # input has one.
+        # DeepSpeed reduces the gradients of a leaf module (see build_engine) once those of its inputs are
+        # known. No other input has one.
         anchor = torch.zeros((), dtype=embedding.dtype, device=embedding.device, requires_grad=True)
         return LossSum(*self.draft(batch, embedding, self.settings, taps.add, finish, anchor))
 
 
-def build_engine(recipe: Recipe, deepspeed_config: dict[str, Any], topology: Topology, model: DraftWithLoss) -> tuple[Any, float]:
+def build_engine(
+    recipe: Recipe, deepspeed_config: dict[str, Any], topology: Topology, model: DraftWithLoss
+) -> tuple[Any, float]:
     """Initialise DeepSpeed.
 
     Returns:
@@ -60,15 +63,20 @@ def build_engine(recipe: Recipe, deepspeed_config: dict[str, Any], topology: Top
         for parameter in model.parameters():
             # A tensor hook sees each incoming gradient, so accumulation over micro-batches stays right.
             parameter.register_hook(partial(_sum_over_group, topology.sp_group))
-    # One gather of the draft in forward and one in backward, where ZeRO-3 would else gather each matrix K times.
+    # One gather of the draft in forward and one in backward, where ZeRO-3 would else gather each matrix K
+    # times.
     set_z3_leaf_modules(model, [DraftModel])
     train = recipe.train
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=train.learning_rate, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
+        model.parameters(),
+        lr=train.learning_rate,
+        betas=train.betas,
+        eps=train.eps,
+        weight_decay=train.weight_decay,
     )
     mpu = ZeroGroupMpu.create(topology) if by_draft_dp else None
-    # DeepSpeed keeps the mpu of the last engine that had one for those that have none: a second trainer in one process would
-    # reduce its gradients over the first one's groups.
+    # DeepSpeed keeps the mpu of the last engine that had one for those that have none: a second trainer in
+    # one process would reduce its gradients over the first one's groups.
     groups.mpu = mpu
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config, mpu=mpu)
     unname_segment(topology)
@@ -80,8 +88,9 @@ def build_engine(recipe: Recipe, deepspeed_config: dict[str, Any], topology: Top
 def _undo_synthetic_step(wrapper: FP16_UnfusedOptimizer) -> None:
     """Bring the optimizer of stage 0 in bf16 back to where it was before DeepSpeed stepped it.
 
-    The wrapper takes a step on zero gradients to allocate the state (DeepSpeed 0.19.8, `initialize_optimizer_states`). Adam
-    counts it, so that the bias correction makes the first real update 1.4 times too small, and weight decay acts on the masters.
+    The wrapper takes a step on zero gradients to allocate the state (DeepSpeed 0.19.8,
+    `initialize_optimizer_states`). Adam counts it, so that the bias correction makes the first real update
+    1.4 times too small, and weight decay acts on the masters.
     """
     wrapper.optimizer.state.clear()
     with torch.no_grad():
@@ -99,20 +108,24 @@ def _sum_over_group(group: dist.ProcessGroup, gradient: Tensor) -> Tensor:
 def step_and_norm(engine: Any) -> float:
     """Take the optimizer step of the last micro-batch; returns the global gradient norm before clipping.
 
-    Where the norm is not finite, on any rank and so on all, nothing is updated. DeepSpeed's optimizers do so by themselves.
+    Where the norm is not finite, on any rank and so on all, nothing is updated. DeepSpeed's optimizers do so
+    by themselves.
     """
     if hasattr(engine.optimizer, "_global_grad_norm"):
         engine.step()
         return float(engine.get_global_grad_norm())
-    # DeepSpeed reports no norm for a plain fp32 optimizer (stage 0). Its gradients are reduced by now, and whole.
+    # DeepSpeed reports no norm for a plain fp32 optimizer (stage 0). Its gradients are reduced by now, and
+    # whole.
     gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients))
     if math.isfinite(norm):
         engine.step()
     else:
-        # AdamW passes over a parameter without a gradient: weights, moments and step count stay. DeepSpeed's clipping, which
-        # comes before, does not bear that.
-        hook = engine.optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.zero_grad(set_to_none=True))
+        # AdamW passes over a parameter without a gradient: weights, moments and step count stay. DeepSpeed's
+        # clipping, which comes before, does not bear that.
+        hook = engine.optimizer.register_step_pre_hook(
+            lambda optimizer, *_: optimizer.zero_grad(set_to_none=True)
+        )
         engine.step()
         hook.remove()
     return norm

@@ -56,10 +56,11 @@ def run_training(
     heart: Heart,
     resumed: Manifest | None = None,
 ) -> None:
-    """Train until the end or a request to stop; then the last checkpoint, or the final weights, are in place. Collective.
+    """Train until the end or a request to stop; then the last checkpoint, or the final weights, are in place.
+    Collective.
 
-    `heldout` holds the packs of this draft_dp rank, equally many on every rank. `resumed` is the checkpoint that the trainer
-    was put to. Files are written by rank 0 alone, but for checkpoints.
+    `heldout` holds the packs of this draft_dp rank, equally many on every rank. `resumed` is the checkpoint
+    that the trainer was put to. Files are written by rank 0 alone, but for checkpoints.
 
     Raises:
         ValueError: the checkpoint is from beyond the end of the run.
@@ -68,7 +69,10 @@ def run_training(
     recipe, is_first = trainer.recipe, trainer.topology.place.rank == 0
     last, done = total_steps(recipe, loader), resumed.step if resumed else 0
     if done > last:
-        raise ValueError(f"The checkpoint is of step {done}, the run ends after step {last}. Raise train.steps or train.epochs.")
+        raise ValueError(
+            f"The checkpoint is of step {done}, the run ends after step {last}. Raise train.steps or "
+            "train.epochs."
+        )
     metrics = MetricsFile(output_dir / "metrics.jsonl", done) if is_first else None
     if is_first:
         # Of an earlier, shorter run: this one has not come to its end.
@@ -108,18 +112,28 @@ def run_training(
         save_weights(trainer, output_dir / FINAL_WEIGHTS)
     elif is_first:
         where = output_dir / CHECKPOINTS / folder_name(done)
-        print(f"stopped by {reason} after step {done} of {last}; start again with --resume to go on from {where}", flush=True)
+        print(
+            (
+                f"stopped by {reason} after step {done} of {last}; start again with --resume to go on from "
+                f"{where}"
+            ),
+            flush=True,
+        )
 
 
 def _between_steps(stop: StopRequest, saver: CheckpointSaver, trainer: DraftTrainer) -> str:
-    """Why all ranks stop here, or an empty text; and a checkpoint that all ranks have written gets its name. Collective."""
+    """Why all ranks stop here, or an empty text; and a checkpoint that all ranks have written gets its name.
+    Collective.
+    """
     reason, writing = max_over_ranks([stop.reason, saver.state], trainer.topology.device)
     if saver.is_pending and writing != WRITING:
         saver.finish()
     return REASONS[reason]
 
 
-def _step(trainer: DraftTrainer, loader: StepSource, guard: DivergenceGuard, index: int, last: int) -> dict[str, Any]:
+def _step(
+    trainer: DraftTrainer, loader: StepSource, guard: DivergenceGuard, index: int, last: int
+) -> dict[str, Any]:
     """Optimizer step `index` (from 0) and what metrics.jsonl says about it."""
     rate = learning_rate_at(trainer.recipe, index, last)
     started = time.perf_counter()

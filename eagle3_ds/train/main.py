@@ -1,4 +1,5 @@
-"""What each rank runs: `python -m eagle3_ds.train.main --recipe OUTPUT/recipe.resolved.yaml [--resume step-N]`.
+"""What each rank runs: `python -m eagle3_ds.train.main --recipe OUTPUT/recipe.resolved.yaml [--resume
+step-N]`.
 
 It reads `prepared.json` in the recipe's output folder, which the prepare stage wrote:
 `{"data": folder, "data_fingerprint": str, "store": folder or null, "store_fingerprint": {...}}`.
@@ -39,7 +40,9 @@ from eagle3_ds.train.trainer import DraftTrainer
 
 
 def build_trainer(recipe: Recipe, topology: Topology) -> DraftTrainer:
-    """A trainer with a fresh draft, the same on all ranks because all seed alike, or with the one of `train.init_from`."""
+    """A trainer with a fresh draft, the same on all ranks because all seed alike, or with the one of
+    `train.init_from`.
+    """
     torch.manual_seed(recipe.train.seed)
     folder = resolve_path(recipe.target.path)
     draft = DraftModel(build_draft_config(load_text_config(folder), recipe.draft))
@@ -47,14 +50,17 @@ def build_trainer(recipe: Recipe, topology: Topology) -> DraftTrainer:
         draft.load_state_dict(load_file(Path(recipe.output_dir) / INITIAL_WEIGHTS))
     embedding, head = load_embedding_and_head(folder)
     vocabulary = VocabularyMap.load(Path(recipe.output_dir) / "vocabulary.safetensors")
-    settings = fill_deepspeed_config(load_deepspeed_config(recipe.deepspeed), recipe, topology.mesh.world_size, topology.draft_dp)
+    settings = fill_deepspeed_config(
+        load_deepspeed_config(recipe.deepspeed), recipe, topology.mesh.world_size, topology.draft_dp
+    )
     return DraftTrainer(recipe, settings, topology, draft, embedding, head, vocabulary)
 
 
 def open_states(recipe: Recipe, topology: Topology) -> HiddenStates:
     """The hidden-state store, or the target itself.
 
-    Opened before the draft's engine is built, while the device is empty: the target passes through it layer by layer.
+    Opened before the draft's engine is built, while the device is empty: the target passes through it layer
+    by layer.
     """
     if recipe.data.hidden_states == "online":
         return OnlineStates(TargetEngine(recipe, topology))
@@ -69,7 +75,9 @@ def read_prepared(recipe: Recipe) -> dict[str, Any]:
 def build_loaders(
     recipe: Recipe, topology: Topology, states: HiddenStates, resumed: tuple[int, int] = (0, 0)
 ) -> tuple[PackedLoader, Sequence[PackedSequence]]:
-    """The training loader, and the held-out packs of this draft_dp rank. `resumed`: steps done and packs seen."""
+    """The training loader, and the held-out packs of this draft_dp rank. `resumed`: steps done and packs
+    seen.
+    """
     prepared = read_prepared(recipe)
     data = PreparedData.open(Path(prepared["data"]), prepared["data_fingerprint"])
     mesh = (topology.draft_dp, topology.place.dp_rank)
@@ -90,8 +98,12 @@ def build_loaders(
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", required=True, help="the resolved recipe")
-    parser.add_argument("--resume", metavar="FOLDER", help="name of the checkpoint to go on from, or `latest`")
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher; LOCAL_RANK is what counts")
+    parser.add_argument(
+        "--resume", metavar="FOLDER", help="name of the checkpoint to go on from, or `latest`"
+    )
+    parser.add_argument(
+        "--local_rank", type=int, default=0, help="set by the launcher; LOCAL_RANK is what counts"
+    )
     parser.add_argument("--status_fd", type=int, help="where the supervisor listens, set by it")
     options = parser.parse_args(arguments)
     ignore_renamed_collectives()
@@ -113,8 +125,12 @@ def train(recipe: Recipe, resume: str | None, heart: Heart) -> None:
         checkpoints = output_dir / CHECKPOINTS
         resumed = None
         if resume is not None:
-            resumed = load_checkpoint(EngineState(trainer), latest(checkpoints) if resume == "latest" else checkpoints / resume)
-        loader, heldout = build_loaders(recipe, topology, states, (resumed.step, resumed.packs) if resumed else (0, 0))
+            resumed = load_checkpoint(
+                EngineState(trainer), latest(checkpoints) if resume == "latest" else checkpoints / resume
+            )
+        loader, heldout = build_loaders(
+            recipe, topology, states, (resumed.step, resumed.packs) if resumed else (0, 0)
+        )
         if is_first:
             strategy = f"attention kernel {trainer.kernel_name}, kv_exchange {trainer.kv_exchange}"
             print(f"mesh {topology.mesh}, {strategy}, {loader.num_packs} packs", flush=True)

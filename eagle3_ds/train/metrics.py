@@ -23,7 +23,8 @@ class MetricsFile:
     def __init__(self, path: Path, first_step: int) -> None:
         self.path = path
         lines = path.read_text().split("\n") if path.exists() else [""]
-        # The part after the last line break is empty, or a line that a crash has cut short: its step is repeated.
+        # The part after the last line break is empty, or a line that a crash has cut short: its step is
+        # repeated.
         kept = [line for number, line in enumerate(lines[:-1], 1) if self._step(line, number) <= first_step]
         write_durably(path, "".join(f"{line}\n" for line in kept))
 
@@ -31,7 +32,9 @@ class MetricsFile:
         try:
             return int(json.loads(line)["step"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path}, line {number} is no step's metrics: {line[:80]!r}. Remove it.") from error
+            raise ValueError(
+                f"{self.path}, line {number} is no step's metrics: {line[:80]!r}. Remove it."
+            ) from error
 
     def write(self, record: dict[str, Any], durably: bool) -> None:
         """`durably` before a checkpoint, which must not outlive the metrics of its steps."""
@@ -42,7 +45,9 @@ class MetricsFile:
 
 
 def peak_memory_bytes(device: torch.device) -> list[int]:
-    """Peak bytes of every rank: allocated device memory, or the resident set of the process on a CPU. Collective."""
+    """Peak bytes of every rank: allocated device memory, or the resident set of the process on a CPU.
+    Collective.
+    """
     if device.type == "cpu":
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     else:

@@ -1,6 +1,7 @@
 """Hidden states of a target that runs beside the draft: one forward per packed sequence, nothing on disk.
 
-Every rank runs the target over the very slots that it trains on, so that only the halo of the teacher and its tokens travel.
+Every rank runs the target over the very slots that it trains on, so that only the halo of the teacher and its
+tokens travel.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from eagle3_ds.train.target_engine import TargetEngine
 
 
 class OnlineStates:
-    """Takes the place of a hidden-state store. `states` is collective over the world, as the target's forward is."""
+    """Takes the place of a hidden-state store. `states` is collective over the world, as the target's forward
+    is.
+    """
 
     def __init__(self, engine: TargetEngine) -> None:
         self.engine = engine
@@ -30,15 +33,27 @@ class OnlineStates:
     def states(
         self, documents: Sequence[int], token_ids: Tensor, loss_mask: Tensor, lengths: Sequence[int]
     ) -> tuple[Tensor, Rows, Rows]:
-        """`teacher_token` whole, `aux` for this rank's slots, `teacher` where live slots read it; all in host memory."""
+        """`teacher_token` whole, `aux` for this rank's slots, `teacher` where live slots read it; all in host
+        memory.
+        """
         topology, steps = self.engine.topology, self.engine.recipe.draft.ttt_steps
         states = self.engine.run(token_ids, lengths, plan_spans(self.engine.recipe, lengths, loss_mask))
         plan = states.plan
         own = states.slots[states.slots < plan.length]
-        wanted = [plan.teacher_slots(ring, ulysses, steps) for ring in range(plan.ring) for ulysses in range(plan.ulysses)]
+        wanted = [
+            plan.teacher_slots(ring, ulysses, steps)
+            for ring in range(plan.ring)
+            for ulysses in range(plan.ulysses)
+        ]
         teacher = RowExchange(plan, wanted, topology.sp_rank, topology.sp_group)(states.teacher)
-        tokens = all_gather_rows(states.teacher_token, topology.sp_group).cpu()[plan.sequence_order[: plan.length]]
-        return tokens, HeldRows(own, states.aux[: len(own)].cpu()), HeldRows(wanted[topology.sp_rank], teacher.cpu())
+        tokens = all_gather_rows(states.teacher_token, topology.sp_group).cpu()[
+            plan.sequence_order[: plan.length]
+        ]
+        return (
+            tokens,
+            HeldRows(own, states.aux[: len(own)].cpu()),
+            HeldRows(wanted[topology.sp_rank], teacher.cpu()),
+        )
 
 
 class HeldRows:
@@ -52,5 +67,7 @@ class HeldRows:
     def __getitem__(self, rows: slice) -> Tensor:
         first = int(np.searchsorted(self._slots, rows.start))
         held = slice(first, first + rows.stop - rows.start)
-        assert np.array_equal(self._slots[held], np.arange(rows.start, rows.stop)), f"rows {rows} are not all on this rank"
+        assert np.array_equal(self._slots[held], np.arange(rows.start, rows.stop)), (
+            f"rows {rows} are not all on this rank"
+        )
         return self._rows[held]

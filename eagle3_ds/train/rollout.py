@@ -41,10 +41,11 @@ class Rollout:
         token_ids: integers [L].
         loss_mask: bool [L], true for the tokens that the target wrote.
         lengths: of the documents in tokens, sum L.
-        aux: rows [L, 3 * Ht], the inputs of the three auxiliary layers side by side: a tensor, or anything that gives its rows
-            by slices.
+        aux: rows [L, 3 * Ht], the inputs of the three auxiliary layers side by side: a tensor, or anything
+            that gives its rows by slices.
         teacher: rows [L, Ht], the last hidden state behind the final norm.
-        teacher_token: integers [L], the target's argmax over its whole vocabulary; None has it computed from `teacher`.
+        teacher_token: integers [L], the target's argmax over its whole vocabulary; None has it computed from
+            `teacher`.
     """
 
     token_ids: Tensor
@@ -58,13 +59,14 @@ class Rollout:
 class RolloutTrainer:
     """A `DraftTrainer` that is fed with `Rollout`s instead of a recipe's data.
 
-    Every method is collective: all ranks call it alike, sequence-parallel peers with the same rollouts. Without a launcher it
-    is a world of one rank.
+    Every method is collective: all ranks call it alike, sequence-parallel peers with the same rollouts.
+    Without a launcher it is a world of one rank.
 
     Args:
-        recipe: a recipe or the path of one; its sections `data` and `eval` are not used. overrides: as on the command line.
-        vocabulary: the draft's; None takes vocabulary.safetensors from `output_dir`, or all tokens when `draft.vocab_size` is
-            the target's.
+        recipe: a recipe or the path of one; its sections `data` and `eval` are not used. overrides: as on the
+            command line.
+        vocabulary: the draft's; None takes vocabulary.safetensors from `output_dir`, or all tokens when
+            `draft.vocab_size` is the target's.
         weights: of a draft to go on with, by the names of `state_dict`; None starts a fresh one.
 
     Raises:
@@ -90,7 +92,9 @@ class RolloutTrainer:
         embedding, self._head = load_embedding_and_head(folder)
         user = load_deepspeed_config(self.recipe.deepspeed)
         settings = fill_deepspeed_config(user, self.recipe, topology.mesh.world_size, topology.draft_dp)
-        self.trainer = DraftTrainer(self.recipe, settings, topology, draft, embedding, self._head, self.vocabulary)
+        self.trainer = DraftTrainer(
+            self.recipe, settings, topology, draft, embedding, self._head, self.vocabulary
+        )
         self._hidden_size = int(config.hidden_size)
         self.steps = 0
 
@@ -98,7 +102,8 @@ class RolloutTrainer:
         """One optimizer step over `train.accumulation` rollouts of this draft_dp rank.
 
         Raises:
-            ValueError: a rollout that cannot be trained on, here or on another rank; then no rank takes the step.
+            ValueError: a rollout that cannot be trained on, here or on another rank; then no rank takes the
+                step.
         """
         given = [rollouts] if isinstance(rollouts, Rollout) else list(rollouts)
         report = self.trainer.step(self._packs(given, self.recipe.train.accumulation), learning_rate)
@@ -106,23 +111,30 @@ class RolloutTrainer:
         return report
 
     def evaluate(self, rollouts: Sequence[Rollout]) -> StepReport:
-        """Loss and accuracy over rollouts of this draft_dp rank, equally many on every rank. Raises ValueError as `step`."""
+        """Loss and accuracy over rollouts of this draft_dp rank, equally many on every rank. Raises
+        ValueError as `step`.
+        """
         return self.trainer.evaluate(self._packs(rollouts, len(rollouts)))
 
     def update_target(self, embedding: Tensor, head: Tensor) -> None:
         """Tell of a target that was trained meanwhile: its embedding [V, H] and head [V, Ht]."""
         for name, tensor in (("embedding", embedding), ("head", head)):
             if tensor.shape != self._head.shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the target's is {tuple(self._head.shape)}")
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}, the target's is {tuple(self._head.shape)}"
+                )
         self._head = head.detach().cpu().clone()
         self.trainer.update_target(embedding, head)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The draft's weights, whole, on the CPU, on every rank. `export.vllm_tensors` gives them the names that servers know."""
+        """The draft's weights, whole, on the CPU, on every rank. `export.vllm_tensors` gives them the names
+        that servers know.
+        """
         return self.trainer.state_dict()
 
     def save(self, folder: str | Path) -> Path:
-        """Write a checkpoint with the optimizer's state under `folder`; returns its own folder, which `load` goes on from.
+        """Write a checkpoint with the optimizer's state under `folder`; returns its own folder, which `load`
+        goes on from.
 
         Raises:
             CheckpointError: it could not be written.
@@ -143,12 +155,15 @@ class RolloutTrainer:
         return self.steps
 
     def _packs(self, rollouts: Sequence[Rollout], number: int) -> list[PackedSequence]:
-        """The rollouts as packs. A mistake on one rank is an error on all of them: the others would wait for it for ever."""
+        """The rollouts as packs. A mistake on one rank is an error on all of them: the others would wait for
+        it for ever.
+        """
         packs, mistake = [], None
         try:
             if len(rollouts) != number:
                 raise ValueError(
-                    f"step() got {len(rollouts)} rollouts, and train.accumulation is {number}: give exactly that many"
+                    f"step() got {len(rollouts)} rollouts, and train.accumulation is {number}: give exactly "
+                    "that many"
                 )
             packs = [self._pack(rollout) for rollout in rollouts]
         except ValueError as error:
@@ -158,11 +173,15 @@ class RolloutTrainer:
         if mistake is not None:
             raise mistake
         if wrong.item():
-            raise ValueError(f"{wrong.item()} other rank(s) refused their rollouts and say why: no rank takes this step")
+            raise ValueError(
+                f"{wrong.item()} other rank(s) refused their rollouts and say why: no rank takes this step"
+            )
         return packs
 
     def _pack(self, rollout: Rollout) -> PackedSequence:
-        """Checked as far as this rank reads it; the teacher's tokens are those of its own rows, and 0 elsewhere."""
+        """Checked as far as this rank reads it; the teacher's tokens are those of its own rows, and 0
+        elsewhere.
+        """
         length = _check_tokens(rollout, len(self._head))
         place, loss_mask = self.trainer.topology.place, rollout.loss_mask.cpu().bool()
         plan = plan_spans(self.recipe, rollout.lengths, loss_mask)
@@ -170,7 +189,11 @@ class RolloutTrainer:
         read = plan.teacher_slots(place.ring_rank, place.ulysses_rank, self.recipe.draft.ttt_steps)
         for _ in _checked_rows("aux", rollout.aux, own, length, 3 * self._hidden_size):
             pass
-        token = torch.zeros(length, dtype=torch.int64) if rollout.teacher_token is None else rollout.teacher_token.cpu().long()
+        token = (
+            torch.zeros(length, dtype=torch.int64)
+            if rollout.teacher_token is None
+            else rollout.teacher_token.cpu().long()
+        )
         for slots, rows in _checked_rows("teacher", rollout.teacher, read, length, self._hidden_size):
             if rollout.teacher_token is None:
                 token[slots] = self._greedy_tokens(rows)
@@ -200,19 +223,27 @@ class _HostRows:
 
 
 def _check_tokens(rollout: Rollout, vocab_size: int) -> int:
-    """The number of tokens. Raises ValueError for columns that disagree, and for tokens that the target does not have."""
+    """The number of tokens. Raises ValueError for columns that disagree, and for tokens that the target does
+    not have.
+    """
     length = len(rollout.token_ids)
     if not rollout.lengths or min(rollout.lengths) < 1 or sum(rollout.lengths) != length:
         raise ValueError(
-            f"lengths is {list(rollout.lengths)[:8]} with the sum {sum(rollout.lengths)}, and token_ids has {length} tokens: "
-            "give the length of every document, each at least 1"
+            f"lengths is {list(rollout.lengths)[:8]} with the sum {sum(rollout.lengths)}, and token_ids has "
+            f"{length} tokens: give the length of every document, each at least 1"
         )
-    columns = {"token_ids": rollout.token_ids, "loss_mask": rollout.loss_mask, "teacher_token": rollout.teacher_token}
+    columns = {
+        "token_ids": rollout.token_ids,
+        "loss_mask": rollout.loss_mask,
+        "teacher_token": rollout.teacher_token,
+    }
     for name, column in columns.items():
         if column is None:
             continue
         if column.shape != (length,) or column.is_floating_point():
-            raise ValueError(f"{name} is {column.dtype} {tuple(column.shape)}, expected integers or booleans ({length},)")
+            raise ValueError(
+                f"{name} is {column.dtype} {tuple(column.shape)}, expected integers or booleans ({length},)"
+            )
         if name == "loss_mask":
             vocabulary, what = 2, "0 or 1"
         else:
@@ -220,11 +251,15 @@ def _check_tokens(rollout: Rollout, vocab_size: int) -> int:
         strange = ((column < 0) | (column >= vocabulary)).nonzero()
         if len(strange):
             place = int(strange[0])
-            raise ValueError(f"{name} holds {int(column[place])} at row {place}, expected {what}: correct the rollout")
+            raise ValueError(
+                f"{name} holds {int(column[place])} at row {place}, expected {what}: correct the rollout"
+            )
     return length
 
 
-def _checked_rows(name: str, rows: Rows, slots: NDArray[np.int64], length: int, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _checked_rows(
+    name: str, rows: Rows, slots: NDArray[np.int64], length: int, width: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(slots int64 [n], rows [n, width]) of those of `slots` that hold a token, a few thousand at a time.
 
     Raises:
@@ -232,18 +267,24 @@ def _checked_rows(name: str, rows: Rows, slots: NDArray[np.int64], length: int, 
     """
     if isinstance(rows, Tensor) and rows.shape != (length, width):
         raise ValueError(
-            f"{name} has shape {tuple(rows.shape)}, expected {(length, width)}: the target's states of {length} tokens"
+            f"{name} has shape {tuple(rows.shape)}, expected {(length, width)}: the target's states of "
+            f"{length} tokens"
         )
     slots = slots[slots < length]
     local = LocalRows(rows, slots, length)
     for tile in row_tiles(len(slots), ROWS_AT_ONCE):
         piece = local.take(tile)
         if piece.shape != (len(tile), width) or not piece.is_floating_point():
-            raise ValueError(f"{name} gives {piece.dtype} {tuple(piece.shape)}, expected floating point {(len(tile), width)}")
+            raise ValueError(
+                f"{name} gives {piece.dtype} {tuple(piece.shape)}, expected floating point "
+                f"{(len(tile), width)}"
+            )
         finite = torch.isfinite(piece).all(-1)
         if not finite.all():
             row = int(slots[tile][int(finite.logical_not().nonzero()[0])])
-            raise ValueError(f"{name} is not finite at row {row}: leave that document out, or mend what computed it")
+            raise ValueError(
+                f"{name} is not finite at row {row}: leave that document out, or mend what computed it"
+            )
         yield torch.from_numpy(slots[tile]), piece
 
 
@@ -254,8 +295,9 @@ def _vocabulary(recipe: Recipe, vocab_size: int) -> VocabularyMap:
     if recipe.draft.vocab_size == vocab_size:
         return VocabularyMap.from_counts(torch.zeros(vocab_size, dtype=torch.int64), vocab_size)
     raise ValueError(
-        f"draft.vocab_size is {recipe.draft.vocab_size} of the target's {vocab_size} tokens, and {file} does not say which: pass "
-        f"`vocabulary` (VocabularyMap.from_counts of the tokens in earlier answers), or set draft.vocab_size to {vocab_size}"
+        f"draft.vocab_size is {recipe.draft.vocab_size} of the target's {vocab_size} tokens, and {file} does "
+        "not say which: pass `vocabulary` (VocabularyMap.from_counts of the tokens in earlier answers), or "
+        f"set draft.vocab_size to {vocab_size}"
     )
 
 
@@ -263,7 +305,8 @@ def _topology(recipe: Recipe) -> Topology:
     parallel = recipe.parallel
     topology = maybe_setup_distributed(parallel.ulysses, parallel.ring, parallel.draft_dp)
     if not dist.is_initialized():
-        # No launcher: DeepSpeed wants a process group and LOCAL_RANK all the same. A world of one needs no address.
+        # No launcher: DeepSpeed wants a process group and LOCAL_RANK all the same. A world of one needs no
+        # address.
         os.environ.setdefault("LOCAL_RANK", "0")
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     return topology

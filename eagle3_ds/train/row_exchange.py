@@ -1,4 +1,5 @@
-"""Rows that one sp rank computed, handed to the sp ranks that want them: one all-to-all, planned from the span plan alone.
+"""Rows that one sp rank computed, handed to the sp ranks that want them: one all-to-all, planned from the
+span plan alone.
 
 Legend: S slots of this rank, L padded length.
 """
@@ -22,11 +23,14 @@ class RowExchange:
     """Who sends which rows to whom. Every sp rank builds it from the same `plan` and `wanted`.
 
     Args:
-        wanted: for each sp rank the slots that it wants, ascending and below the padded length; several ranks may want one.
+        wanted: for each sp rank the slots that it wants, ascending and below the padded length; several ranks
+            may want one.
         sp_group: the ranks that share the sequence, in the order of sp_rank; None for one rank.
     """
 
-    def __init__(self, plan: SpanPlan, wanted: Sequence[IntArray], sp_rank: int, sp_group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, plan: SpanPlan, wanted: Sequence[IntArray], sp_rank: int, sp_group: dist.ProcessGroup | None
+    ) -> None:
         assert len(wanted) == plan.ring * plan.ulysses, (len(wanted), plan.ring, plan.ulysses)
         self.group = sp_group
         holder, row = _holders(plan)
@@ -39,7 +43,9 @@ class RowExchange:
         self.arrival = torch.from_numpy(np.argsort(np.argsort(holder[mine], kind="stable"), kind="stable"))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [S, ...], this rank's slots -> the wanted slots' rows, in their order. Collective over the sp group."""
+        """x [S, ...], this rank's slots -> the wanted slots' rows, in their order. Collective over the sp
+        group.
+        """
         sent = x[self.rows.to(x.device)]
         if self.group is None:
             return sent

@@ -11,7 +11,9 @@ from eagle3_ds.topology import Topology
 
 
 def segment(rank: int) -> Path:
-    """Where this run's rank has the buffer through which DeepSpeed reduces between ranks of one host (`comm/shm.cpp`)."""
+    """Where this run's rank has the buffer through which DeepSpeed reduces between ranks of one host
+    (`comm/shm.cpp`).
+    """
     run = f"{os.environ.get('MASTER_ADDR', '')}_{os.environ.get('MASTER_PORT', '')}"
     return Path("/dev/shm") / f"deepspeed_allreduce_buffer_{os.getuid()}_{run}_{rank}"
 

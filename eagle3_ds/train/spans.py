@@ -1,4 +1,6 @@
-"""The cut of a packed sequence, as the recipe says: the same for the draft and for a target that runs beside it."""
+"""The cut of a packed sequence, as the recipe says: the same for the draft and for a target that runs beside
+it.
+"""
 
 from __future__ import annotations
 
@@ -17,4 +19,6 @@ def plan_spans(recipe: Recipe, lengths: Sequence[int], loss_mask: Tensor) -> Spa
         # A second layer would make its keys of what the first one gives at every slot.
         live = live_slots(lengths, loss_mask, recipe.draft.ttt_steps, recipe.loss.mask_alignment)
     parallel = recipe.parallel
-    return SpanPlan.make(lengths, parallel.ring, parallel.ulysses, parallel.chunks_per_rank, live, recipe.draft.sliding_window)
+    return SpanPlan.make(
+        lengths, parallel.ring, parallel.ulysses, parallel.chunks_per_rank, live, recipe.draft.sliding_window
+    )

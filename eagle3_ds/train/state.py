@@ -1,8 +1,10 @@
-"""Where DeepSpeed keeps this rank's share of the training state, at every ZeRO stage, as fragments of whole parameters.
+"""Where DeepSpeed keeps this rank's share of the training state, at every ZeRO stage, as fragments of whole
+parameters.
 
-torch's AdamW steps fp32 tensors, the *masters*, and keeps two moments of each in the same layout. What a master is depends on
-the stage: one whole parameter (stage 0), this rank's part of all parameters laid end to end (1 and 2), or its parts of some of
-them (3). `find_masters` says which elements of which parameter lie where, and nothing else needs to know the stage.
+torch's AdamW steps fp32 tensors, the *masters*, and keeps two moments of each in the same layout. What a
+master is depends on the stage: one whole parameter (stage 0), this rank's part of all parameters laid end to
+end (1 and 2), or its parts of some of them (3). `find_masters` says which elements of which parameter lie
+where, and nothing else needs to know the stage.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class Trained(Protocol):
 
 
 class EngineState:
-    """The training state of a DeepSpeed engine, as checkpoints read and write it (`checkpoint.state.TrainingState`).
+    """The training state of a DeepSpeed engine, as checkpoints read and write it
+    (`checkpoint.state.TrainingState`).
 
     Raises:
         ValueError: DeepSpeed chose an optimizer whose layout is not known here.
@@ -55,7 +58,11 @@ class EngineState:
         topology = self.topology
         if self.zero_stage == 0:
             return topology.place.rank, topology.mesh.world_size
-        return (topology.sp_rank, topology.sp_world_size) if self.recipe.parallel.zero_group == "draft_dp" else (0, 1)
+        return (
+            (topology.sp_rank, topology.sp_world_size)
+            if self.recipe.parallel.zero_group == "draft_dp"
+            else (0, 1)
+        )
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -66,7 +73,9 @@ class EngineState:
     @property
     def adam_steps(self) -> int:
         state = self._engine.basic_optimizer.state
-        (steps,) = {int(state[master.tensor]["step"]) if master.tensor in state else 0 for master in self.masters}
+        (steps,) = {
+            int(state[master.tensor]["step"]) if master.tensor in state else 0 for master in self.masters
+        }
         return steps
 
     @property
@@ -81,11 +90,15 @@ class EngineState:
         """The flat master and its moments: views. Moments are zeros before AdamW's first step."""
         state = self._engine.basic_optimizer.state.get(master.tensor, {})
         flat = {MASTER: master.tensor.detach().view(-1)}
-        return flat | {kind: state[kind].view(-1) if state else torch.zeros_like(flat[MASTER]) for kind in MOMENTS}
+        return flat | {
+            kind: state[kind].view(-1) if state else torch.zeros_like(flat[MASTER]) for kind in MOMENTS
+        }
 
     @torch.no_grad()
     def write(self, adam_steps: int, read: Callable[[str, Fragment], Tensor]) -> None:
-        """Fill masters and moments from `read(kind, fragment)`, fp32 [numel], then the weights from the masters. Collective."""
+        """Fill masters and moments from `read(kind, fragment)`, fp32 [numel], then the weights from the
+        masters. Collective.
+        """
         for master in self.masters:
             state = self._engine.basic_optimizer.state[master.tensor]
             for kind in MOMENTS:
@@ -122,11 +135,12 @@ def find_masters(engine: Any) -> list[FlatMaster]:
         master_of = {parameter: parameter for parameter in engine.module.parameters()}
     else:
         raise ValueError(
-            f"DeepSpeed chose {type(wrapper).__name__}, whose state this program cannot save. Use a DeepSpeed JSON with the "
-            "keys of those in ds_configs/."
+            f"DeepSpeed chose {type(wrapper).__name__}, whose state this program cannot save. Use a "
+            "DeepSpeed JSON with the keys of those in ds_configs/."
         )
     return [
-        FlatMaster(master_of[parameter], (Fragment(name, 0, 0, parameter.numel()),)) for name, parameter in _named(engine.module)
+        FlatMaster(master_of[parameter], (Fragment(name, 0, 0, parameter.numel()),))
+        for name, parameter in _named(engine.module)
     ]
 
 
@@ -137,7 +151,10 @@ def _of_stage_1_or_2(wrapper: Any, module: nn.Module) -> list[FlatMaster]:
         if mapping is not None:
             low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
             fragments[mapping.param_group_index].append(Fragment(name, low.start, high.start, high.numel))
-    return [FlatMaster(*pair) for pair in zip(wrapper.single_partition_of_fp32_groups, map(tuple, fragments), strict=True)]
+    return [
+        FlatMaster(*pair)
+        for pair in zip(wrapper.single_partition_of_fp32_groups, map(tuple, fragments), strict=True)
+    ]
 
 
 def _of_stage_3(wrapper: Any, module: nn.Module) -> list[FlatMaster]:
@@ -149,7 +166,10 @@ def _of_stage_3(wrapper: Any, module: nn.Module) -> list[FlatMaster]:
         numel = min(numel, parameter.ds_numel - start)
         if numel > 0:
             fragments[group].append(Fragment(name, start, offset, numel))
-    return [FlatMaster(*pair) for pair in zip(wrapper.fp32_partitioned_groups_flat, map(tuple, fragments), strict=True)]
+    return [
+        FlatMaster(*pair)
+        for pair in zip(wrapper.fp32_partitioned_groups_flat, map(tuple, fragments), strict=True)
+    ]
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -160,7 +180,9 @@ def _named(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def _weights_from_masters(wrapper: Any) -> None:
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
         wrapper.checkpoint_event_prologue()
-        for weights, master in zip(wrapper.fp16_partitioned_groups_flat, wrapper.fp32_partitioned_groups_flat, strict=True):
+        for weights, master in zip(
+            wrapper.fp16_partitioned_groups_flat, wrapper.fp32_partitioned_groups_flat, strict=True
+        ):
             weights.data.copy_(master)
         # Gathers again what every rank holds whole, and forgets ZeRO++'s secondary copies.
         wrapper.checkpoint_event_epilogue()

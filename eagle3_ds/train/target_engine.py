@@ -1,4 +1,5 @@
-"""The target in a training job: its weights sharded by ZeRO-3 over all ranks, its forward cut into the draft's spans.
+"""The target in a training job: its weights sharded by ZeRO-3 over all ranks, its forward cut into the
+draft's spans.
 
 Legend: S slots of this rank, L tokens, Ht hidden size, V vocabulary.
 """
@@ -59,17 +60,22 @@ class TargetEngine:
     """The frozen target. Every method is collective over the world; sp peers pass the same sequence.
 
     Raises:
-        ValueError: a target that cannot run over spans, or whose hidden states then differ from those of its plain forward.
+        ValueError: a target that cannot run over spans, or whose hidden states then differ from those of its
+            plain forward.
     """
 
     def __init__(self, recipe: Recipe, topology: Topology) -> None:
         self.recipe, self.topology = recipe, topology
         path = resolve_path(recipe.target.path)
-        check_parallel(load_full_config(path), recipe.target.path, recipe.parallel.ulysses, recipe.data.max_length)
+        check_parallel(
+            load_full_config(path), recipe.target.path, recipe.parallel.ulysses, recipe.data.max_length
+        )
         target = _load_sharded(recipe.target, topology)
         self.dtype = getattr(torch, recipe.target.dtype)
         self.vocab_size: int = target.config.vocab_size
-        self.kernel = checked_kernel(recipe.attention.kernel, topology.device, self.dtype, head_size(target.config))
+        self.kernel = checked_kernel(
+            recipe.attention.kernel, topology.device, self.dtype, head_size(target.config)
+        )
         self._head: nn.Parameter = target.model.get_output_embeddings().weight
         self._forward: Any = _hook_up(SpanForward(target), topology)
         self._probe()
@@ -78,14 +84,17 @@ class TargetEngine:
     def run(self, token_ids: Tensor, lengths: Sequence[int], plan: SpanPlan | None = None) -> SpanStates:
         """Run over this rank's spans of a packed sequence.
 
-        token_ids: int64 [L], whole, of all documents end to end. plan: of these documents; None cuts them alike all along.
+        token_ids: int64 [L], whole, of all documents end to end. plan: of these documents; None cuts them
+        alike all along.
         """
         parallel, place, device = self.recipe.parallel, self.topology.place, self.topology.device
         plan = plan or SpanPlan.make(lengths, parallel.ring, parallel.ulysses, parallel.chunks_per_rank)
         slots = plan.slots(place.ring_rank, place.ulysses_rank)
         padded = torch.zeros(plan.padded_length, dtype=torch.int64)
         padded[: plan.length] = token_ids
-        packed = PackedAttention(plan, place.ring_rank, self.kernel, self.topology.ulysses_group, self.topology.ring_group)
+        packed = PackedAttention(
+            plan, place.ring_rank, self.kernel, self.topology.ulysses_group, self.topology.ring_group
+        )
         own = torch.from_numpy(slots)
         positions = torch.from_numpy(plan.position[slots])
         aux, teacher = self._forward(padded[own].to(device), positions.to(device), packed)
@@ -94,7 +103,9 @@ class TargetEngine:
         return SpanStates(plan, slots, aux, teacher, tokens)
 
     def _probe(self) -> None:
-        """Hold two short documents, cut and packed, against each one's forward as transformers computes it on rank 0."""
+        """Hold two short documents, cut and packed, against each one's forward as transformers computes it on
+        rank 0.
+        """
         generator = torch.Generator().manual_seed(0)
         token_ids = torch.randint(self.vocab_size, (sum(PROBE_LENGTHS),), generator=generator)
         states = self.run(token_ids, PROBE_LENGTHS)
@@ -107,24 +118,28 @@ class TargetEngine:
             expected = torch.cat(parts)
             if self.topology.world_group is not None:
                 dist.broadcast(expected, src=0)
-            difference = (found[: len(own)] - expected[own]).float().norm(dim=-1) / expected[own].float().norm(dim=-1)
+            difference = (found[: len(own)] - expected[own]).float().norm(dim=-1) / expected[
+                own
+            ].float().norm(dim=-1)
             if len(own):
                 worst = worst.maximum(difference.nan_to_num(torch.inf).median())
         if self.topology.world_group is not None:
             dist.all_reduce(worst, dist.ReduceOp.MAX)
         if not float(worst) <= TOLERANCE[self.dtype]:
             raise ValueError(
-                f"target.path = {self.recipe.target.path!r}: cut over ranks and packed, its hidden states differ from those of "
-                f"its plain forward by {float(worst):.1e} (at most {TOLERANCE[self.dtype]:.0e} is rounding), so it mixes tokens "
-                "in a way that is not known here. Capture it with target.capture: single."
+                f"target.path = {self.recipe.target.path!r}: cut over ranks and packed, its hidden states "
+                f"differ from those of its plain forward by {float(worst):.1e} (at most "
+                f"{TOLERANCE[self.dtype]:.0e} is rounding), so it mixes tokens in a way that is not known "
+                "here. Capture it with target.capture: single."
             )
 
 
 def _load_sharded(section: TargetSection, topology: Topology) -> Target:
-    """The target with its decoder and head partitioned over the world. Rank 0 alone reads them, into its host memory.
+    """The target with its decoder and head partitioned over the world. Rank 0 alone reads them, into its host
+    memory.
 
-    One decoder layer is partitioned at a time, the embedding and the head last: a device never holds more than the larger of the
-    two whole.
+    One decoder layer is partitioned at a time, the embedding and the head last: a device never holds more
+    than the larger of the two whole.
     """
     if topology.world_group is None:
         return load_target(section, device=topology.device)
@@ -142,7 +157,9 @@ def _load_sharded(section: TargetSection, topology: Topology) -> Target:
                 module.to_empty(device=topology.device, recurse=False)
         if block is used:
             target.model.tie_weights()
-        deepspeed.zero.Init(module=block, config_dict_or_path=_settings())  # broadcasts from rank 0, then partitions
+        deepspeed.zero.Init(
+            module=block, config_dict_or_path=_settings()
+        )  # broadcasts from rank 0, then partitions
     _share_buffers(used, topology.device)  # last: `to_empty` empties them too
     return target
 
@@ -176,5 +193,10 @@ def _hook_up(forward: SpanForward, topology: Topology) -> Any:
 
 
 def _settings() -> dict[str, Any]:
-    """ZeRO-3 for parameters that never change; without a precision section DeepSpeed leaves their dtypes alone."""
-    return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, "memory_efficient_linear": False}}
+    """ZeRO-3 for parameters that never change; without a precision section DeepSpeed leaves their dtypes
+    alone.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "memory_efficient_linear": False},
+    }

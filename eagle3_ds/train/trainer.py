@@ -80,7 +80,14 @@ class DraftTrainer:
         asked = recipe.parallel.kv_exchange
         self.kv_exchange = choose_kv_exchange(setup) if asked == "auto" else asked
         groups = (topology.ulysses_group, topology.ring_group)
-        patch_attention(draft, kernel, *groups, self.kv_exchange, recipe.parallel.kv_bytes, window=sliding_window(draft.config))
+        patch_attention(
+            draft,
+            kernel,
+            *groups,
+            self.kv_exchange,
+            recipe.parallel.kv_bytes,
+            window=sliding_window(draft.config),
+        )
         self._draft_to_target = vocabulary.draft_to_target.to(device)
         self._in_vocabulary = vocabulary.t2d.cpu()
         self._teacher_head = self._draft_rows(head)
@@ -97,8 +104,8 @@ class DraftTrainer:
         """
         if len(packs) != self.recipe.train.accumulation:
             raise ValueError(
-                f"step() got {len(packs)} packs, but train.accumulation is {self.recipe.train.accumulation}: DeepSpeed counts "
-                "micro-batches, so give exactly that many."
+                f"step() got {len(packs)} packs, but train.accumulation is {self.recipe.train.accumulation}: "
+                "DeepSpeed counts micro-batches, so give exactly that many."
             )
         if learning_rate is not None:
             for group in self.engine.optimizer.param_groups:
@@ -111,7 +118,8 @@ class DraftTrainer:
             # The gradients of a loss that is not finite are made NaN, so that no rank takes the step.
             scale = torch.where(loss.total.isfinite(), self.loss_scale, math.nan)
             self.engine.backward(loss.total * scale, scale_wrt_gas=False)
-            # Without its graph, which would hold the keys and values of every micro-batch until the step is over.
+            # Without its graph, which would hold the keys and values of every micro-batch until the step is
+            # over.
             sums.append(LossSum(*(value.detach() for value in loss)))
             del loss
             if micro < len(batches):
@@ -124,7 +132,8 @@ class DraftTrainer:
     def evaluate(self, packs: Sequence[PackedSequence]) -> StepReport:
         """Loss and accuracy over `packs` of this draft_dp rank; every rank brings the same number of them.
 
-        One pack at a time: where the target runs beside the draft, its hidden states exist only while they are in use.
+        One pack at a time: where the target runs beside the draft, its hidden states exist only while they
+        are in use.
         """
         self.engine.eval()
         sums, tokens = [], 0
@@ -137,7 +146,9 @@ class DraftTrainer:
         return self._report(sums, normalizer, tokens)
 
     def update_target(self, embedding: Tensor, head: Tensor) -> None:
-        """Go on with the embedding [V, H] and head [V, Ht] of a target that was trained meanwhile, as a policy is in RL."""
+        """Go on with the embedding [V, H] and head [V, Ht] of a target that was trained meanwhile, as a
+        policy is in RL.
+        """
         self.engine.module.use_embedding(embedding.detach().to(self.topology.device, self.dtype, copy=True))
         self._teacher_head = self._draft_rows(head.detach())
 
@@ -147,8 +158,8 @@ class DraftTrainer:
 
     @torch.no_grad()
     def own_losses(self, pack: PackedSequence) -> tuple[Tensor, bool]:
-        """This rank's share of the summed loss of each TTT step, fp32 [K] on the host, and whether the hidden states that it
-        was computed from are finite. Shows which documents are to blame."""
+        """This rank's share of the summed loss of each TTT step, fp32 [K] on the host, and whether the hidden
+        states that it was computed from are finite. Shows which documents are to blame."""
         self.engine.eval()
         (batch,), (inputs,), _ = self._prepare([pack])
         loss: LossSum = self.engine(batch, inputs)
@@ -156,22 +167,35 @@ class DraftTrainer:
         return loss.step_loss.cpu(), all(bool(rows.isfinite().all()) for rows in read)
 
     def frozen_tensors(self) -> list[Tensor]:
-        """What is not trained and the same on every rank: the target's embedding, and its head's rows of the draft vocabulary."""
+        """What is not trained and the same on every rank: the target's embedding, and its head's rows of the
+        draft vocabulary.
+        """
         return [*self.engine.module.frozen, self._teacher_head]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The draft's weights, whole, on the CPU, by the names of `DraftModel`."""
-        return {name.removeprefix("draft."): tensor for name, tensor in full_parameters(self.engine.module).items()}
+        return {
+            name.removeprefix("draft."): tensor
+            for name, tensor in full_parameters(self.engine.module).items()
+        }
 
     def _prepare(self, packs: Sequence[PackedSequence]) -> tuple[list[LocalBatch], list[LossInputs], Tensor]:
         recipe, place = self.recipe, self.topology.place
-        ranks, rules = (place.ring_rank, place.ulysses_rank), (recipe.draft.ttt_steps, recipe.loss.mask_alignment)
+        ranks, rules = (
+            (place.ring_rank, place.ulysses_rank),
+            (recipe.draft.ttt_steps, recipe.loss.mask_alignment),
+        )
         plans = [plan_spans(recipe, pack.lengths, pack.loss_mask) for pack in packs]
-        batches = [prepare_usp_input(pack, plan, *ranks, *rules) for pack, plan in zip(packs, plans, strict=True)]
+        batches = [
+            prepare_usp_input(pack, plan, *ranks, *rules) for pack, plan in zip(packs, plans, strict=True)
+        ]
         contributing = [self._contributing(batch) for batch in batches]
         normalizer = self._normalizer(batches, contributing)
         weight = torch.where(normalizer > 0, self._decay / normalizer.clamp(min=1), 0.0)
-        inputs = [self._loss_inputs(batch, counted, weight) for batch, counted in zip(batches, contributing, strict=True)]
+        inputs = [
+            self._loss_inputs(batch, counted, weight)
+            for batch, counted in zip(batches, contributing, strict=True)
+        ]
         return batches, inputs, normalizer
 
     def _contributing(self, batch: LocalBatch) -> Tensor:
@@ -232,7 +256,9 @@ class DraftTrainer:
 
 
 def learning_rate_at(recipe: Recipe, step: int, total_steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0): linear warm-up, then the schedule down to min_lr_ratio."""
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, then the schedule down to
+    min_lr_ratio.
+    """
     train = recipe.train
     if step < train.warmup_steps:
         return train.learning_rate * (step + 1) / train.warmup_steps

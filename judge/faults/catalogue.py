@@ -1,4 +1,6 @@
-"""The faults that `python -m benchmarks.faults` injects: what, where, how often, and what the run has to say to each."""
+"""The faults that `python -m benchmarks.faults` injects: what, where, how often, and what the run has to say
+to each.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,10 @@ def _deaths() -> list[tuple[Injection, int]]:
         (Injection("supervisor killed", "beside a rank", Fault("kill the supervisor"), ""), 2),
         (
             Injection(
-                "launcher killed", "on the host", Fault("kill the launcher"), "the launcher that started this rank is gone"
+                "launcher killed",
+                "on the host",
+                Fault("kill the launcher"),
+                "the launcher that started this rank is gone",
             ),
             2,
         ),
@@ -76,7 +81,12 @@ def _errors() -> list[tuple[Injection, int]]:
         (_in_training("exception in backward", injected, "raise in backward"), 2),
         (Injection("exception", "a rank, in evaluation", Fault("raise", phase="evaluating"), injected), 1),
         (Injection("exception", "a rank, before saving", Fault("raise", phase="saving"), injected), 1),
-        (Injection("SIGKILL", "a rank, before saving", Fault("SIGKILL", phase="saving"), "signal 9 (SIGKILL)"), 2),
+        (
+            Injection(
+                "SIGKILL", "a rank, before saving", Fault("SIGKILL", phase="saving"), "signal 9 (SIGKILL)"
+            ),
+            2,
+        ),
         (_in_training("host memory exhausted", "can't allocate memory", "host memory"), 2),
         (_in_training("device memory exhausted (raised)", "CUDA out of memory", "device memory"), 1),
     ]
@@ -85,9 +95,21 @@ def _errors() -> list[tuple[Injection, int]]:
 def _silent_harm() -> list[tuple[Injection, int]]:
     return [
         (_in_training("hidden states NaN", "FloatingPointError: the loss of step", "spoil a step"), 2),
-        (_in_training("gradient infinite on one rank", "FloatingPointError: the gradient of step", "spoil a gradient"), 2),
+        (
+            _in_training(
+                "gradient infinite on one rank",
+                "FloatingPointError: the gradient of step",
+                "spoil a gradient",
+            ),
+            2,
+        ),
         (_in_training("bit of a weight flipped", "do not hold the same weights", "flip a bit"), 2),
-        (_in_training("bit of the target flipped", "do not hold the same frozen tensors", "flip a bit of the target"), 1),
+        (
+            _in_training(
+                "bit of the target flipped", "do not hold the same frozen tensors", "flip a bit of the target"
+            ),
+            1,
+        ),
         (_in_training("random state drifted", "do not hold the same random state", "draw a number"), 1),
         (_in_training("place in the data lost", "do not hold the same next packs", "lose the place"), 1),
     ]
@@ -96,7 +118,8 @@ def _silent_harm() -> list[tuple[Injection, int]]:
 def _at_start() -> list[tuple[Injection, int]]:
     told = {"package": "torch: ", "code": "code of eagle3_ds: ", "data": "data: ", "recipe": "recipe: "}
     return [
-        (Injection(f"other {what} on one rank", "at start", Fault(f"other {what}"), words), 1) for what, words in told.items()
+        (Injection(f"other {what} on one rank", "at start", Fault(f"other {what}"), words), 1)
+        for what, words in told.items()
     ]
 
 
@@ -105,7 +128,12 @@ def _damaged_checkpoints() -> list[tuple[Injection, int]]:
 
     def after(name: str, harm: Callable[[Path], None], damaged: int = 1) -> Injection:
         return Injection(
-            name, "the newest checkpoint", Fault("SIGKILL"), "signal 9", lambda folder: harm(folder / CHECKPOINTS), damaged
+            name,
+            "the newest checkpoint",
+            Fault("SIGKILL"),
+            "signal 9",
+            lambda folder: harm(folder / CHECKPOINTS),
+            damaged,
         )
 
     return [
@@ -134,7 +162,8 @@ def _alter(path: Path) -> None:
 def chains() -> list[list[Injection]]:
     """The catalogue dealt out to runs of STEPS steps, each fault at a later step than the one before it.
 
-    A run that is struck again and again shows more than one that is struck once: what an earlier fault left must not matter.
+    A run that is struck again and again shows more than one that is struck once: what an earlier fault left
+    must not matter.
     """
     dealt: list[list[Injection]] = []
     waiting = [injection for injection, times in catalogue() for _ in range(times)]
@@ -156,7 +185,9 @@ def chains() -> list[list[Injection]]:
 
 
 def _possible(injection: Injection, step: int) -> bool:
-    """A fault in saving or evaluating hits the step after one that is saved, and a damaged checkpoint leaves one before it."""
+    """A fault in saving or evaluating hits the step after one that is saved, and a damaged checkpoint leaves
+    one before it.
+    """
     if injection.fault.phase != "training":
         return step > 1 and (step - 1) % SAVE_EVERY == 0
     if injection.afterwards is not None:

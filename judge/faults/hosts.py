@@ -1,4 +1,6 @@
-"""Two hosts of one rank each, and what can happen to a host: its ranks die, it dies, the network between them does."""
+"""Two hosts of one rank each, and what can happen to a host: its ranks die, it dies, the network between them
+does.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ FAULTS: Sequence[tuple[str, str, Callable[[TwoHosts], None], str]] = (
 
 
 def strike_hosts(recipe: Path, output: Path, reference: Path) -> list[Struck]:
-    """One run over two hosts, struck three times and brought back each time; then brought to its end and compared."""
+    """One run over two hosts, struck three times and brought back each time; then brought to its end and
+    compared.
+    """
     found: list[Struck] = []
     done = checkpoint = 0
     log = recipe.with_suffix(".log")
@@ -62,7 +66,9 @@ def strike_hosts(recipe: Path, output: Path, reference: Path) -> list[Struck]:
             status = process.wait()
             struck.judge_end(output, status, log.read_text(), told, happened)
             if not _ends_soon(hosts):
-                struck.problems.append(f"ranks of the second host were still there {CUT_OFF_SECONDS:.0f} s later")
+                struck.problems.append(
+                    f"ranks of the second host were still there {CUT_OFF_SECONDS:.0f} s later"
+                )
             hosts.cable.cut = False
             if found:
                 found[-1].judge_loss(done, log.read_text(), checkpoint)

@@ -1,7 +1,7 @@
 """A rank of the product with a fault put into it: `judge.faults.rank` in place of `eagle3_ds.train.main`.
 
-What goes wrong, where and when stands in `fault.json` beside the recipe, which all hosts see; it is renamed when the fault
-happens, so that the run that goes on is whole.
+What goes wrong, where and when stands in `fault.json` beside the recipe, which all hosts see; it is renamed
+when the fault happens, so that the run that goes on is whole.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def _spoil(parts: Parts, times: int) -> None:
         if left[0] == 0:
             return packs
         left[0] -= 1
-        return [replace(pack, aux=torch.full_like(pack.aux[: len(pack.token_ids)], math.nan)) for pack in packs]
+        return [
+            replace(pack, aux=torch.full_like(pack.aux[: len(pack.token_ids)], math.nan)) for pack in packs
+        ]
 
     parts.loader.step = spoiled
 
@@ -150,7 +152,9 @@ def draw_a_number(parts: Parts) -> None:
 
 
 def lose_the_place(parts: Parts) -> None:
-    """From the next step on: in this one, packs of another length would break a collective, and the run with it."""
+    """From the next step on: in this one, packs of another length would break a collective, and the run with
+    it.
+    """
     pack_indices, step = parts.loader.pack_indices, parts.loader.step
 
     def step_and_lose(index: int) -> Any:
@@ -172,8 +176,8 @@ def kill_the_supervisor(parts: Parts) -> None:
 def kill_the_launcher(parts: Parts) -> None:
     """The launcher of this host, the parent of the supervisors.
 
-    This step takes its time, as at 128k tokens: ranks train on until they are found to have lost their launcher, and a tiny run
-    would come to its end meanwhile.
+    This step takes its time, as at 128k tokens: ranks train on until they are found to have lost their
+    launcher, and a tiny run would come to its end meanwhile.
     """
     status = Path(f"/proc/{os.getppid()}/status").read_text().splitlines()
     (parent,) = (int(line.split()[1]) for line in status if line.startswith("PPid:"))
@@ -190,7 +194,11 @@ def kill_all_ranks(parts: Parts) -> None:
             command = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if recipe in command and b"judge.faults.rank" in command and b"eagle3_ds.launch.supervisor" not in command:
+        if (
+            recipe in command
+            and b"judge.faults.rank" in command
+            and b"eagle3_ds.launch.supervisor" not in command
+        ):
             pid = int(path.parent.name)
             if pid != os.getpid():
                 os.kill(pid, signal.SIGKILL)
@@ -234,7 +242,12 @@ DEEDS: dict[str, Callable[[Parts], None]] = {
     "draw a number": draw_a_number,
     "lose the place": lose_the_place,
 }
-AT_START = {"other package": "torch", "other code": "code of eagle3_ds", "other data": "data", "other recipe": "recipe"}
+AT_START = {
+    "other package": "torch",
+    "other code": "code of eagle3_ds",
+    "other data": "data",
+    "other recipe": "recipe",
+}
 
 
 def put_in(fault: Fault, path: Path) -> None:
@@ -243,7 +256,9 @@ def put_in(fault: Fault, path: Path) -> None:
     if fault.deed in AT_START:
         path.rename(path.with_name(HAPPENED))
         own = identity.own_identity
-        mock.patch.object(identity, "own_identity", lambda recipe: {**own(recipe), AT_START[fault.deed]: "another"}).start()
+        mock.patch.object(
+            identity, "own_identity", lambda recipe: {**own(recipe), AT_START[fault.deed]: "another"}
+        ).start()
         return
     build_trainer, build_loaders, at = main.build_trainer, main.build_loaders, Heart.at
 

@@ -1,4 +1,6 @@
-"""Real runs of two ranks by the real command, struck by faults and brought back, each compared with one that was left alone."""
+"""Real runs of two ranks by the real command, struck by faults and brought back, each compared with one that
+was left alone.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ class Struck:
     exact: bool | None = None
 
     def judge_end(self, output: Path, status: int, told: str, expected: str, happened: float) -> None:
-        """Note what the end of the launch shows: when, that it failed, and that the first error was told last."""
+        """Note what the end of the launch shows: when, that it failed, and that the first error was told
+        last.
+        """
         ended = time.time()
         ends = Logs(output / "logs").ends(NUM_RANKS)
         reports = [end.time for end in ends.values() if end.how not in ("ended", "finished")]
@@ -61,13 +65,17 @@ class Struck:
         resumed = int(match[1]) if match else 0
         self.lost = done - resumed
         if resumed != expected:
-            self.problems.append(f"went on from step {resumed}, but the last intact checkpoint is of step {expected}")
+            self.problems.append(
+                f"went on from step {resumed}, but the last intact checkpoint is of step {expected}"
+            )
 
 
 def struck_recipe(inputs: Path, output: Path) -> Recipe:
     """Two Ulysses ranks, ZeRO-2, accumulation over packed documents."""
     recipe = make_recipe(inputs, "zero0", output, steps=STEPS, save_every=SAVE_EVERY, eval_every=SAVE_EVERY)
-    faults = recipe.faults.model_copy(update={"watchdog_seconds": WATCHDOG_SECONDS, "max_skipped": 0, "check_every": 1})
+    faults = recipe.faults.model_copy(
+        update={"watchdog_seconds": WATCHDOG_SECONDS, "max_skipped": 0, "check_every": 1}
+    )
     changes = {
         "deepspeed": recipe.deepspeed.replace("zero0", "zero2"),
         "faults": faults,
@@ -137,7 +145,9 @@ def run_chain(recipe: Path, output: Path, chain: Sequence[Injection], reference:
     return found
 
 
-def finish(recipe: Path, output: Path, found: Sequence[Struck], done: int, checkpoint: int, reference: Path) -> None:
+def finish(
+    recipe: Path, output: Path, found: Sequence[Struck], done: int, checkpoint: int, reference: Path
+) -> None:
     """Bring a run to its end, and note for all that struck it how it compares with one that was left alone."""
     status, told = launch(recipe, "--resume", "auto")
     found[-1].judge_loss(done, told, checkpoint)
@@ -156,8 +166,11 @@ def fill_disk(recipe: Path, output: Path, reference: Path) -> list[Struck]:
     ).returncode:
         return []
     try:
-        # No file takes a byte, so the rank's own words are on the terminal, and not in the order of other failures.
-        injection = Injection("disk full", "the output folder", Fault("fill the disk", step=SAVE_EVERY + 2), "")
+        # No file takes a byte, so the rank's own words are on the terminal, and not in the order of other
+        # failures.
+        injection = Injection(
+            "disk full", "the output folder", Fault("fill the disk", step=SAVE_EVERY + 2), ""
+        )
         struck, told = strike(recipe, output, injection, ())
         if "CheckpointError" not in told or "bytes" not in told:
             struck.problems.append(f"needed and free bytes were not told: {told[-500:]}")

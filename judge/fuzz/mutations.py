@@ -1,4 +1,6 @@
-"""Ways to damage a file: its bytes, or the values of the JSON or YAML in it. Pure functions of a generator's state."""
+"""Ways to damage a file: its bytes, or the values of the JSON or YAML in it. Pure functions of a generator's
+state.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,13 @@ ODD_VALUES: tuple[Any, ...] = (
 
 
 def damage_bytes(content: bytes, chance: Random) -> bytes:
-    """One to three changes: a bit, a span left out or doubled, a fragment put in, two lines exchanged, the end cut off."""
+    """One to three changes: a bit, a span left out or doubled, a fragment put in, two lines exchanged, the
+    end cut off.
+    """
     for _ in range(chance.randint(1, 3)):
-        content = chance.choice((_flip, _leave_out, _double, _put_in, _exchange_lines, _cut_off))(content, chance)
+        content = chance.choice((_flip, _leave_out, _double, _put_in, _exchange_lines, _cut_off))(
+            content, chance
+        )
     return content
 
 

@@ -67,7 +67,11 @@ class Subject(ABC):
     def damaged(self, chance: Random) -> bytes:
         """By bytes or by values, half of the time each."""
         content = chance.choice(self.samples)
-        return damage_bytes(content, chance) if chance.random() < 0.5 else self.with_other_values(content, chance)
+        return (
+            damage_bytes(content, chance)
+            if chance.random() < 0.5
+            else self.with_other_values(content, chance)
+        )
 
     @abstractmethod
     def with_other_values(self, content: bytes, chance: Random) -> bytes:
@@ -91,7 +95,9 @@ class Recipes(Subject):
         self.samples = [path.read_bytes() for path in sorted(RECIPES.glob("*.yaml"))]
 
     def with_other_values(self, content: bytes, chance: Random) -> bytes:
-        return yaml.safe_dump(damage_values(yaml.safe_load(content), chance), allow_unicode=True).encode("utf-8", "surrogatepass")
+        return yaml.safe_dump(damage_values(yaml.safe_load(content), chance), allow_unicode=True).encode(
+            "utf-8", "surrogatepass"
+        )
 
     def read(self) -> None:
         recipe = load_recipe(self.path)
@@ -107,7 +113,10 @@ class Hostfiles(Subject):
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "hostfile"
-        self.samples = [b"node-0 slots=8\nnode-1 slots=8\n", b"# mine\n10.0.0.1 slots=2 # first\n\nfe80::1 slots=16\n"]
+        self.samples = [
+            b"node-0 slots=8\nnode-1 slots=8\n",
+            b"# mine\n10.0.0.1 slots=2 # first\n\nfe80::1 slots=16\n",
+        ]
 
     def with_other_values(self, content: bytes, chance: Random) -> bytes:
         numbers = ("0", "1", "-1", "99999999999999", "1.5", "0x8", "", "8 8", "\u0668")
@@ -130,7 +139,12 @@ class DataRows(Subject):
         chat = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "that"}]
         rows: list[list[Any]] = [
             [{"messages": chat}, {"messages": [{"role": "system", "content": "be brief"}, *chat, *chat]}],
-            [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "c"}],
+            [
+                {
+                    "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+                    "system": "c",
+                }
+            ],
             [{"prompt": "a", "response": "b"}, {"prompt": chat[:1], "response": "é"}],
             [{"input_ids": [1, 2, 3, 4], "loss_mask": [0, 0, 1, 1]}],
         ]
@@ -158,9 +172,13 @@ class StoreIndexes(Subject):
 
     def __init__(self, folder: Path) -> None:
         lengths = {0: 5, 1: 3, 7: 4}
-        writer = HiddenStateWriter(folder / "store", lengths, Layout(3, 1, "float32"), {"target": "a", "documents": "b"})
+        writer = HiddenStateWriter(
+            folder / "store", lengths, Layout(3, 1, "float32"), {"target": "a", "documents": "b"}
+        )
         generator = torch.Generator().manual_seed(0)
-        self.rows = {document: torch.rand(length, 3, generator=generator) for document, length in lengths.items()}
+        self.rows = {
+            document: torch.rand(length, 3, generator=generator) for document, length in lengths.items()
+        }
         for document, aux in self.rows.items():
             writer.append(document, aux, aux[:, :1], torch.arange(len(aux)))
         self.path = writer.finish().path / INDEX_FILE
@@ -181,7 +199,9 @@ class StoreIndexes(Subject):
 
 
 class Manifests(Subject):
-    """A checkpoint of one parameter in one rank's file. Half of the damaged values are sealed again, as a forger would."""
+    """A checkpoint of one parameter in one rank's file. Half of the damaged values are sealed again, as a
+    forger would.
+    """
 
     name = "checkpoint manifest"
 
@@ -221,7 +241,9 @@ class Manifests(Subject):
         for name, shape in manifest.parameters.items():
             numel = math.prod(shape)
             assert (name, numel) == ("w", 6), manifest.parameters
-            assert all(torch.equal(reader.read(kind, Fragment(name, 0, 0, numel)), self.values) for kind in KINDS)
+            assert all(
+                torch.equal(reader.read(kind, Fragment(name, 0, 0, numel)), self.values) for kind in KINDS
+            )
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -230,8 +252,9 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     template = (
-        "{% for message in messages %}{{ message['role'] }}: {% if message['role'] == 'assistant' %}{% generation %}"
-        "{{ message['content'] }}\n{% endgeneration %}{% else %}{{ message['content'] }}\n{% endif %}{% endfor %}"
+        "{% for message in messages %}{{ message['role'] }}: "
+        "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] "
+        "}}\n{% endgeneration %}{% else %}{{ message['content'] }}\n{% endif %}{% endfor %}"
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template)
 

@@ -17,7 +17,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """A run of the main job that has ended well."""
-    job = small_job(shared, tmp_path_factory.mktemp("run") / "output", f"train.steps={STEPS}", f"train.save_every={STEPS // 2}")
+    job = small_job(
+        shared,
+        tmp_path_factory.mktemp("run") / "output",
+        f"train.steps={STEPS}",
+        f"train.save_every={STEPS // 2}",
+    )
     result = job.launch()
     assert result.returncode == 0, result.stdout
     return Job(job.folder, job.overrides, result.stdout)

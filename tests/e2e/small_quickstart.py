@@ -34,7 +34,9 @@ SMALLER = (
 
 @dataclass(frozen=True)
 class Job:
-    """The overrides that put a run of the small quickstart into a folder of its own, and its first run's result."""
+    """The overrides that put a run of the small quickstart into a folder of its own, and its first run's
+    result.
+    """
 
     folder: Path
     overrides: tuple[str, ...]
@@ -43,11 +45,14 @@ class Job:
     def launch(self) -> subprocess.CompletedProcess[str]:
         """`./launch.sh RECIPE OVERRIDES`, as a user does it."""
         line = [str(ROOT / "launch.sh"), QUICKSTART, *self.overrides]
-        return subprocess.run(line, check=False, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return subprocess.run(
+            line, check=False, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
 
     def call(self, command: str, *arguments: str) -> tuple[int, str]:
-        """Exit status and output of `eagle3-ds COMMAND RECIPE OVERRIDES ARGUMENTS`, where later overrides win, in this
-        process, which has imported everything already; the ranks are processes of their own all the same."""
+        """Exit status and output of `eagle3-ds COMMAND RECIPE OVERRIDES ARGUMENTS`, where later overrides
+        win, in this process, which has imported everything already; the ranks are processes of their own all
+        the same."""
         said = io.StringIO()
         with _working_in(ROOT), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             status = main([command, QUICKSTART, *self.overrides, *arguments])
@@ -70,5 +75,9 @@ def _working_in(folder: Path) -> Iterator[None]:
 
 def small_job(shared: Path, folder: Path, *more: str) -> Job:
     """`shared` holds what a second run uses again: the target, and the cache of documents and hidden states."""
-    places = (f"target.path={shared / 'target'}", f"data.cache_dir={shared / 'cache'}", f"output_dir={folder}")
+    places = (
+        f"target.path={shared / 'target'}",
+        f"data.cache_dir={shared / 'cache'}",
+        f"output_dir={folder}",
+    )
     return Job(folder, (*SMALLER, *places, *more))

@@ -12,9 +12,17 @@ from tests.e2e.small_quickstart import Job
 pytestmark = pytest.mark.e2e
 
 
-def test_two_ranks_capture_what_the_main_job_captured_alone(finished: Job, shared: Path, tmp_path: Path) -> None:
+def test_two_ranks_capture_what_the_main_job_captured_alone(
+    finished: Job, shared: Path, tmp_path: Path
+) -> None:
     # Another dtype is another store beside the one of the main job.
-    arguments = ("data.hidden_dtype=float16", "parallel.ring=1", f"output_dir={tmp_path / 'output'}", "--num_ranks", "2")
+    arguments = (
+        "data.hidden_dtype=float16",
+        "parallel.ring=1",
+        f"output_dir={tmp_path / 'output'}",
+        "--num_ranks",
+        "2",
+    )
     before = set((shared / "cache").glob("hidden-*"))
     status, output = finished.call("capture", *arguments)
     assert status == 0, output

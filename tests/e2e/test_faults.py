@@ -1,4 +1,6 @@
-"""A fault in a rank of a real run: how soon the run ends, what the terminal says last, and that it can go on by itself."""
+"""A fault in a rank of a real run: how soon the run ends, what the terminal says last, and that it can go on
+by itself.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def test_a_rank_that_raises_is_told_and_the_run_restarted(recipe: Path) -> None:
     assert status == 0, told
     failed, _, restarted = told.partition("restart 1 of at most 1")
     last = failed.rstrip().splitlines()
-    assert last[-1].startswith("First error, of rank 1 on ") and last[-1].endswith("RuntimeError: a fault was injected")
+    assert last[-1].startswith("First error, of rank 1 on ") and last[-1].endswith(
+        "RuntimeError: a fault was injected"
+    )
     assert "while training, after 3 steps" in last[-1]
     assert "in raise_an_error" in "\n".join(last[-6:])
     assert "going on from" in restarted and "step-000002" in restarted

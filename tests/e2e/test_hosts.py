@@ -16,7 +16,10 @@ from judge import two_hosts
 from judge.resume_runs import Shape, make_recipe, prepare_inputs, read_metrics, run, start_output
 from judge.two_hosts import TwoHosts
 
-pytestmark = [pytest.mark.e2e, pytest.mark.skipif(two_hosts.why_not() is not None, reason=str(two_hosts.why_not()))]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(two_hosts.why_not() is not None, reason=str(two_hosts.why_not())),
+]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
@@ -60,7 +63,14 @@ def losses(output: Path) -> list[float]:
 
 def launch(hosts: TwoHosts, recipe: Path, *arguments: str) -> tuple[subprocess.Popen[bytes], Path]:
     """`./launch.sh RECIPE --hostfile F` on the first host; what it says goes to a file."""
-    line = [str(ROOT / "launch.sh"), str(recipe), "--hostfile", str(hosts.hostfile), "export.formats=[]", *arguments]
+    line = [
+        str(ROOT / "launch.sh"),
+        str(recipe),
+        "--hostfile",
+        str(hosts.hostfile),
+        "export.formats=[]",
+        *arguments,
+    ]
     log = recipe.with_suffix(".log")
     return hosts.start(line, ROOT, log), log
 
@@ -101,7 +111,9 @@ def test_zero3_over_both_hosts_survives_the_death_of_one(
     assert losses(output) == pytest.approx(reference, rel=TOLERANCE)
 
 
-def test_the_ring_crosses_hosts(hosts: TwoHosts, inputs: Path, reference: list[float], tmp_path: Path) -> None:
+def test_the_ring_crosses_hosts(
+    hosts: TwoHosts, inputs: Path, reference: list[float], tmp_path: Path
+) -> None:
     output = tmp_path / "output"
     process, log = launch(hosts, write_recipe(inputs, RING, output), "--num_gpus", "1")
     assert process.wait() == 0, log.read_text()

@@ -67,7 +67,11 @@ def test_the_terminal_tells_the_result(finished: Job) -> None:
 
 
 def test_single_stages_run_again_and_say_the_same(finished: Job) -> None:
-    for stage, product in (("evaluate", "eval.json"), ("export", "draft/model.safetensors"), ("report", "report.png")):
+    for stage, product in (
+        ("evaluate", "eval.json"),
+        ("export", "draft/model.safetensors"),
+        ("report", "report.png"),
+    ):
         path = finished.folder / product
         before = path.read_bytes()
         path.unlink()

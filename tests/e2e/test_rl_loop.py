@@ -12,8 +12,15 @@ pytestmark = pytest.mark.e2e
 
 
 def test_the_example_runs_without_a_launcher(tmp_path):
-    overrides = [f"output_dir={tmp_path}", f"target.path={tmp_path / 'target'}", "target.build.steps=2", "draft.ttt_steps=2"]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    overrides = [
+        f"output_dir={tmp_path}",
+        f"target.path={tmp_path / 'target'}",
+        "target.build.steps=2",
+        "draft.ttt_steps=2",
+    ]
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     done = subprocess.run(
         [sys.executable, "examples/rl_loop.py", "--iterations", "2", *overrides],
         cwd=ROOT,

@@ -61,7 +61,9 @@ def checkpoint(job: Job, step: int) -> Path:
     return job.folder / "checkpoints" / f"step-{step:06d}"
 
 
-def test_a_run_that_is_told_to_stop_is_gone_on_with_by_the_same_command(finished: Job, shared: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_told_to_stop_is_gone_on_with_by_the_same_command(
+    finished: Job, shared: Path, tmp_path: Path
+) -> None:
     job = small_job(shared, tmp_path / "output", *LONG)
     line = [str(ROOT / "launch.sh"), QUICKSTART, *job.overrides, "--resume", "auto"]
     done = 0
@@ -69,7 +71,11 @@ def test_a_run_that_is_told_to_stop_is_gone_on_with_by_the_same_command(finished
         before, (done, output) = done, stopped_by(sent, line, job, done)
         assert len(job.metrics()) == done and before < done < 1000
         origin = f"going on from {checkpoint(job, before)}" if before else "there is no checkpoint yet"
-        for words in (origin, f"stopped by {sent.name} after step {done} of 1000", "the same command with --resume"):
+        for words in (
+            origin,
+            f"stopped by {sent.name} after step {done} of 1000",
+            "the same command with --resume",
+        ):
             assert words in output
     assert not (job.folder / "draft").exists()
 
@@ -78,5 +84,7 @@ def test_a_run_that_is_told_to_stop_is_gone_on_with_by_the_same_command(finished
     assert f"going on from {checkpoint(job, done)}" in output
     assert [record["step"] for record in job.metrics()] == list(range(1, done + 2))
     both = min(STEPS, done + 1)
-    assert [record["loss"] for record in job.metrics()[:both]] == [record["loss"] for record in finished.metrics()[:both]]
+    assert [record["loss"] for record in job.metrics()[:both]] == [
+        record["loss"] for record in finished.metrics()[:both]
+    ]
     assert (job.folder / "draft" / "model.safetensors").is_file()

@@ -13,7 +13,13 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
 ]
-ONE_DEVICE = ("parallel.ulysses=1", "parallel.ring=1", "train.dtype=bfloat16", "train.steps=3", "eval.num_prompts=0")
+ONE_DEVICE = (
+    "parallel.ulysses=1",
+    "parallel.ring=1",
+    "train.dtype=bfloat16",
+    "train.steps=3",
+    "eval.num_prompts=0",
+)
 
 
 def test_flash_trains_as_the_reference_kernel_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,6 @@
-"""The training step on one CUDA device against the dense reference: numbers, raw gradients and trained weights, bf16."""
+"""The training step on one CUDA device against the dense reference: numbers, raw gradients and trained
+weights, bf16.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,15 @@ pytestmark = [
 def on_one_device(**factors: object) -> Case:
     """A bf16 case of the matrix, with these factors."""
     base = full_matrix()[0]
-    fixed = {"draft_dp": 1, "ring": 1, "ulysses": 1, "dtype": "bfloat16", "kernel": "auto", "kv_exchange": "gather", "layers": 1}
+    fixed = {
+        "draft_dp": 1,
+        "ring": 1,
+        "ulysses": 1,
+        "dtype": "bfloat16",
+        "kernel": "auto",
+        "kv_exchange": "gather",
+        "layers": 1,
+    }
     return replace(base, **{**fixed, "accumulation": 1, "ttt_steps": 7, **factors})
 
 
@@ -28,7 +38,9 @@ def on_one_device(**factors: object) -> Case:
     [
         on_one_device(activation="recompute", heads="gqa", documents="many_unaligned", deepspeed="zero2"),
         on_one_device(activation="offload", heads="mha", documents="one", deepspeed="zero2"),
-        on_one_device(activation="offload", heads="gqa", documents="indivisible", deepspeed="zero3", accumulation=2),
+        on_one_device(
+            activation="offload", heads="gqa", documents="indivisible", deepspeed="zero3", accumulation=2
+        ),
     ],
     ids=str,
 )

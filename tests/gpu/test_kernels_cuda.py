@@ -43,10 +43,17 @@ def test_backward_equals_autograd(
 
 @pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 @each_kernel
-def test_it_holds_too(kernel: AttentionKernel, device: str, dtype: torch.dtype, check: conformance.Check) -> None:
+def test_it_holds_too(
+    kernel: AttentionKernel, device: str, dtype: torch.dtype, check: conformance.Check
+) -> None:
     check(kernel, device, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_auto_takes_a_flash_kernel(dtype: torch.dtype) -> None:
-    assert select_kernel("auto", torch.device("cuda"), dtype, 128).name in ("cuda", "flash_attn2", "flash_attn3", "flash_attn4")
+    assert select_kernel("auto", torch.device("cuda"), dtype, 128).name in (
+        "cuda",
+        "flash_attn2",
+        "flash_attn3",
+        "flash_attn4",
+    )

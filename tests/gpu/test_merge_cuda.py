@@ -15,11 +15,17 @@ merge_triton = pytest.importorskip("eagle3_ds.attention.merge_triton")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_fused_merge_equals_one_softmax(shape: Shape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_merge_equals_one_softmax(
+    shape: Shape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fused = {name: getattr(merge_triton, name) for name in ("fused_merge", "fused_merge_backward")}
     called = []
     for name, function in fused.items():
-        monkeypatch.setattr(merge_triton, name, lambda *a, name=name, function=function: (called.append(name), function(*a))[1])
+        monkeypatch.setattr(
+            merge_triton,
+            name,
+            lambda *a, name=name, function=function: (called.append(name), function(*a))[1],
+        )
     check_merge(shape, "cuda", dtype)
     assert called == list(fused)
 

@@ -59,7 +59,9 @@ def rank_of_attention(ring, ulysses, heads, kv_exchange, kept_blocks, kernel, li
     num_live = plan.live_per_rank
     # Key-only slots come along at step 0, with keys and values.
     counts = [len(slots)] + [num_live] * (STEPS - 1)
-    outs = torch.stack([attention.attend(q[s, :num_live], k[s, :n], v[s, :n], memory) for s, n in enumerate(counts)])
+    outs = torch.stack(
+        [attention.attend(q[s, :num_live], k[s, :n], v[s, :n], memory) for s, n in enumerate(counts)]
+    )
     (outs * dout.flatten(2)[:, :num_live]).sum().backward()
     whole = torch.zeros(STEPS, len(slots), outs.shape[-1], dtype=outs.dtype)
     whole[:, :num_live] = outs.detach()
@@ -95,11 +97,15 @@ def dense(plan, num_heads, num_kv_heads):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("heads", [(8, 4), (4, 4)], ids=["gqa", "mha"])
-@pytest.mark.parametrize(("kv_exchange", "kept_blocks"), [("gather", 0), ("ring", 0), ("ring", 1), ("ring", 3)])
+@pytest.mark.parametrize(
+    ("kv_exchange", "kept_blocks"), [("gather", 0), ("ring", 0), ("ring", 1), ("ring", 3)]
+)
 @pytest.mark.parametrize(("ring", "ulysses"), TOPOLOGIES)
 @pytest.mark.parametrize("live", [None, ANSWERS], ids=["all live", "answers live"])
 def test_attention_equals_one_dense_softmax(run_ranks, live, ring, ulysses, kv_exchange, kept_blocks, heads):
-    results = run_ranks(ring * ulysses, rank_of_attention, ring, ulysses, heads, kv_exchange, kept_blocks, "blockwise", live)
+    results = run_ranks(
+        ring * ulysses, rank_of_attention, ring, ulysses, heads, kv_exchange, kept_blocks, "blockwise", live
+    )
     plan = SpanPlan.make(LENGTHS, ring, ulysses, chunks_per_rank=3, live=live)
     assert (plan.rest.size > 0) == (live is not None)
     real = plan.document >= 0

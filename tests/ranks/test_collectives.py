@@ -1,7 +1,7 @@
 """Collectives of 2 and 4 gloo ranks against what one process computes from all ranks' tensors.
 
-Each case is a module-level function that runs on every rank. A rank's tensor is a function of its rank, so every rank
-builds all of them, and the whole that it compares with.
+Each case is a module-level function that runs on every rank. A rank's tensor is a function of its rank, so
+every rank builds all of them, and the whole that it compares with.
 """
 
 from __future__ import annotations
@@ -40,9 +40,13 @@ def share(rank: int, *shape: int, seed: int = 0, dtype: torch.dtype = torch.floa
 
 
 def check_autograd(
-    on_rank: Callable[[Tensor], Tensor], in_one_process: Callable[[list[Tensor]], list[Tensor]], shapes: list[list[int]]
+    on_rank: Callable[[Tensor], Tensor],
+    in_one_process: Callable[[list[Tensor]], list[Tensor]],
+    shapes: list[list[int]],
 ) -> None:
-    """Output and gradient of this rank equal those of the whole computation, the loss being the sum over all ranks."""
+    """Output and gradient of this rank equal those of the whole computation, the loss being the sum over all
+    ranks.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
     everyone = [share(r, *shapes[r]).requires_grad_() for r in range(size)]
     outputs = in_one_process(everyone)
@@ -75,9 +79,13 @@ def strided_exchange_case() -> None:
     """Rows that are slices of wider ones, as after a split of q, k and v."""
     size = dist.get_world_size()
     x = share(dist.get_rank(), 3, 2 * size, 10)[..., ::2]
-    assert torch.equal(sequence_to_heads(x, dist.group.WORLD), sequence_to_heads(x.contiguous(), dist.group.WORLD))
+    assert torch.equal(
+        sequence_to_heads(x, dist.group.WORLD), sequence_to_heads(x.contiguous(), dist.group.WORLD)
+    )
     y = share(dist.get_rank(), 2 * size, 3, 10)[..., ::2]
-    assert torch.equal(heads_to_sequence(y, dist.group.WORLD), heads_to_sequence(y.contiguous(), dist.group.WORLD))
+    assert torch.equal(
+        heads_to_sequence(y, dist.group.WORLD), heads_to_sequence(y.contiguous(), dist.group.WORLD)
+    )
 
 
 def all_to_all_4d_case() -> None:
@@ -127,7 +135,9 @@ def gather_case(dim: int, sizes: list[int] | None) -> None:
         shapes[r][dim] = sizes[r] if sizes else 3
     whole = torch.cat([share(r, *shapes[r]) for r in range(size)], dim)
     assert torch.equal(all_gather_tensor(share(rank, *shapes[rank]), world, dim, sizes), whole)
-    check_autograd(lambda x: Gather.apply(world, x, dim, sizes), lambda xs: [torch.cat(xs, dim)] * size, shapes)
+    check_autograd(
+        lambda x: Gather.apply(world, x, dim, sizes), lambda xs: [torch.cat(xs, dim)] * size, shapes
+    )
 
 
 def unpad_case(gather_dim: int, unpad_dim: int | None, padding: int) -> None:
@@ -138,7 +148,11 @@ def unpad_case(gather_dim: int, unpad_dim: int | None, padding: int) -> None:
         dim = gather_dim if unpad_dim is None else unpad_dim
         return [gathered.narrow(dim, 0, gathered.shape[dim] - padding)] * size
 
-    check_autograd(lambda x: gather_outputs_and_unpad(x, gather_dim, world, unpad_dim, padding), whole, [[2, 3, 4]] * size)
+    check_autograd(
+        lambda x: gather_outputs_and_unpad(x, gather_dim, world, unpad_dim, padding),
+        whole,
+        [[2, 3, 4]] * size,
+    )
 
 
 def ring_case() -> None:
@@ -183,7 +197,9 @@ def subgroup_case() -> None:
     assert torch.equal(sequence_to_heads(shares[place], group), whole_sequence_to_heads(shares)[place])
     assert torch.equal(all_gather_tensor(shares[place], group, 1), torch.cat(shares, 1))
     uneven = [share(r, 1 + r) for r in members]
-    assert torch.equal(all_gather_tensor(uneven[place], group, 0, [1 + r for r in members]), torch.cat(uneven))
+    assert torch.equal(
+        all_gather_tensor(uneven[place], group, 0, [1 + r for r in members]), torch.cat(uneven)
+    )
     (received,) = RingExchange(group).start([shares[place]]).wait()
     assert torch.equal(received, shares[1 - place])
 
@@ -228,7 +244,9 @@ def my_rank_and_threads(offset: int) -> tuple[int, int]:
         bad_input_case,
     ],
 )
-def test_every_rank_agrees_with_one_process(run_ranks: RankPools, world_size: int, case: Callable[[], None]) -> None:
+def test_every_rank_agrees_with_one_process(
+    run_ranks: RankPools, world_size: int, case: Callable[[], None]
+) -> None:
     run_ranks(world_size, case)
 
 
@@ -239,9 +257,13 @@ def test_gather(run_ranks: RankPools, world_size: int, sizes: list[int] | None, 
     run_ranks(world_size, gather_case, dim, sizes and sizes[:world_size])
 
 
-@pytest.mark.parametrize(("gather_dim", "unpad_dim", "padding"), [(1, None, 0), (1, None, 4), (1, 1, 2), (0, 2, 1), (-1, -1, 3)])
+@pytest.mark.parametrize(
+    ("gather_dim", "unpad_dim", "padding"), [(1, None, 0), (1, None, 4), (1, 1, 2), (0, 2, 1), (-1, -1, 3)]
+)
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_gather_and_unpad(run_ranks: RankPools, world_size: int, gather_dim: int, unpad_dim: int | None, padding: int) -> None:
+def test_gather_and_unpad(
+    run_ranks: RankPools, world_size: int, gather_dim: int, unpad_dim: int | None, padding: int
+) -> None:
     run_ranks(world_size, unpad_case, gather_dim, unpad_dim, padding)
 
 
@@ -255,7 +277,9 @@ def test_ring_of_three(run_ranks: RankPools) -> None:
 
 def test_a_group_of_none_is_one_rank() -> None:
     x = share(0, 2, 3, 4, 5)
-    assert torch.equal(sequence_to_heads(x[0], None), x[0]) and torch.equal(heads_to_sequence(x[0], None), x[0])
+    assert torch.equal(sequence_to_heads(x[0], None), x[0]) and torch.equal(
+        heads_to_sequence(x[0], None), x[0]
+    )
     assert torch.equal(all_to_all_4D(x, 2, 1, None), x)
     assert torch.equal(all_gather_rows(x, None), x) and torch.equal(reduce_scatter_rows(x, None), x)
     assert torch.equal(all_gather_tensor(x, None, 1), x)

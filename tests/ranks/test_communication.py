@@ -11,7 +11,8 @@ from judge.sample_run import SampleRun
 pytestmark = pytest.mark.ranks
 BASE = SampleRun(SMALL, 128, ttt_steps=3)
 ZERO_3 = {"zero_optimization": {"stage": 3}}
-# Of one layer on a ring of 4, fp32: 32 columns of 2 * 4 * 8 entries, 4 bytes each and 4 more of their gradient.
+# Of one layer on a ring of 4, fp32: 32 columns of 2 * 4 * 8 entries, 4 bytes each and 4 more of their
+# gradient.
 BLOCK = 32 * 64 * 8
 RUNS = {
     "ulysses 2, K 7": replace(BASE, ulysses=2, ttt_steps=7),
@@ -19,13 +20,21 @@ RUNS = {
         BASE, ulysses=2, dtype="bfloat16", shape=replace(SMALL, num_layers=2), length=131, ttt_steps=1
     ),
     "ring 2, K 7": replace(BASE, ring=2, ttt_steps=7),
-    "ring 2, bf16, two micro-batches, ZeRO-3": replace(BASE, ring=2, dtype="bfloat16", accumulation=2, deepspeed=ZERO_3),
-    "ring 2, streamed, two layers": replace(BASE, ring=2, kv_exchange="ring", shape=replace(SMALL, num_layers=2)),
-    "ulysses 2 x ring 2, packed documents": replace(BASE, ring=2, ulysses=2, length=128, lengths=(37, 5, 61, 1, 24)),
+    "ring 2, bf16, two micro-batches, ZeRO-3": replace(
+        BASE, ring=2, dtype="bfloat16", accumulation=2, deepspeed=ZERO_3
+    ),
+    "ring 2, streamed, two layers": replace(
+        BASE, ring=2, kv_exchange="ring", shape=replace(SMALL, num_layers=2)
+    ),
+    "ulysses 2 x ring 2, packed documents": replace(
+        BASE, ring=2, ulysses=2, length=128, lengths=(37, 5, 61, 1, 24)
+    ),
     "ring 4, streamed, replicas summed": replace(
         BASE, ring=4, kv_exchange="ring", dtype="bfloat16", activation="keep", zero_group="draft_dp"
     ),
-    "ring 4, two of four blocks kept": replace(BASE, ring=4, kv_exchange="ring", kv_bytes=BLOCK, activation="offload"),
+    "ring 4, two of four blocks kept": replace(
+        BASE, ring=4, kv_exchange="ring", kv_bytes=BLOCK, activation="offload"
+    ),
     "ulysses 2, answers of a quarter": replace(BASE, ulysses=2, answered=0.25),
     "ulysses 2 x ring 2, bf16, answers of a third": replace(
         BASE, ring=2, ulysses=2, answered=0.33, dtype="bfloat16", ttt_steps=7
@@ -37,7 +46,10 @@ RUNS = {
 
 def predicted(run):
     """By (axis, kind): calls and payload of one optimizer step."""
-    found = {(t.axis, t.kind): (run.accumulation * t.calls, run.accumulation * t.payload) for t in attention_traffic(run.setup())}
+    found = {
+        (t.axis, t.kind): (run.accumulation * t.calls, run.accumulation * t.payload)
+        for t in attention_traffic(run.setup())
+    }
     for traffic in state_traffic(run.setup()):
         if traffic.axis == "sp":
             # The sum of the gradients over one sequence's ranks runs on the one group that they have here.
@@ -60,7 +72,9 @@ def test_seven_steps_cost_28_all_to_alls_one_gather_and_one_reduce_scatter_per_l
     assert calls == {("ulysses", "all_to_all"): 28, ("ring", "all_gather"): 1, ("ring", "reduce_scatter"): 1}
     assert separate_all_to_alls(setup) == 56
     ring = replace(setup, kv_exchange="ring", kv_bytes=0)
-    gathered, streamed = (sum(t.sent for t in attention_traffic(s) if t.axis == "ring") for s in (setup, ring))
+    gathered, streamed = (
+        sum(t.sent for t in attention_traffic(s) if t.axis == "ring") for s in (setup, ring)
+    )
     assert streamed > 9 * gathered
 
 

@@ -24,7 +24,9 @@ def test_what_the_matrix_does_not_show_is_exact_in_fp32_too(name):
 
 
 def test_offload_is_exact_when_zero_shards_over_draft_dp_only():
-    _assert_exact(replace(HYBRID, draft_dp=2, ring=1, deepspeed="zero3_offload", zero_group="draft_dp", dtype="float32"))
+    _assert_exact(
+        replace(HYBRID, draft_dp=2, ring=1, deepspeed="zero3_offload", zero_group="draft_dp", dtype="float32")
+    )
 
 
 def _assert_exact(case):

@@ -17,7 +17,9 @@ def product_flops(_total, a, b, **_):
 
 
 def counted_matmuls(run):
-    """On every rank: FLOPs of the matmuls of one optimizer step; the attention is one operator that torch does not count."""
+    """On every rank: FLOPs of the matmuls of one optimizer step; the attention is one operator that torch
+    does not count.
+    """
     trainer, packs = run.trainer(run.topology()), run.packs()
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product_flops}) as counter:
         trainer.step(packs)
@@ -27,8 +29,18 @@ def counted_matmuls(run):
 @pytest.mark.parametrize("activation", ["keep", "recompute"])
 @pytest.mark.parametrize("answered", [1.0, 0.25])
 def test_matmuls_are_those_of_the_step(run_ranks, activation, answered):
-    run = SampleRun(SHAPE, 512, ttt_steps=3, activation=activation, tile_bytes=2**20, loss_tile_bytes=2**20, answered=answered)
+    run = SampleRun(
+        SHAPE,
+        512,
+        ttt_steps=3,
+        activation=activation,
+        tile_bytes=2**20,
+        loss_tile_bytes=2**20,
+        answered=answered,
+    )
     flops = step_flops(run.setup(), attention_pairs(run.setup()))
     counted = run_ranks(1, counted_matmuls, run)[0]
     # The last slots of a document have nothing ahead to learn from.
-    assert counted == pytest.approx(flops.layers + flops.recompute + flops.loss, rel=2e-3 if answered == 1 else 1e-2)
+    assert counted == pytest.approx(
+        flops.layers + flops.recompute + flops.loss, rel=2e-3 if answered == 1 else 1e-2
+    )

@@ -52,7 +52,9 @@ def test_a_second_micro_batch_adds_its_integers_and_the_accumulated_gradient(run
 
 @pytest.mark.parametrize("activation", ["keep", "recompute", "offload"])
 def test_a_step_leaves_nothing_behind(run_ranks, activation):
-    """The unroll's memory and its graph refer to each other: a cycle through C++ that no collector breaks is a leak."""
+    """The unroll's memory and its graph refer to each other: a cycle through C++ that no collector breaks is
+    a leak.
+    """
     run = SampleRun(SHAPE, 64, ttt_steps=3, activation=activation)
     first, second, third = run_ranks(1, live_bytes_after_steps, run, 3)[0]
     assert first == second == third
@@ -60,7 +62,9 @@ def test_a_step_leaves_nothing_behind(run_ranks, activation):
 
 def of_stage(stage, **changes):
     deepspeed = small_buckets({"zero_optimization": {"stage": stage}}, 10_000)
-    return SampleRun(WIDE, 1024, ttt_steps=3, deepspeed=deepspeed, tile_bytes=2**20, loss_tile_bytes=2**20, **changes)
+    return SampleRun(
+        WIDE, 1024, ttt_steps=3, deepspeed=deepspeed, tile_bytes=2**20, loss_tile_bytes=2**20, **changes
+    )
 
 
 WIDE = DraftShape(128, 384, 4, 2, 32, 1024, 512)

@@ -45,7 +45,10 @@ class Packs:
             for length, end in zip(pack.lengths, accumulate(pack.lengths), strict=True)
         ]
         pack, start, end = places[place]
-        columns = {name: getattr(pack, name)[start:end] for name in ("token_ids", "loss_mask", "teacher_token", "aux", "teacher")}
+        columns = {
+            name: getattr(pack, name)[start:end]
+            for name in ("token_ids", "loss_mask", "teacher_token", "aux", "teacher")
+        }
         return PackedSequence(lengths=(end - start,), **columns)
 
     def pack_indices(self, index: int) -> list[int]:
@@ -61,7 +64,9 @@ def prepared(case: Case) -> tuple[DraftTrainer, Packs]:
 
 
 def harmed(packs: list[PackedSequence], harm: str) -> list[PackedSequence]:
-    """The packs of a step with one document whose hidden states are not finite, or so large that only the gradient is not."""
+    """The packs of a step with one document whose hidden states are not finite, or so large that only the
+    gradient is not.
+    """
     first, *others = packs
     start = sum(first.lengths[:BAD_DOCUMENT])
     rows = slice(start, start + first.lengths[BAD_DOCUMENT])
@@ -135,11 +140,16 @@ def diverge(case: Case, folder: Path) -> str:
 def test_too_many_in_a_row_end_the_run_and_name_the_document(run_ranks: RankPools, tmp_path: Path) -> None:
     for message in run_ranks(2, diverge, CASE, tmp_path):
         assert message.startswith("the loss of step 3 is not finite at TTT steps [0, 1, 2]")
-        assert f"document {BAD_DOCUMENT} at TTT steps [0, 1, 2], its hidden states are not finite either" in message
+        assert (
+            f"document {BAD_DOCUMENT} at TTT steps [0, 1, 2], its hidden states are not finite either"
+            in message
+        )
         assert "the 3. in a row, and faults.max_skipped is 2" in message
 
 
-def harm_rank_1(case: Case, what: str, folder: Path) -> tuple[bool, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def harm_rank_1(
+    case: Case, what: str, folder: Path
+) -> tuple[bool, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Of gradient and total loss, one is not finite, and on one rank only."""
     trainer, packs = prepared(case)
     before = trainer.state_dict()
@@ -155,9 +165,15 @@ def harm_rank_1(case: Case, what: str, folder: Path) -> tuple[bool, dict[str, to
     return guard.skipped(0, report), before, trainer.state_dict()
 
 
-@pytest.mark.parametrize(("what", "deepspeed"), [("gradient", "zero0"), ("gradient", "zero3"), ("loss", "zero2")])
-def test_one_of_loss_and_gradient_on_one_rank_is_enough(what: str, deepspeed: str, run_ranks: RankPools, tmp_path: Path) -> None:
-    for skipped, before, after in run_ranks(2, harm_rank_1, replace(CASE, deepspeed=deepspeed), what, tmp_path):
+@pytest.mark.parametrize(
+    ("what", "deepspeed"), [("gradient", "zero0"), ("gradient", "zero3"), ("loss", "zero2")]
+)
+def test_one_of_loss_and_gradient_on_one_rank_is_enough(
+    what: str, deepspeed: str, run_ranks: RankPools, tmp_path: Path
+) -> None:
+    for skipped, before, after in run_ranks(
+        2, harm_rank_1, replace(CASE, deepspeed=deepspeed), what, tmp_path
+    ):
         assert skipped
         assert all(torch.equal(weight, after[name]) for name, weight in before.items())
     # Nobody is to blame, so every document of the step is there to be looked at.
@@ -191,7 +207,9 @@ def drift(case: Case, what: str) -> str:
             packs = replace(packs)
             object.__setattr__(packs, "pack_indices", lambda index: [0, 1])
     try:
-        require_same_replicas(trainer, packs, 2 if what == "place in the data" and trainer.topology.place.rank else 1)
+        require_same_replicas(
+            trainer, packs, 2 if what == "place in the data" and trainer.topology.place.rank else 1
+        )
     except RuntimeError as error:
         return str(error)
     return "all the same"
@@ -215,8 +233,12 @@ def test_a_drifted_rank_is_found(what: str, deepspeed: str, zero_group: str, run
         assert f"do not hold the same {what}: it differs between ranks [0] and [1]" in message
 
 
-def drift_before_a_step(case: Case, what: str) -> tuple[str, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Rank 1 has a wrong weight in the second step: what is said before the update, and the weights before and after it."""
+def drift_before_a_step(
+    case: Case, what: str
+) -> tuple[str, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Rank 1 has a wrong weight in the second step: what is said before the update, and the weights before
+    and after it.
+    """
     trainer, packs = prepared(case)
     trainer.step(packs.steps[0])
     before = trainer.state_dict()
@@ -246,7 +268,9 @@ def test_a_wrong_weight_is_found_before_the_update_hides_it(
     results = run_ranks(2, drift_before_a_step, case, what)
     for message, before, after in results:
         if what == "nothing":
-            assert message == "all the same" and any(not torch.equal(weight, after[name]) for name, weight in before.items())
+            assert message == "all the same" and any(
+                not torch.equal(weight, after[name]) for name, weight in before.items()
+            )
         else:
             assert "do not hold the same weights: it differs between ranks [0] and [1]" in message
     if what == "weights":
@@ -279,6 +303,9 @@ def test_ranks_that_are_not_alike_say_so_at_start(run_ranks: RankPools) -> None:
     one = {"host": "host-a", "torch": "2.13.0", "data": "0123"}
     other = {"host": "host-b", "torch": "2.11.0", "data": "0123"}
     for message in run_ranks(2, meet, [one, other]):
-        assert "torch: 2.13.0 on ranks [0] (host-a); 2.11.0 on ranks [1] (host-b). Install the same torch" in message
+        assert (
+            "torch: 2.13.0 on ranks [0] (host-a); 2.11.0 on ranks [1] (host-b). Install the same torch"
+            in message
+        )
         assert "data" not in message
     assert run_ranks(2, meet, [one, {**one, "host": "host-b"}]) == ["alike"] * 2

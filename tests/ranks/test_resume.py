@@ -1,4 +1,5 @@
-"""Every ZeRO stage under sequence parallelism: killed and resumed bitwise, and gone on with in every other shape.
+"""Every ZeRO stage under sequence parallelism: killed and resumed bitwise, and gone on with in every other
+shape.
 
 `python -m benchmarks.resume --kills N` does the same with more kills.
 """
@@ -20,7 +21,14 @@ from benchmarks.resume import (
     largest_relative_error,
     uninterrupted,
 )
-from eagle3_ds.checkpoint.format import CHECKPOINTS, FINAL_WEIGHTS, INITIAL_WEIGHTS, folder_name, require_intact, step_folders
+from eagle3_ds.checkpoint.format import (
+    CHECKPOINTS,
+    FINAL_WEIGHTS,
+    INITIAL_WEIGHTS,
+    folder_name,
+    require_intact,
+    step_folders,
+)
 from judge.ranks import run_ranks
 from judge.resume_runs import (
     SHAPES,
@@ -64,7 +72,10 @@ def test_a_killed_run_ends_as_if_nothing_had_been(
     assert killed == 1
     assert differences(tmp_path / "run", references[shape]) == []
     # The newest two; the best by held-out loss is among them, as losses fall.
-    assert [path.name for path in step_folders(tmp_path / "run" / CHECKPOINTS)] == [folder_name(STEPS), folder_name(STEPS - 1)]
+    assert [path.name for path in step_folders(tmp_path / "run" / CHECKPOINTS)] == [
+        folder_name(STEPS),
+        folder_name(STEPS - 1),
+    ]
 
 
 def test_all_ranks_stop_after_the_same_step_when_one_gets_a_signal(
@@ -81,7 +92,9 @@ def test_all_ranks_stop_after_the_same_step_when_one_gets_a_signal(
     assert differences(output, references["zero0"]) == []
 
 
-def test_a_run_whose_time_is_up_stops_with_a_checkpoint(inputs: Path, references: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_whose_time_is_up_stops_with_a_checkpoint(
+    inputs: Path, references: dict[str, Path], tmp_path: Path
+) -> None:
     """So little time that no step is begun."""
     output, world_size = tmp_path / "run", SHAPES["zero0"].world_size
     start_output(inputs, output)
@@ -93,19 +106,26 @@ def test_a_run_whose_time_is_up_stops_with_a_checkpoint(inputs: Path, references
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_any_shape_goes_on_from_any_other(shape: str, inputs: Path, references: dict[str, Path], tmp_path: Path) -> None:
+def test_any_shape_goes_on_from_any_other(
+    shape: str, inputs: Path, references: dict[str, Path], tmp_path: Path
+) -> None:
     errors = in_other_shapes(inputs, shape, references, tmp_path / "others")
     assert errors.keys() == SHAPES.keys()
     assert errors.pop(shape) == 0.0
     assert max(errors.values()) <= TOLERANCE, errors
 
 
-def test_a_run_starts_from_the_draft_it_was_given(inputs: Path, references: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_starts_from_the_draft_it_was_given(
+    inputs: Path, references: dict[str, Path], tmp_path: Path
+) -> None:
     output = tmp_path / "run"
     start_output(inputs, output)
     given = references["zero3"] / FINAL_WEIGHTS
     shutil.copy(given, output / INITIAL_WEIGHTS)
-    run(make_recipe(inputs, "zero3", output, steps=1, warmup_steps=0, init_from="an export"), SHAPES["zero3"].world_size)
+    run(
+        make_recipe(inputs, "zero3", output, steps=1, warmup_steps=0, init_from="an export"),
+        SHAPES["zero3"].world_size,
+    )
     expected, found = load_file(given), load_file(output / INITIAL_WEIGHTS)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert read_metrics(output)[0]["loss"] < read_metrics(references["zero3"])[0]["loss"]
@@ -123,6 +143,8 @@ def test_bf16_goes_on_bitwise(shape: str, deepspeed: str, inputs: Path, tmp_path
     start_output(inputs, tmp_path / "run")
     recipe = make_recipe(inputs, shape, tmp_path / "run", dtype="bfloat16", save_async=True)
     path = Path(recipe.deepspeed).with_name(f"{deepspeed}.json")
-    results = run_ranks(SHAPES[shape].world_size, restored_in_place, recipe.model_copy(update={"deepspeed": str(path)}))
+    results = run_ranks(
+        SHAPES[shape].world_size, restored_in_place, recipe.model_copy(update={"deepspeed": str(path)})
+    )
     for before, after in results:
         assert before == after

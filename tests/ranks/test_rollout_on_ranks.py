@@ -1,4 +1,6 @@
-"""RolloutTrainer on real ranks: the same step on every mesh, one rank's mistake told to all, weights and checkpoints."""
+"""RolloutTrainer on real ranks: the same step on every mesh, one rank's mistake told to all, weights and
+checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -106,27 +108,47 @@ def test_a_checkpoint_goes_on_where_it_was(results) -> None:
 def test_the_weights_have_the_names_that_servers_load(results) -> None:
     vocabulary = VocabularyMap.from_counts(torch.zeros(320, dtype=torch.int64), 320)
     tensors = vllm_tensors(results[MESHES[0]][0]["weights"], vocabulary)
-    assert {"midlayer.self_attn.q_proj.weight", "fc.weight", "lm_head.weight", "norm.weight", "d2t", "t2d"} <= tensors.keys()
+    assert {
+        "midlayer.self_attn.q_proj.weight",
+        "fc.weight",
+        "lm_head.weight",
+        "norm.weight",
+        "d2t",
+        "t2d",
+    } <= tensors.keys()
 
 
 def captured(target: str, output: Path) -> tuple[PackedSequence, PackedSequence, np.ndarray]:
-    """The pack of a rollout without and with the teacher's tokens, as capture finds them; and the slots that are read."""
+    """The pack of a rollout without and with the teacher's tokens, as capture finds them; and the slots that
+    are read.
+    """
     trainer = RolloutTrainer(make_recipe(target, output, 1, 1, 2))
     rollout = make_rollouts(target)[0]
     head = load_target(TargetSection(path=target), dtype="float32").head
     given = replace(rollout, teacher_token=teacher_tokens(rollout.teacher, head))
     plan = plan_spans(trainer.recipe, rollout.lengths, rollout.loss_mask)
-    return trainer._pack(rollout), trainer._pack(given), plan.teacher_slots(0, 0, trainer.recipe.draft.ttt_steps)
+    return (
+        trainer._pack(rollout),
+        trainer._pack(given),
+        plan.teacher_slots(0, 0, trainer.recipe.draft.ttt_steps),
+    )
 
 
-def test_the_teachers_tokens_are_found_when_they_are_not_given(run_ranks, target: str, tmp_path: Path) -> None:
+def test_the_teachers_tokens_are_found_when_they_are_not_given(
+    run_ranks, target: str, tmp_path: Path
+) -> None:
     ((found, given, read),) = run_ranks(1, captured, target, tmp_path)
     assert len(read) > 0.9 * len(given.teacher_token)
-    assert torch.equal(found.teacher_token[read], given.teacher_token[read]) and len(given.teacher_token.unique()) > 5
+    assert (
+        torch.equal(found.teacher_token[read], given.teacher_token[read])
+        and len(given.teacher_token.unique()) > 5
+    )
 
 
 def one_bad_rank(target: str, output: Path) -> tuple[str, float]:
-    """The message each of two draft_dp ranks gets when rank 1's rollout has a NaN, and the loss of the next, good step."""
+    """The message each of two draft_dp ranks gets when rank 1's rollout has a NaN, and the loss of the next,
+    good step.
+    """
     trainer = RolloutTrainer(make_recipe(target, output, 2, 1, 2))
     rank = trainer.trainer.topology.place.dp_rank
     good = make_rollouts(target)[rank]
@@ -147,8 +169,8 @@ def test_a_mistake_on_one_rank_is_an_error_on_all(run_ranks, target: str, tmp_pa
 
 
 def new_policy(target: str, output: Path) -> tuple[float, float, float, str]:
-    """Loss of a draft: with the target it was trained for, with another embedding and head, and of a trainer that began with
-    these; and what is said to an embedding of another size."""
+    """Loss of a draft: with the target it was trained for, with another embedding and head, and of a trainer
+    that began with these; and what is said to an embedding of another size."""
     recipe = make_recipe(target, output, 1, 1, 2)
     model = load_target(TargetSection(path=target), dtype="float32")
     rollouts = make_rollouts(target)
@@ -165,7 +187,9 @@ def new_policy(target: str, output: Path) -> tuple[float, float, float, str]:
     model.model.get_input_embeddings().weight.data.copy_(embedding)
     model.model.get_output_embeddings().weight.data.copy_(head)
     model.model.save_pretrained(output / "moved")
-    moved = recipe.model_copy(update={"target": recipe.target.model_copy(update={"path": str(output / "moved")})})
+    moved = recipe.model_copy(
+        update={"target": recipe.target.model_copy(update={"path": str(output / "moved")})}
+    )
     losses.append(RolloutTrainer(moved, weights=trainer.state_dict()).evaluate(rollouts).loss)
     try:
         trainer.update_target(embedding[1:], head)
@@ -192,4 +216,7 @@ def no_vocabulary(target: str, output: Path) -> str:
 
 def test_a_draft_vocabulary_is_not_made_up(run_ranks, target: str, tmp_path: Path) -> None:
     (message,) = run_ranks(1, no_vocabulary, target, tmp_path)
-    assert "draft.vocab_size is 100 of the target's 320 tokens" in message and "vocabulary.safetensors" in message
+    assert (
+        "draft.vocab_size is 100 of the target's 320 tokens" in message
+        and "vocabulary.safetensors" in message
+    )

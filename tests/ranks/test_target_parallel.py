@@ -1,4 +1,6 @@
-"""A target over spans of a packed sequence against transformers' forward of each document alone, family by family."""
+"""A target over spans of a packed sequence against transformers' forward of each document alone, family by
+family.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def rank_of_targets(cases: list[tuple[str, int, int]]) -> list[tuple[np.ndarray,
         kernel = select_kernel("auto", topology.device, torch.float32, 8)
         packed = PackedAttention(plan, place.ring_rank, kernel, topology.ulysses_group, topology.ring_group)
         positions = torch.from_numpy(plan.position[slots])
-        results.append((slots, *SpanForward(tiny_target(family))(padded[torch.from_numpy(slots)], positions, packed)))
+        results.append(
+            (slots, *SpanForward(tiny_target(family))(padded[torch.from_numpy(slots)], positions, packed))
+        )
     return results
 
 

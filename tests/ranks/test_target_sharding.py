@@ -1,4 +1,6 @@
-"""Targets sharded by ZeRO-3 and cut over ranks, family by family, against each document alone; and what is not sharded."""
+"""Targets sharded by ZeRO-3 and cut over ranks, family by family, against each document alone; and what is
+not sharded.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def found(root: Path, run_ranks: Any) -> list[dict[str, tuple[Any, ...]]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_sharded_target_computes_what_it_does_for_each_document_alone(root: Path, found: Any, name: str) -> None:
+def test_a_sharded_target_computes_what_it_does_for_each_document_alone(
+    root: Path, found: Any, name: str
+) -> None:
     target = load_target(section(root / name))
     documents = [capture_hidden_states(target, ids) for ids in tokens().split(LENGTHS)]
     for place, parts in enumerate(zip(*documents, strict=True), 1):
@@ -76,11 +80,15 @@ def rank_of_loading(folder: Path) -> tuple[set[str], set[str]]:
     """The model's parameters that are not partitioned, and those that this rank holds whole."""
     model = _load_sharded(section(folder), maybe_setup_distributed(ulysses=RANKS)).model
     unsharded = {name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_id")}
-    return unsharded, {name for name, parameter in model.named_parameters() if not parameter.is_meta and parameter.numel()}
+    return unsharded, {
+        name for name, parameter in model.named_parameters() if not parameter.is_meta and parameter.numel()
+    }
 
 
 def test_a_vision_tower_is_neither_partitioned_nor_sent(root: Path, run_ranks: Any) -> None:
     (unsharded, whole), (same, nothing) = run_ranks(RANKS, rank_of_loading, root / VISION_LANGUAGE)
-    assert unsharded == same == whole, "rank 0, which read them, holds them until they are dropped with the model"
+    assert unsharded == same == whole, (
+        "rank 0, which read them, holds them until they are dropped with the model"
+    )
     assert unsharded and all("vision" in name or "multi_modal" in name for name in unsharded)
     assert not nothing

@@ -1,4 +1,6 @@
-"""The target on many ranks, end to end: the store that they capture, and training beside it, against one process's capture."""
+"""The target on many ranks, end to end: the store that they capture, and training beside it, against one
+process's capture.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class Job:
     def __init__(self, root: Path) -> None:
         self.root = root
         # A few long conversations beside the short ones, so that documents cross the borders of spans.
-        rows = [{"messages": turns * (1 + 3 * (number % 5 == 0))} for number, turns in enumerate(CONVERSATIONS)]
+        rows = [
+            {"messages": turns * (1 + 3 * (number % 5 == 0))} for number, turns in enumerate(CONVERSATIONS)
+        ]
         (root / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         target = build_tiny_target(root / "target")
         (root / "recipe.yaml").write_text(RECIPE.replace("TARGET", str(target)).replace("ROOT", str(root)))
@@ -81,7 +85,11 @@ def assert_equal(found: HiddenStateStore, expected: HiddenStateStore) -> None:
 
 
 def test_ranks_capture_what_one_process_captures_and_go_on_after_a_crash(job: Job, run_ranks: Any) -> None:
-    cut = ("data.cache_dir=" + str(job.root / "ranks"), "target.capture=parallel", "output_dir=" + str(job.root / "capture"))
+    cut = (
+        "data.cache_dir=" + str(job.root / "ranks"),
+        "target.capture=parallel",
+        "output_dir=" + str(job.root / "capture"),
+    )
     path = job.prepared(job.recipe(*cut, "parallel.ring=2", "parallel.ulysses=2"))
     run_ranks(4, rank_of_capture, path)
     assert_equal(job.store("ranks"), job.store("single"))
@@ -101,7 +109,9 @@ def rank_of_training(path: str) -> list[tuple[float, float | None, int]]:
     """Loss, gradient norm and tokens of three steps and of a held-out evaluation."""
     torch.set_num_threads(1)
     recipe = load_recipe(path)
-    topology = maybe_setup_distributed(recipe.parallel.ulysses, recipe.parallel.ring, recipe.parallel.draft_dp)
+    topology = maybe_setup_distributed(
+        recipe.parallel.ulysses, recipe.parallel.ring, recipe.parallel.draft_dp
+    )
     states = open_states(recipe, topology)
     trainer = build_trainer(recipe, topology)
     loader, heldout = build_loaders(recipe, topology, states)
@@ -118,11 +128,17 @@ def rank_of_training(path: str) -> list[tuple[float, float | None, int]]:
     ],
     ids=["ring2-ulysses2", "dp2-ring2-zero_group_draft_dp"],
 )
-def test_training_beside_the_target_equals_training_from_the_store(job: Job, run_ranks: Any, mesh: tuple[str, ...]) -> None:
+def test_training_beside_the_target_equals_training_from_the_store(
+    job: Job, run_ranks: Any, mesh: tuple[str, ...]
+) -> None:
     results = []
     for states in ("offline", "online"):
         cache = job.root / ("single" if states == "offline" else "nothing")
-        changes = (f"data.hidden_states={states}", f"data.cache_dir={cache}", f"output_dir={job.root / states}")
+        changes = (
+            f"data.hidden_states={states}",
+            f"data.cache_dir={cache}",
+            f"output_dir={job.root / states}",
+        )
         results.append(run_ranks(4, rank_of_training, job.prepared(job.recipe(*changes, *mesh))))
     assert not list((job.root / "nothing").glob("hidden-*"))
     for offline, online in zip(*results, strict=True):

@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerFast
 from eagle3_ds.config.schema import Recipe
 
 TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"
-    "{% else %}{{ message['content'] }}<|end|>{% endif %}{% endfor %}"
+    "{% for message in messages %}<|{{ message['role'] "
+    "}}|>{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] "
+    "}}<|end|>{% endgeneration %}{% else %}{{ message['content'] }}<|end|>{% endif %}{% endfor %}"
 )
 SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"]
 
@@ -26,7 +26,9 @@ def tiny_tokenizer(chat_template=TEMPLATE):
         show_progress=False,
     )
     tokenizer.train_from_iterator(["the quick brown fox answers the question of the user"] * 4, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=chat_template)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=chat_template
+    )
 
 
 def chat(*contents, system=None):

@@ -1,6 +1,8 @@
-"""A rank of nothing but its words: what a supervisor can see of a rank, without the seconds that torch takes to start.
+"""A rank of nothing but its words: what a supervisor can see of a rank, without the seconds that torch takes
+to start.
 
-`python -m fake_rank DEED --status_fd=N` beats ten times a second, then does DEED, as a rank with the given RANK.
+`python -m fake_rank DEED --status_fd=N` beats ten times a second, then does DEED, as a rank with the given
+RANK.
 """
 
 from __future__ import annotations
@@ -13,7 +15,13 @@ import threading
 import time
 
 BEAT_SECONDS = 0.1
-STATUS = {"phase": "training", "step": 7, "collective": "gloo:all_reduce number 9 of group 0 on 4", "waiting": False, "mark": 1}
+STATUS = {
+    "phase": "training",
+    "step": 7,
+    "collective": "gloo:all_reduce number 9 of group 0 on 4",
+    "waiting": False,
+    "mark": 1,
+}
 
 
 def say(**message: object) -> None:
@@ -27,7 +35,13 @@ def beat(**changes: object) -> None:
 
 
 def raises(how_to_leave: str) -> None:
-    say(error={"reason": "ValueError: a bad row", "traceback": "Traceback\nValueError: a bad row\n", "follows": False})
+    say(
+        error={
+            "reason": "ValueError: a bad row",
+            "traceback": "Traceback\nValueError: a bad row\n",
+            "follows": False,
+        }
+    )
     if how_to_leave == "stays":
         time.sleep(60)
     sys.exit(1)

@@ -1,4 +1,5 @@
-"""What every attention kernel must do, whatever computes it: used by the unit tests, on emulated operators, and on GPUs.
+"""What every attention kernel must do, whatever computes it: used by the unit tests, on emulated operators,
+and on GPUs.
 
 Each check compares one kernel with dense autograd in fp64, written row by row from the definition of a tile.
 """
@@ -35,18 +36,33 @@ CASES = {
     "one row": Case(1, 9, 4, 2, (Tile(0, 1, 0, 9, True),)),
     "one key": Case(5, 9, 4, 2, (Tile(0, 5, 0, 1, False), Tile(0, 5, 3, 9, True))),
     "wide heads": Case(24, 24, 2, 1, (Tile(0, 24, 0, 24, True),), head_dim=128),
-    "documents": Case(60, 60, 4, 2, (Tile(0, 21, 0, 21, True), Tile(21, 22, 21, 22, True), Tile(22, 60, 22, 60, True))),
-    "documents with gaps": Case(50, 80, 4, 2, (Tile(2, 20, 0, 18, True), Tile(20, 31, 30, 41, True), Tile(35, 50, 60, 75, True))),
+    "documents": Case(
+        60, 60, 4, 2, (Tile(0, 21, 0, 21, True), Tile(21, 22, 21, 22, True), Tile(22, 60, 22, 60, True))
+    ),
+    "documents with gaps": Case(
+        50, 80, 4, 2, (Tile(2, 20, 0, 18, True), Tile(20, 31, 30, 41, True), Tile(35, 50, 60, 75, True))
+    ),
     "chunks of one document": Case(24, 64, 2, 2, (Tile(0, 12, 0, 20, True), Tile(12, 24, 0, 60, True))),
     "chunks of documents": Case(
-        48, 96, 4, 2, (Tile(0, 8, 0, 30, True), Tile(8, 20, 30, 42, True), Tile(20, 30, 0, 40, False), Tile(30, 48, 42, 90, True))
+        48,
+        96,
+        4,
+        2,
+        (
+            Tile(0, 8, 0, 30, True),
+            Tile(8, 20, 30, 42, True),
+            Tile(20, 30, 0, 40, False),
+            Tile(30, 48, 42, 90, True),
+        ),
     ),
     "rows in several tiles": Case(
         30, 70, 4, 2, (Tile(0, 30, 0, 25, False), Tile(10, 30, 40, 60, True), Tile(5, 12, 60, 70, False))
     ),
     "a key shown twice": Case(16, 30, 4, 4, (Tile(0, 16, 0, 20, False), Tile(4, 16, 10, 30, True))),
     "rows without a key": Case(25, 40, 4, 2, (Tile(3, 11, 5, 30, True), Tile(14, 20, 0, 9, False))),
-    "empty tiles": Case(8, 12, 2, 1, (Tile(0, 8, 4, 4, False), Tile(3, 3, 0, 5, True), Tile(0, 8, 0, 12, True))),
+    "empty tiles": Case(
+        8, 12, 2, 1, (Tile(0, 8, 4, 4, False), Tile(3, 3, 0, 5, True), Tile(0, 8, 0, 12, True))
+    ),
     "sliding window": Case(50, 50, 4, 2, (Tile(0, 50, 0, 50, True, 13),)),
     "window over documents": Case(
         50, 50, 4, 2, (Tile(0, 7, 0, 7, True, 9), Tile(7, 40, 7, 40, True, 9), Tile(40, 50, 40, 50, True, 9))
@@ -56,7 +72,9 @@ CASES = {
     "window in a later chunk": Case(24, 64, 4, 2, (Tile(0, 24, 8, 64, True, 32),)),
     "rows that leave an earlier block": Case(20, 40, 4, 2, (Tile(2, 20, 7, 39, False, 14),)),
     "left edge in a corner": Case(30, 40, 2, 1, (Tile(0, 10, 0, 20, False), Tile(10, 30, 0, 20, False, 0))),
-    "several blocks": Case(300, 420, 2, 1, (Tile(0, 140, 0, 140, True), Tile(140, 300, 0, 420, True)), head_dim=64),
+    "several blocks": Case(
+        300, 420, 2, 1, (Tile(0, 140, 0, 140, True), Tile(140, 300, 0, 420, True)), head_dim=64
+    ),
     "no tile": Case(6, 6, 2, 1, ()),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -86,7 +104,10 @@ def kernels_on(device: str) -> list[Any]:
 
 def skip_if_unusable(kernel: AttentionKernel, device: str) -> None:
     """Skip with the reason for which none of the checks ran with this kernel."""
-    reasons = [kernel.unavailable_reason(torch.device(device), dtype, head_dim=64) for dtype in (torch.bfloat16, torch.float32)]
+    reasons = [
+        kernel.unavailable_reason(torch.device(device), dtype, head_dim=64)
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
     if all(reasons):
         pytest.skip(f"{kernel.name}: {reasons[0]}")
 
@@ -106,7 +127,9 @@ def make_inputs(case: Case, device: str, dtype: torch.dtype) -> Inputs:
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile]) -> tuple[Tensor, Tensor]:
-    """Row by row, straight from the definition: the softmax over the list of keys that the tiles show the row."""
+    """Row by row, straight from the definition: the softmax over the list of keys that the tiles show the
+    row.
+    """
     group = q.shape[1] // k.shape[1]
     outs, lses = [], []
     for row in range(q.shape[0]):
@@ -128,7 +151,9 @@ def expected(inputs: Inputs, case: Case, with_others: bool) -> tuple[Tensor, ...
     q, k, v, other_out = (x.double().clone().requires_grad_() for x in inputs[:4])
     out, lse = dense(q, k, v, case.tiles)
     merged, merged_lse = merge_partial(out, lse, other_out, inputs.other_lse) if with_others else (out, lse)
-    grads = torch.autograd.grad(merged, (q, k, v), inputs.dout.double(), allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(
+        merged, (q, k, v), inputs.dout.double(), allow_unused=True, materialize_grads=True
+    )
     return tuple(x.detach() for x in (out, lse, merged, merged_lse, *grads))
 
 
@@ -141,12 +166,16 @@ def error(actual: Tensor, wanted: Tensor) -> float:
     return float(difference / wanted[finite].norm().clamp_min(1e-6))
 
 
-def run_backward(kernel: AttentionKernel, inputs: Inputs, case: Case, merged: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+def run_backward(
+    kernel: AttentionKernel, inputs: Inputs, case: Case, merged: Tensor, lse: Tensor
+) -> tuple[Tensor, ...]:
     """dq, dk, dv, from accumulators that already hold ones."""
     wide = torch.float64 if inputs.q.dtype == torch.float64 else torch.float32
     dk, dv = (torch.ones_like(x, dtype=wide) for x in (inputs.k, inputs.v))
     delta = (inputs.dout.double() * merged).sum(-1).to(wide)
-    dq = kernel.backward(inputs.dout, inputs.q, inputs.k, inputs.v, lse.to(wide), delta, case.tiles, SCALE, dk, dv)
+    dq = kernel.backward(
+        inputs.dout, inputs.q, inputs.k, inputs.v, lse.to(wide), delta, case.tiles, SCALE, dk, dv
+    )
     assert dq.dtype == dk.dtype == dv.dtype == wide
     return dq, dk - 1, dv - 1
 
@@ -161,7 +190,9 @@ def check_forward(kernel: AttentionKernel, device: str, dtype: torch.dtype, case
     assert error(lse, wanted_lse) <= TOLERANCE[dtype]
 
 
-def check_backward(kernel: AttentionKernel, device: str, dtype: torch.dtype, case: Case, with_others: bool) -> None:
+def check_backward(
+    kernel: AttentionKernel, device: str, dtype: torch.dtype, case: Case, with_others: bool
+) -> None:
     """With and without other keys in the softmax, whose merged lse and delta the kernel is handed."""
     inputs = make_inputs(case, device, dtype)
     _, _, merged, merged_lse, *wanted = expected(inputs, case, with_others)
@@ -170,7 +201,9 @@ def check_backward(kernel: AttentionKernel, device: str, dtype: torch.dtype, cas
 
 
 def check_rows_without_gradient(kernel: AttentionKernel, device: str, dtype: torch.dtype) -> None:
-    """A padded or unsupervised row has dout 0: a kernel that rebuilds its output from dout and delta divides by it."""
+    """A padded or unsupervised row has dout 0: a kernel that rebuilds its output from dout and delta divides
+    by it.
+    """
     case = CASES["documents"]
     inputs = make_inputs(case, device, dtype)
     inputs.dout[5:30] = 0
@@ -217,4 +250,9 @@ def check_large_scores(kernel: AttentionKernel, device: str, dtype: torch.dtype)
     assert out.isfinite().all() and lse.isfinite().all() and lse.max() > 100
 
 
-CHECKS: tuple[Check, ...] = (check_rows_without_gradient, check_same_bits_twice, check_strided_operands, check_large_scores)
+CHECKS: tuple[Check, ...] = (
+    check_rows_without_gradient,
+    check_same_bits_twice,
+    check_strided_operands,
+    check_large_scores,
+)

@@ -42,7 +42,9 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(shape: Shape, device: str, dtype: torch.dtype) -> Inputs:
-    """Random tensors rounded to `dtype`, operands strided as slices are; the first slot is padding, without a step-0 key."""
+    """Random tensors rounded to `dtype`, operands strided as slices are; the first slot is padding, without a
+    step-0 key.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def rows(heads: int) -> Tensor:
@@ -52,14 +54,18 @@ def make_inputs(shape: Shape, device: str, dtype: torch.dtype) -> Inputs:
     out0, q, dout = rows(shape.num_heads), rows(shape.num_heads), rows(shape.num_heads)
     keys, values = ([rows(shape.num_kv_heads) for _ in range(shape.diagonals)] for _ in range(2))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    lse0 = torch.randn(shape.slots, shape.num_heads, generator=generator, dtype=torch.float64).to(device, wide)
+    lse0 = torch.randn(shape.slots, shape.num_heads, generator=generator, dtype=torch.float64).to(
+        device, wide
+    )
     if shape.slots > 1:
         out0[0], lse0[0] = 0, -torch.inf
     return Inputs(out0, lse0, q, keys, values, dout)
 
 
 def expected(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """out, lse, dq, dkeys, dvalues in fp64: one softmax over the diagonal keys and a key of score lse0 and value out0."""
+    """out, lse, dq, dkeys, dvalues in fp64: one softmax over the diagonal keys and a key of score lse0 and
+    value out0.
+    """
     out0, lse0 = inputs.out0.double(), inputs.lse0.double()
     group = inputs.q.shape[1] // inputs.keys[0].shape[1]
     q, *diagonals = (x.double().clone().requires_grad_() for x in (inputs.q, *inputs.keys, *inputs.values))
@@ -96,7 +102,15 @@ def check_merge(
     delta = (inputs.dout.double() * wanted_out).sum(-1).to(lse.dtype)
     dkeys, dvalues = ([torch.ones_like(key) for key in inputs.keys] for _ in range(2))
     dq = merge_diagonals_backward(
-        inputs.dout, inputs.q, inputs.keys, inputs.values, wanted_lse.to(lse.dtype), delta, SCALE, dkeys, dvalues
+        inputs.dout,
+        inputs.q,
+        inputs.keys,
+        inputs.values,
+        wanted_lse.to(lse.dtype),
+        delta,
+        SCALE,
+        dkeys,
+        dvalues,
     )
     assert dq.dtype == dtype and dq.shape == inputs.q.shape
     assert_close(dq, wanted_dq, dtype)

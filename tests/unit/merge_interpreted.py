@@ -1,4 +1,6 @@
-"""The fused merge in Triton's interpreter, on the CPU. A program of its own: TRITON_INTERPRET=1 is read at import."""
+"""The fused merge in Triton's interpreter, on the CPU. A program of its own: TRITON_INTERPRET=1 is read at
+import.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The plan's tiles against the dense mask of the definition, for every ring rank, with and without a sliding window."""
+"""The plan's tiles against the dense mask of the definition, for every ring rank, with and without a sliding
+window.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,11 @@ def test_blocks_of_a_tile_show_the_same(plan: SpanPlan, window: int | None, most
     size = plan.ulysses * plan.live_per_rank
     for rank in range(plan.ring):
         for source in (None, *range(plan.ring)):
-            tiles = gathered_tiles(plan, rank, window) if source is None else block_tiles(plan, rank, source, window)
+            tiles = (
+                gathered_tiles(plan, rank, window)
+                if source is None
+                else block_tiles(plan, rank, source, window)
+            )
             num_keys = plan.padded_length if source is None else plan.columns_per_ring_rank
             blocks = [block for tile in tiles for block in cut_into_blocks(tile, most)]
             assert (shown(blocks, size, num_keys) == shown(tiles, size, num_keys)).all()
@@ -146,8 +152,12 @@ def test_a_window_without_a_token_is_refused(window: int) -> None:
 
 @settings(deadline=None)
 @given(plans, windows, st.none() | st.integers(1, 60))
-def test_calls_of_a_varlen_kernel_share_out_the_tiles(plan: SpanPlan, window: int | None, most: int | None) -> None:
-    """Every tile in one call; no row and no key twice in a call; as many calls as a document has chunks, not documents."""
+def test_calls_of_a_varlen_kernel_share_out_the_tiles(
+    plan: SpanPlan, window: int | None, most: int | None
+) -> None:
+    """Every tile in one call; no row and no key twice in a call; as many calls as a document has chunks, not
+    documents.
+    """
     for rank in range(plan.ring):
         tiles = gathered_tiles(plan, rank, window)
         calls = CudaKernel().calls(tiles, most)

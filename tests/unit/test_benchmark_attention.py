@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.attention import BARE_OPERATOR, SETTINGS, main, make_operands, measure, share_kept, visible_pairs
+from benchmarks.attention import (
+    BARE_OPERATOR,
+    SETTINGS,
+    main,
+    make_operands,
+    measure,
+    share_kept,
+    visible_pairs,
+)
 from eagle3_ds.kernels import Tile, select_kernel
 
 
@@ -45,16 +53,24 @@ def test_writes_every_usable_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     main(["--device", "cpu", "--lengths", "64", "128", "--repeats", "1", "--folder", str(tmp_path)])
     written = json.loads((tmp_path / "attention.json").read_text())
     assert written["matmul_tflops"] > 0 and written["versions"]["torch"] == torch.__version__
-    measured = {(row["case"], row["length"], row["kernel"]) for row in written["rates"] if row["backward_tflops"] > 0}
+    measured = {
+        (row["case"], row["length"], row["kernel"]) for row in written["rates"] if row["backward_tflops"] > 0
+    }
     for length in (64, 128):
-        assert {kernel for case, n, kernel in measured if (case, n) == ("eight documents", length)} == {"cpu", "blockwise"}
+        assert {kernel for case, n, kernel in measured if (case, n) == ("eight documents", length)} == {
+            "cpu",
+            "blockwise",
+        }
         assert ("one document", length, BARE_OPERATOR) in measured
 
 
 def test_a_pass_over_the_limit_is_named_not_run() -> None:
     setting = SETTINGS["cpu"].__class__(2, 1, 16, "float32", (64, 128), 32)
     rates = measure(setting, torch.device("cpu"), repeats=1, limit=0.0)
-    assert all((rate.forward_seconds is None) == (rate.length == 128 and rate.kernel != BARE_OPERATOR) for rate in rates)
+    assert all(
+        (rate.forward_seconds is None) == (rate.length == 128 and rate.kernel != BARE_OPERATOR)
+        for rate in rates
+    )
 
 
 def test_lengths_that_do_not_divide_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,9 @@ from judge.dense_reference import LossRules, reference_step
 
 def inputs_of(documents, heads):
     case = next(c for c in full_matrix() if c.documents == documents)
-    case = dataclasses.replace(case, draft_dp=1, accumulation=1, dtype="float32", layers=1, heads=heads, window=None)
+    case = dataclasses.replace(
+        case, draft_dp=1, accumulation=1, dtype="float32", layers=1, heads=heads, window=None
+    )
     return make_inputs(case)
 
 
@@ -40,7 +42,9 @@ def test_bf16_is_near(attention):
     inputs = inputs_of("many_unaligned", "gqa")
     batch, rules = inputs.steps[0][0][0], LossRules(4, 0.8)
     expected = reference_step(inputs.weights, inputs.config, inputs.frozen, [batch], rules)
-    loss, grad_norm = DenseDraft(inputs.weights, inputs.config, inputs.frozen, rules, attention, torch.bfloat16).step(batch)
+    loss, grad_norm = DenseDraft(
+        inputs.weights, inputs.config, inputs.frozen, rules, attention, torch.bfloat16
+    ).step(batch)
     assert loss == pytest.approx(expected.loss, rel=2e-2)
     assert grad_norm == pytest.approx(expected.grad_norm, rel=2e-2)
 

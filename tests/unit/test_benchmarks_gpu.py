@@ -48,7 +48,15 @@ def test_without_a_device_it_says_so(capsys):
 
 def job(tmp_path, way, seconds):
     series = Series("product", way, "recompute", (32, 64))
-    return Job(series, gpu.SHAPE_TINY, "cpu", str(tmp_path), 64, str(tmp_path / "series.jsonl"), time.time() + seconds)
+    return Job(
+        series,
+        gpu.SHAPE_TINY,
+        "cpu",
+        str(tmp_path),
+        64,
+        str(tmp_path / "series.jsonl"),
+        time.time() + seconds,
+    )
 
 
 def test_a_series_that_crashes_is_reported_and_no_success(tmp_path):
@@ -56,7 +64,11 @@ def test_a_series_that_crashes_is_reported_and_no_success(tmp_path):
     assert [(m.length, m.figures) for m in found] == [(32, None)]
     assert found[0].missing.startswith("failed: ")
     assert "cannot run" in found[0].missing
-    record = {"tests": {"passed": True}, "measurements": [{"missing": found[0].missing}], "summary": {"largest_difference": 0.0}}
+    record = {
+        "tests": {"passed": True},
+        "measurements": [{"missing": found[0].missing}],
+        "summary": {"largest_difference": 0.0},
+    }
     assert not gpu._is_good(record)
     assert gpu._is_good({**record, "measurements": [{"missing": "out of memory"}]})
 
@@ -70,26 +82,35 @@ def test_what_the_time_does_not_hold_is_not_begun(tmp_path):
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu.shutil, "disk_usage", lambda _: gpu.shutil._ntuple_diskusage(100, 90, 10))
-    with pytest.raises(ValueError, match=r"--scratch: hidden states of 524288 slots take 17.2 GB, and .* has 0.0 GB free"):
+    with pytest.raises(
+        ValueError, match=r"--scratch: hidden states of 524288 slots take 17.2 GB, and .* has 0.0 GB free"
+    ):
         gpu._require_disk(tmp_path, gpu.SHAPE_8B, 2**19)
 
 
 def test_the_plan_measures_every_length_of_the_product_and_each_kernel_and_mode():
     series = gpu.plan_series(gpu.LENGTHS, "cuda", ["flash_attn3", "cudnn"], ["recompute", "offload"])
     of = [(s.way, s.activation) for s in series]
-    assert sorted(length for s in series if (s.way, s.activation) == ("cuda", "recompute") for length in s.lengths) == list(
-        gpu.LENGTHS
-    )
-    assert {("eager", None), ("fused", None), ("flash_attn3", "recompute"), ("cudnn", "recompute"), ("cuda", "offload")} <= set(
-        of
-    )
+    assert sorted(
+        length for s in series if (s.way, s.activation) == ("cuda", "recompute") for length in s.lengths
+    ) == list(gpu.LENGTHS)
+    assert {
+        ("eager", None),
+        ("fused", None),
+        ("flash_attn3", "recompute"),
+        ("cudnn", "recompute"),
+        ("cuda", "offload"),
+    } <= set(of)
     assert max(series[0].lengths) == 131072
     assert all(list(s.lengths) == sorted(s.lengths) for s in series)
 
 
 def test_the_summary_compares_where_both_sides_have_figures():
     ours = Figures(2.0, 50.0, 1e9, 1e10, 0.05, 100, loss=2.0, grad_norm=1.0, optimizer_seconds=0.1)
-    product, dense = Series("product", "cuda", "recompute", (100, 200, 400)), Series("dense", "eager", None, (100, 200, 400))
+    product, dense = (
+        Series("product", "cuda", "recompute", (100, 200, 400)),
+        Series("dense", "eager", None, (100, 200, 400)),
+    )
     offload = replace(product, activation="offload")
     measurements = [
         Measurement(product, 100, ours),
@@ -105,4 +126,9 @@ def test_the_summary_compares_where_both_sides_have_figures():
     assert (summary["dense_longest"], summary["times_faster"]) == (200, 2.5)
     assert summary["longest"] == {"series": "product cuda offload", "length": 400, "bytes": 70}
     nothing = gpu.summarise([Measurement(dense, 100, missing="out of memory")], "cuda", "recompute")
-    assert nothing == {"largest_difference": None, "dense_longest": None, "times_faster": None, "longest": None}
+    assert nothing == {
+        "largest_difference": None,
+        "dense_longest": None,
+        "times_faster": None,
+        "longest": None,
+    }

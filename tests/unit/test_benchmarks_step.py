@@ -58,7 +58,12 @@ def test_flops_are_those_that_torch_counts(model):
 def test_both_sides_are_measured_and_agree():
     """A whole small run, in the world of one rank that the command makes."""
     ((rows, record),) = run_ranks(1, step.run, TINY, (1100, 600), 2, "recompute", 600, (1.0, 0.25))
-    assert [(row.length, row.supervised) for row in rows] == [(600, 1.0), (1100, 1.0), (600, 0.25), (1100, 0.25)]
+    assert [(row.length, row.supervised) for row in rows] == [
+        (600, 1.0),
+        (1100, 1.0),
+        (600, 0.25),
+        (1100, 0.25),
+    ]
     assert rows[3].ours.peak_bytes < 0.5 * rows[1].ours.peak_bytes
     assert rows[3].flops < 0.4 * rows[1].flops
     assert record["largest_gradient_difference"] <= step.TOLERANCE
@@ -80,7 +85,9 @@ def row_at(length, dense_bytes=None, missing=None):
 
 
 def test_another_loss_or_gradient_fails():
-    with pytest.raises(DisagreementError, match="64 slots: the loss is 2.1 here and 2.0 in the dense implementation"):
+    with pytest.raises(
+        DisagreementError, match="64 slots: the loss is 2.1 here and 2.0 in the dense implementation"
+    ):
         step._require_equal(64, {"loss": (2.1, 2.0)})
     with pytest.raises(DisagreementError, match="nan"):
         step._require_equal(64, {"loss": (float("nan"), 2.0)})
@@ -106,7 +113,9 @@ def test_the_picture_and_the_table_take_rows_without_a_dense_side(tmp_path, caps
 
 
 def test_a_result_says_how_and_where_it_was_measured(tmp_path):
-    path = write_result("result", "python -m benchmarks.step --rounds 2", {"rows": []}, tmp_path / "new", threads=3)
+    path = write_result(
+        "result", "python -m benchmarks.step --rounds 2", {"rows": []}, tmp_path / "new", threads=3
+    )
     assert path == tmp_path / "new" / "result.json"
     written = json.loads(path.read_text())
     assert written["command"] == "python -m benchmarks.step --rounds 2"
@@ -116,7 +125,9 @@ def test_a_result_says_how_and_where_it_was_measured(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--lengths", "-5"], ["--supervised", "0"], ["--supervised", "1.5"]])
+@pytest.mark.parametrize(
+    "arguments", [["--rounds", "0"], ["--lengths", "-5"], ["--supervised", "0"], ["--supervised", "1.5"]]
+)
 def test_senseless_numbers_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         step.main(arguments)

@@ -1,4 +1,6 @@
-"""Checkpoints on disk: found whole or named as damaged, readable however they were cut, rotated, never outside their folder."""
+"""Checkpoints on disk: found whole or named as damaged, readable however they were cut, rotated, never
+outside their folder.
+"""
 
 from __future__ import annotations
 
@@ -92,13 +94,20 @@ def names(root: Path) -> list[str]:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 7, heldout=1.25)
     manifest = read_manifest(folder)
-    assert (manifest.step, manifest.packs, manifest.heldout_loss, manifest.parameters) == (7, 28, 1.25, SHAPES)
+    assert (manifest.step, manifest.packs, manifest.heldout_loss, manifest.parameters) == (
+        7,
+        28,
+        1.25,
+        SHAPES,
+    )
     assert damage(folder, manifest) is None
     assert latest(tmp_path) == require_intact(tmp_path) == folder
     assert newest_intact(tmp_path) == (folder, [])
     assert names(tmp_path) == [LATEST, "step-000007"]
     assert differing_shapes(manifest, SHAPES) == []
-    assert differing_shapes(manifest, {"fc.weight": (3, 5), "norm.weight": [8]}) == ["norm.weight [4] instead of [8]"]
+    assert differing_shapes(manifest, {"fc.weight": (3, 5), "norm.weight": [8]}) == [
+        "norm.weight [4] instead of [8]"
+    ]
 
 
 @pytest.mark.parametrize("written_by", [1, 2, 3, 7])
@@ -128,16 +137,25 @@ def _link(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("harm", "words"),
-    [(_truncate, "bytes instead of"), (_flip, "has been altered"), (Path.unlink, "is missing"), (_link, "is missing")],
+    [
+        (_truncate, "bytes instead of"),
+        (_flip, "has been altered"),
+        (Path.unlink, "is missing"),
+        (_link, "is missing"),
+    ],
 )
-def test_a_damaged_file_is_named_and_the_newest_intact_checkpoint_offered(tmp_path: Path, harm, words: str) -> None:
+def test_a_damaged_file_is_named_and_the_newest_intact_checkpoint_offered(
+    tmp_path: Path, harm, words: str
+) -> None:
     whole, broken = write_checkpoint(tmp_path, 4), write_checkpoint(tmp_path, 8)
     harm(broken / rank_file(1))
     problem = damage(broken, read_manifest(broken))
     assert problem is not None and rank_file(1) in problem and words in problem
     assert damage(broken, read_manifest(broken), [rank_file(0)]) is None
     assert newest_intact(tmp_path) == (whole, [problem])
-    with pytest.raises(ValueError, match=f"{rank_file(1)} .*step-000004 is the newest intact one; `--resume auto` takes it"):
+    with pytest.raises(
+        ValueError, match=f"{rank_file(1)} .*step-000004 is the newest intact one; `--resume auto` takes it"
+    ):
         require_intact(tmp_path)
     harm(whole / rank_file(0))
     found, problems = newest_intact(tmp_path)
@@ -162,21 +180,27 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
         assert str(path) in str(caught.value)
         assert newest_intact(tmp_path) == (whole, [str(caught.value)])
     path.unlink()
-    with pytest.raises(ValueError, match=r"manifest.json is missing or damaged.*step-000004 is the newest intact one"):
+    with pytest.raises(
+        ValueError, match=r"manifest.json is missing or damaged.*step-000004 is the newest intact one"
+    ):
         require_intact(tmp_path)
 
 
 def rewrite(folder: Path, **changes: object) -> None:
     """Change a manifest and seal it again, as somebody who means harm would."""
     content = {**json.loads((folder / MANIFEST).read_text())["manifest"], **changes}
-    (folder / MANIFEST).write_text(json.dumps({"sha256": checkpoint_format._digest(content), "manifest": content}))
+    (folder / MANIFEST).write_text(
+        json.dumps({"sha256": checkpoint_format._digest(content), "manifest": content})
+    )
 
 
 def test_a_checkpoint_of_before_skipped_steps_in_a_row_were_counted_is_read(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 1)
     content = json.loads((folder / MANIFEST).read_text())["manifest"]
     assert content.pop("skipped_in_a_row") == 0
-    (folder / MANIFEST).write_text(json.dumps({"sha256": checkpoint_format._digest(content), "manifest": content}))
+    (folder / MANIFEST).write_text(
+        json.dumps({"sha256": checkpoint_format._digest(content), "manifest": content})
+    )
     assert read_manifest(folder).skipped_in_a_row == 0
 
 
@@ -210,7 +234,10 @@ def test_a_gap_is_found_before_anything_is_read(tmp_path: Path, key: str, words:
     folder = write_checkpoint(tmp_path, 1, ranks=2)
     kind, name, start = key.split("/")
     tensors = checkpoint_format.read_prefix(folder / rank_file(1), "")
-    save_file({f"{kind}/{name}/{int(start) + 1}" if k == key else k: v for k, v in tensors.items()}, folder / rank_file(1))
+    save_file(
+        {f"{kind}/{name}/{int(start) + 1}" if k == key else k: v for k, v in tensors.items()},
+        folder / rank_file(1),
+    )
     with pytest.raises(ValueError, match=words):
         FragmentReader(folder, read_manifest(folder))
     save_file({k: v for k, v in tensors.items() if k != key}, folder / rank_file(1))
@@ -241,8 +268,12 @@ def test_a_checkpoint_replaces_a_damaged_one_of_its_name(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("operation", ["os.rename", "os.replace", "os.fsync"])
-def test_wherever_publishing_stops_a_whole_checkpoint_is_there(tmp_path: Path, operation: str, monkeypatch) -> None:
-    """The n-th call of each system call fails, for every n: what --resume and --resume auto find is whole all the same."""
+def test_wherever_publishing_stops_a_whole_checkpoint_is_there(
+    tmp_path: Path, operation: str, monkeypatch
+) -> None:
+    """The n-th call of each system call fails, for every n: what --resume and --resume auto find is whole all
+    the same.
+    """
     real = getattr(os, operation.partition(".")[2])
     for allowed in range(8):
         root = tmp_path / str(allowed)
@@ -271,9 +302,21 @@ def test_wherever_publishing_stops_a_whole_checkpoint_is_there(tmp_path: Path, o
 def test_random_states_come_back() -> None:
     random.gauss(0, 1), np.random.randn()
     states = random_states(torch.device("cpu"))
-    expected = [random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.rand(3).tolist()]
+    expected = [
+        random.gauss(0, 1),
+        random.random(),
+        np.random.randn(),
+        np.random.rand(),
+        torch.rand(3).tolist(),
+    ]
     restore_random_states(states, torch.device("cpu"))
-    assert [random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.rand(3).tolist()] == expected
+    assert [
+        random.gauss(0, 1),
+        random.random(),
+        np.random.randn(),
+        np.random.rand(),
+        torch.rand(3).tolist(),
+    ] == expected
 
 
 def test_metrics_of_repeated_steps_are_dropped(tmp_path: Path) -> None:
@@ -284,7 +327,11 @@ def test_metrics_of_repeated_steps_are_dropped(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
     MetricsFile(path, 2).write({"step": 3, "again": True}, durably=False)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3, "again": True},
+    ]
     path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
     with pytest.raises(ValueError, match="line 2 is no step's metrics: 'rubbish'"):
         MetricsFile(path, 2)

@@ -13,7 +13,14 @@ import pytest
 from pydantic import JsonValue
 from transformers import LlamaConfig
 
-from eagle3_ds.checkpoint.format import Manifest, aside_folder, folder_name, publish, read_manifest, write_manifest
+from eagle3_ds.checkpoint.format import (
+    Manifest,
+    aside_folder,
+    folder_name,
+    publish,
+    read_manifest,
+    write_manifest,
+)
 from eagle3_ds.cli import main as cli_main
 from eagle3_ds.cli.main import main
 from eagle3_ds.config import Recipe, dump_recipe, load_recipe
@@ -61,14 +68,23 @@ def test_dry_run(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["launch", f"recipes/{name}.yaml", *options, "--dry-run", f"output_dir={output}"]) == 0
     text = capsys.readouterr().out
     assert mesh in text
-    assert "--module eagle3_ds.launch.supervisor --log_folder=" in text and " eagle3_ds.train.main --recipe=" in text
+    assert (
+        "--module eagle3_ds.launch.supervisor --log_folder=" in text
+        and " eagle3_ds.train.main --recipe=" in text
+    )
     assert f"output_dir: {output}" in text
     assert "nothing was started" in text
     assert not output.exists()
 
 
 def test_capture_is_launched_like_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    where = ["recipes/quickstart.yaml", "--num_ranks", "8", "parallel.draft_dp=2", f"output_dir={tmp_path / 'run'}"]
+    where = [
+        "recipes/quickstart.yaml",
+        "--num_ranks",
+        "8",
+        "parallel.draft_dp=2",
+        f"output_dir={tmp_path / 'run'}",
+    ]
     assert main(["capture", *where, "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert "draft_dp 2 x ring 2 x ulysses 2 = 8 ranks" in text and "capture: parallel" in text
@@ -80,8 +96,15 @@ def test_capture_is_launched_like_training(tmp_path: Path, capsys: pytest.Captur
 def test_a_target_that_cannot_be_cut_is_refused_before_anything_starts(
     key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 2048}
-    LlamaConfig(vocab_size=4096, num_key_value_heads=8, rope_parameters=rope).save_pretrained(tmp_path / "target")
+    rope = {
+        "rope_type": "dynamic",
+        "factor": 2.0,
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 2048,
+    }
+    LlamaConfig(vocab_size=4096, num_key_value_heads=8, rope_parameters=rope).save_pretrained(
+        tmp_path / "target"
+    )
     arguments = ["recipes/quickstart.yaml", "target.build=null", f"target.path={tmp_path / 'target'}"]
     message = refusal(capsys, "launch", *arguments, key, f"output_dir={tmp_path / 'run'}")
     assert "dynamic rotary scaling depend on the length" in message and "target.capture: single" in message
@@ -90,7 +113,10 @@ def test_a_target_that_cannot_be_cut_is_refused_before_anything_starts(
 
 def test_dry_run_says_what_it_could_not_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", "recipes/qwen3-8b_128k_usp.yaml", "--num_gpus", "8", "--dry-run"]) == 0
-    assert "Qwen/Qwen3-8B is not a folder here: its heads and vocabulary were not checked" in capsys.readouterr().out
+    assert (
+        "Qwen/Qwen3-8B is not a folder here: its heads and vocabulary were not checked"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,8 +129,14 @@ def test_dry_run_says_what_it_could_not_check(capsys: pytest.CaptureFixture[str]
             ["parallel.ulysses is 4", "4 query heads and 2 key/value", "to 2;"],
         ),
         (["draft.vocab_size=5000"], ["draft.vocab_size is 5000", "4096"]),
-        (["loss.tile_bytes=1000"], ["loss.tile_bytes = 1000", "draft vocabulary of 2048", "bytes are needed"]),
-        (["train.tile_bytes=1000"], ["train.tile_bytes = 1000", "MLP of 512", f"at least {(7 * 512 + 8 * 192) * 4} bytes"]),
+        (
+            ["loss.tile_bytes=1000"],
+            ["loss.tile_bytes = 1000", "draft vocabulary of 2048", "bytes are needed"],
+        ),
+        (
+            ["train.tile_bytes=1000"],
+            ["train.tile_bytes = 1000", "MLP of 512", f"at least {(7 * 512 + 8 * 192) * 4} bytes"],
+        ),
         (["parallel.ulises=4"], ["parallel.ulises", "Did you mean `ulysses`"]),
         (["deepspeed=nowhere.json"], ["nowhere.json is not a file"]),
         (["--num_nodes", "2"], ["--num_nodes is 2", "--hostfile"]),
@@ -132,7 +164,9 @@ def test_refused_deepspeed_key(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_unavailable_kernel_is_named_with_what_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = refusal(capsys, "launch", "recipes/quickstart.yaml", "attention.kernel=cuda", f"output_dir={tmp_path / 'run'}")
+    message = refusal(
+        capsys, "launch", "recipes/quickstart.yaml", "attention.kernel=cuda", f"output_dir={tmp_path / 'run'}"
+    )
     assert "'cuda' cannot run" in message and "blockwise" in message
     assert not (tmp_path / "run").exists()
 
@@ -140,7 +174,9 @@ def test_unavailable_kernel_is_named_with_what_is(tmp_path: Path, capsys: pytest
 def test_missing_target_and_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = f"output_dir={tmp_path / 'run'}"
     common = ["launch", "recipes/quickstart.yaml", output]
-    assert "is not a folder" in refusal(capsys, *common, "target.build=null", f"target.path={tmp_path / 'none'}")
+    assert "is not a folder" in refusal(
+        capsys, *common, "target.build=null", f"target.path={tmp_path / 'none'}"
+    )
     assert "data.train[0]" in refusal(capsys, *common, "data.train=[nowhere.jsonl]")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -208,13 +244,17 @@ def test_what_resuming_starts_from(tmp_path: Path) -> None:
     for how in ("latest", "auto"):
         assert check_output(recipe, how, overwrite=False) == (newer, [f"going on from {newer}"])
     (newer / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"manifest.json .*step-000004 is the newest intact one; `--resume auto` takes it"):
+    with pytest.raises(
+        ValueError, match=r"manifest.json .*step-000004 is the newest intact one; `--resume auto` takes it"
+    ):
         check_output(recipe, "latest", overwrite=False)
     found, told = check_output(recipe, "auto", overwrite=False)
     assert found == older and told[-1] == f"going on from {older}"
     assert told[0].startswith(f"passed over: {newer / 'manifest.json'} is damaged")
     (older / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="no checkpoint in .* is intact .*step-000008.*step-000004.*--overwrite"):
+    with pytest.raises(
+        ValueError, match="no checkpoint in .* is intact .*step-000008.*step-000004.*--overwrite"
+    ):
         check_output(recipe, "auto", overwrite=False)
 
 
@@ -246,7 +286,13 @@ def test_mesh_zero_stage_and_schedule_may_change_on_resume_but_not_the_experimen
     ]
     found, _ = check_output(load_recipe("recipes/quickstart.yaml", common + free), "latest", overwrite=False)
     assert found is not None
-    for fixed in ("train.seed=1", "train.init_from=draft", "data.max_length=2048", "draft.ttt_steps=3", "loss.decay=0.5"):
+    for fixed in (
+        "train.seed=1",
+        "train.init_from=draft",
+        "data.max_length=2048",
+        "draft.ttt_steps=3",
+        "loss.decay=0.5",
+    ):
         with pytest.raises(ValueError, match=fixed.partition("=")[0]):
             check_output(load_recipe("recipes/quickstart.yaml", [*common, fixed]), "latest", overwrite=False)
 
@@ -258,7 +304,9 @@ def test_a_checkpoint_of_another_version_is_refused_by_its_keys(tmp_path: Path) 
     manifest = read_manifest(folder / "checkpoints" / "step-000004")
     content = {**manifest.recipe, "draft": {**manifest.recipe["draft"], "unheard_of": 1}}
     write_manifest(folder / "checkpoints" / "step-000004", manifest.model_copy(update={"recipe": content}))
-    with pytest.raises(ValueError, match="another version of this program, which has other recipe keys .draft.unheard_of."):
+    with pytest.raises(
+        ValueError, match="another version of this program, which has other recipe keys .draft.unheard_of."
+    ):
         check_output(recipe, "latest", overwrite=False)
 
 
@@ -272,8 +320,12 @@ def test_a_checkpoint_of_another_version_is_refused_by_its_keys(tmp_path: Path) 
         (["train.steps=9"], (None, ["train.steps=9"])),
     ],
 )
-def test_resume_takes_no_override_for_its_value(words: list[str], expected: tuple[str | None, list[str]]) -> None:
-    options = cli_main._parser("launch").parse_intermixed_args(cli_main._with_explicit_resume(["recipe.yaml", *words]))
+def test_resume_takes_no_override_for_its_value(
+    words: list[str], expected: tuple[str | None, list[str]]
+) -> None:
+    options = cli_main._parser("launch").parse_intermixed_args(
+        cli_main._with_explicit_resume(["recipe.yaml", *words])
+    )
     assert (options.resume, options.overrides) == expected
 
 
@@ -308,7 +360,9 @@ def test_hosts_are_limited_and_filtered_as_deepspeed_does() -> None:
     pool = {"node-0": 8, "node-1": 8}
     for include, exclude in [("node-1", ""), ("node-0@node-1:0,2", ""), ("", "node-1:0"), ("", "node-0")]:
         expected = runner.parse_inclusion_exclusion(dict(pool), include, exclude)
-        options = LaunchOptions(hostfile="recipes/2nodes.hostfile", include=include or None, exclude=exclude or None)
+        options = LaunchOptions(
+            hostfile="recipes/2nodes.hostfile", include=include or None, exclude=exclude or None
+        )
         assert resolve_hosts(options, "cpu", 0, 1) == {host: tuple(slots) for host, slots in expected.items()}
     limited = LaunchOptions(hostfile="recipes/2nodes.hostfile", num_nodes=1, num_ranks=2)
     assert resolve_hosts(limited, "cpu", 0, 1) == {"node-0": (0, 1)}
@@ -342,7 +396,9 @@ def quickstart(output_dir: Path) -> Recipe:
 
 
 def test_single_machine_command(tmp_path: Path) -> None:
-    plan = plan_launch(LaunchOptions(), {"localhost": (0, 1, 2, 3)}, "cpu", quickstart(tmp_path), "step-000004", {})
+    plan = plan_launch(
+        LaunchOptions(), {"localhost": (0, 1, 2, 3)}, "cpu", quickstart(tmp_path), "step-000004", {}
+    )
     assert plan.world_size == 4
     assert plan.environment["DS_ACCELERATOR"] == "cpu"
     assert int(plan.environment["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 4)
@@ -355,7 +411,11 @@ def test_single_machine_command(tmp_path: Path) -> None:
     assert parsed.user_script == "eagle3_ds.launch.supervisor"
     logs, limit, *rank = parsed.user_args
     assert (logs, limit) == (f"--log_folder={tmp_path / 'logs'}", "--limit=600.0")
-    assert rank == ["eagle3_ds.train.main", f"--recipe={tmp_path / 'recipe.resolved.yaml'}", "--resume=step-000004"]
+    assert rank == [
+        "eagle3_ds.train.main",
+        f"--recipe={tmp_path / 'recipe.resolved.yaml'}",
+        "--resume=step-000004",
+    ]
     assert runner.fetch_hostfile(parsed.hostfile) is None
 
 
@@ -368,7 +428,9 @@ def test_environment_reaches_the_other_hosts(tmp_path: Path) -> None:
         "GLOO_SOCKET_IFNAME": "",
     }
     options = LaunchOptions(hostfile="recipes/2nodes.hostfile", launcher="openmpi", master_port=29501)
-    plan = plan_launch(options, {"node-0": (0, 1), "node-1": (0, 1)}, "cuda", quickstart(tmp_path), None, environ)
+    plan = plan_launch(
+        options, {"node-0": (0, 1), "node-1": (0, 1)}, "cuda", quickstart(tmp_path), None, environ
+    )
     write_environment_file(plan)
     lines = Path(plan.environment["DS_ENV_FILE"]).read_text().splitlines()
     assert "NCCL_IB_HCA=mlx5" in lines and "HF_HOME=/data/hf" in lines
@@ -404,9 +466,13 @@ def started_by_deepspeed(plan: LaunchPlan, monkeypatch: pytest.MonkeyPatch) -> l
 
 def test_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = quickstart(tmp_path)
-    options = LaunchOptions(hostfile="recipes/2nodes.hostfile", launcher="slurm", num_ranks=4, master_port=29501)
+    options = LaunchOptions(
+        hostfile="recipes/2nodes.hostfile", launcher="slurm", num_ranks=4, master_port=29501
+    )
     hosts = resolve_hosts(options, "cuda", 0, 1)
-    plan = plan_launch(options, hosts, "cuda", recipe, "step-000010", {"NCCL_IB_HCA": "mlx5_0,mlx5_1", "PATH": "/bin"})
+    plan = plan_launch(
+        options, hosts, "cuda", recipe, "step-000010", {"NCCL_IB_HCA": "mlx5_0,mlx5_1", "PATH": "/bin"}
+    )
     command = started_by_deepspeed(plan, monkeypatch)
     assert command[:3] == ["srun", "-n", "8"] and command[command.index("--gpus-per-node") + 1] == "4"
     (export,) = (argument for argument in command if argument.startswith("--export="))
@@ -425,7 +491,9 @@ def test_torchrun(tmp_path: Path) -> None:
     """The options mean to torch what they are meant to."""
     from torch.distributed.run import parse_args
 
-    plan = plan_launch(LaunchOptions(launcher="torchrun"), {"localhost": (0, 1)}, "cpu", quickstart(tmp_path), None, {})
+    plan = plan_launch(
+        LaunchOptions(launcher="torchrun"), {"localhost": (0, 1)}, "cpu", quickstart(tmp_path), None, {}
+    )
     parsed = parse_args(list(plan.command[3:]))
     assert (parsed.nnodes, parsed.nproc_per_node, parsed.module) == ("1", "2", True)
     assert parsed.training_script == "eagle3_ds.launch.supervisor"
@@ -449,7 +517,9 @@ def test_report_of_a_run_and_of_none(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("command", ["evaluate", "export"])
-def test_stages_that_need_a_trained_draft(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_that_need_a_trained_draft(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     message = refusal(capsys, command, "recipes/quickstart.yaml", f"output_dir={tmp_path}")
     assert "no draft-final.safetensors" in message
 

@@ -1,4 +1,6 @@
-"""`prepare`: what it says and saves; what a capture by one process did before it was interrupted is not done again."""
+"""`prepare`: what it says and saves; what a capture by one process did before it was interrupted is not done
+again.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,9 @@ def recipe(tmp_path: Path) -> str:
     rows = write_jsonl(tmp_path / "rows.jsonl", CONVERSATIONS[:COUNT])
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        f"target: {{path: {build_tiny_target(tmp_path / 'target')}, dtype: float32}}\ndraft: {{vocab_size: 128}}\n"
-        f"data: {{train: [{rows}], cache_dir: {tmp_path / 'cache'}}}\ntrain: {{steps: 1}}\neval: {{num_prompts: 0}}\n"
-        f"deepspeed: none.json\noutput_dir: {tmp_path / 'output'}\n"
+        f"target: {{path: {build_tiny_target(tmp_path / 'target')}, dtype: float32}}\ndraft: {{vocab_size: "
+        f"128}}\ndata: {{train: [{rows}], cache_dir: {tmp_path / 'cache'}}}\ntrain: {{steps: 1}}\neval: "
+        f"{{num_prompts: 0}}\ndeepspeed: none.json\noutput_dir: {tmp_path / 'output'}\n"
     )
     return str(path)
 
@@ -49,7 +51,11 @@ def test_progress_size_and_coverage_are_told_and_the_vocabulary_saved(
 
 @pytest.mark.parametrize("harm", ["nan", "interrupt"])
 def test_an_interrupted_capture_goes_on_with_the_document_it_stopped_at(
-    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], harm: str
+    recipe: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    harm: str,
 ) -> None:
     calls = []
     original = states.capture_hidden_states
@@ -70,7 +76,10 @@ def test_an_interrupted_capture_goes_on_with_the_document_it_stopped_at(
     else:
         assert main(["prepare", recipe]) == 2
         said = capsys.readouterr().err
-        assert "teacher of document" in said and "is not finite as bfloat16 (largest input nan), first at row 2: " in said
+        assert (
+            "teacher of document" in said
+            and "is not finite as bfloat16 (largest input nan), first at row 2: " in said
+        )
     assert len(calls) == 4 and not list((tmp_path / "cache").glob("hidden-????????????????"))
     assert main(["prepare", recipe]) == 0
     assert "3 documents are there already" in capsys.readouterr().out

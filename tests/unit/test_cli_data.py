@@ -46,12 +46,18 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
 def test_inspect(recipe: str, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, text = said(capsys, "inspect", recipe, "--row", 2)
     assert status == 0
-    assert "<|im_start|>user\nWhat is f4? What is f4?<|im_end|>\n<|im_start|>assistant\n>>>old<|im_end|><<<" in text
+    assert (
+        "<|im_start|>user\nWhat is f4? What is f4?<|im_end|>\n<|im_start|>assistant\n>>>old<|im_end|><<<"
+        in text
+    )
     assert "rows.jsonl, line 2, shape messages: " in text
     assert said(capsys, "inspect", tmp_path / "rows.jsonl", "--target", target, "--row", 2) == (status, text)
     status, text = said(capsys, "inspect", recipe, "--html", tmp_path / "row.html")
     assert status == 0 and "<mark>old&lt;|im_end|&gt;</mark>" in (tmp_path / "row.html").read_text()
-    documents = [said(capsys, "inspect", recipe, "data.heldout_fraction=0.3", "--document", number)[1] for number in range(4)]
+    documents = [
+        said(capsys, "inspect", recipe, "data.heldout_fraction=0.3", "--document", number)[1]
+        for number in range(4)
+    ]
     for number, text in enumerate(documents):
         assert f"{QUESTIONS[number]}<|im_end|>\n<|im_start|>assistant\n>>>old<|im_end|><<<" in text
         assert f"document {number}, training: " in text or f"document {number}, held out: " in text
@@ -63,7 +69,10 @@ def test_inspect(recipe: str, target: Path, tmp_path: Path, capsys: pytest.Captu
         (("inspect", recipe, "--row", 9), "--row is 9, but "),
         (("inspect", tmp_path / "rows.jsonl"), "name the target by --target FOLDER"),
         (("inspect", recipe, "--target", target), "--target is for a data file"),
-        (("inspect", tmp_path / "rows.jsonl", "data.shape=messages", "--target", target), "'data.shape=messages' changes a"),
+        (
+            ("inspect", tmp_path / "rows.jsonl", "data.shape=messages", "--target", target),
+            "'data.shape=messages' changes a",
+        ),
         (("inspect", tmp_path / "none.jsonl", "--target", target), "none.jsonl', which does not exist"),
     ]
     for arguments, message in refusals:
@@ -93,7 +102,9 @@ def test_regenerate(recipe: str, target: Path, tmp_path: Path, capsys: pytest.Ca
         prompt = alone.tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
         tokens = greedy_decode(alone, prompt, 40, stop)
         if tokens[-1] == stop:
-            expected.append([*question, {"role": "assistant", "content": alone.tokenizer.decode(tokens[:-1])}])
+            expected.append(
+                [*question, {"role": "assistant", "content": alone.tokenizer.decode(tokens[:-1])}]
+            )
     assert expected, "the target never ends its turn: nothing is tested"
     assert [json.loads(line)["messages"] for line in output.read_text().splitlines()] == expected
     assert f"4 rows read, {len(expected)} conversations with {len(expected)} answers" in text
@@ -103,7 +114,9 @@ def test_regenerate(recipe: str, target: Path, tmp_path: Path, capsys: pytest.Ca
     assert status == 2 and "temperature 0.0 then, 0.5 now" in text
 
 
-def test_sampled_answers_follow_the_seed(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sampled_answers_follow_the_seed(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         torch.manual_seed(99)
@@ -123,7 +136,11 @@ def test_sampled_answers_follow_the_seed(recipe: str, tmp_path: Path, capsys: py
     ],
 )
 def test_bad_options(
-    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...], message: str
+    recipe: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[object, ...],
+    message: str,
 ) -> None:
     status, text = said(capsys, "regenerate", recipe, "--output", tmp_path / "x.jsonl", *arguments)
     assert status == 2 and message in text, text
@@ -135,4 +152,6 @@ def test_a_run_may_go_on_with_other_workers(recipe: str, tmp_path: Path) -> None
     (tmp_path / "run" / RESOLVED).write_text(dump_recipe(load_recipe(recipe)))
     check_output(load_recipe(recipe, ["data.workers=3"]), resume=True, overwrite=False)
     with pytest.raises(ValueError, match="data.supervise: 'all' -> 'last'"):
-        check_output(load_recipe(recipe, ["data.workers=3", "data.supervise=last"]), resume=True, overwrite=False)
+        check_output(
+            load_recipe(recipe, ["data.workers=3", "data.supervise=last"]), resume=True, overwrite=False
+        )

@@ -20,7 +20,9 @@ def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lists_every_kernel_with_its_error_or_reason(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--head-dim", "64"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    kernels = lines[next(i for i, line in enumerate(lines) if "attention kernels on cpu with heads of 64" in line) :]
+    kernels = lines[
+        next(i for i, line in enumerate(lines) if "attention kernels on cpu with heads of 64" in line) :
+    ]
     row = {kernel.name: next(line for line in kernels if f"│ {kernel.name} " in line) for kernel in KERNELS}
     assert row["cpu"].count("error") == 2 and row["cpu"].count("auto") == 2
     assert row["blockwise"].count("error") == 2 and "auto" not in row["blockwise"]
@@ -45,7 +47,8 @@ def test_a_kernel_that_does_not_hold_its_word_is_found(
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert (
-        "broken: blockwise in float32: " + {"wrong": "wrong by 1e-01", "raises": "fails: RuntimeError: no kernel"}[break_it]
+        "broken: blockwise in float32: "
+        + {"wrong": "wrong by 1e-01", "raises": "fails: RuntimeError: no kernel"}[break_it]
         in said
     )
     assert "broken: cpu" not in said
@@ -77,5 +80,7 @@ def test_a_kernel_that_computes_wrongly_is_refused_before_training(monkeypatch: 
     device = torch.device("cpu")
     monkeypatch.setattr(select, "KERNELS", (Scaled(), BlockwiseKernel()))
     assert checked_kernel("blockwise", device, torch.float32, 16).name == "blockwise"
-    with pytest.raises(ValueError, match=r"attention.kernel 'scaled' computes wrongly on cpu .* 1.0e-02, .*such as blockwise"):
+    with pytest.raises(
+        ValueError, match=r"attention.kernel 'scaled' computes wrongly on cpu .* 1.0e-02, .*such as blockwise"
+    ):
         checked_kernel("auto", device, torch.float32, 16)

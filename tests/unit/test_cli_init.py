@@ -46,7 +46,9 @@ def export(layout: str, draft: DraftModel, folder: Path, dtype: str) -> Path:
     if layout == "vllm":
         return export_vllm(draft.state_dict(), draft.config, VOCABULARY, folder, dtype)
     embedding = torch.zeros(96, 32)
-    return export_speculators(draft.state_dict(), draft.config, VOCABULARY, embedding, folder, "org/target", ["Llama"], dtype)
+    return export_speculators(
+        draft.state_dict(), draft.config, VOCABULARY, embedding, folder, "org/target", ["Llama"], dtype
+    )
 
 
 @pytest.mark.parametrize("layout", ["vllm", "speculators"])
@@ -59,13 +61,20 @@ def test_weights_and_vocabulary_are_taken_over(layout: str, draft: DraftModel, t
 
 
 def test_a_bf16_export_starts_as_fp32_masters(draft: DraftModel, tmp_path: Path) -> None:
-    state, _ = load_initial_draft(make_recipe(tmp_path, export("vllm", draft, tmp_path / "export", "bfloat16")))
-    assert all(torch.equal(state[name], tensor.bfloat16().float()) for name, tensor in draft.state_dict().items())
+    state, _ = load_initial_draft(
+        make_recipe(tmp_path, export("vllm", draft, tmp_path / "export", "bfloat16"))
+    )
+    assert all(
+        torch.equal(state[name], tensor.bfloat16().float()) for name, tensor in draft.state_dict().items()
+    )
 
 
 def test_another_geometry_is_refused_by_its_keys(draft: DraftModel, tmp_path: Path) -> None:
     folder = export("vllm", draft, tmp_path / "export", "float32")
-    with pytest.raises(ValueError, match=r"intermediate_size is 48 there and 64 here; draft_vocab_size is 40 there and 32 here"):
+    with pytest.raises(
+        ValueError,
+        match=r"intermediate_size is 48 there and 64 here; draft_vocab_size is 40 there and 32 here",
+    ):
         load_initial_draft(make_recipe(tmp_path, folder, "draft.intermediate_size=64", "draft.vocab_size=32"))
 
 
@@ -87,10 +96,14 @@ def test_rotary_settings_as_transformers_4_wrote_them_are_read(draft: DraftModel
 def test_a_draft_that_computes_otherwise_is_refused(draft: DraftModel, tmp_path: Path) -> None:
     folder = export("speculators", draft, tmp_path / "export", "float32")
     rewrite(folder, norm_before_residual=True)
-    with pytest.raises(ValueError, match="train.init_from: .*norm_before_residual true: such a draft computes otherwise"):
+    with pytest.raises(
+        ValueError, match="train.init_from: .*norm_before_residual true: such a draft computes otherwise"
+    ):
         load_initial_draft(make_recipe(tmp_path, folder))
 
 
 def test_what_is_no_export_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"train.init_from: .*holds no config.json: it is not an exported draft"):
+    with pytest.raises(
+        ValueError, match=r"train.init_from: .*holds no config.json: it is not an exported draft"
+    ):
         load_initial_draft(make_recipe(tmp_path, tmp_path / "nothing"))

@@ -17,8 +17,14 @@ ROOT = Path(__file__).parents[2]
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     folder = tmp_path_factory.mktemp("target")
     small = ("hidden_size=32", "intermediate_size=64", "num_layers=7", "vocab_size=300", "steps=0")
-    overrides = [f"target.path={folder / 'model'}", *(f"target.build.{value}" for value in small), "draft.vocab_size=256"]
-    recipe = load_recipe(ROOT / "recipes/quickstart.yaml", [*overrides, f"deepspeed={ROOT / 'ds_configs/zero2.json'}"])
+    overrides = [
+        f"target.path={folder / 'model'}",
+        *(f"target.build.{value}" for value in small),
+        "draft.vocab_size=256",
+    ]
+    recipe = load_recipe(
+        ROOT / "recipes/quickstart.yaml", [*overrides, f"deepspeed={ROOT / 'ds_configs/zero2.json'}"]
+    )
     build_target(recipe.target, "def f(x):\n    return x\n" * 400, [])
     return recipe
 
@@ -27,7 +33,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     "reason",
     [
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB",
-        "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073741824 bytes.",
+        (
+            "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+            "1073741824 bytes."
+        ),
         "MemoryError",
         "signal 9 (SIGKILL): by hand, by the scheduler, or by the kernel because the host's memory was full",
     ],
@@ -37,7 +46,9 @@ def test_a_shortage_is_followed_by_what_would_help(reason: str, recipe: Recipe) 
     assert advice is not None
     head, _, changes = advice.partition("What would help most, each alone:\n")
     assert "per rank are needed at the peak" in head and "GiB" in head
-    assert len(changes.splitlines()) == 3 and all("=" in line and "saves" in line for line in changes.splitlines())
+    assert len(changes.splitlines()) == 3 and all(
+        "=" in line and "saves" in line for line in changes.splitlines()
+    )
     assert advice.startswith("If memory was the reason") == ("SIGKILL" in reason)
 
 

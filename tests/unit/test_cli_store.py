@@ -43,7 +43,11 @@ def test_verify_and_info(tmp_path, capsys):
     assert status == 0 and "every checksum is right" in text
     status, text = say(capsys, "info", store.path)
     assert status == 0
-    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line.startswith("│")]
+    cells = [
+        [cell.strip() for cell in line.strip("│").split("│")]
+        for line in text.splitlines()
+        if line.startswith("│")
+    ]
     rows = dict(cells)
     assert (rows["documents"], rows["tokens"], rows["longest"], rows["dtype"]) == ("4", "18", "9", "float8")
     assert (rows["aux"], rows["computed by"], rows["made from: documents"]) == ("6 wide", "capture", "d1")
@@ -94,7 +98,9 @@ def test_import(recipe, tmp_path, capsys, kind, skip_check):
     before = (path / "index.json").stat().st_mtime_ns
     status, text = say(capsys, *command)
     assert status == 0 and f"there already, computed by {writer}" in text
-    assert main(["prepare", str(recipe), *layers]) == 0 and f"hidden states: {path}" in capsys.readouterr().out
+    assert (
+        main(["prepare", str(recipe), *layers]) == 0 and f"hidden states: {path}" in capsys.readouterr().out
+    )
     assert (path / "index.json").stat().st_mtime_ns == before
     check_against_target(tmp_path / "out" / "prepared.json", aux_layers)
 
@@ -123,8 +129,16 @@ def close(rows, reference):
     ("kind", "arguments", "message"),
     [
         ("specforge", ("target.aux_layers=[1, 4, 5]",), "holds the inputs of layers [2, 4, 5] of the target"),
-        ("speculators-0.4", (), "holds the inputs of layers [3, 5, 6] of the target, and the recipe wants those of [2, 4, 5]"),
-        ("speculators-0.4", ("--skip-check",), "writes the inputs of layers [3, 5, 6] of a target of 8 layers"),
+        (
+            "speculators-0.4",
+            (),
+            "holds the inputs of layers [3, 5, 6] of the target, and the recipe wants those of [2, 4, 5]",
+        ),
+        (
+            "speculators-0.4",
+            ("--skip-check",),
+            "writes the inputs of layers [3, 5, 6] of a target of 8 layers",
+        ),
         ("specforge", ("data.train=[a.jsonl, b.jsonl]",), "data.train is ['a.jsonl', 'b.jsonl']"),
         ("specforge", ("data.train=[rows.parquet]",), "the one .jsonl file in data.train"),
         ("specforge", ("data.heldout=[b.jsonl]",), "data.heldout ['b.jsonl']"),
@@ -164,7 +178,11 @@ def flat_norm(weights):
     ("kind", "change", "message"),
     [
         ("specforge", negated_embedding, "data_0.ckpt: these hidden states are not the target's"),
-        ("specforge", flat_norm, "should lie behind the target's final norm and is 0... away from it .* from the other side"),
+        (
+            "specforge",
+            flat_norm,
+            "should lie behind the target's final norm and is 0... away from it .* from the other side",
+        ),
         ("speculators", negated_embedding, "hs_0.safetensors: these hidden states are not the target's"),
     ],
 )
@@ -177,7 +195,9 @@ def test_states_on_the_other_side_of_the_norm_are_seen():
     files = open_foreign(FOREIGN / "speculators")
     files.last_is_normed = True
     target = load_target(TargetSection(path=str(FOREIGN / "target")), dtype="bfloat16")
-    with pytest.raises(ValueError, match="should lie behind the target's final norm .*0.00 from the other side"):
+    with pytest.raises(
+        ValueError, match="should lie behind the target's final norm .*0.00 from the other side"
+    ):
         list(compare_with_target(files, target))
 
 

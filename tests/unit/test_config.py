@@ -50,7 +50,12 @@ def test_scalars_follow_yaml_1_2(tmp_path: Path) -> None:
 
 
 def test_overrides(tmp_path: Path) -> None:
-    overrides = ["parallel.ulysses=4", "data.train=[a.jsonl, b.jsonl]", "train.learning_rate=3e-5", "train.steps=null"]
+    overrides = [
+        "parallel.ulysses=4",
+        "data.train=[a.jsonl, b.jsonl]",
+        "train.learning_rate=3e-5",
+        "train.steps=null",
+    ]
     recipe = load_recipe(write(tmp_path, MINIMAL), [*overrides, "train.epochs=2"])
     assert recipe.parallel.ulysses == 4
     assert recipe.data.train == ("a.jsonl", "b.jsonl")
@@ -73,22 +78,33 @@ def test_overrides(tmp_path: Path) -> None:
         ("train.warmup_steps=11", ["train.warmup_steps is 11", "10 steps", "Lower it"]),
         ("eval.context_buckets=[2048, 512]", ["context_buckets", "[2048, 512]", "ascend"]),
         ("draft={num_heads: 6, num_kv_heads: 4}", ["num_heads is 6 and num_kv_heads is 4", "divisor"]),
-        ("draft={ttt_steps: 7, sliding_window: 6}", ["sliding_window = 6 is less than ttt_steps = 7", "or null"]),
+        (
+            "draft={ttt_steps: 7, sliding_window: 6}",
+            ["sliding_window = 6 is less than ttt_steps = 7", "or null"],
+        ),
         ("target.build={hidden_size: 190}", ["hidden_size is 190", "num_heads"]),
         ("parallel.ulysses", ["'parallel.ulysses'", "section.key=value"]),
         ("output_dir.name=x", ["output_dir is a value", "not a section"]),
     ],
 )
-def test_what_is_refused_names_key_value_rule_and_fix(tmp_path: Path, override: str, words: list[str]) -> None:
+def test_what_is_refused_names_key_value_rule_and_fix(
+    tmp_path: Path, override: str, words: list[str]
+) -> None:
     message = refusal(tmp_path, overrides=(override,))
     for word in words:
         assert word in message, message
 
 
 def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
-    message = refusal(tmp_path, MINIMAL.replace("output_dir: output/run", "outputdir: x"), ("parallel.ring=0",))
+    message = refusal(
+        tmp_path, MINIMAL.replace("output_dir: output/run", "outputdir: x"), ("parallel.ring=0",)
+    )
     assert "3 problems" in message
-    for words in ("outputdir: unknown key. Did you mean `output_dir`?", "output_dir: required", "parallel.ring"):
+    for words in (
+        "outputdir: unknown key. Did you mean `output_dir`?",
+        "output_dir: required",
+        "parallel.ring",
+    ):
         assert words in message
 
 
@@ -100,7 +116,11 @@ def test_duplicate_keys_are_refused_with_both_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("[1, 2]", "a mapping of sections, not list"), ("a: [", "not valid YAML"), ("1: 2", "the key 1 is not text")],
+    [
+        ("[1, 2]", "a mapping of sections, not list"),
+        ("a: [", "not valid YAML"),
+        ("1: 2", "the key 1 is not text"),
+    ],
 )
 def test_not_a_recipe(tmp_path: Path, text: str, words: str) -> None:
     assert words in refusal(tmp_path, text)
@@ -123,7 +143,12 @@ def test_docs_explain_every_key() -> None:
     text = (ROOT / "docs" / "recipe.md").read_text()
     schema = Recipe.model_json_schema()
     sections = {**schema["$defs"], "Recipe": schema}
-    missing = [f"{name}.{key}" for name, section in sections.items() for key in section["properties"] if f"`{key}`" not in text]
+    missing = [
+        f"{name}.{key}"
+        for name, section in sections.items()
+        for key in section["properties"]
+        if f"`{key}`" not in text
+    ]
     assert not missing
 
 
@@ -158,7 +183,9 @@ def test_broken_deepspeed_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("zero_group", "batch"), [("all", 24), ("draft_dp", 6)])
-def test_filled_batch_sizes_agree_with_deepspeeds_own_world(tmp_path: Path, zero_group: str, batch: int) -> None:
+def test_filled_batch_sizes_agree_with_deepspeeds_own_world(
+    tmp_path: Path, zero_group: str, batch: int
+) -> None:
     overrides = ["train.accumulation=3", "train.dtype=float32", f"parallel.zero_group={zero_group}"]
     recipe = load_recipe(write(tmp_path, MINIMAL), overrides)
     user = {"zero_optimization": {"stage": 2}, "comms_logger": {"enabled": True}}
@@ -184,11 +211,26 @@ def test_an_optimizer_on_nvme_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "dtype", "accumulated", "words"),
     [
-        (1, "bfloat16", "fp32", "is 'fp32' with train.dtype bfloat16 at ZeRO stage 1: DeepSpeed then takes an optimizer"),
+        (
+            1,
+            "bfloat16",
+            "fp32",
+            "is 'fp32' with train.dtype bfloat16 at ZeRO stage 1: DeepSpeed then takes an optimizer",
+        ),
         (1, "bfloat16", "torch.float32", "is 'torch.float32' with train.dtype bfloat16 at ZeRO stage 1"),
-        (0, "bfloat16", "float32", "at ZeRO stage 0: without ZeRO, DeepSpeed accumulates gradients in train.dtype alone"),
+        (
+            0,
+            "bfloat16",
+            "float32",
+            "at ZeRO stage 0: without ZeRO, DeepSpeed accumulates gradients in train.dtype alone",
+        ),
         (0, "float32", "bf16", "Remove it, or use stage 2 or 3, for example ds_configs/zero2.json"),
-        (2, "bfloat16", "fp64", "is 'fp64', which is no dtype of DeepSpeed's. Set it to one of fp32, float32,"),
+        (
+            2,
+            "bfloat16",
+            "fp64",
+            "is 'fp64', which is no dtype of DeepSpeed's. Set it to one of fp32, float32,",
+        ),
         (2, "bfloat16", ["fp32"], "which is no dtype"),
         (0, "bfloat16", "bf16", None),
         (1, "float32", "fp32", None),
@@ -224,7 +266,10 @@ def test_a_part_of_the_deepspeed_json_that_is_no_object_is_refused(tmp_path: Pat
 def test_secondary_partitions_must_fit(tmp_path: Path) -> None:
     user = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}
     recipe = load_recipe(write(tmp_path, MINIMAL))
-    assert fill_deepspeed_config(user, recipe, world=8, draft_dp=8)["zero_optimization"] == user["zero_optimization"]
+    assert (
+        fill_deepspeed_config(user, recipe, world=8, draft_dp=8)["zero_optimization"]
+        == user["zero_optimization"]
+    )
     with pytest.raises(ValueError, match="is 4, which does not divide the 6 ranks"):
         fill_deepspeed_config(user, recipe, world=6, draft_dp=6)
     with pytest.raises(ValueError, match="zero_group: all"):

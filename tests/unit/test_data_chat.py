@@ -39,23 +39,44 @@ BAD = [
     ([], "'messages' is empty"),
     (["hi"], "messages[0] is a str, expected an object"),
     ([{"content": "x"}], "messages[0].role is missing or null, expected a string"),
-    ([{"role": "bot", "content": "x"}], "messages[0].role is 'bot', expected one of 'system', 'developer', 'user'"),
-    ([A], "messages[0].role is 'assistant' first, where only 'system', 'developer', 'user' may stand: correct or remove"),
+    (
+        [{"role": "bot", "content": "x"}],
+        "messages[0].role is 'bot', expected one of 'system', 'developer', 'user'",
+    ),
+    (
+        [A],
+        (
+            "messages[0].role is 'assistant' first, where only 'system', 'developer', 'user' may stand: "
+            "correct or remove"
+        ),
+    ),
     ([U, U], "messages[1].role is 'user' after 'user', where only 'assistant' may stand"),
     ([U, {"role": "assistant"}], "messages[1].content is missing or null, expected a string"),
     ([U, {"role": "assistant", "content": ["a"]}], "messages[1].content is a list, expected a string"),
     ([U, {"role": "assistant", "content": ""}], "messages[1].content is empty"),
     ([{"role": "user", "content": b"\x00\xff"}, A], "messages[0].content is a bytes, expected a string"),
-    ([{"role": "user", "content": "ab\x00c"}, A], "messages[0].content is binary data, not text (U+0000 at character 2)"),
-    ([{"role": "user", "content": "\ud800"}, A], "messages[0].content is binary data, not text (U+D800 at character 0)"),
+    (
+        [{"role": "user", "content": "ab\x00c"}, A],
+        "messages[0].content is binary data, not text (U+0000 at character 2)",
+    ),
+    (
+        [{"role": "user", "content": "\ud800"}, A],
+        "messages[0].content is binary data, not text (U+D800 at character 0)",
+    ),
     ([U], "no assistant message, so there is nothing to learn from: remove the row"),
     ([U, A | {"reasoning": "a", "thinking": "b"}], "messages[1] has different reasoning under several of"),
     ([U, A | {"reasoning": 3}], "messages[1].reasoning is a int, expected a string"),
     ([U, A | {"tool_calls": {"name": "f"}}], "messages[1].tool_calls is a dict, expected a list of calls"),
     ([U, A | {"tool_calls": ["f"]}], "messages[1].tool_calls[0] is a str, expected an object"),
     ([U, A | {"tool_calls": [{"arguments": {}}]}], "messages[1].tool_calls[0].name is missing or null"),
-    ([U, A | {"tool_calls": [{"function": CALL | {"arguments": "{"}}]}], "tool_calls[0].function.arguments is not valid JSON"),
-    ([U, A | {"tool_calls": [CALL | {"arguments": [1]}]}], "tool_calls[0].arguments is a list, expected an object"),
+    (
+        [U, A | {"tool_calls": [{"function": CALL | {"arguments": "{"}}]}],
+        "tool_calls[0].function.arguments is not valid JSON",
+    ),
+    (
+        [U, A | {"tool_calls": [CALL | {"arguments": [1]}]}],
+        "tool_calls[0].arguments is a list, expected an object",
+    ),
 ]
 
 
@@ -68,11 +89,20 @@ def test_bad_messages_are_named(messages, message):
 
 
 def test_messages_are_made_uniform():
-    call = {"role": "assistant", "content": None, "tool_calls": [{"id": None, "function": CALL | {"arguments": '{"x": null}'}}]}
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": None, "function": CALL | {"arguments": '{"x": null}'}}],
+    }
     tool = {"role": "tool", "content": "42", "name": None}
     spoken = {"role": "assistant", "content": "a", "reasoning": "why", "thinking": "", "tool_calls": []}
-    messages = validate_messages([{"role": "developer", "content": "d"}, U, call, tool, tool, spoken, U, A], "row")
-    assert messages[2] == {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": None}}}]}
+    messages = validate_messages(
+        [{"role": "developer", "content": "d"}, U, call, tool, tool, spoken, U, A], "row"
+    )
+    assert messages[2] == {
+        "role": "assistant",
+        "tool_calls": [{"function": {"name": "f", "arguments": {"x": None}}}],
+    }
     assert messages[3] == {"role": "tool", "content": "42"}
     assert messages[5] == {"role": "assistant", "content": "a"} | dict.fromkeys(
         ("reasoning_content", "reasoning", "thinking"), "why"

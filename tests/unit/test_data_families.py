@@ -1,4 +1,6 @@
-"""The assistant mask under the templates of seven families, against what a server would generate, written out by hand."""
+"""The assistant mask under the templates of seven families, against what a server would generate, written out
+by hand.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ from tests.unit.chat_families import family_tokenizer, template
 Messages = list[dict[str, Any]]
 
 SYSTEM = {"role": "system", "content": "Be brief."}
-WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {}}}}}
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {}}}},
+}
 
 
 def user(content: str) -> dict[str, Any]:
@@ -39,7 +44,9 @@ def chatml(text: str) -> Any:
     return family_tokenizer("qwen2.5", text)
 
 
-def masked(tokenizer: Any, messages: Messages, tools: Any = None, supervise: Any = "all", **arguments: Any) -> MaskedTokens:
+def masked(
+    tokenizer: Any, messages: Messages, tools: Any = None, supervise: Any = "all", **arguments: Any
+) -> MaskedTokens:
     chat_template = load_chat_template(tokenizer, None, arguments)
     conversation = Conversation(validate_messages(messages, "row"), tools)
     text, spans = locate_turns(chat_template, conversation, supervise, "row")
@@ -87,7 +94,9 @@ REASONED_CALLS = [
     user("Thanks"),
     assistant("Welcome.", reasoning_content="Be kind."),
 ]
-QWEN_CALL = '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris", "days": 3}}\n</tool_call><|im_end|>'
+QWEN_CALL = (
+    '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris", "days": 3}}\n</tool_call><|im_end|>'
+)
 
 CASES: dict[str, tuple[str, Messages, Any, dict[str, Any], list[str]]] = {
     "llama3": ("llama3", [SYSTEM, *TWO_TURNS], None, {}, ["Hello! I am here.<|eot_id|>", "It is 42.<|eot_id|>"]),
@@ -150,7 +159,8 @@ CASES: dict[str, tuple[str, Messages, Any, dict[str, Any], list[str]]] = {
          " It is sunny.</s>", " Welcome.</s>"],
     ),
     "gemma": ("gemma", TWO_TURNS, None, {}, ["Hello! I am here.<end_of_turn>", "It is 42.<end_of_turn>"]),
-    # the line break is part of the token <|assistant|>, and each text between two such tokens begins with a space
+    # the line break is part of the token <|assistant|>, and each text between two such tokens begins with a
+    # space
     "phi, an end of text after all": ("phi", [SYSTEM, *TWO_TURNS], None, {}, [" Hello! I am here.<|end|>", " It is 42.<|end|>"]),
     "gpt-oss, earlier turns end otherwise": (
         "gpt-oss", [SYSTEM, *REASONED], None, {"reasoning_effort": "high"},
@@ -167,7 +177,10 @@ CASES: dict[str, tuple[str, Messages, Any, dict[str, Any], list[str]]] = {
         "gpt-oss", REASONED_CALLS, [WEATHER], {},
         [' to=functions.weather<|channel|>commentary json<|message|>{"city": "Paris"}<|call|>',
          "<|channel|>final<|message|>It is sunny.<|end|>",
-         "<|channel|>analysis<|message|>Be kind.<|end|><|start|>assistant<|channel|>final<|message|>Welcome.<|return|>"],
+         (
+             "<|channel|>analysis<|message|>Be "
+             "kind.<|end|><|start|>assistant<|channel|>final<|message|>Welcome.<|return|>"
+         )],
     ),
 }  # fmt: skip
 
@@ -186,7 +199,9 @@ def test_what_a_server_would_generate_is_supervised(name: str) -> None:
     assert last.input_ids == whole and stretches(tokenizer, last) == expected[-1:]
 
 
-@pytest.mark.parametrize(("family", "opening"), [("qwen2.5", ""), ("qwen3", "<think>\n\n</think>\n\n"), ("llama3", "")])
+@pytest.mark.parametrize(
+    ("family", "opening"), [("qwen2.5", ""), ("qwen3", "<think>\n\n</think>\n\n"), ("llama3", "")]
+)
 def test_the_tokens_before_a_turn_are_those_of_the_servers_prompt(family: str, opening: str) -> None:
     tokenizer = family_tokenizer(family)
     tokens = masked(tokenizer, TWO_TURNS)
@@ -221,12 +236,16 @@ PLAIN = (
 def test_a_tokenizer_that_reads_beginnings_in_a_way_of_its_own() -> None:
     """Sentence pieces put a space before a text: pieces tokenised apart differ, growing prefixes do not."""
     tokenizer = _plain("")
-    assert stretches(tokenizer, masked(tokenizer, [user("Hi"), assistant("42."), user("So"), assistant("5")])) == [
+    assert stretches(
+        tokenizer, masked(tokenizer, [user("Hi"), assistant("42."), user("So"), assistant("5")])
+    ) == [
         "42.</s>",
         "5</s>",
     ]
     merging = _plain("Th")
-    with pytest.raises(ValueError, match="row: a token runs across the beginning or the end of what the assistant says"):
+    with pytest.raises(
+        ValueError, match="row: a token runs across the beginning or the end of what the assistant says"
+    ):
         masked(merging, [user("Hi"), assistant("e answer")])
 
 
@@ -235,14 +254,19 @@ def _plain(head: str) -> Any:
     return family_tokenizer("mistral", PLAIN.replace("HEAD", head))
 
 
-CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+)
 PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 ENDLESS = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% else %}END{% endif %}"
 )
 UNCLEAR = r"messages\[3\] cannot be told from the rest: "
-NO_END = UNCLEAR + "the template writes no special token that ends the turn. Copy the template to a file, put {% generation %}"
+NO_END = (
+    UNCLEAR
+    + "the template writes no special token that ends the turn. Copy the template to a file, put {% generation %}"
+)
 REFUSED = {
     "no generation prompt": (CHATML, TWO_TURNS, UNCLEAR + "the template ignores add_generation_prompt"),
     "another generation prompt": (
@@ -265,7 +289,10 @@ REFUSED = {
     ),
     "a template that raises": (
         "{{ raise_exception('I am out of sorts') }}", TWO_TURNS,
-        "the chat template raised TemplateError on the first 4 messages: I am out of sorts. Correct or remove the row",
+        (
+            "the chat template raised TemplateError on the first 4 messages: I am out of sorts. Correct or "
+            "remove the row"
+        ),
     ),
     "a template with a mistake": ("{{ messages[0].content + 1 }}", TWO_TURNS, "the chat template raised TypeError on the first"),
 }  # fmt: skip
@@ -280,34 +307,53 @@ def test_what_cannot_be_proven_is_refused(name: str) -> None:
 
 
 def test_families_that_raise_name_the_row() -> None:
-    with pytest.raises(ValueError, match="^row: the chat template raised TemplateError on .*: System role not supported"):
+    with pytest.raises(
+        ValueError, match="^row: the chat template raised TemplateError on .*: System role not supported"
+    ):
         masked(family_tokenizer("gemma"), [SYSTEM, *TWO_TURNS])
     short = [user("Weather?"), assistant(tool_calls=[call(number="1", city="Paris")])]
-    with pytest.raises(ValueError, match="^row: .*: Tool call IDs should be alphanumeric strings with length 9"):
+    with pytest.raises(
+        ValueError, match="^row: .*: Tool call IDs should be alphanumeric strings with length 9"
+    ):
         masked(family_tokenizer("mistral"), short)
 
 
 @pytest.mark.parametrize("messages", [REASONED, INLINE])
 def test_reasoning_that_the_prompt_rules_out_is_refused(messages: Messages) -> None:
     tokenizer = family_tokenizer("qwen3")
-    with pytest.raises(ValueError, match=UNCLEAR + "the generation prompt .* rule it out. data.chat_template_arguments may"):
+    with pytest.raises(
+        ValueError, match=UNCLEAR + "the generation prompt .* rule it out. data.chat_template_arguments may"
+    ):
         masked(tokenizer, messages, enable_thinking=False)
     # earlier reasoning is dropped, also where it says what the answer says
     earlier = [user("Hi"), assistant("Hello!", reasoning="Hello!"), *TWO_TURNS[2:]]
-    assert stretches(tokenizer, masked(tokenizer, earlier, enable_thinking=False)) == ["Hello!<|im_end|>", "It is 42.<|im_end|>"]
+    assert stretches(tokenizer, masked(tokenizer, earlier, enable_thinking=False)) == [
+        "Hello!<|im_end|>",
+        "It is 42.<|im_end|>",
+    ]
 
 
 @pytest.mark.parametrize(
     ("turn_end", "text_end", "supervised"),
     [
-        ("<|endoftext|><|im_end|>\\n", "", "<|endoftext|><|im_end|>"),  # two tokens end a turn, the second is the end token
-        ("<|im_end|><|endoftext|>\\n", "", "<|im_end|>"),  # the end token stops a server, whatever is written after it
+        (
+            "<|endoftext|><|im_end|>\\n",
+            "",
+            "<|endoftext|><|im_end|>",
+        ),  # two tokens end a turn, the second is the end token
+        (
+            "<|im_end|><|endoftext|>\\n",
+            "",
+            "<|im_end|>",
+        ),  # the end token stops a server, whatever is written after it
         ("<|im_end|>", "<|endoftext|>", "<|im_end|>"),  # the second ends the text as a whole
         ("<|im_end|>\\n", "<|endoftext|>\\n", "<|im_end|>"),
     ],
 )
 @pytest.mark.parametrize("length", [2, 4])
-def test_several_special_tokens_after_a_turn(turn_end: str, text_end: str, supervised: str, length: int) -> None:
+def test_several_special_tokens_after_a_turn(
+    turn_end: str, text_end: str, supervised: str, length: int
+) -> None:
     after_all = f"{{% if not add_generation_prompt %}}{{{{ '{text_end}' }}}}{{% endif %}}"
     tokenizer = chatml(CHATML.replace("<|im_end|>\\n", turn_end) + after_all + PROMPT)
     expected = [message["content"] + supervised for message in TWO_TURNS[1:length:2]]
@@ -315,7 +361,9 @@ def test_several_special_tokens_after_a_turn(turn_end: str, text_end: str, super
 
 
 def test_words_that_are_trimmed_away_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"the chat template leaves out what messages\[1\] \(assistant\) says"):
+    with pytest.raises(
+        ValueError, match=r"the chat template leaves out what messages\[1\] \(assistant\) says"
+    ):
         masked(family_tokenizer("gemma"), [user("Hi"), assistant(" \n")])
 
 
@@ -326,27 +374,48 @@ def test_marks_are_taken_at_their_word() -> None:
             family_tokenizer("qwen2.5"), TWO_TURNS, supervise=supervise
         )
     last_only = chatml(
-        template("qwen2.5-marked").replace("message.role == 'assistant'", "message.role == 'assistant' and loop.last")
+        template("qwen2.5-marked").replace(
+            "message.role == 'assistant'", "message.role == 'assistant' and loop.last"
+        )
     )
     with pytest.raises(
-        ValueError, match=r"row: the {% generation %} marks of the chat template leave out messages\[1\]: put them"
+        ValueError,
+        match=r"row: the {% generation %} marks of the chat template leave out messages\[1\]: put them",
     ):
         masked(last_only, TWO_TURNS)
-    wordless = chatml(template("qwen2.5-marked").replace("message.content + '<|im_end|>' }}{%- end", "'' }}{%- end"))
+    wordless = chatml(
+        template("qwen2.5-marked").replace("message.content + '<|im_end|>' }}{%- end", "'' }}{%- end")
+    )
     with pytest.raises(ValueError, match=r"the chat template leaves out what messages\[1\]"):
         masked(wordless, TWO_TURNS)
 
 
 WORDS = st.one_of(
     st.sampled_from(
-        ["assistant", "Hello", "\n", " ", "<think>", "im_end|>", "It is 42.", "\n\n", "Zq7x", "user\nHello", "é", "🦊"]
+        [
+            "assistant",
+            "Hello",
+            "\n",
+            " ",
+            "<think>",
+            "im_end|>",
+            "It is 42.",
+            "\n\n",
+            "Zq7x",
+            "user\nHello",
+            "é",
+            "🦊",
+        ]
     ),
     st.text(alphabet="ab \n\t.:'é<|>42", min_size=1, max_size=12),
 )
 
 
 @settings(max_examples=120, deadline=None)
-@given(st.sampled_from(["qwen2.5", "gemma", "llama3", "gpt-oss", "mistral"]), st.lists(WORDS, min_size=2, max_size=6))
+@given(
+    st.sampled_from(["qwen2.5", "gemma", "llama3", "gpt-oss", "mistral"]),
+    st.lists(WORDS, min_size=2, max_size=6),
+)
 def test_any_words_of_the_assistant_are_supervised_whole(family: str, words: list[str]) -> None:
     words = words[: len(words) // 2 * 2]
     trimming = family in ("gemma", "llama3", "mistral")

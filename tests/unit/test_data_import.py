@@ -1,4 +1,6 @@
-"""Import of the files in data/foreign, which SpecForge and speculators wrote, held against the target's own hidden states."""
+"""Import of the files in data/foreign, which SpecForge and speculators wrote, held against the target's own
+hidden states.
+"""
 
 import gzip
 import json
@@ -53,7 +55,9 @@ def error(rows, reference):
 
 
 def test_files_of_every_writer_hold_what_the_target_computes(imported):
-    """The inputs of the three layers and of no other; kernels and batches of another shape round bfloat16 otherwise."""
+    """The inputs of the three layers and of no other; kernels and batches of another shape round bfloat16
+    otherwise.
+    """
     files, target = imported
     lengths = []
     for index in range(len(files)):
@@ -94,10 +98,15 @@ def prepared(path, max_length=100):
     """Documents as the preparation makes them of these rows, the first held out."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     made = [
-        {"input_ids": row["input_ids"][:max_length], "loss_mask": [bool(flag) for flag in row["loss_mask"][:max_length]]}
+        {
+            "input_ids": row["input_ids"][:max_length],
+            "loss_mask": [bool(flag) for flag in row["loss_mask"][:max_length]],
+        }
         for row in rows
     ]
-    dataset = datasets.Dataset.from_list([row | {"document_id": i} for i, row in enumerate(made)], features=FEATURES)
+    dataset = datasets.Dataset.from_list(
+        [row | {"document_id": i} for i, row in enumerate(made)], features=FEATURES
+    )
     return dataset.select([0]), dataset.select(range(1, len(made)))
 
 
@@ -135,7 +144,9 @@ def test_a_document_that_begins_no_sample_is_refused(tmp_path):
     files = open_foreign(FOREIGN / "speculators")
     found = write_rows(files, tmp_path / "rows.jsonl", 100)
     train, heldout = prepared(tmp_path / "rows.jsonl")
-    middle = datasets.Dataset.from_list([row | {"input_ids": row["input_ids"][3:]} for row in train], features=FEATURES)
+    middle = datasets.Dataset.from_list(
+        [row | {"input_ids": row["input_ids"][3:]} for row in train], features=FEATURES
+    )
     with pytest.raises(ValueError, match="document 0 with .* is not the beginning of an imported sample"):
         match_documents([middle, heldout], found)
 
@@ -172,7 +183,9 @@ def test_samples_without_states_or_supervision_are_counted(folder, tmp_path):
 
 
 def first_file(folder):
-    return sorted(path for path in folder.rglob("*_0.*") if path.suffix in (".ckpt", ".gz", ".pt", ".safetensors"))[0]
+    return sorted(
+        path for path in folder.rglob("*_0.*") if path.suffix in (".ckpt", ".gz", ".pt", ".safetensors")
+    )[0]
 
 
 @on_all()
@@ -229,18 +242,54 @@ def cut(name, rows=3):
 @pytest.mark.parametrize(
     ("folder", "spoil", "message"),
     [
-        ("specforge", spoil_pickle(lambda c: c.pop("hidden_state")), r"has no tensor hidden_state \(keys present: input_ids"),
+        (
+            "specforge",
+            spoil_pickle(lambda c: c.pop("hidden_state")),
+            r"has no tensor hidden_state \(keys present: input_ids",
+        ),
         ("specforge", spoil_pickle(cut("loss_mask")), "loss_mask has 3 rows and input_ids 20"),
         ("specforge", spoil_pickle(lambda c: c["loss_mask"].fill_(2)), "loss_mask holds 2, expected 0 and 1"),
-        ("specforge", spoil_pickle(lambda c: c.update(hidden_state=c["hidden_state"][..., :8])), "48 wide, expected 24"),
-        ("specforge", spoil_pickle(lambda c: c.update(hidden_state=c["hidden_state"][0, 0])), r"expected \[1, tokens, width\]"),
-        ("speculators", spoil_safetensors(lambda c: c["token_ids"].add_(1)), "other tokens than row 0 of the data set"),
-        ("speculators", spoil_safetensors(lambda c: c.update(hidden_states=c["hidden_states"][:, :3])), "has 3 hidden states"),
+        (
+            "specforge",
+            spoil_pickle(lambda c: c.update(hidden_state=c["hidden_state"][..., :8])),
+            "48 wide, expected 24",
+        ),
+        (
+            "specforge",
+            spoil_pickle(lambda c: c.update(hidden_state=c["hidden_state"][0, 0])),
+            r"expected \[1, tokens, width\]",
+        ),
+        (
+            "speculators",
+            spoil_safetensors(lambda c: c["token_ids"].add_(1)),
+            "other tokens than row 0 of the data set",
+        ),
+        (
+            "speculators",
+            spoil_safetensors(lambda c: c.update(hidden_states=c["hidden_states"][:, :3])),
+            "has 3 hidden states",
+        ),
         ("speculators", spoil_safetensors(cut("hidden_states")), "hidden_states\\[0\\] has 3 rows"),
-        ("speculators", spoil_safetensors(lambda c: c.update(hidden_states=c["hidden_states"].flatten(1))), "has shape"),
-        ("speculators-0.4", spoil_pickle(lambda c: c["hidden_states"].pop()), "has 3 hidden states per token, expected 4"),
-        ("speculators-0.4", spoil_pickle(lambda c: c.update(hidden_states=7)), "hidden_states is not a list of tensors"),
-        ("speculators-0.4", spoil_pickle(lambda c: c.update(input_ids=c["input_ids"].float())), "input_ids is torch.float32"),
+        (
+            "speculators",
+            spoil_safetensors(lambda c: c.update(hidden_states=c["hidden_states"].flatten(1))),
+            "has shape",
+        ),
+        (
+            "speculators-0.4",
+            spoil_pickle(lambda c: c["hidden_states"].pop()),
+            "has 3 hidden states per token, expected 4",
+        ),
+        (
+            "speculators-0.4",
+            spoil_pickle(lambda c: c.update(hidden_states=7)),
+            "hidden_states is not a list of tensors",
+        ),
+        (
+            "speculators-0.4",
+            spoil_pickle(lambda c: c.update(input_ids=c["input_ids"].float())),
+            "input_ids is torch.float32",
+        ),
     ],
     indirect=["folder"],
 )
@@ -256,7 +305,10 @@ def test_layers_that_were_chosen_are_read_from_the_files(folder):
     config.write_text('{"hidden_states": {"layer_ids": [0, 1, 4, 7]}}')
     assert open_foreign(folder).aux_layers(8) == (1, 2, 5)
     config.write_text('{"hidden_states": {"layer_ids": [0, 1, 4]}}')
-    with pytest.raises(ValueError, match=r"layers \[0, 1, 4\] were captured, but a draft learns from three layers and the last"):
+    with pytest.raises(
+        ValueError,
+        match=r"layers \[0, 1, 4\] were captured, but a draft learns from three layers and the last",
+    ):
         open_foreign(folder).aux_layers(8)
     config.write_text("[]")
     with pytest.raises(ValueError, match="data_config.json names no hidden_states.layer_ids"):

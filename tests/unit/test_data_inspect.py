@@ -12,7 +12,9 @@ from tests.unit.data_samples import chat, data_recipe, tiny_tokenizer, write_jso
 
 @pytest.fixture
 def section(tmp_path):
-    first = write_jsonl(tmp_path / "a.jsonl", [chat("one?", "uno é"), chat("<b>&", "dos\n🦊", "three?", "tres")])
+    first = write_jsonl(
+        tmp_path / "a.jsonl", [chat("one?", "uno é"), chat("<b>&", "dos\n🦊", "three?", "tres")]
+    )
     (tmp_path / "b.jsonl").write_text('{"prompt": "four?", "response": "cuatro"}\n')
     return data_recipe(tmp_path, train=(first, str(tmp_path / "b.jsonl")), max_length=4).data
 
@@ -27,7 +29,9 @@ def test_pieces_are_the_document(section):
         ("tres<|end|>", True),
     ]
     total, learnt = len(inspection.tokens.input_ids), sum(inspection.tokens.loss_mask)
-    assert f"a.jsonl, line 2, shape messages: {total} tokens, {learnt} of them supervised" in inspection.summary
+    assert (
+        f"a.jsonl, line 2, shape messages: {total} tokens, {learnt} of them supervised" in inspection.summary
+    )
     assert "b.jsonl, line 1, shape prompt_response" in inspect_row(section, tokenizer, 3).what
     with pytest.raises(ValueError, match="--row is 4, but .*a.jsonl, .*b.jsonl hold fewer rows"):
         inspect_row(section, tokenizer, 4)
@@ -37,9 +41,9 @@ def test_text_and_page(section):
     inspection = inspect_row(section, tiny_tokenizer(), 2)
     coloured = as_text(inspection, colour=True)
     assert coloured.plain == "".join(text for text, _ in inspection.pieces)
-    assert [coloured.plain[span.start : span.end] for span in coloured.spans if "green" in str(span.style)] == [
-        text for text, flag in inspection.pieces if flag
-    ]
+    assert [
+        coloured.plain[span.start : span.end] for span in coloured.spans if "green" in str(span.style)
+    ] == [text for text, flag in inspection.pieces if flag]
     assert as_text(inspection, colour=False).plain.count(">>>") == 2
     page = as_html(inspection)
     body = re.search("<pre>(.*)</pre>", page, re.DOTALL).group(1)

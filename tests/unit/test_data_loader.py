@@ -79,7 +79,9 @@ def test_a_step_is_a_pure_function_and_epochs_differ(world):
     for step in range(5):
         again = other.step(step)
     assert torch.equal(late[0].token_ids, again[0].token_ids)
-    orders = [[one.pack_indices(epoch * one.num_packs + i) for i in range(one.num_packs)] for epoch in range(3)]
+    orders = [
+        [one.pack_indices(epoch * one.num_packs + i) for i in range(one.num_packs)] for epoch in range(3)
+    ]
     assert orders[0] != orders[1] or orders[1] != orders[2]
 
 
@@ -109,6 +111,10 @@ def test_the_documents_of_a_step_one_by_one(world):
     loader = PackedLoader(*world, 10, draft_dp=2, dp_rank=1, accumulation=2)
     packs, documents = loader.step(1), loader.documents(1)
     singles = [loader.document(1, place) for place in range(len(documents))]
-    assert [number for pack in packs for number in (pack.token_ids // 100).unique_consecutive().tolist()] == documents
-    assert torch.equal(torch.cat([pack.token_ids for pack in singles]), torch.cat([pack.token_ids for pack in packs]))
+    assert [
+        number for pack in packs for number in (pack.token_ids // 100).unique_consecutive().tolist()
+    ] == documents
+    assert torch.equal(
+        torch.cat([pack.token_ids for pack in singles]), torch.cat([pack.token_ids for pack in packs])
+    )
     assert all(len(pack.lengths) == 1 for pack in singles)

@@ -10,7 +10,9 @@ from eagle3_ds.data.packing import fill, pack
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.integers(1, 300).flatmap(lambda size: st.tuples(st.just(size), st.lists(st.integers(1, size), max_size=80))),
+    st.integers(1, 300).flatmap(
+        lambda size: st.tuples(st.just(size), st.lists(st.integers(1, size), max_size=80))
+    ),
     st.integers(0, 2**32),
 )
 def test_every_document_once_and_no_bin_over(case, seed):
@@ -33,7 +35,9 @@ def test_fill_on_log_normal_lengths(seed):
 @settings(max_examples=30, deadline=None)
 @given(st.floats(5.0, 7.0), st.floats(0.5, 1.5), st.integers(0, 2**32 - 1))
 def test_fill_on_any_log_normal_lengths(mean, deviation, seed):
-    lengths = np.clip(np.random.default_rng(seed).lognormal(mean, deviation, 2000), 1, 4096).astype(int).tolist()
+    lengths = (
+        np.clip(np.random.default_rng(seed).lognormal(mean, deviation, 2000), 1, 4096).astype(int).tolist()
+    )
     bins = pack(lengths, 4096, seed)
     assert fill(lengths, 4096, bins) >= 0.97
     assert sorted(document for documents in bins for document in documents) == list(range(len(lengths)))

@@ -33,10 +33,14 @@ def run(recipe, tokenizer, **more):
 
 
 def test_documents_split_and_counts(tmp_path, tokenizer):
-    recipe = data_recipe(tmp_path, train=(write_jsonl(tmp_path / "a.jsonl", conversations(100)),), heldout_fraction=0.1)
+    recipe = data_recipe(
+        tmp_path, train=(write_jsonl(tmp_path / "a.jsonl", conversations(100)),), heldout_fraction=0.1
+    )
     data = run(recipe, tokenizer, vocab_size=400)
     assert (len(data.train), len(data.heldout)) == (90, 10)
-    assert all(file.stat().st_mode & 0o444 == 0o444 for file in data.path.iterdir()), "other users may read the cache"
+    assert all(file.stat().st_mode & 0o444 == 0o444 for file in data.path.iterdir()), (
+        "other users may read the cache"
+    )
     assert sorted(data.lengths()) == list(range(100))
     assert not set(data.train["document_id"]) & set(data.heldout["document_id"])
     counts = torch.zeros(400, dtype=torch.int64)
@@ -62,17 +66,29 @@ def test_a_second_run_opens_the_cache(tmp_path, tokenizer, monkeypatch):
     moved = write_jsonl(tmp_path / "moved.jsonl", conversations(10))
     again = run(data_recipe(tmp_path, train=(moved,)), tokenizer)
     assert again.path == first.path and again.statistics.sources == {moved: "messages"}
-    others = {"shape": "messages"}, {"supervise": "last"}, {"chat_template_arguments": {"a": 1}}, {"on_too_long": "split"}
-    assert all(run(data_recipe(tmp_path, train=(path,), **other), tokenizer).path != first.path for other in others)
+    others = (
+        {"shape": "messages"},
+        {"supervise": "last"},
+        {"chat_template_arguments": {"a": 1}},
+        {"on_too_long": "split"},
+    )
+    assert all(
+        run(data_recipe(tmp_path, train=(path,), **other), tokenizer).path != first.path for other in others
+    )
     write_jsonl(tmp_path / "a.jsonl", conversations(11))
     third = run(recipe, tokenizer)
     assert third.path != first.path and third.statistics.conversations == 11
-    assert prepare_data(recipe, tokenizer, "another", show_progress=False).path not in (first.path, third.path)
+    assert prepare_data(recipe, tokenizer, "another", show_progress=False).path not in (
+        first.path,
+        third.path,
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_an_interrupted_run_leaves_nothing(tmp_path, tokenizer, monkeypatch, workers):
-    recipe = data_recipe(tmp_path, train=(write_jsonl(tmp_path / "a.jsonl", conversations(200)),), workers=workers)
+    recipe = data_recipe(
+        tmp_path, train=(write_jsonl(tmp_path / "a.jsonl", conversations(200)),), workers=workers
+    )
     monkeypatch.setattr(prepare, "BATCH", 8)
     calls = []
 
@@ -110,14 +126,20 @@ def test_a_killed_run_leaves_nothing_that_is_taken_for_a_cache(tmp_path, tokeniz
 
 def test_the_documents_do_not_depend_on_the_number_of_processes(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(prepare, "BATCH", 8)
-    files = tuple(write_jsonl(tmp_path / f"{name}.jsonl", conversations(90 + len(name))) for name in ("a", "bb", "ccc"))
+    files = tuple(
+        write_jsonl(tmp_path / f"{name}.jsonl", conversations(90 + len(name))) for name in ("a", "bb", "ccc")
+    )
     folders = []
     for workers in (1, 2, 3):
-        recipe = data_recipe(tmp_path, train=files, workers=workers, cache_dir=str(tmp_path / f"cache{workers}"), max_length=40)
+        recipe = data_recipe(
+            tmp_path, train=files, workers=workers, cache_dir=str(tmp_path / f"cache{workers}"), max_length=40
+        )
         folders.append(run(recipe, tokenizer).path)
     for name in ("documents.arrow", "tables.safetensors", "statistics.json"):
         assert len({(folder / name).read_bytes() for folder in folders}) == 1, name
-    bad = write_jsonl(tmp_path / "d.jsonl", [*conversations(150), chat("a"), *conversations(20), chat("b", "")])
+    bad = write_jsonl(
+        tmp_path / "d.jsonl", [*conversations(150), chat("a"), *conversations(20), chat("b", "")]
+    )
     for workers in (1, 2, 3):
         with pytest.raises(ValueError, match="d.jsonl, line 151: no assistant message"):
             run(data_recipe(tmp_path, train=(bad,), workers=workers), tokenizer)
@@ -143,7 +165,9 @@ def test_every_shape_in_one_run(tmp_path, tokenizer):
     assert all(document["input_ids"] == by_hand for document in data.train)
     assert len({tuple(document["loss_mask"]) for document in list(data.train)[:3]}) == 1
     assert f"rows of shape sharegpt in {files[1]}" in data.statistics.lines()
-    with pytest.raises(ValueError, match="sharegpt.jsonl, line 1: key 'prompt' is missing .keys present: 'conversations'"):
+    with pytest.raises(
+        ValueError, match="sharegpt.jsonl, line 1: key 'prompt' is missing .keys present: 'conversations'"
+    ):
         run(data_recipe(tmp_path, train=(files[1],), shape="prompt_response"), tokenizer)
 
 
@@ -151,8 +175,14 @@ def test_tokenised_rows_need_no_template(tmp_path):
     plain = tiny_tokenizer(chat_template=None)
     (tmp_path / "t.jsonl").write_text('{"input_ids": [5, 6, 7], "loss_mask": [false, true, true]}\n')
     recipe = data_recipe(tmp_path, train=(str(tmp_path / "t.jsonl"),), heldout_fraction=0.0)
-    assert run(recipe, plain).train[0] == {"input_ids": [5, 6, 7], "loss_mask": [False, True, True], "document_id": 0}
-    with pytest.raises(ValueError, match="t.jsonl, line 1: token id 7 lies outside the target's vocabulary of 7"):
+    assert run(recipe, plain).train[0] == {
+        "input_ids": [5, 6, 7],
+        "loss_mask": [False, True, True],
+        "document_id": 0,
+    }
+    with pytest.raises(
+        ValueError, match="t.jsonl, line 1: token id 7 lies outside the target's vocabulary of 7"
+    ):
         run(recipe, plain, vocab_size=7)
 
 
@@ -167,7 +197,9 @@ def test_own_heldout_files_and_limits(tmp_path, tokenizer):
 def test_parquet_and_folders(tmp_path, tokenizer):
     folder = tmp_path / "data"
     folder.mkdir()
-    datasets.Dataset.from_list([{"messages": row} for row in conversations(3)]).to_parquet(str(folder / "p.parquet"))
+    datasets.Dataset.from_list([{"messages": row} for row in conversations(3)]).to_parquet(
+        str(folder / "p.parquet")
+    )
     write_jsonl(folder / "q.jsonl", [chat("more", "rows", system="be kind")])
     data = run(data_recipe(tmp_path, train=(str(folder),), heldout_fraction=0.0), tokenizer)
     assert (len(data.train), len(data.heldout)) == (4, 0)
@@ -195,18 +227,24 @@ def test_too_long(tmp_path, tokenizer):
 def test_split_loses_no_token_that_is_learnt_from(tmp_path, tokenizer):
     row = chat("q", "long " * 100)
     path = write_jsonl(tmp_path / "a.jsonl", [row, chat("long " * 100, "yes")])
-    data = run(data_recipe(tmp_path, train=(path,), max_length=40, heldout_fraction=0.0, on_too_long="split"), tokenizer)
+    data = run(
+        data_recipe(tmp_path, train=(path,), max_length=40, heldout_fraction=0.0, on_too_long="split"),
+        tokenizer,
+    )
     whole = tokenizer.apply_chat_template(row, return_dict=False)
     pieces = data.train["input_ids"][:-1]
     assert [token for piece in pieces for token in piece] == whole
     assert len(pieces) == -(-len(whole) // 40) and max(map(len, pieces)) - min(map(len, pieces)) <= 1
     assert (data.statistics.split, data.statistics.conversations) == (2, 2)
     assert data.statistics.unsupervised_dropped > 0 and data.train["loss_mask"][-1][-1]
-    assert sum(len(ids) for ids in data.train["input_ids"]) + data.statistics.tokens_left_out == len(whole) + len(
-        tokenizer.apply_chat_template(chat("long " * 100, "yes"), return_dict=False)
-    )
+    assert sum(len(ids) for ids in data.train["input_ids"]) + data.statistics.tokens_left_out == len(
+        whole
+    ) + len(tokenizer.apply_chat_template(chat("long " * 100, "yes"), return_dict=False))
     # pieces of one conversation stay on one side of the split
-    apart = run(data_recipe(tmp_path, train=(path,), max_length=40, heldout_fraction=0.1, on_too_long="split"), tokenizer)
+    apart = run(
+        data_recipe(tmp_path, train=(path,), max_length=40, heldout_fraction=0.1, on_too_long="split"),
+        tokenizer,
+    )
     assert {len(apart.train), len(apart.heldout)} == {len(pieces), len(data.train) - len(pieces)}
 
 
@@ -220,7 +258,10 @@ def test_last_turns_only(tmp_path, tokenizer):
 
 def test_statistics_and_picture(tmp_path, tokenizer):
     rows = [chat("q", "answer " * count) for count in (1, 2, 4, 8, 16, 32, 64)]
-    data = run(data_recipe(tmp_path, train=(write_jsonl(tmp_path / "a.jsonl", rows),), heldout_fraction=0.2), tokenizer)
+    data = run(
+        data_recipe(tmp_path, train=(write_jsonl(tmp_path / "a.jsonl", rows),), heldout_fraction=0.2),
+        tokenizer,
+    )
     statistics, lengths = data.statistics, [len(ids) for ids in data.train["input_ids"]]
     for upper, documents, tokens, supervised in statistics.histogram:
         inside = [row for row in data.train if upper // 2 < len(row["input_ids"]) <= upper]
@@ -254,7 +295,9 @@ def test_a_full_disk_leaves_nothing(tmp_path, tokenizer, monkeypatch):
 
     monkeypatch.setattr(prepare, "save_file", full)
     recipe = data_recipe(tmp_path, train=(write_jsonl(tmp_path / "a.jsonl", conversations(5)),))
-    with pytest.raises(ValueError, match="data.cache_dir: no space left on the disk of .*cache while writing tokenised"):
+    with pytest.raises(
+        ValueError, match="data.cache_dir: no space left on the disk of .*cache while writing tokenised"
+    ):
         run(recipe, tokenizer)
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -266,7 +309,9 @@ def test_nothing_left(tmp_path, tokenizer):
     long = write_jsonl(tmp_path / "l.jsonl", [chat("long " * 100, "yes")] * 2)
     with pytest.raises(ValueError, match="no supervised token at all in 2 conversations"):
         run(data_recipe(tmp_path, train=(long,), max_length=30, on_too_long="truncate"), tokenizer)
-    with pytest.raises(ValueError, match="all 2 conversations .* longer than data.max_length .30. and were dropped"):
+    with pytest.raises(
+        ValueError, match="all 2 conversations .* longer than data.max_length .30. and were dropped"
+    ):
         run(data_recipe(tmp_path, train=(long,), max_length=30, on_too_long="drop"), tokenizer)
     same = write_jsonl(tmp_path / "s.jsonl", [chat("a", "b")] * 2)
     with pytest.raises(ValueError, match="no training document is left after 2 were held out"):
@@ -284,7 +329,9 @@ def test_held_out_data_is_apart(tmp_path, tokenizer):
 def test_a_damaged_cache_is_named(tmp_path, tokenizer):
     recipe = data_recipe(tmp_path, train=(write_jsonl(tmp_path / "a.jsonl", conversations(3)),))
     (run(recipe, tokenizer).path / "statistics.json").unlink()
-    with pytest.raises(ValueError, match="statistics.json is missing from the prepared data: remove the folder"):
+    with pytest.raises(
+        ValueError, match="statistics.json is missing from the prepared data: remove the folder"
+    ):
         run(recipe, tokenizer)
 
 

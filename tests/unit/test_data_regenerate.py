@@ -1,4 +1,6 @@
-"""Regeneration with a target of our own making: which messages it answers, what is written, and going on after a stop."""
+"""Regeneration with a target of our own making: which messages it answers, what is written, and going on
+after a stop.
+"""
 
 import json
 
@@ -39,14 +41,18 @@ def tokenizer():
     return family_tokenizer("qwen2.5")
 
 
-def regenerate(tmp_path, tokenizer, rows, parrot=None, context=1000, stop_after=None, batch_size=2, **settings):
+def regenerate(
+    tmp_path, tokenizer, rows, parrot=None, context=1000, stop_after=None, batch_size=2, **settings
+):
     """The lines of the output, the regenerator and the parrot."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     parrot = parrot or Parrot(tokenizer)
     end = tokenizer.convert_tokens_to_ids(END)
     output = tmp_path / "out" / "answers.jsonl"
-    regenerator = Regenerator(tokenizer, load_chat_template(tokenizer), parrot, [end], context, 50, output, settings)
+    regenerator = Regenerator(
+        tokenizer, load_chat_template(tokenizer), parrot, [end], context, 50, output, settings
+    )
     section = data_recipe(tmp_path, train=(str(path),)).data
     for number, _ in enumerate(regenerator.run(recipe_rows(section.train, section), batch_size), 1):
         if number == stop_after:
@@ -63,7 +69,9 @@ def test_every_answer_is_made_anew_on_top_of_the_answers_before(tmp_path, tokeni
     lines, regenerator, parrot = regenerate(tmp_path, tokenizer, rows)
     assert [contents(line) for line in lines] == [["s", "a", "A", "b", "B"], ["c", "C"]]
     assert parrot.sizes == [2, 1] and len(set(parrot.draws)) == 2
-    assert "<|im_start|>assistant\nA<|im_end|>" in parrot.prompts[2] and not any("old" in text for text in parrot.prompts)
+    assert "<|im_start|>assistant\nA<|im_end|>" in parrot.prompts[2] and not any(
+        "old" in text for text in parrot.prompts
+    )
     assert lines[0]["source"].endswith("rows.jsonl, line 1")
     told = regenerator.lines()
     assert "2 rows read, 2 conversations with 3 answers of 6 tokens in" in told[0]
@@ -80,20 +88,42 @@ def test_a_recipe_reads_what_was_written(tmp_path, tokenizer):
 
 
 def test_tool_calls_and_their_results_stay(tmp_path, tokenizer):
-    call = {"role": "assistant", "content": None, "reasoning": "hm", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
-    talk = [{"role": "user", "content": "a"}, call, {"role": "tool", "content": "t"}, {"role": "assistant", "content": "old"}]
+    call = {
+        "role": "assistant",
+        "content": None,
+        "reasoning": "hm",
+        "tool_calls": [{"name": "f", "arguments": {"x": 1}}],
+    }
+    talk = [
+        {"role": "user", "content": "a"},
+        call,
+        {"role": "tool", "content": "t"},
+        {"role": "assistant", "content": "old"},
+    ]
     lines, _, parrot = regenerate(tmp_path, tokenizer, [{"messages": talk, "tools": [{"name": "f"}]}])
-    assert lines[0]["messages"][1] == {k: v for k, v in call.items() if v and k != "reasoning"} | {"reasoning_content": "hm"}
+    assert lines[0]["messages"][1] == {k: v for k, v in call.items() if v and k != "reasoning"} | {
+        "reasoning_content": "hm"
+    }
     assert lines[0]["messages"][3]["content"] == "</TOOL_RESPONSE>" and lines[0]["tools"] == [{"name": "f"}]
     assert len(parrot.prompts) == 1 and '"arguments": {"x": 1}' in parrot.prompts[0]
 
 
 def test_answers_that_cannot_be_kept_end_their_conversation(tmp_path, tokenizer):
-    rows = [chat("a", "x", "endless", "x", "b", "x"), chat("odd", "x"), chat("long " * 30, "x"), chat("c", "x")]
+    rows = [
+        chat("a", "x", "endless", "x", "b", "x"),
+        chat("odd", "x"),
+        chat("long " * 30, "x"),
+        chat("c", "x"),
+    ]
     lines, regenerator, _ = regenerate(tmp_path, tokenizer, [{"messages": row} for row in rows], context=180)
     assert [contents(line) for line in lines] == [["a", "A"], ["c", "C"]]
     counts = regenerator.counts
-    assert (counts["unfinished"], counts["unreadable"], counts["too_long"], counts["left_out"]) == (1, 1, 1, 2)
+    assert (counts["unfinished"], counts["unreadable"], counts["too_long"], counts["left_out"]) == (
+        1,
+        1,
+        1,
+        2,
+    )
     assert "2 rows have no answer and were left out" in regenerator.lines()
     assert "content holds '<|im_end|>', the token that ends a turn" in regenerator.lines()[-1]
 
@@ -110,7 +140,9 @@ def test_an_interrupted_run_goes_on(tmp_path, tokenizer):
     whole = tmp_path / "whole"
     whole.mkdir()
     _, other, again = regenerate(whole, tokenizer, rows, seed=1)
-    assert [contents(json.loads(line)) for line in other.output.read_text().splitlines()] == list(map(contents, lines))
+    assert [contents(json.loads(line)) for line in other.output.read_text().splitlines()] == list(
+        map(contents, lines)
+    )
     assert again.draws[2:] == parrot.draws
     assert regenerate(tmp_path, tokenizer, rows, seed=1)[2].prompts == []
 
@@ -124,7 +156,9 @@ def test_a_file_of_other_making_is_not_touched(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="answers.jsonl is shorter than answers.jsonl.progress.json says"):
         regenerate(tmp_path, tokenizer, rows, seed=1)
     first.progress_file.unlink()
-    with pytest.raises(ValueError, match="answers.jsonl exists and was not begun by this command: name another file"):
+    with pytest.raises(
+        ValueError, match="answers.jsonl exists and was not begun by this command: name another file"
+    ):
         regenerate(tmp_path, tokenizer, rows, seed=1)
     with pytest.raises(ValueError, match="rows.jsonl, line 1: a row of tokens has no prompts to answer"):
         (tmp_path / "x").mkdir()

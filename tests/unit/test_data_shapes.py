@@ -44,16 +44,28 @@ def test_systems_tools_and_calls():
     }
     conversation = read_row(row, "sharegpt", "row")
     assert conversation.tools == [{"name": "f"}]
-    assert [message["role"] for message in conversation.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert [message["role"] for message in conversation.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
     assert conversation.messages[2]["tool_calls"] == [{"name": "f", "arguments": {"x": 1}}]
-    prompted = read_row({"system": "s", "prompt": "q", "response": "a", "tools": []}, "prompt_response", "row")
+    prompted = read_row(
+        {"system": "s", "prompt": "q", "response": "a", "tools": []}, "prompt_response", "row"
+    )
     assert prompted == Conversation(chat("q", "a", system="s"))
 
 
 def test_an_unknown_shape_shows_the_keys():
-    with pytest.raises(ValueError, match=r"^row: the row's shape is unknown, its keys are 'instruction', 'output'. Known are"):
+    with pytest.raises(
+        ValueError, match=r"^row: the row's shape is unknown, its keys are 'instruction', 'output'. Known are"
+    ):
         recognise_shape({"output": "a", "instruction": "q", "input": None}, "row")
-    with pytest.raises(ValueError, match=r"its keys are 'input_ids'. Known are .* or 'input_ids' and 'loss_mask': rename"):
+    with pytest.raises(
+        ValueError, match=r"its keys are 'input_ids'. Known are .* or 'input_ids' and 'loss_mask': rename"
+    ):
         recognise_shape({"input_ids": [1]}, "row")
     with pytest.raises(ValueError, match="^row: the row is a list, expected an object"):
         recognise_shape([1], "row")
@@ -70,16 +82,44 @@ BAD = [
     ({"prompt": 3, "response": "a"}, "prompt_response", "prompt is a int, expected a string"),
     ({"messages": "x"}, "messages", "'messages' is a str, expected a list of messages"),
     ({"conversations": "x"}, "sharegpt", "'conversations' is a str, expected a list of from / value"),
-    ({"conversations": ["x"]}, "sharegpt", "conversations[0] is a str, expected an object with 'from' and 'value'"),
-    ({"conversations": [{"from": "narrator", "value": "x"}]}, "sharegpt", "conversations[0].from is 'narrator', expected one of"),
-    ({"conversations": [{"from": "function_call", "value": "f"}]}, "sharegpt", "conversations[0].value is not valid JSON"),
-    ({"messages": chat("q", "a"), "tools": {"name": "f"}}, "messages", "'tools' is a dict, expected a list of JSON schemas"),
-    ({"input_ids": [1, 2], "loss_mask": [1]}, "tokenized", "'input_ids' has 2 entries and 'loss_mask' 1: they must match"),
+    (
+        {"conversations": ["x"]},
+        "sharegpt",
+        "conversations[0] is a str, expected an object with 'from' and 'value'",
+    ),
+    (
+        {"conversations": [{"from": "narrator", "value": "x"}]},
+        "sharegpt",
+        "conversations[0].from is 'narrator', expected one of",
+    ),
+    (
+        {"conversations": [{"from": "function_call", "value": "f"}]},
+        "sharegpt",
+        "conversations[0].value is not valid JSON",
+    ),
+    (
+        {"messages": chat("q", "a"), "tools": {"name": "f"}},
+        "messages",
+        "'tools' is a dict, expected a list of JSON schemas",
+    ),
+    (
+        {"input_ids": [1, 2], "loss_mask": [1]},
+        "tokenized",
+        "'input_ids' has 2 entries and 'loss_mask' 1: they must match",
+    ),
     ({"input_ids": "12", "loss_mask": [1, 0]}, "tokenized", "'input_ids' is not a list of integers"),
     ({"input_ids": [True, False], "loss_mask": [1, 0]}, "tokenized", "'input_ids' is not a list of integers"),
     ({"input_ids": [1, 2], "loss_mask": [1, 2]}, "tokenized", "'loss_mask' holds 2, expected 0 and 1"),
-    ({"input_ids": [1, 2], "loss_mask": [0, 0]}, "tokenized", "'loss_mask' marks no token, so there is nothing to learn from"),
-    ({"input_ids": [1, -100], "loss_mask": [1, 0]}, "tokenized", "'input_ids' holds -100: token ids are not negative"),
+    (
+        {"input_ids": [1, 2], "loss_mask": [0, 0]},
+        "tokenized",
+        "'loss_mask' marks no token, so there is nothing to learn from",
+    ),
+    (
+        {"input_ids": [1, -100], "loss_mask": [1, 0]},
+        "tokenized",
+        "'input_ids' holds -100: token ids are not negative",
+    ),
 ]
 
 

@@ -32,9 +32,14 @@ def test_files_and_folders(tmp_path):
 
 def test_lines_keep_their_own_keys_and_numbers(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('\n{"prompt": "q", "response": "a", "x": 1}\n\n{"prompt": "q", "response": "a", "y": [2]}\n')
+    path.write_text(
+        '\n{"prompt": "q", "response": "a", "x": 1}\n\n{"prompt": "q", "response": "a", "y": [2]}\n'
+    )
     found, rows = rows_of(str(path))
-    assert found == "prompt_response" and [place for place, _, _ in rows] == [f"{path}, line 2", f"{path}, line 4"]
+    assert found == "prompt_response" and [place for place, _, _ in rows] == [
+        f"{path}, line 2",
+        f"{path}, line 4",
+    ]
     assert set(rows[0][2]) == {"prompt", "response", "x"} and set(rows[1][2]) == {"prompt", "response", "y"}
     (tmp_path / "e.jsonl").write_text("\n")
     assert rows_of(str(tmp_path / "e.jsonl")) == (None, [])
@@ -60,7 +65,9 @@ def test_bad_files(tmp_path):
     bad.write_text('{"prompt": "q", "response": "a"}\n{"prompt": \n')
     rows = open_source(str(bad), None)[1]
     assert next(rows).value() == {"prompt": "q", "response": "a"}
-    with pytest.raises(ValueError, match=r"bad.jsonl, line 2: not valid JSON \(.*: every line holds one JSON object"):
+    with pytest.raises(
+        ValueError, match=r"bad.jsonl, line 2: not valid JSON \(.*: every line holds one JSON object"
+    ):
         next(rows).value()
     bad.write_bytes(b'{"prompt": "\xff\xfe"}\n')
     with pytest.raises(ValueError, match="bad.jsonl, line 1: not valid JSON"):
@@ -69,7 +76,9 @@ def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match="bad.parquet cannot be read as Parquet: .* Write the file again"):
         open_source(str(tmp_path / "bad.parquet"), None)
     bad.write_text('{"question": "q"}\n')
-    with pytest.raises(ValueError, match="bad.jsonl, line 1: the row's shape is unknown, its keys are 'question'"):
+    with pytest.raises(
+        ValueError, match="bad.jsonl, line 1: the row's shape is unknown, its keys are 'question'"
+    ):
         open_source(str(bad), None)
 
 
@@ -114,7 +123,10 @@ def test_hub_data_sets_are_loaded_by_name_config_and_split(tmp_path, monkeypatch
 
 def test_a_hub_data_set_that_cannot_be_loaded(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="'nobody/nothing' is no file here, and could not be loaded from the hub .*: correct it"):
+    with pytest.raises(
+        ValueError,
+        match="'nobody/nothing' is no file here, and could not be loaded from the hub .*: correct it",
+    ):
         open_source("nobody/nothing", None)
 
 

@@ -48,7 +48,9 @@ def test_rows_come_back_exactly(tmp_path, dtype):
         aux, teacher, token = states(document, length)
         cast = getattr(torch, dtype)
         assert torch.equal(store.rows(document, "aux", 0, length), aux.to(cast))
-        assert torch.equal(store.rows(document, "teacher", length // 2, length), teacher[length // 2 :].to(cast))
+        assert torch.equal(
+            store.rows(document, "teacher", length // 2, length), teacher[length // 2 :].to(cast)
+        )
         assert torch.equal(store.rows(document, "teacher_token", 0, length), token.int())
     store.verify()
 
@@ -67,7 +69,9 @@ def test_a_view_reads_only_the_rows_asked_for(tmp_path, monkeypatch):
     store = filled(tmp_path / "s")
     asked = []
     original = HiddenStateStore.rows
-    monkeypatch.setattr(HiddenStateStore, "rows", lambda self, *args: asked.append(args) or original(self, *args))
+    monkeypatch.setattr(
+        HiddenStateStore, "rows", lambda self, *args: asked.append(args) or original(self, *args)
+    )
     store.view([4, 1, 0], "aux")[8:12]
     assert asked == [(4, "aux", 8, 9), (1, "aux", 0, 1), (0, "aux", 0, 2)]
     with pytest.raises(ValueError, match="not in steps of 2"):
@@ -154,7 +158,9 @@ def test_a_missing_and_a_truncated_file_are_named(tmp_path):
     with pytest.raises(ValueError, match=rf"{name} has {len(content) - 1} bytes instead of {len(content)}"):
         HiddenStateStore.open(tmp_path / "s")
     path.unlink()
-    with pytest.raises(ValueError, match=rf"{name} is missing from the hidden-state store: remove the folder"):
+    with pytest.raises(
+        ValueError, match=rf"{name} is missing from the hidden-state store: remove the folder"
+    ):
         HiddenStateStore.open(tmp_path / "s")
 
 
@@ -171,11 +177,16 @@ def test_the_disk_is_measured_first(tmp_path, monkeypatch):
 def test_the_size_is_known_before_anything_is_written(tmp_path):
     out = writer(tmp_path / "new" / "s")
     assert not list(tmp_path.iterdir())
-    assert "4 documents of 18 tokens take 17.2 kB as float32" in out.size_text and "there already" not in out.size_text
+    assert (
+        "4 documents of 18 tokens take 17.2 kB as float32" in out.size_text
+        and "there already" not in out.size_text
+    )
     out.append(0, *states(0, 5))
     again = writer(tmp_path / "new" / "s")
     assert again.required == required_bytes({1: 1, 4: 9, 7: 3}, Layout(6, 2, "float32"))
-    assert "3 documents of 13 tokens" in again.size_text and "1 documents are there already" in again.size_text
+    assert (
+        "3 documents of 13 tokens" in again.size_text and "1 documents are there already" in again.size_text
+    )
 
 
 def test_a_resumed_capture_measures_the_disk_for_what_is_missing(tmp_path, monkeypatch):
@@ -189,7 +200,9 @@ def test_a_resumed_capture_measures_the_disk_for_what_is_missing(tmp_path, monke
     assert writer(tmp_path / "s").missing() == [1, 4, 7]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left")]
+)
 def test_a_disk_that_fills_up_loses_nothing_that_was_written(tmp_path, monkeypatch, error):
     out = writer(tmp_path / "s")
     out.append(0, *states(0, 5))
@@ -201,7 +214,8 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_written(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(writer_module, "save_file", full)
         with pytest.raises(
-            ValueError, match="shard-0000-000001.safetensors could not be written .*No space left.*continues after"
+            ValueError,
+            match="shard-0000-000001.safetensors could not be written .*No space left.*continues after",
         ):
             out.append(4, *states(4, 9))
     assert not list(out.partial.glob(".*"))
@@ -232,7 +246,9 @@ def test_bad_tensors_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"teacher of document 0 has shape \(4, 2\), expected \(5, 2\)"):
         out.append(0, aux, teacher[:4], token)
     aux[2, 3] = 1e6
-    expected = r"aux of document 0 is not finite as float16 \(largest input 1e\+06\), first at row 2: .*bfloat16"
+    expected = (
+        r"aux of document 0 is not finite as float16 \(largest input 1e\+06\), first at row 2: .*bfloat16"
+    )
     with pytest.raises(ValueError, match=expected):
         out.append(0, aux, teacher, token)
 
@@ -243,7 +259,9 @@ def test_hidden_states_that_are_not_finite_are_refused(tmp_path, dtype, value):
     out = writer(tmp_path / "s", dtype=dtype)
     aux, teacher, token = states(4, 9)
     teacher[5, 1] = value
-    with pytest.raises(ValueError, match=f"teacher of document 4 is not finite as {dtype} .*, first at row 5.*--document 4"):
+    with pytest.raises(
+        ValueError, match=f"teacher of document 4 is not finite as {dtype} .*, first at row 5.*--document 4"
+    ):
         out.append(4, aux, teacher, token)
     assert out.missing() == list(LENGTHS)
 
@@ -256,8 +274,8 @@ def test_values_that_float8_would_round_to_infinity_are_refused(tmp_path):
 
 
 def test_a_document_may_come_in_the_pieces_that_ranks_hold(tmp_path):
-    """Two ranks hold interleaved spans of document 4; rank 1's are lost with its process, and the capture is continued by
-    one rank with other spans, which overlap."""
+    """Two ranks hold interleaved spans of document 4; rank 1's are lost with its process, and the capture is
+    continued by one rank with other spans, which overlap."""
     aux, teacher, token = states(4, 9)
     spans = [(0, 2), (2, 5), (5, 6), (6, 9)]
     ranks = [writer(tmp_path / "s", lengths={4: 9}, rank=rank, shard_bytes=2**20) for rank in range(2)]
@@ -286,5 +304,7 @@ def test_wrong_documents_and_dtypes_are_refused(tmp_path):
         store.rows(3, "aux", 0, 1)
     with pytest.raises(ValueError, match="there is a complete hidden-state store at"):
         writer(tmp_path / "s")
-    with pytest.raises(ValueError, match="data.hidden_dtype is 'int8': use one of float32, bfloat16, float16, float8"):
+    with pytest.raises(
+        ValueError, match="data.hidden_dtype is 'int8': use one of float32, bfloat16, float16, float8"
+    ):
         writer(tmp_path / "other", dtype="int8")

@@ -25,7 +25,9 @@ def test_any_flipped_byte_is_found_and_its_file_tensor_and_row_are_named(tmp_pat
         path = store.path / shard.file
         content = path.read_bytes()
         header = 8 + int.from_bytes(content[:8], "little")
-        tensors = {name: spec for name, spec in json.loads(content[8:header]).items() if name != "__metadata__"}
+        tensors = {
+            name: spec for name, spec in json.loads(content[8:header]).items() if name != "__metadata__"
+        }
         covered = 0
         for name, spec in tensors.items():
             start, stop = (header + offset for offset in spec["data_offsets"])
@@ -61,7 +63,9 @@ def test_all_damages_are_named_at_once(tmp_path, monkeypatch):
         content[content.find(states(4, 9)[1][row].numpy().tobytes())] ^= 1
     content[content.find(states(7, 3)[0][1].numpy().tobytes())] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"aux of document 7, row 1; .*teacher of document 4, rows 2, 7|rows 2, 7; .*row 1"):
+    with pytest.raises(
+        ValueError, match=r"aux of document 7, row 1; .*teacher of document 4, rows 2, 7|rows 2, 7; .*row 1"
+    ):
         store.verify()
 
 
@@ -73,7 +77,9 @@ def test_a_file_that_vanishes_or_shrinks_while_the_store_is_open_is_named(tmp_pa
     with pytest.raises(ValueError, match=f"{path.name} has .* bytes instead of .* truncated"):
         store.rows(0, "aux", 0, 1)
     path.unlink()
-    with pytest.raises(ValueError, match=f"{path.name} is missing from the hidden-state store: remove the folder"):
+    with pytest.raises(
+        ValueError, match=f"{path.name} is missing from the hidden-state store: remove the folder"
+    ):
         store.rows(0, "aux", 0, 1)
     with pytest.raises(ValueError, match=f"{path.name} is missing"):
         store.verify()
@@ -155,7 +161,9 @@ def test_a_damaged_shard_of_an_interrupted_capture_is_named(tmp_path):
 def test_a_shard_of_other_documents_is_named(tmp_path):
     first = writer(tmp_path / "s")
     first.append(4, *states(4, 9))
-    with pytest.raises(ValueError, match="rows up to 9 of document 4, which has 8 tokens here: finish what began"):
+    with pytest.raises(
+        ValueError, match="rows up to 9 of document 4, which has 8 tokens here: finish what began"
+    ):
         writer(tmp_path / "s", lengths={4: 8})
 
 
@@ -233,12 +241,16 @@ def changed(text, change):
 @pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
 def test_an_index_that_cannot_be_is_refused(honest, rewrite, change):
     rewrite(change)
-    with pytest.raises(ValueError, match=r"s/index.json is damaged \(.+\): remove the folder .*/s and capture again"):
+    with pytest.raises(
+        ValueError, match=r"s/index.json is damaged \(.+\): remove the folder .*/s and capture again"
+    ):
         HiddenStateStore.open(honest)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[" * 100_000, b"\xff\xfe", '{"format": 2}'], ids=["empty", "cut", "deep", "bytes", "bare"]
+    "text",
+    ["", "{", "[" * 100_000, b"\xff\xfe", '{"format": 2}'],
+    ids=["empty", "cut", "deep", "bytes", "bare"],
 )
 def test_an_index_that_is_no_json_of_ours_is_refused(honest, rewrite, text):
     rewrite(text)
@@ -278,7 +290,9 @@ def other_document(index):
         (shard(header_crc32=0), 0, "its header is not the one that was written"),
     ],
 )
-def test_an_index_that_disagrees_with_its_shards_is_found_when_they_are_read(honest, rewrite, change, document, message):
+def test_an_index_that_disagrees_with_its_shards_is_found_when_they_are_read(
+    honest, rewrite, change, document, message
+):
     rewrite(change)
     store = HiddenStateStore.open(honest)
     with pytest.raises(ValueError, match=f"shard-0000-000000.safetensors is damaged .*{message}"):
@@ -292,5 +306,7 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
     path = tmp_path / "s" / next(iter(store.shards))
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="is a link out of the hidden-state store, to .*/elsewhere, and is not followed"):
+    with pytest.raises(
+        ValueError, match="is a link out of the hidden-state store, to .*/elsewhere, and is not followed"
+    ):
         HiddenStateStore.open(tmp_path / "s")

@@ -31,13 +31,16 @@ def test_float8_rows_are_as_close_as_three_bits_of_mantissa_allow(seed, exponent
     decoded = decode_float8(*encode_float8(rows, WIDTH))
     assert decoded.dtype == torch.bfloat16 and decoded.shape == rows.shape
     largest = rows.unflatten(1, (3, WIDTH)).abs().amax(-1, keepdim=True).expand(-1, -1, WIDTH).flatten(1)
-    # Half a unit of the last of 4 significant bits; below 2**-6 of code, half of the smallest code, 2**-9 of at most 448.
+    # Half a unit of the last of 4 significant bits; below 2**-6 of code, half of the smallest code, 2**-9 of
+    # at most 448.
     bound = torch.maximum(rows.abs() * 2.0**-4, largest * 2.0**-10 / 224)
     assert ((decoded.float() - rows).abs() <= bound).all()
 
 
 def test_each_hidden_state_has_its_own_exponent():
-    rows = torch.cat([torch.full((2, WIDTH), 1e-3), torch.full((2, WIDTH), 1.0), torch.full((2, WIDTH), 3e5)], dim=1)
+    rows = torch.cat(
+        [torch.full((2, WIDTH), 1e-3), torch.full((2, WIDTH), 1.0), torch.full((2, WIDTH), 3e5)], dim=1
+    )
     rows[1] *= 1e-4
     decoded = decode_float8(*encode_float8(rows, WIDTH)).float()
     assert ((decoded - rows).abs() <= rows.abs() / 16).all()
@@ -125,13 +128,17 @@ def counted(store, monkeypatch):
     """A list that the size of every slice read from the store's shards is appended to."""
     sizes = []
     open_shard = type(store)._open_shard
-    monkeypatch.setattr(type(store), "_open_shard", lambda self, shard: CountingShard(open_shard(self, shard), sizes.append))
+    monkeypatch.setattr(
+        type(store), "_open_shard", lambda self, shard: CountingShard(open_shard(self, shard), sizes.append)
+    )
     return sizes
 
 
 @pytest.mark.parametrize(("ring", "ulysses"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 2)])
 def test_a_rank_reads_little_more_than_its_share(store, monkeypatch, ring, ulysses):
-    """What all ranks of a mesh read of 8192 tokens, halos of 7 rows and the whole column of teacher tokens included."""
+    """What all ranks of a mesh read of 8192 tokens, halos of 7 rows and the whole column of teacher tokens
+    included.
+    """
     documents = list(store.lengths)
     plan = SpanPlan.make([store.lengths[document] for document in documents], ring, ulysses)
     assert plan.padded_length == plan.length

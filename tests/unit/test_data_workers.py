@@ -55,7 +55,9 @@ def die(number):
 
 
 def test_a_killed_process_is_reported():
-    with pytest.raises(ValueError, match="one of 2 processes that read the data was killed, .*: lower data.workers"):
+    with pytest.raises(
+        ValueError, match="one of 2 processes that read the data was killed, .*: lower data.workers"
+    ):
         list(map_batches(die, range(2 * POOL_FROM), 2))
     assert not multiprocessing.active_children()
 

@@ -1,4 +1,6 @@
-"""The judge judged: the dense reference against transformers, against itself on split documents, and against hand counts."""
+"""The judge judged: the dense reference against transformers, against itself on split documents, and against
+hand counts.
+"""
 
 import dataclasses
 
@@ -43,7 +45,9 @@ def rope_config(kind):
 
 
 def inputs_of(documents, layers):
-    case = next(c for c in full_matrix() if c.documents == documents and c.layers == layers and c.heads == "gqa")
+    case = next(
+        c for c in full_matrix() if c.documents == documents and c.layers == layers and c.heads == "gqa"
+    )
     inputs = make_inputs(dataclasses.replace(case, draft_dp=1, accumulation=1, dtype="float32"))
     return inputs, {name: weight.double() for name, weight in inputs.weights.items()}
 
@@ -51,7 +55,11 @@ def inputs_of(documents, layers):
 @pytest.mark.parametrize("kind", ROPES)
 def test_rotary_frequencies_are_those_of_transformers(kind):
     config = rope_config(kind)
-    compute = LlamaRotaryEmbedding.compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
+    compute = (
+        LlamaRotaryEmbedding.compute_default_rope_parameters
+        if kind == "default"
+        else ROPE_INIT_FUNCTIONS[kind]
+    )
     expected, factor = compute(config, device=torch.device("cpu"))
     assert factor == 1.0
     assert torch.allclose(rotary_frequencies(config).float(), expected, rtol=1e-6)
@@ -60,7 +68,9 @@ def test_rotary_frequencies_are_those_of_transformers(kind):
 def test_an_unknown_scaling_is_refused_by_name():
     config = rope_config("default")
     config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
-    with pytest.raises(ValueError, match="rope_type = 'yarn': the reference knows default, linear and llama3"):
+    with pytest.raises(
+        ValueError, match="rope_type = 'yarn': the reference knows default, linear and llama3"
+    ):
         rotary_frequencies(config)
 
 
@@ -75,7 +85,9 @@ def test_step_zero_attention_is_llamas():
     bias = torch.zeros(length, length, dtype=torch.float64).masked_fill(~causal, -torch.inf)
     doubled = torch.cat((angle, angle), -1)[None]
     expected, _ = llama(x, (doubled.cos(), doubled.sin()), attention_mask=bias[None, None])
-    q, k, v = (p(x[0]).view(length, -1, 16).transpose(0, 1) for p in (llama.q_proj, llama.k_proj, llama.v_proj))
+    q, k, v = (
+        p(x[0]).view(length, -1, 16).transpose(0, 1) for p in (llama.q_proj, llama.k_proj, llama.v_proj)
+    )
     keys_values = [(_rotate(k, angle).repeat_interleave(2, 0), v.repeat_interleave(2, 0))]
     out = llama.o_proj(_attention(_rotate(q, angle), keys_values, causal).transpose(0, 1).flatten(1))
     assert torch.allclose(out, expected[0], rtol=0, atol=1e-14)
@@ -92,7 +104,11 @@ def test_a_pack_equals_its_documents_alone(alignment, reduction, layers):
     alone, start = [], 0
     for length in pack.lengths:
         rows = slice(start, start + length)
-        alone.append(MicroBatch(pack.token_ids[rows], pack.loss_mask[rows], (length,), pack.aux[rows], pack.teacher[rows]))
+        alone.append(
+            MicroBatch(
+                pack.token_ids[rows], pack.loss_mask[rows], (length,), pack.aux[rows], pack.teacher[rows]
+            )
+        )
         start += length
     packed = reference_step(weights, inputs.config, inputs.frozen, [pack], rules)
     split = reference_step(weights, inputs.config, inputs.frozen, alone, rules)
@@ -126,19 +142,23 @@ def one_hot_target(favourites, draft_ids, vocabulary=6, hidden=64):
     head = torch.zeros(vocabulary, hidden, dtype=torch.float64)
     head[:, :vocabulary] = torch.eye(vocabulary, dtype=torch.float64)
     kept = torch.tensor(draft_ids)
-    frozen = Frozen(torch.randn(vocabulary, hidden, dtype=torch.float64), head, kept - torch.arange(len(kept)))
+    frozen = Frozen(
+        torch.randn(vocabulary, hidden, dtype=torch.float64), head, kept - torch.arange(len(kept))
+    )
     return frozen, 5.0 * head[torch.tensor(favourites)]
 
 
 @pytest.mark.parametrize(
     ("alignment", "counted", "right"),
-    # Document one is slots 0..4, document two 5..6. Step 0 reads i + 1, step 1 reads i + 2.
-    # served: step 0 counts slots 1, 3, 5 (mask at 2, 4, 6), step 1 counts 0, 2. reference: step 0 counts 2 (mask at 2;
-    # 4 and 6 read outside), step 1 counts 1 (mask at 2, reads 3).
+    # Document one is slots 0..4, document two 5..6. Step 0 reads i + 1, step 1 reads i + 2. served: step 0
+    # counts slots 1, 3, 5 (mask at 2, 4, 6), step 1 counts 0, 2. reference: step 0 counts 2 (mask at 2; 4 and
+    # 6 read outside), step 1 counts 1 (mask at 2, reads 3).
     [("served", (3, 2), (1, 1)), ("reference", (1, 1), (0, 0))],
 )
 def test_counts_by_hand(alignment, counted, right):
-    """The draft always says token 0. Token 5 is outside the draft vocabulary: dropped by the loss, a miss in accuracy."""
+    """The draft always says token 0. Token 5 is outside the draft vocabulary: dropped by the loss, a miss in
+    accuracy.
+    """
     torch.manual_seed(0)
     #             slot: 0  1  2  3  4  5  6
     favourites = [1, 1, 0, 5, 1, 0, 1]
@@ -150,14 +170,21 @@ def test_counts_by_hand(alignment, counted, right):
     result = reference_step(weights, inputs.config, frozen, [batch], LossRules(2, 0.8, alignment))
     assert result.step_accuracy == tuple(r / c for r, c in zip(right, counted, strict=True))
     uniform = torch.tensor(3.0).log().item()
-    # served: all five read 2, 4, 6 and 2, 4, whose teachers are covered. reference: both read 3, which is not.
-    assert result.step_loss == pytest.approx((uniform, uniform) if alignment == "served" else (0.0, 0.0), rel=1e-6)
+    # served: all five read 2, 4, 6 and 2, 4, whose teachers are covered. reference: both read 3, which is
+    # not.
+    assert result.step_loss == pytest.approx(
+        (uniform, uniform) if alignment == "served" else (0.0, 0.0), rel=1e-6
+    )
     slots = reference_step(weights, inputs.config, frozen, [batch], LossRules(2, 0.8, alignment, "slots"))
-    assert slots.step_loss == pytest.approx(tuple(x * c / 7 for x, c in zip(result.step_loss, counted, strict=True)))
+    assert slots.step_loss == pytest.approx(
+        tuple(x * c / 7 for x, c in zip(result.step_loss, counted, strict=True))
+    )
 
 
 def test_tau_counts_joint_prefix_hits():
-    """Slots supervised at both steps are those whose whole run of masks is set; the draft always says token 0."""
+    """Slots supervised at both steps are those whose whole run of masks is set; the draft always says token
+    0.
+    """
     torch.manual_seed(0)
     frozen, teacher = one_hot_target([1, 0, 0, 1, 0, 1], [0, 1, 2])
     inputs, weights = inputs_of("one", 1)
@@ -165,7 +192,8 @@ def test_tau_counts_joint_prefix_hits():
     mask = torch.tensor([0, 1, 1, 1, 1, 0], dtype=torch.bool)
     batch = MicroBatch(torch.zeros(6, dtype=torch.int64), mask, (6,), torch.randn(6, 192), teacher)
     result = reference_step(weights, inputs.config, frozen, [batch], LossRules(2))
-    # Step 0: slots 0..3 read 1..4, right at 1, 2, 4. Joint with step 1: slots 0, 1, 2 read (1, 2), (2, 3), (3, 4).
+    # Step 0: slots 0..3 read 1..4, right at 1, 2, 4. Joint with step 1: slots 0, 1, 2 read (1, 2), (2, 3),
+    # (3, 4).
     assert result.step_accuracy[0] == 3 / 4
     assert result.tau == pytest.approx(1 + 3 / 4 + 1 / 3)
 
@@ -192,7 +220,8 @@ def test_slack_counts_the_slots_that_rounding_decides():
     inputs, weights = inputs_of("one", 1)
     batches = inputs.step_batches()[0]
     none, all_tied = (
-        reference_step(weights, inputs.config, inputs.frozen, batches, LossRules(3), rounding) for rounding in (0.0, 1e9)
+        reference_step(weights, inputs.config, inputs.frozen, batches, LossRules(3), rounding)
+        for rounding in (0.0, 1e9)
     )
     assert none.accuracy_slack == (0.0, 0.0, 0.0)
     assert none.tau_slack == 0.0

@@ -38,7 +38,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
 @pytest.fixture(scope="module", params=[1, 2])
 def draft(target: Target, request: pytest.FixtureRequest) -> DraftModel:
     torch.manual_seed(1)
-    draft = DraftModel(build_draft_config(target.config, DraftSection(vocab_size=64, num_layers=request.param)))
+    draft = DraftModel(
+        build_draft_config(target.config, DraftSection(vocab_size=64, num_layers=request.param))
+    )
     for parameter in draft.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)  # guesses that depend on the input
@@ -48,7 +50,9 @@ def draft(target: Target, request: pytest.FixtureRequest) -> DraftModel:
 @pytest.fixture(scope="module")
 def vocabulary(target: Target) -> VocabularyMap:
     output = greedy_decode(target, PROMPT, 40, None)
-    return VocabularyMap.from_counts(torch.bincount(torch.tensor(output), minlength=target.config.vocab_size), 64)
+    return VocabularyMap.from_counts(
+        torch.bincount(torch.tensor(output), minlength=target.config.vocab_size), 64
+    )
 
 
 def test_greedy_equals_decoding_without_a_cache(target: Target) -> None:
@@ -87,7 +91,9 @@ def test_target_stream_is_cut_back_beyond_a_sliding_window(family: str) -> None:
     torch.testing.assert_close(logits, teacher[-2:] @ target.head.T, atol=1e-4, rtol=1e-4)
 
 
-def test_proposals_do_not_depend_on_earlier_guesses(target: Target, draft: DraftModel, vocabulary: VocabularyMap) -> None:
+def test_proposals_do_not_depend_on_earlier_guesses(
+    target: Target, draft: DraftModel, vocabulary: VocabularyMap
+) -> None:
     aux, _ = capture_hidden_states(target, torch.tensor(PROMPT))
     following = [*PROMPT[1:], 42]
     stepwise = DraftStream(draft, target, vocabulary)
@@ -98,7 +104,9 @@ def test_proposals_do_not_depend_on_earlier_guesses(target: Target, draft: Draft
     assert set(whole) <= set(vocabulary.draft_to_target.tolist())
 
 
-def test_guesses_follow_the_served_semantics(target: Target, draft: DraftModel, vocabulary: VocabularyMap) -> None:
+def test_guesses_follow_the_served_semantics(
+    target: Target, draft: DraftModel, vocabulary: VocabularyMap
+) -> None:
     """Slot i: g_i and x_{i+1} at position i; guess k: own output and own guess at position i + k."""
     aux, _ = capture_hidden_states(target, torch.tensor(PROMPT))
     tokens = [*PROMPT[1:], 42]
@@ -107,7 +115,9 @@ def test_guesses_follow_the_served_semantics(target: Target, draft: DraftModel, 
     for k in range(3):
         # all slots again without a cache: verified ones from the target, then one more per guess
         embeds = target.embedding[torch.tensor(tokens + guesses[:k])]
-        output = draft.decode(embeds, hidden, torch.arange(len(embeds)), DraftCache(draft.config.num_hidden_layers))
+        output = draft.decode(
+            embeds, hidden, torch.arange(len(embeds)), DraftCache(draft.config.num_hidden_layers)
+        )
         assert int(vocabulary.draft_to_target[draft.logits(output)[-1].argmax()]) == guesses[k]
         hidden = torch.cat((hidden, output[-1:]))
 
@@ -115,7 +125,9 @@ def test_guesses_follow_the_served_semantics(target: Target, draft: DraftModel, 
 @pytest.mark.parametrize("window", [1, 4, 60])
 def test_a_served_draft_with_a_window_sees_so_many_keys(target: Target, window: int) -> None:
     """In one call and cache by cache; what is further back changes nothing, what is nearer does."""
-    config = build_draft_config(target.config, DraftSection(vocab_size=64, sliding_window=window, ttt_steps=1))
+    config = build_draft_config(
+        target.config, DraftSection(vocab_size=64, sliding_window=window, ttt_steps=1)
+    )
     torch.manual_seed(1)
     draft = DraftModel(config).eval()
     for parameter in draft.parameters():
@@ -125,17 +137,26 @@ def test_a_served_draft_with_a_window_sees_so_many_keys(target: Target, window: 
     positions = torch.arange(12)
     whole = draft.decode(embeds, hidden, positions, DraftCache(1))
     cache = DraftCache(1)
-    pieces = [draft.decode(embeds[part], hidden[part], positions[part], cache) for part in (slice(5), slice(5, 6), slice(6, 12))]
+    pieces = [
+        draft.decode(embeds[part], hidden[part], positions[part], cache)
+        for part in (slice(5), slice(5, 6), slice(6, 12))
+    ]
     torch.testing.assert_close(torch.cat(pieces), whole)
     first = max(0, 12 - window)
-    torch.testing.assert_close(draft.decode(embeds[first:], hidden[first:], positions[first:], DraftCache(1))[-1], whole[-1])
+    torch.testing.assert_close(
+        draft.decode(embeds[first:], hidden[first:], positions[first:], DraftCache(1))[-1], whole[-1]
+    )
     if window > 1:
-        shorter = draft.decode(embeds[first + 1 :], hidden[first + 1 :], positions[first + 1 :], DraftCache(1))
+        shorter = draft.decode(
+            embeds[first + 1 :], hidden[first + 1 :], positions[first + 1 :], DraftCache(1)
+        )
         assert (shorter[-1] - whole[-1]).norm() > 1e-3 * whole[-1].norm()
 
 
 @pytest.mark.parametrize("draft_tokens", [1, 4])
-def test_any_draft_is_lossless(target: Target, draft: DraftModel, vocabulary: VocabularyMap, draft_tokens: int) -> None:
+def test_any_draft_is_lossless(
+    target: Target, draft: DraftModel, vocabulary: VocabularyMap, draft_tokens: int
+) -> None:
     expected = greedy_decode(target, PROMPT, 30, None)
     output, rounds = speculative_decode(target, draft, vocabulary, PROMPT, 30, draft_tokens, None, expected)
     assert output == expected
@@ -164,10 +185,14 @@ def test_an_oracle_is_accepted_up_to_its_mistakes(
     assert {(each.reached, each.accepted, each.emitted) for each in rounds} == {(3, 2, 3)}
 
 
-def test_a_difference_is_told_with_its_place_and_gap(target: Target, draft: DraftModel, vocabulary: VocabularyMap) -> None:
+def test_a_difference_is_told_with_its_place_and_gap(
+    target: Target, draft: DraftModel, vocabulary: VocabularyMap
+) -> None:
     wrong = greedy_decode(target, PROMPT, 12, None)
     wrong[5] = (wrong[5] + 1) % target.config.vocab_size
-    with pytest.raises(NotLosslessError, match=r"new token 5 \(after a prompt of 10\) is \d+, the target alone gives"):
+    with pytest.raises(
+        NotLosslessError, match=r"new token 5 \(after a prompt of 10\) is \d+, the target alone gives"
+    ):
         speculative_decode(target, draft, vocabulary, PROMPT, 12, 3, None, wrong)
 
 
@@ -193,7 +218,9 @@ def test_counts_by_position_and_context() -> None:
     first, second = _by_position(rounds, 2)
     assert (first["reached"], first["accepted_when_reached"], first["accepted"]) == (4, 0.75, 0.75)
     assert (second["reached"], second["accepted_when_reached"], second["accepted"]) == (2, 0.5, 0.25)
-    assert [(row["up_to"], row["rounds"], row["acceptance_length"]) for row in _by_context(rounds, (20, 40))] == [
+    assert [
+        (row["up_to"], row["rounds"], row["acceptance_length"]) for row in _by_context(rounds, (20, 40))
+    ] == [
         (20, 2, 2.0),
         (40, 1, 2.0),
         (None, 1, 1.0),
@@ -206,10 +233,14 @@ class StandInRecipe:
     eval = EvalSection(max_new_tokens=10, draft_tokens=3, context_buckets=(16, 64))
 
 
-def test_evaluation_and_picture(target: Target, draft: DraftModel, vocabulary: VocabularyMap, tmp_path: Path) -> None:
+def test_evaluation_and_picture(
+    target: Target, draft: DraftModel, vocabulary: VocabularyMap, tmp_path: Path
+) -> None:
     recipe: Any = StandInRecipe()
     untrained = DraftModel(draft.config)
-    result = evaluate_draft(recipe, target, draft, untrained, vocabulary, [PROMPT, PROMPT[:3]], progress=False)
+    result = evaluate_draft(
+        recipe, target, draft, untrained, vocabulary, [PROMPT, PROMPT[:3]], progress=False
+    )
     assert result["lossless"] is True and result["prompts"] == 2
     assert 1.0 <= result["acceptance_length"] <= 4.0 and 1.0 <= result["acceptance_length_untrained"] <= 4.0
     assert [row["position"] for row in result["acceptance_by_position"]] == [1, 2, 3]

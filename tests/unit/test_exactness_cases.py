@@ -80,15 +80,21 @@ def local_batches(case):
 
 
 def cut(case, batch, rank):
-    pack = PackedSequence(batch.token_ids, batch.loss_mask, batch.lengths, batch.token_ids, batch.aux, batch.teacher)
+    pack = PackedSequence(
+        batch.token_ids, batch.loss_mask, batch.lengths, batch.token_ids, batch.aux, batch.teacher
+    )
     rules = (case.ttt_steps, case.alignment)
     live = live_slots(batch.lengths, batch.loss_mask, *rules) if case.layers == 1 else None
-    return prepare_usp_input(pack, SpanPlan.make(batch.lengths, case.ring, case.ulysses, live=live), *rank, *rules)
+    return prepare_usp_input(
+        pack, SpanPlan.make(batch.lengths, case.ring, case.ulysses, live=live), *rank, *rules
+    )
 
 
 @pytest.mark.parametrize("case", [c for c in full_matrix() if c.documents == "unsupervised_rank"], ids=str)
 def test_some_rank_has_no_supervised_slot_and_some_rank_has(case):
-    """The live slots of one sequence are shared out, so that all of its ranks may have some, but for drafts of more layers."""
+    """The live slots of one sequence are shared out, so that all of its ranks may have some, but for drafts
+    of more layers.
+    """
     counts = [sum(int(batch.supervised.sum()) for batch in batches) for batches in local_batches(case)]
     assert max(counts) > 0
     assert min(counts) == 0 or (case.draft_dp == 1 and case.layers == 1)
@@ -99,7 +105,9 @@ def test_of_answers_less_than_half_of_the_slots_are_live(case):
     for batches in local_batches(case):
         for batch in batches:
             plan = batch.plan
-            assert plan.live_per_rank <= 0.55 * plan.slots_per_rank if case.layers == 1 else not plan.rest.size
+            assert (
+                plan.live_per_rank <= 0.55 * plan.slots_per_rank if case.layers == 1 else not plan.rest.size
+            )
 
 
 def test_indivisible_lengths_do_not_divide():

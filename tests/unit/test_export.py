@@ -47,7 +47,9 @@ def draft(request: pytest.FixtureRequest) -> DraftModel:
 
 @pytest.fixture
 def vocabulary() -> VocabularyMap:
-    return VocabularyMap.from_counts(torch.randint(0, 50, (V,), generator=torch.Generator().manual_seed(0)), VD)
+    return VocabularyMap.from_counts(
+        torch.randint(0, 50, (V,), generator=torch.Generator().manual_seed(0)), VD
+    )
 
 
 def vllm(draft: DraftModel, vocabulary: VocabularyMap, folder: Path, **options: Any) -> Path:
@@ -57,7 +59,9 @@ def vllm(draft: DraftModel, vocabulary: VocabularyMap, folder: Path, **options: 
 def speculators(draft: DraftModel, vocabulary: VocabularyMap, folder: Path, **options: Any) -> Path:
     embedding = torch.arange(V * H).view(V, H) / 1024
     names = {"verifier": "org/target", "verifier_architectures": ["LlamaForCausalLM"]}
-    return export_speculators(draft.state_dict(), draft.config, vocabulary, embedding, folder, **names, **options)
+    return export_speculators(
+        draft.state_dict(), draft.config, vocabulary, embedding, folder, **names, **options
+    )
 
 
 Export = Callable[..., Path]
@@ -66,7 +70,13 @@ BOTH = pytest.mark.parametrize("export", [vllm, speculators])
 
 def test_vllm_names_and_shapes(draft: DraftModel, vocabulary: VocabularyMap, tmp_path: Path) -> None:
     folder = vllm(draft, vocabulary, tmp_path / "draft", max_position=1024)
-    expected = {"fc.weight": (H, 3 * H), "norm.weight": (H,), "lm_head.weight": (VD, H), "d2t": (VD,), "t2d": (V,)}
+    expected = {
+        "fc.weight": (H, 3 * H),
+        "norm.weight": (H,),
+        "lm_head.weight": (VD, H),
+        "d2t": (VD,),
+        "t2d": (V,),
+    }
     for layer, width in enumerate([2 * H, H][: draft.config.num_hidden_layers]):
         name = "midlayer" if layer == 0 else f"layers.{layer}"
         norms = ["input_layernorm", "post_attention_layernorm"] + ["hidden_norm"] * (layer == 0)
@@ -90,7 +100,9 @@ def test_vllm_names_and_shapes(draft: DraftModel, vocabulary: VocabularyMap, tmp
     assert torch.equal(torch.arange(VD) + tensors["d2t"], tensors["t2d"].nonzero()[:, 0])
 
 
-def test_vllm_config_is_read_by_transformers(draft: DraftModel, vocabulary: VocabularyMap, tmp_path: Path) -> None:
+def test_vllm_config_is_read_by_transformers(
+    draft: DraftModel, vocabulary: VocabularyMap, tmp_path: Path
+) -> None:
     folder = vllm(draft, vocabulary, tmp_path / "draft", max_position=1024)
     keys = json.loads((folder / "config.json").read_text())
     assert keys["architectures"] == ["LlamaForCausalLMEagle3"] and keys["model_type"] == "llama"
@@ -101,13 +113,19 @@ def test_vllm_config_is_read_by_transformers(draft: DraftModel, vocabulary: Voca
     assert config.rope_parameters == LLAMA3 and config.head_dim == HEAD and not config.tie_word_embeddings
 
 
-def test_a_server_of_another_user_may_read_the_export(draft: DraftModel, vocabulary: VocabularyMap, tmp_path: Path) -> None:
+def test_a_server_of_another_user_may_read_the_export(
+    draft: DraftModel, vocabulary: VocabularyMap, tmp_path: Path
+) -> None:
     vllm(draft, vocabulary, tmp_path / "draft", max_position=1024)
     assert all(file.stat().st_mode & 0o444 == 0o444 for file in (tmp_path / "draft").iterdir())
 
 
-def test_aux_layers_other_than_the_rule_are_written(draft: DraftModel, vocabulary: VocabularyMap, tmp_path: Path) -> None:
-    keys = json.loads((vllm(draft, vocabulary, tmp_path / "a", aux_layers=(1, 4, 6)) / "config.json").read_text())
+def test_aux_layers_other_than_the_rule_are_written(
+    draft: DraftModel, vocabulary: VocabularyMap, tmp_path: Path
+) -> None:
+    keys = json.loads(
+        (vllm(draft, vocabulary, tmp_path / "a", aux_layers=(1, 4, 6)) / "config.json").read_text()
+    )
     assert keys["eagle_aux_hidden_state_layer_ids"] == [1, 4, 6]
     assert keys["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 3, 5]
     folder = speculators(draft, vocabulary, tmp_path / "b", aux_layers=(1, 4, 6))
@@ -120,13 +138,18 @@ def test_speculators_layout(draft: DraftModel, vocabulary: VocabularyMap, tmp_pa
     assert keys["speculators_model_type"] == "eagle3" and keys["norm_before_residual"] is False
     assert keys["transformer_layer_config"]["model_type"] == "llama"
     assert keys["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 7
-    assert keys["speculators_config"]["verifier"] == {"name_or_path": "org/target", "architectures": ["LlamaForCausalLM"]}
+    assert keys["speculators_config"]["verifier"] == {
+        "name_or_path": "org/target",
+        "architectures": ["LlamaForCausalLM"],
+    }
     names = load_file(folder / "model.safetensors").keys()
     assert names == draft.state_dict().keys() | {"embed_tokens.weight", "d2t", "t2d"}
 
 
 @BOTH
-def test_way_back_in_fp32_is_exact(export: Export, draft: DraftModel, vocabulary: VocabularyMap, tmp_path: Path) -> None:
+def test_way_back_in_fp32_is_exact(
+    export: Export, draft: DraftModel, vocabulary: VocabularyMap, tmp_path: Path
+) -> None:
     folder = export(draft, vocabulary, tmp_path / "draft", dtype="float32")
     config, state, stored = (load_vllm if export is vllm else load_speculators)(folder)[:3]
     assert state.keys() == draft.state_dict().keys()
@@ -153,8 +176,12 @@ def test_a_window_is_in_the_config_and_comes_back(
 
 
 def test_layers_of_different_windows_are_refused() -> None:
-    mixed = LlamaConfig(num_hidden_layers=2, sliding_window=48, layer_types=["sliding_attention", "full_attention"])
-    with pytest.raises(ValueError, match="all layers of a draft see sliding_window keys here, or all see everything"):
+    mixed = LlamaConfig(
+        num_hidden_layers=2, sliding_window=48, layer_types=["sliding_attention", "full_attention"]
+    )
+    with pytest.raises(
+        ValueError, match="all layers of a draft see sliding_window keys here, or all see everything"
+    ):
         sliding_window(mixed)
 
 
@@ -163,7 +190,11 @@ def test_layers_of_different_windows_are_refused() -> None:
 def test_rounded_exports_are_near(
     export: Export, dtype: str, draft: DraftModel, vocabulary: VocabularyMap, tmp_path: Path
 ) -> None:
-    assert 0 < verify_export(export(draft, vocabulary, tmp_path / "draft", dtype=dtype), draft, vocabulary) < 0.02
+    assert (
+        0
+        < verify_export(export(draft, vocabulary, tmp_path / "draft", dtype=dtype), draft, vocabulary)
+        < 0.02
+    )
 
 
 @BOTH

@@ -16,7 +16,9 @@ from judge.faults.runs import Struck
 def test_every_fault_is_dealt_out_at_steps_that_can_be_struck() -> None:
     dealt = [injection for chain in chains() for injection in chain]
     assert len(dealt) >= 40
-    assert Counter((one.name, one.where) for one in dealt) == {(one.name, one.where): times for one, times in catalogue()}
+    assert Counter((one.name, one.where) for one in dealt) == {
+        (one.name, one.where): times for one, times in catalogue()
+    }
     for chain in chains():
         steps = [injection.fault.step for injection in chain]
         assert steps == sorted(set(steps)) and steps[0] >= 2 and steps[-1] <= STEPS
@@ -37,7 +39,9 @@ def test_the_end_of_a_launch_is_judged(tmp_path: Path) -> None:
     assert not well.problems and well.detected is not None and well.ended is not None
     assert 1.9 < well.detected < 2.1 and well.ended >= 5.0
     missed = Struck("SIGKILL", "a rank")
-    missed.judge_end(tmp_path, 0, "signal 9\nFirst error, of rank 1: exit code 1", "signal 9", happened - 60.0)
+    missed.judge_end(
+        tmp_path, 0, "signal 9\nFirst error, of rank 1: exit code 1", "signal 9", happened - 60.0
+    )
     assert len(missed.problems) == 3
 
 

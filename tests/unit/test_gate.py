@@ -1,5 +1,5 @@
-"""What the gate lets through: every test file is collected, every Python file is linted and typed, and the README's table of what
-is proven says truly which of its commands run in continuous integration."""
+"""What the gate lets through: every test file is collected, every Python file is linted and typed, and the
+README's table of what is proven says truly which of its commands run in continuous integration."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ DATE = re.compile(r"20\d\d-\d\d-\d\d")
 
 
 def source_files() -> list[Path]:
-    """Every Python file of the checkout that git knows, or would know: what is new counts, what is ignored does not."""
+    """Every Python file of the checkout that git knows, or would know: what is new counts, what is ignored
+    does not.
+    """
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "*.py"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     return sorted(path for name in listed if (path := ROOT / name).is_file())
@@ -32,7 +34,11 @@ def source_files() -> list[Path]:
 def hiding_folders(files: Iterable[Path]) -> set[str]:
     """Folders above the files whose name makes a tool skip them."""
     parts = {part for path in files for part in path.relative_to(ROOT).parts[:-1]}
-    return {part for part in parts if part.casefold() in SKIPPED_BY_TOOLS or part.startswith(".") or part.endswith(".egg")}
+    return {
+        part
+        for part in parts
+        if part.casefold() in SKIPPED_BY_TOOLS or part.startswith(".") or part.endswith(".egg")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +53,21 @@ def collected() -> set[Path]:
 
 
 def test_every_test_file_is_collected(collected: set[Path]) -> None:
-    written = {path for path in source_files() if path.name.startswith("test_") and path.is_relative_to(ROOT / "tests")}
+    written = {
+        path
+        for path in source_files()
+        if path.name.startswith("test_") and path.is_relative_to(ROOT / "tests")
+    }
     assert len(written) > 50
     assert written <= collected, sorted(str(path) for path in written - collected)
 
 
 def test_tests_lie_in_tests_alone() -> None:
-    elsewhere = [path for path in source_files() if path.name.startswith("test_") and not path.is_relative_to(ROOT / "tests")]
+    elsewhere = [
+        path
+        for path in source_files()
+        if path.name.startswith("test_") and not path.is_relative_to(ROOT / "tests")
+    ]
     assert not elsewhere
 
 
@@ -91,7 +105,11 @@ def test_the_check_of_names_can_fail() -> None:
 def proven_rows(readme: str) -> list[tuple[str, str, str]]:
     """Claim, commands and when they ran last, of each row of the README's table of what is proven."""
     section = readme.partition("## What is proven")[2].partition("\n## ")[0]
-    rows = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in section.splitlines() if line.startswith("|")]
+    rows = [
+        re.split(r"(?<!\\)\|", line.strip().strip("|"))
+        for line in section.splitlines()
+        if line.startswith("|")
+    ]
     return [(claim.strip(), command.strip(), when.strip()) for claim, command, when in rows[2:]]
 
 
@@ -107,7 +125,9 @@ def test_every_claim_names_a_command_and_when_it_ran(row: tuple[str, str, str]) 
     _, command, when = row
     commands = re.findall(r"`([^`]+)`", command)
     assert commands, "a claim without a command"
-    tests = [path for text in commands if text.startswith("pytest ") for path in re.findall(r"tests/\S+\.py", text)]
+    tests = [
+        path for text in commands if text.startswith("pytest ") for path in re.findall(r"tests/\S+\.py", text)
+    ]
     for path in tests:
         assert (ROOT / path).is_file(), path
     modules = [match[1] for text in commands if (match := re.match(r"python -m ([\w.]+)", text))]
@@ -115,7 +135,10 @@ def test_every_claim_names_a_command_and_when_it_ran(row: tuple[str, str, str]) 
         assert (ROOT / (name.replace(".", "/") + ".py")).is_file(), name
     # Tests run in CI; a measurement does not, and says when its result was taken.
     assert ("CI" in when) == bool(tests), "CI runs every test file of tests/, and nothing else"
-    results = [json.loads((ROOT / path).read_text()) for path in re.findall(r"\]\((benchmarks/results/\S+?\.json)\)", command)]
+    results = [
+        json.loads((ROOT / path).read_text())
+        for path in re.findall(r"\]\((benchmarks/results/\S+?\.json)\)", command)
+    ]
     assert DATE.findall(when) == [result["date"] for result in results], "the dates of the result files"
     assert len(results) == len(modules), "every measurement has its result file beside it"
     for result, name in zip(results, modules, strict=True):

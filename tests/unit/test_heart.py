@@ -87,7 +87,10 @@ def test_the_collective_that_is_waited_for_comes_before_later_ones(monkeypatch: 
     records: dict[str, list[dict[str, Any]]] = {"_dump_fr_trace_json": [], "_dump_nccl_trace_json": []}
     for name in records:
         monkeypatch.setattr(
-            heart._distributed_c10d, name, lambda name=name: json.dumps({"entries": records[name]}).encode(), raising=False
+            heart._distributed_c10d,
+            name,
+            lambda name=name: json.dumps({"entries": records[name]}).encode(),
+            raising=False,
         )
     assert last_collective() == ("", False, 0)
     records["_dump_fr_trace_json"] = [entry("gloo:all_reduce", 1, True), entry("gloo:broadcast", 3, True)]

@@ -42,7 +42,9 @@ TABLE: dict[str, set[str]] = {
 
 
 def imported_modules(source: str) -> set[str]:
-    """Absolute module names that a source imports anywhere, function bodies and type-checking blocks included."""
+    """Absolute module names that a source imports anywhere, function bodies and type-checking blocks
+    included.
+    """
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -56,7 +58,11 @@ def imported_modules(source: str) -> set[str]:
 def trespasses(room: str, source: str) -> set[str]:
     """What a file of `room` imports without the right to."""
     modules = imported_modules(source)
-    rooms = {parts[1] for parts in (name.split(".") for name in modules) if parts[0] == "eagle3_ds" and len(parts) > 1}
+    rooms = {
+        parts[1]
+        for parts in (name.split(".") for name in modules)
+        if parts[0] == "eagle3_ds" and len(parts) > 1
+    }
     found = {name for name in rooms if name in TABLE} - TABLE[room] - {room}
     if room != "train":
         found |= {name for name in modules if name.split(".")[0] == "deepspeed"}

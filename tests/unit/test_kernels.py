@@ -43,7 +43,9 @@ def test_backward_equals_autograd(
 
 @pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 @each_kernel
-def test_it_holds_too(kernel: AttentionKernel, device: str, dtype: torch.dtype, check: conformance.Check) -> None:
+def test_it_holds_too(
+    kernel: AttentionKernel, device: str, dtype: torch.dtype, check: conformance.Check
+) -> None:
     check(kernel, device, dtype)
 
 
@@ -62,7 +64,9 @@ def test_merge_of_two_empty_rows_is_empty() -> None:
     assert torch.equal(out, zero) and torch.equal(lse, nothing)
 
 
-@pytest.mark.parametrize("tile", [Tile(0, 4, 0, 3, True), Tile(0, 4, 0, 3, False, 2), Tile(0, 4, 0, 6, True, -1)])
+@pytest.mark.parametrize(
+    "tile", [Tile(0, 4, 0, 3, True), Tile(0, 4, 0, 3, False, 2), Tile(0, 4, 0, 6, True, -1)]
+)
 def test_a_tile_with_an_empty_row_is_a_bug(tile: Tile) -> None:
     x = torch.zeros(6, 1, 8)
     with pytest.raises(AssertionError, match="leaves rows without a key"):
@@ -80,9 +84,15 @@ def test_auto_runs_on_any_device(device: str) -> None:
 
 
 def test_named_kernel_that_cannot_run_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'cuda' cannot run .* NVIDIA GPUs.* can: cpu, blockwise, reference"):
+    with pytest.raises(
+        ValueError, match=r"'cuda' cannot run .* NVIDIA GPUs.* can: cpu, blockwise, reference"
+    ):
         select_kernel("cuda", torch.device("cpu"), torch.bfloat16, 64)
-    with pytest.raises(ValueError, match=r"'cpu' cannot run .* not torch.float16.* can: blockwise, reference"):
+    with pytest.raises(
+        ValueError, match=r"'cpu' cannot run .* not torch.float16.* can: blockwise, reference"
+    ):
         select_kernel("cpu", torch.device("cpu"), torch.float16, 64)
-    with pytest.raises(ValueError, match=r"'flsh', but no kernel is named so.* these: cpu, blockwise, reference"):
+    with pytest.raises(
+        ValueError, match=r"'flsh', but no kernel is named so.* these: cpu, blockwise, reference"
+    ):
         select_kernel("flsh", torch.device("cpu"), torch.float32, 64)

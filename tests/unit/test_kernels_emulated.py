@@ -1,7 +1,9 @@
-"""The kernels for GPUs without a GPU: real operator schemas and package signatures, with an emulation behind them.
+"""The kernels for GPUs without a GPU: real operator schemas and package signatures, with an emulation behind
+them.
 
-Their calls are checked against what the operators and packages document; the arithmetic is checked where a GPU is, by
-tests/gpu. The emulations compute dense attention from the documented masks and share no code with the kernels.
+Their calls are checked against what the operators and packages document; the arithmetic is checked where a
+GPU is, by tests/gpu. The emulations compute dense attention from the documented masks and share no code with
+the kernels.
 """
 
 from __future__ import annotations
@@ -57,14 +59,24 @@ def dense_backward(
 
 
 def varlen_masks(
-    q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, left: int, right: int
+    q: Tensor,
+    k: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    causal: bool,
+    left: int,
+    right: int,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Rows, keys and mask of each sequence, as FlashAttention 2 and 3 define them; -1 is an unlimited side."""
     for x, offsets in ((q, cu_q), (k, cu_k)):
         assert x.dim() == 3 and x.stride(-1) == 1
         assert offsets.dtype == torch.int32 and offsets[0] == 0 and offsets[-1] == len(x)
     sizes_q, sizes_k = cu_q.diff(), cu_k.diff()
-    assert (max_q, max_k) == (int(sizes_q.max()), int(sizes_k.max())) and sizes_q.min() > 0 and sizes_k.min() > 0
+    assert (
+        (max_q, max_k) == (int(sizes_q.max()), int(sizes_k.max())) and sizes_q.min() > 0 and sizes_k.min() > 0
+    )
     if causal:
         right = 0
     if left >= max_k:
@@ -74,12 +86,23 @@ def varlen_masks(
     for i in range(len(sizes_q)):
         num_q, num_k = int(sizes_q[i]), int(sizes_k[i])
         back = (torch.arange(num_q)[:, None] + num_k - num_q) - torch.arange(num_k)
-        shown = (back <= left if left >= 0 else back == back) & (back >= -right if right >= 0 else back == back)
+        shown = (back <= left if left >= 0 else back == back) & (
+            back >= -right if right >= 0 else back == back
+        )
         yield slice(int(cu_q[i]), int(cu_q[i + 1])), slice(int(cu_k[i]), int(cu_k[i + 1])), shown
 
 
 def varlen_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, left: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    causal: bool,
+    left: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     for rows, keys, shown in varlen_masks(q, k, cu_q, cu_k, max_q, max_k, causal, left, -1):
@@ -154,7 +177,9 @@ def aten_flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     assert dropout_p == 0.0 and rng_state.dtype == unused.dtype == torch.uint64
     left = -1 if window_size_left is None else window_size_left
-    return varlen_backward(dout, q, k, v, out, lse, cum_seq_q, cum_seq_k, max_q, max_k, is_causal, left, scale)
+    return varlen_backward(
+        dout, q, k, v, out, lse, cum_seq_q, cum_seq_k, max_q, max_k, is_causal, left, scale
+    )
 
 
 def top_left(q: Tensor, k: Tensor, is_causal: bool) -> Tensor:
@@ -179,7 +204,17 @@ def cudnn_forward(
     assert k.shape[2] > 1 and k.transpose(1, 2).is_contiguous() and q.transpose(1, 2).is_contiguous()
     out, lse = dense_forward(*(x[0].transpose(0, 1) for x in (q, k, v)), scale, top_left(q, k, is_causal))
     nothing = q.new_empty(0)
-    return out.transpose(0, 1)[None], lse[None, ..., None], nothing, nothing, q.shape[2], k.shape[2], nothing, nothing, nothing
+    return (
+        out.transpose(0, 1)[None],
+        lse[None, ..., None],
+        nothing,
+        nothing,
+        q.shape[2],
+        k.shape[2],
+        nothing,
+        nothing,
+        nothing,
+    )
 
 
 def cudnn_backward(
@@ -202,7 +237,10 @@ def cudnn_backward(
     scale: float,
 ) -> tuple[Tensor, ...]:
     assert (attn_bias, cum_seq_q, cum_seq_k, dropout_p) == (None, None, None, 0.0)
-    assert (max_q, max_k) == (q.shape[2], k.shape[2]) and philox_seed.dtype == philox_offset.dtype == torch.int64
+    assert (max_q, max_k) == (
+        q.shape[2],
+        k.shape[2],
+    ) and philox_seed.dtype == philox_offset.dtype == torch.int64
     assert lse.shape == (*q.shape[:3], 1) and lse.is_contiguous() and lse.dtype == torch.float32
     assert all(x.transpose(1, 2).is_contiguous() for x in (dout, q, k, v, out))
     operands = (x[0].transpose(0, 1) for x in (dout, q, k, v, out))
@@ -228,9 +266,24 @@ def fa2_forward(
     return_softmax: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The arguments of flash-attn 2.8's function that come before those for paged keys."""
-    assert (dropout_p, window_size_right, softcap, alibi_slopes, return_softmax) == (0.0, -1, 0.0, None, False)
+    assert (dropout_p, window_size_right, softcap, alibi_slopes, return_softmax) == (
+        0.0,
+        -1,
+        0.0,
+        None,
+        False,
+    )
     out, lse = varlen_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size_left, softmax_scale
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        causal,
+        window_size_left,
+        softmax_scale,
     )
     return out, lse, q.new_empty(0), torch.empty(2, dtype=torch.int64)
 
@@ -261,7 +314,14 @@ def fa2_backward(
     zero_tensors: bool = False,
 ) -> Tensor:
     """All the arguments of flash-attn 2.8's function; the gradients are written into what it is given."""
-    assert (dropout_p, window_size_right, softcap, alibi_slopes, rng_state, zero_tensors) == (0.0, -1, 0.0, None, None, False)
+    assert (dropout_p, window_size_right, softcap, alibi_slopes, rng_state, zero_tensors) == (
+        0.0,
+        -1,
+        0.0,
+        None,
+        None,
+        False,
+    )
     assert deterministic == torch.are_deterministic_algorithms_enabled()
     grads = varlen_backward(
         dout,
@@ -364,9 +424,14 @@ def fa4_forward(
     window_size_right: int | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None, None, None]:
-    assert qv is seqused_q is seqused_k is min_seqlen_k is page_table is softcap is window_size_right is None and return_lse
+    assert (
+        qv is seqused_q is seqused_k is min_seqlen_k is page_table is softcap is window_size_right is None
+        and return_lse
+    )
     left = -1 if window_size_left is None else window_size_left
-    out, lse = varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, left, softmax_scale)
+    out, lse = varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, left, softmax_scale
+    )
     return out, lse, None, None
 
 
@@ -393,7 +458,19 @@ def fa4_backward(
     assert deterministic == torch.are_deterministic_algorithms_enabled()
     left = -1 if window_size_left is None else window_size_left
     return varlen_backward(
-        dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, left, softmax_scale
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        causal,
+        left,
+        softmax_scale,
     )
 
 
@@ -512,7 +589,9 @@ def test_package_kernels_need_their_package(gpu: pytest.MonkeyPatch, name: str) 
     install(gpu, package, version, module)
     assert kernel.unavailable_reason(device, torch.bfloat16, 128) is None
     assert select_kernel("auto", device, torch.bfloat16, 128) is kernel
-    with pytest.raises(ValueError, match=f"'{name}' cannot run with torch.float32 .* torch.bfloat16 or torch.float16"):
+    with pytest.raises(
+        ValueError, match=f"'{name}' cannot run with torch.float32 .* torch.bfloat16 or torch.float16"
+    ):
         select_kernel(name, device, torch.float32, 128)
 
 
@@ -539,7 +618,12 @@ def test_auto_takes_the_built_in_flash_without_a_package(gpu: pytest.MonkeyPatch
     ],
 )
 def test_says_where_it_runs(
-    gpu: pytest.MonkeyPatch, name: str, capability: tuple[int, int], dtype: torch.dtype, head_dim: int, reason: str | None
+    gpu: pytest.MonkeyPatch,
+    name: str,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_dim: int,
+    reason: str | None,
 ) -> None:
     gpu.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     said = kernel_called(name).unavailable_reason(torch.device("cuda"), dtype, head_dim)
@@ -552,11 +636,14 @@ def test_cudnn_says_which_version_it_needs(gpu: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "head_dim", "capability"), [("cudnn", 128, (9, 0)), ("flash_attn3", 256, (9, 0)), ("flash_attn4", 128, (12, 0))]
+    ("name", "head_dim", "capability"),
+    [("cudnn", 128, (9, 0)), ("flash_attn3", 256, (9, 0)), ("flash_attn4", 128, (12, 0))],
 )
 def test_says_that_it_is_not_deterministic(
     gpu: pytest.MonkeyPatch, name: str, head_dim: int, capability: tuple[int, int]
 ) -> None:
     gpu.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     gpu.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert "deterministic" in kernel_called(name).unavailable_reason(torch.device("cuda"), torch.bfloat16, head_dim)
+    assert "deterministic" in kernel_called(name).unavailable_reason(
+        torch.device("cuda"), torch.bfloat16, head_dim
+    )

@@ -22,7 +22,9 @@ def make_pack(lengths, width=2, stretch=1):
     generator = torch.Generator().manual_seed(length)
     return PackedSequence(
         token_ids=torch.randint(0, 1000, (length,), generator=generator),
-        loss_mask=(torch.rand(-(-length // stretch), generator=generator) < 0.6).repeat_interleave(stretch)[:length],
+        loss_mask=(torch.rand(-(-length // stretch), generator=generator) < 0.6).repeat_interleave(stretch)[
+            :length
+        ],
         lengths=tuple(lengths),
         teacher_token=torch.randint(0, 1000, (length,), generator=generator),
         aux=torch.rand(length, 3 * width, generator=generator) + 1,
@@ -79,7 +81,8 @@ def test_live_work_is_balanced_where_answers_are_at_the_end():
 def test_a_window_levels_the_work_of_late_slots():
     plan = SpanPlan.make([4096], ring=4, window=16)
     assert plan.ring_work().sum() == 4096 * 16 - 15 * 16 // 2
-    # Full attention puts the last chunk alone with light ones; under a window all but the first chunk weigh the same.
+    # Full attention puts the last chunk alone with light ones; under a window all but the first chunk weigh
+    # the same.
     assert plan.ring_work().max() - plan.ring_work().min() <= 120
 
 
@@ -127,7 +130,12 @@ def test_greedy_plan_is_balanced_on_simulated_128k_packs(median):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"lengths": []}, {"lengths": [4, 0]}, {"lengths": [4], "ring": 0}, {"lengths": [4], "live": np.ones(3, dtype=np.bool_)}],
+    [
+        {"lengths": []},
+        {"lengths": [4, 0]},
+        {"lengths": [4], "ring": 0},
+        {"lengths": [4], "live": np.ones(3, dtype=np.bool_)},
+    ],
 )
 def test_a_plan_that_cannot_be_is_refused(bad):
     with pytest.raises(ValueError, match="lengths|must be >= 1|live has shape"):
@@ -135,9 +143,13 @@ def test_a_plan_that_cannot_be_is_refused(bad):
 
 
 @settings(max_examples=60, deadline=None)
-@given(plans, st.integers(1, 7), st.sampled_from(["served", "reference"]), st.integers(1, 30), st.integers(1, 8))
+@given(
+    plans, st.integers(1, 7), st.sampled_from(["served", "reference"]), st.integers(1, 30), st.integers(1, 8)
+)
 def test_a_rank_reads_what_the_whole_sequence_says(plan, steps, alignment, stretch, chunks):
-    """Row `row + 1 + k` of the extended buffers is position i + 1 + k of the pack, wherever a slot is supervised."""
+    """Row `row + 1 + k` of the extended buffers is position i + 1 + k of the pack, wherever a slot is
+    supervised.
+    """
     pack = make_pack(plan.lengths, stretch=stretch)
     live = live_slots(plan.lengths, pack.loss_mask, steps, alignment)
     plan = SpanPlan.make(plan.lengths, plan.ring, plan.ulysses, chunks, live)

@@ -40,7 +40,11 @@ def make(seed=0, supervised_share=0.6, tile_bytes=2**14):
         step_weight=torch.tensor([0.5, 0.3, 0.1], dtype=torch.float64),
         eps=EPS,
     )
-    leaves = [random(H).requires_grad_(), random(VD, H).requires_grad_(), *(random(S, H).requires_grad_() for _ in range(K))]
+    leaves = [
+        random(H).requires_grad_(),
+        random(VD, H).requires_grad_(),
+        *(random(S, H).requires_grad_() for _ in range(K)),
+    ]
     return inputs, row, teacher, leaves
 
 
@@ -70,7 +74,9 @@ def dense(inputs, row, teacher, leaves):
         logits = hidden / (hidden.square().mean(-1, keepdim=True) + EPS).sqrt() * norm @ head.T
         entropy = -(target * logits.log_softmax(-1)).sum(-1)
         loss = (entropy * inputs.contributing[k]).sum()
-        right = (inputs.draft_to_target[logits.argmax(-1)] == inputs.teacher_token[rows]) & inputs.supervised[k]
+        right = (inputs.draft_to_target[logits.argmax(-1)] == inputs.teacher_token[rows]) & inputs.supervised[
+            k
+        ]
         all_right = all_right & right
         total = total + loss * inputs.step_weight[k]
         losses.append(loss.item())

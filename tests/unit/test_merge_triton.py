@@ -31,7 +31,9 @@ def test_interpreted_kernels_equal_one_softmax() -> None:
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("name", ["_merge_kernel", "_merge_backward_kernel"])
-def test_compiler_takes_the_kernels(name: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiler_takes_the_kernels(
+    name: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For two diagonals in bf16, 8 query heads of 128 on 2 key heads, down to PTX; no GPU takes part."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from triton.backends.compiler import GPUTarget

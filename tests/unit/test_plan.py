@@ -39,7 +39,10 @@ GIB = 2**30
 SMALL = DraftShape(64, 96, 4, 2, 16, 160, 128)
 LLAMA_8B = DraftShape(4096, 14336, 32, 8, 128, 128256, 32000)
 NODE = Setup(LLAMA_8B, 131_072, ulysses=4, ring=2, zero=ZeroSettings(stage=2, overlap_comm=True))
-FILES = {str(path): ZeroSettings.of(json.loads(path.read_text())) for path in sorted((ROOT / "ds_configs").glob("*.json"))}
+FILES = {
+    str(path): ZeroSettings.of(json.loads(path.read_text()))
+    for path in sorted((ROOT / "ds_configs").glob("*.json"))
+}
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -47,7 +50,12 @@ def test_parameters_are_those_of_the_model(layers: int) -> None:
     from transformers import LlamaConfig
 
     target = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=160
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=160,
     )
     config = build_draft_config(target, DraftSection(vocab_size=128, num_layers=layers))
     shape = DraftShape.of(config)
@@ -55,8 +63,12 @@ def test_parameters_are_those_of_the_model(layers: int) -> None:
     assert sorted(shape.parameter_sizes) == sorted(p.numel() for p in DraftModel(config).parameters())
 
 
-@given(st.integers(1, 5000), st.integers(1, 5), st.sampled_from([1, 2, 4]), st.integers(1, 8), st.floats(0, 1))
-def test_slots_are_those_of_the_span_plan(length: int, ring: int, ulysses: int, chunks: int, supervised: float) -> None:
+@given(
+    st.integers(1, 5000), st.integers(1, 5), st.sampled_from([1, 2, 4]), st.integers(1, 8), st.floats(0, 1)
+)
+def test_slots_are_those_of_the_span_plan(
+    length: int, ring: int, ulysses: int, chunks: int, supervised: float
+) -> None:
     live = np.arange(length) < round(length * supervised)
     plan = SpanPlan.make([length], ring, ulysses, chunks, live)
     setup = Setup(SMALL, length, ring=ring, ulysses=ulysses, chunks_per_rank=chunks, supervised=supervised)
@@ -92,7 +104,9 @@ def test_zero_settings_of_the_shipped_files() -> None:
 
 
 def test_states_by_stage() -> None:
-    """Bytes per parameter on 8 ranks in bf16: weights 2, masters 4, moments 8; ZeRO-3 shards the weights, and its gradients."""
+    """Bytes per parameter on 8 ranks in bf16: weights 2, masters 4, moments 8; ZeRO-3 shards the weights, and
+    its gradients.
+    """
     parameters = LLAMA_8B.num_parameters
     frozen = 2 * (128256 + 32000) * 4096
     expected = {0: 14.0, 1: 2 + 12 / 8, 2: 2 + 12 / 8, 3: 2 / 8 + 12 / 8 + 2 / 8}
@@ -117,7 +131,10 @@ def test_memory_falls_with_more_ranks_and_with_what_is_not_kept() -> None:
 
 
 def test_no_term_grows_with_slots_times_vocabulary() -> None:
-    short, long = (predict_memory(replace(NODE, length=length)).phases["loss"]["tile of the loss"] for length in (2**17, 2**20))
+    short, long = (
+        predict_memory(replace(NODE, length=length)).phases["loss"]["tile of the loss"]
+        for length in (2**17, 2**20)
+    )
     assert long - short < 0.01 * (2**20 - 2**17) // 8 * 32000 * 4
 
 
@@ -172,7 +189,8 @@ def test_streaming_keeps_as_many_blocks_as_fit() -> None:
     for kept in (1, 2, 4):
         traffic = attention_traffic(replace(setup, kv_bytes=(kept - 1) * block * 8))[0]
         calls[kept] = traffic.calls
-    # K = 7. Step 0 sends 3 blocks; each of the 13 other passes those not kept; their gradients follow in 7; kept ones in 3.
+    # K = 7. Step 0 sends 3 blocks; each of the 13 other passes those not kept; their gradients follow in 7;
+    # kept ones in 3.
     assert calls == {1: 3 + 13 * 3 + 7 * 3, 2: 3 + 13 * 2 + 7 * 2 + 3, 4: 3 + 0 + 0 + 3}
 
 
@@ -192,7 +210,10 @@ def test_zero_moves_weights_and_gradients() -> None:
 
     assert moved(0) == {"zero all_reduce": weights}
     assert moved(2) == {"zero reduce_scatter": weights, "zero all_gather": weights // 8}
-    assert moved(3, accumulation=2) == {"zero reduce_scatter": 2 * weights, "zero all_gather": 4 * weights // 8}
+    assert moved(3, accumulation=2) == {
+        "zero reduce_scatter": 2 * weights,
+        "zero all_gather": 4 * weights // 8,
+    }
     assert moved(2, zero_group="draft_dp") == {"sp all_reduce": weights}
 
 
@@ -200,7 +221,11 @@ def test_the_largest_length_is_the_largest() -> None:
     budget = 80 * GIB
     length = largest_length(NODE, budget)
     assert length % 1024 == 0
-    assert predict_memory(replace(NODE, length=length)).peak <= budget < predict_memory(replace(NODE, length=length + 1024)).peak
+    assert (
+        predict_memory(replace(NODE, length=length)).peak
+        <= budget
+        < predict_memory(replace(NODE, length=length + 1024)).peak
+    )
     assert largest_length(NODE, 2**20) == 0
 
 
@@ -218,7 +243,9 @@ def test_the_fastest_fit_and_use_all_ranks() -> None:
 
 def test_six_heads_take_no_ulysses_of_eight() -> None:
     shape = replace(LLAMA_8B, num_heads=36, num_kv_heads=6)
-    found = fastest(replace(NODE, shape=shape), 8, 80 * GIB, DEVICES["H100"], {"zero2": ZeroSettings(stage=2)})
+    found = fastest(
+        replace(NODE, shape=shape), 8, 80 * GIB, DEVICES["H100"], {"zero2": ZeroSettings(stage=2)}
+    )
     assert {candidate.setup.ulysses for candidate in found} == {1, 2}
 
 

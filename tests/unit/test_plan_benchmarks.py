@@ -19,7 +19,9 @@ def test_cuts_of_one_document_and_of_equal_ones() -> None:
     assert all(equal.quantile(cut, 0.5) == pytest.approx(1.0, abs=1e-3) for cut in ("contiguous", "zigzag"))
 
 
-def test_the_plan_holds_the_bar_and_the_result_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_holds_the_bar_and_the_result_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     balance.main(["--packs", "20", "--folder", str(tmp_path), "--pictures", str(tmp_path)])
     assert "median 48k" in capsys.readouterr().out
     assert (tmp_path / "balance.png").stat().st_size > 10_000

@@ -34,7 +34,13 @@ def test_a_target_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
     text = planned(capsys, *LLAMA, "--gpus", "8", "--gpu-memory", "80")
     assert "425 M trained parameters" in text
     assert "fits in 78.0 GiB" in text
-    for part in ("Adam moments", "saved activations", "KV gradients", "longest sequence that fits", "tokens/s"):
+    for part in (
+        "Adam moments",
+        "saved activations",
+        "KV gradients",
+        "longest sequence that fits",
+        "tokens/s",
+    ):
         assert part in text
     line = next(line for line in text.splitlines() if line.startswith("best as overrides: "))
     best = load_recipe(LLAMA[0], line.removeprefix("best as overrides: ").split())
@@ -58,7 +64,9 @@ def test_a_target_that_will_be_built_and_one_of_which_only_the_config_is_here(
         "vocab_size": 4096,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    here = planned(capsys, "recipes/quickstart.yaml", "--gpus", "4", f"target.path={tmp_path}", "target.build=null")
+    here = planned(
+        capsys, "recipes/quickstart.yaml", "--gpus", "4", f"target.path={tmp_path}", "target.build=null"
+    )
     assert "hidden 192, 4/2 heads of 48" in here
 
 
@@ -89,11 +97,16 @@ def test_what_does_not_fit_is_said_with_bytes_and_help(capsys: pytest.CaptureFix
     [
         (["--gpus", "6"], ["world size", "6", "ulysses 4 x ring 2 = 8"]),
         (["--gpus", "16"], ["parallel.draft_dp", "16"]),
-        (["parallel.ulysses=8", "parallel.ring=1", "--num-kv-heads", "4"], ["parallel.ulysses is 8", "divide 4"]),
+        (
+            ["parallel.ulysses=8", "parallel.ring=1", "--num-kv-heads", "4"],
+            ["parallel.ulysses is 8", "divide 4"],
+        ),
         (["--gpu-memory", "1"], ["--reserve 2.0 leaves nothing"]),
     ],
 )
-def test_a_plan_that_cannot_be(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_that_cannot_be(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     error = refused(capsys, *LLAMA, *arguments)
     assert all(word in error for word in words), error
 
@@ -103,10 +116,16 @@ def test_missing_sizes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--intermediate-size" in error and "--vocab-size" in error and "--shape" in error
 
 
-def test_an_unreachable_hub_name_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreachable_hub_name_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def unreachable(name: str, **_: object) -> None:
         raise OSError(f"{name} cannot be reached")
 
     monkeypatch.setattr("eagle3_ds.cli.plan.AutoConfig.from_pretrained", unreachable)
     error = refused(capsys, "recipes/llama3.1-8b_128k_usp.yaml")
-    assert "meta-llama/Llama-3.1-8B-Instruct" in error and "cannot be reached" in error and "--shape llama3.1-8b" in error
+    assert (
+        "meta-llama/Llama-3.1-8B-Instruct" in error
+        and "cannot be reached" in error
+        and "--shape llama3.1-8b" in error
+    )

@@ -76,7 +76,8 @@ def test_backward_of_a_custom_function_is_counted():
     x = torch.ones(KIB, requires_grad=True)
     with TensorBytes() as counted:
         loss = _Square.apply(_Square.apply(x)).sum()
-        # Saved for backward: the first result only (x was there); the scalar loss, and the last square is gone.
+        # Saved for backward: the first result only (x was there); the scalar loss, and the last square is
+        # gone.
         assert counted.live - counted.baseline == 1024 + 4
         counted.mark()
         loss.backward()
@@ -108,7 +109,10 @@ def test_explains_the_peak_and_ignores_what_is_not_held():
         b = torch.zeros(3, KIB, dtype=torch.float16)
         torch.zeros(1 << 20, device="meta")
         del b
-        assert counted.at_peak == {"aten.zeros.default float32 [256]": 1024, "aten.zeros.default float16 [3, 256]": 1536}
+        assert counted.at_peak == {
+            "aten.zeros.default float32 [256]": 1024,
+            "aten.zeros.default float16 [3, 256]": 1536,
+        }
     with TensorBytes(device_type="cuda") as nothing:
         torch.zeros(KIB)
     assert nothing.peak == 0

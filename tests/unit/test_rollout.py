@@ -28,7 +28,10 @@ def rollout(**changes):
 
 def test_a_rollout_in_order_passes():
     assert _check_tokens(rollout(), VOCABULARY) == 14
-    assert _check_tokens(rollout(teacher_token=None, loss_mask=torch.ones(14, dtype=torch.int8)), VOCABULARY) == 14
+    assert (
+        _check_tokens(rollout(teacher_token=None, loss_mask=torch.ones(14, dtype=torch.int8)), VOCABULARY)
+        == 14
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,10 +40,16 @@ def test_a_rollout_in_order_passes():
         ({"lengths": (5, 8)}, r"lengths is [5, 8] with the sum 13, and token_ids has 14 tokens"),
         ({"lengths": ()}, "lengths is [] with the sum 0"),
         ({"lengths": (14, 0)}, "each at least 1"),
-        ({"token_ids": torch.full((14,), VOCABULARY)}, "token_ids holds 50 at row 0, expected a token of the target, below 50"),
+        (
+            {"token_ids": torch.full((14,), VOCABULARY)},
+            "token_ids holds 50 at row 0, expected a token of the target, below 50",
+        ),
         ({"token_ids": torch.tensor([*range(13), -1])}, "token_ids holds -1 at row 13"),
         ({"token_ids": torch.zeros(14)}, "token_ids is torch.float32 (14,), expected integers"),
-        ({"loss_mask": torch.ones(13, dtype=torch.bool)}, "loss_mask is torch.bool (13,), expected integers or booleans (14,)"),
+        (
+            {"loss_mask": torch.ones(13, dtype=torch.bool)},
+            "loss_mask is torch.bool (13,), expected integers or booleans (14,)",
+        ),
         ({"loss_mask": torch.full((14,), 2)}, "loss_mask holds 2 at row 0, expected 0 or 1"),
         ({"teacher_token": torch.full((14,), 99)}, "teacher_token holds 99 at row 0"),
         ({"teacher_token": torch.zeros(14, 1, dtype=torch.int64)}, "teacher_token is torch.int64 (14, 1)"),

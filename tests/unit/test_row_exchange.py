@@ -25,7 +25,10 @@ def own_slots(plan: SpanPlan) -> list[IntArray]:
 def exchanged(plan: SpanPlan, wanted: Sequence[IntArray]) -> list[torch.Tensor]:
     """What each rank ends up with when every row is its slot's number."""
     ranks = [RowExchange(plan, wanted, rank, None) for rank in range(len(wanted))]
-    sent = [torch.from_numpy(slots)[rank.rows].split(rank.send_sizes) for rank, slots in zip(ranks, own_slots(plan), strict=True)]
+    sent = [
+        torch.from_numpy(slots)[rank.rows].split(rank.send_sizes)
+        for rank, slots in zip(ranks, own_slots(plan), strict=True)
+    ]
     results = []
     for place, rank in enumerate(ranks):
         assert [len(pieces[place]) for pieces in sent] == rank.receive_sizes
@@ -60,7 +63,9 @@ def test_the_stretches_of_all_ranks_are_the_documents(ring: int, ulysses: int) -
             held = slots[stretch.first : stretch.last]
             assert np.array_equal(held, np.arange(held[0], held[0] + len(held)))
             seen += [(stretch.document, stretch.start + row) for row in range(len(held))]
-    assert sorted(seen) == [(document, row) for document, length in enumerate(LENGTHS) for row in range(length)]
+    assert sorted(seen) == [
+        (document, row) for document, length in enumerate(LENGTHS) for row in range(length)
+    ]
 
 
 def test_held_rows_answer_by_place_and_know_what_they_lack() -> None:

@@ -1,4 +1,6 @@
-"""Saving and restoring in one process: what a full disk, a failing thread and a damaged file do. Shapes: tests/ranks."""
+"""Saving and restoring in one process: what a full disk, a failing thread and a damaged file do. Shapes:
+tests/ranks.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,14 @@ import torch
 from torch import nn
 
 from eagle3_ds.checkpoint import saver as saver_module
-from eagle3_ds.checkpoint.format import CheckpointError, folder_name, newest_intact, rank_file, read_manifest, step_folders
+from eagle3_ds.checkpoint.format import (
+    CheckpointError,
+    folder_name,
+    newest_intact,
+    rank_file,
+    read_manifest,
+    step_folders,
+)
 from eagle3_ds.checkpoint.restore import load_checkpoint
 from eagle3_ds.checkpoint.saver import FAILED, IDLE, WRITING, CheckpointSaver, Progress
 from eagle3_ds.config import load_recipe
@@ -78,7 +87,9 @@ def test_a_restored_trainer_goes_on_bitwise(tmp_path: Path) -> None:
     assert [fresh.step() for _ in range(2)] == losses
 
 
-def test_a_background_copy_is_of_the_moment_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_background_copy_is_of_the_moment_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer, go_on = Trainer("train.save_async=true"), threading.Event()
     write = saver_module._write
     monkeypatch.setattr(saver_module, "_write", lambda *arguments: go_on.wait(10) and write(*arguments))
@@ -95,7 +106,9 @@ def test_a_background_copy_is_of_the_moment_it_was_asked_for(tmp_path: Path, mon
     assert [fresh.step() for _ in range(2)] == expected
 
 
-def test_an_error_of_the_thread_is_raised_at_the_next_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_thread_is_raised_at_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = Trainer("train.save_async=true")
     saver = CheckpointSaver(EngineState(trainer), tmp_path)
     saver.save(Progress(1, 4))
@@ -112,20 +125,25 @@ def test_an_error_of_the_thread_is_raised_at_the_next_look(tmp_path: Path, monke
     while saver.state == WRITING:
         pass
     assert saver.is_pending and saver.state == FAILED
-    with pytest.raises(CheckpointError, match=r"step-000002 could not be written \(OSError: .*No space left.*bytes; .* free"):
+    with pytest.raises(
+        CheckpointError, match=r"step-000002 could not be written \(OSError: .*No space left.*bytes; .* free"
+    ):
         saver.finish()
     assert [path.name for path in step_folders(tmp_path)] == ["step-000001"]
     assert newest_intact(tmp_path) == (tmp_path / "step-000001", [])
     assert not list(tmp_path.glob(".step*"))
 
 
-def test_a_checkpoint_that_would_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_would_not_fit_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saver = CheckpointSaver(EngineState(Trainer()), tmp_path)
     saver.save(Progress(1, 4))
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(saver_module.shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1234, 1234))
     with pytest.raises(
-        CheckpointError, match=r"step-000002 was not written: it needs 1,04\d,\d\d\d bytes, and .* has 1,234 free"
+        CheckpointError,
+        match=r"step-000002 was not written: it needs 1,04\d,\d\d\d bytes, and .* has 1,234 free",
     ):
         saver.save(Progress(2, 8))
     assert newest_intact(tmp_path) == (tmp_path / "step-000001", [])
@@ -156,7 +174,10 @@ def test_a_disk_that_fills_up_while_writing(small_disk: Path, monkeypatch: pytes
     saver.save(Progress(1, 4))
     real = saver_module.shutil.disk_usage
     monkeypatch.setattr(saver_module.shutil, "disk_usage", lambda path: real(path)._replace(free=10**9))
-    with pytest.raises(CheckpointError, match=r"step-000002 could not be written \(SafetensorError: .*No space left on device"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"step-000002 could not be written \(SafetensorError: .*No space left on device",
+    ):
         saver.save(Progress(2, 8))
     assert newest_intact(small_disk) == (small_disk / "step-000001", [])
     assert not list(small_disk.glob(".step*"))
@@ -169,7 +190,9 @@ def test_a_damaged_checkpoint_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / folder_name(1) / rank_file(0)
     path.write_bytes(path.read_bytes()[:-8])
     before = [parameter.clone() for parameter in trainer.engine.module.parameters()]
-    with pytest.raises(ValueError, match=rf"the checkpoint is damaged: .*{rank_file(0)} has \d+ bytes instead of"):
+    with pytest.raises(
+        ValueError, match=rf"the checkpoint is damaged: .*{rank_file(0)} has \d+ bytes instead of"
+    ):
         load_checkpoint(EngineState(trainer), tmp_path / folder_name(1))
     assert all(torch.equal(*pair) for pair in zip(before, trainer.engine.module.parameters(), strict=True))
 

@@ -1,4 +1,6 @@
-"""What must never be in the sources: code that data could run, a shell, ssh without its checks, secrets on their way out."""
+"""What must never be in the sources: code that data could run, a shell, ssh without its checks, secrets on
+their way out.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,12 @@ FORBIDDEN = (runs_pickled_code, starts_a_shell, evaluates_text, trusts_a_model_f
 
 @pytest.mark.parametrize("is_forbidden", FORBIDDEN, ids=lambda rule: rule.__name__)
 def test_the_package_has_no_such_call(is_forbidden: Callable[[str, dict[str, ast.expr]], bool]) -> None:
-    found = {path.name: name for path in SOURCES for name, keywords in calls(path.read_text()) if is_forbidden(name, keywords)}
+    found = {
+        path.name: name
+        for path in SOURCES
+        for name, keywords in calls(path.read_text())
+        if is_forbidden(name, keywords)
+    }
     assert not found
 
 
@@ -72,7 +79,9 @@ def test_the_package_has_no_such_call(is_forbidden: Callable[[str, dict[str, ast
         (trusts_a_model_folder, "transformers.AutoConfig.from_pretrained(path, trust_remote_code=True)"),
     ],
 )
-def test_the_rules_can_be_broken(is_forbidden: Callable[[str, dict[str, ast.expr]], bool], source: str) -> None:
+def test_the_rules_can_be_broken(
+    is_forbidden: Callable[[str, dict[str, ast.expr]], bool], source: str
+) -> None:
     ((name, keywords),) = calls(source)
     assert is_forbidden(name, keywords)
 
@@ -98,7 +107,8 @@ def test_a_tokenizer_that_brings_code_is_refused_without_a_question(tmp_path: Pa
 def test_no_secret_leaves_by_the_launch(tmp_path: Path) -> None:
     """Variables that go to other hosts are named one by one; the rest of the environment stays."""
     secrets = dict.fromkeys(
-        ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "SSH_AUTH_SOCK"), "s3cret"
+        ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "SSH_AUTH_SOCK"),
+        "s3cret",
     )
     recipe = load_recipe(ROOT / "recipes/quickstart.yaml", [f"output_dir={tmp_path}"])
     options = LaunchOptions(hostfile=str(ROOT / "recipes/2nodes.hostfile"))

@@ -20,7 +20,10 @@ STOPPED = "trap 'touch stopped; exit 0' USR1\ntouch started\nwhile :; do sleep 0
 def job(tmp_path: Path) -> Path:
     (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", DOCS.read_text(), flags=re.DOTALL)
     stand_in(tmp_path / "job", script.partition("\n")[2])
-    stand_in(tmp_path / "scontrol", 'if [ "$1" = show ]; then printf "node-0\\nnode-1\\n"; else echo "$@" >> requeued; fi')
+    stand_in(
+        tmp_path / "scontrol",
+        'if [ "$1" = show ]; then printf "node-0\\nnode-1\\n"; else echo "$@" >> requeued; fi',
+    )
     return tmp_path
 
 
@@ -40,7 +43,11 @@ def test_a_run_that_finishes(job: Path) -> None:
     assert start(job, end).wait(20) == 0
     assert (job / "hosts.7").read_text() == "node-0 slots=8\nnode-1 slots=8\n"
     arguments = (job / "arguments").read_text().split("\n")
-    assert arguments[:1] == ["recipes/qwen3-32b_128k_2nodes.yaml"] and "--resume" in arguments and "hosts.7" in arguments
+    assert (
+        arguments[:1] == ["recipes/qwen3-32b_128k_2nodes.yaml"]
+        and "--resume" in arguments
+        and "hosts.7" in arguments
+    )
     assert not (job / "requeued").exists()
 
 

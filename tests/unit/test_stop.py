@@ -37,9 +37,9 @@ def test_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_second_sigint_ends_a_process_that_cannot_listen() -> None:
     """The process waits in C, as in a collective, where no Python handler would run."""
     code = (
-        "import ctypes\nfrom eagle3_ds.guard.stop import StopRequest\n"
-        "with StopRequest():\n    print('ready', flush=True)\n    ctypes.PyDLL(None).sleep(1)\n    print('noted', flush=True)\n"
-        "    while True: ctypes.PyDLL(None).sleep(30)\n"
+        "import ctypes\nfrom eagle3_ds.guard.stop import StopRequest\nwith StopRequest():\n    "
+        "print('ready', flush=True)\n    ctypes.PyDLL(None).sleep(1)\n    print('noted', flush=True)\n    "
+        "while True: ctypes.PyDLL(None).sleep(30)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

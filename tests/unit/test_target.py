@@ -43,7 +43,9 @@ def test_capture_equals_hidden_states(folder: Path, wanted: tuple[int, int, int]
     assert torch.equal(aux, expected)
     assert torch.equal(teacher, reference.hidden_states[-1][0])
     assert torch.allclose(teacher @ target.head.T, reference.logits[0], atol=1e-5)
-    assert torch.equal(teacher_tokens(teacher, target.head, chunk=77, rows=10), reference.logits[0].argmax(-1))
+    assert torch.equal(
+        teacher_tokens(teacher, target.head, chunk=77, rows=10), reference.logits[0].argmax(-1)
+    )
 
 
 def test_capture_does_not_evaluate_the_head(folder: Path) -> None:
@@ -141,7 +143,9 @@ def test_a_hub_name_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_a_target_that_is_still_to_be_built_is_told(tmp_path: Path) -> None:
     section = TargetSection(path=str(tmp_path / "absent"), build=tiny_build())
-    with pytest.raises(ValueError, match="absent' is not built yet: `eagle3-ds prepare` with this recipe builds it"):
+    with pytest.raises(
+        ValueError, match="absent' is not built yet: `eagle3-ds prepare` with this recipe builds it"
+    ):
         load_tokenizer(section)
 
 

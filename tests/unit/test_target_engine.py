@@ -25,7 +25,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def engine(folder: Path, **changes: str) -> TargetEngine:
     overrides = [f"target.path={folder}", "target.build=null", "parallel.ring=1", "parallel.ulysses=1"]
-    recipe = load_recipe("recipes/quickstart.yaml", [*overrides, *(f"{key}={value}" for key, value in changes.items())])
+    recipe = load_recipe(
+        "recipes/quickstart.yaml", [*overrides, *(f"{key}={value}" for key, value in changes.items())]
+    )
     return TargetEngine(recipe, maybe_setup_distributed())
 
 
@@ -54,14 +56,18 @@ def test_online_states_are_those_of_each_document(folder: Path) -> None:
         found_teacher[2:5]
 
 
-def test_a_target_that_runs_otherwise_over_spans_is_found_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_that_runs_otherwise_over_spans_is_found_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = packed.packed_attention
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         return right(*args, **{**kwargs, "scaling": 0.5 * kwargs["scaling"]})
 
     monkeypatch.setattr(packed, "packed_attention", wrong)
-    with pytest.raises(ValueError, match=r"differ from those of its plain forward by .* target.capture: single"):
+    with pytest.raises(
+        ValueError, match=r"differ from those of its plain forward by .* target.capture: single"
+    ):
         engine(folder)
 
 

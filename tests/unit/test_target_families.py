@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import CohereConfig, FalconH1Config, Glm4Config, GPT2Config, GraniteConfig, Llama4TextConfig, Qwen3NextConfig
+from transformers import (
+    CohereConfig,
+    FalconH1Config,
+    Glm4Config,
+    GPT2Config,
+    GraniteConfig,
+    Llama4TextConfig,
+    Qwen3NextConfig,
+)
 
 from eagle3_ds.algorithms.eagle3 import build_draft_config
 from eagle3_ds.attention import PackedAttention
@@ -16,8 +24,23 @@ from eagle3_ds.attention.rotary import rotary_frequencies
 from eagle3_ds.config import DraftSection
 from eagle3_ds.kernels import select_kernel
 from eagle3_ds.layout import SpanPlan
-from eagle3_ds.targets import SpanForward, Target, capture_hidden_states, check_parallel, check_supported, packed
-from tests.unit.tiny_families import AUX_LAYERS, FAMILIES, SIZES, SLIDE, family_config, random_model, vision_language_config
+from eagle3_ds.targets import (
+    SpanForward,
+    Target,
+    capture_hidden_states,
+    check_parallel,
+    check_supported,
+    packed,
+)
+from tests.unit.tiny_families import (
+    AUX_LAYERS,
+    FAMILIES,
+    SIZES,
+    SLIDE,
+    family_config,
+    random_model,
+    vision_language_config,
+)
 
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
@@ -38,14 +61,22 @@ def test_vision_language_configs_pass_by_their_text() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (GPT2Config(), "family 'gpt2', whose config lacks intermediate_size, num_key_value_heads, rms_norm_eps, rope_parameters"),
+        (
+            GPT2Config(),
+            (
+                "family 'gpt2', whose config lacks intermediate_size, num_key_value_heads, rms_norm_eps, "
+                "rope_parameters"
+            ),
+        ),
         (family_config("gemma2", final_logit_softcapping=30.0), "final_logit_softcapping = 30.0"),
         (GraniteConfig(logits_scaling=8.0), "logits_scaling = 8.0"),
         (CohereConfig(), "lacks rms_norm_eps"),
         (Glm4Config(), "rotates 0.5 of each head"),
         (family_config("llama", is_encoder_decoder=True), "an encoder-decoder"),
         (
-            SimpleNamespace(**SIZES, model_type="m", rms_norm_eps=1e-6, rope_parameters={SLIDE: {"rope_type": "default"}}),
+            SimpleNamespace(
+                **SIZES, model_type="m", rms_norm_eps=1e-6, rope_parameters={SLIDE: {"rope_type": "default"}}
+            ),
             "name no full attention",
         ),
     ],
@@ -65,7 +96,10 @@ def test_what_no_draft_can_learn_from(config: Any, words: str) -> None:
         (FalconH1Config(), "does not go through transformers' attention interface"),
         (family_config("gemma3_text", use_bidirectional_attention=True), "bidirectional"),
         (family_config("llama", quantization_config={"quant_method": "fp8"}), "quantized"),
-        (family_config("llama", rope_parameters=LONG), "longrope rotary scaling depend on the length .* from 256 tokens on"),
+        (
+            family_config("llama", rope_parameters=LONG),
+            "longrope rotary scaling depend on the length .* from 256 tokens on",
+        ),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
@@ -79,7 +113,9 @@ def test_length_dependent_angles_pass_below_the_length_they_start_at() -> None:
 
 
 def test_ulysses_must_divide_the_query_heads() -> None:
-    with pytest.raises(ValueError, match=r"parallel.ulysses is 3, which does not divide the 4 query heads .* Set it to 2"):
+    with pytest.raises(
+        ValueError, match=r"parallel.ulysses is 3, which does not divide the 4 query heads .* Set it to 2"
+    ):
         check_parallel(family_config("llama"), "t", ulysses=3, longest=10)
 
 
@@ -94,10 +130,14 @@ def test_every_family_gives_a_draft_that_unrolls_its_rotary_embedding(family: st
 
 
 def attention(lengths: tuple[int, ...]) -> PackedAttention:
-    return PackedAttention(SpanPlan.make(lengths), 0, select_kernel("auto", torch.device("cpu"), torch.float32, 8))
+    return PackedAttention(
+        SpanPlan.make(lengths), 0, select_kernel("auto", torch.device("cpu"), torch.float32, 8)
+    )
 
 
-def run(forward: SpanForward, ids: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def run(
+    forward: SpanForward, ids: torch.Tensor, lengths: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
     packed = attention(lengths)
     return forward(ids, torch.from_numpy(packed.plan.position), packed)
 
@@ -114,8 +154,17 @@ def run(forward: SpanForward, ids: torch.Tensor, lengths: tuple[int, ...]) -> tu
     ],
 )
 def test_what_a_layer_asks_for_and_no_kernel_does(asked: dict[str, Any], words: str) -> None:
-    tensors = {"query": torch.zeros(1, 4, 3, 8), "key": torch.zeros(1, 2, 3, 8), "value": torch.zeros(1, 2, 3, 8)}
-    known = {"attention_mask": None, "packed": attention((3,)), "position_ids": torch.arange(3), "softcap": None}
+    tensors = {
+        "query": torch.zeros(1, 4, 3, 8),
+        "key": torch.zeros(1, 2, 3, 8),
+        "value": torch.zeros(1, 2, 3, 8),
+    }
+    known = {
+        "attention_mask": None,
+        "packed": attention((3,)),
+        "position_ids": torch.arange(3),
+        "softcap": None,
+    }
     packed.packed_attention(nn.Identity(), **{**tensors, **known})
     with pytest.raises(ValueError, match=f"(?s){words}.*target.capture: single"):
         packed.packed_attention(nn.Identity(), **{**tensors, **known, **asked})
@@ -138,12 +187,17 @@ def test_a_layer_without_attention_is_noticed() -> None:
 def test_mlps_see_a_few_rows_at_a_time(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     target = Target(random_model(family_config(family)), None, family_config(family), AUX_LAYERS)
     ids, lengths = torch.arange(40) % SIZES["vocab_size"], (23, 17)
-    expected = [torch.cat(parts) for parts in zip(*(capture_hidden_states(target, x) for x in ids.split(lengths)), strict=True)]
+    expected = [
+        torch.cat(parts)
+        for parts in zip(*(capture_hidden_states(target, x) for x in ids.split(lengths)), strict=True)
+    ]
     monkeypatch.setattr(packed, "MLP_ROWS", 9)
     seen = []
     plain = type(target.base.layers[0].mlp).forward
     monkeypatch.setattr(
-        type(target.base.layers[0].mlp), "forward", lambda self, hidden: seen.append(hidden.shape[1]) or plain(self, hidden)
+        type(target.base.layers[0].mlp),
+        "forward",
+        lambda self, hidden: seen.append(hidden.shape[1]) or plain(self, hidden),
     )
     for found, wanted in zip(run(SpanForward(target), ids, lengths), expected, strict=True):
         assert (found - wanted).norm() <= 1e-5 * wanted.norm()

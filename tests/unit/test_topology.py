@@ -55,7 +55,9 @@ def test_axis_without_ranks() -> None:
 
 def test_ulysses_must_divide_the_heads() -> None:
     check_heads(4, 32, 8)
-    with pytest.raises(ValueError, match=r"ulysses is 16, but it must divide 8.*32 query.*8 key/value.*ulysses to 8;.*ring"):
+    with pytest.raises(
+        ValueError, match=r"ulysses is 16, but it must divide 8.*32 query.*8 key/value.*ulysses to 8;.*ring"
+    ):
         check_heads(16, 32, 8)
     with pytest.raises(ValueError, match="ulysses to 2;"):
         check_heads(4, 14, 2)
@@ -68,7 +70,13 @@ def test_single_process_makes_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.distributed.is_initialized()
     assert topology.mesh == Mesh(1, 1, 1)
     assert topology.device == torch.device("cpu")
-    groups = (topology.ulysses_group, topology.ring_group, topology.sp_group, topology.dp_group, topology.world_group)
+    groups = (
+        topology.ulysses_group,
+        topology.ring_group,
+        topology.sp_group,
+        topology.dp_group,
+        topology.world_group,
+    )
     assert groups == (None,) * 5
     with pytest.raises(ValueError, match="world size 1 .* Start 4 ranks"):
         maybe_setup_distributed(ulysses=4)

@@ -50,7 +50,9 @@ def ranks(logs: Logs, *deeds: str) -> Iterator[list[subprocess.Popen[bytes]]]:
     processes = []
     for rank, deed in enumerate(deeds):
         environment = {**os.environ, "RANK": str(rank), "PYTHONPATH": paths}
-        processes.append(subprocess.Popen(supervisor(logs, rank, deed), env=environment, stdout=subprocess.PIPE))
+        processes.append(
+            subprocess.Popen(supervisor(logs, rank, deed), env=environment, stdout=subprocess.PIPE)
+        )
     try:
         yield processes
     finally:
@@ -88,14 +90,18 @@ FAILURES = {
 
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[int], list[RankEnd]]]:
-    """For each deed, a run of two ranks in which rank 1 does it; all runs at once, because most of it is waiting."""
+    """For each deed, a run of two ranks in which rank 1 does it; all runs at once, because most of it is
+    waiting.
+    """
     with ThreadPoolExecutor(len(FAILURES)) as pool:
         runs = {deed: pool.submit(ended, tmp_path_factory.mktemp("run"), "sleeps", deed) for deed in FAILURES}
         return {deed: run.result() for deed, run in runs.items()}
 
 
 @pytest.mark.parametrize("deed", FAILURES)
-def test_a_rank_that_fails_ends_the_others(deed: str, failed: dict[str, tuple[list[int], list[RankEnd]]]) -> None:
+def test_a_rank_that_fails_ends_the_others(
+    deed: str, failed: dict[str, tuple[list[int], list[RankEnd]]]
+) -> None:
     codes, (other, end) = failed[deed]
     how, words = FAILURES[deed]
     assert codes[0] == 1 and codes[1] > 0
@@ -129,7 +135,9 @@ def test_a_dying_rank_is_the_cause_though_a_peer_hears_of_it_first(tmp_path: Pat
     assert (logs.ends(1)[0].how, logs.ends(1)[0].reason.partition(":")[0]) == ("killed", "signal 9 (SIGKILL)")
 
 
-def test_a_second_sigint_does_not_wait_for_the_first(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_second_sigint_does_not_wait_for_the_first(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """This rank would end by itself in half a second, as one that is about to save does."""
     logs = Logs(tmp_path / "logs")
     with ranks(logs, "dies slowly") as (process,):
@@ -146,7 +154,14 @@ def test_a_full_disk_does_not_silence_a_failure(tmp_path: Path) -> None:
     for path in (logs.output(0), logs.folder / ".rank_0.end.json"):
         path.symlink_to("/dev/full")
     environment = {**os.environ, "RANK": "0", "PYTHONPATH": os.pathsep.join([str(FAKES), *sys.path])}
-    done = subprocess.run(supervisor(logs, 0, "raises"), env=environment, capture_output=True, text=True, check=False, timeout=20)
+    done = subprocess.run(
+        supervisor(logs, 0, "raises"),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20,
+    )
     assert done.returncode == 1
     assert "rank 0 starts to: raises" in done.stdout
     assert "rank 0: ValueError: a bad row" in done.stderr and "No space left" in done.stderr
@@ -155,7 +170,9 @@ def test_a_full_disk_does_not_silence_a_failure(tmp_path: Path) -> None:
 def test_signals_go_to_the_ranks(tmp_path: Path) -> None:
     logs = Logs(tmp_path / "logs")
     with ranks(logs, "obeys", "obeys") as processes:
-        while not all(logs.output(rank).is_file() and "obeys" in logs.output(rank).read_text() for rank in range(2)):
+        while not all(
+            logs.output(rank).is_file() and "obeys" in logs.output(rank).read_text() for rank in range(2)
+        ):
             time.sleep(0.05)
         processes[0].send_signal(signal.SIGUSR1)
         assert processes[0].wait(10) == 0
@@ -223,7 +240,9 @@ def test_the_first_error_is_the_last_word(tmp_path: Path, capfd: pytest.CaptureF
         assert any(f"rank {rank} on" in line and "gloo:all_reduce number 9" in line for line in told), told
 
 
-def test_a_launcher_that_says_all_is_well_is_not_believed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_launcher_that_says_all_is_well_is_not_believed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """DeepSpeed's runner exits with 0 when the process that it waits for was killed."""
     assert run_ranks(plan(tmp_path, "finishes", "SIGKILL", status=0), Console()).status == 1
     assert "signal 9 (SIGKILL)" in capfd.readouterr().err.splitlines()[-1]
@@ -233,8 +252,12 @@ def test_a_launcher_that_says_all_is_well_is_not_believed(tmp_path: Path, capfd:
     assert capfd.readouterr().err == ""
 
 
-def test_ranks_that_have_lost_their_launcher_are_ended(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A restart must not find them training. The launcher leaves its supervisor behind, which has init for its parent."""
+def test_ranks_that_have_lost_their_launcher_are_ended(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A restart must not find them training. The launcher leaves its supervisor behind, which has init for
+    its parent.
+    """
     logs = Logs(tmp_path / "logs")
     orphan = f"(RANK=0 setsid {' '.join(supervisor(logs, 0, 'sleeps'))} >/dev/null &); sleep 1; exit 1"
     lost = replace(plan(tmp_path, "sleeps"), command=("sh", "-c", orphan))
@@ -266,13 +289,19 @@ def test_a_run_that_was_asked_to_stop_is_not_started_again(tmp_path: Path) -> No
     """This rank does not heed SIGUSR1, so that it ends as a failure."""
     stopper = Timer(2.0, os.kill, (os.getpid(), signal.SIGUSR1))
     stopper.start()
-    assert run_with_restarts(plan(tmp_path, "sleeps"), failing_is_not_asked_for, 3, Console()) == (1, True, "signal 10 (SIGUSR1)")
+    assert run_with_restarts(plan(tmp_path, "sleeps"), failing_is_not_asked_for, 3, Console()) == (
+        1,
+        True,
+        "signal 10 (SIGUSR1)",
+    )
     (told,) = Logs(tmp_path / "logs").ends(1).values()
     assert (told.how, told.reason) == ("killed", "signal 10 (SIGUSR1)")
 
 
 def end(rank: int, how: str, time: float, follows: bool = False) -> RankEnd:
-    return RankEnd(rank, f"host-{rank}", how, f"reason {rank}", "training", rank, "", f"trace {rank}", follows, time)  # type: ignore[arg-type]
+    return RankEnd(
+        rank, f"host-{rank}", how, f"reason {rank}", "training", rank, "", f"trace {rank}", follows, time
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -285,7 +314,9 @@ def end(rank: int, how: str, time: float, follows: bool = False) -> RankEnd:
         ((end(0, "ended", 1.0), end(1, "finished", 0.0)), 0),
     ],
 )
-def test_causes_come_before_what_follows_from_them(ends: tuple[RankEnd, ...], first: int, tmp_path: Path) -> None:
+def test_causes_come_before_what_follows_from_them(
+    ends: tuple[RankEnd, ...], first: int, tmp_path: Path
+) -> None:
     told = describe_failure({end.rank: end for end in ends}, 4, 1, Logs(tmp_path))
     assert f"First error, of rank {first} on host-{first}" in told.splitlines()[-1]
     assert "rank 3: no word" in told

@@ -1,4 +1,6 @@
-"""Random models of a few layers, one for each family of targets that is tested, small enough to be built in a test."""
+"""Random models of a few layers, one for each family of targets that is tested, small enough to be built in a
+test.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,13 @@ AUX_LAYERS = (0, 1, 3)
 """Four layers are too few for the rule."""
 SLIDE, FULL = "sliding_attention", "full_attention"
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+}
 # family -> config class and what it has beside the sizes
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
@@ -33,7 +41,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"sliding_window": 5}),
     "gemma2": (
         "Gemma2Config",
-        {"sliding_window": 7, "attn_logit_softcapping": None, "final_logit_softcapping": None, "query_pre_attn_scalar": 20},
+        {
+            "sliding_window": 7,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "query_pre_attn_scalar": 20,
+        },
     ),
     "gemma3_text": (
         "Gemma3TextConfig",
@@ -52,11 +65,15 @@ def family_config(family: str, **changes: Any) -> Any:
 
 def vision_language_config() -> Any:
     text = {**SIZES, "sliding_window": 7, "layer_types": [SLIDE, SLIDE, FULL, SLIDE]}
-    return transformers.Gemma3Config(text_config=text, vision_config={**VISION, "patch_size": 14}, mm_tokens_per_image=4)
+    return transformers.Gemma3Config(
+        text_config=text, vision_config={**VISION, "patch_size": 14}, mm_tokens_per_image=4
+    )
 
 
 def random_model(config: Any, seed: int = 0) -> Any:
-    """Weights of a size at which attention is far from uniform, and norms, biases and sinks that are not their defaults."""
+    """Weights of a size at which attention is far from uniform, and norms, biases and sinks that are not
+    their defaults.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config)

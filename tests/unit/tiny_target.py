@@ -10,7 +10,8 @@ from eagle3_ds.targets import build_target
 
 TEXTS = [f"def f{n}(x):\n    return x + {n}\n" * 4 for n in range(30)]
 CONVERSATIONS = [
-    [{"role": "user", "content": f"What is f{n}?"}, {"role": "assistant", "content": f"It adds {n} to x."}] for n in range(30)
+    [{"role": "user", "content": f"What is f{n}?"}, {"role": "assistant", "content": f"It adds {n} to x."}]
+    for n in range(30)
 ]
 
 

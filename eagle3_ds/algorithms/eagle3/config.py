@@ -11,7 +11,8 @@ from eagle3_ds.draft.window import window_keys
 
 
 def build_draft_config(target_config: Any, draft: DraftSection) -> LlamaConfig:
-    """A Llama config for the draft: the target's width, rotary settings and norm epsilon, the recipe's own sizes.
+    """A Llama config for the draft: the target's width, rotary settings and norm epsilon, the recipe's own
+    sizes.
 
     Args:
         target_config: the target's (text) config from transformers.
@@ -25,20 +26,25 @@ def build_draft_config(target_config: Any, draft: DraftSection) -> LlamaConfig:
     """
     if draft.vocab_size > target_config.vocab_size:
         raise ValueError(
-            f"draft.vocab_size = {draft.vocab_size} is larger than the target's vocabulary of {target_config.vocab_size}: "
-            f"the draft predicts a subset of the target's tokens. Use at most {target_config.vocab_size}."
+            f"draft.vocab_size = {draft.vocab_size} is larger than the target's vocabulary of "
+            f"{target_config.vocab_size}: the draft predicts a subset of the target's tokens. Use at most "
+            f"{target_config.vocab_size}."
         )
     num_heads = draft.num_heads or target_config.num_attention_heads
     num_kv_heads = draft.num_kv_heads or target_config.num_key_value_heads
     if num_heads % num_kv_heads:
         raise ValueError(
-            f"draft.num_heads = {num_heads} is not a multiple of draft.num_kv_heads = {num_kv_heads}: each key head serves "
-            "the same number of query heads. Change one of them."
+            f"draft.num_heads = {num_heads} is not a multiple of draft.num_kv_heads = {num_kv_heads}: each "
+            "key head serves the same number of query heads. Change one of them."
         )
-    # Where kinds of layers differ in their rotary embedding, the draft has that of full attention, window or not.
+    # Where kinds of layers differ in their rotary embedding, the draft has that of full attention, window or
+    # not.
     rope = target_config.rope_parameters
     rope = rope if "rope_type" in rope else rope["full_attention"]
-    head_dim = getattr(target_config, "head_dim", None) or target_config.hidden_size // target_config.num_attention_heads
+    head_dim = (
+        getattr(target_config, "head_dim", None)
+        or target_config.hidden_size // target_config.num_attention_heads
+    )
     return LlamaConfig(
         vocab_size=target_config.vocab_size,
         draft_vocab_size=draft.vocab_size,

@@ -1,8 +1,9 @@
 """One decoder layer of the draft: its parameters, its arithmetic, and the attention it has when it serves.
 
-The arithmetic is functions of explicit weights, so that serving and training share it, and training can repeat a tile of it in
-backward with leaves of its own. As built, a layer attends the ordinary way over a key-value cache: that is the served draft.
-Training replaces its attention with `LlamaUSPFlashAttention` (see patching.py) and unrolls it (see ttt_step.py).
+The arithmetic is functions of explicit weights, so that serving and training share it, and training can
+repeat a tile of it in backward with leaves of its own. As built, a layer attends the ordinary way over a
+key-value cache: that is the served draft. Training replaces its attention with `LlamaUSPFlashAttention` (see
+patching.py) and unrolls it (see ttt_step.py).
 
 Legend: S slots, H hidden size, Hq / Hkv heads, D head size, T cached keys.
 """
@@ -22,7 +23,9 @@ from eagle3_ds.draft.served import DraftAttention, DraftCache
 
 
 class BeforeWeights(NamedTuple):
-    """What precedes the attention. `hidden_norm` is None in layers after the first, which read the hidden state alone."""
+    """What precedes the attention. `hidden_norm` is None in layers after the first, which read the hidden
+    state alone.
+    """
 
     q: Tensor
     k: Tensor
@@ -35,7 +38,9 @@ def attention_input(embeds: Tensor, hidden: Tensor, weights: BeforeWeights, eps:
     """embeds, hidden [S, H] -> [S, 2H] for the first layer, [S, H] for later ones."""
     if weights.hidden_norm is None:
         return rms_norm(hidden, weights.input_norm, eps)
-    return torch.cat((rms_norm(embeds, weights.input_norm, eps), rms_norm(hidden, weights.hidden_norm, eps)), dim=-1)
+    return torch.cat(
+        (rms_norm(embeds, weights.input_norm, eps), rms_norm(hidden, weights.hidden_norm, eps)), dim=-1
+    )
 
 
 class DraftLayer(nn.Module):
@@ -56,7 +61,11 @@ class DraftLayer(nn.Module):
     def before_weights(self) -> BeforeWeights:
         attention = self.self_attn
         projections = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
-        return BeforeWeights(*projections, self.input_layernorm.weight, self.hidden_norm.weight if self.reads_embedding else None)
+        return BeforeWeights(
+            *projections,
+            self.input_layernorm.weight,
+            self.hidden_norm.weight if self.reads_embedding else None,
+        )
 
     def after_weights(self) -> AfterWeights:
         mlp = self.mlp
@@ -69,7 +78,9 @@ class DraftLayer(nn.Module):
         )
 
     def forward(self, embeds: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, cache: DraftCache) -> Tensor:
-        """Served: embeds, hidden [S, H] of the S newest slots -> [S, H]; their keys and values are appended to the cache."""
+        """Served: embeds, hidden [S, H] of the S newest slots -> [S, H]; their keys and values are appended
+        to the cache.
+        """
         weights = self.before_weights()
         x = attention_input(embeds, hidden, weights, self.eps)
         q, k, v = (project(x, weight, self.head_dim) for weight in weights[:3])

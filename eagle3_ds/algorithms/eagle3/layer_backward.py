@@ -1,7 +1,9 @@
-"""The gradient of a layer's arithmetic, by hand: what a tile must repeat of the forward pass, and no matmul more.
+"""The gradient of a layer's arithmetic, by hand: what a tile must repeat of the forward pass, and no matmul
+more.
 
-Autograd would need the outputs of the projections and of `down` to hang the graph on; their gradients need only their inputs.
-Weight gradients are added to the caller's sums, in the sums' dtype. The norms are left to torch, which has fused kernels.
+Autograd would need the outputs of the projections and of `down` to hang the graph on; their gradients need
+only their inputs. Weight gradients are added to the caller's sums, in the sums' dtype. The norms are left to
+torch, which has fused kernels.
 
 Legend: t slots of a tile, H hidden size, Hq / Hkv heads, D head size, I width of the MLP.
 """
@@ -56,6 +58,10 @@ def project_backward(
             continue
         accumulate_product(total, column.T, x)
         dx.addmm_(column, weight)
-    # The embedding is frozen: the first of two norms hands out its weight's gradient, the last one the hidden state's too.
-    parts = [norm.backward(part, total) for (norm, total), part in zip(norms, dx.chunk(len(norms), dim=-1), strict=True)]
+    # The embedding is frozen: the first of two norms hands out its weight's gradient, the last one the hidden
+    # state's too.
+    parts = [
+        norm.backward(part, total)
+        for (norm, total), part in zip(norms, dx.chunk(len(norms), dim=-1), strict=True)
+    ]
     return parts[-1]

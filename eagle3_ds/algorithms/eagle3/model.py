@@ -1,7 +1,8 @@
-"""The draft and its unroll over the TTT steps (EAGLE-3 paper, section 3; the semantics are in docs/semantics.md).
+"""The draft and its unroll over the TTT steps (EAGLE-3 paper, section 3; the semantics are in
+docs/semantics.md).
 
-Legend: S slots of this rank, the first Q of them live, E rows of its extended buffers, K TTT steps, H hidden size, Ht the
-target's, V its vocabulary, Vd the draft's.
+Legend: S slots of this rank, the first Q of them live, E rows of its extended buffers, K TTT steps, H hidden
+size, Ht the target's, V its vocabulary, Vd the draft's.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class UnrollSettings:
-    """How the TTT steps are run: their number K, what is kept for backward, and the bytes a tile of slots may take."""
+    """How the TTT steps are run: their number K, what is kept for backward, and the bytes a tile of slots may
+    take.
+    """
 
     ttt_steps: int
     activation: Activation
@@ -39,8 +42,8 @@ class UnrollSettings:
 class DraftModel(nn.Module):
     """fc, the decoder layers, the final norm and the head over the draft vocabulary.
 
-    The token embedding is the target's, frozen; it is handed in, not owned, so that it stays out of checkpoints, optimizer
-    and ZeRO.
+    The token embedding is the target's, frozen; it is handed in, not owned, so that it stays out of
+    checkpoints, optimizer and ZeRO.
     """
 
     sp_ring_degree: int = 1
@@ -72,13 +75,16 @@ class DraftModel(nn.Module):
     ) -> Result:
         """The unroll and what is made of it: `finish(final norm's weight [H], head's weight [Vd, H])`.
 
-        Both run in this one call, because under ZeRO-3 the draft is gathered when it starts and released when it returns.
+        Both run in this one call, because under ZeRO-3 the draft is gathered when it starts and released when
+        it returns.
 
         Args:
             batch: this rank's slots.
             embedding: [V, H], the target's, on the device of the model.
-            on_step: called with each step's output, [Q, H] before the final norm; what it returns goes into the next step.
-            anchor: a scalar whose (zero) gradient is the last to be computed, for whoever waits for the end of backward.
+            on_step: called with each step's output, [Q, H] before the final norm; what it returns goes into
+                the next step.
+            anchor: a scalar whose (zero) gradient is the last to be computed, for whoever waits for the end
+                of backward.
 
         The attention layers must be patched (`patch_attention`).
         """
@@ -109,7 +115,8 @@ class DraftModel(nn.Module):
                 hidden = ttt_step(layer, hidden, constants, memory, settings.activation, settings.tile_bytes)
             hidden = on_step(hidden)
         for memory in memories:
-            # It holds the graph, which holds the memory: a cycle that no collector sees, and that would outlive the step.
+            # It holds the graph, which holds the memory: a cycle that no collector sees, and that would
+            # outlive the step.
             memory.ticket = None
 
     def project_aux(self, aux: Tensor) -> Tensor:
@@ -118,8 +125,12 @@ class DraftModel(nn.Module):
 
     @torch.no_grad()
     def decode(self, embeds: Tensor, hidden: Tensor, positions: Tensor, cache: DraftCache) -> Tensor:
-        """Served: the S newest slots after those in the cache. embeds, hidden [S, H], positions int64 [S] -> [S, H]."""
-        cos, sin = rotary_frequencies(self.config, int(positions.max()) + 1, positions.device).angles(positions)
+        """Served: the S newest slots after those in the cache. embeds, hidden [S, H], positions int64 [S] ->
+        [S, H].
+        """
+        cos, sin = rotary_frequencies(self.config, int(positions.max()) + 1, positions.device).angles(
+            positions
+        )
         for layer in self.layers:
             hidden = layer(embeds, hidden, cos, sin, cache)
         return hidden

@@ -1,15 +1,15 @@
 """One TTT step of one layer in training, and what it keeps for backward.
 
-`keep` is plain autograd. `recompute` and `offload` are one autograd Function per step: backward repeats, a tile of slots at a
-time, everything but the attention. It keeps the hidden state that came in, the attention's output and its log-sum-exp; `offload`
-moves the first two to pinned host memory. The gradients of the weights are summed over the
-tiles and over the K steps in fp32, and leave with step 0.
+`keep` is plain autograd. `recompute` and `offload` are one autograd Function per step: backward repeats, a
+tile of slots at a time, everything but the attention. It keeps the hidden state that came in, the attention's
+output and its log-sum-exp; `offload` moves the first two to pinned host memory. The gradients of the weights
+are summed over the tiles and over the K steps in fp32, and leave with step 0.
 
-Step 0 takes all slots of this rank in and hands the live ones on: of the rest it needs a key and a value, which the projections
-of the first layer make from the hidden state, and nothing more.
+Step 0 takes all slots of this rank in and hands the live ones on: of the rest it needs a key and a value,
+which the projections of the first layer make from the hidden state, and nothing more.
 
-Legend: S slots of this rank, the first Q of them live; from step 1 on there are these only. H hidden size, Hq / Hkv heads, D head
-size, I width of the MLP.
+Legend: S slots of this rank, the first Q of them live; from step 1 on there are these only. H hidden size, Hq
+/ Hkv heads, D head size, I width of the MLP.
 """
 
 from __future__ import annotations
@@ -66,7 +66,12 @@ class LayerMemory(UnrollMemory):
 
 
 def ttt_step(
-    layer: DraftLayer, hidden: Tensor, constants: StepConstants, memory: LayerMemory, activation: Activation, tile_bytes: int
+    layer: DraftLayer,
+    hidden: Tensor,
+    constants: StepConstants,
+    memory: LayerMemory,
+    activation: Activation,
+    tile_bytes: int,
 ) -> Tensor:
     """hidden [S, H] ([Q, H] from step 1 on) -> the layer's output [Q, H].
 
@@ -76,8 +81,12 @@ def ttt_step(
     num_live = memory.plan.live_per_rank
     if activation == "keep" or not torch.is_grad_enabled():
         qkv = step.all_before(hidden, Tiles.cut(num_live, len(hidden), len(hidden)), layer.before_weights())
-        return after_attention(hidden[:num_live], layer.self_attn.attend(*qkv, memory), layer.after_weights(), layer.eps)
-    size = slots_per_tile(hidden.shape[1], layer.mlp.gate_proj.out_features, hidden.element_size(), tile_bytes)
+        return after_attention(
+            hidden[:num_live], layer.self_attn.attend(*qkv, memory), layer.after_weights(), layer.eps
+        )
+    size = slots_per_tile(
+        hidden.shape[1], layer.mlp.gate_proj.out_features, hidden.element_size(), tile_bytes
+    )
     tiles = Tiles.cut(num_live, len(hidden), size)
     # The weights are inputs of step 0 alone, whose backward comes last and hands out the sums.
     weights = step.weights() if step.number == 0 else ()
@@ -108,16 +117,24 @@ class _Step:
     def angles(self, tile: slice) -> tuple[Tensor, Tensor]:
         return self.constants.rotary.angles(self.constants.positions[tile])
 
-    def all_before(self, hidden: Tensor, tiles: Tiles, weights: BeforeWeights) -> tuple[Tensor, Tensor, Tensor]:
+    def all_before(
+        self, hidden: Tensor, tiles: Tiles, weights: BeforeWeights
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [S, H] -> rotated q [Q, Hq, D], rotated k and v [S, Hkv, D]."""
         q, k, v = map_tiles(lambda tile: self.before(hidden[tile], tile, weights), tiles.live)
         if tiles.rest:
-            rest_k, rest_v = map_tiles(lambda tile: self.before(hidden[tile], tile, weights, live=False), tiles.rest)
+            rest_k, rest_v = map_tiles(
+                lambda tile: self.before(hidden[tile], tile, weights, live=False), tiles.rest
+            )
             k, v = torch.cat((k, rest_k)), torch.cat((v, rest_v))
         return q, k, v
 
-    def before(self, hidden: Tensor, tile: slice, weights: BeforeWeights, live: bool = True) -> tuple[Tensor, ...]:
-        """hidden [t, H] of the tile's slots -> rotated q [t, Hq, D] where they are live, rotated k and v [t, Hkv, D]."""
+    def before(
+        self, hidden: Tensor, tile: slice, weights: BeforeWeights, live: bool = True
+    ) -> tuple[Tensor, ...]:
+        """hidden [t, H] of the tile's slots -> rotated q [t, Hq, D] where they are live, rotated k and v [t,
+        Hkv, D].
+        """
         x = attention_input(self.embeds(tile), hidden, weights, self.layer.eps)
         cos, sin = self.angles(tile)
         k, v = (project(x, weight, self.layer.head_dim) for weight in (weights.k, weights.v))
@@ -151,7 +168,8 @@ class _RecomputedStep(torch.autograd.Function):
         q, k, v = step.all_before(hidden, tiles, before)
         attended = step.attention.attend_forward(q, k, v, memory)
         (output,) = map_tiles(
-            lambda tile: (after_attention(hidden[tile], attended.out[tile].flatten(1), after, layer.eps),), tiles.live
+            lambda tile: (after_attention(hidden[tile], attended.out[tile].flatten(1), after, layer.eps),),
+            tiles.live,
         )
         ctx.step, ctx.tiles, ctx.lse = step, tiles, attended.lse
         kept = (hidden, attended.out)
@@ -176,8 +194,12 @@ class _RecomputedStep(torch.autograd.Function):
         return None, None, dhidden, None, *(total.to(hidden.dtype) for total in sums)
 
 
-def _backward_after(step: _Step, tiles: Tiles, hidden: Tensor, out: Tensor, doutput: Tensor) -> tuple[Tensor, Tensor]:
-    """Through what follows the attention: dhidden [S, H], but for what comes through the attention, and dout [Q, Hq, D]."""
+def _backward_after(
+    step: _Step, tiles: Tiles, hidden: Tensor, out: Tensor, doutput: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Through what follows the attention: dhidden [S, H], but for what comes through the attention, and dout
+    [Q, Hq, D].
+    """
     layer = step.layer
     weights, (_, sums) = layer.after_weights(), step.sums()
     dhidden, dout = torch.empty_like(hidden), torch.empty_like(out)
@@ -197,7 +219,9 @@ def _query(step: _Step, tiles: Sequence[slice], hidden: Tensor) -> Tensor:
     return q
 
 
-def _backward_before(step: _Step, tiles: Tiles, hidden: Tensor, dqkv: tuple[Tensor, Tensor, Tensor], dhidden: Tensor) -> None:
+def _backward_before(
+    step: _Step, tiles: Tiles, hidden: Tensor, dqkv: tuple[Tensor, Tensor, Tensor], dhidden: Tensor
+) -> None:
     """Through what precedes the attention, added to `dhidden`."""
     layer = step.layer
     weights, (sums, _) = layer.before_weights(), step.sums()
@@ -205,4 +229,6 @@ def _backward_before(step: _Step, tiles: Tiles, hidden: Tensor, dqkv: tuple[Tens
     for tile in (*tiles.live, *tiles.rest):
         # The rest has no query: dq ends where it begins.
         gradients, angles = (dq[tile], dk[tile], dv[tile]), step.angles(tile)
-        dhidden[tile] += project_backward(step.embeds(tile), hidden[tile], gradients, angles, weights, sums, layer.eps)
+        dhidden[tile] += project_backward(
+            step.embeds(tile), hidden[tile], gradients, angles, weights, sums, layer.eps
+        )

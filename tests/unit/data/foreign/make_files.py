@@ -1,7 +1,8 @@
-"""Makes the files in this folder by the writers of SpecForge and speculators themselves; README.md tells the commands.
+"""Makes the files in this folder by the writers of SpecForge and speculators themselves; README.md tells the
+commands.
 
-What a server would have computed comes from transformers, in bfloat16; everything after that is the packages' own code. Not
-run by the tests: it needs an environment with the package whose files it makes.
+What a server would have computed comes from transformers, in bfloat16; everything after that is the packages'
+own code. Not run by the tests: it needs an environment with the package whose files it makes.
 """
 
 import argparse
@@ -32,7 +33,9 @@ def make_target(folder):
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = LlamaConfig(vocab_size=64, num_hidden_layers=8, max_position_embeddings=128, initializer_range=0.3, **sizes)
+    config = LlamaConfig(
+        vocab_size=64, num_hidden_layers=8, max_position_embeddings=128, initializer_range=0.3, **sizes
+    )
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     with torch.no_grad():
         model.model.norm.weight.copy_(torch.linspace(0.5, 2.0, 16))
@@ -55,7 +58,9 @@ def samples():
 
 @torch.no_grad()
 def run_target(folder, token_ids):
-    """Inputs of all layers and the output of the last, before and after the final norm: [L, H] each, bfloat16."""
+    """Inputs of all layers and the output of the last, before and after the final norm: [L, H] each,
+    bfloat16.
+    """
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -73,7 +78,9 @@ def load_script(path):
 
 
 def make_specforge(script, out, compress):
-    """`scripts/prepare_hidden_states.py`: its generator, data loader and batches of two, so that files hold padding."""
+    """`scripts/prepare_hidden_states.py`: its generator, data loader and batches of two, so that files hold
+    padding.
+    """
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
     os.environ["SPECFORGE_DEVICE"] = "cpu"
     from datasets import Dataset
@@ -86,11 +93,17 @@ def make_specforge(script, out, compress):
         {"input_ids": ids[None], "loss_mask": mask[None], "attention_mask": torch.ones_like(mask)[None]}
         for ids, mask in samples()
     ]
-    dataset = Dataset.from_list([{name: value.tolist() for name, value in row.items()} for row in rows]).with_format("torch")
+    dataset = Dataset.from_list(
+        [{name: value.tolist() for name, value in row.items()} for row in rows]
+    ).with_format("torch")
     loader = prepare_dp_dataloaders(dataset, 2, num_workers=0, process_group=get_dp_group(), shuffle=False)
     on_cpu = mock.patch.object(torch, "tensor", tensor_on_cpu(torch.tensor))
     uncopied = mock.patch.object(torch.Tensor, "cuda", lambda self, **_: self)
-    with on_cpu, uncopied, module.HiddenStatesGenerator(SpecForgeCapture(), compress=compress, num_io_threads=1) as generator:
+    with (
+        on_cpu,
+        uncopied,
+        module.HiddenStatesGenerator(SpecForgeCapture(), compress=compress, num_io_threads=1) as generator,
+    ):
         generator.generate(loader, str(out), start_idx=0, samples_per_dp=len(rows))
     destroy_distributed()
 
@@ -105,19 +118,25 @@ def tensor_on_cpu(tensor):
 
 
 class SpecForgeCapture:
-    """Stands for SGLang, which is asked for the outputs of layers 1, n // 2 - 1, n - 4 and takes the inputs of the next."""
+    """Stands for SGLang, which is asked for the outputs of layers 1, n // 2 - 1, n - 4 and takes the inputs
+    of the next.
+    """
 
     def capture(self, input_ids, attention_mask, loss_mask):
         aux, last = [], []
         for row in input_ids:
             inputs, _, normed = run_target(HERE / "target", row)
-            aux.append(torch.cat([inputs[layer + 1] for layer in (1, len(inputs) // 2 - 1, len(inputs) - 4)], dim=-1))
+            aux.append(
+                torch.cat([inputs[layer + 1] for layer in (1, len(inputs) // 2 - 1, len(inputs) - 4)], dim=-1)
+            )
             last.append(normed)
         return SimpleNamespace(hidden_states=torch.stack(aux), last_hidden_states=torch.stack(last))
 
 
 def make_speculators(out):
-    """`speculators prepare-data` and `speculators generate-offline-data`, the latter against a stand-in for vLLM."""
+    """`speculators prepare-data` and `speculators generate-offline-data`, the latter against a stand-in for
+    vLLM.
+    """
     from speculators.cli.generate_offline_data import _generate_and_save_hidden_states
     from speculators.cli.prepare_data import prepare_data
 
@@ -125,10 +144,17 @@ def make_speculators(out):
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        prepare_data(model=str(HERE / "target"), data=[str(data)], output=str(out), num_preprocessing_workers=1)
+        prepare_data(
+            model=str(HERE / "target"), data=[str(data)], output=str(out), num_preprocessing_workers=1
+        )
         server = ThreadingHTTPServer(("127.0.0.1", 0), vllm_handler(Path(folder)))
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        options = {"request_timeout": 60, "max_retries": 0, "fail_on_error": True, "max_consecutive_errors": None}
+        options = {
+            "request_timeout": 60,
+            "max_retries": 0,
+            "fail_on_error": True,
+            "max_consecutive_errors": None,
+        }
         asyncio.run(
             _generate_and_save_hidden_states(
                 model=None,
@@ -147,7 +173,9 @@ def make_speculators(out):
 
 
 def vllm_handler(folder):
-    """Answers as vLLM with its ExampleHiddenStatesConnector does, asked for layers 2, n // 2, n - 3 and n by launch_vllm.py."""
+    """Answers as vLLM with its ExampleHiddenStatesConnector does, asked for layers 2, n // 2, n - 3 and n by
+    launch_vllm.py.
+    """
     from safetensors.torch import save_file
 
     class Handler(BaseHTTPRequestHandler):
@@ -161,16 +189,39 @@ def vllm_handler(folder):
             self.wfile.write(json.dumps(body).encode())
 
         def do_GET(self):  # noqa: N802
-            self.answer({"object": "list", "data": [{"id": "target", "object": "model", "created": 0, "owned_by": "x"}]})
+            self.answer(
+                {
+                    "object": "list",
+                    "data": [{"id": "target", "object": "model", "created": 0, "owned_by": "x"}],
+                }
+            )
 
         def do_POST(self):  # noqa: N802
             token_ids = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["prompt"]
             inputs, before_norm, _ = run_target(HERE / "target", torch.tensor(token_ids))
             layers = [inputs[layer] for layer in (2, len(inputs) // 2, len(inputs) - 3)]
             path = folder / f"{abs(hash(tuple(token_ids)))}.safetensors"
-            save_file({"hidden_states": torch.stack([*layers, before_norm], dim=1), "token_ids": torch.tensor(token_ids)}, path)
-            choice = {"index": 0, "text": "", "finish_reason": "length", "logprobs": None, "prompt_token_ids": token_ids}
-            answer = {"id": "x", "object": "text_completion", "created": 0, "model": "target", "choices": [choice]}
+            save_file(
+                {
+                    "hidden_states": torch.stack([*layers, before_norm], dim=1),
+                    "token_ids": torch.tensor(token_ids),
+                },
+                path,
+            )
+            choice = {
+                "index": 0,
+                "text": "",
+                "finish_reason": "length",
+                "logprobs": None,
+                "prompt_token_ids": token_ids,
+            }
+            answer = {
+                "id": "x",
+                "object": "text_completion",
+                "created": 0,
+                "model": "target",
+                "choices": [choice],
+            }
             self.answer(answer | {"kv_transfer_params": {"hidden_states_path": str(path)}})
 
     return Handler
@@ -180,7 +231,11 @@ class AnyVllm(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Stands in for the module vllm and all that it holds: only its version is used."""
 
     def find_spec(self, name, path=None, target=None):
-        return importlib.util.spec_from_loader(name, self, is_package=True) if name.split(".")[0] == "vllm" else None
+        return (
+            importlib.util.spec_from_loader(name, self, is_package=True)
+            if name.split(".")[0] == "vllm"
+            else None
+        )
 
     def create_module(self, spec):
         return mock.MagicMock(name=spec.name, __version__="none", __path__=[], __spec__=spec)
@@ -196,9 +251,25 @@ def make_speculators_04(script, out):
     module.VllmHiddenStatesGenerator = SpeculatorsGenerator
     ids, masks = zip(*samples(), strict=True)
     dataset = SliceableRows({"input_ids": ids, "loss_mask": masks})
-    options = {"layer_ids": None, "gpu_memory_utilization": 0.8, "tensor_parallel_size": 1, "batch_size": 3, "start_idx": 0}
-    options |= {"hf_cache_dir": None, "train_data_path": "rows.jsonl", "seq_length": 2048, "max_samples": None, "seed": 0}
-    options |= {"target_model_path": str(HERE / "target"), "output_dir": str(out), "max_num_batched_tokens": None}
+    options = {
+        "layer_ids": None,
+        "gpu_memory_utilization": 0.8,
+        "tensor_parallel_size": 1,
+        "batch_size": 3,
+        "start_idx": 0,
+    }
+    options |= {
+        "hf_cache_dir": None,
+        "train_data_path": "rows.jsonl",
+        "seq_length": 2048,
+        "max_samples": None,
+        "seed": 0,
+    }
+    options |= {
+        "target_model_path": str(HERE / "target"),
+        "output_dir": str(out),
+        "max_num_batched_tokens": None,
+    }
     sys.argv = ["data_generation_offline.py"]
     module.generate_and_save_hidden_states(argparse.Namespace(**options), dataset)
     shutil.copy(out / "data_config.json", out / "copy")
@@ -216,7 +287,11 @@ class SliceableRows(dict):
         return len(self["input_ids"])
 
     def __getitem__(self, key):
-        return {name: column[key] for name, column in self.items()} if isinstance(key, slice) else super().__getitem__(key)
+        return (
+            {name: column[key] for name, column in self.items()}
+            if isinstance(key, slice)
+            else super().__getitem__(key)
+        )
 
 
 class SpeculatorsGenerator:
@@ -232,14 +307,22 @@ class SpeculatorsGenerator:
         for ids in token_ids:
             inputs, before_norm, _ = run_target(HERE / "target", ids)
             outputs = [*inputs[1:], before_norm]
-            results.append({"input_ids": ids, "hidden_states": [outputs[layer] for layer in self.layer_ids], "loss_mask": None})
+            results.append(
+                {
+                    "input_ids": ids,
+                    "hidden_states": [outputs[layer] for layer in self.layer_ids],
+                    "loss_mask": None,
+                }
+            )
         return results
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["target", "specforge", "speculators", "speculators-0.4"])
-    parser.add_argument("--script", help="SpecForge's prepare_hidden_states.py, speculators 0.4's data_generation_offline.py")
+    parser.add_argument(
+        "--script", help="SpecForge's prepare_hidden_states.py, speculators 0.4's data_generation_offline.py"
+    )
     options = parser.parse_args()
     out = HERE / options.what
     shutil.rmtree(out, ignore_errors=True)
