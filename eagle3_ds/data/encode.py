@@ -87,7 +87,7 @@ class RowEncoder:
         ]
         encoded = iter(self._encode_chats(chats, events))
         for row, content in zip(rows, contents, strict=True):
-            if isinstance(content, TokenRow):
+            if isinstance(content, TokenRow):  # noqa: SIM108 - one line of it would be too long
                 tokens = MaskedTokens(content.input_ids, content.loss_mask, cut=False)
             else:
                 tokens = next(encoded)
