@@ -14,14 +14,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from eagle3_ds.plan import DraftShape, Setup, Traffic, attention_traffic, separate_all_to_alls
+from eagle3_ds.algorithms.eagle3 import Eagle3Shape
+from eagle3_ds.costs import Setup, Traffic
+from eagle3_ds.plan import attention_traffic, separate_all_to_alls
 from judge.collective_calls import CollectiveCalls
 from judge.ranks import run_ranks
 from judge.result_file import print_table, write_result
 from judge.sample_run import SampleRun, small_buckets
 
-SMALL = DraftShape(64, 96, 8, 4, 8, 256, 128)
-LARGE = DraftShape(4096, 14336, 32, 8, 128, 128256, 32000)
+SMALL = Eagle3Shape(64, 96, 8, 4, 8, 256, 128)
+LARGE = Eagle3Shape(4096, 14336, 32, 8, 128, 128256, 32000)
 MESHES = ((2, 1), (1, 2), (2, 2), (4, 1), (1, 4))  # (ulysses, ring)
 STEPS = (1, 3, 7)
 LARGE_MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))

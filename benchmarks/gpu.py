@@ -27,10 +27,11 @@ from typing import Any, get_args
 
 import torch
 
+from eagle3_ds.algorithms.eagle3 import Eagle3Shape
 from eagle3_ds.config.schema import TrainSection
 from eagle3_ds.kernels import KERNELS, select_kernel
 from eagle3_ds.layout import PackedSequence
-from eagle3_ds.plan import DEVICES, DraftShape, attention_pairs, predict_memory, predict_time
+from eagle3_ds.plan import DEVICES, attention_pairs, predict_memory, predict_time
 from judge.dense_baseline import ATTENTION_FORMS, DenseDraft
 from judge.product_step import ProductStep
 from judge.ranks import run_ranks
@@ -40,12 +41,12 @@ from judge.tensor_bytes import TensorBytes
 
 ROOT = Path(__file__).parents[1]
 SHAPE_8B = StepShape(
-    DraftShape(
+    Eagle3Shape(
         4096, 14336, num_heads=32, num_kv_heads=8, head_dim=128, vocab_size=128256, draft_vocab_size=32000
     )
 )
 SHAPE_TINY = StepShape(
-    DraftShape(64, 96, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=160, draft_vocab_size=128),
+    Eagle3Shape(64, 96, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=160, draft_vocab_size=128),
     ttt_steps=3,
 )
 AGREEMENT = 2e-2

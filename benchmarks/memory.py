@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from eagle3_ds.plan import DraftShape, predict_memory
+from eagle3_ds.algorithms.eagle3 import Eagle3Shape
+from eagle3_ds.plan import predict_memory
 from judge.ranks import run_ranks
 from judge.result_file import print_table, write_result
 from judge.sample_run import SampleRun, small_buckets
@@ -25,7 +26,7 @@ from judge.tensor_bytes import TensorBytes
 
 TOLERANCE = 0.10
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
-SHAPE = DraftShape(256, 768, 8, 2, 32, 4096, 2048)
+SHAPE = Eagle3Shape(256, 768, 8, 2, 32, 4096, 2048)
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.memory import count
-from eagle3_ds.plan import DraftShape, predict_memory
+from eagle3_ds.algorithms.eagle3 import Eagle3Shape
+from eagle3_ds.plan import predict_memory
 from judge.ranks import run_ranks
 from judge.result_file import print_table, write_result
 from judge.sample_run import SampleRun, small_buckets
 
 # Four query heads to a key head, as Llama 3.1 and Qwen 3 of 8B have.
-SHAPE = DraftShape(128, 384, 16, 4, 8, 2048, 1024)
+SHAPE = Eagle3Shape(128, 384, 16, 4, 8, 2048, 1024)
 LENGTH, DOCUMENTS = 16384, 16
 
 

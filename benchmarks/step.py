@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
+from eagle3_ds.algorithms.eagle3 import Eagle3Shape
 from eagle3_ds.layout import PackedSequence
-from eagle3_ds.plan import DraftShape
 from judge.dense_baseline import ATTENTION_FORMS, DenseDraft
 from judge.product_step import ProductStep
 from judge.ranks import run_ranks
@@ -34,7 +34,7 @@ from judge.step_inputs import Side, StepShape, TimedStep, make_model, make_pack,
 from judge.tensor_bytes import TensorBytes
 
 SHAPE = StepShape(
-    DraftShape(512, 1536, num_heads=8, num_kv_heads=8, head_dim=64, vocab_size=32000, draft_vocab_size=8192)
+    Eagle3Shape(512, 1536, num_heads=8, num_kv_heads=8, head_dim=64, vocab_size=32000, draft_vocab_size=8192)
 )
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 SHARES = (1.0, 0.25)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from eagle3_ds.algorithms.eagle3 import DraftModel
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config
+from eagle3_ds.costs import Setup
 from eagle3_ds.layout import PackedSequence
-from eagle3_ds.plan import Setup
 from eagle3_ds.topology import maybe_setup_distributed
 from eagle3_ds.train.trainer import DraftTrainer
 from judge.product import DS_CONFIGS, record_gradients, vocabulary_map

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from eagle3_ds.algorithms.eagle3 import DraftModel
+from eagle3_ds.algorithms.eagle3 import DraftModel, Eagle3Shape
 from eagle3_ds.config import Recipe, fill_deepspeed_config
+from eagle3_ds.costs import Setup
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.layout import PackedSequence, live_slots
-from eagle3_ds.plan import DraftShape, Setup
 from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.trainer import DraftTrainer
 
@@ -33,7 +33,7 @@ class SampleRun:
         answered: share of each document, at its end, that the assistant said, so that is supervised.
     """
 
-    shape: DraftShape
+    shape: Eagle3Shape
     length: int
     ttt_steps: int = 7
     draft_dp: int = 1

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+from eagle3_ds.algorithms.eagle3 import Eagle3Shape
+from eagle3_ds.costs import Setup
 from eagle3_ds.layout import PackedSequence, live_slots
-from eagle3_ds.plan import DraftShape, Setup, attention_pairs, step_flops
+from eagle3_ds.plan import attention_pairs, step_flops
 from judge.cases import parameter_shapes
 from judge.dense_reference import Frozen, LossRules, MicroBatch
 
@@ -33,7 +35,7 @@ PATTERN_ROWS = 1024
 class StepShape:
     """A training step, but for its length. The target is as wide as the draft."""
 
-    draft: DraftShape
+    draft: Eagle3Shape
     ttt_steps: int = 7
     decay: float = 0.8
 

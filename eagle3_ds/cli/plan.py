@@ -15,22 +15,20 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from eagle3_ds.algorithms.eagle3 import build_draft_config
+from eagle3_ds.algorithms.eagle3 import Eagle3Shape, build_draft_config
+from eagle3_ds.attention.costs import choose_kv_exchange
 from eagle3_ds.config import Recipe, load_deepspeed_config, load_recipe
+from eagle3_ds.costs import Setup
 from eagle3_ds.plan import (
     DEVICES,
     Candidate,
     Device,
-    DraftShape,
-    Setup,
     attention_pairs,
-    choose_kv_exchange,
     explain_shortage,
     fastest,
     largest_length,
     predict_memory,
     predict_time,
-    step_flops,
 )
 from eagle3_ds.run.memory_advice import deepspeed_files
 from eagle3_ds.targets import check_supported, load_text_config
@@ -123,7 +121,7 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     parallel = recipe.parallel
     mesh = Mesh.from_world(options.gpus, parallel.ring, parallel.ulysses, parallel.draft_dp)
     target = _target_config(recipe, options)
-    shape = DraftShape.of(build_draft_config(target, recipe.draft))
+    shape = Eagle3Shape.of(build_draft_config(target, recipe.draft))
     check_heads(parallel.ulysses, shape.num_heads, shape.num_kv_heads)
     device = DEVICES[options.device]
     budget = int(((options.gpu_memory or device.memory) - options.reserve) * GIB)
@@ -251,7 +249,7 @@ def _print_lengths(setup: Setup, budget: int, console: Console) -> None:
 
 def _print_time(setup: Setup, device: Device, ranks_per_node: int, console: Console) -> None:
     pairs = attention_pairs(setup)
-    time, flops = predict_time(setup, device, pairs, ranks_per_node), step_flops(setup, pairs)
+    time, flops = predict_time(setup, device, pairs, ranks_per_node), setup.shape.flops(setup, pairs)
     parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in time.parts.items() if seconds >= 5e-4)
     _say(
         console,

@@ -2,6 +2,7 @@
 tiled loss.
 """
 
+from eagle3_ds.draft.geometry import sliding_window, window_keys
 from eagle3_ds.draft.served import DraftCache
 from eagle3_ds.draft.taps import LossTaps
 from eagle3_ds.draft.tiled_loss import (
@@ -14,7 +15,6 @@ from eagle3_ds.draft.tiled_loss import (
 )
 from eagle3_ds.draft.tiles import slots_per_tile
 from eagle3_ds.draft.vocabulary import VocabularyMap
-from eagle3_ds.draft.window import sliding_window, window_keys
 
 __all__ = [
     "DraftCache",

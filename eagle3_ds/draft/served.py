@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig
 
-from eagle3_ds.draft.window import sliding_window
+from eagle3_ds.draft.geometry import sliding_window
 
 
 class DraftCache:

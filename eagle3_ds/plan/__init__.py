@@ -1,19 +1,12 @@
-"""What a run costs before it starts: bytes per rank, calls and bytes on the wire, seconds per step, and the
-best settings.
+"""What a run costs before it starts: bytes per rank, calls and bytes on the wire, seconds per step, and the best
+settings. What a draft costs is said by its algorithm; the sums are made here.
 """
 
 from eagle3_ds.plan.advice import explain_shortage, helpful_changes
-from eagle3_ds.plan.communication import (
-    Traffic,
-    attention_traffic,
-    choose_kv_exchange,
-    separate_all_to_alls,
-    state_traffic,
-)
+from eagle3_ds.plan.communication import attention_traffic, separate_all_to_alls, state_traffic, step_traffic
 from eagle3_ds.plan.devices import DEVICES, Assumptions, Device
 from eagle3_ds.plan.memory import Memory, predict_memory
 from eagle3_ds.plan.search import Candidate, fastest, largest_length
-from eagle3_ds.plan.setup import DraftShape, Setup, ZeroSettings
 from eagle3_ds.plan.time import StepTime, attention_pairs, predict_time, step_flops
 
 __all__ = [
@@ -21,15 +14,10 @@ __all__ = [
     "Assumptions",
     "Candidate",
     "Device",
-    "DraftShape",
     "Memory",
-    "Setup",
     "StepTime",
-    "Traffic",
-    "ZeroSettings",
     "attention_pairs",
     "attention_traffic",
-    "choose_kv_exchange",
     "explain_shortage",
     "fastest",
     "helpful_changes",
@@ -39,4 +27,5 @@ __all__ = [
     "separate_all_to_alls",
     "state_traffic",
     "step_flops",
+    "step_traffic",
 ]

@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from eagle3_ds.costs import Setup, ZeroSettings
 from eagle3_ds.plan.memory import predict_memory
 from eagle3_ds.plan.search import meshes
-from eagle3_ds.plan.setup import Setup, ZeroSettings
 
 GIB = 2**30
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from eagle3_ds.costs import Activation, KVExchange, Setup, ZeroGroup, ZeroSettings
 from eagle3_ds.plan.devices import Device
 from eagle3_ds.plan.memory import Memory, predict_memory
-from eagle3_ds.plan.setup import Activation, KVExchange, Setup, ZeroGroup, ZeroSettings
 from eagle3_ds.plan.time import StepTime, attention_pairs, predict_time
 
 GRAIN = 1024

@@ -6,7 +6,7 @@ Legend: P parameters of the draft, n ranks that ZeRO shards over.
 
 from __future__ import annotations
 
-from eagle3_ds.plan.setup import FP32, Parts, Setup
+from eagle3_ds.costs import FP32, Parts, Setup
 
 
 def model_states(setup: Setup) -> tuple[Parts, Parts]:

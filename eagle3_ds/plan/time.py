@@ -14,26 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eagle3_ds.costs import FP32, Flops, Setup, Traffic
 from eagle3_ds.layout import SpanPlan
-from eagle3_ds.plan.activations import offloaded_activations
-from eagle3_ds.plan.communication import Traffic, step_traffic
+from eagle3_ds.plan.communication import step_traffic
 from eagle3_ds.plan.devices import ESTIMATES, Assumptions, Device
-from eagle3_ds.plan.setup import FP32, Setup
-
-
-@dataclass(frozen=True)
-class Flops:
-    """One rank, one packed sequence."""
-
-    layers: int
-    recompute: int
-    attention_forward: int
-    attention_backward: int
-    loss: int
-
-    @property
-    def total(self) -> int:
-        return self.layers + self.recompute + self.attention_forward + self.attention_backward + self.loss
 
 
 @dataclass(frozen=True)
@@ -59,7 +43,7 @@ def attention_pairs(setup: Setup, documents: Sequence[int] | None = None) -> int
     Supervised tokens are taken to be spread evenly.
     """
     counted = np.floor(np.arange(setup.length + 1) * setup.supervised)
-    live = np.diff(counted) > 0 if setup.shape.num_layers == 1 else None
+    live = np.diff(counted) > 0 if setup.shape.live_slots_alone else None
     plan = SpanPlan.make(
         documents or (setup.length,), setup.ring, setup.ulysses, setup.chunks_per_rank, live, setup.window
     )
@@ -67,47 +51,8 @@ def attention_pairs(setup: Setup, documents: Sequence[int] | None = None) -> int
 
 
 def step_flops(setup: Setup, pairs: int) -> Flops:
-    """FLOPs by kind. `pairs` is `attention_pairs`; each Ulysses rank computes its heads' part of them."""
-    shape, slots, steps = setup.shape, setup.live_slots, setup.ttt_steps
-    fc = shape.parameter_sizes[0]
-    layers = [shape.layer_weights(layer) for layer in range(shape.num_layers)]
-    # Forward once, backward twice; fc has constant inputs, so no gradient of them. The rest has keys and
-    # values alone.
-    rest = (setup.slots - slots) * 3 * sum(layers[0][name] for name in ("k", "v"))
-    matmul = 2 * (
-        setup.slots * 2 * fc + rest + slots * 3 * steps * sum(sum(weights.values()) for weights in layers)
-    )
-    recompute = 0
-    if setup.activation != "keep":
-        # Keys, values and the attention's output are kept, and nothing in backward needs the output of
-        # `down`.
-        recompute = (
-            2 * slots * steps * sum(weights[name] for weights in layers for name in ("q", "o", "gate", "up"))
-        )
-    attention = 2 * pairs * shape.query_size // setup.ulysses * steps * shape.num_layers
-    head = 2 * slots * shape.hidden_size * shape.draft_vocab_size
-    return Flops(
-        layers=matmul,
-        recompute=recompute,
-        # Two products forward; in backward the scores again, and four more.
-        attention_forward=2 * attention,
-        attention_backward=5 * attention,
-        # The teacher's logits once, and of each step the student's and two gradients.
-        loss=head * (1 + 3 * steps),
-    )
-
-
-def elementwise_bytes(setup: Setup) -> int:
-    """Bytes that norms, rotations, activations and the softmax of the loss move, one rank, one packed
-    sequence.
-    """
-    shape, steps, item = setup.shape, setup.ttt_steps, setup.itemsize
-    wide = 10 * shape.hidden_size + 4 * (shape.query_size + 2 * shape.kv_size) + 6 * shape.intermediate_size
-    passes = 3 if setup.activation == "keep" else 4
-    # k diagonals, of keys and of values, are read at step k, once forward and twice backward.
-    diagonals = 3 * 2 * shape.kv_size * steps * (steps - 1) // 2
-    softmax = 8 * shape.draft_vocab_size * FP32 * (steps + 1)
-    return setup.live_slots * (shape.num_layers * item * (steps * passes * wide + diagonals) + softmax)
+    """FLOPs of one packed sequence on one rank, as the draft says. `pairs` is `attention_pairs`."""
+    return setup.shape.flops(setup, pairs)
 
 
 def predict_time(
@@ -122,10 +67,10 @@ def predict_time(
         "attention": flops.attention_forward / (peak * assume.attention_forward)
         + flops.attention_backward / (peak * assume.attention_backward),
         "loss": flops.loss / (peak * assume.matmul),
-        "elementwise": elementwise_bytes(setup) / (1e9 * device.memory_gbs * assume.memory),
+        "elementwise": setup.shape.elementwise_bytes(setup) / (1e9 * device.memory_gbs * assume.memory),
     }
     compute = sum(parts.values())
-    moved = 2 * offloaded_activations(setup) / (1e9 * device.host_gbs * assume.link)
+    moved = 2 * setup.shape.sequence_bytes(setup).offloaded / (1e9 * device.host_gbs * assume.link)
     parts["offload beyond compute"] = max(0.0, moved - compute)
     parts = {name: seconds * setup.accumulation for name, seconds in parts.items()}
     for traffic in step_traffic(setup):

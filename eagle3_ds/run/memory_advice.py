@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
-from eagle3_ds.algorithms.eagle3 import build_draft_config
+from eagle3_ds.algorithms.eagle3 import Eagle3Shape, build_draft_config
+from eagle3_ds.attention.costs import choose_kv_exchange
 from eagle3_ds.config import Recipe, load_deepspeed_config
-from eagle3_ds.plan import DraftShape, Setup, ZeroSettings, choose_kv_exchange, explain_shortage
+from eagle3_ds.costs import Setup, ZeroSettings
+from eagle3_ds.plan import explain_shortage
 from eagle3_ds.targets import load_text_config, resolve_path
 from eagle3_ds.topology import detect_accelerator
 
@@ -31,7 +33,7 @@ def advise_on_memory(reason: str, recipe: Recipe, ranks_per_host: int) -> str | 
     if not _SHORTAGE.search(reason) and _PERHAPS not in reason:
         return None
     assert recipe.parallel.draft_dp is not None
-    shape = DraftShape.of(
+    shape = Eagle3Shape.of(
         build_draft_config(load_text_config(resolve_path(recipe.target.path)), recipe.draft)
     )
     setup = Setup.of(recipe, load_deepspeed_config(recipe.deepspeed), shape, recipe.parallel.draft_dp)

@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eagle3_ds.algorithms.eagle3 import DraftModel, UnrollSettings
+from eagle3_ds.algorithms.eagle3 import DraftModel, Eagle3Shape, UnrollSettings
 from eagle3_ds.attention import patch_attention
+from eagle3_ds.attention.costs import choose_kv_exchange
 from eagle3_ds.config import Recipe
+from eagle3_ds.costs import Setup
 from eagle3_ds.draft import LossInputs, LossSum, VocabularyMap, loss_tiles, sliding_window
 from eagle3_ds.kernels import checked_kernel
 from eagle3_ds.layout import LocalBatch, PackedSequence, prepare_usp_input, stream_rows
-from eagle3_ds.plan import DraftShape, Setup, choose_kv_exchange
 from eagle3_ds.topology import Topology
 from eagle3_ds.train.engine import DraftWithLoss, build_engine, full_parameters, step_and_norm
 from eagle3_ds.train.spans import plan_spans
@@ -76,7 +77,7 @@ class DraftTrainer:
         device = topology.device
         kernel = checked_kernel(recipe.attention.kernel, device, self.dtype, draft.config.head_dim)
         self.kernel_name = kernel.name
-        setup = Setup.of(recipe, deepspeed_config, DraftShape.of(draft.config), topology.draft_dp)
+        setup = Setup.of(recipe, deepspeed_config, Eagle3Shape.of(draft.config), topology.draft_dp)
         asked = recipe.parallel.kv_exchange
         self.kv_exchange = choose_kv_exchange(setup) if asked == "auto" else asked
         groups = (topology.ulysses_group, topology.ring_group)

@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.comm import SMALL, counted_step
-from eagle3_ds.plan import DraftShape, Setup, attention_traffic, separate_all_to_alls, state_traffic
+from eagle3_ds.algorithms.eagle3 import Eagle3Shape
+from eagle3_ds.costs import Setup
+from eagle3_ds.plan import attention_traffic, separate_all_to_alls, state_traffic
 from judge.sample_run import SampleRun
 
 pytestmark = pytest.mark.ranks
@@ -66,7 +68,7 @@ def test_the_step_sends_what_the_formulas_say(run_ranks, name):
 
 
 def test_seven_steps_cost_28_all_to_alls_one_gather_and_one_reduce_scatter_per_layer():
-    shape = DraftShape(4096, 14336, 32, 8, 128, 128256, 32000)
+    shape = Eagle3Shape(4096, 14336, 32, 8, 128, 128256, 32000)
     setup = Setup(shape, length=131072, ulysses=4, ring=2)
     calls = {(t.axis, t.kind): t.calls for t in attention_traffic(setup)}
     assert calls == {("ulysses", "all_to_all"): 28, ("ring", "all_gather"): 1, ("ring", "reduce_scatter"): 1}

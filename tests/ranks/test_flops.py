@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from eagle3_ds.plan import DraftShape, attention_pairs, step_flops
+from eagle3_ds.algorithms.eagle3 import Eagle3Shape
+from eagle3_ds.plan import attention_pairs, step_flops
 from judge.sample_run import SampleRun
 
 pytestmark = pytest.mark.ranks
-SHAPE = DraftShape(128, 384, 4, 2, 32, 1024, 512)
+SHAPE = Eagle3Shape(128, 384, 4, 2, 32, 1024, 512)
 
 
 def product_flops(_total, a, b, **_):

@@ -5,12 +5,13 @@ import gc
 import pytest
 
 from benchmarks.memory import count
-from eagle3_ds.plan import DraftShape, predict_memory
+from eagle3_ds.algorithms.eagle3 import Eagle3Shape
+from eagle3_ds.plan import predict_memory
 from judge.sample_run import SampleRun, small_buckets
 from judge.tensor_bytes import TensorBytes
 
 pytestmark = pytest.mark.ranks
-SHAPE = DraftShape(32, 64, 4, 2, 8, 128, 64)
+SHAPE = Eagle3Shape(32, 64, 4, 2, 8, 128, 64)
 
 
 def live_bytes_after_steps(run, count):
@@ -67,7 +68,7 @@ def of_stage(stage, **changes):
     )
 
 
-WIDE = DraftShape(128, 384, 4, 2, 32, 1024, 512)
+WIDE = Eagle3Shape(128, 384, 4, 2, 32, 1024, 512)
 PREDICTED = {
     "one rank, bf16": of_stage(2, dtype="bfloat16"),
     "kept, fp32": of_stage(0, activation="keep"),

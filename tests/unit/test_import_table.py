@@ -15,10 +15,11 @@ TABLE: dict[str, set[str]] = {
     "kernels": set(),
     "launch": {"config"},
     "topology": {"config", "layout", "launch"},
-    "plan": {"config", "layout"},
-    "attention": {"layout", "collectives", "kernels"},
-    "draft": {"layout", "attention"},
-    "algorithms": {"config", "layout", "attention", "draft"},
+    "costs": {"config", "layout"},
+    "attention": {"layout", "collectives", "kernels", "costs"},
+    "draft": {"config", "layout", "attention", "costs"},
+    "algorithms": {"config", "layout", "attention", "draft", "costs"},
+    "plan": {"layout", "costs"},
     "targets": {"config", "layout", "attention"},
     "store": {"layout"},
     "data": {"config", "layout"},
@@ -27,16 +28,16 @@ TABLE: dict[str, set[str]] = {
     "export": {"config", "draft", "algorithms"},
     "eval": {"config", "data", "draft", "algorithms", "targets"},
     "train": {
-        "config", "topology", "layout", "collectives", "kernels", "attention", "draft", "algorithms", "targets", "store",
-        "data", "plan", "checkpoint", "guard",
+        "config", "topology", "layout", "collectives", "kernels", "costs", "attention", "draft", "algorithms", "targets",
+        "store", "data", "checkpoint", "guard",
     },
     "run": {
-        "config", "topology", "layout", "kernels", "attention", "draft", "algorithms", "targets", "store", "data", "plan",
+        "config", "topology", "layout", "kernels", "costs", "attention", "draft", "algorithms", "targets", "store", "data", "plan",
         "checkpoint", "launch", "eval", "export",
     },
     "cli": {
-        "config", "topology", "layout", "kernels", "draft", "algorithms", "targets", "store", "data", "plan", "checkpoint",
-        "launch", "run",
+        "config", "topology", "layout", "kernels", "costs", "attention", "draft", "algorithms", "targets", "store", "data",
+        "plan", "checkpoint", "launch", "run",
     },
 }  # fmt: skip
 

@@ -11,18 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
+from eagle3_ds.algorithms.eagle3 import DraftModel, Eagle3Shape, build_draft_config
+from eagle3_ds.attention.costs import BACKWARD_BLOCK, choose_kv_exchange
 from eagle3_ds.config import DraftSection, load_recipe
+from eagle3_ds.costs import Setup, ZeroSettings
 from eagle3_ds.kernels import TileKernel
 from eagle3_ds.layout import SpanPlan
 from eagle3_ds.plan import (
     DEVICES,
-    DraftShape,
-    Setup,
-    ZeroSettings,
     attention_pairs,
     attention_traffic,
-    choose_kv_exchange,
     explain_shortage,
     fastest,
     helpful_changes,
@@ -32,12 +30,11 @@ from eagle3_ds.plan import (
     state_traffic,
     step_flops,
 )
-from eagle3_ds.plan.activations import BACKWARD_BLOCK
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
-SMALL = DraftShape(64, 96, 4, 2, 16, 160, 128)
-LLAMA_8B = DraftShape(4096, 14336, 32, 8, 128, 128256, 32000)
+SMALL = Eagle3Shape(64, 96, 4, 2, 16, 160, 128)
+LLAMA_8B = Eagle3Shape(4096, 14336, 32, 8, 128, 128256, 32000)
 NODE = Setup(LLAMA_8B, 131_072, ulysses=4, ring=2, zero=ZeroSettings(stage=2, overlap_comm=True))
 FILES = {
     str(path): ZeroSettings.of(json.loads(path.read_text()))
@@ -58,8 +55,8 @@ def test_parameters_are_those_of_the_model(layers: int) -> None:
         vocab_size=160,
     )
     config = build_draft_config(target, DraftSection(vocab_size=128, num_layers=layers))
-    shape = DraftShape.of(config)
-    assert shape == replace(SMALL, num_layers=layers)
+    shape = Eagle3Shape.of(config)
+    assert shape == replace(SMALL, num_layers=layers, aux_size=3 * 64)
     assert sorted(shape.parameter_sizes) == sorted(p.numel() for p in DraftModel(config).parameters())
 
 

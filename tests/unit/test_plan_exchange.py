@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from eagle3_ds.plan import DraftShape, Setup, choose_kv_exchange
+from eagle3_ds.algorithms.eagle3 import Eagle3Shape
+from eagle3_ds.attention.costs import choose_kv_exchange
+from eagle3_ds.costs import Setup
 
-LLAMA_8B = DraftShape(4096, 14336, 32, 8, 128, 128256, 32000)
+LLAMA_8B = Eagle3Shape(4096, 14336, 32, 8, 128, 128256, 32000)
 # Seven other ring ranks' share of 128k tokens of 8 heads of 128: keys and values, bf16, with gradients in
 # fp32.
 OTHERS = 7 * (131072 // 8) * 2 * 1024 * (2 + 4)

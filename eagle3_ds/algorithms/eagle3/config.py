@@ -7,7 +7,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from eagle3_ds.config import DraftSection
-from eagle3_ds.draft.window import window_keys
+from eagle3_ds.draft.geometry import window_keys
 
 
 def build_draft_config(target_config: Any, draft: DraftSection) -> LlamaConfig:

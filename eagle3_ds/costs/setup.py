@@ -1,7 +1,4 @@
-"""What the planner plans for: a draft's sizes, and one way of running it.
-
-Legend: H hidden size, K TTT steps, S slots of one rank.
-"""
+"""One way of running a draft: everything that a formula of bytes, calls or seconds reads."""
 
 from __future__ import annotations
 
@@ -10,85 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from eagle3_ds.config import Recipe
+from eagle3_ds.costs.shape import DraftShape
 from eagle3_ds.layout import slots_of_a_rank
 
 Activation = Literal["keep", "recompute", "offload"]
 KVExchange = Literal["gather", "ring"]
 ZeroGroup = Literal["all", "draft_dp"]
-Parts = dict[str, int]
-"""Bytes by what they are."""
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
-FP32, INT64 = 4, 8
-
-
-@dataclass(frozen=True)
-class DraftShape:
-    """Sizes of a draft. `vocab_size` is the target's, `draft_vocab_size` the draft's own."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    draft_vocab_size: int
-    num_layers: int = 1
-
-    @classmethod
-    def of(cls, config: Any) -> DraftShape:
-        """From the draft's transformers config (`build_draft_config`)."""
-        return cls(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            vocab_size=config.vocab_size,
-            draft_vocab_size=config.draft_vocab_size,
-            num_layers=config.num_hidden_layers,
-        )
-
-    @property
-    def query_size(self) -> int:
-        """Entries of one slot's queries, over all heads."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        """Entries of one slot's keys, over all heads; its values have as many."""
-        return self.num_kv_heads * self.head_dim
-
-    def input_size(self, layer: int) -> int:
-        """Width of what q, k and v are projected from: the first layer reads the embedding beside the hidden
-        state.
-        """
-        return self.hidden_size * (2 if layer == 0 else 1)
-
-    def layer_weights(self, layer: int) -> dict[str, int]:
-        """Parameters of each matrix of a layer."""
-        hidden, inner, wide = self.hidden_size, self.intermediate_size, self.input_size(layer)
-        return {
-            "q": self.query_size * wide,
-            "k": self.kv_size * wide,
-            "v": self.kv_size * wide,
-            "o": hidden * self.query_size,
-            "gate": inner * hidden,
-            "up": inner * hidden,
-            "down": hidden * inner,
-        }
-
-    @property
-    def parameter_sizes(self) -> tuple[int, ...]:
-        """Elements of every trained tensor: fc, the layers' matrices and norms, the final norm, the head."""
-        hidden = self.hidden_size
-        sizes = [3 * hidden * hidden]
-        for layer in range(self.num_layers):
-            sizes += [*self.layer_weights(layer).values(), *[hidden] * (3 if layer == 0 else 2)]
-        return (*sizes, hidden, self.draft_vocab_size * hidden)
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(self.parameter_sizes)
 
 
 @dataclass(frozen=True)
@@ -248,7 +173,7 @@ class Setup:
 
     @property
     def _slots(self) -> tuple[int, int]:
-        live = round(self.length * self.supervised) if self.shape.num_layers == 1 else self.length
+        live = round(self.length * self.supervised) if self.shape.live_slots_alone else self.length
         return slots_of_a_rank(self.length, live, self.ring, self.ulysses, self.chunks_per_rank)
 
     @property

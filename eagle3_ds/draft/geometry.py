@@ -1,4 +1,6 @@
-"""How a draft's config says that its attention has a sliding window."""
+"""What a draft's config says beyond the keys of its decoder: the window of its attention, and the captured hidden
+states that it reads.
+"""
 
 from __future__ import annotations
 
@@ -31,3 +33,16 @@ def sliding_window(config: Any) -> int | None:
         f"layer_types is {list(kinds)}: all layers of a draft see sliding_window keys here, or all see "
         "everything."
     )
+
+
+def aux_keys(num_layers: int, target_hidden_size: int) -> dict[str, Any]:
+    """How a config says which hidden states of the target a slot of the draft reads."""
+    return {"num_aux_layers": num_layers, "target_hidden_size": target_hidden_size}
+
+
+def aux_size(config: Any) -> int:
+    """Entries of a slot's captured hidden states, side by side: three of the draft's own width where the config says
+    nothing, as those of other programs do.
+    """
+    layers = getattr(config, "num_aux_layers", None) or 3
+    return int(layers * (getattr(config, "target_hidden_size", None) or config.hidden_size))
