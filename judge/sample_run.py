@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from eagle3_ds.algorithms.eagle3 import DraftModel, Eagle3Shape
+from eagle3_ds.algorithms.eagle3.supervision import TTTSupervision
 from eagle3_ds.config import Recipe, fill_deepspeed_config
 from eagle3_ds.costs import Setup
 from eagle3_ds.draft import VocabularyMap
@@ -91,7 +92,7 @@ class SampleRun:
     def setup(self) -> Setup:
         """The same as the planner sees it."""
         setup = Setup.of(self.recipe(), self.deepspeed or {}, self.shape, self.draft_dp, device="cpu")
-        live = live_slots(self.lengths or (self.length,), self.loss_mask(), self.ttt_steps)
+        live = live_slots(self.lengths or (self.length,), self.loss_mask(), TTTSupervision(self.ttt_steps))
         return replace(setup, supervised=float(live.mean()))
 
     def config(self) -> LlamaConfig:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from eagle3_ds.algorithms.eagle3 import Eagle3Shape
+from eagle3_ds.algorithms.eagle3.supervision import TTTSupervision
 from eagle3_ds.costs import Setup
 from eagle3_ds.layout import PackedSequence, live_slots
 from eagle3_ds.plan import attention_pairs, step_flops
@@ -66,7 +67,7 @@ class StepShape:
         The planner's count without its recomputation. Attention backward is 2.5 times forward, because scores
         are not kept.
         """
-        live = live_slots((length,), answers_mask(length, supervised), self.ttt_steps)
+        live = live_slots((length,), answers_mask(length, supervised), TTTSupervision(self.ttt_steps))
         setup = Setup(self.draft, length, self.ttt_steps, supervised=float(live.mean()))
         counted = step_flops(setup, attention_pairs(setup))
         return counted.total - counted.recompute

@@ -1,1 +1,19 @@
-"""The draft algorithms, a folder each."""
+"""The draft algorithms, a folder each, and the dictionary that knows them. What they must do is in
+draft/contract.py.
+"""
+
+from collections.abc import Mapping
+
+from eagle3_ds.algorithms.eagle3.algorithm import Eagle3
+from eagle3_ds.config import Recipe
+from eagle3_ds.draft.contract import DraftAlgorithm
+
+ALGORITHMS: Mapping[str, DraftAlgorithm] = {algorithm.name: algorithm for algorithm in (Eagle3(),)}
+
+
+def algorithm_of(recipe: Recipe) -> DraftAlgorithm:
+    """The algorithm of `draft.algorithm`."""
+    return ALGORITHMS[recipe.draft.algorithm]
+
+
+__all__ = ["ALGORITHMS", "algorithm_of"]

@@ -97,7 +97,7 @@ class Manifest(_Strict):
         heldout_loss: of this very step, when it was evaluated.
         recipe: the resolved recipe, as JSON.
         mesh: draft_dp, ring, ulysses and ZeRO stage it was written by; for people, nothing depends on it.
-        parameters: shape by name, as in `DraftModel`.
+        parameters: shape by name, as the draft names its parameters.
         versions: of the packages that wrote it; for people.
         files: every file but the manifest.
     """

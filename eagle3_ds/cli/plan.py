@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from eagle3_ds.algorithms.eagle3 import Eagle3Shape, build_draft_config
+from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.attention.costs import choose_kv_exchange
 from eagle3_ds.config import Recipe, load_deepspeed_config, load_recipe
 from eagle3_ds.costs import Setup
@@ -121,7 +121,8 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     parallel = recipe.parallel
     mesh = Mesh.from_world(options.gpus, parallel.ring, parallel.ulysses, parallel.draft_dp)
     target = _target_config(recipe, options)
-    shape = Eagle3Shape.of(build_draft_config(target, recipe.draft))
+    algorithm = algorithm_of(recipe)
+    shape = algorithm.shape(algorithm.build_config(target, recipe))
     check_heads(parallel.ulysses, shape.num_heads, shape.num_kv_heads)
     device = DEVICES[options.device]
     budget = int(((options.gpu_memory or device.memory) - options.reserve) * GIB)

@@ -68,6 +68,8 @@ class TargetSection(Section):
 
 
 class DraftSection(Section):
+    algorithm: Literal["eagle3"] = "eagle3"
+    """How the draft guesses: a folder of eagle3_ds/algorithms."""
     vocab_size: Positive = 32000
     ttt_steps: Annotated[int, Field(ge=1, le=16)] = 7
     num_layers: Positive = 1

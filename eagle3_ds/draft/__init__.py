@@ -2,7 +2,8 @@
 tiled loss.
 """
 
-from eagle3_ds.draft.geometry import sliding_window, window_keys
+from eagle3_ds.draft.contract import Draft, DraftAlgorithm, Guesser, LayoutForm
+from eagle3_ds.draft.geometry import aux_keys, aux_size, sliding_window, window_keys
 from eagle3_ds.draft.served import DraftCache
 from eagle3_ds.draft.taps import LossTaps
 from eagle3_ds.draft.tiled_loss import (
@@ -17,12 +18,18 @@ from eagle3_ds.draft.tiles import slots_per_tile
 from eagle3_ds.draft.vocabulary import VocabularyMap
 
 __all__ = [
+    "Draft",
+    "DraftAlgorithm",
     "DraftCache",
+    "Guesser",
+    "LayoutForm",
     "LossInputs",
     "LossSum",
     "LossTaps",
     "LossTile",
     "VocabularyMap",
+    "aux_keys",
+    "aux_size",
     "check_tile_bytes",
     "loss_tiles",
     "sliding_window",

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eagle3_ds.algorithms.eagle3 import DraftModel
+from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.config import EvalSection, Recipe
-from eagle3_ds.draft import VocabularyMap
+from eagle3_ds.draft import Draft, VocabularyMap
 from eagle3_ds.eval.speculative import Round, greedy_decode, speculative_decode
 from eagle3_ds.targets import Target
 
@@ -20,8 +20,8 @@ from eagle3_ds.targets import Target
 def evaluate_draft(
     recipe: Recipe,
     target: Target,
-    draft: DraftModel,
-    untrained_draft: DraftModel,
+    draft: Draft,
+    untrained_draft: Draft,
     vocabulary: VocabularyMap,
     prompts: Sequence[Sequence[int]],
     progress: bool = True,
@@ -66,10 +66,10 @@ def evaluate_draft(
         expected = greedy_decode(target, prompt, settings.max_new_tokens, eos)
         new_tokens += len(expected)
         for name, model in drafts.items():
+            guesser = algorithm_of(recipe).guesser(model, target.embedding, vocabulary)
             _, more = speculative_decode(
                 target,
-                model,
-                vocabulary,
+                guesser,
                 prompt,
                 settings.max_new_tokens,
                 settings.draft_tokens,

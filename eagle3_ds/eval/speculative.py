@@ -1,9 +1,7 @@
 """Greedy chain speculation, batch 1: the draft proposes some tokens, the target checks them in one forward.
 
-Slots are those of training: slot i holds the target's g_i and the token x_{i+1}, at rotary position i; its
-output predicts x_{i+2}. The draft's k-th guess is made in the slot k places after the last verified one, fed
-with the draft's own output and its own guess, at the next position. Once the target has spoken, the guessed
-slots are dropped from the draft's cache and the verified ones enter with the target's hidden states.
+Slots are those of training: slot i holds the target's hidden states g_i and the token x_{i+1}; its output
+predicts x_{i+2}. How a draft makes its guesses is its algorithm's affair (`DraftAlgorithm.guesser`).
 
 Legend: P prompt tokens, S new slots, n known tokens, Ht hidden size of the target.
 """
@@ -18,8 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
-from eagle3_ds.algorithms.eagle3 import DraftModel
-from eagle3_ds.draft import DraftCache, VocabularyMap
+from eagle3_ds.draft.contract import Guesser
 from eagle3_ds.targets import AuxCapture, Target
 
 
@@ -58,7 +55,7 @@ class TargetStream:
         self.length = 0
 
     def read(self, tokens: Sequence[int], last_only: bool = False) -> tuple[Tensor, Tensor]:
-        """Feed S tokens. Returns logits [S, V] (or [1, V] of the last) and g [S, 3 * Ht]."""
+        """Feed S tokens. Returns logits [S, V] (or [1, V] of the last) and g [S, A]."""
         device = self._target.device
         positions = torch.arange(self.length, self.length + len(tokens), device=device)
         base = self._target.base
@@ -82,39 +79,6 @@ class TargetStream:
         self.length = length
 
 
-class DraftStream:
-    """The draft with its cache: verified slots come in, guesses come out."""
-
-    def __init__(self, draft: DraftModel, target: Target, vocabulary: VocabularyMap) -> None:
-        self._draft, self._embedding = draft, target.embedding
-        self._to_target = vocabulary.draft_to_target.to(target.device)
-        self._cache = DraftCache(draft.config.num_hidden_layers)
-
-    def propose(self, aux: Tensor, tokens: Sequence[int], count: int) -> list[int]:
-        """Take in S verified slots and guess `count` tokens after them.
-
-        Args:
-            aux: g [S, 3 * Ht] of the slots; tokens: the S tokens one place later.
-        """
-        verified = len(self._cache) + len(tokens)
-        positions = torch.arange(len(self._cache), verified, device=aux.device)
-        hidden = self._draft.project_aux(aux.to(self._draft.fc.weight.dtype))
-        hidden = self._draft.decode(self._embed(tokens), hidden, positions, self._cache)[-1:]
-        guesses: list[int] = []
-        while True:
-            guesses.append(int(self._to_target[self._draft.logits(hidden)[0].argmax()]))
-            if len(guesses) == count:
-                break
-            position = positions[-1:] + len(guesses)
-            hidden = self._draft.decode(self._embed(guesses[-1:]), hidden, position, self._cache)
-        self._cache.truncate(verified)
-        return guesses
-
-    def _embed(self, tokens: Sequence[int]) -> Tensor:
-        ids = torch.tensor(list(tokens), device=self._embedding.device)
-        return functional.embedding(ids, self._embedding).to(self._draft.fc.weight.dtype)
-
-
 @torch.no_grad()
 def greedy_decode(
     target: Target, prompt: Sequence[int], max_new_tokens: int, eos_token_id: int | None
@@ -132,8 +96,7 @@ def greedy_decode(
 @torch.no_grad()
 def speculative_decode(
     target: Target,
-    draft: DraftModel,
-    vocabulary: VocabularyMap,
+    guesser: Guesser,
     prompt: Sequence[int],
     max_new_tokens: int,
     draft_tokens: int,
@@ -146,6 +109,7 @@ def speculative_decode(
     not.
 
     Args:
+        guesser: the draft, at the start of a text.
         expected: the target's own greedy output; when given, the result must equal it.
 
     Returns:
@@ -154,12 +118,12 @@ def speculative_decode(
     Raises:
         NotLosslessError: the output differs from `expected`.
     """
-    stream, drafter = TargetStream(target), DraftStream(draft, target, vocabulary)
+    stream = TargetStream(target)
     logits, aux = stream.read(prompt, last_only=True)
     known = [*prompt, int(logits[0].argmax())]
     fresh, rounds = known[1:], list[Round]()
     while len(known) - len(prompt) < max_new_tokens and known[-1] != eos_token_id:
-        guesses = drafter.propose(aux, fresh, draft_tokens)
+        guesses = guesser.propose(aux, fresh, draft_tokens)
         logits, aux = stream.read([known[-1], *guesses])
         fresh, result = _judge(guesses, logits.argmax(dim=-1).tolist(), eos_token_id, len(known))
         rounds.append(result)

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from eagle3_ds.algorithms.eagle3 import DraftModel
-from eagle3_ds.draft import VocabularyMap, sliding_window, window_keys
+from eagle3_ds.algorithms import ALGORITHMS
+from eagle3_ds.draft import DraftAlgorithm, LayoutForm, VocabularyMap, sliding_window, window_keys
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -59,21 +59,44 @@ def geometry(config: LlamaConfig, max_position: int | None) -> dict[str, Any]:
     }
 
 
-def draft_config(keys: Mapping[str, Any], draft_vocab_size: int) -> LlamaConfig:
-    """The config that `geometry` was taken from, or that another program wrote in its way.
+def draft_config(
+    keys: Mapping[str, Any], draft_vocab_size: int, more: Mapping[str, Any] | None = None
+) -> LlamaConfig:
+    """The config that `geometry` was taken from, or that another program wrote in its way, with `more` of its
+    algorithm's.
 
     The rotary settings are read from `rope_parameters`; where transformers 4 wrote `rope_theta` and
     `rope_scaling`, from those.
     """
     doubled = {"rope_theta", "rope_scaling"} if keys.get("rope_parameters") else set()
     kept = {key: value for key, value in keys.items() if key not in {"model_type", *doubled}}
-    return LlamaConfig(**kept | {"draft_vocab_size": draft_vocab_size})
+    return LlamaConfig(**kept | {"draft_vocab_size": draft_vocab_size} | dict(more or {}))
 
 
-def check_complete(state: Mapping[str, Tensor], config: LlamaConfig, vocabulary: VocabularyMap) -> None:
+def algorithm_of_layout(layout: str, architectures: Any) -> DraftAlgorithm | None:
+    """The algorithm whose drafts this layout calls by these `architectures`; None for nobody's."""
+    found = (a for a in ALGORITHMS.values() if [a.layouts[layout].architecture] == architectures)
+    return next(found, None)
+
+
+def own_keys(
+    form: LayoutForm, folder: str | Path, keys: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """What the layout says about the draft beside its geometry, as keys of our config. Raises ValueError that names
+    the folder.
+    """
+    try:
+        return form.config_keys(keys, tensors)
+    except ValueError as error:
+        raise ValueError(f"{str(folder)!r}: {error}. Name another draft.") from error
+
+
+def check_complete(
+    algorithm: DraftAlgorithm, state: Mapping[str, Tensor], config: LlamaConfig, vocabulary: VocabularyMap
+) -> None:
     """Raises ValueError when `state` is not exactly the draft of `config`, or the vocabulary is another's."""
     with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in DraftModel(config).state_dict().items()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in algorithm.build(config).state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wrong = [
         f"{name} {found.get(name, 'absent')} instead of {shape}"

@@ -10,8 +10,17 @@ from pathlib import Path
 from torch import Tensor
 from transformers import LlamaConfig
 
+from eagle3_ds.algorithms import ALGORITHMS
 from eagle3_ds.draft import VocabularyMap
-from eagle3_ds.export.folder import cast, check_complete, draft_config, geometry, read_folder, write_folder
+from eagle3_ds.export.folder import (
+    cast,
+    check_complete,
+    draft_config,
+    geometry,
+    own_keys,
+    read_folder,
+    write_folder,
+)
 
 EMBEDDING = "embed_tokens.weight"
 
@@ -28,6 +37,7 @@ def export_speculators(
     max_position: int | None = None,
     aux_layers: Sequence[int] | None = None,
     draft_tokens: int = 5,
+    algorithm: str = "eagle3",
 ) -> Path:
     """Write the draft in the speculators layout.
 
@@ -41,21 +51,21 @@ def export_speculators(
     Raises:
         ValueError: weights, config, vocabulary and embedding do not belong together, or the folder exists.
     """
-    check_complete(model_state, config, vocabulary)
+    form = ALGORITHMS[algorithm].layouts["speculators"]
+    check_complete(ALGORITHMS[algorithm], model_state, config, vocabulary)
     _check_embedding(embedding, config)
     keys = {
-        "architectures": ["Eagle3DraftModel"],
+        "architectures": [form.architecture],
         "model_type": "speculator_model",
-        "speculators_model_type": "eagle3",
+        "speculators_model_type": algorithm,
         "draft_vocab_size": config.draft_vocab_size,
-        "norm_before_residual": False,
-        "norm_before_fc": False,
+        **form.keys(config),
         "tie_word_embeddings": False,
         "dtype": dtype,
         "torch_dtype": dtype,
         "transformer_layer_config": geometry(config, max_position) | {"dtype": dtype, "torch_dtype": dtype},
         "speculators_config": {
-            "algorithm": "eagle3",
+            "algorithm": algorithm,
             "default_proposal_method": "greedy",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": draft_tokens}],
             "verifier": {"name_or_path": verifier, "architectures": list(verifier_architectures)},
@@ -63,7 +73,7 @@ def export_speculators(
     }
     if aux_layers is not None:
         keys["eagle_aux_hidden_state_layer_ids"] = list(aux_layers)
-    tensors = cast({**model_state, EMBEDDING: embedding}, dtype)
+    tensors = cast({**{form.name_there(k): v for k, v in model_state.items()}, EMBEDDING: embedding}, dtype)
     return write_folder(folder, keys, tensors | {"d2t": vocabulary.d2t.cpu(), "t2d": vocabulary.t2d.cpu()})
 
 
@@ -74,24 +84,22 @@ def load_speculators(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor]
         ValueError: not such an export, or one that is incomplete.
     """
     keys, tensors = read_folder(folder)
-    if keys.get("speculators_model_type") != "eagle3" or not {"d2t", "t2d", EMBEDDING} <= tensors.keys():
+    algorithm = ALGORITHMS.get(str(keys.get("speculators_model_type")))
+    if algorithm is None or not {"d2t", "t2d", EMBEDDING} <= tensors.keys():
         raise ValueError(
             f"{str(folder)!r} is no draft in the speculators layout: speculators_model_type is "
             f"{keys.get('speculators_model_type')!r}, expected 'eagle3', with the tensors d2t, t2d and "
             f"{EMBEDDING}. Name the folder of such an export."
         )
-    unlike = [name for name in ("norm_before_residual", "norm_before_fc") if keys.get(name)]
-    if unlike:
-        raise ValueError(
-            f"{str(folder)!r} has {unlike[0]} true: such a draft computes otherwise than ours. Name another "
-            "one."
-        )
     vocabulary = VocabularyMap(tensors.pop("d2t"), tensors.pop("t2d"))
     embedding = tensors.pop(EMBEDDING)
-    config = draft_config(keys["transformer_layer_config"], keys["draft_vocab_size"])
-    check_complete(tensors, config, vocabulary)
+    form = algorithm.layouts["speculators"]
+    own = own_keys(form, folder, keys, tensors)
+    config = draft_config(keys["transformer_layer_config"], keys["draft_vocab_size"], own)
+    state = {form.name_here(name): tensor for name, tensor in tensors.items()}
+    check_complete(algorithm, state, config, vocabulary)
     _check_embedding(embedding, config)
-    return config, tensors, vocabulary, embedding
+    return config, state, vocabulary, embedding
 
 
 def _check_embedding(embedding: Tensor, config: LlamaConfig) -> None:

@@ -8,18 +8,22 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from eagle3_ds.algorithms.eagle3 import DraftModel
-from eagle3_ds.draft import DraftCache, VocabularyMap
+from eagle3_ds.algorithms import ALGORITHMS
+from eagle3_ds.draft import Draft, VocabularyMap
 from eagle3_ds.export.folder import read_folder
 from eagle3_ds.export.speculators import load_speculators
 from eagle3_ds.export.vllm import load_vllm
 
-SLOTS = 12
+SEED = 0
 
 
 @torch.no_grad()
 def verify_export(
-    folder: str | Path, model: DraftModel, vocabulary: VocabularyMap, tolerance: float | None = None
+    folder: str | Path,
+    model: Draft,
+    vocabulary: VocabularyMap,
+    tolerance: float | None = None,
+    algorithm: str = "eagle3",
 ) -> float:
     """Reload either layout, and compare its logits on a fixed random input with those of `model`, the served
     draft.
@@ -42,14 +46,15 @@ def verify_export(
         raise ValueError(
             f"the export {str(folder)!r} has another vocabulary map than the draft. Export it again."
         )
-    dtype = state["fc.weight"].dtype
-    original = DraftModel(model.config)
+    known = ALGORITHMS[algorithm]
+    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+    original = known.build(model.config)
     original.load_state_dict(
         {name: tensor.detach().to("cpu", torch.float32) for name, tensor in model.state_dict().items()}
     )
-    exported = DraftModel(config)
+    exported = known.build(config)
     exported.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    expected, found = _fixed_logits(original), _fixed_logits(exported)
+    expected, found = known.probe(original, SEED), known.probe(exported, SEED)
     error = (
         float((found - expected).norm() / expected.norm()) if expected.shape == found.shape else float("inf")
     )
@@ -73,14 +78,3 @@ def load_export(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], Voc
     """
     keys, _ = read_folder(folder)
     return load_speculators(folder)[:3] if "speculators_model_type" in keys else load_vllm(folder)
-
-
-def _fixed_logits(model: DraftModel) -> Tensor:
-    """Logits [SLOTS + 1, Vd] of a prefill and one more slot, from a seeded input."""
-    width, cache = model.config.hidden_size, DraftCache(model.config.num_hidden_layers)
-    generator = torch.Generator().manual_seed(0)
-    embeds = torch.randn(SLOTS + 1, width, generator=generator)
-    aux = torch.randn(SLOTS, 3 * width, generator=generator)
-    first = model.decode(embeds[:SLOTS], model.project_aux(aux), torch.arange(SLOTS), cache)
-    second = model.decode(embeds[SLOTS:], first[-1:], torch.tensor([SLOTS]), cache)
-    return model.logits(torch.cat((first, second)))

@@ -12,11 +12,19 @@ from pathlib import Path
 from torch import Tensor
 from transformers import LlamaConfig
 
+from eagle3_ds.algorithms import ALGORITHMS
 from eagle3_ds.draft import VocabularyMap
-from eagle3_ds.export.folder import cast, check_complete, draft_config, geometry, read_folder, write_folder
+from eagle3_ds.export.folder import (
+    algorithm_of_layout,
+    cast,
+    check_complete,
+    draft_config,
+    geometry,
+    own_keys,
+    read_folder,
+    write_folder,
+)
 
-ARCHITECTURE = "LlamaForCausalLMEagle3"
-FIRST_HERE, FIRST_THERE = "layers.0.", "midlayer."
 AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 
 
@@ -28,40 +36,48 @@ def export_vllm(
     dtype: str = "bfloat16",
     max_position: int | None = None,
     aux_layers: Sequence[int] | None = None,
+    algorithm: str = "eagle3",
 ) -> Path:
     """Write the draft in the vLLM / SGLang layout.
 
     Args:
         model_state: the draft's weights, in our names.
-        config: the draft's, from `build_draft_config`.
+        config: the draft's.
         dtype: name of the dtype of the stored weights.
         max_position: length the draft is to be served at, if longer than its config's.
         aux_layers: only when they are not the rule's (2, n // 2, n - 3): the servers know the rule.
+        algorithm: the draft's, as the recipe calls it.
 
     Raises:
         ValueError: weights, config and vocabulary do not belong together, or the folder exists.
     """
-    check_complete(model_state, config, vocabulary)
+    form = ALGORITHMS[algorithm].layouts["vllm"]
+    check_complete(ALGORITHMS[algorithm], model_state, config, vocabulary)
     keys = geometry(config, max_position) | {
-        "architectures": [ARCHITECTURE],
+        "architectures": [form.architecture],
         "draft_vocab_size": config.draft_vocab_size,
         "dtype": dtype,
         "torch_dtype": dtype,
+        **form.keys(config),
     }
     if aux_layers is not None:
         keys[AUX_LAYERS] = list(aux_layers)
         # vLLM counts the layer whose input is taken, as we do; SGLang the one whose output is taken, one less
         keys["eagle_config"] = {"use_aux_hidden_state": True, AUX_LAYERS: [layer - 1 for layer in aux_layers]}
-    return write_folder(folder, keys, vllm_tensors(model_state, vocabulary, dtype))
+    return write_folder(folder, keys, vllm_tensors(model_state, vocabulary, dtype, algorithm))
 
 
 def vllm_tensors(
-    model_state: Mapping[str, Tensor], vocabulary: VocabularyMap, dtype: str = "bfloat16"
+    model_state: Mapping[str, Tensor],
+    vocabulary: VocabularyMap,
+    dtype: str = "bfloat16",
+    algorithm: str = "eagle3",
 ) -> dict[str, Tensor]:
     """The draft's weights under the names that vLLM and SGLang load, on the CPU: what a running server is
     handed.
     """
-    tensors = {_there(name): tensor for name, tensor in cast(model_state, dtype).items()}
+    form = ALGORITHMS[algorithm].layouts["vllm"]
+    tensors = {form.name_there(name): tensor for name, tensor in cast(model_state, dtype).items()}
     return tensors | {"d2t": vocabulary.d2t.cpu(), "t2d": vocabulary.t2d.cpu()}
 
 
@@ -72,21 +88,16 @@ def load_vllm(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], Vocab
         ValueError: not such an export, or one that is incomplete.
     """
     keys, tensors = read_folder(folder)
-    if keys.get("architectures") != [ARCHITECTURE] or not {"d2t", "t2d"} <= tensors.keys():
+    algorithm = algorithm_of_layout("vllm", keys.get("architectures"))
+    if algorithm is None or not {"d2t", "t2d"} <= tensors.keys():
+        known = [a.layouts["vllm"].architecture for a in ALGORITHMS.values()]
         raise ValueError(
             f"{str(folder)!r} is no draft in the vLLM layout: architectures is {keys.get('architectures')}, "
-            f"expected [{ARCHITECTURE!r}], with the tensors d2t and t2d. Name the folder of such an export."
+            f"expected {known}, with the tensors d2t and t2d. Name the folder of such an export."
         )
+    form = algorithm.layouts["vllm"]
     vocabulary = VocabularyMap(tensors.pop("d2t"), tensors.pop("t2d"))
-    config = draft_config(keys, keys["draft_vocab_size"])
-    state = {_here(name): tensor for name, tensor in tensors.items()}
-    check_complete(state, config, vocabulary)
+    config = draft_config(keys, keys["draft_vocab_size"], own_keys(form, folder, keys, tensors))
+    state = {form.name_here(name): tensor for name, tensor in tensors.items()}
+    check_complete(algorithm, state, config, vocabulary)
     return config, state, vocabulary
-
-
-def _there(name: str) -> str:
-    return FIRST_THERE + name.removeprefix(FIRST_HERE) if name.startswith(FIRST_HERE) else name
-
-
-def _here(name: str) -> str:
-    return FIRST_HERE + name.removeprefix(FIRST_THERE) if name.startswith(FIRST_THERE) else name

@@ -77,7 +77,7 @@ class DivergenceGuard:
             self.in_a_row = 0
             return False
         self.in_a_row += 1
-        blamed = self._blamed(index)
+        blamed = self._blamed(index, len(report.step_loss))
         text = _explain(index, report, blamed, self.folder)
         if self.in_a_row > self.max_skipped:
             raise FloatingPointError(
@@ -89,7 +89,7 @@ class DivergenceGuard:
             print(f"{text} Skipped, {self.in_a_row} in a row of at most {self.max_skipped}.", flush=True)
         return True
 
-    def _blamed(self, index: int) -> dict[int, Blame]:
+    def _blamed(self, index: int, num_guesses: int) -> dict[int, Blame]:
         """By document, over all ranks; documents that are well are left out.
 
         Each document is run by itself, equally many on every rank. Those of this draft_dp rank are saved by
@@ -100,7 +100,7 @@ class DivergenceGuard:
         turns = int(_over_ranks(torch.tensor([len(numbers)], device=topology.device), dist.ReduceOp.MAX))
         # Per rank and turn: 1 + the document's number, whether its hidden states are bad, and which TTT steps
         # are.
-        width = 2 + self.trainer.recipe.draft.ttt_steps
+        width = 2 + num_guesses
         table = torch.zeros(topology.mesh.world_size, turns, width, dtype=torch.int64, device=topology.device)
         documents: dict[int, dict[str, Tensor]] = {}
         for turn in range(turns):

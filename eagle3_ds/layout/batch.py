@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class PackedSequence:
         lengths: document lengths, sum L.
         teacher_token: int64 [L], the target's argmax over its full vocabulary at each position (it predicts
             `x_{i+1}`).
-        aux: rows [L, 3 * Ht], the concatenated inputs of the three auxiliary target layers.
+        aux: rows [L, A], the concatenated inputs of the captured target layers, A = layers * Ht.
         teacher: rows [L, Ht], the target's last hidden state after its final norm.
     """
 
@@ -38,6 +39,36 @@ class PackedSequence:
     teacher_token: Tensor
     aux: Rows
     teacher: Rows
+
+
+class Supervision(Protocol):
+    """Which slots count at each of the K guesses that a draft algorithm makes in a slot.
+
+    Guess k of slot i is about token i + 2 + k: the draft has seen token i + 1 + k, and the teacher that predicts
+    the guessed one stands in row i + 1 + k. A pure function of documents and mask, the same on every rank.
+    """
+
+    @property
+    def num_guesses(self) -> int:
+        """K."""
+
+    @property
+    def halo(self) -> int:
+        """Rows beyond its own spans that a rank reads of tokens and teacher."""
+
+    def __call__(
+        self, document: IntArray, slots: IntArray, loss_mask: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """Whether each of `slots` counts, at each guess.
+
+        Args:
+            document: int64, of each slot of the padded sequence, -1 for padding.
+            slots: int64 [n], positions in the sequence.
+            loss_mask: bool [L], true for assistant tokens; padding has no entry.
+
+        Returns:
+            bool [K, n].
+        """
 
 
 @dataclass(frozen=True)
@@ -51,7 +82,7 @@ class LocalBatch:
             vocabulary.
         token_ids: int64 [E].
         teacher_token: int64 [E].
-        aux: rows [S, 3 * Ht], own slots only, unread.
+        aux: rows [S, A], own slots only, unread.
         teacher: rows [E, Ht], unread; only those that live slots read at some step may be.
         max_position: largest position of the whole pack, the same on all sp ranks.
         num_own_slots: slots of this rank that hold a token, without padding.
@@ -77,17 +108,14 @@ class LocalBatch:
 
 
 def prepare_usp_input(
-    pack: PackedSequence,
-    plan: SpanPlan,
-    ring_rank: int,
-    ulysses_rank: int,
-    ttt_steps: int,
-    mask_alignment: str = "served",
+    pack: PackedSequence, plan: SpanPlan, ring_rank: int, ulysses_rank: int, supervision: Supervision
 ) -> LocalBatch:
     """Cut this rank's batch out of a packed sequence, reading only its own rows and their halo.
 
-    Slot i at step k reads row i + 1 + k, so the halo is `ttt_steps` rows. Whatever leaves the document is
-    never supervised.
+    Guess k of slot i reads row i + 1 + k of the constants. Whatever leaves the document is never supervised.
+
+    Args:
+        supervision: the draft algorithm's rule.
 
     Raises:
         ValueError: the pack's columns or the plan disagree about the length.
@@ -98,19 +126,19 @@ def prepare_usp_input(
             raise ValueError(
                 f"{name} has {len(getattr(pack, name))} rows, but the documents of the pack have {length}."
             )
-    rules = (pack.loss_mask.numpy(), ttt_steps, mask_alignment)
-    assert not _supervised(plan.document, plan.rest[ring_rank, ulysses_rank], *rules).any(), (
-        "a slot in the loss is not live"
-    )
+    mask = pack.loss_mask.numpy()
+    rest = supervision(plan.document, plan.rest[ring_rank, ulysses_rank], mask)
+    assert not rest.any(), "a slot in the loss is not live"
     slots = plan.slots(ring_rank, ulysses_rank)
-    extended = plan.halo_slots(ring_rank, ulysses_rank, ttt_steps)
+    extended = plan.halo_slots(ring_rank, ulysses_rank, supervision.halo)
+    supervised = supervision(plan.document, plan.live[ring_rank, ulysses_rank], mask)
     return LocalBatch(
         plan=plan,
         ring_rank=ring_rank,
         ulysses_rank=ulysses_rank,
         position=torch.from_numpy(plan.position[slots]),
         row=torch.from_numpy(np.searchsorted(extended, slots)),
-        supervised=torch.from_numpy(_supervised(plan.document, plan.live[ring_rank, ulysses_rank], *rules)),
+        supervised=torch.from_numpy(supervised),
         token_ids=LocalRows(pack.token_ids, extended, length)[:],
         teacher_token=LocalRows(pack.teacher_token, extended, length)[:],
         aux=LocalRows(pack.aux, slots, length),
@@ -120,28 +148,9 @@ def prepare_usp_input(
     )
 
 
-def live_slots(
-    lengths: Sequence[int], loss_mask: Tensor, ttt_steps: int, mask_alignment: str = "served"
-) -> NDArray[np.bool_]:
-    """bool [L]: the slots that count at some TTT step, and so all whose hidden states are wanted.
-    `loss_mask`: bool [L].
+def live_slots(lengths: Sequence[int], loss_mask: Tensor, supervision: Supervision) -> NDArray[np.bool_]:
+    """bool [L]: the slots that count at some guess, and so all whose hidden states are wanted. `loss_mask`:
+    bool [L].
     """
     document = np.repeat(np.arange(len(lengths)), lengths)
-    supervised = _supervised(document, np.arange(len(document)), loss_mask.numpy(), ttt_steps, mask_alignment)
-    return np.logical_or.reduce(supervised)
-
-
-def _supervised(
-    document: IntArray, slots: IntArray, loss_mask: NDArray[np.bool_], ttt_steps: int, alignment: str
-) -> NDArray[np.bool_]:
-    """bool [K, len(slots)]: slot i counts at step k when slot i + 1 + k is in its document and the aligned
-    mask is set.
-
-    `document`: of each slot of the sequence, -1 for padding.
-    """
-    beyond = np.concatenate((document, np.full(ttt_steps + 1, -1, dtype=np.int64)))
-    mask = np.zeros(len(beyond), dtype=np.bool_)
-    mask[: len(loss_mask)] = loss_mask
-    read = slots[None, :] + 1 + np.arange(ttt_steps)[:, None]
-    masked = mask[read if alignment == "served" else read - 1]
-    return masked & (beyond[read] == document[slots]) & (document[slots] >= 0)
+    return np.logical_or.reduce(supervision(document, np.arange(len(document)), loss_mask.numpy()))

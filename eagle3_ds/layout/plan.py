@@ -246,11 +246,11 @@ class SpanPlan:
         """
         return np.unique(self.slots(ring_rank, ulysses_rank)[:, None] + np.arange(halo + 1))
 
-    def teacher_slots(self, ring_rank: int, ulysses_rank: int, ttt_steps: int) -> IntArray:
-        """Slots whose teacher this sp rank reads: those 1 to `ttt_steps` ahead of its live ones, ascending,
+    def teacher_slots(self, ring_rank: int, ulysses_rank: int, halo: int) -> IntArray:
+        """Slots whose teacher this sp rank reads: those 1 to `halo` ahead of its live ones, ascending,
         no padding.
         """
-        ahead = np.unique(self.live[ring_rank, ulysses_rank][:, None] + 1 + np.arange(ttt_steps))
+        ahead = np.unique(self.live[ring_rank, ulysses_rank][:, None] + 1 + np.arange(halo))
         return ahead[ahead < self.length]
 
     def ring_work(self) -> IntArray:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file
 
-from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
+from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.config import Recipe
 from eagle3_ds.data import PreparedData
-from eagle3_ds.draft import VocabularyMap
+from eagle3_ds.draft import Draft, VocabularyMap
 from eagle3_ds.eval import evaluate_draft
 from eagle3_ds.export import export_speculators, export_vllm, verify_export
 from eagle3_ds.targets import load_embedding_and_head, load_target, load_text_config, resolve_path
@@ -24,7 +24,7 @@ from eagle3_ds.topology import detect_accelerator
 FOLDERS = {"vllm": "draft", "speculators": "draft-speculators"}
 
 
-def load_draft(recipe: Recipe, weights: str) -> tuple[DraftModel, VocabularyMap]:
+def load_draft(recipe: Recipe, weights: str) -> tuple[Draft, VocabularyMap]:
     """The served draft with the weights of `weights`, a file in the output folder, and its vocabulary.
 
     Raises:
@@ -37,7 +37,8 @@ def load_draft(recipe: Recipe, weights: str) -> tuple[DraftModel, VocabularyMap]
                 f"output_dir: {folder} has no {name}: no finished training is there. Run `launch` first."
             )
     config = load_text_config(resolve_path(recipe.target.path))
-    draft = DraftModel(build_draft_config(config, recipe.draft))
+    algorithm = algorithm_of(recipe)
+    draft = algorithm.build(algorithm.build_config(config, recipe))
     draft.load_state_dict(load_file(folder / weights))
     draft.eval().requires_grad_(False)
     return draft, VocabularyMap.load(folder / "vocabulary.safetensors")
@@ -95,14 +96,14 @@ def export_draft(recipe: Recipe) -> dict[Path, float]:
         aside = folder.with_name(f".{folder.name}.unverified")
         shutil.rmtree(aside, ignore_errors=True)
         _write(recipe, layout, draft, vocabulary, aside)
-        error = verify_export(aside, draft, vocabulary)
+        error = verify_export(aside, draft, vocabulary, algorithm=recipe.draft.algorithm)
         if folder.exists():
             shutil.rmtree(folder)
         errors[aside.rename(folder)] = error
     return errors
 
 
-def _write(recipe: Recipe, layout: str, draft: DraftModel, vocabulary: VocabularyMap, folder: Path) -> None:
+def _write(recipe: Recipe, layout: str, draft: Draft, vocabulary: VocabularyMap, folder: Path) -> None:
     path = resolve_path(recipe.target.path)
     target = load_text_config(path)
     num_layers, aux_layers = target.num_hidden_layers, recipe.target.aux_layers
@@ -112,7 +113,16 @@ def _write(recipe: Recipe, layout: str, draft: DraftModel, vocabulary: Vocabular
         aux_layers = None
     state, dtype = draft.state_dict(), recipe.export.dtype
     if layout == "vllm":
-        export_vllm(state, draft.config, vocabulary, folder, dtype, recipe.data.max_length, aux_layers)
+        export_vllm(
+            state,
+            draft.config,
+            vocabulary,
+            folder,
+            dtype,
+            recipe.data.max_length,
+            aux_layers,
+            recipe.draft.algorithm,
+        )
         return
     embedding, _ = load_embedding_and_head(path)
     export_speculators(
@@ -127,4 +137,5 @@ def _write(recipe: Recipe, layout: str, draft: DraftModel, vocabulary: Vocabular
         max_position=recipe.data.max_length,
         aux_layers=aux_layers,
         draft_tokens=recipe.eval.draft_tokens,
+        algorithm=recipe.draft.algorithm,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eagle3_ds.algorithms.eagle3 import build_draft_config
+from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.checkpoint.format import INITIAL_WEIGHTS
 from eagle3_ds.config import Recipe
 from eagle3_ds.draft import VocabularyMap, sliding_window
@@ -33,7 +33,8 @@ def load_initial_draft(recipe: Recipe) -> tuple[dict[str, Tensor], VocabularyMap
         config, state, vocabulary = load_export(folder)
     except ValueError as error:
         raise ValueError(f"train.init_from: {error}") from error
-    wanted = build_draft_config(load_text_config(resolve_path(recipe.target.path)), recipe.draft)
+    target = load_text_config(resolve_path(recipe.target.path))
+    wanted = algorithm_of(recipe).build_config(target, recipe)
     theirs, ours = (
         {key: getattr(c, key) for key in GEOMETRY} | {"sliding_window": sliding_window(c)}
         for c in (config, wanted)

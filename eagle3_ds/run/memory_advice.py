@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from eagle3_ds.algorithms.eagle3 import Eagle3Shape, build_draft_config
+from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.attention.costs import choose_kv_exchange
 from eagle3_ds.config import Recipe, load_deepspeed_config
 from eagle3_ds.costs import Setup, ZeroSettings
@@ -33,9 +33,8 @@ def advise_on_memory(reason: str, recipe: Recipe, ranks_per_host: int) -> str | 
     if not _SHORTAGE.search(reason) and _PERHAPS not in reason:
         return None
     assert recipe.parallel.draft_dp is not None
-    shape = Eagle3Shape.of(
-        build_draft_config(load_text_config(resolve_path(recipe.target.path)), recipe.draft)
-    )
+    algorithm, target = algorithm_of(recipe), load_text_config(resolve_path(recipe.target.path))
+    shape = algorithm.shape(algorithm.build_config(target, recipe))
     setup = Setup.of(recipe, load_deepspeed_config(recipe.deepspeed), shape, recipe.parallel.draft_dp)
     if recipe.parallel.kv_exchange == "auto":
         setup = replace(setup, kv_exchange=choose_kv_exchange(setup))

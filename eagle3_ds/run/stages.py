@@ -89,7 +89,7 @@ def tokenise(recipe: Recipe, console: Console) -> Documents:
     for line in data.statistics.lines():
         _say(console, f"data: {line}")
     _say(console, f"data: {data.path}, its lengths drawn in lengths.png")
-    layout = Layout(3 * config.hidden_size, config.hidden_size, recipe.data.hidden_dtype)
+    layout = Layout(len(aux_layers) * config.hidden_size, config.hidden_size, recipe.data.hidden_dtype)
     return Documents(data, layout, {**fingerprint, "documents": data.fingerprint})
 
 

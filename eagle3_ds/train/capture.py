@@ -24,7 +24,7 @@ from eagle3_ds.data.documents import PreparedData
 from eagle3_ds.data.packing import pack
 from eagle3_ds.guard.heart import Heart, beating
 from eagle3_ds.store import HiddenStateWriter, Layout
-from eagle3_ds.targets import load_text_config, resolve_path
+from eagle3_ds.targets import choose_aux_layers, load_text_config, resolve_path
 from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.quiet import ignore_renamed_collectives
 from eagle3_ds.train.target_engine import SpanStates, TargetEngine
@@ -56,8 +56,9 @@ def capture(recipe: Recipe, heart: Heart) -> None:
     topology = maybe_setup_distributed(parallel.ulysses, parallel.ring, parallel.draft_dp)
     prepared: dict[str, Any] = json.loads((Path(recipe.output_dir) / "prepared.json").read_text())
     data = PreparedData.open(Path(prepared["data"]), prepared["data_fingerprint"])
-    hidden_size = load_text_config(resolve_path(recipe.target.path)).hidden_size
-    layout = Layout(3 * hidden_size, hidden_size, recipe.data.hidden_dtype)
+    config = load_text_config(resolve_path(recipe.target.path))
+    captured = choose_aux_layers(config.num_hidden_layers, recipe.target.aux_layers)
+    layout = Layout(len(captured) * config.hidden_size, config.hidden_size, recipe.data.hidden_dtype)
     rank = topology.place.rank
     writer = HiddenStateWriter(
         prepared["store"], data.lengths(), layout, prepared["store_fingerprint"], rank=rank

@@ -19,9 +19,8 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import Tensor, nn
 
-from eagle3_ds.algorithms.eagle3 import DraftModel, UnrollSettings
 from eagle3_ds.config import Recipe
-from eagle3_ds.draft import LossInputs, LossSum, LossTaps, tiled_soft_cross_entropy
+from eagle3_ds.draft import Draft, LossInputs, LossSum, LossTaps, tiled_soft_cross_entropy
 from eagle3_ds.layout import LocalBatch
 from eagle3_ds.topology import Topology, ZeroGroupMpu
 from eagle3_ds.train.shared_memory import unname_segment
@@ -30,7 +29,7 @@ from eagle3_ds.train.shared_memory import unname_segment
 class DraftWithLoss(nn.Module):
     """The draft and its loss in one forward, so that DeepSpeed sees every use of every parameter."""
 
-    def __init__(self, draft: DraftModel, embedding: Tensor, settings: UnrollSettings) -> None:
+    def __init__(self, draft: Draft, embedding: Tensor, settings: Any) -> None:
         super().__init__()
         self.draft = draft
         # A plain attribute in a list, not a buffer: frozen, and none of DeepSpeed's business.
@@ -65,7 +64,7 @@ def build_engine(
             parameter.register_hook(partial(_sum_over_group, topology.sp_group))
     # One gather of the draft in forward and one in backward, where ZeRO-3 would else gather each matrix K
     # times.
-    set_z3_leaf_modules(model, [DraftModel])
+    set_z3_leaf_modules(model, [type(model.draft)])
     train = recipe.train
     optimizer = torch.optim.AdamW(
         model.parameters(),

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
+from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.checkpoint.format import CHECKPOINTS, INITIAL_WEIGHTS, latest
 from eagle3_ds.checkpoint.restore import load_checkpoint
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
@@ -45,7 +45,8 @@ def build_trainer(recipe: Recipe, topology: Topology) -> DraftTrainer:
     """
     torch.manual_seed(recipe.train.seed)
     folder = resolve_path(recipe.target.path)
-    draft = DraftModel(build_draft_config(load_text_config(folder), recipe.draft))
+    algorithm = algorithm_of(recipe)
+    draft = algorithm.build(algorithm.build_config(load_text_config(folder), recipe))
     if recipe.train.init_from is not None:
         draft.load_state_dict(load_file(Path(recipe.output_dir) / INITIAL_WEIGHTS))
     embedding, head = load_embedding_and_head(folder)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.collectives import all_gather_rows
 from eagle3_ds.layout import Rows
 from eagle3_ds.train.row_exchange import IntArray, RowExchange
@@ -36,12 +37,13 @@ class OnlineStates:
         """`teacher_token` whole, `aux` for this rank's slots, `teacher` where live slots read it; all in host
         memory.
         """
-        topology, steps = self.engine.topology, self.engine.recipe.draft.ttt_steps
-        states = self.engine.run(token_ids, lengths, plan_spans(self.engine.recipe, lengths, loss_mask))
+        topology, recipe = self.engine.topology, self.engine.recipe
+        halo = algorithm_of(recipe).supervision(recipe).halo
+        states = self.engine.run(token_ids, lengths, plan_spans(recipe, lengths, loss_mask))
         plan = states.plan
         own = states.slots[states.slots < plan.length]
         wanted = [
-            plan.teacher_slots(ring, ulysses, steps)
+            plan.teacher_slots(ring, ulysses, halo)
             for ring in range(plan.ring)
             for ulysses in range(plan.ulysses)
         ]

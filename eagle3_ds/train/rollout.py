@@ -16,12 +16,12 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
+from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.checkpoint.format import folder_name
 from eagle3_ds.checkpoint.restore import load_checkpoint
 from eagle3_ds.checkpoint.saver import CheckpointSaver, Progress
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
-from eagle3_ds.draft import VocabularyMap
+from eagle3_ds.draft import VocabularyMap, aux_size
 from eagle3_ds.layout import LocalRows, PackedSequence, Rows, row_tiles
 from eagle3_ds.targets import load_embedding_and_head, load_text_config, resolve_path, teacher_tokens
 from eagle3_ds.topology import Topology, maybe_setup_distributed
@@ -41,7 +41,7 @@ class Rollout:
         token_ids: integers [L].
         loss_mask: bool [L], true for the tokens that the target wrote.
         lengths: of the documents in tokens, sum L.
-        aux: rows [L, 3 * Ht], the inputs of the three auxiliary layers side by side: a tensor, or anything
+        aux: rows [L, layers * Ht], the inputs of the captured layers side by side: a tensor, or anything
             that gives its rows by slices.
         teacher: rows [L, Ht], the last hidden state behind the final norm.
         teacher_token: integers [L], the target's argmax over its whole vocabulary; None has it computed from
@@ -86,7 +86,8 @@ class RolloutTrainer:
         self.vocabulary = vocabulary or _vocabulary(self.recipe, config.vocab_size)
         topology = _topology(self.recipe)
         torch.manual_seed(self.recipe.train.seed)
-        draft = DraftModel(build_draft_config(config, self.recipe.draft))
+        algorithm = algorithm_of(self.recipe)
+        draft = algorithm.build(algorithm.build_config(config, self.recipe))
         if weights is not None:
             draft.load_state_dict(dict(weights))
         embedding, self._head = load_embedding_and_head(folder)
@@ -95,7 +96,7 @@ class RolloutTrainer:
         self.trainer = DraftTrainer(
             self.recipe, settings, topology, draft, embedding, self._head, self.vocabulary
         )
-        self._hidden_size = int(config.hidden_size)
+        self._aux_size, self._teacher_size = aux_size(draft.config), int(config.hidden_size)
         self.steps = 0
 
     def step(self, rollouts: Rollout | Sequence[Rollout], learning_rate: float | None = None) -> StepReport:
@@ -186,15 +187,15 @@ class RolloutTrainer:
         place, loss_mask = self.trainer.topology.place, rollout.loss_mask.cpu().bool()
         plan = plan_spans(self.recipe, rollout.lengths, loss_mask)
         own = plan.slots(place.ring_rank, place.ulysses_rank)
-        read = plan.teacher_slots(place.ring_rank, place.ulysses_rank, self.recipe.draft.ttt_steps)
-        for _ in _checked_rows("aux", rollout.aux, own, length, 3 * self._hidden_size):
+        read = plan.teacher_slots(place.ring_rank, place.ulysses_rank, self.trainer.supervision.halo)
+        for _ in _checked_rows("aux", rollout.aux, own, length, self._aux_size):
             pass
         token = (
             torch.zeros(length, dtype=torch.int64)
             if rollout.teacher_token is None
             else rollout.teacher_token.cpu().long()
         )
-        for slots, rows in _checked_rows("teacher", rollout.teacher, read, length, self._hidden_size):
+        for slots, rows in _checked_rows("teacher", rollout.teacher, read, length, self._teacher_size):
             if rollout.teacher_token is None:
                 token[slots] = self._greedy_tokens(rows)
         return PackedSequence(

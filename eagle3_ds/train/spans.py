@@ -1,6 +1,4 @@
-"""The cut of a packed sequence, as the recipe says: the same for the draft and for a target that runs beside
-it.
-"""
+"""The cut of a packed sequence, as the recipe says: the same for the draft and for a target that runs beside it."""
 
 from __future__ import annotations
 
@@ -8,17 +6,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.config import Recipe
 from eagle3_ds.layout import SpanPlan, live_slots
 
 
 def plan_spans(recipe: Recipe, lengths: Sequence[int], loss_mask: Tensor) -> SpanPlan:
     """The same plan on all ranks. loss_mask: bool [L], true for assistant tokens of the documents end to end."""
-    live = None
-    if recipe.draft.num_layers == 1:
-        # A second layer would make its keys of what the first one gives at every slot.
-        live = live_slots(lengths, loss_mask, recipe.draft.ttt_steps, recipe.loss.mask_alignment)
-    parallel = recipe.parallel
-    return SpanPlan.make(
-        lengths, parallel.ring, parallel.ulysses, parallel.chunks_per_rank, live, recipe.draft.sliding_window
-    )
+    algorithm, live = algorithm_of(recipe), None
+    if algorithm.live_slots_alone(recipe):
+        live = live_slots(lengths, loss_mask, algorithm.supervision(recipe))
+    parallel, window = recipe.parallel, recipe.draft.sliding_window
+    return SpanPlan.make(lengths, parallel.ring, parallel.ulysses, parallel.chunks_per_rank, live, window)

@@ -173,7 +173,7 @@ def _of_stage_3(wrapper: Any, module: nn.Module) -> list[FlatMaster]:
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Parameters by the names of `DraftModel`."""
+    """Parameters by their names in the draft."""
     return ((name.removeprefix("draft."), parameter) for name, parameter in module.named_parameters())
 
 

@@ -46,7 +46,7 @@ class SpanStates:
 
     Attributes:
         slots: int64 [S], in the order of the plan, padding last.
-        aux: [S, 3 * Ht]; teacher: [S, Ht]; teacher_token: int64 [S]; on this rank's device.
+        aux: [S, layers * Ht]; teacher: [S, Ht]; teacher_token: int64 [S]; on this rank's device.
     """
 
     plan: SpanPlan

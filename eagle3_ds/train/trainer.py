@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eagle3_ds.algorithms.eagle3 import DraftModel, Eagle3Shape, UnrollSettings
+from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.attention import patch_attention
 from eagle3_ds.attention.costs import choose_kv_exchange
 from eagle3_ds.config import Recipe
 from eagle3_ds.costs import Setup
-from eagle3_ds.draft import LossInputs, LossSum, VocabularyMap, loss_tiles, sliding_window
+from eagle3_ds.draft import Draft, LossInputs, LossSum, VocabularyMap, loss_tiles, sliding_window
 from eagle3_ds.kernels import checked_kernel
 from eagle3_ds.layout import LocalBatch, PackedSequence, prepare_usp_input, stream_rows
 from eagle3_ds.topology import Topology
@@ -67,17 +67,20 @@ class DraftTrainer:
         recipe: Recipe,
         deepspeed_config: dict[str, Any],
         topology: Topology,
-        draft: DraftModel,
+        draft: Draft,
         embedding: Tensor,
         head: Tensor,
         vocabulary: VocabularyMap,
     ) -> None:
         self.recipe, self.topology, self.draft, self.vocabulary = recipe, topology, draft, vocabulary
+        self.algorithm = algorithm_of(recipe)
+        self.supervision = self.algorithm.supervision(recipe)
         self.dtype = getattr(torch, recipe.train.dtype)
         device = topology.device
         kernel = checked_kernel(recipe.attention.kernel, device, self.dtype, draft.config.head_dim)
         self.kernel_name = kernel.name
-        setup = Setup.of(recipe, deepspeed_config, Eagle3Shape.of(draft.config), topology.draft_dp)
+        shape = self.algorithm.shape(draft.config)
+        setup = Setup.of(recipe, deepspeed_config, shape, topology.draft_dp)
         asked = recipe.parallel.kv_exchange
         self.kv_exchange = choose_kv_exchange(setup) if asked == "auto" else asked
         groups = (topology.ulysses_group, topology.ring_group)
@@ -92,10 +95,9 @@ class DraftTrainer:
         self._draft_to_target = vocabulary.draft_to_target.to(device)
         self._in_vocabulary = vocabulary.t2d.cpu()
         self._teacher_head = self._draft_rows(head)
-        settings = UnrollSettings(recipe.draft.ttt_steps, recipe.train.activation, recipe.train.tile_bytes)
-        model = DraftWithLoss(draft, embedding.to(device, self.dtype), settings)
+        model = DraftWithLoss(draft, embedding.to(device, self.dtype), self.algorithm.settings(recipe))
         self.engine, self.loss_scale = build_engine(recipe, deepspeed_config, topology, model)
-        self._decay = recipe.loss.decay ** torch.arange(recipe.draft.ttt_steps, dtype=torch.float64)
+        self._decay = recipe.loss.decay ** torch.arange(self.supervision.num_guesses, dtype=torch.float64)
 
     def step(self, packs: Sequence[PackedSequence], learning_rate: float | None = None) -> StepReport:
         """One optimizer step over `train.accumulation` packs of this draft_dp rank.
@@ -138,7 +140,7 @@ class DraftTrainer:
         """
         self.engine.eval()
         sums, tokens = [], 0
-        normalizer = torch.zeros(self.recipe.draft.ttt_steps, dtype=torch.float64)
+        normalizer = torch.zeros(self.supervision.num_guesses, dtype=torch.float64)
         for pack in packs:
             (batch,), (inputs,), counted = self._prepare([pack])
             sums.append(self.engine(batch, inputs))
@@ -174,7 +176,7 @@ class DraftTrainer:
         return [*self.engine.module.frozen, self._teacher_head]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The draft's weights, whole, on the CPU, by the names of `DraftModel`."""
+        """The draft's weights, whole, on the CPU, by their names in the draft."""
         return {
             name.removeprefix("draft."): tensor
             for name, tensor in full_parameters(self.engine.module).items()
@@ -182,13 +184,11 @@ class DraftTrainer:
 
     def _prepare(self, packs: Sequence[PackedSequence]) -> tuple[list[LocalBatch], list[LossInputs], Tensor]:
         recipe, place = self.recipe, self.topology.place
-        ranks, rules = (
-            (place.ring_rank, place.ulysses_rank),
-            (recipe.draft.ttt_steps, recipe.loss.mask_alignment),
-        )
+        ranks = (place.ring_rank, place.ulysses_rank)
         plans = [plan_spans(recipe, pack.lengths, pack.loss_mask) for pack in packs]
         batches = [
-            prepare_usp_input(pack, plan, *ranks, *rules) for pack, plan in zip(packs, plans, strict=True)
+            prepare_usp_input(pack, plan, *ranks, self.supervision)
+            for pack, plan in zip(packs, plans, strict=True)
         ]
         contributing = [self._contributing(batch) for batch in batches]
         normalizer = self._normalizer(batches, contributing)
@@ -207,7 +207,9 @@ class DraftTrainer:
     def _normalizer(self, batches: Sequence[LocalBatch], contributing: Sequence[Tensor]) -> Tensor:
         """N_k over the whole optimizer step and all ranks, float64 [K] on the host."""
         if self.recipe.loss.reduction == "slots":
-            counts = torch.full((self.recipe.draft.ttt_steps,), sum(batch.num_own_slots for batch in batches))
+            counts = torch.full(
+                (self.supervision.num_guesses,), sum(batch.num_own_slots for batch in batches)
+            )
         else:
             counts = torch.stack([counted.sum(1) for counted in contributing]).sum(0)
         counts = counts.to(self.topology.device)

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eagle3_ds.algorithms.eagle3.supervision import TTTSupervision
 from eagle3_ds.layout import PackedSequence, SpanPlan, prepare_usp_input
 from eagle3_ds.store import rows as rows_module
 from eagle3_ds.store.index import Layout
@@ -156,7 +157,7 @@ def test_a_rank_reads_little_more_than_its_share(store, monkeypatch, ring, ulyss
                 aux=store.view(documents, "aux"),
                 teacher=store.view(documents, "teacher"),
             )
-            batch = prepare_usp_input(pack, plan, ring_rank, ulysses_rank, ttt_steps=7)
+            batch = prepare_usp_input(pack, plan, ring_rank, ulysses_rank, TTTSupervision(7))
             aux, _ = batch.aux[:], batch.teacher[:]
             share = total / (ring * ulysses)
             assert 0.9 * share < sum(sizes) <= 1.1 * share

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
+from eagle3_ds.algorithms.eagle3.decoding import Eagle3Guesser
 from eagle3_ds.config import DraftSection, EvalSection, TargetSection
 from eagle3_ds.draft import DraftCache, VocabularyMap
 from eagle3_ds.eval import (
@@ -21,7 +22,7 @@ from eagle3_ds.eval import (
     speculative_decode,
 )
 from eagle3_ds.eval.evaluate import _by_context, _by_position
-from eagle3_ds.eval.speculative import DraftStream, TargetStream, _judge
+from eagle3_ds.eval.speculative import TargetStream, _judge
 from eagle3_ds.targets import Target, capture_hidden_states, load_target
 from tests.unit.tiny_families import AUX_LAYERS, family_config, random_model
 from tests.unit.tiny_target import build_tiny_target
@@ -96,10 +97,10 @@ def test_proposals_do_not_depend_on_earlier_guesses(
 ) -> None:
     aux, _ = capture_hidden_states(target, torch.tensor(PROMPT))
     following = [*PROMPT[1:], 42]
-    stepwise = DraftStream(draft, target, vocabulary)
+    stepwise = Eagle3Guesser(draft, target.embedding, vocabulary)
     stepwise.propose(aux[:4], following[:4], 5)
     stepwise.propose(aux[4:7], following[4:7], 3)
-    whole = DraftStream(draft, target, vocabulary).propose(aux, following, 6)
+    whole = Eagle3Guesser(draft, target.embedding, vocabulary).propose(aux, following, 6)
     assert stepwise.propose(aux[7:], following[7:], 6) == whole
     assert set(whole) <= set(vocabulary.draft_to_target.tolist())
 
@@ -110,7 +111,7 @@ def test_guesses_follow_the_served_semantics(
     """Slot i: g_i and x_{i+1} at position i; guess k: own output and own guess at position i + k."""
     aux, _ = capture_hidden_states(target, torch.tensor(PROMPT))
     tokens = [*PROMPT[1:], 42]
-    guesses = DraftStream(draft, target, vocabulary).propose(aux, tokens, 3)
+    guesses = Eagle3Guesser(draft, target.embedding, vocabulary).propose(aux, tokens, 3)
     hidden = draft.project_aux(aux)
     for k in range(3):
         # all slots again without a cache: verified ones from the target, then one more per guess
@@ -158,7 +159,9 @@ def test_any_draft_is_lossless(
     target: Target, draft: DraftModel, vocabulary: VocabularyMap, draft_tokens: int
 ) -> None:
     expected = greedy_decode(target, PROMPT, 30, None)
-    output, rounds = speculative_decode(target, draft, vocabulary, PROMPT, 30, draft_tokens, None, expected)
+    output, rounds = speculative_decode(
+        target, Eagle3Guesser(draft, target.embedding, vocabulary), PROMPT, 30, draft_tokens, None, expected
+    )
     assert output == expected
     assert 1 + sum(each.emitted for each in rounds) >= 30
     assert [each.context for each in rounds][0] == len(PROMPT) + 1
@@ -170,7 +173,7 @@ def test_an_oracle_is_accepted_up_to_its_mistakes(
     expected = greedy_decode(target, PROMPT, 60, None)
     seen: list[int] = []
 
-    def propose(self: DraftStream, aux: torch.Tensor, tokens: list[int], count: int) -> list[int]:
+    def propose(self: Eagle3Guesser, aux: torch.Tensor, tokens: list[int], count: int) -> list[int]:
         assert len(aux) == len(tokens)
         seen.extend(tokens)
         known = len(seen) - len(PROMPT) + 1
@@ -179,8 +182,10 @@ def test_an_oracle_is_accepted_up_to_its_mistakes(
         guesses[2] = (guesses[2] + 1) % target.config.vocab_size
         return guesses
 
-    monkeypatch.setattr(DraftStream, "propose", propose)
-    output, rounds = speculative_decode(target, draft, vocabulary, PROMPT, 31, 5, None, expected[:31])
+    monkeypatch.setattr(Eagle3Guesser, "propose", propose)
+    output, rounds = speculative_decode(
+        target, Eagle3Guesser(draft, target.embedding, vocabulary), PROMPT, 31, 5, None, expected[:31]
+    )
     assert output == expected[:31]
     assert {(each.reached, each.accepted, each.emitted) for each in rounds} == {(3, 2, 3)}
 
@@ -193,7 +198,9 @@ def test_a_difference_is_told_with_its_place_and_gap(
     with pytest.raises(
         NotLosslessError, match=r"new token 5 \(after a prompt of 10\) is \d+, the target alone gives"
     ):
-        speculative_decode(target, draft, vocabulary, PROMPT, 12, 3, None, wrong)
+        speculative_decode(
+            target, Eagle3Guesser(draft, target.embedding, vocabulary), PROMPT, 12, 3, None, wrong
+        )
 
 
 @pytest.mark.parametrize(
@@ -228,8 +235,9 @@ def test_counts_by_position_and_context() -> None:
 
 
 class StandInRecipe:
-    """The one section that an evaluation reads."""
+    """The two sections that an evaluation reads."""
 
+    draft = DraftSection()
     eval = EvalSection(max_new_tokens=10, draft_tokens=3, context_buckets=(16, 64))
 
 

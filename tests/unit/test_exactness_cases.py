@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from eagle3_ds.algorithms.eagle3 import DraftModel
+from eagle3_ds.algorithms.eagle3.supervision import TTTSupervision
 from eagle3_ds.layout import PackedSequence, SpanPlan, live_slots, prepare_usp_input
 from judge.cases import (
     FACTORS,
@@ -83,11 +84,10 @@ def cut(case, batch, rank):
     pack = PackedSequence(
         batch.token_ids, batch.loss_mask, batch.lengths, batch.token_ids, batch.aux, batch.teacher
     )
-    rules = (case.ttt_steps, case.alignment)
-    live = live_slots(batch.lengths, batch.loss_mask, *rules) if case.layers == 1 else None
-    return prepare_usp_input(
-        pack, SpanPlan.make(batch.lengths, case.ring, case.ulysses, live=live), *rank, *rules
-    )
+    supervision = TTTSupervision(case.ttt_steps, case.alignment)
+    live = live_slots(batch.lengths, batch.loss_mask, supervision) if case.layers == 1 else None
+    plan = SpanPlan.make(batch.lengths, case.ring, case.ulysses, live=live)
+    return prepare_usp_input(pack, plan, *rank, supervision)
 
 
 @pytest.mark.parametrize("case", [c for c in full_matrix() if c.documents == "unsupervised_rank"], ids=str)

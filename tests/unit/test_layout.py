@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eagle3_ds.algorithms.eagle3.supervision import TTTSupervision
 from eagle3_ds.layout import PackedSequence, SpanPlan, live_slots, prepare_usp_input, slots_of_a_rank
 from tests.unit.span_plans import span_plans
 
@@ -151,11 +152,11 @@ def test_a_rank_reads_what_the_whole_sequence_says(plan, steps, alignment, stret
     supervised.
     """
     pack = make_pack(plan.lengths, stretch=stretch)
-    live = live_slots(plan.lengths, pack.loss_mask, steps, alignment)
+    live = live_slots(plan.lengths, pack.loss_mask, TTTSupervision(steps, alignment))
     plan = SpanPlan.make(plan.lengths, plan.ring, plan.ulysses, chunks, live)
     seen = torch.zeros(steps, plan.padded_length, dtype=torch.bool)
     for rank in all_ranks(plan):
-        batch = prepare_usp_input(pack, plan, *rank, ttt_steps=steps, mask_alignment=alignment)
+        batch = prepare_usp_input(pack, plan, *rank, TTTSupervision(steps, alignment))
         slots = torch.from_numpy(plan.slots(*rank))
         real = slots < plan.length
         assert batch.num_own_slots == int(real.sum())
@@ -186,4 +187,4 @@ def test_a_pack_that_disagrees_with_its_lengths_is_refused():
     pack = make_pack([4, 4])
     plan = SpanPlan.make([4, 5])
     with pytest.raises(ValueError, match="token_ids has 8 rows, but the documents of the pack have 9"):
-        prepare_usp_input(pack, plan, 0, 0, ttt_steps=1)
+        prepare_usp_input(pack, plan, 0, 0, TTTSupervision(1))

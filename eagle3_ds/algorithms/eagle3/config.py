@@ -7,6 +7,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from eagle3_ds.config import DraftSection
+from eagle3_ds.draft import aux_keys
 from eagle3_ds.draft.geometry import window_keys
 
 
@@ -64,5 +65,6 @@ def build_draft_config(target_config: Any, draft: DraftSection) -> LlamaConfig:
         pad_token_id=target_config.pad_token_id,
         attention_bias=False,
         mlp_bias=False,
+        **aux_keys(3, target_config.hidden_size),
         **window_keys(draft.sliding_window, draft.num_layers),
     )

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from eagle3_ds.algorithms.eagle3.layer import DraftLayer
 from eagle3_ds.algorithms.eagle3.step import Activation, LayerMemory, StepConstants, ttt_step
 from eagle3_ds.attention.rotary import rotary_frequencies
+from eagle3_ds.draft import Draft, aux_size
 from eagle3_ds.draft.decoder import rms_norm
 from eagle3_ds.draft.offload import HostStash
 from eagle3_ds.draft.served import DraftCache
@@ -39,22 +40,17 @@ class UnrollSettings:
     tile_bytes: int
 
 
-class DraftModel(nn.Module):
+class DraftModel(Draft):
     """fc, the decoder layers, the final norm and the head over the draft vocabulary.
 
     The token embedding is the target's, frozen; it is handed in, not owned, so that it stays out of
     checkpoints, optimizer and ZeRO.
     """
 
-    sp_ring_degree: int = 1
-    sp_ulysses_degree: int = 1
-    sp_world_size: int = 1
-    sp_rank: int = 0
-
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.fc = nn.Linear(3 * config.hidden_size, config.hidden_size, bias=False)
+        self.fc = nn.Linear(aux_size(config), config.hidden_size, bias=False)
         self.layers = nn.ModuleList(DraftLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
@@ -69,7 +65,7 @@ class DraftModel(nn.Module):
         batch: LocalBatch,
         embedding: Tensor,
         settings: UnrollSettings,
-        on_step: Callable[[Tensor], Tensor],
+        on_guess: Callable[[Tensor], Tensor],
         finish: Callable[[Tensor, Tensor], Result],
         anchor: Tensor | None = None,
     ) -> Result:
@@ -81,14 +77,14 @@ class DraftModel(nn.Module):
         Args:
             batch: this rank's slots.
             embedding: [V, H], the target's, on the device of the model.
-            on_step: called with each step's output, [Q, H] before the final norm; what it returns goes into
+            on_guess: called with each step's output, [Q, H] before the final norm; what it returns goes into
                 the next step.
             anchor: a scalar whose (zero) gradient is the last to be computed, for whoever waits for the end
                 of backward.
 
         The attention layers must be patched (`patch_attention`).
         """
-        self.unroll(batch, embedding, settings, on_step, anchor)
+        self.unroll(batch, embedding, settings, on_guess, anchor)
         return finish(self.norm.weight, self.lm_head.weight)
 
     def unroll(
@@ -96,10 +92,10 @@ class DraftModel(nn.Module):
         batch: LocalBatch,
         embedding: Tensor,
         settings: UnrollSettings,
-        on_step: Callable[[Tensor], Tensor],
+        on_guess: Callable[[Tensor], Tensor],
         anchor: Tensor | None = None,
     ) -> None:
-        """Run the K steps, `on_step` with the output of each; see `forward`."""
+        """Run the K steps, `on_guess` with the output of each; see `forward`."""
         device = embedding.device
         stash = HostStash(device) if settings.activation == "offload" else None
         memories = [LayerMemory(batch.plan, batch.ring_rank, stash=stash) for _ in self.layers]
@@ -113,14 +109,14 @@ class DraftModel(nn.Module):
             for layer, memory in zip(self.layers, memories, strict=True):
                 assert isinstance(layer, DraftLayer)
                 hidden = ttt_step(layer, hidden, constants, memory, settings.activation, settings.tile_bytes)
-            hidden = on_step(hidden)
+            hidden = on_guess(hidden)
         for memory in memories:
             # It holds the graph, which holds the memory: a cycle that no collector sees, and that would
             # outlive the step.
             memory.ticket = None
 
     def project_aux(self, aux: Tensor) -> Tensor:
-        """The step-0 hidden state: aux [S, 3 * Ht] -> [S, H]."""
+        """The step-0 hidden state: aux [S, A] -> [S, H]."""
         return self.fc(aux)
 
     @torch.no_grad()

@@ -1,0 +1,51 @@
+"""EAGLE-3 as the house knows it (draft/contract.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import LlamaConfig
+
+from eagle3_ds.algorithms.eagle3.config import build_draft_config
+from eagle3_ds.algorithms.eagle3.costs import Eagle3Shape
+from eagle3_ds.algorithms.eagle3.decoding import Eagle3Guesser, probe_logits
+from eagle3_ds.algorithms.eagle3.exported import ServerForm, SpeculatorsForm
+from eagle3_ds.algorithms.eagle3.model import DraftModel, UnrollSettings
+from eagle3_ds.algorithms.eagle3.supervision import TTTSupervision
+from eagle3_ds.config import Recipe
+from eagle3_ds.draft.contract import LayoutForm
+from eagle3_ds.draft.vocabulary import VocabularyMap
+
+
+class Eagle3:
+    """One decoder layer, unrolled over K training-time-test steps; each step is one guess."""
+
+    name = "eagle3"
+    layouts: Mapping[str, LayoutForm] = {"vllm": ServerForm(), "speculators": SpeculatorsForm()}
+
+    def build_config(self, target_config: Any, recipe: Recipe) -> LlamaConfig:
+        return build_draft_config(target_config, recipe.draft)
+
+    def build(self, config: LlamaConfig) -> DraftModel:
+        return DraftModel(config)
+
+    def supervision(self, recipe: Recipe) -> TTTSupervision:
+        return TTTSupervision(recipe.draft.ttt_steps, recipe.loss.mask_alignment)
+
+    def live_slots_alone(self, recipe: Recipe) -> bool:
+        """A second layer would make its keys of what the first one gives at every slot."""
+        return recipe.draft.num_layers == 1
+
+    def settings(self, recipe: Recipe) -> UnrollSettings:
+        return UnrollSettings(recipe.draft.ttt_steps, recipe.train.activation, recipe.train.tile_bytes)
+
+    def shape(self, config: LlamaConfig) -> Eagle3Shape:
+        return Eagle3Shape.of(config)
+
+    def guesser(self, draft: DraftModel, embedding: Tensor, vocabulary: VocabularyMap) -> Eagle3Guesser:
+        return Eagle3Guesser(draft, embedding, vocabulary)
+
+    def probe(self, draft: DraftModel, seed: int) -> Tensor:
+        return probe_logits(draft, seed)

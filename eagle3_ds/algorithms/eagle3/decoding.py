@@ -1,0 +1,69 @@
+"""The draft as a server runs it: a chain of guesses, each fed with the one before.
+
+The k-th guess is made in the slot k places after the last verified one, fed with the draft's own output and its
+own guess, at the next rotary position. Once the target has spoken, the guessed slots are dropped from the cache
+and the verified ones enter with the target's hidden states.
+
+Legend: S new slots, A entries of a slot's captured hidden states, H hidden size, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from eagle3_ds.algorithms.eagle3.model import DraftModel
+from eagle3_ds.draft.geometry import aux_size
+from eagle3_ds.draft.served import DraftCache
+from eagle3_ds.draft.vocabulary import VocabularyMap
+
+PROBE_SLOTS = 12
+
+
+class Eagle3Guesser:
+    """The draft with its cache: verified slots come in, guesses come out (`draft.contract.Guesser`)."""
+
+    def __init__(self, draft: DraftModel, embedding: Tensor, vocabulary: VocabularyMap) -> None:
+        self._draft, self._embedding = draft, embedding
+        self._to_target = vocabulary.draft_to_target.to(embedding.device)
+        self._cache = DraftCache(draft.config.num_hidden_layers)
+
+    @torch.no_grad()
+    def propose(self, aux: Tensor, tokens: Sequence[int], count: int) -> list[int]:
+        """Take in S verified slots and guess `count` tokens after them.
+
+        Args:
+            aux: [S, A], g of the slots; tokens: the S tokens one place later.
+        """
+        verified = len(self._cache) + len(tokens)
+        positions = torch.arange(len(self._cache), verified, device=aux.device)
+        hidden = self._draft.project_aux(aux.to(self._draft.fc.weight.dtype))
+        hidden = self._draft.decode(self._embed(tokens), hidden, positions, self._cache)[-1:]
+        guesses: list[int] = []
+        while True:
+            guesses.append(int(self._to_target[self._draft.logits(hidden)[0].argmax()]))
+            if len(guesses) == count:
+                break
+            position = positions[-1:] + len(guesses)
+            hidden = self._draft.decode(self._embed(guesses[-1:]), hidden, position, self._cache)
+        self._cache.truncate(verified)
+        return guesses
+
+    def _embed(self, tokens: Sequence[int]) -> Tensor:
+        ids = torch.tensor(list(tokens), device=self._embedding.device)
+        return functional.embedding(ids, self._embedding).to(self._draft.fc.weight.dtype)
+
+
+@torch.no_grad()
+def probe_logits(draft: DraftModel, seed: int) -> Tensor:
+    """Logits [PROBE_SLOTS + 1, Vd] of a prefill and one more slot, from a seeded input."""
+    config, cache = draft.config, DraftCache(draft.config.num_hidden_layers)
+    generator = torch.Generator().manual_seed(seed)
+    embeds = torch.randn(PROBE_SLOTS + 1, config.hidden_size, generator=generator)
+    aux = torch.randn(PROBE_SLOTS, aux_size(config), generator=generator)
+    first = draft.decode(embeds[:PROBE_SLOTS], draft.project_aux(aux), torch.arange(PROBE_SLOTS), cache)
+    second = draft.decode(embeds[PROBE_SLOTS:], first[-1:], torch.tensor([PROBE_SLOTS]), cache)
+    return draft.logits(torch.cat((first, second)))

@@ -1,0 +1,45 @@
+"""Which slots the unroll of EAGLE-3 learns from (docs/semantics.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eagle3_ds.layout import IntArray
+
+
+@dataclass(frozen=True)
+class TTTSupervision:
+    """Slot i counts at TTT step k when slot i + 1 + k lies in its document and the aligned mask is set.
+
+    Attributes:
+        ttt_steps: K.
+        alignment: `served` reads the mask at i + 1 + k, the token after which a server would draft first;
+            `reference` at i + k, as the paper's code does.
+    """
+
+    ttt_steps: int
+    alignment: Literal["served", "reference"] = "served"
+
+    @property
+    def num_guesses(self) -> int:
+        return self.ttt_steps
+
+    @property
+    def halo(self) -> int:
+        """Step k reads row i + 1 + k, the last one row i + K."""
+        return self.ttt_steps
+
+    def __call__(
+        self, document: IntArray, slots: IntArray, loss_mask: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """bool [K, len(slots)]; see `layout.Supervision`."""
+        beyond = np.concatenate((document, np.full(self.ttt_steps + 1, -1, dtype=np.int64)))
+        mask = np.zeros(len(beyond), dtype=np.bool_)
+        mask[: len(loss_mask)] = loss_mask
+        read = slots[None, :] + 1 + np.arange(self.ttt_steps)[:, None]
+        masked = mask[read if self.alignment == "served" else read - 1]
+        return masked & (beyond[read] == document[slots]) & (document[slots] >= 0)
