@@ -221,7 +221,8 @@ def measure(setting: Setting, device: torch.device, repeats: int, limit: float) 
 
 def show(rates: Sequence[Rate], matmul: float, console: Console) -> None:
     unit, factor = ("TFLOP/s", 1.0) if matmul >= 10 else ("GFLOP/s", 1e3)
-    title = f"attention kernels, {unit} of visible pairs; matmul in the same precision: {matmul * factor:.0f} {unit}"
+    rate_of_matmul = f"matmul in the same precision: {matmul * factor:.0f} {unit}"
+    title = f"attention kernels, {unit} of visible pairs; {rate_of_matmul}"
     table = Table("case", "tokens", "kernel", "forward", "of matmul", "backward", "of matmul", title=title)
     for rate in rates:
         cells: list[str] = []

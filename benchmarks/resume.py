@@ -97,7 +97,7 @@ def in_other_shapes(inputs: Path, shape: str, references: dict[str, Path], outpu
 
 
 def measure(folder: Path, kills: int) -> dict[str, Any]:
-    """Everything, in `folder`: for each shape the kills, what then differed, and the errors in other shapes."""
+    """Everything, in `folder`: for each shape the kills, what then differed, and errors in other shapes."""
     inputs = folder / "inputs"
     inputs.mkdir()
     prepare_inputs(inputs)

@@ -43,7 +43,8 @@ ROPE: Mapping[str, Mapping[str, float]] = {
     "default": {},
     "linear": {"factor": 4.0},
     "llama3": {
-        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
     },
 }  # fmt: skip
 HIDDEN, INTERMEDIATE, VOCABULARY, DRAFT_VOCABULARY = 64, 96, 160, 128

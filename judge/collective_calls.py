@@ -1,4 +1,4 @@
-"""Counts every torch.distributed call of this rank by group and kind, whoever makes it: ours or DeepSpeed's."""
+"""Counts every torch.distributed call of this rank by group and kind, whether ours or DeepSpeed's."""
 
 from __future__ import annotations
 

@@ -234,7 +234,7 @@ class _Constants:
 
 
 def eager_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Mask) -> Tensor:
-    """Two matrix products around one softmax over the step-0 scores and the diagonal ones. Returns [N, L, D]."""
+    """Two matrix products around one softmax over step-0 scores and diagonal ones. Returns [N, L, D]."""
     (k0, *later_keys), (v0, *later_values) = keys, values
     num_heads, length, head_dim = q.shape
     scale = head_dim**-0.5

@@ -317,7 +317,7 @@ def _layer(
 
 
 def _attention(q: Tensor, keys_values: list[tuple[Tensor, Tensor]], may_attend: Tensor) -> Tensor:
-    """One softmax over the L step-0 keys and the own-slot keys of each later step: [Hq, L, D] -> [Hq, L, D]."""
+    """One softmax over the L step-0 keys and each later step's own-slot keys: [Hq, L, D] -> [Hq, L, D]."""
     scale = q.shape[-1] ** -0.5
     (k0, v0), *later = keys_values
     scores = (q @ k0.transpose(1, 2) * scale).masked_fill(~may_attend, -math.inf)

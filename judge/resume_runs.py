@@ -40,8 +40,8 @@ STEPS = 4
 # Taken for the time of a step where none has been seen.
 FIRST_STEP_SECONDS = 0.2
 BUILD = TargetBuild(
-    vocab_size=320, hidden_size=32, intermediate_size=64, num_layers=7, num_heads=4, num_kv_heads=2, max_positions=512,
-    sequence_length=32, batch_size=4, steps=0,
+    vocab_size=320, hidden_size=32, intermediate_size=64, num_layers=7, num_heads=4, num_kv_heads=2,
+    max_positions=512, sequence_length=32, batch_size=4, steps=0,
 )  # fmt: skip
 CONVERSATIONS = [
     [
@@ -218,7 +218,7 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
 
 
 def restored_in_place(recipe: Recipe) -> tuple[list[Any], list[Any]]:
-    """On every rank: reports of two steps after a checkpoint, and again after the trainer was put back to it."""
+    """On every rank: reports of two steps after a checkpoint, and again after the trainer went back to it."""
     parallel = recipe.parallel
     topology = maybe_setup_distributed(parallel.ulysses, parallel.ring, parallel.draft_dp)
     trainer = build_trainer(recipe, topology)

@@ -166,6 +166,6 @@ def small_buckets(deepspeed: dict[str, Any], elements: int = 100_000) -> dict[st
 
 
 def run_steps(trainer: DraftTrainer, packs: Sequence[PackedSequence], count: int) -> None:
-    """Optimizer steps on the same packs: the first creates the optimizer's state, the later ones are alike."""
+    """Optimizer steps on the same packs: the first creates the optimizer's state, later ones are alike."""
     for _ in range(count):
         trainer.step(packs)

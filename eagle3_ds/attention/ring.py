@@ -67,7 +67,7 @@ class RingKV:
         keep_bytes: int = 0,
         window: int | None = None,
     ) -> None:
-        """`keep_bytes`: how many bytes of other ranks' keys and values, and of their gradients, may be kept."""
+        """`keep_bytes`: bytes of other ranks' keys and values, and of their gradients, that may be kept."""
         self.plan, self.ring_rank, self.kernel = plan, ring_rank, kernel
         self.exchange = RingExchange(ring_group)
         self.tiles = StepTiles(

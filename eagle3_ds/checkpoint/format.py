@@ -201,7 +201,7 @@ def step_folders(root: Path) -> list[Path]:
 
 
 def newest_intact(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every file is as its manifest says, and what is wrong with the newer ones."""
+    """The newest checkpoint whose every file is as its manifest says, and what is wrong with newer ones."""
     problems: list[str] = []
     for folder in step_folders(root):
         try:
@@ -250,7 +250,7 @@ def require_intact(root: Path) -> Path:
 
 
 def publish(aside: Path, folder: Path, step: int) -> None:
-    """Give a finished folder its name, then let latest.json name it. What had that name (a damaged one) goes."""
+    """Give a finished folder its name, then let latest.json name it. A damaged one of that name goes."""
     root = folder.parent
     sync_folder(aside)
     if folder.exists():

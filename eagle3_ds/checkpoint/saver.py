@@ -129,7 +129,7 @@ class CheckpointSaver:
             self._give_up(pending, error, failed - 1)
 
     def _require_space(self, step: int, own_bytes: int) -> int:
-        """Bytes that all ranks together are about to write. Raises CheckpointError when they would not fit."""
+        """Bytes that all ranks together are about to write. Raises CheckpointError if they would not fit."""
         if self._rank == 0:
             self._root.mkdir(parents=True, exist_ok=True)
             remove_hidden(self._root)

@@ -26,8 +26,10 @@ from eagle3_ds.targets import Target, load_target, load_tokenizer, target_finger
 from eagle3_ds.topology import detect_accelerator
 
 ACTIONS = {
-    "inspect": "show a row of a recipe's data, or of a file, with the tokens marked that the draft learns from",
-    "regenerate": "write the target's own answers to the prompts of a recipe's data, as JSONL that a recipe reads",
+    "inspect": "show a row of a recipe's data, or of a file, with the tokens marked that the draft "
+    "learns from",
+    "regenerate": "write the target's own answers to the prompts of a recipe's data, as JSONL that "
+    "a recipe reads",
 }
 
 

@@ -74,7 +74,8 @@ def _version(package: str) -> str:
 def _device_table(device: torch.device) -> Table:
     table = Table("device", "name", "memory", title="devices")
     if device.type == "cpu":
-        name = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        capability = torch.backends.cpu.get_cpu_capability()
+        name = f"{platform.machine()}, {capability}, {torch.get_num_threads()} threads"
         table.add_row("cpu", name, "")
         return table
     backend = getattr(torch, device.type)
@@ -94,7 +95,8 @@ def _device_table(device: torch.device) -> Table:
 def _kernel_table(device: torch.device, head_dim: int) -> tuple[Table, list[str]]:
     """One row per kernel, and what is wrong with those that should run."""
     names = [str(dtype).removeprefix("torch.") for dtype in _DTYPES]
-    title = f"attention kernels on {device} with heads of {head_dim}: largest relative error against the reference"
+    measured = "largest relative error against the reference"
+    title = f"attention kernels on {device} with heads of {head_dim}: {measured}"
     table = Table("kernel", *names, "why not", title=title)
     failures: list[str] = []
     automatic = {dtype: select_kernel("auto", device, dtype, head_dim) for dtype in _DTYPES}

@@ -338,8 +338,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         add(
             "--resume",
             choices=("latest", "auto"),
-            help="go on from the newest checkpoint, e.g. train.steps=200 --resume; `--resume auto`: from the newest intact one, "
-            "or from the start when there is none",
+            help="go on from the newest checkpoint, e.g. train.steps=200 --resume; `--resume auto`: from the "
+            "newest intact one, or from the start when there is none",
         )
         add(
             "--max-restarts",

@@ -153,7 +153,7 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
 
 
 def _target_config(recipe: Recipe, options: argparse.Namespace) -> Any:
-    """The target's text config: from sizes given, from its folder or hub name, or from how it will be built."""
+    """The target's text config: from given sizes, its folder or hub name, or from how it will be built."""
     given = {size: getattr(options, size) for size in SIZES if getattr(options, size) is not None}
     if options.shape or given:
         sizes = {**dict(zip(SIZES, SHAPES.get(options.shape, ()), strict=False)), **given}

@@ -84,7 +84,8 @@ def _explain(detail: ErrorDetails) -> str:
     if detail["type"] == "value_error":
         return f"{path}: {detail['msg'].removeprefix('Value error, ')}"
     rule = detail["msg"].removeprefix("Input should be ")
-    return f"{path}: the value is {json.dumps(detail['input'])}, but it should be {rule}. Change it in the recipe."
+    value = json.dumps(detail["input"])
+    return f"{path}: the value is {value}, but it should be {rule}. Change it in the recipe."
 
 
 def _section_fields(location: Sequence[int | str]) -> list[str]:

@@ -128,7 +128,7 @@ def _uniform(message: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _uniform_call(call: Any, where: str) -> dict[str, Any]:
-    """A call `{"function": {"name", "arguments"}, ...}` or `{"name", "arguments"}`, its arguments an object."""
+    """A call `{"function": {"name", "arguments"}, ...}` or `{"name", "arguments"}`; arguments: an object."""
     if not isinstance(call, Mapping):
         raise ValueError(f"{where} is {kind(call)}, expected an object with 'name' and 'arguments'")
     call = {key: value for key, value in call.items() if value is not None}

@@ -124,7 +124,7 @@ class RowEncoder:
     def _fit(
         self, tokens: MaskedTokens, place: str, events: Counter[str]
     ) -> Iterator[tuple[list[int], list[bool]]]:
-        """The documents of one conversation, each of at most `data.max_length` tokens, by `data.on_too_long`."""
+        """Documents of one conversation, each of at most `data.max_length` tokens, by `data.on_too_long`."""
         length, limit, choice = len(tokens.input_ids), self.section.max_length, self.section.on_too_long
         if length <= limit:
             yield tokens.input_ids, tokens.loss_mask

@@ -112,6 +112,8 @@ def as_html(inspection: Inspection) -> str:
     )
     summary = html.escape(inspection.summary)
     return (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{summary}</title>\n<style>{STYLES}</style>\n'
-        f"<p>{summary}; supervised tokens are <mark>marked</mark></p>\n<pre>{''.join(pieces)}</pre>\n</html>\n"
+        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        f"<title>{summary}</title>\n<style>{STYLES}</style>\n"
+        f"<p>{summary}; supervised tokens are <mark>marked</mark></p>\n"
+        f"<pre>{''.join(pieces)}</pre>\n</html>\n"
     )

@@ -111,7 +111,8 @@ class Regenerator:
             "left_out": "rows have no answer and were left out",
             "too_long": "prompts leave no room for an answer; their conversations end before them",
             "unfinished": "answers did not end within --max_new_tokens; their conversations end before them",
-            "unreadable": "answers cannot be told from the template's text again; their conversations end before them",
+            "unreadable": "answers cannot be told from the template's text again; "
+            "their conversations end before them",
         }
         told += [f"{counts[name]:,} {what}" for name, what in happened.items() if counts[name]]
         return told if self.unreadable is None else [*told, f"the last answer of these: {self.unreadable}"]

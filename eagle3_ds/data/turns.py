@@ -187,7 +187,7 @@ def _answer_start(view: _View, turn: int) -> int:
 
 
 def _check_generation_prompt(view: _View, turn: int, prompt: str) -> None:
-    """Raises ValueError when the template ignores `add_generation_prompt` although its turns have a header."""
+    """Raises ValueError when the template ignores `add_generation_prompt` though its turns have a header."""
     before = view.messages[:turn]
     if prompt != view.render(before):
         return

@@ -155,7 +155,8 @@ def _difference(target: Target, prompt: Sequence[int], output: Sequence[int], ex
     shorter = min(len(output), len(expected))
     place = next((i for i in range(shorter) if output[i] != expected[i]), shorter)
     if place == shorter:
-        return f"speculative decoding gave {len(output)} tokens, the target alone {len(expected)}; the shorter agree."
+        given = f"speculative decoding gave {len(output)} tokens, the target alone {len(expected)}"
+        return f"{given}; the shorter agree."
     logits, _ = TargetStream(target).read([*prompt, *expected[:place]], last_only=True)
     gap = float(logits[0, expected[place]] - logits[0, output[place]])
     return (

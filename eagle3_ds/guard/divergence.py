@@ -137,7 +137,8 @@ def _explain(index: int, report: StepFigures, blamed: Mapping[int, Blame], folde
     if steps:
         what = f"the loss of step {index + 1} is not finite at TTT steps {steps}"
     else:
-        what = f"the gradient of step {index + 1} is not finite (norm {report.grad_norm}), its loss {report.loss:.4g} is"
+        norm = f"norm {report.grad_norm}"
+        what = f"the gradient of step {index + 1} is not finite ({norm}), its loss {report.loss:.4g} is"
     whose = (
         "; ".join(f"document {number} {blame}" for number, blame in blamed.items())
         or "no single document has a loss that is not finite"

@@ -130,7 +130,8 @@ def last_collective() -> tuple[str, bool, int]:
     entry = unfinished[0] if unfinished else entries[-1]
     sizes = " ".join("x".join(map(str, size)) or "scalar" for size in entry["input_sizes"])
     number = entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"]
-    words = f"{entry['profiling_name']} number {number} of group {entry['process_group'][0]} on {sizes or 'nothing'}"
+    group = entry["process_group"][0]
+    words = f"{entry['profiling_name']} number {number} of group {group} on {sizes or 'nothing'}"
     return words, bool(unfinished), entry["time_created_ns"]
 
 

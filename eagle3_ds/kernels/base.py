@@ -103,7 +103,7 @@ def sum_over_group(x: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
 
 
 class Call(NamedTuple):
-    """Tiles that a backend computes at once: one kind of mask, rows and keys ascending and in no two of them."""
+    """Tiles that a backend computes at once: one kind of mask, rows and keys ascending, in no two of them."""
 
     tiles: tuple[Tile, ...]
 

@@ -12,7 +12,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 class CpuKernel(SquareKernel):
-    """The operator aligns causal at the top left, which is the same on a square only, and knows no left edge."""
+    """The operator aligns causal at the top left, the same on a square only, and knows no left edge."""
 
     name = "cpu"
 

@@ -92,7 +92,8 @@ class FlashAttn3Kernel(VarlenKernel):
         if (major := torch.cuda.get_device_capability(device)[0]) != 9:
             return f"it is written for compute capability 9.0 (Hopper), and {device} has {major}.x"
         if head_dim > 192 and torch.are_deterministic_algorithms_enabled():
-            return f"it has no deterministic backward for head_dim {head_dim}, and torch.use_deterministic_algorithms is on"
+            lacking = f"it has no deterministic backward for head_dim {head_dim}"
+            return f"{lacking}, and torch.use_deterministic_algorithms is on"
         return _package_reason("flash-attn-3", (3,), "flash_attn_3._C")
 
     def varlen_forward(
@@ -145,7 +146,8 @@ class FlashAttn4Kernel(VarlenKernel):
         if (major := torch.cuda.get_device_capability(device)[0]) < 9:
             return f"its backward needs compute capability 9.0 (Hopper) or higher, and {device} has {major}.x"
         if major >= 12 and torch.are_deterministic_algorithms_enabled():
-            return f"it has no deterministic backward for compute capability {major}.x, and torch.use_deterministic_algorithms is on"
+            lacking = f"it has no deterministic backward for compute capability {major}.x"
+            return f"{lacking}, and torch.use_deterministic_algorithms is on"
         return _package_reason("flash-attn-4", (4,), "flash_attn.cute.interface")
 
     def varlen_forward(

@@ -34,7 +34,7 @@ class SquareKernel(TileKernel):
         causal: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Under the merged lse, delta being the row sum of dout * out -> dq [Lq, Hq, D], dk, dv [Lk, Hkv, D]."""
+        """By the merged lse; delta is the row sum of dout * out -> dq [Lq, Hq, D], dk, dv [Lk, Hkv, D]."""
 
     def calls(self, tiles: Iterable[Tile], most: int | None = None) -> list[Call]:
         return [Call((part,)) for tile in tiles for part in cut_into_squares(tile)]

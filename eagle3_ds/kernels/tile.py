@@ -1,4 +1,4 @@
-"""A tile of the attention mask, and how a tile is cut for backends that know only rectangles and triangles."""
+"""A tile of the attention mask, and how it is cut for backends that know only rectangles and triangles."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class VarlenKernel(TileKernel):
         left: int | None,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Under the merged lse, delta being the row sum of dout * out -> dq, dk, dv in the shapes of q, k, v."""
+        """By the merged lse; delta is the row sum of dout * out -> dq, dk, dv in the shapes of q, k, v."""
 
     def calls(self, tiles: Iterable[Tile], most: int | None = None) -> list[Call]:
         groups: list[list[Tile]] = []

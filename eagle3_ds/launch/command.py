@@ -1,4 +1,4 @@
-"""From the options of a launch to hosts, ranks, the launcher's command and its environment. Starts nothing."""
+"""From a launch's options to hosts, ranks, the launcher's command and its environment. Starts nothing."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MPI_LAUNCHERS = ("openmpi", "mpich", "impi", "mvapich")
 # What a rank on another host needs to behave as on this one. Secrets (tokens) stay out: pdsh shows its
 # command line.
 EXPORTED = (
-    "ASCEND", "CUDA_DEVICE", "CUDA_HOME", "CUDNN", "DS_ACCELERATOR", "FI_", "GLOO_", "HCCL_", "HF_DATASETS", "HF_HOME",
-    "HF_HUB_CACHE", "HF_HUB_OFFLINE", "LD_LIBRARY_PATH", "MASTER_", "NCCL_", "NVIDIA_", "OMP_", "PATH", "PYTORCH_",
-    "TORCH_", "TRANSFORMERS_", "TRITON_", "UCX_",
+    "ASCEND", "CUDA_DEVICE", "CUDA_HOME", "CUDNN", "DS_ACCELERATOR", "FI_", "GLOO_", "HCCL_", "HF_DATASETS",
+    "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "LD_LIBRARY_PATH", "MASTER_", "NCCL_", "NVIDIA_", "OMP_",
+    "PATH", "PYTORCH_", "TORCH_", "TRANSFORMERS_", "TRITON_", "UCX_",
 )  # fmt: skip
 # Goes on the command lines of ssh and pdsh, which take a leading dash for an option and brackets for a list
 # of hosts.
@@ -297,7 +297,7 @@ def _exported(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def write_environment_file(plan: LaunchPlan) -> None:
-    """Write the file that DS_ENV_FILE names: NAME=value lines only, because a blank line crashes its reader."""
+    """Write the file that DS_ENV_FILE names: only NAME=value lines, for a blank one crashes its reader."""
     if plan.exported is not None:
         path = Path(plan.environment["DS_ENV_FILE"])
         path.write_text("".join(f"{name}={value}\n" for name, value in plan.exported.items()))

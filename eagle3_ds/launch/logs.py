@@ -95,7 +95,7 @@ class Logs:
         return self.folder / f"rank_{rank}.end.json"
 
     def prepare(self) -> None:
-        """Make the folder ready for a run, before any process of it starts. What earlier runs said is kept."""
+        """Make the folder ready for a run, before any process of it starts. What earlier runs said stays."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob("rank_*.end.json"):
             path.unlink()

@@ -181,7 +181,8 @@ class Supervisor:
 
     def _describe(self, how: How, seconds: float) -> str:
         if how == "silent":
-            return f"process {self.child.pid} has not stirred for {seconds:.0f} s{_process_state(self.child.pid)}"
+            state = _process_state(self.child.pid)
+            return f"process {self.child.pid} has not stirred for {seconds:.0f} s{state}"
         return f"waited {seconds:.0f} s in {self.state.status.collective}"
 
     def _stop(self, how: How, reason: str) -> None:

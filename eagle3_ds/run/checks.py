@@ -100,7 +100,7 @@ def target_shape(recipe: Recipe, dry_run: bool) -> TargetShape | None:
 
 
 def check_target(recipe: Recipe, shape: TargetShape) -> None:
-    """Raises ValueError when draft vocabulary, Ulysses degree or a tile's byte budget do not fit the target."""
+    """Raises ValueError when draft vocabulary, Ulysses degree or a tile's byte budget misfit the target."""
     if recipe.draft.vocab_size > shape.vocab_size:
         raise ValueError(
             f"draft.vocab_size is {recipe.draft.vocab_size}, larger than the target's vocabulary of "

@@ -16,8 +16,8 @@ from eagle3_ds.targets import load_text_config, resolve_path
 
 # What must be equal for the weights to mean the same in this run.
 GEOMETRY = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "vocab_size", "draft_vocab_size", "hidden_act", "rms_norm_eps", "rope_parameters",
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "vocab_size", "draft_vocab_size", "hidden_act", "rms_norm_eps", "rope_parameters",
 )  # fmt: skip
 
 

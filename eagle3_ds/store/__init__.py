@@ -1,4 +1,4 @@
-"""Hidden states of the target on disk: written by any ranks, read row by row, imported from other trainers."""
+"""Hidden states of the target on disk: written by any rank, read row by row, imported from other trainers."""
 
 from eagle3_ds.store.index import Layout
 from eagle3_ds.store.reader import HiddenStateStore

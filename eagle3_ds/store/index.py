@@ -123,7 +123,7 @@ IDENTITY = TypeAdapter(dict[str, str])
 
 
 class Shard(BaseModel):
-    """One file. Every byte of it is covered: the header by `header_crc32`, the rest by the pieces' checksums."""
+    """One file. Every byte is covered: the header by `header_crc32`, the rest by the pieces' checksums."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

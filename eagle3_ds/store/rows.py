@@ -53,7 +53,7 @@ def decode_float8(codes: Tensor, exponents: Tensor) -> Tensor:
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
-    """2**exponent in fp32 for int32 exponents in [-126, 127], from its bits: exp2 of a vector unit may round."""
+    """2**exponent in fp32 for int32 exponents in [-126, 127], by its bits: a vector unit's exp2 may round."""
     return ((exponent + 127) << 23).view(torch.float32)
 
 

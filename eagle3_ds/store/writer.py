@@ -131,7 +131,7 @@ class HiddenStateWriter:
         )
 
     def missing(self) -> list[int]:
-        """Documents of which rows are neither on disk nor waiting in this process, in the order of `lengths`."""
+        """Documents with rows neither on disk nor waiting in this process, in the order of `lengths`."""
         return [document for document in self.lengths if not self.holds(document)]
 
     def holds(self, document_id: int) -> bool:

@@ -49,7 +49,7 @@ class AuxCapture:
         return hook
 
     def take(self) -> Tensor:
-        """g [S, 3 * Ht] of the last forward over S tokens, lowest layer first; each forward's is taken once."""
+        """g [S, 3 * Ht] of the last forward over S tokens, lowest layer first; each is taken once."""
         assert len(self._found) == len(self._layers), "no forward since the last take"
         taken = torch.cat([self._found.pop(place) for place in range(len(self._layers))], dim=-1)
         return taken

@@ -83,7 +83,10 @@ def check_parallel(full_config: Any, path: str, ulysses: int, longest: int) -> N
     """
     config = full_config.get_text_config()
     named = f"target.path = {path!r} ({config.model_type}) cannot run on several ranks"
-    fix = "Capture it with target.capture: single, which runs it as transformers does, or choose another target."
+    fix = (
+        "Capture it with target.capture: single, which runs it as transformers does, "
+        "or choose another target."
+    )
     if not _has_attention_interface(full_config):
         raise ValueError(
             f"{named}: its attention does not go through transformers' attention interface. {fix}"

@@ -31,7 +31,7 @@ from eagle3_ds.train.target_engine import SpanStates, TargetEngine
 
 
 class Stretch(NamedTuple):
-    """Rows [first, last) of a rank's slots that are rows `start` and following of one document of the pack."""
+    """Rows [first, last) of a rank's slots that are rows `start` and following of a document of the pack."""
 
     first: int
     last: int

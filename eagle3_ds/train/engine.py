@@ -131,7 +131,7 @@ def step_and_norm(engine: Any) -> float:
 
 
 def full_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter whole, on the CPU, by its name in `model`. Collective under ZeRO-3: all ranks call it."""
+    """Every parameter whole, on the CPU, by its name in `model`. Under ZeRO-3 all ranks must call it."""
     whole = {}
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):

@@ -59,7 +59,7 @@ class OnlineStates:
 
 
 class HeldRows:
-    """Rows of a packed sequence, asked for by their place in it, of which this rank holds those of `slots`."""
+    """Rows of a packed sequence, asked for by their place in it; this rank holds those of `slots`."""
 
     def __init__(self, slots: IntArray, rows: Tensor) -> None:
         assert len(slots) == len(rows), (len(slots), len(rows))

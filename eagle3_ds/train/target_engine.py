@@ -180,7 +180,7 @@ def _share_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def _hook_up(forward: SpanForward, topology: Topology) -> Any:
-    """DeepSpeed fetches each layer's parameters when its turn comes, an MLP's all at once for all its tiles."""
+    """DeepSpeed fetches each layer's parameters when its turn comes, an MLP's at once for all its tiles."""
     if topology.world_group is None:
         return forward
     mlps = {type(layer.mlp) for layer in forward.decoder.layers if hasattr(layer, "mlp")}

@@ -75,7 +75,7 @@ def hang(parts: Parts) -> None:
 
 
 def hold_the_lock(parts: Parts) -> None:
-    """In C, with Python's lock held: no other thread of the rank runs. A signal ends `sleep`, but not this."""
+    """In C, with Python's lock held: no other thread of the rank runs. A signal ends `sleep`, not this."""
     while True:
         ctypes.PyDLL(None).sleep(FOR_EVER)
 

@@ -60,7 +60,7 @@ class Struck:
             self.problems.append(f"the run ended after {self.ended:.0f} s")
 
     def judge_loss(self, done: int, told: str, expected: int) -> None:
-        """Note how many of the `done` steps the next launch did again, by what it said that it goes on from."""
+        """Note how many of the `done` steps the next launch did again, by what it said it goes on from."""
         match = re.search(r"going on from \S*step-(\d+)", told)
         resumed = int(match[1]) if match else 0
         self.lost = done - resumed
@@ -148,7 +148,7 @@ def run_chain(recipe: Path, output: Path, chain: Sequence[Injection], reference:
 def finish(
     recipe: Path, output: Path, found: Sequence[Struck], done: int, checkpoint: int, reference: Path
 ) -> None:
-    """Bring a run to its end, and note for all that struck it how it compares with one that was left alone."""
+    """Bring a run to its end, and note for all that struck it how it compares with one left alone."""
     status, told = launch(recipe, "--resume", "auto")
     found[-1].judge_loss(done, told, checkpoint)
     unlike = differences(output, reference) if status == 0 else [told[-500:]]

@@ -10,14 +10,15 @@ from typing import Any
 
 # What trips parsers: encodings, anchors and tags of YAML, numbers that are none, depth.
 FRAGMENTS = (
-    b"\0", b"\xff\xfe", b"\xef\xbb\xbf", "\u2028".encode(), "\u202e".encode(), b"\r\n", b"\t", b"#", b":", b"- ", b"{", b"]",
-    b'"', b"'", b"&a *a", b"<<: *a", b"!!python/object/apply:os.system [true]", b"NaN", b"-Infinity", b"1e999", b"9" * 400,
-    b"null", b"true", b"{{ 7 * 7 }}", b"../../etc/passwd", b"[" * 3000, b'{"a":' * 3000, b"\\ud800", b"%s%n", b"$(true)",
-    b"-oProxyCommand=true", b"=", b"@",
+    b"\0", b"\xff\xfe", b"\xef\xbb\xbf", "\u2028".encode(), "\u202e".encode(), b"\r\n", b"\t", b"#", b":",
+    b"- ", b"{", b"]", b'"', b"'", b"&a *a", b"<<: *a", b"!!python/object/apply:os.system [true]", b"NaN",
+    b"-Infinity", b"1e999", b"9" * 400, b"null", b"true", b"{{ 7 * 7 }}", b"../../etc/passwd", b"[" * 3000,
+    b'{"a":' * 3000, b"\\ud800", b"%s%n", b"$(true)", b"-oProxyCommand=true", b"=", b"@",
 )  # fmt: skip
 ODD_VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", " ", "0",
-    "null", "\0", "\ud800", "é" * 300, "../x", "/dev/null", "-x", "a\nb", [], [[]], [None], {}, {"a": {}}, [0] * 50, "x" * 5000,
+    None, True, False, 0, 1, -1, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"),
+    "", " ", "0", "null", "\0", "\ud800", "é" * 300, "../x", "/dev/null", "-x", "a\nb", [], [[]], [None], {},
+    {"a": {}}, [0] * 50, "x" * 5000,
 )  # fmt: skip
 
 

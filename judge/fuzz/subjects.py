@@ -213,8 +213,8 @@ class Manifests(Subject):
         save_file({f"{kind}/w/0": self.values.clone() for kind in KINDS}, str(self.folder / rank_file(0)))
         recipe = load_recipe(RECIPES / "quickstart.yaml").model_dump(mode="json")
         manifest = Manifest(
-            step=2, packs=4, adam_steps=2, skipped_steps=0, heldout_loss=1.5, recipe=recipe, mesh={"draft_dp": 1},
-            parameters={"w": (2, 3)}, versions={"torch": "2"},
+            step=2, packs=4, adam_steps=2, skipped_steps=0, heldout_loss=1.5, recipe=recipe,
+            mesh={"draft_dp": 1}, parameters={"w": (2, 3)}, versions={"torch": "2"},
             files={rank_file(0): file_entry(self.folder / rank_file(0))},
         )  # fmt: skip
         write_manifest(self.folder, manifest)
