@@ -74,7 +74,7 @@ def _working_in(folder: Path) -> Iterator[None]:
 
 
 def small_job(shared: Path, folder: Path, *more: str) -> Job:
-    """`shared` holds what a second run uses again: the target, and the cache of documents and hidden states."""
+    """`shared` holds what a second run uses again: the target, and cached documents and hidden states."""
     places = (
         f"target.path={shared / 'target'}",
         f"data.cache_dir={shared / 'cache'}",

@@ -1,4 +1,4 @@
-"""One command from Python's own sources to an exported draft, by ZeRO-3 x ring 2 x ulysses 2 on four ranks."""
+"""One command from Python's own sources to an exported draft: ZeRO-3 x ring 2 x ulysses 2, four ranks."""
 
 from __future__ import annotations
 

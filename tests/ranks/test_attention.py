@@ -19,7 +19,7 @@ TOPOLOGIES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)]
 
 
 class Projections(nn.Module):
-    """A stand-in for a draft's attention: only its head size matters, the test hands q, k and v in directly."""
+    """A stand-in for a draft's attention: only its head size matters, the test hands in q, k and v."""
 
     def __init__(self):
         super().__init__()
@@ -69,7 +69,7 @@ def rank_of_attention(ring, ulysses, heads, kv_exchange, kept_blocks, kernel, li
 
 
 def dense(plan, num_heads, num_kv_heads):
-    """Outputs and gradients of the plan's live slots, zeros elsewhere but for the keys and values of step 0."""
+    """Outputs and gradients of the plan's live slots, zeros elsewhere but for step 0's keys and values."""
     q, k, v, dout = whole_inputs(plan.padded_length, num_heads, num_kv_heads)
     for x in (q, k, v):
         x.requires_grad_()
@@ -90,9 +90,9 @@ def dense(plan, num_heads, num_kv_heads):
     looking = torch.zeros(plan.padded_length, dtype=torch.bool)
     looking[plan.live.reshape(-1)] = True
     looking &= document >= 0
-    outs = torch.stack(outs) * looking[:, None]
-    (outs * dout.flatten(2)).sum().backward()
-    return outs.detach(), q.grad, k.grad, v.grad
+    out = torch.stack(outs) * looking[:, None]
+    (out * dout.flatten(2)).sum().backward()
+    return out.detach(), q.grad, k.grad, v.grad
 
 
 @pytest.mark.ranks

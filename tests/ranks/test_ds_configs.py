@@ -1,4 +1,4 @@
-"""Every shipped DeepSpeed JSON trains on four ranks under sequence parallelism as the dense reference does."""
+"""Every shipped DeepSpeed JSON trains four sequence-parallel ranks as the dense reference does."""
 
 from dataclasses import replace
 from pathlib import Path

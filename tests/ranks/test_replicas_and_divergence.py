@@ -1,4 +1,4 @@
-"""Steps that are not finite are skipped by all ranks, exactly; what all ranks hold is compared, bit by bit."""
+"""Steps that are not finite are skipped by all ranks, exactly; what all hold is compared bit by bit."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def harmed(packs: list[PackedSequence], harm: str) -> list[PackedSequence]:
 def train_past_a_bad_step(
     case: Case, harm: str | None, folder: Path
 ) -> tuple[list[StepReport], list[bool], dict[str, torch.Tensor]]:
-    """Step 0, step 1 with harm (left out when None), step 2; reports, what the guard said, and the weights."""
+    """Step 0, step 1 with harm (left out when None), step 2; reports, what the guard said, the weights."""
     trainer, packs = prepared(case)
     if harm is None:
         packs.steps.pop(1)

@@ -26,7 +26,8 @@ STEPS = 3
 RECIPE = """
 target: {path: TARGET, dtype: float32}
 draft: {vocab_size: 128, ttt_steps: 3}
-data: {train: [ROOT/conversations.jsonl], heldout_fraction: 0.2, max_length: 160, hidden_dtype: float32, cache_dir: ROOT/single}
+data: {train: [ROOT/conversations.jsonl], heldout_fraction: 0.2, max_length: 160, hidden_dtype: float32,
+       cache_dir: ROOT/single}
 train: {steps: 3, dtype: float32, learning_rate: 1e-2, schedule: constant}
 eval: {num_prompts: 0}
 deepspeed: ds_configs/zero2.json

@@ -1,4 +1,4 @@
-"""Templates and tokenizers that behave like those of well-known families, small enough to be made in a test."""
+"""Templates and tokenizers that behave like those of well-known families, small enough to make in a test."""
 
 from __future__ import annotations
 
@@ -16,22 +16,26 @@ CORPUS = [
         "The quick brown fox answers the question of the user.\n\nIs it the capital of France? It is "
         "Paris.\n\n\nThe weather"
     ),
-    '{"name": "weather", "arguments": {"city": "Paris", "days": 3}}\n</think>\n\nThe answer is 42.\n\n  indented   code\n\n',
+    (
+        '{"name": "weather", "arguments": {"city": "Paris", "days": 3}}\n</think>\n\nThe answer is 42.\n\n'
+        "  indented   code\n\n"
+    ),
 ] * 4
 SPLIT = Regex(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPECIAL = {
-    "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>",
-               "<|python_tag|>", "<|reserved_special_token_0|>"],
+    "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+               "<|eot_id|>", "<|eom_id|>", "<|python_tag|>", "<|reserved_special_token_0|>"],
     "qwen2.5": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     "qwen3": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-    "mistral": ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
-                "[TOOL_RESULTS]", "[/TOOL_RESULTS]"],
+    "mistral": ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]",
+                "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"],
     "gemma": ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"],
     "phi": ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"],
-    "gpt-oss": ["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>",
-                "<|call|>"],
+    "gpt-oss": ["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|channel|>", "<|start|>", "<|end|>",
+                "<|message|>", "<|call|>"],
 }  # fmt: skip
 NAMED = {
     "llama3": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
@@ -104,7 +108,7 @@ def _sentencepiece(family: str) -> Tokenizer:
     """BPE over text whose spaces are underlined, with bytes for what is unknown; what stands before a text
     differs.
     """
-    underline = normalizers.Replace(" ", "▁")
+    underline: normalizers.Normalizer = normalizers.Replace(" ", "▁")
     if family == "phi":
         underline = normalizers.Sequence([normalizers.Prepend("▁"), underline])
     trained = Tokenizer(models.BPE())

@@ -1,4 +1,4 @@
-"""The merge of the diagonal keys against autograd over one dense softmax, used by the unit tests and on GPUs."""
+"""The merge of the diagonal keys against autograd over one dense softmax, for the unit tests and for GPUs."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_mapped_rows_are_the_rows_and_are_written_once(model, tmp_path):
 
 
 def test_flops_are_those_that_torch_counts(model):
-    """The dense side's, but for what the product is spared: masked scores, and the teacher's full vocabulary."""
+    """The dense side's, but for what the product is spared: masked scores, the teacher's full vocabulary."""
     length, steps, width = 96, TINY.ttt_steps, TINY.draft.query_size
     batch = as_batch(make_pack(model, length, make_rows(model, length)))
     dense = DenseDraft(model.weights, TINY.config(), model.frozen, TINY.rules)

@@ -529,8 +529,9 @@ def test_help_has_an_example_for_every_option(capsys: pytest.CaptureFixture[str]
         main(["launch", "--help"])
     options = capsys.readouterr().out
     shell = subprocess.run(["bash", "launch.sh", "--help"], capture_output=True, text=True, check=True).stdout
-    for option in ("hostfile", "num_gpus", "num_ranks", "num_nodes", "include", "exclude", "master_addr", "master_port",
-                   "launcher", "ds_config", "dry-run", "resume", "max-restarts", "overwrite"):  # fmt: skip
+    for option in ("hostfile", "num_gpus", "num_ranks", "num_nodes", "include", "exclude", "master_addr",
+                   "master_port", "launcher", "ds_config", "dry-run", "resume", "max-restarts",
+                   "overwrite"):  # fmt: skip
         assert f"--{option}" in options and f"--{option}" in shell
     assert "--no-install" in shell
     assert main([]) == 2 and main(["--help"]) == 0 and main(["lunch"]) == 2

@@ -106,7 +106,7 @@ def test_import(recipe, tmp_path, capsys, kind, skip_check):
 
 
 def check_against_target(prepared, aux_layers):
-    """What the training would load is what the target computes for these documents, in one packed sequence."""
+    """What the training would load is what the target computes for these documents, in one sequence."""
     found = json.loads(prepared.read_text())
     data = PreparedData.open(Path(found["data"]), found["data_fingerprint"])
     store = HiddenStateStore.open(found["store"], found["store_fingerprint"])

@@ -99,55 +99,68 @@ QWEN_CALL = (
 )
 
 CASES: dict[str, tuple[str, Messages, Any, dict[str, Any], list[str]]] = {
-    "llama3": ("llama3", [SYSTEM, *TWO_TURNS], None, {}, ["Hello! I am here.<|eot_id|>", "It is 42.<|eot_id|>"]),
+    "llama3": (
+        "llama3", [SYSTEM, *TWO_TURNS], None, {}, ["Hello! I am here.<|eot_id|>", "It is 42.<|eot_id|>"],
+    ),
     "llama3, no system, trimmed": (
-        "llama3", [user("  Hi \n"), assistant("\n\n  Hello! \n")], None, {"date_string": "1 Jan 2025"}, ["Hello!<|eot_id|>"],
+        "llama3", [user("  Hi \n"), assistant("\n\n  Hello! \n")], None, {"date_string": "1 Jan 2025"},
+        ["Hello!<|eot_id|>"],
     ),
     "llama3, tools": (
         "llama3", CALLS, [WEATHER], {},
-        ['{"name": "weather", "parameters": {"city": "Paris", "days": 3}}<|eot_id|>', "It is sunny.<|eot_id|>",
-         "Welcome.<|eot_id|>"],
+        ['{"name": "weather", "parameters": {"city": "Paris", "days": 3}}<|eot_id|>',
+         "It is sunny.<|eot_id|>", "Welcome.<|eot_id|>"],
     ),
     "llama3, a built-in tool ends otherwise": (
-        "llama3", [user("Find it"), assistant(tool_calls=[call("brave_search", query="it")]), tool("found"), assistant("Here.")],
+        "llama3",
+        [user("Find it"), assistant(tool_calls=[call("brave_search", query="it")]), tool("found"),
+         assistant("Here.")],
         None, {}, ['<|python_tag|>brave_search.call(query="it")<|eom_id|>', "Here.<|eot_id|>"],
     ),
-    "qwen2.5, default system": ("qwen2.5", TWO_TURNS, None, {}, ["Hello! I am here.<|im_end|>", "It is 42.<|im_end|>"]),
+    "qwen2.5, default system": (
+        "qwen2.5", TWO_TURNS, None, {}, ["Hello! I am here.<|im_end|>", "It is 42.<|im_end|>"],
+    ),
     "qwen2.5, tools": (
-        "qwen2.5", [SYSTEM, *CALLS], [WEATHER], {}, [QWEN_CALL[1:], "It is sunny.<|im_end|>", "Welcome.<|im_end|>"],
+        "qwen2.5", [SYSTEM, *CALLS], [WEATHER], {},
+        [QWEN_CALL[1:], "It is sunny.<|im_end|>", "Welcome.<|im_end|>"],
     ),
     "qwen2.5, words and a call": (
-        "qwen2.5", [user("Weather?"), assistant("Let me see.", tool_calls=[call(city="Paris", days=3)])], [WEATHER], {},
-        ["Let me see." + QWEN_CALL],
+        "qwen2.5", [user("Weather?"), assistant("Let me see.", tool_calls=[call(city="Paris", days=3)])],
+        [WEATHER], {}, ["Let me see." + QWEN_CALL],
     ),
     "qwen2.5, a call without arguments": (
         "qwen2.5", [user("Now?"), assistant(tool_calls=[call("now")]), tool("9"), assistant("9")], None, {},
         ['<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call><|im_end|>', "9<|im_end|>"],
     ),
     "qwen3, thinking: earlier reasoning is dropped": (
-        "qwen3", REASONED, None, {}, ["Hello!<|im_end|>", "<think>\nLet me see.\nYes.\n</think>\n\nIt is 42.<|im_end|>"],
+        "qwen3", REASONED, None, {},
+        ["Hello!<|im_end|>", "<think>\nLet me see.\nYes.\n</think>\n\nIt is 42.<|im_end|>"],
     ),
     "qwen3, reasoning within the content": (
         "qwen3", INLINE, None, {}, ["Hello!<|im_end|>", "<think>\nOh.\n</think>\n\nYes.<|im_end|>"],
     ),
     "qwen3, thinking asked but not done": (
-        "qwen3", TWO_TURNS, None, {}, ["Hello! I am here.<|im_end|>", "<think>\n\n</think>\n\nIt is 42.<|im_end|>"],
+        "qwen3", TWO_TURNS, None, {},
+        ["Hello! I am here.<|im_end|>", "<think>\n\n</think>\n\nIt is 42.<|im_end|>"],
     ),
     "qwen3, not thinking: the prompt holds more than earlier turns": (
-        "qwen3", TWO_TURNS, None, {"enable_thinking": False}, ["Hello! I am here.<|im_end|>", "It is 42.<|im_end|>"],
+        "qwen3", TWO_TURNS, None, {"enable_thinking": False},
+        ["Hello! I am here.<|im_end|>", "It is 42.<|im_end|>"],
     ),
     "qwen3, not thinking, tools": (
-        "qwen3", CALLS, [WEATHER], {"enable_thinking": False}, [QWEN_CALL[1:], "It is sunny.<|im_end|>", "Welcome.<|im_end|>"],
+        "qwen3", CALLS, [WEATHER], {"enable_thinking": False},
+        [QWEN_CALL[1:], "It is sunny.<|im_end|>", "Welcome.<|im_end|>"],
     ),
     "qwen3, tools: reasoning of the last question stays": (
         "qwen3", REASONED_CALLS[:4], [WEATHER], {},
-        ['<think>\nAsk the tool.\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
-         "<|im_end|>", "<think>\nTell them.\n</think>\n\nIt is sunny.<|im_end|>"],
+        ["<think>\nAsk the tool.\n</think>\n\n"
+         '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>',
+         "<think>\nTell them.\n</think>\n\nIt is sunny.<|im_end|>"],
     ),
     "qwen3, tools: the prompt held reasoning that is gone": (
         "qwen3", REASONED_CALLS, [WEATHER], {},
-        ['<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>', "It is sunny.<|im_end|>",
-         "<think>\nBe kind.\n</think>\n\nWelcome.<|im_end|>"],
+        ['<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>',
+         "It is sunny.<|im_end|>", "<think>\nBe kind.\n</think>\n\nWelcome.<|im_end|>"],
     ),
     "mistral": ("mistral", TWO_TURNS, None, {}, [" Hello! I am here.</s>", " It is 42.</s>"]),
     "mistral, the system message moves on": (
@@ -155,13 +168,16 @@ CASES: dict[str, tuple[str, Messages, Any, dict[str, Any], list[str]]] = {
     ),
     "mistral, tools": (
         "mistral", [SYSTEM, *CALLS], [WEATHER], {},
-        ['[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Paris", "days": 3}, "id": "abcdefghi"}]</s>',
+        ['[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Paris", "days": 3}, "id": "abcdefghi"}]'
+         "</s>",
          " It is sunny.</s>", " Welcome.</s>"],
     ),
     "gemma": ("gemma", TWO_TURNS, None, {}, ["Hello! I am here.<end_of_turn>", "It is 42.<end_of_turn>"]),
     # the line break is part of the token <|assistant|>, and each text between two such tokens begins with a
     # space
-    "phi, an end of text after all": ("phi", [SYSTEM, *TWO_TURNS], None, {}, [" Hello! I am here.<|end|>", " It is 42.<|end|>"]),
+    "phi, an end of text after all": (
+        "phi", [SYSTEM, *TWO_TURNS], None, {}, [" Hello! I am here.<|end|>", " It is 42.<|end|>"],
+    ),
     "gpt-oss, earlier turns end otherwise": (
         "gpt-oss", [SYSTEM, *REASONED], None, {"reasoning_effort": "high"},
         ["<|channel|>final<|message|>Hello!<|end|>",
@@ -170,7 +186,8 @@ CASES: dict[str, tuple[str, Messages, Any, dict[str, Any], list[str]]] = {
     ),
     "gpt-oss, tools": (
         "gpt-oss", REASONED_CALLS[:3], [WEATHER], {},
-        ["<|channel|>analysis<|message|>Ask the tool.<|end|><|start|>assistant to=functions.weather<|channel|>commentary json"
+        ["<|channel|>analysis<|message|>Ask the tool.<|end|>"
+         "<|start|>assistant to=functions.weather<|channel|>commentary json"
          '<|message|>{"city": "Paris"}<|call|>'],
     ),
     "gpt-oss, tools: the prompt held reasoning that is gone": (
@@ -265,18 +282,23 @@ ENDLESS = (
 UNCLEAR = r"messages\[3\] cannot be told from the rest: "
 NO_END = (
     UNCLEAR
-    + "the template writes no special token that ends the turn. Copy the template to a file, put {% generation %}"
+    + "the template writes no special token that ends the turn. "
+    + "Copy the template to a file, put {% generation %}"
 )
 REFUSED = {
     "no generation prompt": (CHATML, TWO_TURNS, UNCLEAR + "the template ignores add_generation_prompt"),
     "another generation prompt": (
-        CHATML + PROMPT.replace("assistant", "helper"), TWO_TURNS, UNCLEAR + "the generation prompt is not how the template",
+        CHATML + PROMPT.replace("assistant", "helper"), TWO_TURNS,
+        UNCLEAR + "the generation prompt is not how the template",
     ),
     "no end of turn": (ENDLESS.replace("END", ""), TWO_TURNS, NO_END),
-    "an end of all, but none of a turn": (ENDLESS.replace("END", "<|im_end|>"), TWO_TURNS, NO_END.replace("3", "1")),
+    "an end of all, but none of a turn": (
+        ENDLESS.replace("END", "<|im_end|>"), TWO_TURNS, NO_END.replace("3", "1"),
+    ),
     "the next turn's header is no end": (CHATML.replace("<|im_end|>", "") + PROMPT, TWO_TURNS, NO_END),
     "an end that depends on the words": (
-        CHATML.replace("'<|im_end|>\\n'", "('<|im_end|>\\n' if m.content[0] == 'Z' else '<|endoftext|>\\n')") + PROMPT,
+        CHATML.replace("'<|im_end|>\\n'", "('<|im_end|>\\n' if m.content[0] == 'Z' else '<|endoftext|>\\n')")
+        + PROMPT,
         TWO_TURNS, UNCLEAR + "the way its turn ends depends on its words",
     ),
     "words left out": (
@@ -294,7 +316,9 @@ REFUSED = {
             "remove the row"
         ),
     ),
-    "a template with a mistake": ("{{ messages[0].content + 1 }}", TWO_TURNS, "the chat template raised TypeError on the first"),
+    "a template with a mistake": (
+        "{{ messages[0].content + 1 }}", TWO_TURNS, "the chat template raised TypeError on the first",
+    ),
 }  # fmt: skip
 
 
@@ -424,8 +448,8 @@ def test_any_words_of_the_assistant_are_supervised_whole(family: str, words: lis
     tokenizer = family_tokenizer(family)
     said = [word.strip() if trimming else word for word in words[1::2]]
     before, after = {
-        "qwen2.5": ("", "<|im_end|>"), "gemma": ("", "<end_of_turn>"), "llama3": ("", "<|eot_id|>"), "mistral": (" ", "</s>"),
-        "gpt-oss": ("<|channel|>final<|message|>", "<|end|>"),
+        "qwen2.5": ("", "<|im_end|>"), "gemma": ("", "<end_of_turn>"), "llama3": ("", "<|eot_id|>"),
+        "mistral": (" ", "</s>"), "gpt-oss": ("<|channel|>final<|message|>", "<|end|>"),
     }[family]  # fmt: skip
     expected = [before + word + after for word in said]
     if family == "gpt-oss":

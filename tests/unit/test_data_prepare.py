@@ -209,7 +209,8 @@ def test_too_long(tmp_path, tokenizer):
     rows = [chat("hello", "yes"), chat("q", "long " * 100), chat("long " * 100, "yes")]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     common = {"train": (path,), "max_length": 40, "heldout_fraction": 0.0}
-    message = r"a.jsonl, line 2: the conversation has (\d+) tokens, more than data.max_length 40: raise data.max_length"
+    too_long = r"the conversation has (\d+) tokens, more than data.max_length 40: raise data.max_length"
+    message = f"a.jsonl, line 2: {too_long}"
     with pytest.raises(ValueError, match=message):
         run(data_recipe(tmp_path, **common), tokenizer)
     long = [len(tokenizer.apply_chat_template(row, return_dict=False)) for row in rows[1:]]

@@ -50,7 +50,8 @@ def test_bad_entries(tmp_path):
     (tmp_path / "hollow").mkdir()
     (tmp_path / "a.csv").write_text("x")
     cases = {
-        "nowhere.jsonl": r"data.train\[1\] is '.*nowhere.jsonl', which does not exist: name a .jsonl or .parquet file",
+        "nowhere.jsonl": r"data.train\[1\] is '.*nowhere.jsonl', which does not exist: "
+        "name a .jsonl or .parquet file",
         "hollow": r"data.train\[1\] is '.*hollow', a folder without any .jsonl or .parquet",
         "a.csv": r"data.train\[1\] is '.*a.csv', a file of type '.csv'",
         "a.jsonl": r"a.jsonl is named already: name every file once",
@@ -85,7 +86,10 @@ def test_bad_files(tmp_path):
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_a_file_that_vanished(tmp_path, suffix):
     path = str(tmp_path / f"a.{suffix}")
-    message = f"a.{suffix} was there and cannot be read any more .*: put it back, or take it out of the recipe's data"
+    message = (
+        f"a.{suffix} was there and cannot be read any more .*: "
+        "put it back, or take it out of the recipe's data"
+    )
     with pytest.raises(ValueError, match=message):
         open_source(path, None)
     with pytest.raises(ValueError, match=message):

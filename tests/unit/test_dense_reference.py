@@ -39,8 +39,8 @@ ROPES = {
 
 def rope_config(kind):
     return LlamaConfig(
-        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, rope_parameters=ROPES[kind],
-        max_position_embeddings=2048, attn_implementation="sdpa",
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        rope_parameters=ROPES[kind], max_position_embeddings=2048, attn_implementation="sdpa",
     )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def test_step_zero_attention_is_llamas():
 @pytest.mark.parametrize("reduction", ["supervised", "slots"])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_pack_equals_its_documents_alone(alignment, reduction, layers):
-    """Packing adds nothing and leaks nothing: every number and gradient is that of the documents one by one."""
+    """Packing adds nothing and leaks nothing: numbers and gradients are those of the documents one by one."""
     inputs, weights = inputs_of("many_unaligned", layers)
     rules = LossRules(4, 0.8, alignment, reduction)
     pack = inputs.steps[0][0][0]

@@ -1,4 +1,4 @@
-"""Speculative decoding: lossless with any draft, caches that forget guesses, counts as told, and the picture."""
+"""Speculative decoding: lossless with any draft, caches that forget guesses, counts as told, the picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The catalogue of faults: every deed is known, every fault is dealt out, and its table says what happened."""
+"""The catalogue of faults: every deed is known, every fault dealt out, and its table says what happened."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_table_has_a_row_for_each_kind() -> None:
     ]
     first, second = summarise(found)
     assert dict(zip(COLUMNS, first, strict=True)) == {
-        "fault": "SIGKILL", "where": "a rank", "tried": 2, "detected in (s)": "0.7", "run ended in (s)": "3.0",
-        "steps lost": 1, "went on exactly": "no", "failures": 1,
+        "fault": "SIGKILL", "where": "a rank", "tried": 2, "detected in (s)": "0.7",
+        "run ended in (s)": "3.0", "steps lost": 1, "went on exactly": "no", "failures": 1,
     }  # fmt: skip
     assert second[3:] == (None, None, 0, "yes", 0)

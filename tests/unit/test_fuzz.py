@@ -1,4 +1,4 @@
-"""A slice of the fuzzing of `python -m benchmarks.fuzz`, and the proof that it notices what it is there for."""
+"""A slice of the fuzzing of `python -m benchmarks.fuzz`, and proof that it notices what it is there for."""
 
 from __future__ import annotations
 

@@ -16,8 +16,9 @@ from mypy.main import process_options
 ROOT = Path(__file__).parents[2]
 # Names that pytest, ruff, mypy, setuptools, search tools or common ignore lists pass over without a word.
 SKIPPED_BY_TOOLS = {
-    "dist", "target", "build", "out", "bin", "lib", "venv", "env", "node_modules", "vendor", "site-packages", "__pypackages__",
-    "buck-out", "coverage", "htmlcov", "wheels", "eggs", "sdist", "CVS", "SCCS", "tmp", "temp",
+    "dist", "target", "build", "out", "bin", "lib", "venv", "env", "node_modules", "vendor", "site-packages",
+    "__pypackages__", "buck-out", "coverage", "htmlcov", "wheels", "eggs", "sdist", "CVS", "SCCS", "tmp",
+    "temp",
 }  # fmt: skip
 DATE = re.compile(r"20\d\d-\d\d-\d\d")
 

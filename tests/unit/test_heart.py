@@ -80,8 +80,9 @@ def test_a_rank_leaves_with_its_supervisor(pipe: tuple[int, int], monkeypatch: p
 def test_the_collective_that_is_waited_for_comes_before_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     def entry(name: str, created: int, retired: bool, **more: Any) -> dict[str, Any]:
         return {
-            "profiling_name": name, "time_created_ns": created, "retired": retired, "collective_seq_id": created, "p2p_seq_id": 9,
-            "is_p2p": False, "process_group": ["0", "default_pg"], "input_sizes": [[4, 2], []], **more,
+            "profiling_name": name, "time_created_ns": created, "retired": retired,
+            "collective_seq_id": created, "p2p_seq_id": 9, "is_p2p": False,
+            "process_group": ["0", "default_pg"], "input_sizes": [[4, 2], []], **more,
         }  # fmt: skip
 
     records: dict[str, list[dict[str, Any]]] = {"_dump_fr_trace_json": [], "_dump_nccl_trace_json": []}

@@ -40,8 +40,8 @@ def test_every_value_is_told_with_its_ranks_and_hosts() -> None:
         {"host": host, "recipe": value} for host, value in (("a", "1"), ("a", "1"), ("b", "2"), ("c", "1"))
     ]
     (line,) = differences(ranks)
-    assert (
-        line
-        == "recipe: 1 on ranks [0, 1, 3] (a, c); 2 on ranks [2] (b). Put output_dir on storage that all hosts share."
+    assert line == (
+        "recipe: 1 on ranks [0, 1, 3] (a, c); 2 on ranks [2] (b). "
+        "Put output_dir on storage that all hosts share."
     )
     assert differences(ranks[:2]) == []

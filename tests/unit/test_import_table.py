@@ -28,16 +28,16 @@ TABLE: dict[str, set[str]] = {
     "export": {"config", "draft", "algorithms"},
     "eval": {"config", "data", "draft", "algorithms", "targets"},
     "train": {
-        "config", "topology", "layout", "collectives", "kernels", "costs", "attention", "draft", "algorithms", "targets",
-        "store", "data", "checkpoint", "guard",
+        "config", "topology", "layout", "collectives", "kernels", "costs", "attention", "draft", "algorithms",
+        "targets", "store", "data", "checkpoint", "guard",
     },
     "run": {
-        "config", "topology", "layout", "kernels", "costs", "attention", "draft", "algorithms", "targets", "store", "data", "plan",
-        "checkpoint", "launch", "eval", "export",
+        "config", "topology", "layout", "kernels", "costs", "attention", "draft", "algorithms", "targets",
+        "store", "data", "plan", "checkpoint", "launch", "eval", "export",
     },
     "cli": {
-        "config", "topology", "layout", "kernels", "costs", "attention", "draft", "algorithms", "targets", "store", "data",
-        "plan", "checkpoint", "launch", "run",
+        "config", "topology", "layout", "kernels", "costs", "attention", "draft", "algorithms", "targets",
+        "store", "data", "plan", "checkpoint", "launch", "run",
     },
 }  # fmt: skip
 

@@ -69,7 +69,7 @@ def varlen_masks(
     left: int,
     right: int,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, keys and mask of each sequence, as FlashAttention 2 and 3 define them; -1 is an unlimited side."""
+    """Rows, keys and mask of each sequence as FlashAttention 2 and 3 define them; -1: an unlimited side."""
     for x, offsets in ((q, cu_q), (k, cu_k)):
         assert x.dim() == 3 and x.stride(-1) == 1
         assert offsets.dtype == torch.int32 and offsets[0] == 0 and offsets[-1] == len(x)
@@ -351,13 +351,14 @@ int? max_seqlen_k = None, Tensor? page_table = None, Tensor? kv_batch_idx = None
 Tensor? rotary_cos = None, Tensor? rotary_sin = None, Tensor? seqlens_rotary = None, Tensor? q_descale = None,
 Tensor? k_descale = None, Tensor? v_descale = None, float? softmax_scale = None, bool is_causal = False,
 int window_size_left = -1, int window_size_right = -1, int attention_chunk = 0, float softcap = 0.0,
-bool is_rotary_interleaved = False, Tensor? scheduler_metadata = None, int num_splits = 0, bool? pack_gqa = None,
-int sm_margin = 0) -> (Tensor(out!), Tensor, Tensor, Tensor)"""
-FA3_BACKWARD = """bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(dq!)? dq = None,
-Tensor(dk!)? dk = None, Tensor(dv!)? dv = None, Tensor? cu_seqlens_q = None, Tensor? cu_seqlens_k = None,
-Tensor? seqused_q = None, Tensor? seqused_k = None, int? max_seqlen_q = None, int? max_seqlen_k = None,
-float? softmax_scale = None, bool is_causal = False, int window_size_left = -1, int window_size_right = -1,
-float softcap = 0.0, bool deterministic = False, int sm_margin = 0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"""
+bool is_rotary_interleaved = False, Tensor? scheduler_metadata = None, int num_splits = 0,
+bool? pack_gqa = None, int sm_margin = 0) -> (Tensor(out!), Tensor, Tensor, Tensor)"""
+FA3_BACKWARD = """bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse,
+Tensor(dq!)? dq = None, Tensor(dk!)? dk = None, Tensor(dv!)? dv = None, Tensor? cu_seqlens_q = None,
+Tensor? cu_seqlens_k = None, Tensor? seqused_q = None, Tensor? seqused_k = None,
+int? max_seqlen_q = None, int? max_seqlen_k = None, float? softmax_scale = None, bool is_causal = False,
+int window_size_left = -1, int window_size_right = -1, float softcap = 0.0, bool deterministic = False,
+int sm_margin = 0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"""
 
 
 def fa3_forward(q: Tensor, k: Tensor, v: Tensor, *rest: object, **options: object) -> tuple[Tensor, ...]:

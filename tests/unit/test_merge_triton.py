@@ -1,4 +1,4 @@
-"""The fused merge without a GPU: its values in Triton's interpreter, and that the compiler takes it for GPUs."""
+"""The fused merge without a GPU: its values in Triton's interpreter, and that it compiles for GPUs."""
 
 from __future__ import annotations
 

@@ -125,7 +125,8 @@ def test_missing_and_foreign_folders(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(
         ValueError,
-        match="family 'gpt2', whose config lacks intermediate_size, num_key_value_heads, rms_norm_eps, rope_parameters",
+        match="family 'gpt2', whose config lacks intermediate_size, num_key_value_heads, rms_norm_eps, "
+        "rope_parameters",
     ):
         load_target(TargetSection(path=str(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
@@ -136,7 +137,10 @@ def test_missing_and_foreign_folders(tmp_path: Path) -> None:
 def test_a_hub_name_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    message = "'nobody/nothing' is neither a folder here nor a model that could be fetched from the hub .*download the model"
+    message = (
+        "'nobody/nothing' is neither a folder here nor a model that could be fetched from the hub "
+        ".*download the model"
+    )
     with pytest.raises(ValueError, match=message):
         load_target(TargetSection(path="nobody/nothing"))
 
