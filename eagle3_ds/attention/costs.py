@@ -83,7 +83,9 @@ def choose_kv_exchange(setup: Setup) -> KVExchange:
 
 
 def keys_and_values(setup: Setup) -> Parts:
-    """Step 0's, gathered or this ring rank's own with the kept blocks, and the diagonals of the later steps."""
+    """Step 0's, gathered or this ring rank's own with the kept blocks, and the diagonals of the later
+    steps.
+    """
     shape, item, layers = setup.shape, setup.itemsize, setup.shape.num_layers
     rows = setup.padded_length if setup.kv_exchange == "gather" else setup.columns * kept_blocks(setup)
     step_0 = layers * rows * 2 * shape.kv_size // setup.ulysses * item

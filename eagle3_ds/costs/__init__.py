@@ -1,4 +1,6 @@
-"""What formulas of bytes, calls and seconds read: a draft's sizes and one way of running it. Nothing is computed here."""
+"""What formulas of bytes, calls and seconds read: a draft's sizes and one way of running it. Nothing is
+computed here.
+"""
 
 from eagle3_ds.costs.setup import (
     ITEMSIZE,

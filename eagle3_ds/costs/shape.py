@@ -1,4 +1,5 @@
-"""What a draft says of its own costs, whatever its algorithm: the planner sums these numbers and knows no draft.
+"""What a draft says of its own costs, whatever its algorithm: the planner sums these numbers and knows no
+draft.
 
 A multiplication and an addition are two FLOPs.
 """
@@ -137,5 +138,7 @@ class DraftShape:
         raise NotImplementedError
 
     def elementwise_bytes(self, setup: Setup) -> int:
-        """Bytes that norms, rotations, activations and the softmax of the loss move, one rank, one sequence."""
+        """Bytes that norms, rotations, activations and the softmax of the loss move, one rank, one
+        sequence.
+        """
         raise NotImplementedError

@@ -1,10 +1,11 @@
-"""The contract between the house and a draft algorithm: everything the house asks, and nothing that it need not know.
+"""The contract between the house and a draft algorithm: everything the house asks, and nothing that it need
+not know.
 
-An algorithm is a folder in `eagle3_ds/algorithms` with one object that keeps this contract, and one line in the
-dictionary there. docs/extending.md shows the way.
+An algorithm is a folder in `eagle3_ds/algorithms` with one object that keeps this contract, and one line in
+the dictionary there. docs/extending.md shows the way.
 
-Legend: S slots of this rank, the first Q of them live, K guesses of a slot, H hidden size, A entries of a slot's
-captured hidden states, V the target's vocabulary, Vd the draft's.
+Legend: S slots of this rank, the first Q of them live, K guesses of a slot, H hidden size, A entries of a
+slot's captured hidden states, V the target's vocabulary, Vd the draft's.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ class Draft(nn.Module):
     """The weights of a draft, and the pass over a packed sequence that trains them.
 
     Its attention layers are modules with `q_proj`, `k_proj`, `v_proj`, `o_proj` and `head_dim`, so that
-    `patch_attention` finds them. The token embedding is the target's, frozen: it is handed in, not owned, so that
-    it stays out of checkpoints, optimizer and ZeRO.
+    `patch_attention` finds them. The token embedding is the target's, frozen: it is handed in, not owned, so
+    that it stays out of checkpoints, optimizer and ZeRO.
 
     Attributes:
         config: its sizes, and `draft_vocab_size`.
-        sp_ring_degree, sp_ulysses_degree, sp_world_size, sp_rank: the mesh, as RFC 338 names it; set by the patch.
+        sp_ring_degree, sp_ulysses_degree, sp_world_size, sp_rank: the mesh, as RFC 338 names it; set by the
+            patch.
     """
 
     config: LlamaConfig
@@ -52,14 +54,15 @@ class Draft(nn.Module):
     ) -> Result:
         """One pass, and what is made of it: `finish(final norm's weight [H], head's weight [Vd, H])`.
 
-        All in one call, because under ZeRO-3 the draft is gathered when it starts and released when it returns.
+        All in one call, because under ZeRO-3 the draft is gathered when it starts and released when it
+        returns.
 
         Args:
             batch: this rank's slots.
             embedding: [V, H], the target's, on the device of the model.
             settings: what `DraftAlgorithm.settings` made of the recipe.
-            on_guess: called with each guess's hidden state in turn, [Q, H] before the final norm, k = 0 .. K - 1;
-                what it returns goes on in its place. The loss adds its gradient there.
+            on_guess: called with each guess's hidden state in turn, [Q, H] before the final norm, k = 0 .. K
+                - 1; what it returns goes on in its place. The loss adds its gradient there.
             anchor: a scalar whose (zero) gradient must be the last to be computed (docs/extending.md).
         """
         raise NotImplementedError
@@ -95,7 +98,9 @@ class LayoutForm(Protocol):
         """The config keys that say more than the decoder's geometry does."""
 
     def config_keys(self, keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The inverse, for our own config. Raises ValueError for a draft that computes otherwise than ours can."""
+        """The inverse, for our own config. Raises ValueError for a draft that computes otherwise than ours
+        can.
+        """
 
     def name_there(self, name: str) -> str:
         """A tensor's name in the layout, from ours."""
@@ -116,8 +121,8 @@ class DraftAlgorithm(Protocol):
         """By the recipe's `export.formats`."""
 
     def build_config(self, target_config: Any, recipe: Recipe) -> LlamaConfig:
-        """The draft's config from the target's (text) config and the recipe. Raises ValueError for sizes that do not
-        fit each other."""
+        """The draft's config from the target's (text) config and the recipe. Raises ValueError for sizes that
+        do not fit each other."""
 
     def build(self, config: LlamaConfig) -> Draft:
         """A fresh draft, seeded by torch's generator."""
@@ -138,5 +143,5 @@ class DraftAlgorithm(Protocol):
         """The draft as a server runs it, at the start of a text. `embedding`: [V, H], the target's."""
 
     def probe(self, draft: Any, seed: int) -> Tensor:
-        """Logits [n, Vd] of the served draft on a fixed seeded input, in the draft's dtype, on the CPU. An export is
-        believed once it gives the same."""
+        """Logits [n, Vd] of the served draft on a fixed seeded input, in the draft's dtype, on the CPU. An
+        export is believed once it gives the same."""

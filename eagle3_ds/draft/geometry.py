@@ -1,5 +1,5 @@
-"""What a draft's config says beyond the keys of its decoder: the window of its attention, and the captured hidden
-states that it reads.
+"""What a draft's config says beyond the keys of its decoder: the window of its attention, and the captured
+hidden states that it reads.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def aux_keys(num_layers: int, target_hidden_size: int) -> dict[str, Any]:
 
 
 def aux_size(config: Any) -> int:
-    """Entries of a slot's captured hidden states, side by side: three of the draft's own width where the config says
-    nothing, as those of other programs do.
+    """Entries of a slot's captured hidden states, side by side: three of the draft's own width where the
+    config says nothing, as those of other programs do.
     """
     layers = getattr(config, "num_aux_layers", None) or 3
     return int(layers * (getattr(config, "target_hidden_size", None) or config.hidden_size))

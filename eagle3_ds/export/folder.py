@@ -82,8 +82,8 @@ def algorithm_of_layout(layout: str, architectures: Any) -> DraftAlgorithm | Non
 def own_keys(
     form: LayoutForm, folder: str | Path, keys: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """What the layout says about the draft beside its geometry, as keys of our config. Raises ValueError that names
-    the folder.
+    """What the layout says about the draft beside its geometry, as keys of our config. Raises ValueError that
+    names the folder.
     """
     try:
         return form.config_keys(keys, tensors)

@@ -44,8 +44,9 @@ class PackedSequence:
 class Supervision(Protocol):
     """Which slots count at each of the K guesses that a draft algorithm makes in a slot.
 
-    Guess k of slot i is about token i + 2 + k: the draft has seen token i + 1 + k, and the teacher that predicts
-    the guessed one stands in row i + 1 + k. A pure function of documents and mask, the same on every rank.
+    Guess k of slot i is about token i + 2 + k: the draft has seen token i + 1 + k, and the teacher that
+    predicts the guessed one stands in row i + 1 + k. A pure function of documents and mask, the same on every
+    rank.
     """
 
     @property

@@ -1,5 +1,5 @@
-"""What a run costs before it starts: bytes per rank, calls and bytes on the wire, seconds per step, and the best
-settings. What a draft costs is said by its algorithm; the sums are made here.
+"""What a run costs before it starts: bytes per rank, calls and bytes on the wire, seconds per step, and the
+best settings. What a draft costs is said by its algorithm; the sums are made here.
 """
 
 from eagle3_ds.plan.advice import explain_shortage, helpful_changes

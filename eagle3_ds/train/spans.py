@@ -1,4 +1,6 @@
-"""The cut of a packed sequence, as the recipe says: the same for the draft and for a target that runs beside it."""
+"""The cut of a packed sequence, as the recipe says: the same for the draft and for a target that runs beside
+it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from eagle3_ds.layout import SpanPlan, live_slots
 
 
 def plan_spans(recipe: Recipe, lengths: Sequence[int], loss_mask: Tensor) -> SpanPlan:
-    """The same plan on all ranks. loss_mask: bool [L], true for assistant tokens of the documents end to end."""
+    """The same plan on all ranks. loss_mask: bool [L], true for assistant tokens of the documents end to
+    end.
+    """
     algorithm, live = algorithm_of(recipe), None
     if algorithm.live_slots_alone(recipe):
         live = live_slots(lengths, loss_mask, algorithm.supervision(recipe))

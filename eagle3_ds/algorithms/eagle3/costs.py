@@ -1,5 +1,5 @@
-"""What a draft of EAGLE-3 costs: what its TTT steps keep for backward, what a moment of a step needs beside it,
-calls, bytes on the wire and FLOPs.
+"""What a draft of EAGLE-3 costs: what its TTT steps keep for backward, what a moment of a step needs beside
+it, calls, bytes on the wire and FLOPs.
 
 Legend: S slots of a rank, Q live ones, H hidden size, A = Hq * D entries of a slot's queries, K TTT steps, Vd
 draft vocabulary.
@@ -180,7 +180,9 @@ def _kept_by_forward(setup: Setup) -> Parts:
 
 
 def _weight_sums(setup: Setup) -> int:
-    """The layers' weight gradients, summed over the steps in fp32, or by autograd in the weights' own dtype."""
+    """The layers' weight gradients, summed over the steps in fp32, or by autograd in the weights' own
+    dtype.
+    """
     shape = setup.shape
     weights = sum(sum(shape.layer_weights(layer).values()) for layer in range(shape.num_layers))
     return weights * (setup.itemsize if setup.activation == "keep" else FP32)
@@ -217,7 +219,9 @@ def _backward_sums(setup: Setup, steps_done: int) -> Parts:
 
 
 def _passing_gradients(setup: Setup) -> int:
-    """Gradients that pass through a layer's backward: of its output, of its input, of the attention's output."""
+    """Gradients that pass through a layer's backward: of its output, of its input, of the attention's
+    output.
+    """
     shape = setup.shape
     hidden = 1 if setup.activation == "keep" else 2
     return setup.live_slots * (hidden * shape.hidden_size + shape.query_size) * setup.itemsize
@@ -275,7 +279,9 @@ def _backward_moments(setup: Setup, columns: int) -> list[Parts]:
 
 
 def _step_flops(setup: Setup, shape: Eagle3Shape, pairs: int) -> Flops:
-    """FLOPs by kind. `pairs` are those of the attention; each Ulysses rank computes its heads' part of them."""
+    """FLOPs by kind. `pairs` are those of the attention; each Ulysses rank computes its heads' part of
+    them.
+    """
     slots, steps = setup.live_slots, setup.ttt_steps
     fc = shape.fc_size
     layers = [shape.layer_weights(layer) for layer in range(shape.num_layers)]

@@ -1,8 +1,8 @@
 """The draft as a server runs it: a chain of guesses, each fed with the one before.
 
-The k-th guess is made in the slot k places after the last verified one, fed with the draft's own output and its
-own guess, at the next rotary position. Once the target has spoken, the guessed slots are dropped from the cache
-and the verified ones enter with the target's hidden states.
+The k-th guess is made in the slot k places after the last verified one, fed with the draft's own output and
+its own guess, at the next rotary position. Once the target has spoken, the guessed slots are dropped from the
+cache and the verified ones enter with the target's hidden states.
 
 Legend: S new slots, A entries of a slot's captured hidden states, H hidden size, Vd draft vocabulary.
 """

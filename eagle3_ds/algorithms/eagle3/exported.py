@@ -1,4 +1,6 @@
-"""How servers name an EAGLE-3 draft: vLLM and SGLang call its first layer `midlayer`, speculators as we do."""
+"""How servers name an EAGLE-3 draft: vLLM and SGLang call its first layer `midlayer`, speculators as we
+do.
+"""
 
 from __future__ import annotations
 
