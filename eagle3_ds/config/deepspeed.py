@@ -5,35 +5,26 @@ exactness.
 from __future__ import annotations
 
 import copy
+import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from eagle3_ds.config.deepspeed_keys import (
+    ALLOWED,
+    ALREADY_SO,
+    DATA_TYPES_ALLOWED,
+    DATA_TYPES_REFUSED,
+    OFFLOAD_KINDS,
+    OFFLOAD_REFUSED,
+    REFUSED,
+    ZERO_KINDS,
+    ZERO_REFUSED,
+    Refusal,
+)
 from eagle3_ds.config.schema import Recipe
 from eagle3_ds.config.yaml_strict import read_text
-
-_BATCH = (
-    "batch sizes follow from the packing and the mesh",
-    "Set train.accumulation in the recipe and remove it.",
-)
-_SP = (
-    (
-        "it makes DeepSpeed scale gradients for a sequence parallelism of its own, and weights diverge "
-        "between ranks"
-    ),
-    (
-        "Remove it; parallel.ulysses, parallel.ring and parallel.zero_group in the recipe say how sequences "
-        "are cut."
-    ),
-)
-_MODEL_PARALLEL = (
-    "the draft is not cut over layers or heads' weights",
-    "Remove it; ZeRO shards the training state.",
-)
-_PRECISION = "the recipe owns the precision", "Set train.dtype in the recipe and remove it."
-_SCALE = "it changes the scale of the gradients, which this project sets exactly", "Remove it."
-_LOADER = "this project has its own deterministic loader", "Remove it."
 
 # The recipe's name of a dtype -> DeepSpeed's names.
 _DTYPES: Mapping[str, tuple[str, ...]] = {
@@ -42,54 +33,13 @@ _DTYPES: Mapping[str, tuple[str, ...]] = {
     "float16": ("fp16", "float16", "half", "torch.float16"),
 }
 
-# key -> (reason, fix)
-REFUSED: Mapping[str, tuple[str, str]] = {
-    "mesh_param": _SP,
-    "data_parallel_size": _SP,
-    "sequence_parallel_size": _SP,
-    "tensor_parallel": _MODEL_PARALLEL,
-    "autotp_size": _MODEL_PARALLEL,
-    "pipeline": _MODEL_PARALLEL,
-    "optimizer": (
-        "the recipe owns the optimizer",
-        "Set train.learning_rate, betas, eps and weight_decay; remove it.",
-    ),
-    "scheduler": (
-        "the recipe owns the schedule",
-        "Set train.schedule, warmup_steps and min_lr_ratio; remove it.",
-    ),
-    "train_batch_size": _BATCH,
-    "train_micro_batch_size_per_gpu": _BATCH,
-    "gradient_accumulation_steps": _BATCH,
-    "managed_gradient_accumulation": _BATCH,
-    "gradient_clipping": (
-        "the recipe owns clipping",
-        "Set train.gradient_clipping in the recipe and remove it.",
-    ),
-    "bf16": _PRECISION,
-    "bfloat16": _PRECISION,
-    "fp16": _PRECISION,
-    "amp": _PRECISION,
-    "torch_autocast": _PRECISION,
-    "prescale_gradients": _SCALE,
-    "gradient_predivide_factor": _SCALE,
-    "gradient_allreduce_op": _SCALE,
-    "data_efficiency": _LOADER,
-    "curriculum_learning": _LOADER,
-    "elasticity": (
-        "the mesh of a run is fixed",
-        "Remove it; --resume can continue on another number of ranks.",
-    ),
-    "autotuning": ("batch sizes and stages are said by the recipe", "Remove it."),
-}
-
 
 def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON as the user wrote it.
 
     Raises:
-        ValueError: no such file, not a JSON object, a key given twice, or a refused key (all of them are
-            named).
+        ValueError: no such file, not a JSON object, a key given twice, or keys that are refused, unknown or in
+            the wrong place, or whose values are none of theirs (all of them are named).
     """
     path = Path(path)
     if not path.is_file():
@@ -102,12 +52,145 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: a DeepSpeed configuration is a JSON object, not {type(config).__name__}.")
-    refused = [
-        f"`{key}` is refused: {REFUSED[key][0]}. {REFUSED[key][1]}" for key in config if key in REFUSED
-    ]
-    if refused:
-        raise ValueError("\n  ".join([f"{path}:", *refused]))
+    problems = deepspeed_problems(config)
+    if problems:
+        raise ValueError("\n  ".join([f"{path}:", *problems]))
     return config
+
+
+def deepspeed_problems(config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a DeepSpeed JSON by itself, whatever the recipe says; each names its key and the fix."""
+    problems = _wrong_keys(config, "", ALLOWED, REFUSED)
+    parts = [
+        ("data_types", DATA_TYPES_ALLOWED, DATA_TYPES_REFUSED),
+        ("zero_optimization", ZERO_KINDS, ZERO_REFUSED),
+    ]
+    for name, allowed, refused in parts:
+        part = config.get(name, {})
+        if isinstance(part, Mapping):
+            problems += _wrong_keys(part, f"{name}.", allowed, refused)
+        else:
+            problems.append(_no_object(name, part))
+    zero = config.get("zero_optimization", {})
+    if isinstance(zero, Mapping):
+        problems += _wrong_values(zero, "zero_optimization.", ZERO_KINDS)
+        for name, kinds in OFFLOAD_KINDS.items():
+            if isinstance(zero.get(name), Mapping):
+                prefix = f"zero_optimization.{name}."
+                problems += _wrong_keys(zero[name], prefix, kinds, OFFLOAD_REFUSED)
+                problems += _wrong_values(zero[name], prefix, kinds)
+    problems += _autos(config, "")
+    # What a stage has can be said only where all else is in order.
+    return problems or _wrong_for_stage(zero)
+
+
+def _wrong_keys(
+    part: Mapping[str, Any], prefix: str, allowed: Collection[str], refused: Mapping[str, Refusal]
+) -> list[str]:
+    """The keys of one part of the JSON that may not be there."""
+    problems = []
+    for key, value in part.items():
+        if key in refused:
+            if key not in ALREADY_SO or not _is_same(value, ALREADY_SO[key]):
+                reason, fix = refused[key]
+                problems.append(f"`{prefix}{key}` is refused: {reason}. {fix}")
+        elif key not in allowed:
+            problems.append(
+                f"`{prefix}{key}` is no key that DeepSpeed reads there. {_suggestion(key, allowed)}"
+            )
+    return problems
+
+
+def _is_same(value: Any, other: object) -> bool:
+    """As JSON sees it, where true is not 1 but 1.0 is."""
+    return isinstance(value, bool) == isinstance(other, bool) and value == other
+
+
+def _suggestion(key: str, allowed: Collection[str]) -> str:
+    """Where the key belongs, or which one may have been meant."""
+    places: dict[str, Collection[str]] = {
+        "zero_optimization": ZERO_KINDS,
+        **{f"zero_optimization.{name}": kinds for name, kinds in OFFLOAD_KINDS.items()},
+        "data_types": DATA_TYPES_ALLOWED,
+        "": ALLOWED,
+    }
+    for place, keys in places.items():
+        if key in keys:
+            return (
+                f"It belongs into `{place}`: move it there."
+                if place
+                else "It belongs at the top: move it there."
+            )
+    near = difflib.get_close_matches(key, allowed, n=1)
+    return f"Did you mean `{near[0]}`? Rename or remove it." if near else "Remove it."
+
+
+_KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "switch": ("true or false", lambda value: value is None or isinstance(value, bool)),
+    "size": (
+        "a whole number from 0 on, without quotes",
+        lambda value: (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and 0 <= value < 2**63
+            and value % 1 == 0
+        ),
+    ),
+    "text": ("a text", lambda value: value is None or isinstance(value, str)),
+    "object": ("a JSON object {...}", lambda value: value is None or isinstance(value, Mapping)),
+}
+
+
+def _wrong_values(part: Mapping[str, Any], prefix: str, kinds: Mapping[str, str]) -> list[str]:
+    """The values of one part that are none of their keys'; `auto` has a message of its own."""
+    problems = []
+    for key, value in part.items():
+        if key in kinds and value != "auto":
+            wanted, fits = _KINDS[kinds[key]]
+            if not fits(value):
+                problems.append(
+                    f"`{prefix}{key}` is {json.dumps(value)}: it must be {wanted}. Write one, or remove it."
+                )
+    return problems
+
+
+def _autos(value: Any, path: str) -> list[str]:
+    """Every key whose value is `auto`."""
+    if value == "auto":
+        return [
+            f'`{path}` is "auto", which only Hugging Face\'s Trainer fills in. Write a value, or remove it for '
+            "DeepSpeed's own."
+        ]
+    if not isinstance(value, Mapping):
+        return []
+    return [line for key, inner in value.items() for line in _autos(inner, f"{path}.{key}" if path else key)]
+
+
+def _wrong_for_stage(zero: Mapping[str, Any]) -> list[str]:
+    """What DeepSpeed would pass over at this ZeRO stage, without a word."""
+    stage = zero.get("stage", 0)
+    if stage not in range(4):
+        return [f"`zero_optimization.stage` is {stage}: there are 0, 1, 2 and 3. Write one."]
+    problems = []
+    for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        device = (zero.get(name) or {}).get("device") or "none"
+        key = f"zero_optimization.{name}"
+        if device not in ("none", "cpu", "nvme"):
+            problems.append(f'`{key}.device` is {device!r}: there are "none", "cpu" and "nvme". Write "cpu".')
+        elif device != "none" and stage < least:
+            problems.append(
+                f"`{key}` offloads nothing at ZeRO stage {stage}. Set stage to {least} or more, or remove it."
+            )
+    if zero.get("zero_hpz_partition_size", 1) != 1 and stage < 3:
+        problems.append(
+            f"`zero_optimization.zero_hpz_partition_size` does nothing at ZeRO stage {stage}. Set stage to 3, or "
+            "remove it."
+        )
+    return problems
+
+
+def _no_object(key: str, value: Any) -> str:
+    return f"`{key}` is {json.dumps(value)}: it must be a JSON object. Write {{...}} with its keys, or remove it."
 
 
 def fill_deepspeed_config(
@@ -189,9 +272,7 @@ def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """A part of the JSON, empty when it is not there. Raises ValueError when it is no object."""
     value = config.get(key, {})
     if not isinstance(value, Mapping):
-        raise ValueError(
-            f"`{key}` is {value!r}: it must be a JSON object. Write {{...}} with its keys, or remove it."
-        )
+        raise ValueError(_no_object(key, value))
     return value
 
 
