@@ -4,6 +4,7 @@ folder.
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -72,10 +73,22 @@ class TargetShape:
 
 
 def check_deepspeed(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
-    """The filled DeepSpeed configuration. Raises ValueError on refused keys."""
-    return fill_deepspeed_config(
-        load_deepspeed_config(recipe.deepspeed), recipe, mesh.world_size, mesh.draft_dp
-    )
+    """The filled DeepSpeed configuration, which the installed DeepSpeed takes.
+
+    Raises:
+        ValueError: keys or values that the recipe, this project or DeepSpeed refuses, with the file.
+    """
+    user = load_deepspeed_config(recipe.deepspeed)
+    try:
+        filled = fill_deepspeed_config(user, recipe, mesh.world_size, mesh.draft_dp)
+    except ValueError as error:
+        raise ValueError(f"{recipe.deepspeed}: {error}") from error
+    # DeepSpeed takes seconds to import, which `--help` and `plan` shall not wait for.
+    judge = importlib.import_module("eagle3_ds.train.deepspeed_config")
+    complaints = judge.deepspeed_complaints(filled, user.keys())
+    if complaints:
+        raise ValueError("\n  ".join([f"{recipe.deepspeed}:", *complaints]))
+    return filled
 
 
 def target_shape(recipe: Recipe, dry_run: bool) -> TargetShape | None:

@@ -33,7 +33,7 @@ TABLE: dict[str, set[str]] = {
     },
     "run": {
         "config", "topology", "layout", "kernels", "costs", "attention", "draft", "algorithms", "targets",
-        "store", "data", "plan", "checkpoint", "launch", "eval", "export",
+        "store", "data", "plan", "checkpoint", "launch", "eval", "export", "train",
     },
     "cli": {
         "config", "topology", "layout", "kernels", "costs", "attention", "draft", "algorithms", "targets",
