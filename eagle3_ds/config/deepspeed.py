@@ -38,8 +38,8 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON as the user wrote it.
 
     Raises:
-        ValueError: no such file, not a JSON object, a key given twice, or keys that are refused, unknown or in
-            the wrong place, or whose values are none of theirs (all of them are named).
+        ValueError: no such file, not a JSON object, a key given twice, or keys that are refused, unknown or
+            in the wrong place, or whose values are none of theirs (all of them are named).
     """
     path = Path(path)
     if not path.is_file():
@@ -59,7 +59,9 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
 
 
 def deepspeed_problems(config: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a DeepSpeed JSON by itself, whatever the recipe says; each names its key and the fix."""
+    """What is wrong with a DeepSpeed JSON by itself, whatever the recipe says; each names its key and the
+    fix.
+    """
     problems = _wrong_keys(config, "", ALLOWED, REFUSED)
     parts = [
         ("data_types", DATA_TYPES_ALLOWED, DATA_TYPES_REFUSED),
@@ -183,8 +185,8 @@ def _wrong_for_stage(zero: Mapping[str, Any]) -> list[str]:
             )
     if zero.get("zero_hpz_partition_size", 1) != 1 and stage < 3:
         problems.append(
-            f"`zero_optimization.zero_hpz_partition_size` does nothing at ZeRO stage {stage}. Set stage to 3, or "
-            "remove it."
+            f"`zero_optimization.zero_hpz_partition_size` does nothing at ZeRO stage {stage}. Set stage to "
+            "3, or remove it."
         )
     return problems
 

@@ -136,7 +136,10 @@ ZERO_REFUSED: Mapping[str, Refusal] = {
     "mics_shard_size": _GONE,
     "mics_hierarchical_params_gather": _GONE,
     "zenflow": (
-        "it updates most weights later than others with an optimizer of its own, and this project trains exactly",
+        (
+            "it updates most weights later than others with an optimizer of its own, and this project trains "
+            "exactly"
+        ),
         "Remove it; offload_optimizer alone keeps the optimizer's state in the host's memory.",
     ),
     "cpu_offload": _old_name('`"offload_optimizer": {"device": "cpu"}`'),

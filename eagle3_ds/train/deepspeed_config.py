@@ -1,4 +1,6 @@
-"""DeepSpeed's own judgement of a configuration, without a process group: in one process, before any rank starts."""
+"""DeepSpeed's own judgement of a configuration, without a process group: in one process, before any rank
+starts.
+"""
 
 from __future__ import annotations
 
