@@ -155,6 +155,8 @@ class AttentionSection(Section):
 
 
 class LossSection(Section):
+    kind: Literal["kl"] = "kl"
+    """Of a guess against the teacher: a file of eagle3_ds/losses."""
     decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     """Weight of TTT step k is decay**k, not renormalised."""
     mask_alignment: Literal["served", "reference"] = "served"

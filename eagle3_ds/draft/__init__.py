@@ -12,7 +12,7 @@ from eagle3_ds.draft.tiled_loss import (
     LossTile,
     check_tile_bytes,
     loss_tiles,
-    tiled_soft_cross_entropy,
+    tiled_loss,
 )
 from eagle3_ds.draft.tiles import slots_per_tile
 from eagle3_ds.draft.vocabulary import VocabularyMap
@@ -34,6 +34,6 @@ __all__ = [
     "loss_tiles",
     "sliding_window",
     "slots_per_tile",
-    "tiled_soft_cross_entropy",
+    "tiled_loss",
     "window_keys",
 ]

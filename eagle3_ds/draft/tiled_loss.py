@@ -1,4 +1,4 @@
-"""Tiled soft cross entropy over all TTT steps at once.
+"""The loss of all K guesses at once, tile by tile; what it is of a guess is the business of a `TileLoss`.
 
 A tile is a few columns of this rank. The teacher is projected once per tile and read by all K steps (step k
 reads it one row further than step k - 1), and the gradient is formed in the forward pass, while the logits
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from eagle3_ds.draft.taps import LossTaps
+from eagle3_ds.draft.tile_loss import TileLoss
 
 IntArray = NDArray[np.int64]
 
@@ -57,6 +58,7 @@ class LossInputs:
         supervised: bool [K, Q].
         step_weight: fp32 [K], decay**k / N_k (0 when no slot of the step is supervised).
         eps: of the final norm.
+        loss: of one guess.
     """
 
     tiles: Sequence[LossTile]
@@ -68,6 +70,7 @@ class LossInputs:
     supervised: Tensor
     step_weight: Tensor
     eps: float
+    loss: TileLoss
 
 
 class LossSum(NamedTuple):
@@ -78,9 +81,12 @@ class LossSum(NamedTuple):
 
     Attributes:
         total: scalar, sum over k of step_weight[k] * step_loss[k].
-        step_loss: fp32 [K], cross entropy summed over supervised slots in the vocabulary.
+        step_loss: fp32 [K], the loss summed over supervised slots in the vocabulary.
         hits, counts: fp32 [K], slots whose draft argmax equals the teacher's token, and supervised slots.
         joint_hits, joint_counts: fp32 [K], the same for "at all steps up to k".
+        acceptance: fp32 [K], the chance that a server which samples accepts the guess, summed over supervised
+            slots; nil where the teacher's token is out of the draft vocabulary.
+        joint_acceptance: fp32 [K], the same for all guesses up to k.
     """
 
     total: Tensor
@@ -89,27 +95,24 @@ class LossSum(NamedTuple):
     counts: Tensor
     joint_hits: Tensor
     joint_counts: Tensor
+    acceptance: Tensor
+    joint_acceptance: Tensor
 
 
-def tiled_soft_cross_entropy(
-    taps: LossTaps, norm_weight: Tensor, head_weight: Tensor, inputs: LossInputs
-) -> LossSum:
+def tiled_loss(taps: LossTaps, norm_weight: Tensor, head_weight: Tensor, inputs: LossInputs) -> LossSum:
     """Loss of the K steps in `taps`.
 
     Args:
         norm_weight: [H], the draft's final norm; head_weight: [Vd, H]. Trained, both.
     """
-    total, step_loss, hits, joint_hits = _TiledLoss.apply(
-        inputs, taps, norm_weight, head_weight, *taps.tickets
-    )
+    total, *sums = _TiledLoss.apply(inputs, taps, norm_weight, head_weight, *taps.tickets)
+    step_loss, hits, joint_hits, acceptance, joint_acceptance = sums
     # The tickets hold the graph, which holds the taps: a cycle that no collector sees, and that would outlive
     # the step.
     taps.hidden.clear()
     taps.tickets.clear()
-    joint = inputs.supervised.cumprod(0)
-    return LossSum(
-        total, step_loss, hits, inputs.supervised.sum(1).float(), joint_hits, joint.sum(1).to(torch.float32)
-    )
+    counts, joint_counts = inputs.supervised.sum(1).float(), inputs.supervised.cumprod(0).sum(1).float()
+    return LossSum(total, step_loss, hits, counts, joint_hits, joint_counts, acceptance, joint_acceptance)
 
 
 def loss_tiles(
@@ -195,8 +198,9 @@ class _TiledLoss(torch.autograd.Function):
             ctx.save_for_backward(tally.dnorm, tally.dhead)
         ctx.taps, ctx.steps, ctx.dtypes = taps, len(taps.hidden), (norm.dtype, head.dtype)
         total = (tally.step_loss * inputs.step_weight.to(tally.step_loss.dtype)).sum()
-        ctx.mark_non_differentiable(tally.step_loss, tally.hits, tally.joint_hits)
-        return total, tally.step_loss, tally.hits, tally.joint_hits
+        reported = (tally.step_loss, tally.hits, tally.joint_hits, tally.acceptance, tally.joint_acceptance)
+        ctx.mark_non_differentiable(*reported)
+        return total, *reported
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -226,8 +230,8 @@ class _Tally:
         )
         self.dtype = torch.float64 if head.dtype == torch.float64 else torch.float32
         steps, device = len(self.hidden), head.device
-        self.step_loss, self.hits, self.joint_hits = (
-            torch.zeros(steps, dtype=self.dtype, device=device) for _ in range(3)
+        self.step_loss, self.hits, self.joint_hits, self.acceptance, self.joint_acceptance = (
+            torch.zeros(steps, dtype=self.dtype, device=device) for _ in range(5)
         )
         self.weight = inputs.contributing.to(self.dtype) * inputs.step_weight.to(self.dtype)[:, None]
         self.done = 0
@@ -247,30 +251,36 @@ class _Tally:
         tokens = inputs.teacher_token[torch.from_numpy(tile.rows).to(device, non_blocking=True)]
         probability = (teacher @ inputs.teacher_head.T).to(self.dtype).softmax(-1)
         all_right = torch.ones(len(columns), dtype=torch.bool, device=device)
+        all_accepted = torch.ones(len(columns), dtype=self.dtype, device=device)
         for k, hidden in enumerate(self.hidden):
             target, token = _read(probability, tile, k), _read(tokens, tile, k)
-            best = self._add_step(k, hidden[columns], target, columns)
+            best, accepted = self._add_step(k, hidden[columns], target, columns)
             right = (inputs.draft_to_target[best] == token) & inputs.supervised[k, columns]
             all_right &= right
+            all_accepted *= accepted
             self.hits[k] += right.sum()
             self.joint_hits[k] += all_right.sum()
+            self.acceptance[k] += accepted.sum()
+            self.joint_acceptance[k] += all_accepted.sum()
         self.done += len(columns)
 
-    def _add_step(self, k: int, hidden: Tensor, target: Tensor, columns: Tensor) -> Tensor:
-        """One step of one tile: hidden [t, H], target [t, Vd]. Returns the student's argmax, int64 [t]."""
+    def _add_step(self, k: int, hidden: Tensor, target: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """One guess of one tile: hidden [t, H], target [t, Vd].
+
+        Returns the student's argmax, int64 [t], and the chance that it is accepted, [t], nil outside the
+        loss.
+        """
         with torch.enable_grad():
             leaves = (hidden.requires_grad_(), self.norm.detach().requires_grad_())
             normed = functional.rms_norm(hidden, (hidden.shape[-1],), leaves[1], self.inputs.eps)
         x = normed.detach()
         logits = (x @ self.head.T).to(self.dtype)
-        lse = logits.logsumexp(-1)
-        # -sum p log q = lse - sum p * logit, because the p sum to one.
-        entropy = lse - torch.linalg.vecdot(target, logits)
-        weight = self.weight[k, columns]
-        self.step_loss[k] += torch.where(self.inputs.contributing[k, columns], entropy, 0.0).sum()
         best = logits.argmax(-1)
+        terms = self.inputs.loss(logits, target)
+        contributing = self.inputs.contributing[k, columns]
+        self.step_loss[k] += torch.where(contributing, terms.value, 0.0).sum()
         if self.needs_grad:
-            dlogits = logits.sub_(lse[:, None]).exp_().sub_(target).mul_(weight[:, None]).to(self.head.dtype)
+            dlogits = terms.dlogits.mul_(self.weight[k, columns, None]).to(self.head.dtype)
             if self.dhead.dtype == dlogits.dtype:
                 self.dhead.addmm_(dlogits.T, x)
             else:
@@ -278,7 +288,7 @@ class _Tally:
             dhidden, dnorm = torch.autograd.grad(normed, leaves, dlogits @ self.head)
             self.gradients[k][1][self.done : self.done + len(columns)] = dhidden
             self.dnorm += dnorm
-        return best
+        return best, torch.where(contributing, terms.acceptance, 0.0)
 
 
 def _read(rows: Tensor, tile: LossTile, step: int) -> Tensor:

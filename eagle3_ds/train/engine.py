@@ -20,7 +20,7 @@ from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import Tensor, nn
 
 from eagle3_ds.config import Recipe
-from eagle3_ds.draft import Draft, LossInputs, LossSum, LossTaps, tiled_soft_cross_entropy
+from eagle3_ds.draft import Draft, LossInputs, LossSum, LossTaps, tiled_loss
 from eagle3_ds.layout import LocalBatch
 from eagle3_ds.topology import Topology, ZeroGroupMpu
 from eagle3_ds.train.shared_memory import unname_segment
@@ -42,7 +42,7 @@ class DraftWithLoss(nn.Module):
 
     def forward(self, batch: LocalBatch, inputs: LossInputs) -> LossSum:
         embedding, taps = self.frozen[0], LossTaps()
-        finish = partial(tiled_soft_cross_entropy, taps, inputs=inputs)
+        finish = partial(tiled_loss, taps, inputs=inputs)
         # DeepSpeed reduces the gradients of a leaf module (see build_engine) once those of its inputs are
         # known. No other input has one.
         anchor = torch.zeros((), dtype=embedding.dtype, device=embedding.device, requires_grad=True)

@@ -22,6 +22,7 @@ from eagle3_ds.costs import Setup
 from eagle3_ds.draft import Draft, LossInputs, LossSum, VocabularyMap, loss_tiles, sliding_window
 from eagle3_ds.kernels import checked_kernel
 from eagle3_ds.layout import LocalBatch, PackedSequence, prepare_usp_input, stream_rows
+from eagle3_ds.losses import loss_of
 from eagle3_ds.topology import Topology
 from eagle3_ds.train.engine import DraftWithLoss, build_engine, full_parameters, step_and_norm
 from eagle3_ds.train.spans import plan_spans
@@ -35,6 +36,8 @@ class StepReport:
         loss: sum over k of decay**k * step_loss[k].
         step_loss, step_accuracy: one number per TTT step.
         tau: 1 + sum over k of the probability that the steps 0..k are all right.
+        acceptance_length: the same for a server that samples: 1 + sum over k of the chance that it accepts
+            the guesses 0..k, simulated from both distributions (within the draft vocabulary).
         grad_norm: as DeepSpeed reports it, before clipping; None for an evaluation.
         tokens: real tokens of the step, all draft_dp ranks.
     """
@@ -43,6 +46,7 @@ class StepReport:
     step_loss: tuple[float, ...]
     step_accuracy: tuple[float, ...]
     tau: float
+    acceptance_length: float
     tokens: int
     grad_norm: float | None = None
 
@@ -97,6 +101,7 @@ class DraftTrainer:
         self._teacher_head = self._draft_rows(head)
         model = DraftWithLoss(draft, embedding.to(device, self.dtype), self.algorithm.settings(recipe))
         self.engine, self.loss_scale = build_engine(recipe, deepspeed_config, topology, model)
+        self._loss = loss_of(recipe.loss)
         self._decay = recipe.loss.decay ** torch.arange(self.supervision.num_guesses, dtype=torch.float64)
 
     def step(self, packs: Sequence[PackedSequence], learning_rate: float | None = None) -> StepReport:
@@ -235,21 +240,23 @@ class DraftTrainer:
             supervised=batch.supervised.to(device),
             step_weight=step_weight.float().to(device),
             eps=self.draft.config.rms_norm_eps,
+            loss=self._loss,
         )
 
     def _report(self, sums: Sequence[LossSum], normalizer: Tensor, own_tokens: int) -> StepReport:
-        names = ("step_loss", "hits", "counts", "joint_hits", "joint_counts")
+        names = ("step_loss", "hits", "counts", "joint_hits", "joint_counts", "joint_acceptance")
         count = torch.tensor([float(own_tokens)], dtype=torch.float64, device=self.topology.device)
         flat = torch.cat([*(sum(getattr(s, name).double() for s in sums) for name in names), count])
         self._sum_over_world(flat)
         *columns, tokens = flat.cpu().split([len(normalizer)] * len(names) + [1])
-        loss, hits, counts, joint_hits, joint_counts = columns
+        loss, hits, counts, joint_hits, joint_counts, joint_acceptance = columns
         step_loss = loss / normalizer.clamp(min=1)
         return StepReport(
             loss=float((step_loss * self._decay).sum()),
             step_loss=tuple(step_loss.tolist()),
             step_accuracy=tuple((hits / counts.clamp(min=1)).tolist()),
             tau=1.0 + float((joint_hits / joint_counts.clamp(min=1)).sum()),
+            acceptance_length=1.0 + float((joint_acceptance / joint_counts.clamp(min=1)).sum()),
             tokens=int(tokens) // self.topology.sp_world_size,
         )
 

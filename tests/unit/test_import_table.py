@@ -19,6 +19,7 @@ TABLE: dict[str, set[str]] = {
     "attention": {"layout", "collectives", "kernels", "costs"},
     "draft": {"config", "layout", "attention", "costs"},
     "algorithms": {"config", "layout", "attention", "draft", "costs"},
+    "losses": {"config", "draft"},
     "plan": {"layout", "costs"},
     "targets": {"config", "layout", "attention"},
     "store": {"layout"},
@@ -29,7 +30,7 @@ TABLE: dict[str, set[str]] = {
     "eval": {"config", "data", "draft", "algorithms", "targets"},
     "train": {
         "config", "topology", "layout", "collectives", "kernels", "costs", "attention", "draft", "algorithms",
-        "targets", "store", "data", "checkpoint", "guard",
+        "losses", "targets", "store", "data", "checkpoint", "guard",
     },
     "run": {
         "config", "topology", "layout", "kernels", "costs", "attention", "draft", "algorithms", "targets",

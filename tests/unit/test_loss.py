@@ -6,7 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eagle3_ds.draft import LossInputs, LossTaps, loss_tiles, tiled_soft_cross_entropy
+from eagle3_ds.config import LossSection
+from eagle3_ds.draft import LossInputs, LossTaps, loss_tiles, tiled_loss
+from eagle3_ds.losses import LOSSES, loss_of
 
 K, S, H, HT, VD, V = 3, 23, 8, 6, 17, 40
 ROWS = S + K + 4
@@ -15,7 +17,7 @@ EPS = 1e-5
 SMALLEST = K * VD * (4 + 4 + 8) + VD * (4 + 4 + 4 + 8)
 
 
-def make(seed=0, supervised_share=0.6, tile_bytes=2**14):
+def make(seed=0, supervised_share=0.6, tile_bytes=2**14, kind="kl"):
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -39,6 +41,7 @@ def make(seed=0, supervised_share=0.6, tile_bytes=2**14):
         supervised=supervised,
         step_weight=torch.tensor([0.5, 0.3, 0.1], dtype=torch.float64),
         eps=EPS,
+        loss=loss_of(LossSection(kind=kind)),
     )
     leaves = [
         random(H).requires_grad_(),
@@ -61,19 +64,20 @@ def tapped(inputs, leaves):
     norm, head, *steps = leaves
     taps = LossTaps()
     chain(steps, taps.add)
-    return tiled_soft_cross_entropy(taps, norm, head, inputs)
+    return tiled_loss(taps, norm, head, inputs)
 
 
 def dense(inputs, row, teacher, leaves):
     norm, head, *steps = leaves
-    total, losses, hits, joint = 0.0, [], [], []
-    all_right = torch.ones(S, dtype=torch.bool)
+    total, losses, hits, joint, acceptance, joint_acceptance = 0.0, [], [], [], [], []
+    all_right, all_accepted = torch.ones(S, dtype=torch.bool), torch.ones(S, dtype=torch.float64)
     for k, hidden in enumerate(chain(steps, lambda x: x)):
         rows = row + 1 + k
         target = (teacher[rows] @ inputs.teacher_head.T).softmax(-1)
         logits = hidden / (hidden.square().mean(-1, keepdim=True) + EPS).sqrt() * norm @ head.T
-        entropy = -(target * logits.log_softmax(-1)).sum(-1)
-        loss = (entropy * inputs.contributing[k]).sum()
+        loss = (inputs.loss.plain(logits, target) * inputs.contributing[k]).sum()
+        accepted = torch.minimum(logits.softmax(-1), target).sum(-1) * inputs.contributing[k]
+        all_accepted = all_accepted * accepted
         right = (inputs.draft_to_target[logits.argmax(-1)] == inputs.teacher_token[rows]) & inputs.supervised[
             k
         ]
@@ -82,20 +86,27 @@ def dense(inputs, row, teacher, leaves):
         losses.append(loss.item())
         hits.append(right.sum().item())
         joint.append(all_right.sum().item())
-    return total, losses, hits, joint
+        acceptance.append(accepted.sum().item())
+        joint_acceptance.append(all_accepted.sum().item())
+    return total, losses, hits, joint, acceptance, joint_acceptance
 
 
+@pytest.mark.parametrize("kind", sorted(LOSSES))
 @pytest.mark.parametrize("tile_bytes", [SMALLEST, 2**14, 2**22])
-def test_values_and_raw_gradients_equal_full_logits(tile_bytes):
-    inputs, row, teacher, leaves = make(tile_bytes=tile_bytes)
+def test_values_and_raw_gradients_equal_full_logits(tile_bytes, kind):
+    inputs, row, teacher, leaves = make(tile_bytes=tile_bytes, kind=kind)
     result = tapped(inputs, leaves)
     grads = torch.autograd.grad(result.total * 3.0, leaves)
-    total, losses, hits, joint = dense(inputs, row, teacher, leaves)
+    total, losses, hits, joint, acceptance, joint_acceptance = dense(inputs, row, teacher, leaves)
     expected = torch.autograd.grad(total * 3.0, leaves)
     assert torch.allclose(result.total, total, rtol=1e-13)
     assert torch.allclose(result.step_loss, torch.tensor(losses, dtype=torch.float64), rtol=1e-13)
     assert result.hits.tolist() == hits
     assert result.joint_hits.tolist() == joint
+    assert torch.allclose(result.acceptance, torch.tensor(acceptance, dtype=torch.float64), rtol=1e-12)
+    assert torch.allclose(
+        result.joint_acceptance, torch.tensor(joint_acceptance, dtype=torch.float64), rtol=1e-12
+    )
     assert result.counts.tolist() == inputs.supervised.sum(1).tolist()
     for grad, reference in zip(grads, expected, strict=True):
         assert (grad - reference).norm() <= 1e-13 * reference.norm()
@@ -115,7 +126,7 @@ def test_no_tensor_of_slots_by_vocabulary_survives_the_forward():
     chain(leaves[2:], taps.add)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        tiled_soft_cross_entropy(taps, *leaves[:2], inputs)
+        tiled_loss(taps, *leaves[:2], inputs)
     assert (VD, H) in saved
     # What a tile saves while it lasts is [t, H] at most.
     assert all(shape == (VD, H) or shape[-1:] != (VD,) for shape in saved)

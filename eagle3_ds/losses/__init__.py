@@ -1,0 +1,19 @@
+"""The losses of a guess, one file each: a plain form for autograd, and one for tiles by hand."""
+
+from collections.abc import Callable, Mapping
+
+from eagle3_ds.config import LossSection
+from eagle3_ds.draft.tile_loss import TileLoss
+from eagle3_ds.losses.kl import KL
+
+LOSSES: Mapping[str, Callable[[LossSection], TileLoss]] = {
+    "kl": lambda section: KL(),
+}
+
+
+def loss_of(section: LossSection) -> TileLoss:
+    """The loss that `loss.kind` names."""
+    return LOSSES[section.kind](section)
+
+
+__all__ = ["LOSSES", "loss_of"]
