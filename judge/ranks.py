@@ -30,7 +30,7 @@ from typing import Any
 PRELOADED = ["judge.product", "eagle3_ds.train.main", "deepspeed.runtime.zero.muon.original_muon"]
 
 
-class RankFailure(AssertionError):  # noqa: N818 - pytest shows an assertion without its own frames
+class RankFailure(RuntimeError):  # noqa: N818 - "failure" is what tests call it
     """A rank raised, died or did not answer in time."""
 
 
