@@ -36,6 +36,7 @@ FACTORS: Mapping[str, tuple[Any, ...]] = {
     "kernel": ("auto", "blockwise"),
     "rope": ("default", "llama3", "linear"),
     "window": (None, 24),
+    "loss": ("kl", "tv", "lk_alpha", "lk_lambda"),
 }  # fmt: skip
 HEADS = {"gqa": (4, 2), "mha": (4, 4)}
 # The original length is short, so that the test's documents reach all three of llama3's ranges.
@@ -77,6 +78,7 @@ class Case:
     kernel: str = "auto"
     rope: str = "llama3"
     window: int | None = None
+    loss: str = "kl"
 
     @property
     def world_size(self) -> int:
@@ -89,7 +91,7 @@ class Case:
 
     @property
     def rules(self) -> LossRules:
-        return LossRules(self.ttt_steps, 0.8, self.alignment, self.reduction)
+        return LossRules(self.ttt_steps, 0.8, self.alignment, self.reduction, self.loss)
 
     def factors(self) -> dict[str, Any]:
         """Value of each factor of the matrix."""
@@ -102,7 +104,7 @@ class Case:
             f"{mesh} {self.deepspeed}/{self.zero_group} acc{self.accumulation} {self.documents} {self.heads} "
             f"{self.kv_exchange} K{self.ttt_steps} {self.dtype} {self.alignment} {self.reduction} "
             f"layers{self.layers} {self.activation} tiles-{self.tiles} {self.kernel} rope-{self.rope} "
-            f"window-{self.window}"
+            f"window-{self.window} {self.loss}"
         )
 
 

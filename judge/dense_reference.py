@@ -43,6 +43,8 @@ class LossRules:
     decay: float = 0.8
     alignment: str = "served"
     reduction: str = "supervised"
+    kind: str = "kl"
+    lk_eta: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class StepResult:
     accuracy_slack: tuple[float, ...]
     tau: float
     tau_slack: float
+    acceptance_length: float
     gradients: dict[str, Tensor]
     grad_norm: float
 
@@ -99,6 +102,7 @@ class _Sums:
     joint_counted: Tensor
     ties: Tensor
     joint_ties: Tensor
+    joint_accepted: Tensor
 
 
 def reference_step(
@@ -117,9 +121,18 @@ def reference_step(
     leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
     sums = [_micro_batch(leaves, config, frozen, batch, rules, rounding) for batch in batches]
     entropy = torch.stack([s.entropy for s in sums]).sum(0)
-    in_loss, hits, counted, joint_hits, joint_counted, ties, joint_ties = (
+    in_loss, hits, counted, joint_hits, joint_counted, ties, joint_ties, joint_accepted = (
         torch.stack([getattr(s, name) for s in sums]).sum(0).to(entropy.dtype)
-        for name in ("in_loss", "hits", "counted", "joint_hits", "joint_counted", "ties", "joint_ties")
+        for name in (
+            "in_loss",
+            "hits",
+            "counted",
+            "joint_hits",
+            "joint_counted",
+            "ties",
+            "joint_ties",
+            "joint_accepted",
+        )
     )
     if rules.reduction == "slots":
         in_loss = torch.full_like(in_loss, sum(s.slots for s in sums))
@@ -134,6 +147,7 @@ def reference_step(
         accuracy_slack=tuple((ties / counted.clamp(min=1)).tolist()),
         tau=1.0 + (joint_hits / joint_counted.clamp(min=1)).sum().item(),
         tau_slack=(joint_ties / joint_counted.clamp(min=1)).sum().item(),
+        acceptance_length=1.0 + (joint_accepted / joint_counted.clamp(min=1)).sum().item(),
         gradients=gradients,
         grad_norm=_global_norm(gradients),
     )
@@ -217,6 +231,7 @@ def _micro_batch(
 
     rows: list[tuple[Tensor, ...]] = []
     all_right = all_counted = may_be_right = torch.ones(length, dtype=torch.bool)
+    all_accepted = torch.ones(length, dtype=dtype)
     any_tied = ~all_right
     logits_of_steps = _unroll(weights, config, frozen, batch, document, steps)
     for k, logits in enumerate(logits_of_steps):
@@ -226,12 +241,37 @@ def _micro_batch(
         right = supervised & (target_of[logits.argmax(-1)] == best[read])
         all_right, all_counted = all_right & right, all_counted & supervised
         contributing = supervised & covered[read]
-        entropy = -(teacher[read] * logits.log_softmax(-1)).sum(-1)
+        entropy, accepted = _of_guesses(logits, teacher[read], rules)
+        # Nothing that the draft vocabulary cannot say is accepted.
+        all_accepted = all_accepted * torch.where(contributing, accepted.detach(), 0.0)
         tied = supervised & _is_decided_by_rounding(logits, target_of, best[read], rounding)
         may_be_right, any_tied = may_be_right & (right | tied), any_tied | tied
         flags = (contributing, right, supervised, all_right, all_counted, tied, may_be_right & any_tied)
-        rows.append((entropy[contributing].sum(), *(flag.sum() for flag in flags)))
+        joint_accepted = all_accepted[all_counted].sum()
+        rows.append((entropy[contributing].sum(), *(flag.sum() for flag in flags), joint_accepted))
     return _Sums(length, *(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def _of_guesses(logits: Tensor, teacher: Tensor, rules: LossRules) -> tuple[Tensor, Tensor]:
+    """The loss of each slot's guess [L], and the chance that it is accepted [L]. logits, teacher [L, Vd].
+
+    Raises:
+        ValueError: a kind of loss that the semantics page does not know.
+    """
+    log_draft = logits.log_softmax(-1)
+    cross_entropy = -(teacher * log_draft).sum(-1)
+    accepted = torch.minimum(teacher, log_draft.exp()).sum(-1)
+    if rules.kind == "kl":
+        return cross_entropy, accepted
+    if rules.kind == "tv":
+        return 1 - accepted, accepted
+    if rules.kind == "lk_alpha":
+        return -accepted.log(), accepted
+    if rules.kind != "lk_lambda":
+        raise ValueError(f"kind = {rules.kind!r}: the reference knows kl, tv, lk_alpha and lk_lambda.")
+    blend = (-rules.lk_eta * accepted).exp().detach()
+    divergence = cross_entropy + (teacher * teacher.log()).sum(-1)
+    return blend * divergence + (1 - blend) * (1 - accepted), accepted
 
 
 def _is_decided_by_rounding(logits: Tensor, target_of: Tensor, best: Tensor, rounding: float) -> Tensor:

@@ -25,7 +25,16 @@ from judge.product import ProductResult, run_case
 from judge.ranks import run_ranks
 from judge.result_file import FOLDER, write_result
 
-COMPARED = ("loss", "step_loss", "accuracy", "tau", "clip_norm", "gradients", "weights")
+COMPARED = (
+    "loss",
+    "step_loss",
+    "accuracy",
+    "tau",
+    "acceptance_length",
+    "clip_norm",
+    "gradients",
+    "weights",
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,7 @@ def compare(
             )
         ),
         "tau": _largest(relative_error(report.tau, result.tau, result.tau_slack) for report, result in pairs),
+        "acceptance_length": over_steps(lambda r: r.acceptance_length, lambda r: r.acceptance_length),
         "clip_norm": over_steps(lambda r: r.grad_norm, lambda r: r.grad_norm),
         "gradients": _largest(gradient_errors.values()),
         "weights": _largest(weight_errors.values()),

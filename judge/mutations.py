@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -19,6 +19,7 @@ from eagle3_ds.attention.tiles import StepTiles
 from eagle3_ds.draft import taps
 from eagle3_ds.kernels import Tile
 from eagle3_ds.layout import LocalBatch, LocalRows, SpanPlan
+from eagle3_ds.losses import lk_alpha, lk_lambda, tv
 from eagle3_ds.train import trainer as trainer_module
 from judge.cases import Case
 
@@ -32,6 +33,7 @@ MUTATIONS = (
     "lost_prompts",
     "lost_blocks",
     "fixed_window",
+    "unnormalised_overlap",
 )
 
 
@@ -82,6 +84,15 @@ def mutate(name: str | None, case: Case) -> Iterator[None]:
         if case.window is None:
             raise ValueError("fixed_window needs a window. Use a case with one.")
         with mock.patch.object(StepTiles, "at", _of_step_0(StepTiles.at)):
+            yield
+    elif name == "unnormalised_overlap":
+        if case.loss == "kl":
+            raise ValueError(
+                "unnormalised_overlap needs a loss that aims at acceptance. Use such a case."
+            )
+        with ExitStack() as patches:
+            for module in (tv, lk_alpha, lk_lambda):
+                patches.enter_context(mock.patch.object(module, "overlap", _unnormalised(module.overlap)))
             yield
     else:
         raise ValueError(f"mutation = {name!r} is unknown. Use one of {', '.join(MUTATIONS)}.")
@@ -148,6 +159,16 @@ def _of_own_block(take: Any) -> Any:
 def _of_step_0(at: Any) -> Any:
     """Every step sees the step-0 keys that step 0 sees, its diagonals beside them."""
     return lambda tiles, _step: at(tiles, 0)
+
+
+def _unnormalised(overlap: Any) -> Any:
+    """The gradient of the overlap forgets that the draft's probabilities sum to one."""
+
+    def unnormalised_overlap(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        alpha, _, q = overlap(logits, target)
+        return alpha, torch.heaviside(target - q, q.new_tensor(0.5)) * q, q
+
+    return unnormalised_overlap
 
 
 def _leaking(tiles: Any) -> Any:

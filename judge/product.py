@@ -100,6 +100,7 @@ def make_recipe(case: Case) -> Recipe:
         },
         "attention": {"kernel": case.kernel},
         "loss": {
+            "kind": case.loss,
             "mask_alignment": case.alignment,
             "reduction": case.reduction,
             "decay": case.rules.decay,

@@ -155,8 +155,10 @@ class AttentionSection(Section):
 
 
 class LossSection(Section):
-    kind: Literal["kl"] = "kl"
+    kind: Literal["kl", "tv", "lk_alpha", "lk_lambda"] = "kl"
     """Of a guess against the teacher: a file of eagle3_ds/losses."""
+    lk_eta: Annotated[float, Field(ge=0.0)] = 3.0
+    """For `lk_lambda`: how soon total variation takes over from KL as a guess gets accepted."""
     decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     """Weight of TTT step k is decay**k, not renormalised."""
     mask_alignment: Literal["served", "reference"] = "served"

@@ -5,9 +5,15 @@ from collections.abc import Callable, Mapping
 from eagle3_ds.config import LossSection
 from eagle3_ds.draft.tile_loss import TileLoss
 from eagle3_ds.losses.kl import KL
+from eagle3_ds.losses.lk_alpha import LKAlpha
+from eagle3_ds.losses.lk_lambda import LKLambda
+from eagle3_ds.losses.tv import TotalVariation
 
 LOSSES: Mapping[str, Callable[[LossSection], TileLoss]] = {
     "kl": lambda section: KL(),
+    "tv": lambda section: TotalVariation(),
+    "lk_alpha": lambda section: LKAlpha(),
+    "lk_lambda": lambda section: LKLambda(section.lk_eta),
 }
 
 
