@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from eagle3_ds.config import Recipe, read_text
+from eagle3_ds.launch.places import VISIBLE, free_port, is_here, visible_devices
 
 SUPERVISOR_MODULE = "eagle3_ds.launch.supervisor"
 SUPERVISOR_FILE = Path(__file__).parent / "supervisor.py"
@@ -57,6 +57,8 @@ class LaunchPlan:
         environment: variables set for the launcher on top of the current ones.
         exported: variables handed to every host through DS_ENV_FILE; None on a single machine, which inherits
             them.
+        port: where rank 0 listens; None: not known.
+        by_ssh: hosts that ssh must reach.
     """
 
     hosts: Mapping[str, tuple[int, ...]]
@@ -64,6 +66,8 @@ class LaunchPlan:
     logs: Path
     environment: Mapping[str, str]
     exported: Mapping[str, str] | None
+    port: int | None = None
+    by_ssh: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -71,35 +75,27 @@ class LaunchPlan:
 
 
 def resolve_hosts(
-    options: LaunchOptions, accelerator: str, devices: int, wanted: int
+    options: LaunchOptions,
+    accelerator: str,
+    devices: int,
+    wanted: int,
+    environ: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Hosts and slots, as DeepSpeed will see them.
 
     Args:
         devices: accelerators of this machine; 0 when it has none, or when that does not matter (a dry run).
         wanted: ranks to start on this machine when nothing else says so.
+        environ: whose CUDA_VISIBLE_DEVICES, or what other vendors call it, counts; None: this process's.
 
     Raises:
-        ValueError: contradicting options, a hostfile that is not one, hosts or slots that do not exist.
+        ValueError: contradicting options, a hostfile that is not one, hosts or slots that do not exist or that
+            the environment hides.
     """
     _check_options(options)
+    visible = _visible(options, accelerator, os.environ if environ is None else environ)
     if options.hostfile is None:
-        if (options.num_nodes or 1) > 1:
-            raise ValueError(
-                f"--num_nodes is {options.num_nodes}, but without --hostfile there is only this machine."
-            )
-        count = options.num_ranks or ((devices or wanted) if options.include or options.exclude else wanted)
-        if count > MOST_SLOTS:
-            raise ValueError(
-                f"{count} ranks are asked for on this machine, but one has {MOST_SLOTS} at most. Give "
-                "--hostfile."
-            )
-        if accelerator != "cpu" and 0 < devices < count:
-            raise ValueError(
-                f"{count} ranks are asked for, but this machine has {devices} {accelerator} device(s). Lower "
-                "--num_gpus, change the recipe's parallel section, or give more machines with --hostfile."
-            )
-        return _filter({"localhost": tuple(range(count))}, options)
+        return _this_machine(options, accelerator, devices, wanted, visible)
     hosts = _filter(read_hostfile(options.hostfile), options)
     if options.num_nodes is not None:
         if options.num_nodes > len(hosts):
@@ -114,7 +110,73 @@ def resolve_hosts(
                     f"--num_gpus is {options.num_ranks}, but {host} has {len(slots)} slots. Lower it."
                 )
         hosts = {host: slots[: options.num_ranks] for host, slots in hosts.items()}
+    _check_slots(options, accelerator, hosts, visible)
     return hosts
+
+
+def _visible(options: LaunchOptions, accelerator: str, environ: Mapping[str, str]) -> tuple[int, ...] | None:
+    """The devices of this machine that the environment leaves; None: all, or it is left to the launcher."""
+    if options.launcher == "torchrun" and not (options.include or options.exclude):
+        # Its ranks inherit the variable and count within it, whatever it names them by.
+        return None
+    if options.launcher in ("slurm", *MPI_LAUNCHERS):
+        # The variable is this process's; these give each rank one of its own.
+        return None
+    return visible_devices(accelerator, environ)
+
+
+def _this_machine(
+    options: LaunchOptions, accelerator: str, devices: int, wanted: int, visible: tuple[int, ...] | None
+) -> dict[str, tuple[int, ...]]:
+    """The slots of this machine alone."""
+    if (options.num_nodes or 1) > 1:
+        raise ValueError(
+            f"--num_nodes is {options.num_nodes}, but without --hostfile there is only this machine."
+        )
+    if visible is not None:
+        # A device that is not there ends the list, as it does for CUDA.
+        visible = visible[: devices or len(visible)]
+        devices = len(visible)
+    count = options.num_ranks or ((devices or wanted) if options.include or options.exclude else wanted)
+    if count > MOST_SLOTS:
+        raise ValueError(
+            f"{count} ranks are asked for on this machine, but one has {MOST_SLOTS} at most. Give --hostfile."
+        )
+    if accelerator != "cpu" and 0 < devices < count:
+        hidden = f" that {VISIBLE[accelerator]} leaves" if visible is not None else ""
+        raise ValueError(
+            f"{count} ranks are asked for, but this machine has {devices} {accelerator} device(s){hidden}. "
+            "Lower --num_gpus, change the recipe's parallel section, or give more machines with --hostfile."
+        )
+    pool = tuple(range(count)) if visible is None else visible[:count]
+    return _filter({"localhost": pool}, options)
+
+
+def _check_slots(
+    options: LaunchOptions,
+    accelerator: str,
+    hosts: Mapping[str, tuple[int, ...]],
+    visible: tuple[int, ...] | None,
+) -> None:
+    """Raises ValueError for slots that the launcher cannot give, or that the environment hides on this machine."""
+    if options.launcher == "slurm":
+        uneven = len({len(slots) for slots in hosts.values()}) > 1
+        if uneven or any(slots != tuple(range(len(slots))) for slots in hosts.values()):
+            raise ValueError(
+                "--launcher slurm places ranks by number, so each host must have the same slots, counted from 0, "
+                f"but they are {dict(hosts)}. Choose whole hosts, or --num_gpus."
+            )
+    if visible is None:
+        return
+    for host, slots in hosts.items():
+        hidden = sorted(set(slots) - set(visible))
+        if hidden and is_here(host):
+            shown = ",".join(map(str, visible))
+            raise ValueError(
+                f"{host} is this machine, where {VISIBLE[accelerator]} leaves the devices {shown}, but slot "
+                f"{hidden[0]} is to be used. Choose them by --include {host}:{shown} (the hostfile's slots count "
+                f"all devices), or unset {VISIBLE[accelerator]}."
+            )
 
 
 def _check_options(options: LaunchOptions) -> None:
@@ -133,6 +195,13 @@ def _check_options(options: LaunchOptions) -> None:
             f"--{(limited + filtered)[0]} cannot be honoured. Write a hostfile with the hosts and slots to "
             "use."
         )
+    if options.launcher in ("slurm", *MPI_LAUNCHERS) and options.hostfile is None:
+        raise ValueError(
+            f"--launcher {options.launcher} needs --hostfile with the hosts to use: without one, DeepSpeed starts "
+            "all ranks on this machine by itself."
+        )
+    if options.master_port is not None and not 1 <= options.master_port <= 65535:
+        raise ValueError(f"--master_port is {options.master_port}, but ports are 1 to 65535.")
     if options.launcher == "torchrun" and options.hostfile:
         raise ValueError("--launcher torchrun starts ranks on this machine only. Use pdsh with --hostfile.")
 
@@ -173,21 +242,23 @@ def _filter(hosts: dict[str, tuple[int, ...]], options: LaunchOptions) -> dict[s
     if not text:
         return hosts
     flag = "--include" if options.include else "--exclude"
-    named: dict[str, tuple[int, ...]] = {}
+    named: dict[str, set[int]] = {}
     for part in text.split("@"):
-        match = re.fullmatch(r"([^:,@\s]+)(?::([0-9]+(?:,[0-9]+)*))?", part)
+        match = re.fullmatch(r"([^:,@\s]+)(?::([0-9]{1,9}(?:,[0-9]{1,9})*))?", part)
         if match is None:
             raise ValueError(f"{flag}: {part!r} is not of the form host or host:0,2. Separate hosts by @.")
         host, slots = match.group(1), match.group(2)
         if host not in hosts:
             raise ValueError(f"{flag}: there is no host {host}. Known: {', '.join(hosts)}.")
-        chosen = tuple(int(slot) for slot in slots.split(",")) if slots else hosts[host]
-        unknown = sorted(set(chosen) - set(hosts[host]))
+        chosen = {int(slot) for slot in slots.split(",")} if slots else set()
+        unknown = sorted(chosen - set(hosts[host]))
         if unknown:
             raise ValueError(
-                f"{flag}: {host} has no slot {unknown[0]}; it has {len(hosts[host])}, counted from 0."
+                f"{flag}: {host} has no slot {unknown[0]}; it has {','.join(map(str, hosts[host]))}."
             )
-        named[host] = chosen
+        # As DeepSpeed does: what is said about one host adds up, and its name alone means all only by itself.
+        named.setdefault(host, set()).update(chosen)
+    named = {host: chosen or set(hosts[host]) for host, chosen in named.items()}
     keep = bool(options.include)
     left = {
         host: tuple(slot for slot in slots if (slot in named.get(host, ())) == keep)
@@ -197,13 +268,6 @@ def _filter(hosts: dict[str, tuple[int, ...]], options: LaunchOptions) -> dict[s
     if not left:
         raise ValueError(f"{flag} {text} leaves no slot to run on.")
     return left
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now, so that runs on one machine do not meet."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def plan_launch(
@@ -220,8 +284,8 @@ def plan_launch(
     `resume` names the checkpoint to go on from; `module` is what each rank runs.
     """
     output_dir = Path(recipe.output_dir).resolve()
-    several_hosts = options.hostfile is not None
-    port = options.master_port or (29500 if several_hosts else free_port())
+    local = _starts_here(options, hosts)
+    port = options.master_port or free_port()
     ranks_per_host = max(len(slots) for slots in hosts.values())
     cores = len(os.sched_getaffinity(0))
     environment = {"OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", str(max(1, cores // ranks_per_host)))}
@@ -235,40 +299,83 @@ def plan_launch(
         *([f"--resume={resume}"] if resume else []),
     ]
     exported = None
-    if several_hosts:
-        rendezvous = {"MASTER_ADDR": options.master_addr or next(iter(hosts)), "MASTER_PORT": str(port)}
-        if options.launcher == "slurm":
-            # srun hands the whole environment over; on its command line, DeepSpeed would break values at
-            # their commas.
-            exported = rendezvous
-        else:
-            exported = _exported(
-                {**environ, **environment, **(rendezvous if options.launcher in MPI_LAUNCHERS else {})}
-            )
-        environment["DS_ENV_FILE"] = str(output_dir / "deepspeed.env")
-    return LaunchPlan(dict(hosts), _command(options, hosts, port, script), logs, environment, exported)
+    if local:
+        slots = next(iter(hosts.values()))
+        if options.launcher == "torchrun" and accelerator in VISIBLE and slots != tuple(range(len(slots))):
+            environment[VISIBLE[accelerator]] = ",".join(map(str, slots))
+        return LaunchPlan(
+            dict(hosts),
+            _local_command(options, slots, accelerator, port, script),
+            logs,
+            environment,
+            None,
+            port,
+        )
+    rendezvous = {"MASTER_ADDR": options.master_addr or next(iter(hosts)), "MASTER_PORT": str(port)}
+    if options.launcher == "slurm":
+        # srun hands the whole environment over; on its command line, DeepSpeed would break values at
+        # their commas.
+        exported = rendezvous
+    else:
+        exported = _exported(
+            {**environ, **environment, **(rendezvous if options.launcher in MPI_LAUNCHERS else {})}
+        )
+    environment["DS_ENV_FILE"] = str(output_dir / "deepspeed.env")
+    by_ssh = () if options.launcher == "slurm" else tuple(hosts)
+    command = _command(options, hosts, port, script)
+    return LaunchPlan(dict(hosts), command, logs, environment, exported, port, by_ssh)
+
+
+def _starts_here(options: LaunchOptions, hosts: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether all ranks run on this machine, started by nothing but a local launcher.
+
+    Raises:
+        ValueError: they do, but are to meet at another machine's address.
+    """
+    if options.hostfile is None:
+        return True
+    host = next(iter(hosts))
+    if len(hosts) > 1 or options.launcher in ("slurm", *MPI_LAUNCHERS) or not is_here(host):
+        return False
+    if options.master_addr is not None and not is_here(options.master_addr):
+        raise ValueError(
+            f"--master_addr is {options.master_addr}, but all ranks run on {host}, which is this machine and has no "
+            "such address. Leave it out."
+        )
+    return True
+
+
+def _local_command(
+    options: LaunchOptions, slots: tuple[int, ...], accelerator: str, port: int, script: Sequence[str]
+) -> tuple[str, ...]:
+    if options.launcher == "torchrun":
+        head = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={len(slots)}"]
+        return (sys.executable, *head, "--master_addr=127.0.0.1", f"--master_port={port}", "-m", *script)
+    # --num_gpus means the first ones, whatever CUDA_VISIBLE_DEVICES says. On a CPU slots are but a number, and
+    # DeepSpeed would look for them among the NUMA nodes.
+    if accelerator == "cpu" or slots == tuple(range(len(slots))):
+        which = f"--num_gpus={len(slots)}"
+    else:
+        which = f"--include=localhost:{','.join(map(str, slots))}"
+    head = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={NO_HOSTFILE}", which]
+    tail = [f"--master_port={port}", "--log_level=warning", "--no_local_rank", "--module"]
+    return (*head, *tail, *script)
 
 
 def _command(
     options: LaunchOptions, hosts: Mapping[str, tuple[int, ...]], port: int, script: Sequence[str]
 ) -> tuple[str, ...]:
-    ranks = len(next(iter(hosts.values())))
-    if options.launcher == "torchrun":
-        head = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={ranks}"]
-        return (sys.executable, *head, "--master_addr=127.0.0.1", f"--master_port={port}", "-m", *script)
-    command = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        f"--hostfile={options.hostfile or NO_HOSTFILE}",
-    ]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={options.hostfile}"]
     if options.include or options.exclude:
         command.append(f"--include={options.include}" if options.include else f"--exclude={options.exclude}")
     else:
         if options.num_nodes is not None:
             command.append(f"--num_nodes={options.num_nodes}")
-        if options.num_ranks is not None or options.hostfile is None:
-            command.append(f"--num_gpus={ranks}")
+        if options.num_ranks is not None:
+            command.append(f"--num_gpus={options.num_ranks}")
+    if len(hosts) == 1:
+        # Else DeepSpeed starts the ranks of one host left on the machine that it runs on, whichever that is.
+        command.append("--force_multi")
     if options.master_addr or options.launcher == "slurm":
         command.append(f"--master_addr={options.master_addr or next(iter(hosts))}")
     command.append(f"--master_port={port}")
@@ -285,7 +392,10 @@ def _command(
 def _exported(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables that go to every host. Raises ValueError for one that the file's format cannot carry."""
     chosen = {
-        name: value for name, value in sorted(environ.items()) if name.startswith(EXPORTED) and value.strip()
+        name: value
+        for name, value in sorted(environ.items())
+        # The numbers of one machine's devices are not another's.
+        if name.startswith(EXPORTED) and name not in VISIBLE.values() and value.strip()
     }
     for name, value in chosen.items():
         if re.search(r"[\n\r\"`$\\]", value):

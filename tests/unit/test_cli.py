@@ -27,12 +27,12 @@ from eagle3_ds.config import Recipe, dump_recipe, load_recipe
 from eagle3_ds.launch.command import (
     LaunchOptions,
     LaunchPlan,
-    free_port,
     plan_launch,
     read_hostfile,
     resolve_hosts,
     write_environment_file,
 )
+from eagle3_ds.launch.places import free_port
 from eagle3_ds.run.checks import RESULTS, check_output, clear_output
 
 ROOT = Path(__file__).parents[2]
