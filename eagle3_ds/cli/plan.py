@@ -128,7 +128,9 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     budget = int(((options.gpu_memory or device.memory) - options.reserve) * GIB)
     if budget <= 0:
         raise ValueError(f"--reserve {options.reserve} leaves nothing of the device's memory. Lower it.")
-    files = deepspeed_files(recipe)
+    files, notes = deepspeed_files(recipe, mesh.world_size)
+    for note in notes:
+        _say(console, f"note: {note}")
     setup = Setup.of(recipe, load_deepspeed_config(recipe.deepspeed), shape, mesh.draft_dp)
     setup = replace(setup, supervised=options.supervised)
     if recipe.data.hidden_states == "online":

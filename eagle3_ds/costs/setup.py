@@ -37,24 +37,26 @@ class ZeroSettings:
 
     @classmethod
     def of(cls, deepspeed_config: Mapping[str, Any]) -> ZeroSettings:
-        """From a DeepSpeed JSON as a mapping."""
+        """From a DeepSpeed JSON that `load_deepspeed_config` has read: it has no other names for these than here."""
         zero = deepspeed_config.get("zero_optimization", {})
-        stage = zero.get("stage", 0)
+        stage = int(zero.get("stage", 0))
+        overlap = zero.get("overlap_comm")
 
         def offloads(key: str) -> bool:
-            return zero.get(key, {}).get("device", "none") != "none"
+            return ((zero.get(key) or {}).get("device") or "none") != "none"
+
+        def of_stage3(name: str, default: int) -> int:
+            return int(zero.get(f"stage3_{name}", zero.get(name, default)))
 
         return cls(
             stage=stage,
             reduce_bucket=int(zero.get("reduce_bucket_size", cls.reduce_bucket)),
-            overlap_comm=zero.get("overlap_comm", stage == 3),
+            overlap_comm=stage == 3 if overlap is None else overlap,
             contiguous_gradients=zero.get("contiguous_gradients", True),
             offload_optimizer=offloads("offload_optimizer"),
             offload_parameters=offloads("offload_param"),
-            secondary_partition=zero.get("zero_hpz_partition_size", 1),
-            persistence_threshold=int(
-                zero.get("stage3_param_persistence_threshold", cls.persistence_threshold)
-            ),
+            secondary_partition=int(zero.get("zero_hpz_partition_size", 1)),
+            persistence_threshold=of_stage3("param_persistence_threshold", cls.persistence_threshold),
         )
 
 

@@ -148,7 +148,8 @@ def _this_machine(
             f"{count} ranks are asked for, but this machine has {devices} {accelerator} device(s){hidden}. "
             "Lower --num_gpus, change the recipe's parallel section, or give more machines with --hostfile."
         )
-    pool = tuple(range(count)) if visible is None else visible[:count]
+    # DeepSpeed gives the chosen devices to the ranks in ascending order.
+    pool = tuple(range(count)) if visible is None else tuple(sorted(visible[:count]))
     return _filter({"localhost": pool}, options)
 
 

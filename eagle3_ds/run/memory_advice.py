@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 
 from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.attention.costs import choose_kv_exchange
-from eagle3_ds.config import Recipe, load_deepspeed_config
+from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config
 from eagle3_ds.costs import Setup, ZeroSettings
 from eagle3_ds.plan import explain_shortage
 from eagle3_ds.targets import load_text_config, resolve_path
@@ -39,7 +38,9 @@ def advise_on_memory(reason: str, recipe: Recipe, ranks_per_host: int) -> str | 
     if recipe.parallel.kv_exchange == "auto":
         setup = replace(setup, kv_exchange=choose_kv_exchange(setup))
     opening = "If memory was the reason: " if _PERHAPS in reason else ""
-    return opening + explain_shortage(setup, memory_per_rank(ranks_per_host), deepspeed_files(recipe))
+    files, notes = deepspeed_files(recipe, setup.world_size)
+    advice = explain_shortage(setup, memory_per_rank(ranks_per_host), files)
+    return "\n".join([opening + advice, *(f"note: {note}" for note in notes)])
 
 
 def memory_per_rank(ranks_per_host: int) -> int:
@@ -50,8 +51,28 @@ def memory_per_rank(ranks_per_host: int) -> int:
     return int(getattr(torch, accelerator).get_device_properties(0).total_memory)
 
 
-def deepspeed_files(recipe: Recipe) -> Mapping[str, ZeroSettings]:
-    """ZeRO settings by file: the recipe's own first, then what lies beside it."""
-    own = Path(recipe.deepspeed)
-    files = [own, *sorted(path for path in own.parent.glob("*.json") if path != own)]
-    return {str(file): ZeroSettings.of(load_deepspeed_config(file)) for file in files}
+def deepspeed_files(recipe: Recipe, world: int) -> tuple[dict[str, ZeroSettings], list[str]]:
+    """ZeRO settings by file: the recipe's own first, then what lies beside it and would be taken instead of it.
+
+    Other people's JSONs may lie there, so that what is none of ours is passed over.
+
+    Returns:
+        The settings, and a note on each file that was passed over.
+
+    Raises:
+        ValueError: the recipe's own file is refused.
+    """
+    own, draft_dp = Path(recipe.deepspeed), recipe.parallel.draft_dp or 1
+    found, notes = {str(own): ZeroSettings.of(load_deepspeed_config(own))}, []
+    for path in sorted(path for path in own.parent.glob("*.json") if path != own):
+        try:
+            config = load_deepspeed_config(path)
+            if "zero_optimization" not in config:
+                raise ValueError(f"{path}: no `zero_optimization`, so it is no DeepSpeed configuration")
+            fill_deepspeed_config(config, recipe, world, draft_dp)
+        except (ValueError, OSError) as error:
+            reason = str(error).removeprefix(f"{path}:").strip().splitlines()[0]
+            notes.append(f"passed over {path}: {reason}")
+        else:
+            found[str(path)] = ZeroSettings.of(config)
+    return found, notes

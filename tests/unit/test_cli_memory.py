@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from eagle3_ds.config import Recipe, load_recipe
-from eagle3_ds.run.memory_advice import advise_on_memory
+from eagle3_ds.run.memory_advice import advise_on_memory, deepspeed_files
 from eagle3_ds.targets import build_target
 
 ROOT = Path(__file__).parents[2]
@@ -54,3 +55,41 @@ def test_a_shortage_is_followed_by_what_would_help(reason: str, recipe: Recipe) 
 
 def test_other_errors_have_no_such_advice(recipe: Recipe) -> None:
     assert advise_on_memory("ValueError: a bad row", recipe, 4) is None
+
+
+STRANGERS = {
+    "tsconfig.json": '{"compilerOptions": {}}',
+    "broken.json": "{",
+    "list.json": "[1]",
+    "empty.json": "{}",
+    "bool.json": '{"zero_optimization": true}',
+    "text_stage.json": '{"zero_optimization": {"stage": "2"}}',
+    "auto.json": '{"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}',
+    "hf.json": '{"fp16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}}',
+    "nvme.json": '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}',
+    "hpz.json": '{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}',
+    "old.json": '{"zero_optimization": {"stage": 2, "cpu_offload": true}}',
+}
+
+
+def test_strangers_files_beside_the_recipes_are_passed_over(tmp_path: Path, recipe: Recipe) -> None:
+    for name, text in STRANGERS.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "latin.json").write_bytes(b'{"a": "\xff"}')
+    (tmp_path / "folder.json").mkdir()
+    for name, stage in (("own", 2), ("ours", 3)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    moved = recipe.model_copy(update={"deepspeed": str(tmp_path / "own.json")})
+    files, notes = deepspeed_files(moved, 4)
+    assert [Path(file).name for file in files] == ["own.json", "ours.json"]
+    passed = [Path(note.removeprefix("passed over ").partition(": ")[0]).name for note in notes]
+    assert passed == sorted([*STRANGERS, "latin.json", "folder.json"])
+    assert all("\n" not in note for note in notes)
+    advice = advise_on_memory("MemoryError", moved, 4)
+    assert advice is not None and advice.count("note: passed over") == len(notes)
+
+
+def test_the_recipes_own_file_is_not_passed_over(tmp_path: Path, recipe: Recipe) -> None:
+    (tmp_path / "own.json").write_text(STRANGERS["bool.json"])
+    with pytest.raises(ValueError, match="`zero_optimization` is true: it must be a JSON object"):
+        deepspeed_files(recipe.model_copy(update={"deepspeed": str(tmp_path / "own.json")}), 4)

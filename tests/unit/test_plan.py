@@ -266,3 +266,22 @@ def test_where_nothing_helps_more_ranks_are_named() -> None:
     least = Setup(SMALL, 1, ttt_steps=1, activation="offload", zero=ZeroSettings(stage=1, reduce_bucket=0))
     assert helpful_changes(least, {}) == []
     assert "use more ranks" in explain_shortage(least, 1, {})
+
+
+@pytest.mark.parametrize(
+    ("zero", "expected"),
+    [
+        ({"stage": 3, "param_persistence_threshold": 7}, {"persistence_threshold": 7, "overlap_comm": True}),
+        ({"stage": 3, "stage3_param_persistence_threshold": 7.0}, {"persistence_threshold": 7}),
+        ({"stage": 3, "overlap_comm": None}, {"overlap_comm": True}),
+        ({"stage": 2, "overlap_comm": None, "offload_optimizer": None}, {"overlap_comm": False}),
+        ({"stage": 2, "offload_optimizer": {"device": None}}, {"offload_optimizer": False}),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 1.0}}, {"offload_optimizer": True}),
+        ({"stage": 2.0, "reduce_bucket_size": 5e8}, {"stage": 2, "reduce_bucket": 500_000_000}),
+    ],
+)
+def test_zero_settings_are_seen_by_every_name_that_passes(
+    zero: dict[str, object], expected: dict[str, object]
+) -> None:
+    settings = ZeroSettings.of({"zero_optimization": zero})
+    assert {name: getattr(settings, name) for name in expected} == expected
