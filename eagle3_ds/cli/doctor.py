@@ -8,6 +8,7 @@ import argparse
 import platform
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -15,6 +16,8 @@ from rich.table import Table
 
 from eagle3_ds.kernels import KERNELS, AttentionKernel, select_kernel
 from eagle3_ds.kernels.selfcheck import TOLERANCE, measured_error
+from eagle3_ds.launch.command import read_hostfile
+from eagle3_ds.launch.hosts import reach
 from eagle3_ds.topology import detect_accelerator
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "triton", "flash-attn", "flash-attn-3", "flash-attn-4")
@@ -36,9 +39,25 @@ def run(arguments: Sequence[str], console: Console) -> int:
     console.print(_device_table(device))
     table, failures = _kernel_table(device, options.head_dim)
     console.print(table)
+    if options.hostfile is not None:
+        failures += _unreachable(options.hostfile, console)
     for failure in failures:
         console.print(f"broken: {failure}", markup=False, highlight=False)
     return 1 if failures else 0
+
+
+def _unreachable(hostfile: str, console: Console) -> list[str]:
+    """What is wrong with the hosts of a hostfile, asked all at once; the good ones are told."""
+    hosts = read_hostfile(hostfile)
+    problems = reach(tuple(hosts), [Path()])
+    for host, slots in hosts.items():
+        if not any(problem.startswith(f"{host}:") for problem in problems):
+            console.print(
+                f"host {host}: reached, the same versions, code and folder; {len(slots)} slots",
+                markup=False,
+                highlight=False,
+            )
+    return problems
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         default=128,
         metavar="D",
         help="size of one attention head, e.g. --head-dim 64",
+    )
+    parser.add_argument(
+        "--hostfile", metavar="F", help="reach every host of it too, e.g. --hostfile recipes/2nodes.hostfile"
     )
     return parser
 

@@ -38,6 +38,7 @@ from eagle3_ds.run.checks import (
     check_deepspeed,
     check_kernel,
     check_output,
+    check_places,
     check_target,
     check_target_on_ranks,
     clear_output,
@@ -140,6 +141,7 @@ def launch(options: argparse.Namespace, console: Console) -> int:
     if options.dry_run:
         console.print("dry run: nothing was started")
         return 0
+    check_places(run.recipe, run.plan, options.launcher)
     stages = _stages()
     output_dir = Path(run.recipe.output_dir)
     if run.checkpoint is None:
@@ -191,6 +193,7 @@ def capture(options: argparse.Namespace, console: Console) -> int:
     if options.dry_run:
         console.print("dry run: nothing was started")
         return 0
+    check_places(run.recipe, run.capture_plan, options.launcher)
     _save_resolved(run.recipe)
     stages = _stages()
     stages.prepare(run.recipe, console)

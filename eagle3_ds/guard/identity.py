@@ -14,9 +14,10 @@ import torch.distributed as dist
 
 import eagle3_ds
 from eagle3_ds.config import Recipe, dump_recipe
+from eagle3_ds.launch.hosts import PACKAGES
+from eagle3_ds.launch.probe import code_digest
 from eagle3_ds.topology import Topology
 
-PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy", "pydantic")
 _FIX = {
     "recipe": "Put output_dir on storage that all hosts share.",
     "DeepSpeed JSON": "Put it on storage that all hosts share, or copy it to all of them.",
@@ -53,14 +54,6 @@ def own_identity(recipe: Recipe) -> dict[str, str]:
             (output_dir / "prepared.json").read_bytes() + (output_dir / "vocabulary.safetensors").read_bytes()
         ),
     }
-
-
-def code_digest(folder: Path) -> str:
-    """Of every Python source below a folder, by its name and contents."""
-    value = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        value.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
-    return value.hexdigest()[:16]
 
 
 def differences(identities: Sequence[Mapping[str, str]]) -> list[str]:

@@ -8,6 +8,8 @@ import random
 import socket
 from collections.abc import Mapping
 
+from eagle3_ds.launch.probe import is_free
+
 # The variable by which each accelerator's DeepSpeed says which devices a process sees. ROCm's HIP_VISIBLE_DEVICES
 # and ROCR_VISIBLE_DEVICES are not here: they renumber beneath, DeepSpeed leaves them alone, and so the ranks get
 # what they name.
@@ -54,12 +56,7 @@ def is_here(host: str) -> bool:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return False
-    return any(_can_listen(family, address[0], 0) for family, _, _, _, address in found)
-
-
-def is_free(port: int) -> bool:
-    """Whether nobody on this machine listens on a TCP port."""
-    return _can_listen(socket.AF_INET, "", port)
+    return any(_can_listen(family, address[0]) for family, _, _, _, address in found)
 
 
 def free_port() -> int:
@@ -72,12 +69,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _can_listen(family: int, address: str | int, port: int) -> bool:
+def _can_listen(family: int, address: str | int) -> bool:
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # What an ended run leaves behind for a minute does not count; one who listens does.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((address, port))
+            probe.bind((address, 0))
         except OSError:
             return False
     return True

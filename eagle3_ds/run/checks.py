@@ -32,6 +32,8 @@ from eagle3_ds.config import (
 from eagle3_ds.data.sources import expand_sources
 from eagle3_ds.draft import check_tile_bytes, slots_per_tile
 from eagle3_ds.kernels import select_kernel
+from eagle3_ds.launch import hosts
+from eagle3_ds.launch.command import LaunchPlan
 from eagle3_ds.targets import (
     check_parallel,
     check_supported,
@@ -89,6 +91,14 @@ def check_deepspeed(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
     if complaints:
         raise ValueError("\n  ".join([f"{recipe.deepspeed}:", *complaints]))
     return filled
+
+
+def check_places(recipe: Recipe, plan: LaunchPlan, launcher: str | None) -> None:
+    """Raises ValueError when a host of the run cannot be reached, differs from this one or shares too little."""
+    folders = [Path(recipe.output_dir), Path(recipe.data.cache_dir)]
+    # A target that is still to be built, or to come from the hub, is looked for by the ranks.
+    paths = [Path(recipe.deepspeed), *(path for path in [Path(recipe.target.path)] if path.is_dir())]
+    hosts.check_places(plan, launcher, folders, paths)
 
 
 def target_shape(recipe: Recipe, dry_run: bool) -> TargetShape | None:

@@ -81,6 +81,39 @@ def write_recipe(inputs: Path, shape: Shape, output: Path) -> Path:
     return path
 
 
+def test_hosts_are_reached_before_anything_starts(hosts: TwoHosts, inputs: Path, tmp_path: Path) -> None:
+    doctor = [str(ROOT / "launch.sh"), "doctor", "--hostfile"]
+    log = tmp_path / "doctor.log"
+    assert hosts.start([*doctor, str(hosts.hostfile)], ROOT, log).wait() == 0, log.read_text()
+    assert log.read_text().count(": reached, the same versions, code and folder; 2 slots") == 2
+    # An address of the same kind that no host has.
+    far = tmp_path / "far"
+    far.write_text(hosts.hostfile.read_text().replace(two_hosts.ADDRESSES[1], "198.18.0.3"))
+    assert hosts.start([*doctor, str(far)], ROOT, log).wait() == 1
+    assert "broken: 198.18.0.3: ssh does not get there" in log.read_text()
+    output = tmp_path / "output"
+    recipe = write_recipe(inputs, RING, output)
+    process, log = launch(hosts, recipe, "--num_gpus", "1", "--hostfile", str(far))
+    assert process.wait(LIMIT_SECONDS) == 2, log.read_text()
+    last = log.read_text().rstrip().splitlines()[-1]
+    assert "198.18.0.3: ssh does not get there" in last and "Traceback" not in log.read_text()
+    assert not list(output.glob("*"))
+
+
+def test_the_ranks_of_one_host_left_run_there(
+    hosts: TwoHosts, inputs: Path, reference: list[float], tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    process, log = launch(hosts, write_recipe(inputs, RING, output), "--include", two_hosts.ADDRESSES[1])
+    here, there = 0, 0
+    while process.poll() is None:
+        here, there = max(here, len(hosts.ranks(0))), max(there, len(hosts.ranks(1)))
+        time.sleep(0.1)
+    assert process.returncode == 0, log.read_text()
+    assert (here, there) == (0, 2)
+    assert losses(output) == pytest.approx(reference, rel=TOLERANCE)
+
+
 def test_zero3_over_both_hosts_survives_the_death_of_one(
     hosts: TwoHosts, inputs: Path, reference: list[float], tmp_path: Path
 ) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from eagle3_ds.config import load_recipe
-from eagle3_ds.guard.identity import PACKAGES, code_digest, differences, own_identity
+from eagle3_ds.guard.identity import differences, own_identity
+from eagle3_ds.launch.hosts import PACKAGES
+from eagle3_ds.launch.probe import code_digest
 
 ROOT = Path(__file__).parents[2]
 

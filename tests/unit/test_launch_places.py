@@ -19,7 +19,8 @@ from eagle3_ds.launch.command import (
     resolve_hosts,
     write_environment_file,
 )
-from eagle3_ds.launch.places import VISIBLE, free_port, is_free, is_here, visible_devices
+from eagle3_ds.launch.places import VISIBLE, free_port, is_here, visible_devices
+from eagle3_ds.launch.probe import is_free
 
 ROOT = Path(__file__).parents[2]
 CUDA = "CUDA_VISIBLE_DEVICES"

@@ -1,0 +1,173 @@
+"""Every host is reached before anything starts: by ssh, all at once, within seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from eagle3_ds.launch import probe
+from eagle3_ds.launch.command import MPI_LAUNCHERS, LaunchPlan
+from eagle3_ds.launch.probe import is_free
+
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy", "pydantic")
+CONNECT_SECONDS = 5
+# A host that is there may still have to read Python from a slow file system.
+ANSWER_SECONDS = 20.0
+_MOST_AT_ONCE = 64
+# Without these a Python may not start there, or find its packages.
+_CARRIED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
+# What DeepSpeed looks for when it is to start ranks by a launcher.
+_PROGRAMS: Mapping[str, str] = {
+    "pdsh": "pdsh",
+    "slurm": "sinfo",
+    "openmpi": "ompi_info",
+    "mpich": "mpirun",
+    "impi": "mpirun",
+    "mvapich": "mpiname",
+}
+
+
+def check_places(
+    plan: LaunchPlan, launcher: str | None, folders: Sequence[Path], paths: Sequence[Path]
+) -> None:
+    """Judge what a run needs of its hosts: the launcher's program, a free port, and each host as `reach` does.
+
+    Raises:
+        ValueError: all that is wrong, each with its host and the fix.
+    """
+    problems = []
+    if plan.exported is None:
+        if plan.port is not None and not is_free(plan.port):
+            problems.append(_busy("this machine", plan.port))
+    else:
+        program = _PROGRAMS[launcher or "pdsh"]
+        if shutil.which(program) is None:
+            instead = "pdsh" if launcher in ("slurm", *MPI_LAUNCHERS) else "slurm"
+            problems.append(
+                f"--launcher {launcher or 'pdsh'}: there is no {program} on this machine's PATH. Install it, or use "
+                f"another, e.g. --launcher {instead}."
+            )
+        problems += reach(plan.by_ssh, folders, paths, plan.port)
+    if problems:
+        raise ValueError("\n  ".join(["The hosts are not ready, so nothing was started:", *problems]))
+
+
+def reach(
+    hosts: Sequence[str], folders: Sequence[Path], paths: Sequence[Path] = (), port: int | None = None
+) -> list[str]:
+    """Ask every host at once: does ssh get there, is the environment the same, are the folders shared?
+
+    Args:
+        folders: must be shared; each gets a file for as long as this takes.
+        paths: must be there.
+        port: must be free on the first host.
+
+    Returns:
+        What is wrong, one line for each host that cannot be used as it is; empty when all can.
+    """
+    if not hosts:
+        return []
+    if shutil.which("ssh") is None:
+        return [
+            "there is no ssh on this machine's PATH, so no host can be reached. Install OpenSSH's client."
+        ]
+    with _marked(folders) as marks:
+        question = {
+            "packages": PACKAGES,
+            "code": str(Path(__file__).parents[1]),
+            "paths": [*marks, *(str(path.resolve()) for path in paths)],
+            "port": None,
+        }
+        own = probe.answer(question)["versions"]
+        with ThreadPoolExecutor(min(len(hosts), _MOST_AT_ONCE)) as pool:
+            asked = [{**question, "port": port if host == hosts[0] else None} for host in hosts]
+            answers = list(pool.map(_ask, hosts, asked))
+    return [
+        line
+        for host, found in zip(hosts, answers, strict=True)
+        for line in ([found] if isinstance(found, str) else _judge(host, found, own, marks, port))
+    ]
+
+
+@contextmanager
+def _marked(folders: Sequence[Path]) -> Iterator[Mapping[str, Path]]:
+    """A file in each folder by whose name other hosts know that it is the same folder; gone afterwards."""
+    with ExitStack() as stack:
+        marks = {}
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark = stack.enter_context(NamedTemporaryFile(dir=folder.resolve(), prefix=".seen-by-all-hosts-"))
+            marks[mark.name] = folder
+        yield marks
+
+
+def _ask(host: str, question: Mapping[str, Any]) -> dict[str, Any] | str:
+    """A host's answer, or why there is none."""
+    carried = [f"{name}={os.environ[name]}" for name in _CARRIED if os.environ.get(name)]
+    there = shlex.join(["env", *carried, sys.executable, "-", json.dumps(question)])
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
+    try:
+        done = subprocess.run(
+            ["ssh", *options, host, f"cd {shlex.quote(os.getcwd())} && {there}"],
+            input=Path(probe.__file__).read_text(encoding="utf-8"),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=ANSWER_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"{host}: no answer within {ANSWER_SECONDS:.0f} s. See whether `ssh {host} true` ends."
+    # A shell's greeting may stand before it.
+    last = done.stdout.strip().rpartition("\n")[2]
+    if done.returncode == 0 and last.startswith("{"):
+        return dict(json.loads(last))
+    said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    # This status is ssh's own; any other is of what it started there.
+    if done.returncode == 255:
+        return (
+            f"{host}: ssh does not get there ({said}). `ssh {host} true` must end without a question: check the "
+            "name, the key and the known host keys, or leave the host out by --exclude."
+        )
+    return (
+        f"{host}: Python does not run there as it does here ({said}). The same checkout ({os.getcwd()}) and "
+        f"environment ({sys.executable}) must be there, at the same paths."
+    )
+
+
+def _judge(
+    host: str, found: Mapping[str, Any], own: Mapping[str, str], marks: Mapping[str, Path], port: int | None
+) -> list[str]:
+    """What is wrong with a host that has answered."""
+    lines = []
+    different = [
+        f"{what} is {found['versions'].get(what)} there and {value} here"
+        for what, value in own.items()
+        if found["versions"].get(what) != value
+    ]
+    if different:
+        lines.append(f"{host}: {'; '.join(different)}. Use the same checkout and environment on all hosts.")
+    for path in found["missing"]:
+        if path in marks:
+            lines.append(
+                f"{host}: {marks[path]} is not the same folder there as here. Put it on storage that all hosts share."
+            )
+        else:
+            lines.append(f"{host}: {path} is not there. Put it on storage that all hosts share, or copy it.")
+    if not found["free"] and port is not None:
+        lines.append(_busy(host, port))
+    return lines
+
+
+def _busy(host: str, port: int) -> str:
+    return f"{host}: somebody listens on port {port} already. Leave --master_port out for a free one, or give another."

@@ -1,0 +1,60 @@
+"""What a host says of itself before ranks start there. Sent to it through ssh and run by its Python, so that it needs
+nothing of this project there: only the standard library is imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import socket
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+def code_digest(folder: Path) -> str:
+    """Of every Python source below a folder, by its name and contents."""
+    value = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        value.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    return value.hexdigest()[:16]
+
+
+def answer(question: dict[str, Any]) -> dict[str, Any]:
+    """What is asked: packages, where the code is, files that must be there, a port that must be free, or null.
+
+    Returns:
+        `versions` by what has them, the files that are `missing`, and whether the port is `free`.
+    """
+    code = Path(question["code"])
+    versions = {"Python": platform.python_version()}
+    versions.update({package: _version(package) for package in question["packages"]})
+    versions["code of eagle3_ds"] = code_digest(code) if code.is_dir() else "not there"
+    missing = [path for path in question["paths"] if not Path(path).exists()]
+    free = question["port"] is None or is_free(question["port"])
+    return {"versions": versions, "missing": missing, "free": free}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody on this machine listens on a TCP port."""
+    with socket.socket() as probe:
+        # What an ended run leaves behind for a minute does not count; one who listens does.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+if __name__ == "__main__":
+    print(json.dumps(answer(json.loads(sys.argv[1]))))

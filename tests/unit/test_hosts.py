@@ -1,0 +1,146 @@
+"""Hosts are asked before anything starts. An `ssh` of our own stands for the network: each name is a kind of host."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from eagle3_ds.cli import doctor
+from eagle3_ds.cli.main import main
+from eagle3_ds.launch import hosts
+from eagle3_ds.launch.hosts import reach
+from eagle3_ds.launch.places import free_port
+
+ROOT = Path(__file__).parents[2]
+SSH = """#!/bin/sh
+while [ "$1" = -o ]; do shift 2; done
+case "$1" in
+    good*) exec sh -c "$2" ;;
+    chatty) echo welcome; exec sh -c "$2" ;;
+    alone) sh -c "$(echo "$2" | sed 's/seen-by-all/unseen/g')" | sed 's/unseen/seen-by-all/g' ;;
+    other) exec sh -c "$(echo "$2" | sed 's/"torch"/"torhc"/')" ;;
+    bare) echo "no python" >&2; exit 127 ;;
+    slow) exec sleep 30 ;;
+    *) echo "ssh: connect to host $1 port 22: No route to host" >&2; exit 255 ;;
+esac
+"""
+
+
+@pytest.fixture(autouse=True)
+def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in {"ssh": SSH, "pdsh": "#!/bin/sh\nexit 9\n"}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(hosts, "ANSWER_SECONDS", 10.0)
+    yield
+    assert not list(tmp_path.glob("**/.seen-by-all-hosts-*"))
+
+
+def test_hosts_that_are_ready(tmp_path: Path) -> None:
+    assert reach(("good-1", "chatty", "good-2"), [tmp_path / "output"], [ROOT], free_port()) == []
+    assert reach((), [tmp_path]) == []
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [
+        (
+            "down",
+            "ssh does not get there (ssh: connect to host down port 22: No route to host). `ssh down true`",
+        ),
+        ("bare", f"Python does not run there as it does here (no python). The same checkout ({ROOT})"),
+        ("alone", "is not the same folder there as here. Put it on storage that all hosts share"),
+        ("other", "torch is None there and "),
+    ],
+)
+def test_a_host_that_is_not_ready_is_named_with_the_fix(tmp_path: Path, host: str, words: str) -> None:
+    (line,) = reach(("good", host), [tmp_path / "output"])
+    assert line.startswith(f"{host}: ") and words in line
+
+
+def test_all_hosts_are_asked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "ANSWER_SECONDS", 1.0)
+    start = time.monotonic()
+    lines = reach(("slow", "down", "down-2"), [tmp_path])
+    assert time.monotonic() - start < 5
+    assert [line.partition(":")[0] for line in lines] == ["slow", "down", "down-2"]
+    assert "no answer within 1 s" in lines[0]
+
+
+def test_what_is_not_there_and_a_port_that_is_taken(tmp_path: Path) -> None:
+    with socket.socket() as busy:
+        busy.bind(("", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        missing, taken = reach(("good", "good-2"), [], [tmp_path / "model"], port)[:2]
+    assert (
+        missing
+        == f"good: {tmp_path / 'model'} is not there. Put it on storage that all hosts share, or copy it."
+    )
+    assert taken.startswith(f"good: somebody listens on port {port} already")
+
+
+def test_no_ssh_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "there is no ssh" in reach(("good",), [])[0]
+
+
+def launched(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> str:
+    """What `launch` says when it refuses, and that it started nothing."""
+    assert main(["launch", "recipes/quickstart.yaml", f"output_dir={folder / 'run'}", *arguments]) == 2
+    assert not list((folder / "run").glob("*"))
+    return capsys.readouterr().err
+
+
+def test_launch_asks_every_host_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("down slots=2\nbare slots=2\n")
+    said = launched(capsys, tmp_path, "--hostfile", str(path), f"data.cache_dir={tmp_path / 'cache'}")
+    assert "The hosts are not ready, so nothing was started:" in said
+    assert "\n  down: ssh does not get there" in said and "\n  bare: Python does not run there" in said
+    path.write_text("down slots=4\n")
+    assert "down: ssh" in launched(
+        capsys, tmp_path, "--hostfile", str(path), f"data.cache_dir={tmp_path / 'cache'}"
+    )
+
+
+def test_a_launcher_that_is_not_installed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("good slots=2\ngood-2 slots=2\n")
+    arguments = ("--hostfile", str(path), f"data.cache_dir={tmp_path / 'cache'}")
+    said = launched(capsys, tmp_path, *arguments, "--launcher", "slurm")
+    assert "--launcher slurm: there is no sinfo on this machine's PATH" in said
+
+
+def test_a_port_of_this_machine_that_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        said = launched(capsys, tmp_path, "--master_port", str(port))
+    assert f"this machine: somebody listens on port {port} already" in said
+
+
+def test_doctor_reaches_the_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_kernel_table", lambda *_: ("kernels", []))
+    path = tmp_path / "hosts"
+    path.write_text("good slots=2\n")
+    console = Console(record=True, width=300)
+    assert doctor.run(["--hostfile", str(path)], console) == 0
+    assert "host good: reached, the same versions, code and folder; 2 slots" in console.export_text()
+    path.write_text("good slots=2\ndown slots=2\n")
+    assert doctor.run(["--hostfile", str(path)], console) == 1
+    said = console.export_text()
+    assert "broken: down: ssh does not get there" in said and "host good: reached" in said
+    assert not list(ROOT.glob(".seen-by-all-hosts-*"))
