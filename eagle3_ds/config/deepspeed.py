@@ -19,6 +19,7 @@ from eagle3_ds.config.deepspeed_keys import (
     OFFLOAD_KINDS,
     OFFLOAD_REFUSED,
     REFUSED,
+    SECTIONS,
     ZERO_KINDS,
     ZERO_REFUSED,
     Refusal,
@@ -38,8 +39,8 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON as the user wrote it.
 
     Raises:
-        ValueError: no such file, not a JSON object, a key given twice, or keys that are refused, unknown or
-            in the wrong place, or whose values are none of theirs (all of them are named).
+        ValueError: no such file, not a JSON object, a key given twice, or keys that are refused, unknown or in
+            the wrong place, or whose values are none of theirs (all of them are named).
     """
     path = Path(path)
     if not path.is_file():
@@ -59,28 +60,23 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
 
 
 def deepspeed_problems(config: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a DeepSpeed JSON by itself, whatever the recipe says; each names its key and the
-    fix.
-    """
-    problems = _wrong_keys(config, "", ALLOWED, REFUSED)
-    parts = [
-        ("data_types", DATA_TYPES_ALLOWED, DATA_TYPES_REFUSED),
-        ("zero_optimization", ZERO_KINDS, ZERO_REFUSED),
-    ]
-    for name, allowed, refused in parts:
-        part = config.get(name, {})
-        if isinstance(part, Mapping):
-            problems += _wrong_keys(part, f"{name}.", allowed, refused)
-        else:
-            problems.append(_no_object(name, part))
+    """What is wrong with a DeepSpeed JSON by itself, whatever the recipe says; each names its key and the fix."""
     zero = config.get("zero_optimization", {})
-    if isinstance(zero, Mapping):
-        problems += _wrong_values(zero, "zero_optimization.", ZERO_KINDS)
-        for name, kinds in OFFLOAD_KINDS.items():
-            if isinstance(zero.get(name), Mapping):
-                prefix = f"zero_optimization.{name}."
-                problems += _wrong_keys(zero[name], prefix, kinds, OFFLOAD_REFUSED)
-                problems += _wrong_values(zero[name], prefix, kinds)
+    inner = zero if isinstance(zero, Mapping) else {}
+    parts: list[tuple[str, Any, Mapping[str, str], Mapping[str, Refusal]]] = [
+        ("", config, ALLOWED, REFUSED),
+        ("data_types.", config.get("data_types"), DATA_TYPES_ALLOWED, DATA_TYPES_REFUSED),
+        *((f"{name}.", config.get(name), kinds, {}) for name, kinds in SECTIONS.items()),
+        ("zero_optimization.", zero, ZERO_KINDS, ZERO_REFUSED),
+        *(
+            (f"zero_optimization.{name}.", inner.get(name), kinds, OFFLOAD_REFUSED)
+            for name, kinds in OFFLOAD_KINDS.items()
+        ),
+    ]
+    problems = []
+    for prefix, part, kinds, refused in parts:
+        if isinstance(part, Mapping):
+            problems += [*_wrong_keys(part, prefix, kinds, refused), *_wrong_values(part, prefix, kinds)]
     problems += _autos(config, "")
     # What a stage has can be said only where all else is in order.
     return problems or _wrong_for_stage(zero)
@@ -118,27 +114,30 @@ def _suggestion(key: str, allowed: Collection[str]) -> str:
     }
     for place, keys in places.items():
         if key in keys:
-            return (
-                f"It belongs into `{place}`: move it there."
-                if place
-                else "It belongs at the top: move it there."
-            )
+            where = f"into `{place}`" if place else "at the top"
+            return f"It belongs {where}: move it there."
     near = difflib.get_close_matches(key, allowed, n=1)
     return f"Did you mean `{near[0]}`? Rename or remove it." if near else "Remove it."
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 _KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "switch": ("true or false", lambda value: value is None or isinstance(value, bool)),
     "size": (
         "a whole number from 0 on, without quotes",
-        lambda value: (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and 0 <= value < 2**63
-            and value % 1 == 0
-        ),
+        lambda value: _is_number(value) and 0 <= value < 2**63 and value % 1 == 0,
     ),
+    "count": (
+        "a whole number from 1 on, without quotes",
+        lambda value: value is None or (_is_number(value) and 1 <= value < 2**63 and value % 1 == 0),
+    ),
+    "number": ("a number, without quotes", _is_number),
+    "any": ("a value", lambda value: True),
     "text": ("a text", lambda value: value is None or isinstance(value, str)),
+    "section": ("a JSON object {...}", lambda value: isinstance(value, Mapping)),
     "object": ("a JSON object {...}", lambda value: value is None or isinstance(value, Mapping)),
 }
 
@@ -185,8 +184,8 @@ def _wrong_for_stage(zero: Mapping[str, Any]) -> list[str]:
             )
     if zero.get("zero_hpz_partition_size", 1) != 1 and stage < 3:
         problems.append(
-            f"`zero_optimization.zero_hpz_partition_size` does nothing at ZeRO stage {stage}. Set stage to "
-            "3, or remove it."
+            f"`zero_optimization.zero_hpz_partition_size` does nothing at ZeRO stage {stage}. Set stage to 3, or "
+            "remove it."
         )
     return problems
 

@@ -108,20 +108,48 @@ REFUSED: Mapping[str, Refusal] = {
     "progressive_layer_drop": _GONE,
 }
 
-ALLOWED = frozenset(
-    (
-        "aio", "comet", "comms_logger", "csv_monitor", "data_types", "disable_allgather", "disable_python_gc",
-        "dump_state", "flops_profiler", "log_level", "memory_breakdown", "steps_per_print", "tensorboard", "timers",
-        "vocabulary_size", "wall_clock_breakdown", "wandb", "zero_optimization",
-    )
-)  # fmt: skip
+ALLOWED: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "aio", "comet", "comms_logger", "csv_monitor", "data_types", "flops_profiler", "tensorboard", "timers",
+            "wandb", "zero_optimization",
+        ),
+        "section",
+    ),
+    **dict.fromkeys(
+        ("disable_allgather", "disable_python_gc", "dump_state", "memory_breakdown", "wall_clock_breakdown"), "switch"
+    ),
+    "log_level": "text",
+    "steps_per_print": "count",
+    "vocabulary_size": "count",
+}  # fmt: skip
+"""What may stand at the top, and as what."""
+
+SECTIONS: Mapping[str, Mapping[str, str]] = {
+    "flops_profiler": {
+        "enabled": "switch",
+        "recompute_fwd_factor": "number",
+        "profile_step": "count",
+        "module_depth": "number",
+        "top_modules": "count",
+        "detailed": "switch",
+        "output_file": "text",
+    },
+    "aio": {
+        **dict.fromkeys(("block_size", "queue_depth", "intra_op_parallelism"), "count"),
+        **dict.fromkeys(("single_submit", "overlap_events", "use_gds"), "switch"),
+    },
+    "timers": {"throughput": "object"},
+}
+"""Sections whose unknown keys and values DeepSpeed takes without looking at them."""
 
 DATA_TYPES_REFUSED: Mapping[str, Refusal] = {
     "param_dtype": _PRECISION,
     "buffer_dtype": _PRECISION,
     "keep_in_fp32_modules": _PRECISION,
 }
-DATA_TYPES_ALLOWED = frozenset(("grad_accum_dtype",))
+# Its value is judged beside the recipe.
+DATA_TYPES_ALLOWED: Mapping[str, str] = {"grad_accum_dtype": "any"}
 
 
 def _old_name(new: str) -> Refusal:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ from eagle3_ds.targets import (
     load_text_config,
     resolve_path,
 )
-from eagle3_ds.topology import Mesh, check_heads
+from eagle3_ds.topology import Mesh, check_heads, detect_accelerator
 
 RESOLVED = "recipe.resolved.yaml"
 # What only a run that got as far as training leaves behind, then what goes with it when it is overwritten.
@@ -85,6 +86,9 @@ def check_deepspeed(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
         filled = fill_deepspeed_config(user, recipe, mesh.world_size, mesh.draft_dp)
     except ValueError as error:
         raise ValueError(f"{recipe.deepspeed}: {error}") from error
+    if detect_accelerator() == "cpu":
+        # Told beforehand, DeepSpeed does not warn that it finds no other.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed takes seconds to import, which `--help` and `plan` shall not wait for.
     judge = importlib.import_module("eagle3_ds.train.deepspeed_config")
     complaints = judge.deepspeed_complaints(filled, user.keys())

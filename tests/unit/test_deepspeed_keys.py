@@ -22,6 +22,7 @@ from eagle3_ds.config.deepspeed_keys import (
     OFFLOAD_KINDS,
     OFFLOAD_REFUSED,
     REFUSED,
+    SECTIONS,
     ZERO_KINDS,
     ZERO_REFUSED,
 )
@@ -74,9 +75,9 @@ def test_every_key_that_deepspeed_reads_is_in_the_tables() -> None:
     watched = Watched(train_batch_size=1, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1)
     DeepSpeedConfig(watched)
     assert {"zero_optimization", "communication_data_type", "wandb"} <= watched.seen
-    assert watched.seen <= ALLOWED | set(REFUSED)
-    assert watched.seen >= ALLOWED
-    assert not ALLOWED & set(REFUSED)
+    assert watched.seen <= {*ALLOWED, *REFUSED}
+    assert watched.seen >= set(ALLOWED)
+    assert not set(ALLOWED) & set(REFUSED)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +147,9 @@ UNKNOWN = [
         "`zero_optimization.steps_per_print`",
         "belongs at the top",
     ),
+    ({"flops_profiler": {"profil_step": 3}}, "`flops_profiler.profil_step`", "Did you mean `profile_step`?"),
+    ({"aio": {"blocksize": 3}}, "`aio.blocksize`", "Did you mean `block_size`?"),
+    ({"timers": {"throughputs": {}}}, "`timers.throughputs`", "Did you mean `throughput`?"),
     ({"data_types": {"grad_acum_dtype": "fp32"}}, "`data_types.grad_acum_dtype`", "mean `grad_accum_dtype`?"),
 ]
 
@@ -158,6 +162,16 @@ def test_a_key_that_deepspeed_would_pass_over_is_refused_by_name(
     assert f"{key} is no key that DeepSpeed reads there" in said and fix in said
 
 
+@pytest.mark.parametrize("name", ["flops_profiler", "aio"])
+def test_the_sections_that_deepspeed_does_not_check(name: str) -> None:
+    section = Watched(none=None)
+    batch = dict.fromkeys(
+        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), 1
+    )
+    DeepSpeedConfig({**batch, name: section})
+    assert section.seen == set(SECTIONS[name])
+
+
 def test_all_wrong_keys_are_named_at_once(tmp_path: Path) -> None:
     config = {"zero_optimization": {"stage": "2", "overlap": True}, "offload_param": CPU, "fp16": {}}
     said = message(tmp_path, config)
@@ -166,6 +180,7 @@ def test_all_wrong_keys_are_named_at_once(tmp_path: Path) -> None:
 
 WRONG = [
     ({"zero_optimization": True}, "`zero_optimization` is true: it must be a JSON object"),
+    ({"zero_optimization": None}, "`zero_optimization` is null: it must be a JSON object"),
     ({"zero_optimization": 2}, "`zero_optimization` is 2: it must be a JSON object"),
     ({"zero_optimization": {"stage": "2"}}, '`zero_optimization.stage` is "2": it must be a whole number'),
     ({"zero_optimization": {"stage": None}}, "`zero_optimization.stage` is null: it must be a whole number"),
@@ -194,6 +209,12 @@ WRONG = [
         {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}},
         '`zero_optimization.reduce_bucket_size` is "auto", which only Hugging Face\'s Trainer fills in',
     ),
+    ({"steps_per_print": "10"}, '`steps_per_print` is "10": it must be a whole number from 1 on'),
+    ({"steps_per_print": 0}, "`steps_per_print` is 0: it must be a whole number from 1 on"),
+    ({"wall_clock_breakdown": "false"}, '`wall_clock_breakdown` is "false": it must be true or false'),
+    ({"flops_profiler": {"enabled": "yes"}}, '`flops_profiler.enabled` is "yes": it must be true or false'),
+    ({"comms_logger": True}, "`comms_logger` is true: it must be a JSON object"),
+    ({"wandb": "on"}, '`wandb` is "on": it must be a JSON object'),
     ({"steps_per_print": "auto"}, '`steps_per_print` is "auto"'),
     ({"zero_optimization": "auto"}, '`zero_optimization` is "auto"'),
     ({"wandb": {"enabled": "auto"}}, '`wandb.enabled` is "auto"'),
