@@ -91,7 +91,8 @@ def _wrong_keys(
         if key in refused:
             if key not in ALREADY_SO or not _is_same(value, ALREADY_SO[key]):
                 reason, fix = refused[key]
-                problems.append(f"`{prefix}{key}` is refused: {reason}. {fix}")
+                said = "" if isinstance(value, Mapping | list) else f" (it is {json.dumps(value)})"
+                problems.append(f"`{prefix}{key}` is refused: {reason}{said}. {fix}")
         elif key not in allowed:
             problems.append(
                 f"`{prefix}{key}` is no key that DeepSpeed reads there. {_suggestion(key, allowed)}"

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eagle3_ds.config import Recipe, read_text
-from eagle3_ds.launch.places import VISIBLE, free_port, is_here, visible_devices
+from eagle3_ds.launch.places import VISIBLE, free_port, visible_devices
+from eagle3_ds.launch.probe import is_here
 
 SUPERVISOR_MODULE = "eagle3_ds.launch.supervisor"
 SUPERVISOR_FILE = Path(__file__).parent / "supervisor.py"
@@ -59,6 +60,7 @@ class LaunchPlan:
             them.
         port: where rank 0 listens; None: not known.
         by_ssh: hosts that ssh must reach.
+        address: of the first host, where the user has given one.
     """
 
     hosts: Mapping[str, tuple[int, ...]]
@@ -68,6 +70,7 @@ class LaunchPlan:
     exported: Mapping[str, str] | None
     port: int | None = None
     by_ssh: tuple[str, ...] = ()
+    address: str | None = None
 
     @property
     def world_size(self) -> int:
@@ -324,7 +327,7 @@ def plan_launch(
     environment["DS_ENV_FILE"] = str(output_dir / "deepspeed.env")
     by_ssh = () if options.launcher == "slurm" else tuple(hosts)
     command = _command(options, hosts, port, script)
-    return LaunchPlan(dict(hosts), command, logs, environment, exported, port, by_ssh)
+    return LaunchPlan(dict(hosts), command, logs, environment, exported, port, by_ssh, options.master_addr)
 
 
 def _starts_here(options: LaunchOptions, hosts: Mapping[str, tuple[int, ...]]) -> bool:

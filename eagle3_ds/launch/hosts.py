@@ -57,13 +57,17 @@ def check_places(
                 f"--launcher {launcher or 'pdsh'}: there is no {program} on this machine's PATH. Install it, or use "
                 f"another, e.g. --launcher {instead}."
             )
-        problems += reach(plan.by_ssh, folders, paths, plan.port)
+        problems += reach(plan.by_ssh, folders, paths, plan.port, plan.address)
     if problems:
         raise ValueError("\n  ".join(["The hosts are not ready, so nothing was started:", *problems]))
 
 
 def reach(
-    hosts: Sequence[str], folders: Sequence[Path], paths: Sequence[Path] = (), port: int | None = None
+    hosts: Sequence[str],
+    folders: Sequence[Path],
+    paths: Sequence[Path] = (),
+    port: int | None = None,
+    address: str | None = None,
 ) -> list[str]:
     """Ask every host at once: does ssh get there, is the environment the same, are the folders shared?
 
@@ -71,6 +75,7 @@ def reach(
         folders: must be shared; each gets a file for as long as this takes.
         paths: must be there.
         port: must be free on the first host.
+        address: must be the first host's.
 
     Returns:
         What is wrong, one line for each host that cannot be used as it is; empty when all can.
@@ -87,10 +92,12 @@ def reach(
             "code": str(Path(__file__).parents[1]),
             "paths": [*marks, *(str(path.resolve()) for path in paths)],
             "port": None,
+            "address": None,
         }
         own = probe.answer(question)["versions"]
         with ThreadPoolExecutor(min(len(hosts), _MOST_AT_ONCE)) as pool:
-            asked = [{**question, "port": port if host == hosts[0] else None} for host in hosts]
+            first = {**question, "port": port, "address": address}
+            asked = [first, *[question] * (len(hosts) - 1)]
             answers = list(pool.map(_ask, hosts, asked))
     return [
         line
@@ -166,6 +173,11 @@ def _judge(
             lines.append(f"{host}: {path} is not there. Put it on storage that all hosts share, or copy it.")
     if not found["free"] and port is not None:
         lines.append(_busy(host, port))
+    if not found["own"]:
+        lines.append(
+            f"{host}: --master_addr is not an address of this host, where rank 0 runs. Leave it out, or give one of "
+            "its own."
+        )
     return lines
 
 

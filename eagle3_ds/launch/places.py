@@ -48,17 +48,6 @@ def visible_devices(accelerator: str, environ: Mapping[str, str]) -> tuple[int, 
     return numbers
 
 
-def is_here(host: str) -> bool:
-    """Whether a host of a hostfile is this machine: one of its addresses can be listened on."""
-    if host in ("localhost", socket.gethostname()):
-        return True
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        return False
-    return any(_can_listen(family, address[0]) for family, _, _, _, address in found)
-
-
 def free_port() -> int:
     """A TCP port that nobody listens on now, so that runs on one machine do not meet."""
     for port in random.SystemRandom().sample(_PORTS, _TRIES):
@@ -67,12 +56,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
-
-
-def _can_listen(family: int, address: str | int) -> bool:
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind((address, 0))
-        except OSError:
-            return False
-    return True

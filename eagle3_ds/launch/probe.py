@@ -23,10 +23,11 @@ def code_digest(folder: Path) -> str:
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
-    """What is asked: packages, where the code is, files that must be there, a port that must be free, or null.
+    """What is asked: packages, where the code is, files that must be there, and of the first host the port that must
+    be free and the address that must be its own, or null.
 
     Returns:
-        `versions` by what has them, the files that are `missing`, and whether the port is `free`.
+        `versions` by what has them, the files that are `missing`, whether the port is `free` and the address `own`.
     """
     code = Path(question["code"])
     versions = {"Python": platform.python_version()}
@@ -34,7 +35,8 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     versions["code of eagle3_ds"] = code_digest(code) if code.is_dir() else "not there"
     missing = [path for path in question["paths"] if not Path(path).exists()]
     free = question["port"] is None or is_free(question["port"])
-    return {"versions": versions, "missing": missing, "free": free}
+    own = question["address"] is None or is_here(question["address"])
+    return {"versions": versions, "missing": missing, "free": free, "own": own}
 
 
 def _version(package: str) -> str:
@@ -51,6 +53,26 @@ def is_free(port: int) -> bool:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def is_here(host: str) -> bool:
+    """Whether a host's name or address is this machine's: one of its addresses can be listened on."""
+    if host in ("localhost", socket.gethostname()):
+        return True
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    return any(_can_listen(family, address[0]) for family, _, _, _, address in found)
+
+
+def _can_listen(family: int, address: str | int) -> bool:
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((address, 0))
         except OSError:
             return False
     return True

@@ -91,6 +91,12 @@ def test_what_is_not_there_and_a_port_that_is_taken(tmp_path: Path) -> None:
     assert taken.startswith(f"good: somebody listens on port {port} already")
 
 
+def test_rank_0_listens_on_an_address_of_its_own_host(tmp_path: Path) -> None:
+    assert reach(("good", "good-2"), [], address="127.0.0.1") == []
+    (line,) = reach(("good", "good-2"), [], address="192.0.2.1")
+    assert line.startswith("good: --master_addr is not an address of this host, where rank 0 runs")
+
+
 def test_no_ssh_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "there is no ssh" in reach(("good",), [])[0]

@@ -19,8 +19,8 @@ from eagle3_ds.launch.command import (
     resolve_hosts,
     write_environment_file,
 )
-from eagle3_ds.launch.places import VISIBLE, free_port, is_here, visible_devices
-from eagle3_ds.launch.probe import is_free
+from eagle3_ds.launch.places import VISIBLE, free_port, visible_devices
+from eagle3_ds.launch.probe import is_free, is_here
 
 ROOT = Path(__file__).parents[2]
 CUDA = "CUDA_VISIBLE_DEVICES"
