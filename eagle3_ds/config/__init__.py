@@ -2,7 +2,7 @@
 meant.
 """
 
-from eagle3_ds.config.deepspeed import fill_deepspeed_config, load_deepspeed_config
+from eagle3_ds.config.deepspeed import fill_deepspeed_config, load_deepspeed_config, missing_packages
 from eagle3_ds.config.load import dump_recipe, load_recipe, recipe_differences
 from eagle3_ds.config.schema import (
     AttentionSection,
@@ -35,6 +35,7 @@ __all__ = [
     "fill_deepspeed_config",
     "load_deepspeed_config",
     "load_recipe",
+    "missing_packages",
     "read_text",
     "recipe_differences",
 ]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import importlib.util
 import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from eagle3_ds.config.deepspeed_keys import (
     ALREADY_SO,
     DATA_TYPES_ALLOWED,
     DATA_TYPES_REFUSED,
+    MONITORS,
     OFFLOAD_KINDS,
     OFFLOAD_REFUSED,
     REFUSED,
@@ -80,6 +82,18 @@ def deepspeed_problems(config: Mapping[str, Any]) -> list[str]:
     problems += _autos(config, "")
     # What a stage has can be said only where all else is in order.
     return problems or _wrong_for_stage(zero)
+
+
+def missing_packages(config: Mapping[str, Any]) -> list[str]:
+    """Monitors that are switched on and whose package is not installed here; each line names the fix."""
+    return [
+        f"`{name}.enabled` is true, but the package {package} is not installed here. Install it "
+        f"(pip install {package}), or set it to false."
+        for name, package in MONITORS.items()
+        if isinstance(section := config.get(name), Mapping)
+        and section.get("enabled")
+        and importlib.util.find_spec(package) is None
+    ]
 
 
 def _wrong_keys(

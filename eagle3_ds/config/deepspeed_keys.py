@@ -148,6 +148,9 @@ DATA_TYPES_REFUSED: Mapping[str, Refusal] = {
     "buffer_dtype": _PRECISION,
     "keep_in_fp32_modules": _PRECISION,
 }
+MONITORS: Mapping[str, str] = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+"""The package that each monitor's first rank imports when it starts."""
+
 # Its value is judged beside the recipe.
 DATA_TYPES_ALLOWED: Mapping[str, str] = {"grad_accum_dtype": "any"}
 

@@ -28,6 +28,7 @@ from eagle3_ds.config import (
     fill_deepspeed_config,
     load_deepspeed_config,
     load_recipe,
+    missing_packages,
     recipe_differences,
 )
 from eagle3_ds.data.sources import expand_sources
@@ -91,7 +92,7 @@ def check_deepspeed(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed takes seconds to import, which `--help` and `plan` shall not wait for.
     judge = importlib.import_module("eagle3_ds.train.deepspeed_config")
-    complaints = judge.deepspeed_complaints(filled, user.keys())
+    complaints = [*judge.deepspeed_complaints(filled, user.keys()), *missing_packages(user)]
     if complaints:
         raise ValueError("\n  ".join([f"{recipe.deepspeed}:", *complaints]))
     return filled

@@ -13,7 +13,7 @@ import torch
 
 from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.attention.costs import choose_kv_exchange
-from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config
+from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, missing_packages
 from eagle3_ds.costs import Setup, ZeroSettings
 from eagle3_ds.plan import explain_shortage
 from eagle3_ds.targets import load_text_config, resolve_path
@@ -70,6 +70,8 @@ def deepspeed_files(recipe: Recipe, world: int) -> tuple[dict[str, ZeroSettings]
             if "zero_optimization" not in config:
                 raise ValueError(f"{path}: no `zero_optimization`, so it is no DeepSpeed configuration")
             fill_deepspeed_config(config, recipe, world, draft_dp)
+            for line in missing_packages(config):
+                raise ValueError(line)
         except (ValueError, OSError) as error:
             reason = str(error).removeprefix(f"{path}:").strip().splitlines()[0]
             notes.append(f"passed over {path}: {reason}")

@@ -4,21 +4,11 @@ starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import redirect_stdout
-from io import StringIO
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from deepspeed.monitor.utils import check_comet_availability, check_tb_availability, check_wandb_availability
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
-
-# What a monitor's rank asks for when it starts, and the package it names.
-_MONITORS: Mapping[str, tuple[Callable[[], None], str]] = {
-    "tensorboard": (check_tb_availability, "tensorboard"),
-    "wandb": (check_wandb_availability, "wandb"),
-    "comet": (check_comet_availability, "comet_ml>=3.41.0"),
-}
 
 
 def deepspeed_complaints(filled: Mapping[str, Any], keys: Collection[str]) -> list[str]:
@@ -28,7 +18,7 @@ def deepspeed_complaints(filled: Mapping[str, Any], keys: Collection[str]) -> li
     """
     error = _refusal(filled)
     if error is None:
-        return [line for name in _MONITORS if (line := _missing_package(filled, name))]
+        return []
     owned = {key: value for key, value in filled.items() if key not in keys}
     found = [
         line
@@ -65,19 +55,3 @@ def _lines(key: str, error: Exception) -> list[str]:
         value = f" {detail['input']!r}" if not isinstance(detail["input"], Mapping) else ""
         lines.append(f"`{path}`: DeepSpeed refuses{value or ' it'}: {detail['msg']}. {fix}")
     return lines
-
-
-def _missing_package(filled: Mapping[str, Any], name: str) -> str | None:
-    check, package = _MONITORS[name]
-    if not filled.get(name, {}).get("enabled", False):
-        return None
-    try:
-        # It prints what it raises.
-        with redirect_stdout(StringIO()):
-            check()
-    except ImportError as error:
-        return (
-            f"`{name}.enabled` is true, but its package cannot be imported here ({error}). Install it "
-            f'(pip install "{package}"), or set it to false.'
-        )
-    return None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from eagle3_ds.config import Recipe, load_recipe
+from eagle3_ds.config.deepspeed_keys import MONITORS
 from eagle3_ds.run.memory_advice import advise_on_memory, deepspeed_files
 from eagle3_ds.targets import build_target
 
@@ -68,11 +69,15 @@ STRANGERS = {
     "hf.json": '{"fp16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}}',
     "nvme.json": '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}',
     "hpz.json": '{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}',
+    "monitor.json": '{"zero_optimization": {"stage": 2}, "wandb": {"enabled": true}}',
     "old.json": '{"zero_optimization": {"stage": 2, "cpu_offload": true}}',
 }
 
 
-def test_strangers_files_beside_the_recipes_are_passed_over(tmp_path: Path, recipe: Recipe) -> None:
+def test_strangers_files_beside_the_recipes_are_passed_over(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MONITORS, "wandb", "a_package_that_is_not_installed")  # type: ignore[arg-type]
     for name, text in STRANGERS.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "latin.json").write_bytes(b'{"a": "\xff"}')
