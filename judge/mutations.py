@@ -87,9 +87,7 @@ def mutate(name: str | None, case: Case) -> Iterator[None]:
             yield
     elif name == "unnormalised_overlap":
         if case.loss == "kl":
-            raise ValueError(
-                "unnormalised_overlap needs a loss that aims at acceptance. Use such a case."
-            )
+            raise ValueError("unnormalised_overlap needs a loss that aims at acceptance. Use such a case.")
         with ExitStack() as patches:
             for module in (tv, lk_alpha, lk_lambda):
                 patches.enter_context(mock.patch.object(module, "overlap", _unnormalised(module.overlap)))

@@ -41,8 +41,8 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON as the user wrote it.
 
     Raises:
-        ValueError: no such file, not a JSON object, a key given twice, or keys that are refused, unknown or in
-            the wrong place, or whose values are none of theirs (all of them are named).
+        ValueError: no such file, not a JSON object, a key given twice, or keys that are refused, unknown or
+            in the wrong place, or whose values are none of theirs (all of them are named).
     """
     path = Path(path)
     if not path.is_file():
@@ -62,7 +62,9 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
 
 
 def deepspeed_problems(config: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a DeepSpeed JSON by itself, whatever the recipe says; each names its key and the fix."""
+    """What is wrong with a DeepSpeed JSON by itself, whatever the recipe says; each names its key and the
+    fix.
+    """
     zero = config.get("zero_optimization", {})
     inner = zero if isinstance(zero, Mapping) else {}
     parts: list[tuple[str, Any, Mapping[str, str], Mapping[str, Refusal]]] = [
@@ -174,8 +176,8 @@ def _autos(value: Any, path: str) -> list[str]:
     """Every key whose value is `auto`."""
     if value == "auto":
         return [
-            f'`{path}` is "auto", which only Hugging Face\'s Trainer fills in. Write a value, or remove it for '
-            "DeepSpeed's own."
+            f'`{path}` is "auto", which only Hugging Face\'s Trainer fills in. Write a value, or remove it '
+            "for DeepSpeed's own."
         ]
     if not isinstance(value, Mapping):
         return []
@@ -199,14 +201,17 @@ def _wrong_for_stage(zero: Mapping[str, Any]) -> list[str]:
             )
     if zero.get("zero_hpz_partition_size", 1) != 1 and stage < 3:
         problems.append(
-            f"`zero_optimization.zero_hpz_partition_size` does nothing at ZeRO stage {stage}. Set stage to 3, or "
-            "remove it."
+            f"`zero_optimization.zero_hpz_partition_size` does nothing at ZeRO stage {stage}. Set stage to "
+            "3, or remove it."
         )
     return problems
 
 
 def _no_object(key: str, value: Any) -> str:
-    return f"`{key}` is {json.dumps(value)}: it must be a JSON object. Write {{...}} with its keys, or remove it."
+    return (
+        f"`{key}` is {json.dumps(value)}: it must be a JSON object. Write {{...}} with its keys, "
+        f"or remove it."
+    )
 
 
 def fill_deepspeed_config(

@@ -111,13 +111,15 @@ REFUSED: Mapping[str, Refusal] = {
 ALLOWED: Mapping[str, str] = {
     **dict.fromkeys(
         (
-            "aio", "comet", "comms_logger", "csv_monitor", "data_types", "flops_profiler", "tensorboard", "timers",
+            "aio", "comet", "comms_logger", "csv_monitor", "data_types", "flops_profiler", "tensorboard",
+            "timers",
             "wandb", "zero_optimization",
         ),
         "section",
     ),
     **dict.fromkeys(
-        ("disable_allgather", "disable_python_gc", "dump_state", "memory_breakdown", "wall_clock_breakdown"), "switch"
+        ("disable_allgather", "disable_python_gc", "dump_state", "memory_breakdown", "wall_clock_breakdown"),
+        "switch",
     ),
     "log_level": "text",
     "steps_per_print": "count",
@@ -183,9 +185,11 @@ ZERO_REFUSED: Mapping[str, Refusal] = {
     "save_muon_momentum_buffer_in_memory": _OPTIMIZER,
 }
 _SWITCHES = (
-    "contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce", "allgather_partitions", "overlap_comm",
+    "contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce", "allgather_partitions",
+    "overlap_comm",
     "load_from_fp32_weights", "ignore_unused_parameters", "round_robin_gradients", "parameter_alignment",
-    "memory_efficient_linear", "pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings",
+    "memory_efficient_linear", "pipeline_loading_checkpoint", "override_module_apply",
+    "log_trace_cache_warnings",
     "enable_sanity_checks",
 )  # fmt: skip
 _SIZES = (
@@ -196,7 +200,8 @@ _STAGE3_SWITCHES = (
     "gather_16bit_weights_on_model_save", "use_all_reduce_for_fetch_params", "allgather_sequential",
 )  # fmt: skip
 _STAGE3_SIZES = (
-    "prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters",
+    "prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold",
+    "max_live_parameters",
     "max_reuse_distance", "module_granularity_threshold",
 )  # fmt: skip
 

@@ -37,7 +37,9 @@ class ZeroSettings:
 
     @classmethod
     def of(cls, deepspeed_config: Mapping[str, Any]) -> ZeroSettings:
-        """From a DeepSpeed JSON that `load_deepspeed_config` has read: it has no other names for these than here."""
+        """From a DeepSpeed JSON that `load_deepspeed_config` has read: it has no other names for these than
+        here.
+        """
         zero = deepspeed_config.get("zero_optimization", {})
         stage = int(zero.get("stage", 0))
         overlap = zero.get("overlap_comm")

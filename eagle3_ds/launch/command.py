@@ -92,8 +92,8 @@ def resolve_hosts(
         environ: whose CUDA_VISIBLE_DEVICES, or what other vendors call it, counts; None: this process's.
 
     Raises:
-        ValueError: contradicting options, a hostfile that is not one, hosts or slots that do not exist or that
-            the environment hides.
+        ValueError: contradicting options, a hostfile that is not one, hosts or slots that do not exist or
+            that the environment hides.
     """
     _check_options(options)
     visible = _visible(options, accelerator, os.environ if environ is None else environ)
@@ -162,13 +162,15 @@ def _check_slots(
     hosts: Mapping[str, tuple[int, ...]],
     visible: tuple[int, ...] | None,
 ) -> None:
-    """Raises ValueError for slots that the launcher cannot give, or that the environment hides on this machine."""
+    """Raises ValueError for slots that the launcher cannot give, or that the environment hides on this
+    machine.
+    """
     if options.launcher == "slurm":
         uneven = len({len(slots) for slots in hosts.values()}) > 1
         if uneven or any(slots != tuple(range(len(slots))) for slots in hosts.values()):
             raise ValueError(
-                "--launcher slurm places ranks by number, so each host must have the same slots, counted from 0, "
-                f"but they are {dict(hosts)}. Choose whole hosts, or --num_gpus."
+                "--launcher slurm places ranks by number, so each host must have the same slots, counted "
+                f"from 0, but they are {dict(hosts)}. Choose whole hosts, or --num_gpus."
             )
     if visible is None:
         return
@@ -178,8 +180,8 @@ def _check_slots(
             shown = ",".join(map(str, visible))
             raise ValueError(
                 f"{host} is this machine, where {VISIBLE[accelerator]} leaves the devices {shown}, but slot "
-                f"{hidden[0]} is to be used. Choose them by --include {host}:{shown} (the hostfile's slots count "
-                f"all devices), or unset {VISIBLE[accelerator]}."
+                f"{hidden[0]} is to be used. Choose them by --include {host}:{shown} (the hostfile's slots "
+                f"count all devices), or unset {VISIBLE[accelerator]}."
             )
 
 
@@ -201,8 +203,8 @@ def _check_options(options: LaunchOptions) -> None:
         )
     if options.launcher in ("slurm", *MPI_LAUNCHERS) and options.hostfile is None:
         raise ValueError(
-            f"--launcher {options.launcher} needs --hostfile with the hosts to use: without one, DeepSpeed starts "
-            "all ranks on this machine by itself."
+            f"--launcher {options.launcher} needs --hostfile with the hosts to use: without one, DeepSpeed "
+            "starts all ranks on this machine by itself."
         )
     if options.master_port is not None and not 1 <= options.master_port <= 65535:
         raise ValueError(f"--master_port is {options.master_port}, but ports are 1 to 65535.")
@@ -343,8 +345,8 @@ def _starts_here(options: LaunchOptions, hosts: Mapping[str, tuple[int, ...]]) -
         return False
     if options.master_addr is not None and not is_here(options.master_addr):
         raise ValueError(
-            f"--master_addr is {options.master_addr}, but all ranks run on {host}, which is this machine and has no "
-            "such address. Leave it out."
+            f"--master_addr is {options.master_addr}, but all ranks run on {host}, which is this machine "
+            "and has no such address. Leave it out."
         )
     return True
 
@@ -355,8 +357,8 @@ def _local_command(
     if options.launcher == "torchrun":
         head = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={len(slots)}"]
         return (sys.executable, *head, "--master_addr=127.0.0.1", f"--master_port={port}", "-m", *script)
-    # --num_gpus means the first ones, whatever CUDA_VISIBLE_DEVICES says. On a CPU slots are but a number, and
-    # DeepSpeed would look for them among the NUMA nodes.
+    # --num_gpus means the first ones, whatever CUDA_VISIBLE_DEVICES says. On a CPU slots are but a number,
+    # and DeepSpeed would look for them among the NUMA nodes.
     if accelerator == "cpu" or slots == tuple(range(len(slots))):
         which = f"--num_gpus={len(slots)}"
     else:

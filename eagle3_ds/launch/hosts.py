@@ -40,7 +40,8 @@ _PROGRAMS: Mapping[str, str] = {
 def check_places(
     plan: LaunchPlan, launcher: str | None, folders: Sequence[Path], paths: Sequence[Path]
 ) -> None:
-    """Judge what a run needs of its hosts: the launcher's program, a free port, and each host as `reach` does.
+    """Judge what a run needs of its hosts: the launcher's program, a free port, and each host as `reach`
+    does.
 
     Raises:
         ValueError: all that is wrong, each with its host and the fix.
@@ -54,8 +55,8 @@ def check_places(
         if shutil.which(program) is None:
             instead = "pdsh" if launcher in ("slurm", *MPI_LAUNCHERS) else "slurm"
             problems.append(
-                f"--launcher {launcher or 'pdsh'}: there is no {program} on this machine's PATH. Install it, or use "
-                f"another, e.g. --launcher {instead}."
+                f"--launcher {launcher or 'pdsh'}: there is no {program} on this machine's PATH. Install "
+                f"it, or use another, e.g. --launcher {instead}."
             )
         problems += reach(plan.by_ssh, folders, paths, plan.port, plan.address)
     if problems:
@@ -143,8 +144,8 @@ def _ask(host: str, question: Mapping[str, Any]) -> dict[str, Any] | str:
     # This status is ssh's own; any other is of what it started there.
     if done.returncode == 255:
         return (
-            f"{host}: ssh does not get there ({said}). `ssh {host} true` must end without a question: check the "
-            "name, the key and the known host keys, or leave the host out by --exclude."
+            f"{host}: ssh does not get there ({said}). `ssh {host} true` must end without a question: check "
+            "the name, the key and the known host keys, or leave the host out by --exclude."
         )
     return (
         f"{host}: Python does not run there as it does here ({said}). The same checkout ({os.getcwd()}) and "
@@ -167,7 +168,8 @@ def _judge(
     for path in found["missing"]:
         if path in marks:
             lines.append(
-                f"{host}: {marks[path]} is not the same folder there as here. Put it on storage that all hosts share."
+                f"{host}: {marks[path]} is not the same folder there as here. Put it on storage that all "
+                f"hosts share."
             )
         else:
             lines.append(f"{host}: {path} is not there. Put it on storage that all hosts share, or copy it.")
@@ -175,11 +177,14 @@ def _judge(
         lines.append(_busy(host, port))
     if not found["own"]:
         lines.append(
-            f"{host}: --master_addr is not an address of this host, where rank 0 runs. Leave it out, or give one of "
-            "its own."
+            f"{host}: --master_addr is not an address of this host, where rank 0 runs. Leave it out, or "
+            "give one of its own."
         )
     return lines
 
 
 def _busy(host: str, port: int) -> str:
-    return f"{host}: somebody listens on port {port} already. Leave --master_port out for a free one, or give another."
+    return (
+        f"{host}: somebody listens on port {port} already. Leave --master_port out for a free one, "
+        f"or give another."
+    )

@@ -1,5 +1,5 @@
-"""What is known about a place before anything starts there: is it this machine, which devices may be used, which
-port is free.
+"""What is known about a place before anything starts there: is it this machine, which devices may be used,
+which port is free.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Mapping
 
 from eagle3_ds.launch.probe import is_free
 
-# The variable by which each accelerator's DeepSpeed says which devices a process sees. ROCm's HIP_VISIBLE_DEVICES
-# and ROCR_VISIBLE_DEVICES are not here: they renumber beneath, DeepSpeed leaves them alone, and so the ranks get
-# what they name.
+# The variable by which each accelerator's DeepSpeed says which devices a process sees. ROCm's
+# HIP_VISIBLE_DEVICES and ROCR_VISIBLE_DEVICES are not here: they renumber beneath, DeepSpeed leaves them
+# alone, and so the ranks get what they name.
 VISIBLE: Mapping[str, str] = {
     "cuda": "CUDA_VISIBLE_DEVICES",
     "npu": "ASCEND_RT_VISIBLE_DEVICES",
@@ -21,7 +21,8 @@ VISIBLE: Mapping[str, str] = {
     "sdaa": "SDAA_VISIBLE_DEVICES",
     "supa": "SUPA_VISIBLE_DEVICES",
 }
-# Below the ports that systems give to outgoing connections, so that none of these takes it while states are captured.
+# Below the ports that systems give to outgoing connections, so that none of these takes it while states are
+# captured.
 _PORTS = range(20_000, 30_000)
 _TRIES = 100
 
@@ -39,8 +40,8 @@ def visible_devices(accelerator: str, environ: Mapping[str, str]) -> tuple[int, 
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() for part in parts):
         raise ValueError(
-            f"{name} is {text!r}, but DeepSpeed's launcher knows devices by their numbers alone. Write these, "
-            f"e.g. {name}=0,1, or use --launcher torchrun, which leaves it as it is."
+            f"{name} is {text!r}, but DeepSpeed's launcher knows devices by their numbers alone. Write "
+            f"these, e.g. {name}=0,1, or use --launcher torchrun, which leaves it as it is."
         )
     numbers = tuple(map(int, parts))
     if len(set(numbers)) < len(numbers):

@@ -1,5 +1,5 @@
-"""What a host says of itself before ranks start there. Sent to it through ssh and run by its Python, so that it needs
-nothing of this project there: only the standard library is imported.
+"""What a host says of itself before ranks start there. Sent to it through ssh and run by its Python, so that
+it needs nothing of this project there: only the standard library is imported.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ def code_digest(folder: Path) -> str:
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
-    """What is asked: packages, where the code is, files that must be there, and of the first host the port that must
-    be free and the address that must be its own, or null.
+    """What is asked: packages, where the code is, files that must be there, and of the first host the port
+    that must be free and the address that must be its own, or null.
 
     Returns:
-        `versions` by what has them, the files that are `missing`, whether the port is `free` and the address `own`.
+        `versions` by what has them, the files that are `missing`, whether the port is `free` and the address
+            `own`.
     """
     code = Path(question["code"])
     versions = {"Python": platform.python_version()}

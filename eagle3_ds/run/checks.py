@@ -99,7 +99,9 @@ def check_deepspeed(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
 
 
 def check_places(recipe: Recipe, plan: LaunchPlan, launcher: str | None) -> None:
-    """Raises ValueError when a host of the run cannot be reached, differs from this one or shares too little."""
+    """Raises ValueError when a host of the run cannot be reached, differs from this one or shares too
+    little.
+    """
     folders = [Path(recipe.output_dir), Path(recipe.data.cache_dir)]
     # A target that is still to be built, or to come from the hub, is looked for by the ranks.
     paths = [Path(recipe.deepspeed), *(path for path in [Path(recipe.target.path)] if path.is_dir())]

@@ -52,7 +52,8 @@ def memory_per_rank(ranks_per_host: int) -> int:
 
 
 def deepspeed_files(recipe: Recipe, world: int) -> tuple[dict[str, ZeroSettings], list[str]]:
-    """ZeRO settings by file: the recipe's own first, then what lies beside it and would be taken instead of it.
+    """ZeRO settings by file: the recipe's own first, then what lies beside it and would be taken instead of
+    it.
 
     Other people's JSONs may lie there, so that what is none of ours is passed over.
 

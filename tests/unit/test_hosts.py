@@ -1,4 +1,6 @@
-"""Hosts are asked before anything starts. An `ssh` of our own stands for the network: each name is a kind of host."""
+"""Hosts are asked before anything starts. An `ssh` of our own stands for the network: each name is a kind of
+host.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Ranks start where they were meant to: devices that the environment leaves, hosts that are left, free ports."""
+"""Ranks start where they were meant to: devices that the environment leaves, hosts that are left, free
+ports.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def hostfile(tmp_path: Path) -> str:
 
 
 def started(plan: LaunchPlan, monkeypatch: pytest.MonkeyPatch, devices: int = 4) -> list[str]:
-    """The command that DeepSpeed's runner makes of a plan on a machine with so many devices; nothing is started."""
+    """The command that DeepSpeed's runner makes of a plan on a machine with so many devices; nothing is
+    started.
+    """
     runner = pytest.importorskip("deepspeed.launcher.runner")
     commands: list[list[str]] = []
 
