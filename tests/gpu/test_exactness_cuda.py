@@ -5,6 +5,7 @@ weights, bf16.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,10 @@ pytestmark = [
 ]
 
 
-def on_one_device(**factors: object) -> Case:
+def on_one_device(**factors: Any) -> Case:
     """A bf16 case of the matrix, with these factors."""
     base = full_matrix()[0]
-    fixed = {
+    fixed: dict[str, Any] = {
         "draft_dp": 1,
         "ring": 1,
         "ulysses": 1,

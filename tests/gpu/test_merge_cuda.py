@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,12 +23,16 @@ def test_fused_merge_equals_one_softmax(
 ) -> None:
     fused = {name: getattr(merge_triton, name) for name in ("fused_merge", "fused_merge_backward")}
     called = []
-    for name, function in fused.items():
-        monkeypatch.setattr(
-            merge_triton,
-            name,
-            lambda *a, name=name, function=function: (called.append(name), function(*a))[1],
-        )
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            called.append(name)
+            return fused[name](*arguments)
+
+        return call
+
+    for name in fused:
+        monkeypatch.setattr(merge_triton, name, counted(name))
     check_merge(shape, "cuda", dtype)
     assert called == list(fused)
 

@@ -51,7 +51,8 @@ def check_autograd(
     everyone = [share(r, *shapes[r]).requires_grad_() for r in range(size)]
     outputs = in_one_process(everyone)
     weights = [share(r, *outputs[r].shape, seed=1) for r in range(size)]
-    grads = torch.autograd.grad(sum((o * w).sum() for o, w in zip(outputs, weights, strict=True)), everyone)
+    loss = sum(((o * w).sum() for o, w in zip(outputs, weights, strict=True)), torch.zeros(()))
+    grads = torch.autograd.grad(loss, everyone)
     mine = everyone[rank].detach().clone().requires_grad_()
     output = on_rank(mine)
     torch.testing.assert_close(output, outputs[rank], rtol=0, atol=0)
@@ -113,8 +114,8 @@ def rows_case() -> None:
         total = sum(share(r, 3 * size, 2, dtype=dtype).double() for r in range(size))
         assert isinstance(total, Tensor) and scattered.dtype == dtype
         # bf16 sums round after every rank.
-        tolerance = {"rtol": 2e-2, "atol": 4e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-        torch.testing.assert_close(scattered, total[3 * rank : 3 * rank + 3].to(dtype), **tolerance)
+        rtol, atol = (2e-2, 4e-2) if dtype == torch.bfloat16 else (1e-5, 1e-5)
+        torch.testing.assert_close(scattered, total[3 * rank : 3 * rank + 3].to(dtype), rtol=rtol, atol=atol)
 
 
 def older_names_case() -> None:
@@ -157,7 +158,9 @@ def unpad_case(gather_dim: int, unpad_dim: int | None, padding: int) -> None:
 
 def ring_case() -> None:
     """Two hops under way at once, tensors of two dtypes, and the sent ones overwritten before they arrive."""
-    check_ring(dist.group.WORLD)
+    world = dist.group.WORLD
+    assert world is not None
+    check_ring(world)
 
 
 def ring_of_three_case() -> None:

@@ -125,7 +125,7 @@ def captured(target: str, output: Path) -> tuple[PackedSequence, PackedSequence,
     trainer = RolloutTrainer(make_recipe(target, output, 1, 1, 2))
     rollout = make_rollouts(target)[0]
     head = load_target(TargetSection(path=target), dtype="float32").head
-    given = replace(rollout, teacher_token=teacher_tokens(rollout.teacher, head))
+    given = replace(rollout, teacher_token=teacher_tokens(rollout.teacher[:], head))
     plan = plan_spans(trainer.recipe, rollout.lengths, rollout.loss_mask)
     return (
         trainer._pack(rollout),
@@ -152,7 +152,7 @@ def one_bad_rank(target: str, output: Path) -> tuple[str, float]:
     trainer = RolloutTrainer(make_recipe(target, output, 2, 1, 2))
     rank = trainer.trainer.topology.place.dp_rank
     good = make_rollouts(target)[rank]
-    aux = good.aux.clone()
+    aux = good.aux[:].clone()
     aux[11, 3] = float("nan")
     try:
         trainer.step(good if rank == 0 else replace(good, aux=aux))

@@ -22,5 +22,5 @@ def span_plans(
         edges = np.cumsum([0, *turns])
         for start, stop in zip(edges[1::2], edges[2::2], strict=False):
             live[start:stop] = True
-    degrees = (draw(st.integers(1, most)) for most in (ring, ulysses, chunks))
-    return SpanPlan.make(lengths, *degrees, live)
+    ring, ulysses, chunks = (draw(st.integers(1, most)) for most in (ring, ulysses, chunks))
+    return SpanPlan.make(lengths, ring, ulysses, chunks, live)

@@ -62,8 +62,9 @@ def job(tmp_path, way, seconds):
 def test_a_series_that_crashes_is_reported_and_no_success(tmp_path):
     found = gpu.run_series(job(tmp_path, "cuda", 120.0))
     assert [(m.length, m.figures) for m in found] == [(32, None)]
-    assert found[0].missing.startswith("failed: ")
-    assert "cannot run" in found[0].missing
+    missing = found[0].missing
+    assert missing is not None and missing.startswith("failed: ")
+    assert "cannot run" in missing
     record = {
         "tests": {"passed": True},
         "measurements": [{"missing": found[0].missing}],
@@ -106,7 +107,7 @@ def test_the_plan_measures_every_length_of_the_product_and_each_kernel_and_mode(
 
 
 def test_the_summary_compares_where_both_sides_have_figures():
-    ours = Figures(2.0, 50.0, 1e9, 1e10, 0.05, 100, loss=2.0, grad_norm=1.0, optimizer_seconds=0.1)
+    ours = Figures(2.0, 50.0, 10**9, 1e10, 0.05, 100, loss=2.0, grad_norm=1.0, optimizer_seconds=0.1)
     product, dense = (
         Series("product", "cuda", "recompute", (100, 200, 400)),
         Series("dense", "eager", None, (100, 200, 400)),

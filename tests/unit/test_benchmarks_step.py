@@ -81,7 +81,7 @@ def test_both_sides_are_measured_and_agree():
 def row_at(length, dense_bytes=None, missing=None):
     ours = Measured(1.0, length / 1.0, 10**6, 2.0, 3.0)
     dense = dense_bytes and replace(ours, seconds=4.0, peak_bytes=dense_bytes)
-    return Row(length, 1e9, 1e11, ours, 0.01, dense, missing)
+    return Row(length, 10**9, 1e11, ours, 0.01, dense, missing)
 
 
 def test_another_loss_or_gradient_fails():

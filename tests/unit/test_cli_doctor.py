@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -38,7 +40,7 @@ def test_a_kernel_that_does_not_hold_its_word_is_found(
 ) -> None:
     right = BlockwiseKernel.backward
 
-    def broken(self: BlockwiseKernel, dout: torch.Tensor, *rest: object) -> torch.Tensor:
+    def broken(self: BlockwiseKernel, dout: torch.Tensor, *rest: Any) -> torch.Tensor:
         if break_it == "raises":
             raise RuntimeError("no kernel image")
         return right(self, dout * 1.1, *rest)
@@ -61,7 +63,7 @@ def test_head_dim_must_be_a_size(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_measured_error_sees_a_wrong_row_without_keys() -> None:
     class Filled(BlockwiseKernel):
-        def forward(self, *arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+        def forward(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
             out, lse = super().forward(*arguments)
             return out, lse.nan_to_num(neginf=0.0)
 
@@ -74,7 +76,7 @@ def test_a_kernel_that_computes_wrongly_is_refused_before_training(monkeypatch: 
     class Scaled(BlockwiseKernel):
         name = "scaled"
 
-        def backward(self, *arguments: object) -> torch.Tensor:
+        def backward(self, *arguments: Any) -> torch.Tensor:
             return 1.01 * super().backward(*arguments)
 
     device = torch.device("cpu")

@@ -7,7 +7,6 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from test_data_import import FOREIGN, KINDS
 
 from eagle3_ds.cli.main import main
 from eagle3_ds.config import TargetSection
@@ -16,6 +15,7 @@ from eagle3_ds.run.import_check import compare_with_target
 from eagle3_ds.store import HiddenStateStore
 from eagle3_ds.store.foreign import open_foreign
 from eagle3_ds.targets import capture_hidden_states, load_target, teacher_tokens
+from tests.unit.test_data_import import FOREIGN, KINDS
 from tests.unit.test_data_store import filled
 
 RECIPE = """

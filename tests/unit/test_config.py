@@ -243,7 +243,10 @@ def test_gradients_accumulate_in_a_dtype_that_the_stage_can_have(
     tmp_path: Path, stage: int, dtype: str, accumulated: object, words: str | None
 ) -> None:
     recipe = load_recipe(write(tmp_path, MINIMAL), [f"train.dtype={dtype}"])
-    user = {"zero_optimization": {"stage": stage}, "data_types": {"grad_accum_dtype": accumulated}}
+    user: dict[str, dict[str, object]] = {
+        "zero_optimization": {"stage": stage},
+        "data_types": {"grad_accum_dtype": accumulated},
+    }
     if words is None:
         assert fill_deepspeed_config(user, recipe, 8, 2)["data_types"] == user["data_types"]
         return
@@ -258,7 +261,8 @@ def test_gradients_accumulate_in_a_dtype_that_the_stage_can_have(
 @pytest.mark.parametrize("key", ["zero_optimization", "data_types"])
 def test_a_part_of_the_deepspeed_json_that_is_no_object_is_refused(tmp_path: Path, key: str) -> None:
     recipe = load_recipe(write(tmp_path, MINIMAL))
-    for value in (True, None, []):
+    values: tuple[object, ...] = (True, None, [])
+    for value in values:
         with pytest.raises(ValueError, match=f"`{key}` is {re.escape(json.dumps(value))}: it must be"):
             fill_deepspeed_config({key: value}, recipe, 8, 2)
 

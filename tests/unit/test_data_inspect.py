@@ -46,7 +46,9 @@ def test_text_and_page(section):
     ] == [text for text, flag in inspection.pieces if flag]
     assert as_text(inspection, colour=False).plain.count(">>>") == 2
     page = as_html(inspection)
-    body = re.search("<pre>(.*)</pre>", page, re.DOTALL).group(1)
+    found = re.search("<pre>(.*)</pre>", page, re.DOTALL)
+    assert found is not None
+    body = found.group(1)
     assert [html.unescape(text) for text in re.findall("<mark>(.*?)</mark>", body, re.DOTALL)] == [
         text for text, flag in inspection.pieces if flag
     ]

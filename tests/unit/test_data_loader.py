@@ -7,9 +7,12 @@ import torch
 from eagle3_ds.data.documents import FEATURES
 from eagle3_ds.data.loader import HeldoutPacks, PackedLoader, SequenceSource
 from eagle3_ds.store.index import Layout
+from eagle3_ds.store.reader import HiddenStateStore
 from eagle3_ds.store.writer import HiddenStateWriter
 
 LENGTHS = [7, 3, 9, 2, 8, 10, 4, 6, 5, 1, 10]
+
+World = tuple[datasets.Dataset, HiddenStateStore]
 
 
 def row(document, length):
@@ -32,7 +35,7 @@ def world(tmp_path_factory):
     return datasets.Dataset.from_list(rows, features=FEATURES), writer.finish()
 
 
-def test_a_sequence_is_its_documents_end_to_end(world):
+def test_a_sequence_is_its_documents_end_to_end(world: World):
     dataset, store = world
     pack = SequenceSource(dataset, store).sequence([2, 0])
     ids = torch.tensor([*dataset[2]["input_ids"], *dataset[0]["input_ids"]])
@@ -46,7 +49,7 @@ def test_a_sequence_is_its_documents_end_to_end(world):
 
 @pytest.mark.parametrize("draft_dp", [1, 2, 3, 8])
 @pytest.mark.parametrize("accumulation", [1, 2, 5])
-def test_epochs_follow_each_other_without_loss(world, draft_dp, accumulation):
+def test_epochs_follow_each_other_without_loss(world: World, draft_dp, accumulation):
     loaders = [PackedLoader(*world, 10, draft_dp, rank, accumulation, seed=3) for rank in range(draft_dp)]
     num_packs = loaders[0].num_packs
     steps = loaders[0].steps_in(3)
@@ -60,7 +63,7 @@ def test_epochs_follow_each_other_without_loss(world, draft_dp, accumulation):
         assert sorted(stream[start : start + num_packs]) == list(range(num_packs))
 
 
-def test_another_batch_size_goes_on_where_the_first_stopped(world):
+def test_another_batch_size_goes_on_where_the_first_stopped(world: World):
     before = PackedLoader(*world, 10, accumulation=4, seed=3)
     assert before.packs_before(2) == 8
     after = [PackedLoader(*world, 10, 3, rank, 1, seed=3, resumed=(2, 8)) for rank in range(3)]
@@ -73,7 +76,7 @@ def test_another_batch_size_goes_on_where_the_first_stopped(world):
     assert 8 + 3 * (after[0].steps_in(3) - 3) < 3 * before.num_packs <= 8 + 3 * (after[0].steps_in(3) - 2)
 
 
-def test_a_step_is_a_pure_function_and_epochs_differ(world):
+def test_a_step_is_a_pure_function_and_epochs_differ(world: World):
     one, other = (PackedLoader(*world, 10, seed=1) for _ in range(2))
     late = one.step(4)
     for step in range(5):
@@ -86,7 +89,7 @@ def test_a_step_is_a_pure_function_and_epochs_differ(world):
 
 
 @pytest.mark.parametrize("draft_dp", [1, 2, 4, 16])
-def test_heldout_packs_give_every_rank_as_many_turns(world, draft_dp):
+def test_heldout_packs_give_every_rank_as_many_turns(world: World, draft_dp):
     turns = [list(HeldoutPacks(PackedLoader(*world, 10, draft_dp, rank))) for rank in range(draft_dp)]
     assert len({len(packs) for packs in turns}) == 1
     packs = [pack for rank in turns for pack in rank if pack.loss_mask.any()]
@@ -96,7 +99,7 @@ def test_heldout_packs_give_every_rank_as_many_turns(world, draft_dp):
         HeldoutPacks(PackedLoader(*world, 10, draft_dp))[len(turns[0])]
 
 
-def test_errors(world, tmp_path):
+def test_errors(world: World, tmp_path):
     dataset, store = world
     with pytest.raises(ValueError, match="no document to pack"):
         PackedLoader(dataset.select([]), store, 10)
@@ -107,7 +110,7 @@ def test_errors(world, tmp_path):
         PackedLoader(stranger, store, 10)
 
 
-def test_the_documents_of_a_step_one_by_one(world):
+def test_the_documents_of_a_step_one_by_one(world: World):
     loader = PackedLoader(*world, 10, draft_dp=2, dp_rank=1, accumulation=2)
     packs, documents = loader.step(1), loader.documents(1)
     singles = [loader.document(1, place) for place in range(len(documents))]

@@ -43,6 +43,7 @@ def test_systems_tools_and_calls():
         ],
     }
     conversation = read_row(row, "sharegpt", "row")
+    assert isinstance(conversation, Conversation)
     assert conversation.tools == [{"name": "f"}]
     assert [message["role"] for message in conversation.messages] == [
         "system",

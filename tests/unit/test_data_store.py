@@ -69,9 +69,12 @@ def test_a_view_reads_only_the_rows_asked_for(tmp_path, monkeypatch):
     store = filled(tmp_path / "s")
     asked = []
     original = HiddenStateStore.rows
-    monkeypatch.setattr(
-        HiddenStateStore, "rows", lambda self, *args: asked.append(args) or original(self, *args)
-    )
+
+    def rows(self, *args):
+        asked.append(args)
+        return original(self, *args)
+
+    monkeypatch.setattr(HiddenStateStore, "rows", rows)
     store.view([4, 1, 0], "aux")[8:12]
     assert asked == [(4, "aux", 8, 9), (1, "aux", 0, 1), (0, "aux", 0, 2)]
     with pytest.raises(ValueError, match="not in steps of 2"):

@@ -127,7 +127,7 @@ class CountingSlice:
 
 def counted(store, monkeypatch):
     """A list that the size of every slice read from the store's shards is appended to."""
-    sizes = []
+    sizes: list[int] = []
     open_shard = type(store)._open_shard
     monkeypatch.setattr(
         type(store), "_open_shard", lambda self, shard: CountingShard(open_shard(self, shard), sizes.append)

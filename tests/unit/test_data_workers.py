@@ -41,7 +41,13 @@ def test_the_first_error_in_order_is_raised(workers):
 
 def test_batches_are_read_only_as_results_are_taken():
     taken = []
-    results = map_batches(square, (taken.append(number) or number for number in range(1000)), 2)
+
+    def numbers():
+        for number in range(1000):
+            taken.append(number)
+            yield number
+
+    results = map_batches(square, numbers(), 2)
     next(results)
     assert len(taken) <= POOL_FROM + 2
     results.close()
@@ -97,4 +103,4 @@ def is_alive(process):
 
 
 def test_usable_cores():
-    assert 1 <= usable_cores() <= os.cpu_count()
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)

@@ -80,7 +80,7 @@ def local_batches(case):
             yield [cut(case, batch, rank) for batch in rank_batches]
 
 
-def cut(case, batch, rank):
+def cut(case, batch, rank: tuple[int, int]):
     pack = PackedSequence(
         batch.token_ids, batch.loss_mask, batch.lengths, batch.token_ids, batch.aux, batch.teacher
     )

@@ -58,7 +58,7 @@ def vllm(draft: DraftModel, vocabulary: VocabularyMap, folder: Path, **options: 
 
 def speculators(draft: DraftModel, vocabulary: VocabularyMap, folder: Path, **options: Any) -> Path:
     embedding = torch.arange(V * H).view(V, H) / 1024
-    names = {"verifier": "org/target", "verifier_architectures": ["LlamaForCausalLM"]}
+    names: dict[str, Any] = {"verifier": "org/target", "verifier_architectures": ["LlamaForCausalLM"]}
     return export_speculators(
         draft.state_dict(), draft.config, vocabulary, embedding, folder, **names, **options
     )

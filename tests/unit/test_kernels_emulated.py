@@ -12,6 +12,7 @@ import sys
 import types
 from collections.abc import Iterator
 from importlib import metadata
+from typing import Any
 
 import pytest
 import torch
@@ -202,7 +203,8 @@ def cudnn_forward(
     """[1, H, L, D], causal at the top left, lse [1, H, L, 1] or, in other versions of torch, [1, H, L]."""
     assert (attn_bias, compute_log_sumexp, dropout_p, return_debug_mask) == (None, True, 0.0, False)
     assert k.shape[2] > 1 and k.transpose(1, 2).is_contiguous() and q.transpose(1, 2).is_contiguous()
-    out, lse = dense_forward(*(x[0].transpose(0, 1) for x in (q, k, v)), scale, top_left(q, k, is_causal))
+    query, key, value = (x[0].transpose(0, 1) for x in (q, k, v))
+    out, lse = dense_forward(query, key, value, scale, top_left(q, k, is_causal))
     nothing = q.new_empty(0)
     return (
         out.transpose(0, 1)[None],
@@ -243,8 +245,9 @@ def cudnn_backward(
     ) and philox_seed.dtype == philox_offset.dtype == torch.int64
     assert lse.shape == (*q.shape[:3], 1) and lse.is_contiguous() and lse.dtype == torch.float32
     assert all(x.transpose(1, 2).is_contiguous() for x in (dout, q, k, v, out))
-    operands = (x[0].transpose(0, 1) for x in (dout, q, k, v, out))
-    grads = dense_backward(*operands, lse[0, ..., 0], scale, top_left(q, k, is_causal))
+    gradient, query, key, value, output = (x[0].transpose(0, 1) for x in (dout, q, k, v, out))
+    shown = top_left(q, k, is_causal)
+    grads = dense_backward(gradient, query, key, value, output, lse[0, ..., 0], scale, shown)
     return tuple(x.transpose(0, 1)[None] for x in grads)
 
 
@@ -361,7 +364,7 @@ int window_size_left = -1, int window_size_right = -1, float softcap = 0.0, bool
 int sm_margin = 0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"""
 
 
-def fa3_forward(q: Tensor, k: Tensor, v: Tensor, *rest: object, **options: object) -> tuple[Tensor, ...]:
+def fa3_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, ...]:
     names = [argument.name for argument in torch.ops.flash_attn_3.fwd.default._schema.arguments]
     given = {**dict(zip(names[3:], rest, strict=False)), **options}
     assert given["num_splits"] == 1
@@ -381,7 +384,7 @@ def fa3_forward(q: Tensor, k: Tensor, v: Tensor, *rest: object, **options: objec
     return out, lse, q.new_empty(0), q.new_empty(0)
 
 
-def fa3_backward(*arguments: object, **options: object) -> tuple[Tensor, ...]:
+def fa3_backward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
     names = [argument.name for argument in torch.ops.flash_attn_3.bwd.default._schema.arguments]
     given = {**dict(zip(names, arguments, strict=False)), **options}
     assert given.get("window_size_right", -1) == -1
@@ -429,6 +432,8 @@ def fa4_forward(
         qv is seqused_q is seqused_k is min_seqlen_k is page_table is softcap is window_size_right is None
         and return_lse
     )
+    assert cu_seqlens_q is not None and max_seqlen_q is not None and softmax_scale is not None
+    assert cu_seqlens_k is not None and max_seqlen_k is not None
     left = -1 if window_size_left is None else window_size_left
     out, lse = varlen_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, left, softmax_scale
@@ -455,7 +460,7 @@ def fa4_backward(
     max_seqlen_k: int,
     deterministic: bool = False,
 ) -> tuple[Tensor, ...]:
-    assert softcap == 0.0 and window_size_right is None
+    assert softcap == 0.0 and window_size_right is None and softmax_scale is not None
     assert deterministic == torch.are_deterministic_algorithms_enabled()
     left = -1 if window_size_left is None else window_size_left
     return varlen_backward(
@@ -577,16 +582,23 @@ PACKAGES = {
 }
 
 
+def why_not(name: str, dtype: torch.dtype, head_dim: int) -> str:
+    """What a kernel says that cannot run."""
+    reason = kernel_called(name).unavailable_reason(torch.device("cuda"), dtype, head_dim)
+    assert reason is not None
+    return reason
+
+
 @pytest.mark.parametrize("name", PACKAGES)
 def test_package_kernels_need_their_package(gpu: pytest.MonkeyPatch, name: str) -> None:
     package, version, module, capability = PACKAGES[name]
     gpu.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     device, kernel = torch.device("cuda"), kernel_called(name)
-    assert kernel.unavailable_reason(device, torch.bfloat16, 128).endswith("is not installed")
+    assert why_not(name, torch.bfloat16, 128).endswith("is not installed")
     install(gpu, package, "1.9", None)
-    assert kernel.unavailable_reason(device, torch.bfloat16, 128).endswith("and 1.9 is installed")
+    assert why_not(name, torch.bfloat16, 128).endswith("and 1.9 is installed")
     install(gpu, package, version, None)
-    assert f"{module} does not import" in kernel.unavailable_reason(device, torch.bfloat16, 128)
+    assert f"{module} does not import" in why_not(name, torch.bfloat16, 128)
     install(gpu, package, version, module)
     assert kernel.unavailable_reason(device, torch.bfloat16, 128) is None
     assert select_kernel("auto", device, torch.bfloat16, 128) is kernel
@@ -633,7 +645,7 @@ def test_says_where_it_runs(
 
 def test_cudnn_says_which_version_it_needs(gpu: pytest.MonkeyPatch) -> None:
     gpu.setattr(torch.backends.cudnn, "version", lambda: 90100)
-    assert "9.5.1" in kernel_called("cudnn").unavailable_reason(torch.device("cuda"), torch.bfloat16, 128)
+    assert "9.5.1" in why_not("cudnn", torch.bfloat16, 128)
 
 
 @pytest.mark.parametrize(
@@ -645,6 +657,4 @@ def test_says_that_it_is_not_deterministic(
 ) -> None:
     gpu.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     gpu.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert "deterministic" in kernel_called(name).unavailable_reason(
-        torch.device("cuda"), torch.bfloat16, head_dim
-    )
+    assert "deterministic" in why_not(name, torch.bfloat16, head_dim)

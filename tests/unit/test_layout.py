@@ -13,7 +13,7 @@ from tests.unit.span_plans import span_plans
 plans = span_plans()
 
 
-def all_ranks(plan):
+def all_ranks(plan) -> list[tuple[int, int]]:
     return [(r, u) for r in range(plan.ring) for u in range(plan.ulysses)]
 
 
@@ -95,7 +95,7 @@ def test_sequence_order_undoes_the_concatenation_of_ring_ranks(plan):
 @given(plans)
 def test_runs_cover_the_real_columns_within_one_document_each(plan):
     for rank in range(plan.ring):
-        covered = []
+        covered: list[int] = []
         for run in plan.runs(rank):
             columns = np.arange(run.column, run.column + run.length)
             slots = np.arange(run.slot, run.slot + run.length)
@@ -177,9 +177,9 @@ def test_a_rank_reads_what_the_whole_sequence_says(plan, steps, alignment, stret
     document = torch.from_numpy(plan.document)
     for k in range(steps):
         for slot in range(plan.padded_length):
-            read = slot + 1 + k
-            inside = read < plan.length and bool(document[slot] == document[read])
-            mask_slot = read if alignment == "served" else slot + k
+            next_slot = slot + 1 + k
+            inside = next_slot < plan.length and bool(document[slot] == document[next_slot])
+            mask_slot = next_slot if alignment == "served" else slot + k
             assert bool(seen[k, slot]) == (inside and bool(pack.loss_mask[mask_slot]))
 
 

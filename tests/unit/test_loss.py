@@ -125,8 +125,14 @@ def test_no_tensor_of_slots_by_vocabulary_survives_the_forward():
     taps = LossTaps()
     chain(leaves[2:], taps.add)
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        tiled_loss(taps, *leaves[:2], inputs)
+
+    def note(tensor):
+        saved.append(tuple(tensor.shape))
+        return tensor
+
+    norm_weight, head_weight = leaves[:2]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        tiled_loss(taps, norm_weight, head_weight, inputs)
     assert (VD, H) in saved
     # What a tile saves while it lasts is [t, H] at most.
     assert all(shape == (VD, H) or shape[-1:] != (VD,) for shape in saved)
@@ -155,5 +161,6 @@ def test_tiles_hold_every_supervised_column_once_and_keep_to_the_budget(data):
         assert len(tile.rows) * per_row + len(tile.columns) * per_column <= budget
         for k in range(steps):
             assert (tile.rows[tile.place[k]] == row[tile.columns] + 1 + k).all()
-            if tile.starts[k] is not None:
-                assert (tile.place[k] == tile.starts[k] + np.arange(len(tile.columns))).all()
+            start = tile.starts[k]
+            if start is not None:
+                assert (tile.place[k] == start + np.arange(len(tile.columns))).all()

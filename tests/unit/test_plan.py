@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_states_by_stage() -> None:
 
 
 def test_memory_falls_with_more_ranks_and_with_what_is_not_kept() -> None:
-    def peak(**changes: object) -> int:
+    def peak(**changes: Any) -> int:
         return predict_memory(replace(NODE, **changes)).peak
 
     assert peak(ring=4) < peak() < peak(length=2 * NODE.length)
@@ -201,7 +202,7 @@ def test_auto_gathers_what_fits() -> None:
 def test_zero_moves_weights_and_gradients() -> None:
     weights = LLAMA_8B.num_parameters * 2
 
-    def moved(stage: int, **changes: object) -> dict[str, int]:
+    def moved(stage: int, **changes: Any) -> dict[str, int]:
         setup = replace(NODE, zero=ZeroSettings(stage=stage), **changes)
         return {f"{t.axis} {t.kind}": t.payload for t in state_traffic(setup)}
 

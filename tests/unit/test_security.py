@@ -112,5 +112,5 @@ def test_no_secret_leaves_by_the_launch(tmp_path: Path) -> None:
     )
     recipe = load_recipe(ROOT / "recipes/quickstart.yaml", [f"output_dir={tmp_path}"])
     options = LaunchOptions(hostfile=str(ROOT / "recipes/2nodes.hostfile"))
-    plan = plan_launch(options, {"node-0": (0,), "node-1": (0,)}, "cpu", recipe, False, secrets)
+    plan = plan_launch(options, {"node-0": (0,), "node-1": (0,)}, "cpu", recipe, None, secrets)
     assert "s3cret" not in repr(plan)

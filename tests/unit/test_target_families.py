@@ -154,12 +154,12 @@ def run(
     ],
 )
 def test_what_a_layer_asks_for_and_no_kernel_does(asked: dict[str, Any], words: str) -> None:
-    tensors = {
+    tensors: dict[str, Any] = {
         "query": torch.zeros(1, 4, 3, 8),
         "key": torch.zeros(1, 2, 3, 8),
         "value": torch.zeros(1, 2, 3, 8),
     }
-    known = {
+    known: dict[str, Any] = {
         "attention_mask": None,
         "packed": attention((3,)),
         "position_ids": torch.arange(3),
@@ -194,11 +194,12 @@ def test_mlps_see_a_few_rows_at_a_time(family: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(packed, "MLP_ROWS", 9)
     seen = []
     plain = type(target.base.layers[0].mlp).forward
-    monkeypatch.setattr(
-        type(target.base.layers[0].mlp),
-        "forward",
-        lambda self, hidden: seen.append(hidden.shape[1]) or plain(self, hidden),
-    )
+
+    def counted(self: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden.shape[1])
+        return plain(self, hidden)
+
+    monkeypatch.setattr(type(target.base.layers[0].mlp), "forward", counted)
     for found, wanted in zip(run(SpanForward(target), ids, lengths), expected, strict=True):
         assert (found - wanted).norm() <= 1e-5 * wanted.norm()
     assert seen == [9, 9, 9, 9, 4] * SIZES["num_hidden_layers"]

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from eagle3_ds.launch.announced import announcement
 from eagle3_ds.launch.command import LaunchPlan
-from eagle3_ds.launch.logs import Logs, RankEnd, Status
+from eagle3_ds.launch.logs import How, Logs, RankEnd, Status
 from eagle3_ds.launch.ranks import describe_failure, run_ranks, run_with_restarts
 from eagle3_ds.launch.supervisor import START_SECONDS, Rank
 
@@ -298,10 +298,10 @@ def test_a_run_that_was_asked_to_stop_is_not_started_again(tmp_path: Path) -> No
     assert (told.how, told.reason) == ("killed", "signal 10 (SIGUSR1)")
 
 
-def end(rank: int, how: str, time: float, follows: bool = False) -> RankEnd:
+def end(rank: int, how: How, time: float, follows: bool = False) -> RankEnd:
     return RankEnd(
         rank, f"host-{rank}", how, f"reason {rank}", "training", rank, "", f"trace {rank}", follows, time
-    )  # type: ignore[arg-type]
+    )
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def run_target(folder, token_ids):
 
 def load_script(path):
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -251,7 +252,7 @@ def make_speculators_04(script, out):
     module.VllmHiddenStatesGenerator = SpeculatorsGenerator
     ids, masks = zip(*samples(), strict=True)
     dataset = SliceableRows({"input_ids": ids, "loss_mask": masks})
-    options = {
+    options: dict[str, object] = {
         "layer_ids": None,
         "gpu_memory_utilization": 0.8,
         "tensor_parallel_size": 1,
