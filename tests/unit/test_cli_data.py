@@ -150,8 +150,8 @@ def test_a_run_may_go_on_with_other_workers(recipe: str, tmp_path: Path) -> None
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "latest.json").write_text("{}")
     (tmp_path / "run" / RESOLVED).write_text(dump_recipe(load_recipe(recipe)))
-    check_output(load_recipe(recipe, ["data.workers=3"]), resume="latest", overwrite=False)
+    check_output(load_recipe(recipe, ["data.workers=3"]), resume="auto", overwrite=False)
     with pytest.raises(ValueError, match="data.supervise: 'all' -> 'last'"):
         check_output(
-            load_recipe(recipe, ["data.workers=3", "data.supervise=last"]), resume="latest", overwrite=False
+            load_recipe(recipe, ["data.workers=3", "data.supervise=last"]), resume="auto", overwrite=False
         )
