@@ -77,7 +77,7 @@ STRANGERS = {
 def test_strangers_files_beside_the_recipes_are_passed_over(
     tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(MONITORS, "wandb", "a_package_that_is_not_installed")  # type: ignore[arg-type]
+    monkeypatch.setitem(MONITORS, "wandb", "a_package_that_is_not_installed")
     for name, text in STRANGERS.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "latin.json").write_bytes(b'{"a": "\xff"}')
