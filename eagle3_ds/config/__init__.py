@@ -3,13 +3,14 @@ meant.
 """
 
 from eagle3_ds.config.deepspeed import fill_deepspeed_config, load_deepspeed_config, missing_packages
-from eagle3_ds.config.load import dump_recipe, load_recipe, recipe_differences
+from eagle3_ds.config.load import as_recipe, dump_recipe, load_recipe, recipe_differences
 from eagle3_ds.config.schema import (
     AttentionSection,
     DataSection,
     DraftSection,
     EvalSection,
     ExportSection,
+    LoggingSection,
     LossSection,
     ParallelSection,
     Recipe,
@@ -25,12 +26,14 @@ __all__ = [
     "DraftSection",
     "EvalSection",
     "ExportSection",
+    "LoggingSection",
     "LossSection",
     "ParallelSection",
     "Recipe",
     "TargetBuild",
     "TargetSection",
     "TrainSection",
+    "as_recipe",
     "dump_recipe",
     "fill_deepspeed_config",
     "load_deepspeed_config",

@@ -47,6 +47,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError("\n  ".join([f"{path}: {number} in the recipe:", *problems])) from error
 
 
+def as_recipe(recipe: Recipe | str | Path) -> Recipe:
+    """A recipe as it is, or the one at a path. Raises ValueError as `load_recipe`."""
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every key written out; `load_recipe` reads it back to an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -248,6 +248,11 @@ class ExportSection(Section):
     dtype: FloatDtype = "bfloat16"
 
 
+class LoggingSection(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least important lines that are told, on the terminal and in the logs of the ranks."""
+
+
 class Recipe(Section):
     """One run. `deepspeed` is the path of a DeepSpeed JSON, passed through but for the keys we fill in or
     refuse.
@@ -263,6 +268,7 @@ class Recipe(Section):
     faults: FaultsSection = FaultsSection()
     eval: EvalSection = EvalSection()
     export: ExportSection = ExportSection()
+    logging: LoggingSection = LoggingSection()
     deepspeed: Text
     output_dir: Text
 

@@ -22,7 +22,6 @@ import torch
 from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
 from safetensors.torch import save_file
-from tqdm.auto import tqdm
 
 from eagle3_ds.config.schema import DataSection, Recipe
 from eagle3_ds.data.chat import ChatTemplate, load_chat_template
@@ -40,6 +39,7 @@ from eagle3_ds.data.shapes import Shape
 from eagle3_ds.data.sources import Row, expand_sources, open_source, source_fingerprint
 from eagle3_ds.data.statistics import DataStatistics, draw_lengths, length_histogram
 from eagle3_ds.data.workers import map_batches, usable_cores
+from eagle3_ds.say import progress_bar
 
 FORMAT = 2
 """Part of the cache key: raise it whenever the same input would give other documents."""
@@ -260,7 +260,7 @@ class _Builder:
         rows = recipe_rows(files, self.section, limit)
         batches = iter(lambda: list(islice(rows, BATCH)), [])
         workers = self.section.workers or usable_cores()
-        progress = tqdm(
+        progress = progress_bar(
             total=limit, desc=f"tokenise {side}", unit=" conversations", disable=not self.show_progress
         )
         with progress, closing(map_batches(self.encoder.encode, batches, workers)) as encoded:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.config import EvalSection, Recipe
 from eagle3_ds.draft import Draft, VocabularyMap
 from eagle3_ds.eval.speculative import Round, greedy_decode, speculative_decode
+from eagle3_ds.say import progress_bar
 from eagle3_ds.targets import Target
 
 
@@ -62,7 +62,7 @@ def evaluate_draft(
     eos = target.tokenizer.eos_token_id
     for model in drafts.values():
         model.to(target.device, dtype).eval()
-    for prompt in tqdm(prompts, desc="speculative decoding", disable=not progress, unit="prompt"):
+    for prompt in progress_bar(prompts, desc="speculative decoding", disable=not progress, unit="prompt"):
         expected = greedy_decode(target, prompt, settings.max_new_tokens, eos)
         new_tokens += len(expected)
         for name, model in drafts.items():

@@ -4,6 +4,7 @@ do not stop.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from eagle3_ds.guard.trained import StepFigures, Trained
 from eagle3_ds.layout import PackedSequence
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "divergence"
 
@@ -86,7 +89,7 @@ class DivergenceGuard:
                 "by --resume."
             )
         if self.trainer.topology.place.rank == 0:
-            print(f"{text} Skipped, {self.in_a_row} in a row of at most {self.max_skipped}.", flush=True)
+            logger.warning("%s Skipped, %d in a row of at most %d.", text, self.in_a_row, self.max_skipped)
         return True
 
     def _blamed(self, index: int, num_guesses: int) -> dict[int, Blame]:

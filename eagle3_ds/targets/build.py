@@ -21,9 +21,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 from eagle3_ds.config import TargetBuild, TargetSection
+from eagle3_ds.say import progress_bar
 from eagle3_ds.targets.load import choose_aux_layers
 
 Messages = list[dict[str, str]]
@@ -229,7 +229,7 @@ def _train_model(
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=build.learning_rate, betas=(0.9, 0.95))
     losses: list[float] = []
-    bar = tqdm(
+    bar = progress_bar(
         _batches(build, rows),
         total=build.steps,
         desc="building the target",
@@ -247,7 +247,7 @@ def _train_model(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
-        bar.set_postfix(loss=f"{losses[-1]:.2f}")
+        bar.set_postfix(loss=f"{losses[-1]:.2f}", refresh=False)
     return model.eval(), losses
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +18,12 @@ import datasets
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from eagle3_ds.config import Recipe, load_recipe
 from eagle3_ds.data.documents import PreparedData
 from eagle3_ds.data.packing import pack
 from eagle3_ds.guard.heart import Heart, beating
+from eagle3_ds.say import progress_bar, telling
 from eagle3_ds.store import HiddenStateWriter, Layout
 from eagle3_ds.targets import choose_aux_layers, load_text_config, resolve_path
 from eagle3_ds.topology import Topology, maybe_setup_distributed
@@ -71,7 +72,9 @@ def capture(recipe: Recipe, heart: Heart) -> None:
         for places in pack(lengths, recipe.data.max_length, recipe.data.seed)
     ]
     tokens = _Tokens(data)
-    progress = tqdm(total=sum(lengths), desc="capture", unit=" tokens", unit_scale=True, disable=rank != 0)
+    progress = progress_bar(
+        total=sum(lengths), desc="capture", unit=" tokens", unit_scale=True, disable=rank != 0
+    )
     for turn in range(0, len(packs), topology.draft_dp):
         heart.at("capturing", turn)
         place = turn + topology.place.dp_rank
@@ -142,7 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     ignore_renamed_collectives()
     with beating(options.status_fd) as heart:
-        capture(load_recipe(options.recipe), heart)
+        recipe = load_recipe(options.recipe)
+        with telling(recipe.logging.level, int(os.environ.get("RANK", "0"))):
+            capture(recipe, heart)
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from eagle3_ds.checkpoint.format import CHECKPOINTS, FINAL_WEIGHTS, Manifest, folder_name
 from eagle3_ds.checkpoint.saver import WRITING, CheckpointSaver, Progress
@@ -21,9 +21,12 @@ from eagle3_ds.guard.heart import Heart
 from eagle3_ds.guard.replicas import require_same_replicas, weights_compared_before_update
 from eagle3_ds.guard.stop import REASONS, StopRequest
 from eagle3_ds.layout import PackedSequence
+from eagle3_ds.say import progress_bar
 from eagle3_ds.train.metrics import MetricsFile, peak_memory_bytes
 from eagle3_ds.train.state import EngineState
 from eagle3_ds.train.trainer import DraftTrainer, learning_rate_at
+
+logger = logging.getLogger(__name__)
 
 
 class StepSource(Protocol):
@@ -79,7 +82,7 @@ def run_training(
         (output_dir / FINAL_WEIGHTS).unlink(missing_ok=True)
     saver = CheckpointSaver(EngineState(trainer), output_dir / CHECKPOINTS)
     saved, reason = resumed.step if resumed else None, ""
-    progress = tqdm(total=last, initial=done, desc="training", unit="step", disable=not is_first)
+    progress = progress_bar(total=last, initial=done, desc="training", unit="step", disable=not is_first)
     require_same_replicas(trainer, loader, done)
     in_a_row = resumed.skipped_in_a_row if resumed else 0
     guard = DivergenceGuard(trainer, loader, output_dir, recipe.faults.max_skipped, in_a_row)
@@ -112,12 +115,12 @@ def run_training(
         save_weights(trainer, output_dir / FINAL_WEIGHTS)
     elif is_first:
         where = output_dir / CHECKPOINTS / folder_name(done)
-        print(
-            (
-                f"stopped by {reason} after step {done} of {last}; start again with --resume to go on from "
-                f"{where}"
-            ),
-            flush=True,
+        logger.info(
+            "stopped by %s after step %d of %d; start again with --resume to go on from %s",
+            reason,
+            done,
+            last,
+            where,
         )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from eagle3_ds.guard.heart import Heart, beating
 from eagle3_ds.guard.identity import require_same_identity
 from eagle3_ds.guard.stop import StopRequest
 from eagle3_ds.layout import PackedSequence
+from eagle3_ds.say import telling
 from eagle3_ds.store.reader import HiddenStateStore
 from eagle3_ds.targets import load_embedding_and_head, load_text_config, resolve_path
 from eagle3_ds.topology import Topology, maybe_setup_distributed
@@ -37,6 +40,9 @@ from eagle3_ds.train.quiet import ignore_renamed_collectives
 from eagle3_ds.train.state import EngineState
 from eagle3_ds.train.target_engine import TargetEngine
 from eagle3_ds.train.trainer import DraftTrainer
+
+# By its full name: a rank runs this file as __main__, which is no child of the package's logger.
+logger = logging.getLogger("eagle3_ds.train.main")
 
 
 def build_trainer(recipe: Recipe, topology: Topology) -> DraftTrainer:
@@ -109,7 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     ignore_renamed_collectives()
     with beating(options.status_fd) as heart:
-        train(load_recipe(options.recipe), options.resume, heart)
+        recipe = load_recipe(options.recipe)
+        with telling(recipe.logging.level, int(os.environ.get("RANK", "0"))):
+            train(recipe, options.resume, heart)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -134,7 +142,7 @@ def train(recipe: Recipe, resume: str | None, heart: Heart) -> None:
         )
         if is_first:
             strategy = f"attention kernel {trainer.kernel_name}, kv_exchange {trainer.kv_exchange}"
-            print(f"mesh {topology.mesh}, {strategy}, {loader.num_packs} packs", flush=True)
+            logger.info("mesh %s, %s, %d packs", topology.mesh, strategy, loader.num_packs)
         if resumed is None:
             save_weights(trainer, output_dir / INITIAL_WEIGHTS)
         run_training(trainer, loader, heldout, output_dir, stop, heart, resumed)
