@@ -27,6 +27,7 @@ usage: ./launch.sh RECIPE [OPTIONS] [section.key=value ...]   the main job, e.g.
   --resume              go on from the newest checkpoint   train.steps=200 --resume
   --resume auto         from the newest intact one, or from the start when there is none   --resume auto
   --max-restarts N      start a failed run again           --max-restarts 3
+  --log-level L         least important lines to tell      --log-level warning
   --overwrite           replace the run in output_dir      train.seed=1 --overwrite
   --no-install          never install; say what to run     --no-install
   section.key=value     any key of docs/recipe.md          parallel.ulysses=4 data.max_length=131072
@@ -39,7 +40,7 @@ usable() {
 import sys
 from importlib.util import find_spec
 names = ["eagle3_ds", "torch", "deepspeed", "transformers", "datasets", "pydantic", "yaml", "safetensors", "tokenizers",
-         "jinja2", "tqdm", "rich", "matplotlib", "numpy"]
+         "jinja2", "tqdm", "rich", "click", "matplotlib", "numpy"]
 tools = ["pytest", "hypothesis", "ruff", "mypy"] if sys.argv[1] == "test" else []
 sys.exit(any(find_spec(name) is None for name in names + tools))
 PYTHON

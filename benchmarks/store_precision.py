@@ -111,7 +111,7 @@ def train(
 def run(folder: Path, steps: int, seeds: int) -> Iterator[Outcome]:
     recipe = make_recipe(folder, steps, 0)
     folder.mkdir(parents=True, exist_ok=True)
-    prepare(recipe, Console(quiet=True))
+    prepare(recipe)
     prepared = json.loads((folder / "prepared.json").read_text())
     data = PreparedData.open(Path(prepared["data"]), prepared["data_fingerprint"])
     reference = HiddenStateStore.open(prepared["store"], prepared["store_fingerprint"])

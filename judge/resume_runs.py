@@ -18,7 +18,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 
 from eagle3_ds.checkpoint.format import CHECKPOINTS, FINAL_WEIGHTS, folder_name, newest_intact
@@ -89,7 +88,7 @@ def prepare_inputs(folder: Path) -> None:
     lines = (json.dumps({"messages": messages}) for messages in CONVERSATIONS)
     (folder / "data.jsonl").write_text("".join(f"{line}\n" for line in lines))
     (folder / "prepared").mkdir()
-    prepare(make_recipe(folder, "zero0", folder / "prepared"), Console(quiet=True))
+    prepare(make_recipe(folder, "zero0", folder / "prepared"))
 
 
 def make_recipe(inputs: Path, shape: str | Shape, output: Path, **train_keys: Any) -> Recipe:

@@ -2,102 +2,88 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Column, Table
-from tqdm import tqdm
+import click
 
-from eagle3_ds.cli.store_import import import_store
-from eagle3_ds.config import load_recipe
-from eagle3_ds.store import HiddenStateStore
-
-ACTIONS = {
-    "verify": "recompute every checksum of a store; names the file, tensor and row of any damage",
-    "info": "what a store holds and what it was made from",
-    "import": "fill a recipe's store from the offline hidden states that SpecForge or speculators wrote",
-}
+from eagle3_ds.cli.words import Commands, log_level, recipe_words, telling_recipe, terminal, write
+from eagle3_ds.say import progress_bar
 
 
-def run(arguments: Sequence[str], console: Console) -> int:
-    """Run one action; returns the exit status. Raises ValueError for a user's mistake and for a damaged
-    store.
+@click.group(cls=Commands, what="action", short_help="hidden states on disk: store verify | info | import")
+def store() -> None:
+    """verify, describe or import hidden states"""
+
+
+@store.command()
+@click.argument("path")
+def verify(path: str) -> None:
+    """recompute every checksum of a store; names the file, tensor and row of any damage
+
+    PATH is the folder of the store, e.g. output/cache/hidden-0123456789abcdef.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
-        console.print(_overview(), markup=False, highlight=False)
-        return 0 if arguments else 2
-    action, *rest = arguments
-    if action not in ACTIONS:
-        raise ValueError(f"there is no action {action!r}. Actions: {', '.join(ACTIONS)}.")
-    options = _parser(action).parse_intermixed_args(rest)
-    if action == "verify":
-        _verify(options.path, console)
-    elif action == "info":
-        _info(options.path, console)
-    else:
-        recipe = load_recipe(options.recipe, options.overrides)
-        import_store(recipe, Path(options.source), options.hidden_states, not options.skip_check, console)
-    return 0
+    from eagle3_ds.store import HiddenStateStore
+
+    found = HiddenStateStore.open(path)
+    found.verify(progress_bar(found.shards.values(), desc="verify", unit=" shards"))
+    size = f"{len(found.shards)} shards, {found.num_bytes:,} bytes"
+    write(terminal(), f"{path}: {size}, every checksum is right")
 
 
-def _verify(path: str, console: Console) -> None:
-    store = HiddenStateStore.open(path)
-    store.verify(tqdm(store.shards.values(), desc="verify", unit=" shards"))
-    _say(console, f"{path}: {len(store.shards)} shards, {store.num_bytes:,} bytes, every checksum is right")
+@store.command()
+@click.argument("path")
+def info(path: str) -> None:
+    """what a store holds and what it was made from
 
+    PATH is the folder of the store, e.g. output/cache/hidden-0123456789abcdef.
+    """
+    from rich.table import Column, Table
 
-def _info(path: str, console: Console) -> None:
-    store = HiddenStateStore.open(path)
-    layout, lengths = store.layout, store.lengths.values()
+    from eagle3_ds.store import HiddenStateStore
+
+    found = HiddenStateStore.open(path)
+    layout, lengths = found.layout, found.lengths.values()
     table = Table("what", Column("value", overflow="fold"), title=path)
     for name, value in (
         ("documents", f"{len(lengths):,}"),
         ("tokens", f"{sum(lengths):,}"),
         ("longest", f"{max(lengths, default=0):,}"),
-        ("shards", f"{len(store.shards):,}"),
-        ("bytes", f"{store.num_bytes:,}"),
+        ("shards", f"{len(found.shards):,}"),
+        ("bytes", f"{found.num_bytes:,}"),
         ("bytes per token", f"{layout.row_bytes:,}"),
         ("dtype", layout.dtype),
         ("aux", f"{layout.aux_width} wide"),
         ("teacher", f"{layout.teacher_width} wide"),
-        ("computed by", store.origin),
-        *((f"made from: {field}", value) for field, value in store.fingerprint.items()),
+        ("computed by", found.origin),
+        *((f"made from: {field}", value) for field, value in found.fingerprint.items()),
     ):
         table.add_row(name, value)
-    console.print(table)
+    terminal().print(table)
 
 
-def _parser(action: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"eagle3-ds store {action}", description=ACTIONS[action], allow_abbrev=False
-    )
-    add = parser.add_argument
-    if action != "import":
-        add("path", help="folder of the store, e.g. output/cache/hidden-0123456789abcdef")
-        return parser
-    add("recipe", help="recipe whose data.train names the .jsonl file that the rows of tokens are written to")
-    add("overrides", nargs="*", metavar="section.key=value", help="e.g. data.train='[imported.jsonl]'")
-    add("--from", dest="source", required=True, metavar="F", help="folder that the other trainer wrote")
-    add(
-        "--hidden-states",
-        type=Path,
-        metavar="F",
-        help="folder of the hs_*.safetensors, if not inside the data set",
-    )
-    add("--skip-check", action="store_true", help="do not load the target to compare some samples with it")
-    return parser
+@store.command("import")
+@recipe_words
+@click.option("--from", "source", required=True, metavar="F", help="folder that the other trainer wrote")
+@click.option(
+    "--hidden-states", metavar="F", help="folder of the hs_*.safetensors, if not inside the data set"
+)
+@click.option("--skip-check", is_flag=True, help="do not load the target to compare some samples with it")
+@log_level
+def import_(
+    recipe: str,
+    overrides: tuple[str, ...],
+    source: str,
+    hidden_states: str | None,
+    skip_check: bool,
+    log_level: str | None,
+) -> None:
+    """fill a recipe's store from the offline hidden states that SpecForge or speculators wrote
 
+    RECIPE is one whose data.train names the .jsonl file that the rows of tokens are written to, e.g.
+    data.train='[imported.jsonl]'.
+    """
+    with telling_recipe(recipe, overrides, log_level) as loaded:
+        from eagle3_ds.run.store_import import import_store
 
-def _overview() -> str:
-    lines = [
-        "usage: eagle3-ds store ACTION ...",
-        "",
-        *(f"  {name:6}  {meaning}" for name, meaning in ACTIONS.items()),
-    ]
-    return "\n".join([*lines, "", "eagle3-ds store ACTION --help tells an action's options."])
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False)
+        folder = None if hidden_states is None else Path(hidden_states)
+        import_store(loaded, Path(source), folder, not skip_check)

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from rich.text import Text
-
 from eagle3_ds.config.schema import DataSection
 from eagle3_ds.data.documents import PreparedData
 from eagle3_ds.data.encode import RowEncoder
@@ -92,17 +90,6 @@ def text_pieces(tokenizer: Any, tokens: MaskedTokens) -> Iterable[tuple[str, boo
             )
             yield text[len(done) :], flag
             done = text
-
-
-def as_text(inspection: Inspection, colour: bool) -> Text:
-    """For a terminal. Without colour the supervised stretches stand between >>> and <<<."""
-    text = Text()
-    for piece, supervised in inspection.pieces:
-        if colour:
-            text.append(piece, style="black on green" if supervised else "dim")
-        else:
-            text.append(f">>>{piece}<<<" if supervised else piece)
-    return text
 
 
 def as_html(inspection: Inspection) -> str:

@@ -4,20 +4,20 @@ say why last.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import NamedTuple
 
-from rich.console import Console
-
 from eagle3_ds.launch.command import LaunchPlan
 from eagle3_ds.launch.logs import Logs, RankEnd
+
+logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
 # After a failure the supervisors end their ranks within seconds; a launcher that still waits then waits for a
@@ -40,13 +40,9 @@ class Outcome(NamedTuple):
     reason: str = ""
 
 
-def run_ranks(plan: LaunchPlan, console: Console, what: str = "training") -> Outcome:
-    """Run the launcher to its end. When a rank fails, the first error is told on stderr, last of all."""
-    console.print(
-        f"{what} on {plan.world_size} ranks; what each says: {plan.logs}/rank_N.log",
-        markup=False,
-        highlight=False,
-    )
+def run_ranks(plan: LaunchPlan, what: str = "training") -> Outcome:
+    """Run the launcher to its end. When a rank fails, the first error is logged, last of all."""
+    logger.info("%s on %d ranks; what each says: %s/rank_N.log", what, plan.world_size, plan.logs)
     logs = Logs(plan.logs)
     logs.prepare()
     # In a session of its own: a signal of the terminal comes to us, and from us to the ranks on all hosts.
@@ -61,30 +57,25 @@ def run_ranks(plan: LaunchPlan, console: Console, what: str = "training") -> Out
         and all(end.how == "finished" for end in ends.values())
     ):
         return Outcome(0, bool(received))
-    sys.stdout.flush()
-    print(
-        describe_failure(ends, plan.world_size, process.returncode, logs, what), file=sys.stderr, flush=True
-    )
+    logger.error(describe_failure(ends, plan.world_size, process.returncode, logs, what))
     first = first_error(ends)
     return Outcome(
         process.returncode if process.returncode > 0 else 1, bool(received), first.reason if first else ""
     )
 
 
-def run_with_restarts(
-    plan: LaunchPlan, again: Callable[[], LaunchPlan], most: int, console: Console
-) -> Outcome:
+def run_with_restarts(plan: LaunchPlan, again: Callable[[], LaunchPlan], most: int) -> Outcome:
     """Run the launcher, and when the run fails, start it again up to `most` times by the plan that `again`
     makes.
 
     A run that was asked to stop is not started again. Returns how the last one ended.
     """
-    outcome = run_ranks(plan, console)
+    outcome = run_ranks(plan)
     for restart in range(1, most + 1):
         if outcome.status == 0 or outcome.signalled:
             break
-        console.print(f"restart {restart} of at most {most}")
-        outcome = run_ranks(again(), console)
+        logger.info("restart %d of at most %d", restart, most)
+        outcome = run_ranks(again())
     return outcome
 
 

@@ -2,46 +2,48 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from tqdm import tqdm
 
 from eagle3_ds.config import Recipe
 from eagle3_ds.data import PreparedData
+from eagle3_ds.say import progress_bar
 from eagle3_ds.store import HiddenStateStore, HiddenStateWriter, Layout
 from eagle3_ds.store.fingerprint import Fingerprint, store_folder
 from eagle3_ds.targets import capture_hidden_states, load_target, teacher_tokens
 from eagle3_ds.topology import detect_accelerator
 
+logger = logging.getLogger(__name__)
+
 
 def place_of_states(
-    recipe: Recipe, data: PreparedData, layout: Layout, fingerprint: Fingerprint, console: Console
+    recipe: Recipe, data: PreparedData, layout: Layout, fingerprint: Fingerprint
 ) -> Path | None:
     """The folder with every document's hidden states, captured now where this process is to do it; None when
     they are online.
 
-    With `target.capture: parallel` the folder may still be missing: the ranks of `cli_stages.capture` fill
-    it.
+    With `target.capture: parallel` the folder may still be missing: the ranks of `run.stages.capture`
+    fill it.
 
     Raises:
         ValueError: a damaged store, one of other documents, or a disk that cannot hold what is missing.
     """
     if recipe.data.hidden_states == "online":
-        _say(console, "hidden states: computed by the target while the draft is trained")
+        logger.info("hidden states: computed by the target while the draft is trained")
         return None
     path = store_folder(recipe.data.cache_dir, fingerprint, layout.dtype)
     if path.is_dir():
         HiddenStateStore.open(path, fingerprint).require_documents(data.lengths())
     else:
         writer = HiddenStateWriter(path, data.lengths(), layout, fingerprint)
-        _say(console, f"hidden states: {writer.size_text}")
+        logger.info("hidden states: %s", writer.size_text)
         if recipe.target.capture == "parallel":
-            _say(console, f"hidden states: many ranks write {path} (launch, or eagle3-ds capture)")
+            logger.info("hidden states: many ranks write %s (launch, or eagle3-ds capture)", path)
             return path
         _capture_alone(recipe, data, writer)
-    _say(console, f"hidden states: {path}")
+    logger.info("hidden states: %s", path)
     return path
 
 
@@ -51,7 +53,7 @@ def _capture_alone(recipe: Recipe, data: PreparedData, writer: HiddenStateWriter
     documents = [dataset.with_format("numpy") for dataset in (data.train, data.heldout)]
     total = sum(writer.lengths[number] for number in missing)
     try:
-        with tqdm(total=total, desc="capture", unit=" tokens", unit_scale=True) as bar:
+        with progress_bar(total=total, desc="capture", unit=" tokens", unit_scale=True) as bar:
             for row in (
                 row for dataset in documents for row in dataset if int(row["document_id"]) in missing
             ):
@@ -61,7 +63,3 @@ def _capture_alone(recipe: Recipe, data: PreparedData, writer: HiddenStateWriter
     finally:
         writer.flush()  # what is done before an error, or Ctrl-C, need not be done again
     writer.finish()
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False)

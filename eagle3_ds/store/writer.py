@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from rich.filesize import decimal
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -126,8 +125,8 @@ class HiddenStateWriter:
             else ""
         )
         return (
-            f"{len(missing)} documents of {tokens:,} tokens take {decimal(self.required)} as "
-            f"{self.layout.dtype} in {self.path.parent}, {decimal(self.free)} are free{done}"
+            f"{len(missing)} documents of {tokens:,} tokens take {_decimal(self.required)} as "
+            f"{self.layout.dtype} in {self.path.parent}, {_decimal(self.free)} are free{done}"
         )
 
     def missing(self) -> list[int]:
@@ -302,6 +301,15 @@ class HiddenStateWriter:
             header_crc32=header_crc32(file),
             pieces=self._read_pieces(file),
         )
+
+
+def _decimal(size: int) -> str:
+    """Bytes for people, in units of 1000 as disks are sold: 1500 is 1.5 kB."""
+    if size < 1000:
+        return f"{size} bytes"
+    units = ("kB", "MB", "GB", "TB", "PB")
+    power = min((len(str(size)) - 1) // 3, len(units))
+    return f"{size / 1000**power:,.1f} {units[power - 1]}"
 
 
 def _existing(path: Path) -> Path:

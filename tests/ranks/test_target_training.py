@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from eagle3_ds.config import Recipe, dump_recipe, load_recipe
 from eagle3_ds.guard.heart import Heart
@@ -56,7 +55,7 @@ class Job:
         """The path of a recipe whose documents are prepared, for the ranks."""
         output = Path(recipe.output_dir)
         output.mkdir(exist_ok=True)
-        prepare(recipe, Console(quiet=True))
+        prepare(recipe)
         (output / "recipe.resolved.yaml").write_text(dump_recipe(recipe))
         return str(output / "recipe.resolved.yaml")
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from pydantic import JsonValue
 from transformers import LlamaConfig
@@ -21,8 +23,8 @@ from eagle3_ds.checkpoint.format import (
     read_manifest,
     write_manifest,
 )
-from eagle3_ds.cli import main as cli_main
-from eagle3_ds.cli.main import main
+from eagle3_ds.cli.launch import launch as launch_command
+from eagle3_ds.cli.main import commands, main
 from eagle3_ds.config import Recipe, dump_recipe, load_recipe
 from eagle3_ds.launch.command import (
     LaunchOptions,
@@ -323,10 +325,8 @@ def test_a_checkpoint_of_another_version_is_refused_by_its_keys(tmp_path: Path) 
 def test_resume_takes_no_override_for_its_value(
     words: list[str], expected: tuple[str | None, list[str]]
 ) -> None:
-    options = cli_main._parser("launch").parse_intermixed_args(
-        cli_main._with_explicit_resume(["recipe.yaml", *words])
-    )
-    assert (options.resume, options.overrides) == expected
+    options = launch_command.make_context("launch", ["recipe.yaml", *words]).params
+    assert (options["resume"], list(options["overrides"])) == expected
 
 
 def test_overwriting_removes_only_what_a_run_wrote(tmp_path: Path) -> None:
@@ -525,8 +525,7 @@ def test_stages_that_need_a_trained_draft(
 
 
 def test_help_has_an_example_for_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["launch", "--help"])
+    assert main(["launch", "--help"]) == 0
     options = capsys.readouterr().out
     shell = subprocess.run(["bash", "launch.sh", "--help"], capture_output=True, text=True, check=True).stdout
     for option in ("hostfile", "num_gpus", "num_ranks", "num_nodes", "include", "exclude", "master_addr",
@@ -535,6 +534,99 @@ def test_help_has_an_example_for_every_option(capsys: pytest.CaptureFixture[str]
         assert f"--{option}" in options and f"--{option}" in shell
     assert "--no-install" in shell
     assert main([]) == 2 and main(["--help"]) == 0 and main(["lunch"]) == 2
+
+
+@pytest.mark.parametrize("command", ["launch", "capture"])
+def test_the_shell_tells_every_option_of_the_commands_that_start_ranks(command: str) -> None:
+    shell = subprocess.run(["bash", "launch.sh", "--help"], capture_output=True, text=True, check=True).stdout
+    names = [name for option in commands.commands[command].params for name in option.opts if name[0] == "-"]
+    assert len(names) > 9
+    assert [name for name in names if name not in shell] == []
+
+
+def test_the_shell_looks_for_every_package_that_is_required() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    required = re.findall(r'^  "([a-z]+)>=', text.partition("dependencies = [")[2].partition("\n]")[0], re.M)
+    shell = (ROOT / "launch.sh").read_text()
+    assert "click" in required
+    for name in required:
+        assert f'"{"yaml" if name == "pyyaml" else name}"' in shell
+
+
+def every_command() -> list[tuple[str, ...]]:
+    groups = {name: getattr(command, "commands", {}) for name, command in commands.commands.items()}
+    return [
+        (),
+        *((name,) for name in groups),
+        *((name, action) for name in groups for action in groups[name]),
+    ]
+
+
+@pytest.mark.parametrize("words", every_command(), ids=" ".join)
+def test_every_command_tells_all_its_options(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command: click.Command = commands
+    for word in words:
+        assert isinstance(command, click.Group)
+        command = command.commands[word]
+    assert main([*words, "--help"]) == 0
+    told = capsys.readouterr().out
+    for option in command.params:
+        assert all(name in told for name in option.opts if name[0] == "-")
+        assert not isinstance(option, click.Option) or option.help
+    if isinstance(command, click.Group):
+        assert all(f"  {name} " in told for name in command.commands)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("docter",),
+            "eagle3-ds: there is no command 'docter'. Did you mean doctor? Commands: launch, prepare, ",
+        ),
+        (("store", "verfy"), "eagle3-ds store: there is no action 'verfy'. Did you mean verify? Actions: "),
+        (("launch",), "eagle3-ds launch: Missing argument 'RECIPE'."),
+        (("launch", "x.yaml", "--num-gpus", "2"), "eagle3-ds launch: No such option"),
+        (("plan", "x.yaml", "--gpus", "0"), "eagle3-ds plan: Invalid value for '--gpus': 0"),
+        (("export", "nowhere.yaml"), "eagle3-ds export: "),
+    ],
+)
+def test_a_mistake_is_one_message(
+    words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refusal(capsys, *words)
+    assert told.startswith(message) and "Traceback" not in told and told.count("\n") == 1
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eagle3_ds.cli.words.load_recipe", interrupt)
+    assert main(["report", "recipes/quickstart.yaml"]) == 130
+    assert capsys.readouterr().err.strip() == "eagle3-ds report: interrupted"
+
+
+def test_help_waits_for_nothing_heavy() -> None:
+    code = (
+        "import sys; from eagle3_ds.cli.main import main; main(['launch', '--help']); "
+        "sys.exit(', '.join({'torch', 'transformers', 'deepspeed', 'datasets', 'rich.console'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
+
+
+def test_the_log_level_reaches_the_ranks_by_the_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["launch", "recipes/quickstart.yaml", "--dry-run", f"output_dir={tmp_path / 'run'}"]
+    assert main([*where, "--log-level", "warning"]) == 0
+    assert "logging:\n  level: warning" in capsys.readouterr().out
+    assert main(where) == 0
+    assert "logging:\n  level: info" in capsys.readouterr().out
+    assert "--log-level" in refusal(capsys, *where, "--log-level", "loud")
 
 
 def test_no_install_refuses_with_the_command(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from eagle3_ds.data.inspect import as_html, as_text, inspect_row
+from eagle3_ds.cli.data import as_text
+from eagle3_ds.data.inspect import as_html, inspect_row
 from tests.unit.chat_families import family_tokenizer
 from tests.unit.data_samples import chat, data_recipe, tiny_tokenizer, write_jsonl
 

@@ -42,6 +42,9 @@ TABLE: dict[str, set[str]] = {
     },
 }  # fmt: skip
 
+# Packages of others that one room alone imports: what a user sees is the command line's to choose.
+ROOM_OF = {"deepspeed": "train", "click": "cli", "rich": "cli"}
+
 
 def imported_modules(source: str) -> set[str]:
     """Absolute module names that a source imports anywhere, function bodies and type-checking blocks
@@ -66,9 +69,7 @@ def trespasses(room: str, source: str) -> set[str]:
         if parts[0] == "eagle3_ds" and len(parts) > 1
     }
     found = {name for name in rooms if name in TABLE} - TABLE[room] - {room}
-    if room != "train":
-        found |= {name for name in modules if name.split(".")[0] == "deepspeed"}
-    return found
+    return found | {name for name in modules if ROOM_OF.get(name.split(".")[0], room) != room}
 
 
 @pytest.mark.parametrize("room", sorted(TABLE))
@@ -82,14 +83,38 @@ def test_every_room_is_in_the_table() -> None:
     assert rooms <= set(TABLE)
 
 
-def test_nobody_else_imports_deepspeed() -> None:
+def test_no_file_outside_the_rooms_imports_what_one_room_alone_may() -> None:
     for path in sorted(PACKAGE.glob("*.py")):
         modules = imported_modules(path.read_text(encoding="utf-8"))
-        assert not {name for name in modules if name.split(".")[0] == "deepspeed"}, path
+        assert not {name for name in modules if name.split(".")[0] in ROOM_OF}, path
+
+
+def test_what_every_room_may_use_uses_no_room() -> None:
+    modules = imported_modules((PACKAGE / "say.py").read_text(encoding="utf-8"))
+    assert not {name for name in modules if name.split(".")[0] == "eagle3_ds"}
+
+
+def test_progress_is_shown_in_one_way_and_nothing_is_printed() -> None:
+    for path in sorted(PACKAGE.glob("**/*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {
+            node.func.id
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        if path.name != "say.py":
+            assert "tqdm" not in {name.split(".")[0] for name in imported_modules(ast.unparse(tree))}, path
+        # A supervisor imports the standard library alone, and its last words go to stderr.
+        if path.parent.name != "cli" and path.name != "supervisor.py":
+            assert "print" not in names, path
 
 
 def test_the_check_can_fail() -> None:
     assert trespasses("layout", "from eagle3_ds.config import Recipe") == {"config"}
     assert trespasses("draft", "def f():\n    import deepspeed") == {"deepspeed"}
     assert trespasses("layout", "from eagle3_ds import train") == {"train"}
+    assert trespasses("run", "import rich.table\nfrom eagle3_ds.cli.main import main") == {
+        "rich.table",
+        "cli",
+    }
     assert not trespasses("draft", "from eagle3_ds.attention.merge import merge\nimport torch")

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from eagle3_ds.cli import plan as plan_command
 from eagle3_ds.cli.main import main
 from eagle3_ds.config import load_recipe
+from eagle3_ds.plan import DEVICES
 
 ROOT = Path(__file__).parents[2]
 LLAMA = ("recipes/llama3.1-8b_128k_usp.yaml", "--shape", "llama3.1-8b")
@@ -92,6 +94,10 @@ def test_what_does_not_fit_is_said_with_bytes_and_help(capsys: pytest.CaptureFix
     assert "fits no mesh and no setting" in error and "What would help most" in error
 
 
+def test_every_device_that_the_planner_knows_can_be_asked_for() -> None:
+    assert sorted(DEVICES) == sorted(plan_command.DEVICES)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -122,7 +128,7 @@ def test_an_unreachable_hub_name_says_how_to_go_on(
     def unreachable(name: str, **_: object) -> None:
         raise OSError(f"{name} cannot be reached")
 
-    monkeypatch.setattr("eagle3_ds.cli.plan.AutoConfig.from_pretrained", unreachable)
+    monkeypatch.setattr("eagle3_ds.run.planning.AutoConfig.from_pretrained", unreachable)
     error = refused(capsys, "recipes/llama3.1-8b_128k_usp.yaml")
     assert (
         "meta-llama/Llama-3.1-8B-Instruct" in error

@@ -18,13 +18,13 @@ from pathlib import Path
 from threading import Timer
 
 import pytest
-from rich.console import Console
 
 from eagle3_ds.launch.announced import announcement
 from eagle3_ds.launch.command import LaunchPlan
 from eagle3_ds.launch.logs import How, Logs, RankEnd, Status
 from eagle3_ds.launch.ranks import describe_failure, run_ranks, run_with_restarts
 from eagle3_ds.launch.supervisor import START_SECONDS, Rank
+from eagle3_ds.say import telling
 
 FAKES = Path(__file__).parent
 LIMIT = 3.0
@@ -40,6 +40,13 @@ def supervisor(logs: Logs, rank: int, deed: str) -> list[str]:
         "fake_rank",
         deed,
     ]
+
+
+@pytest.fixture(autouse=True)
+def told() -> Iterator[None]:
+    """What the launch says is shown, as by a command."""
+    with telling("info"):
+        yield
 
 
 @contextmanager
@@ -231,7 +238,7 @@ def plan(tmp_path: Path, *deeds: str, status: int = 1) -> LaunchPlan:
 
 
 def test_the_first_error_is_the_last_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_ranks(plan(tmp_path, "sleeps", "raises", "sleeps", status=7), Console()).status == 7
+    assert run_ranks(plan(tmp_path, "sleeps", "raises", "sleeps", status=7)).status == 7
     told = capfd.readouterr().err.rstrip().splitlines()
     assert told[-1].startswith("First error, of rank 1 on ")
     assert told[-1].endswith("while training, after 7 steps: ValueError: a bad row")
@@ -244,11 +251,11 @@ def test_a_launcher_that_says_all_is_well_is_not_believed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """DeepSpeed's runner exits with 0 when the process that it waits for was killed."""
-    assert run_ranks(plan(tmp_path, "finishes", "SIGKILL", status=0), Console()).status == 1
+    assert run_ranks(plan(tmp_path, "finishes", "SIGKILL", status=0)).status == 1
     assert "signal 9 (SIGKILL)" in capfd.readouterr().err.splitlines()[-1]
-    assert run_ranks(replace(plan(tmp_path, "finishes"), command=("true",)), Console()).status == 1
+    assert run_ranks(replace(plan(tmp_path, "finishes"), command=("true",))).status == 1
     assert "No rank said why" in capfd.readouterr().err
-    assert run_ranks(plan(tmp_path, "finishes", "finishes", status=0), Console()) == (0, False, "")
+    assert run_ranks(plan(tmp_path, "finishes", "finishes", status=0)) == (0, False, "")
     assert capfd.readouterr().err == ""
 
 
@@ -261,7 +268,7 @@ def test_ranks_that_have_lost_their_launcher_are_ended(
     logs = Logs(tmp_path / "logs")
     orphan = f"(RANK=0 setsid {' '.join(supervisor(logs, 0, 'sleeps'))} >/dev/null &); sleep 1; exit 1"
     lost = replace(plan(tmp_path, "sleeps"), command=("sh", "-c", orphan))
-    assert run_ranks(lost, Console()).status == 1
+    assert run_ranks(lost).status == 1
     ends = logs.ends(1)
     # Whatever became of it, the test leaves no process behind.
     logs.order("kill the test is over")
@@ -272,13 +279,13 @@ def test_ranks_that_have_lost_their_launcher_are_ended(
 def test_a_failed_run_is_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     failing, well = plan(tmp_path, "raises"), plan(tmp_path, "finishes", status=0)
     coming = [failing, well, failing]
-    assert run_with_restarts(failing, lambda: coming.pop(0), 5, Console()).status == 0
+    assert run_with_restarts(failing, lambda: coming.pop(0), 5).status == 0
     assert coming == [failing]
     assert [line for line in capfd.readouterr().out.splitlines() if "restart" in line] == [
         f"restart {n} of at most 5" for n in (1, 2)
     ]
-    assert run_with_restarts(failing, lambda: failing, 1, Console()).status == 1
-    assert run_with_restarts(well, failing_is_not_asked_for, 1, Console()).status == 0
+    assert run_with_restarts(failing, lambda: failing, 1).status == 1
+    assert run_with_restarts(well, failing_is_not_asked_for, 1).status == 0
 
 
 def failing_is_not_asked_for() -> LaunchPlan:
@@ -289,7 +296,7 @@ def test_a_run_that_was_asked_to_stop_is_not_started_again(tmp_path: Path) -> No
     """This rank does not heed SIGUSR1, so that it ends as a failure."""
     stopper = Timer(2.0, os.kill, (os.getpid(), signal.SIGUSR1))
     stopper.start()
-    assert run_with_restarts(plan(tmp_path, "sleeps"), failing_is_not_asked_for, 3, Console()) == (
+    assert run_with_restarts(plan(tmp_path, "sleeps"), failing_is_not_asked_for, 3) == (
         1,
         True,
         "signal 10 (SIGUSR1)",

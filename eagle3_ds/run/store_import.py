@@ -6,6 +6,7 @@ Legend: L rows, Ht hidden size of the target.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,13 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from eagle3_ds.config import Recipe
 from eagle3_ds.run.import_check import COMPARED_SAMPLES, compare_with_target
 from eagle3_ds.run.stages import Documents, tokenise
+from eagle3_ds.say import progress_bar
 from eagle3_ds.store import HiddenStateStore, HiddenStateWriter
 from eagle3_ds.store.fingerprint import store_folder
 from eagle3_ds.store.foreign import ForeignFiles, open_foreign
@@ -35,6 +35,8 @@ from eagle3_ds.targets import (
 )
 from eagle3_ds.targets.weights import weight_files
 from eagle3_ds.topology import detect_accelerator
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,19 @@ class TargetEnd:
         return teacher, teacher_tokens(teacher, self.head)
 
 
-def import_store(
-    recipe: Recipe, source: Path, hidden_states: Path | None, check: bool, console: Console
-) -> None:
+def import_store(recipe: Recipe, source: Path, hidden_states: Path | None = None, check: bool = True) -> Path:
     """Write the rows of tokens to `data.train`, and the hidden states to where `prepare` looks for them.
 
     An interrupted import continues when it is run again.
 
     Args:
+        recipe: whose `data.train` names the .jsonl file of the rows.
+        source: the folder that the other trainer wrote.
         hidden_states: the folder of `hs_*.safetensors` where it is not inside the data set of speculators.
         check: load the target and compare some samples with what it computes.
+
+    Returns:
+        The folder of the hidden states.
 
     Raises:
         ValueError: files that are damaged or of another target or other layers, or a recipe that they do not
@@ -69,7 +74,7 @@ def import_store(
     """
     rows_file = _rows_file(recipe)
     files = open_foreign(source, hidden_states)
-    _say(console, f"import: {len(files)} samples of {files.writer} in {source}")
+    logger.info("import: %d samples of %s in %s", len(files), files.writer, source)
     folder = resolve_path(recipe.target.path, recipe.target.build is not None)
     config = load_text_config(folder)
     aux_layers = choose_aux_layers(config.num_hidden_layers, recipe.target.aux_layers)
@@ -77,20 +82,21 @@ def import_store(
     if check:
         target = load_target(recipe.target, device=detect_accelerator())
         for line in compare_with_target(files, target):
-            _say(console, f"checked: {line}")
+            logger.info("checked: %s", line)
         end = TargetEnd(target.model.model.norm, target.head)
         del target
     else:
         _check_layers(files, aux_layers, config.num_hidden_layers)
         end = load_target_end(folder, config, getattr(torch, recipe.target.dtype))
     rows = write_rows(files, rows_file, recipe.data.max_length, _progress(range(len(files)), "tokens"))
-    _say(console, f"rows: {rows.text}; in {rows_file}")
-    documents = tokenise(recipe, console)
+    logger.info("rows: %s; in %s", rows.text, rows_file)
+    documents = tokenise(recipe)
     matches = match_documents((documents.data.train, documents.data.heldout), rows)
-    store = _fill(recipe, files, documents, matches, end, console)
-    _say(console, f"hidden states: {store}")
+    store = _fill(recipe, files, documents, matches, end)
+    logger.info("hidden states: %s", store)
     for line in _on_trust(files, aux_layers, check):
-        _say(console, f"taken on trust: {line}")
+        logger.info("taken on trust: %s", line)
+    return store
 
 
 def _fill(
@@ -99,17 +105,16 @@ def _fill(
     documents: Documents,
     matches: dict[int, list[int]],
     end: TargetEnd,
-    console: Console,
 ) -> Path:
     path = store_folder(recipe.data.cache_dir, documents.fingerprint, documents.layout.dtype)
     lengths = documents.data.lengths()
     if path.is_dir():
         store = HiddenStateStore.open(path, documents.fingerprint)
         store.require_documents(lengths)
-        _say(console, f"hidden states: there already, computed by {store.origin}")
+        logger.info("hidden states: there already, computed by %s", store.origin)
         return path
     writer = HiddenStateWriter(path, lengths, documents.layout, documents.fingerprint, origin=files.writer)
-    _say(console, f"hidden states: {writer.size_text}")
+    logger.info("hidden states: %s", writer.size_text)
     fill_store(
         files,
         matches,
@@ -199,9 +204,4 @@ def _on_trust(files: ForeignFiles, aux_layers: Sequence[int], checked: bool) -> 
 
 
 def _progress(numbers: Sequence[int], what: str) -> Any:
-    return tqdm(numbers, desc=what, unit=" samples")
-
-
-def _say(console: Console, text: str) -> None:
-    """Plain text: brackets in a path are not markup."""
-    console.print(text, markup=False, highlight=False)
+    return progress_bar(numbers, desc=what, unit=" samples")

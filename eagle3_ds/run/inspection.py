@@ -1,0 +1,68 @@
+"""A row, or a prepared document, as the draft will learn it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from eagle3_ds.config import TargetSection, load_recipe
+from eagle3_ds.config.schema import DataSection
+from eagle3_ds.data.inspect import Inspection, inspect_document, inspect_row
+from eagle3_ds.run.stages import tokenise
+from eagle3_ds.targets import load_tokenizer
+
+
+def inspect_source(
+    source: str,
+    overrides: Sequence[str] = (),
+    target: str | None = None,
+    row: int = 1,
+    document: int | None = None,
+) -> Inspection:
+    """One row of a recipe's data or of a data file, with the tokens that the draft learns from.
+
+    Args:
+        source: a recipe's path, or a data file, a folder, a hub data set, or `stdlib`.
+        overrides: `section.key=value` of a recipe.
+        target: folder or hub name of the target, with a data file.
+        row: which row, counted from 1.
+        document: a prepared document of a recipe, by its number; None looks at the row.
+
+    Raises:
+        ValueError: no such row or document, or a source and options that do not fit each other.
+    """
+    if document is not None:
+        if not _is_recipe(source):
+            raise ValueError(f"--document counts the documents of a recipe, and {source} is none: use --row.")
+        recipe = load_recipe(source, overrides)
+        return inspect_document(tokenise(recipe).data, load_tokenizer(recipe.target), document)
+    section, target_section = _what_to_inspect(source, overrides, target)
+    if row < 1:
+        raise ValueError(f"--row is {row}, but rows are counted from 1.")
+    return inspect_row(section, load_tokenizer(target_section), row)
+
+
+def _is_recipe(source: str) -> bool:
+    return Path(source).suffix in (".yaml", ".yml")
+
+
+def _what_to_inspect(
+    source: str, overrides: Sequence[str], target: str | None
+) -> tuple[DataSection, TargetSection]:
+    if _is_recipe(source):
+        if target is not None:
+            raise ValueError(
+                "--target is for a data file; a recipe names its own. Set target.path=... instead."
+            )
+        recipe = load_recipe(source, overrides)
+        return recipe.data, recipe.target
+    if target is None:
+        raise ValueError(
+            f"{source} does not say whose tokens it becomes: name the target by --target FOLDER, or give a "
+            f"recipe, as in `eagle3-ds data inspect recipes/quickstart.yaml data.train='[{source}]'`."
+        )
+    if overrides:
+        raise ValueError(
+            f"{overrides[0]!r} changes a recipe, and {source} is none: give a recipe's path to override it."
+        )
+    return DataSection(train=(source,)), TargetSection(path=target)

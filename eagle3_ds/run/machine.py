@@ -1,0 +1,110 @@
+"""What this machine has, and which attention kernels run here, each checked on a small case."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import NamedTuple
+
+import torch
+
+from eagle3_ds.kernels import KERNELS, AttentionKernel, select_kernel
+from eagle3_ds.kernels.selfcheck import TOLERANCE, measured_error
+
+PACKAGES = ("torch", "deepspeed", "transformers", "triton", "flash-attn", "flash-attn-3", "flash-attn-4")
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+class CheckedKernel(NamedTuple):
+    """Attributes:
+    name: of the kernel.
+    results: per dtype of `DTYPES`, what it computed, or `no`.
+    why_not: why it does not run here; empty when it does.
+    failures: what is wrong with it, where it says that it runs.
+    """
+
+    name: str
+    results: list[str]
+    why_not: str
+    failures: list[str]
+
+
+def versions() -> list[tuple[str, str]]:
+    """Python, the packages that matter, and what torch was built with."""
+    cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
+    return [
+        ("python", platform.python_version()),
+        *((package, _version(package)) for package in PACKAGES),
+        ("CUDA of torch", torch.version.cuda or "none: this torch is built without CUDA"),
+        ("cuDNN of torch", str(cudnn) if cudnn else "none"),
+    ]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def devices(device: torch.device) -> list[tuple[str, str, str]]:
+    """Name, description and memory of each device of this kind."""
+    if device.type == "cpu":
+        cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+        return [("cpu", f"{cpu}, {torch.get_num_threads()} threads", "")]
+    backend, rows = getattr(torch, device.type), []
+    for index in range(backend.device_count()):
+        found = backend.get_device_properties(index)
+        capability = f", compute capability {found.major}.{found.minor}" if device.type == "cuda" else ""
+        memory = f"{found.total_memory / 2**30:.0f} GiB"
+        rows.append((f"{device.type}:{index}", found.name + capability, memory))
+    return rows
+
+
+def check_kernels(device: torch.device, head_dim: int) -> list[CheckedKernel]:
+    """Every kernel on this device; one that says it runs here is compared with the reference.
+
+    Raises:
+        ValueError: `head_dim` is not the size of a head.
+    """
+    if head_dim < 1:
+        raise ValueError(
+            f"--head-dim is {head_dim}; it is the size of one attention head, 1 or more, e.g. --head-dim 128"
+        )
+    automatic = {dtype: select_kernel("auto", device, dtype, head_dim) for dtype in DTYPES}
+    return [_checked(kernel, device, head_dim, automatic) for kernel in KERNELS]
+
+
+def _checked(
+    kernel: AttentionKernel,
+    device: torch.device,
+    head_dim: int,
+    automatic: dict[torch.dtype, AttentionKernel],
+) -> CheckedKernel:
+    results, reasons, failures = [], {}, []
+    for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        reason = kernel.unavailable_reason(device, dtype, head_dim)
+        if reason is not None:
+            reasons[name] = reason
+            results.append("no")
+            continue
+        result = _check(kernel, device, dtype, head_dim)
+        if not result.startswith("error"):
+            failures.append(f"{kernel.name} in {name}: {result}")
+        results.append(result + (", auto" if automatic[dtype] is kernel else ""))
+    same = len(reasons) == len(DTYPES) and len(set(reasons.values())) == 1
+    lines = list(reasons.values())[:1] if same else [f"{name}: {why}" for name, why in reasons.items()]
+    return CheckedKernel(kernel.name, results, "; ".join(lines), failures)
+
+
+def _check(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    try:
+        error = measured_error(kernel, device, dtype, head_dim)
+    except Exception as problem:
+        return f"fails: {type(problem).__name__}: {problem}"
+    return (
+        f"error {error:.0e}"
+        if error <= TOLERANCE[dtype]
+        else f"wrong by {error:.0e}, over {TOLERANCE[dtype]:.0e}"
+    )

@@ -1,0 +1,166 @@
+"""What a recipe costs on given devices, how long a sequence may be, and the fastest settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from eagle3_ds.algorithms.eagle3 import build_draft_config
+from eagle3_ds.config import Recipe, load_deepspeed_config
+from eagle3_ds.plan import (
+    DEVICES,
+    Candidate,
+    Device,
+    DraftShape,
+    Setup,
+    choose_kv_exchange,
+    explain_shortage,
+    fastest,
+    predict_memory,
+)
+from eagle3_ds.run.memory_advice import deepspeed_files
+from eagle3_ds.run.target_sizes import SHAPES, SIZES
+from eagle3_ds.targets import check_supported, load_text_config
+from eagle3_ds.topology import Mesh, check_heads
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What a run would run on.
+
+    Attributes:
+        gpus: ranks of the run.
+        gpus_per_node: ranks with fast links between them.
+        gpu_memory: GiB that a rank may use; None takes the device's.
+        reserve: GiB of it for context, NCCL and fragmentation.
+        device: whose peaks predict the time.
+    """
+
+    gpus: int = 8
+    gpus_per_node: int = 8
+    gpu_memory: float | None = None
+    reserve: float = 2.0
+    device: str = "H100"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Attributes:
+    setup: the run, as the planner counts it.
+    device: whose peaks predict the time.
+    ranks_per_node: with fast links between them.
+    budget: bytes per rank for tensors.
+    candidates: settings that fit, the fastest first.
+    shortage: what is missing and would help; None where the recipe fits as it stands.
+    """
+
+    setup: Setup
+    device: Device
+    ranks_per_node: int
+    budget: int
+    candidates: Sequence[Candidate] = field(default_factory=tuple)
+    shortage: str | None = None
+
+
+def plan_recipe(
+    recipe: Recipe,
+    machines: Machines,
+    supervised: float = 1.0,
+    shape: str | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> Planned:
+    """Count bytes and seconds of a recipe, and look for faster settings.
+
+    Args:
+        recipe: to be planned.
+        machines: that it would run on.
+        supervised: share of the tokens that are answers.
+        shape: name of a target's sizes, of those that are known.
+        sizes: of a target, by the names in `SIZES`; they win over `shape`.
+
+    Raises:
+        ValueError: a mesh that cannot be, heads that do not divide, a target without sizes, or nothing that
+            fits.
+    """
+    parallel = recipe.parallel
+    mesh = Mesh.from_world(machines.gpus, parallel.ring, parallel.ulysses, parallel.draft_dp)
+    target = _target_config(recipe, shape, sizes or {})
+    draft = DraftShape.of(build_draft_config(target, recipe.draft))
+    check_heads(parallel.ulysses, draft.num_heads, draft.num_kv_heads)
+    device = DEVICES[machines.device]
+    budget = int(((machines.gpu_memory or device.memory) - machines.reserve) * GIB)
+    if budget <= 0:
+        raise ValueError(f"--reserve {machines.reserve} leaves nothing of the device's memory. Lower it.")
+    files = deepspeed_files(recipe)
+    setup = Setup.of(recipe, load_deepspeed_config(recipe.deepspeed), draft, mesh.draft_dp)
+    setup = replace(setup, supervised=supervised)
+    if recipe.data.hidden_states == "online":
+        setup = replace(setup, target_bytes=_weight_bytes(target, recipe.target.dtype))
+    if parallel.kv_exchange == "auto":
+        setup = replace(setup, kv_exchange=choose_kv_exchange(setup))
+    fits = predict_memory(setup).peak <= budget
+    candidates = fastest(setup, machines.gpus, budget, device, files, machines.gpus_per_node)
+    shortage = None if fits else explain_shortage(setup, budget, files)
+    if not fits and not candidates:
+        raise ValueError(f"data.max_length = {setup.length} fits no mesh and no setting.\n{shortage}")
+    return Planned(setup, device, machines.gpus_per_node, budget, candidates, shortage)
+
+
+def _target_config(recipe: Recipe, shape: str | None, given: Mapping[str, int]) -> Any:
+    """The target's text config: from sizes given, from its folder or hub name, or from how it will be built."""
+    if shape or given:
+        sizes = {**dict(zip(SIZES, SHAPES[shape] if shape else (), strict=False)), **given}
+        missing = [f"--{size.replace('_', '-')}" for size in SIZES if size not in sizes]
+        if missing:
+            raise ValueError(
+                f"{', '.join(missing)}: not given. Give every size of the target, or a --shape to start from."
+            )
+        return _llama(sizes)
+    path, build = Path(recipe.target.path).expanduser(), recipe.target.build
+    if path.is_dir():
+        config = load_text_config(path)
+    elif build is not None:
+        return _llama({**build.model_dump(), "head_dim": build.hidden_size // build.num_heads})
+    else:
+        config = _hub_config(recipe.target.path)
+    check_supported(config, recipe.target.path)
+    return config
+
+
+def _llama(sizes: Mapping[str, int]) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=sizes["vocab_size"],
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
+        num_attention_heads=sizes["num_heads"],
+        num_key_value_heads=sizes["num_kv_heads"],
+        head_dim=sizes["head_dim"],
+        num_hidden_layers=sizes["num_layers"],
+    )
+
+
+def _weight_bytes(config: Any, dtype: str) -> int:
+    """Of a whole target, from its config: the model is built without memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return sum(parameter.numel() for parameter in model.parameters()) * getattr(torch, dtype).itemsize
+
+
+def _hub_config(name: str) -> Any:
+    """config.json of a hub name, without the weights."""
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"target.path = {name!r} is no folder here, and its config could not be fetched from the hub "
+            f"({reason}). Say its sizes instead: --shape {' | '.join(SHAPES)}, or --hidden-size and the "
+            "others."
+        ) from error

@@ -1,0 +1,128 @@
+"""From a recipe and where to run it to a run that can be started; everything that can be judged before the first
+process starts is judged here.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from eagle3_ds.config import Recipe
+from eagle3_ds.launch.command import CAPTURE_MODULE, LaunchOptions, LaunchPlan, plan_launch, resolve_hosts
+from eagle3_ds.run.checks import (
+    check_data,
+    check_deepspeed,
+    check_kernel,
+    check_output,
+    check_target,
+    check_target_on_ranks,
+    target_shape,
+)
+from eagle3_ds.topology import Mesh, detect_accelerator
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What is not the recipe's to say about a run.
+
+    Attributes:
+        where: hosts, ranks and launcher.
+        resume: `latest` or `auto`, as `--resume` says; None for a fresh start.
+        overwrite: replace the run in `output_dir`.
+        dry_run: nothing will be started, so what this machine lacks is noted, not refused.
+    """
+
+    where: LaunchOptions = LaunchOptions()
+    resume: str | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe that passed every check, and how it will be launched.
+
+    Attributes:
+        given: the recipe as it was given; its mesh may depend on the devices of the moment.
+        recipe: with `parallel.draft_dp` filled in.
+        options: that it was resolved with.
+        plan, capture_plan: of the ranks that train, and of those that capture.
+        notes: what the user should know of it.
+        checkpoint: folder of the one to go on from; None for a fresh start.
+    """
+
+    given: Recipe
+    recipe: Recipe
+    options: RunOptions
+    mesh: Mesh
+    plan: LaunchPlan
+    capture_plan: LaunchPlan
+    notes: tuple[str, ...]
+    checkpoint: Path | None
+
+    def again(self) -> Run:
+        """The same run from the newest intact checkpoint, or from the start where there is none yet."""
+        return resolve_run(self.given, replace(self.options, resume="auto", overwrite=False))
+
+
+def resolve_run(recipe: Recipe, options: RunOptions | None = None) -> Run:
+    """Judge everything that can be judged before a process starts; changes nothing.
+
+    Raises:
+        ValueError: a mistake in the recipe or the options, with the fix.
+    """
+    options = options or RunOptions()
+    accelerator = detect_accelerator()
+    parallel = recipe.parallel
+    devices = 0 if options.dry_run else _device_count(accelerator)
+    sp = parallel.ring * parallel.ulysses
+    wanted = sp * parallel.draft_dp if parallel.draft_dp else devices or sp
+    hosts = resolve_hosts(options.where, accelerator, devices, wanted)
+    world_size = sum(len(slots) for slots in hosts.values())
+    mesh = Mesh.from_world(world_size, parallel.ring, parallel.ulysses, parallel.draft_dp)
+    given = recipe
+    recipe = recipe.model_copy(update={"parallel": parallel.model_copy(update={"draft_dp": mesh.draft_dp})})
+    check_deepspeed(recipe, mesh)
+    notes = _check_rest(recipe, accelerator, options)
+    checkpoint, resume = None, "latest" if options.resume else None
+    if not options.dry_run:
+        checkpoint, told = check_output(recipe, options.resume, options.overwrite)
+        notes, resume = [*notes, *told], checkpoint.name if checkpoint else None
+    plan = plan_launch(options.where, hosts, accelerator, recipe, resume, os.environ)
+    capture_plan = plan_launch(options.where, hosts, accelerator, recipe, None, os.environ, CAPTURE_MODULE)
+    return Run(given, recipe, options, mesh, plan, capture_plan, tuple(notes), checkpoint)
+
+
+def _check_rest(recipe: Recipe, accelerator: str, options: RunOptions) -> list[str]:
+    """Target, kernel, data and the draft to start from; a dry run only notes what this machine lacks."""
+    notes = []
+    shape = target_shape(recipe, options.dry_run)
+    if shape is None:
+        notes.append(
+            f"target {recipe.target.path} is not a folder here: its heads and vocabulary were not checked"
+        )
+    else:
+        check_target(recipe, shape)
+        check_target_on_ranks(recipe)
+        try:
+            notes.append(f"attention kernel {check_kernel(recipe, accelerator, shape)}")
+        except ValueError as error:
+            if not options.dry_run:
+                raise
+            notes.append(f"on this machine: {error}")
+    if not options.dry_run:
+        check_data(recipe)
+        if recipe.train.init_from is not None and Path(recipe.target.path).is_dir() and not options.resume:
+            # Imported here, because it needs the rooms that a dry run does not wait for.
+            from eagle3_ds.run.initial_draft import load_initial_draft
+
+            load_initial_draft(recipe)
+    return notes
+
+
+def _device_count(accelerator: str) -> int:
+    """Accelerators of this machine; 0 on a CPU, where any number of ranks may run."""
+    return 0 if accelerator == "cpu" else int(getattr(torch, accelerator).device_count())

@@ -1,0 +1,114 @@
+"""The main job: prepare, capture, train on many ranks, start again what failed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from eagle3_ds.checkpoint.format import FINAL_WEIGHTS
+from eagle3_ds.config import Recipe, as_recipe
+from eagle3_ds.launch.command import LaunchPlan, write_environment_file
+from eagle3_ds.launch.ranks import Outcome, run_with_restarts
+from eagle3_ds.run.checks import clear_output
+from eagle3_ds.run.memory_advice import advise_on_memory
+from eagle3_ds.run.resolve import Run, RunOptions, resolve_run
+from eagle3_ds.run.stages import capture, evaluate, export, prepare, report
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How training ended.
+
+    Attributes:
+        status: 0 when no rank failed; else the launcher's exit status.
+        finished: training came to its end; false as well when it was asked to stop before.
+        reason: of the first error; empty without one.
+    """
+
+    status: int
+    finished: bool
+    reason: str = ""
+
+
+def train(recipe: Recipe | str | Path, options: RunOptions | None = None) -> Path | None:
+    """Train a draft: prepare what is missing, then run the ranks to their end, as `eagle3-ds launch` does.
+
+    Evaluation and export do not follow. Call it in the main thread: while the ranks run, SIGINT, SIGTERM and
+    SIGUSR1 are passed on to them.
+
+    Args:
+        recipe: a recipe, or the path of one.
+        options: hosts, ranks, resuming and overwriting; None starts afresh on this machine.
+
+    Returns:
+        The file of the final weights; None when the run was asked to stop before its end.
+
+    Raises:
+        ValueError: a mistake in the recipe or the options, before anything is started.
+        RuntimeError: a rank has failed; the message is the reason of the first error.
+    """
+    trained = train_run(resolve_run(as_recipe(recipe), options))
+    if trained.status:
+        raise RuntimeError(
+            f"training failed: {trained.reason or f'the launcher ended with status {trained.status}'}"
+        )
+    return Path(as_recipe(recipe).output_dir) / FINAL_WEIGHTS if trained.finished else None
+
+
+def train_run(run: Run) -> Trained:
+    """Prepare, capture and train; a failed run is started again as often as `faults.max_restarts` says.
+
+    Raises:
+        ValueError: data, target or disk do not do.
+    """
+    output_dir = Path(run.recipe.output_dir)
+    if run.checkpoint is None:
+        clear_output(output_dir)
+    prepare(run.recipe, run.checkpoint)
+    status = capture(run.recipe, run.capture_plan)
+    if status:
+        return Trained(status, finished=False)
+    write_environment_file(run.plan)
+    outcome = run_with_restarts(run.plan, lambda: _plan_again(run), run.recipe.faults.max_restarts)
+    if outcome.status:
+        _advise(run, outcome)
+        return Trained(outcome.status, False, outcome.reason)
+    finished = (output_dir / FINAL_WEIGHTS).is_file()
+    if not finished:
+        logger.info(
+            "training was stopped before its end: the same command with --resume goes on, then evaluates "
+            "and exports"
+        )
+    return Trained(0, finished)
+
+
+def capture_run(run: Run) -> int:
+    """Prepare, and hidden states by all ranks, nothing after; returns the launcher's exit status."""
+    prepare(run.recipe)
+    return capture(run.recipe, run.capture_plan)
+
+
+def finish_run(recipe: Recipe) -> None:
+    """What follows training: evaluation, exports and the report."""
+    evaluate(recipe)
+    export(recipe)
+    report(recipe)
+
+
+def _plan_again(run: Run) -> LaunchPlan:
+    again = run.again()
+    for note in again.notes:
+        logger.info("note: %s", note)
+    write_environment_file(again.plan)
+    return again.plan
+
+
+def _advise(run: Run, outcome: Outcome) -> None:
+    """What would have fitted, when a rank ran out of memory."""
+    ranks_per_host = max(len(slots) for slots in run.plan.hosts.values())
+    advice = advise_on_memory(outcome.reason, run.recipe, ranks_per_host)
+    if advice is not None:
+        logger.error("\n%s", advice)
