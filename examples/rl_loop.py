@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eagle3_ds.config import load_recipe
+from eagle3_ds import Rollout, RolloutTrainer, load_recipe
 from eagle3_ds.data.stdlib_corpus import stdlib_conversations, stdlib_text
 from eagle3_ds.export import vllm_tensors
 from eagle3_ds.targets import Target, build_target, capture_hidden_states, load_target
-from eagle3_ds.train.rollout import Rollout, RolloutTrainer
 
 PROMPTS_PER_ITERATION = 6
 PROMPT_TOKENS, ANSWER_TOKENS = 48, 48
