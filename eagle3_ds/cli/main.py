@@ -5,6 +5,7 @@ Everything that can be wrong is judged before the first process starts.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,6 +18,7 @@ from eagle3_ds.cli.plan import plan
 from eagle3_ds.cli.stages import evaluate, export, prepare, report
 from eagle3_ds.cli.store import store
 from eagle3_ds.cli.words import Commands
+from eagle3_ds.launch.logs import NO_BARS
 
 PROGRAM = "eagle3-ds"
 USAGE, INTERRUPTED = 2, 130
@@ -43,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = " ".join([PROGRAM, *(word for word in words[:1] if word in commands.commands)])
+    if not sys.stderr.isatty():
+        # Read when transformers and datasets are imported, which a command does after this.
+        os.environ.update({**NO_BARS, **os.environ})
     try:
         return int(commands.main(words, prog_name=PROGRAM, standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -20,6 +20,10 @@ another rank failed.
 """
 
 
+# The bars of transformers and datasets would fill a log file with what they write over their line.
+NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+
+
 @dataclass(frozen=True)
 class Status:
     """What a rank says about itself once a second.

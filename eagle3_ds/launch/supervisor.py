@@ -25,7 +25,7 @@ from types import FrameType
 from typing import BinaryIO
 
 from eagle3_ds.launch.announced import announcement
-from eagle3_ds.launch.logs import How, Logs, RankEnd, Status
+from eagle3_ds.launch.logs import NO_BARS, How, Logs, RankEnd, Status
 
 TICK_SECONDS = 0.5
 # Between a rank's last word about an exception and its end, which may hang in the farewell to a broken
@@ -101,7 +101,7 @@ class Supervisor:
             pass_fds=[saying],
             # A session of its own: what the rank has started ends with it.
             start_new_session=True,
-            env={**RECORDED, **os.environ, **announcement(os.environ)},
+            env={**RECORDED, **NO_BARS, **os.environ, **announcement(os.environ)},
         )
         os.close(saying)
         self.state = Rank(started=time.monotonic())
