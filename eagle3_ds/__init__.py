@@ -8,9 +8,10 @@ per sequence.
     evaluate(recipe)
     export(recipe)
 
-The names in `__all__` are looked up when they are first used, so `import eagle3_ds` alone waits neither for torch
-nor for DeepSpeed. `train` and `export` are also names of folders of the package: `eagle3_ds.train` is that folder's
-module, which can be called as the function, whether something was imported from the folder before or not.
+The names in `__all__` are looked up when they are first used, so `import eagle3_ds` alone waits neither for
+torch nor for DeepSpeed. `train` and `export` are also names of folders of the package: `eagle3_ds.train` is
+that folder's module, which can be called as the function, whether something was imported from the folder
+before or not.
 """
 
 import sys

@@ -1,5 +1,5 @@
-"""What the package says while it works: lines through `logging`, progress through tqdm. Both reach a terminal and
-a log file in a shape that can be read there.
+"""What the package says while it works: lines through `logging`, progress through tqdm. Both reach a terminal
+and a log file in a shape that can be read there.
 """
 
 from __future__ import annotations
@@ -61,8 +61,10 @@ class _Lines(logging.Handler):
 
 
 def progress_bar(*arguments: Any, **options: Any) -> Any:
-    """A tqdm bar, by tqdm's own arguments. Where stderr is no terminal, such as in the log of a rank, it becomes
-    whole lines, one in ten seconds at most besides the last; where `logging.level` is above info, nothing.
+    """A tqdm bar, by tqdm's own arguments.
+
+    Where stderr is no terminal, such as in the log of a rank, it becomes whole lines, one in ten seconds at
+    most besides the last; where `logging.level` is above info, nothing.
     """
     if not sys.stderr.isatty():
         options |= {"file": _WholeLines(sys.stderr), "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS}

@@ -1,5 +1,5 @@
-"""From a recipe and where to run it to a run that can be started; everything that can be judged before the first
-process starts is judged here.
+"""From a recipe and where to run it to a run that can be started; everything that can be judged before the
+first process starts is judged here.
 """
 
 from __future__ import annotations

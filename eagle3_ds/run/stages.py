@@ -182,7 +182,7 @@ def export(recipe: Recipe | str | Path) -> list[Path]:
 
 
 def report(recipe: Recipe) -> Path:
-    """Draw report.png from metrics.jsonl and, when the draft was evaluated, eval.json; returns the picture's path.
+    """Draw report.png from metrics.jsonl and, when the draft was evaluated, eval.json; returns its path.
 
     Raises:
         ValueError: nothing was trained in `output_dir`.
