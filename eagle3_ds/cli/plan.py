@@ -18,7 +18,8 @@ from eagle3_ds.run.target_sizes import SHAPES, SIZES
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from eagle3_ds.plan import Candidate, Device, Setup
+    from eagle3_ds.costs import Setup
+    from eagle3_ds.plan import Candidate, Device
     from eagle3_ds.run.planning import Planned
 
 GIB = 2**30

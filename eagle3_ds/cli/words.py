@@ -80,7 +80,8 @@ def log_level(function: Function) -> Function:
 
 @contextmanager
 def telling_recipe(path: str, overrides: Sequence[str], level: str | None, *more: str) -> Iterator[Recipe]:
-    """The recipe with its overrides, while what the package logs is shown as the recipe or `--log-level` says.
+    """The recipe with its overrides, while what the package logs is shown as the recipe or `--log-level`
+    says.
 
     The level becomes an override, so that the ranks of the run follow it too.
     """

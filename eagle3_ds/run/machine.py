@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from eagle3_ds.kernels import KERNELS, AttentionKernel, select_kernel
 from eagle3_ds.kernels.selfcheck import TOLERANCE, measured_error
+from eagle3_ds.launch.command import read_hostfile
+from eagle3_ds.launch.hosts import reach
 
 PACKAGES = ("torch", "deepspeed", "transformers", "triton", "flash-attn", "flash-attn-3", "flash-attn-4")
 DTYPES = (torch.bfloat16, torch.float32)
@@ -108,3 +111,19 @@ def _check(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, he
         if error <= TOLERANCE[dtype]
         else f"wrong by {error:.0e}, over {TOLERANCE[dtype]:.0e}"
     )
+
+
+def check_hosts(hostfile: str) -> tuple[list[str], list[str]]:
+    """What each host that can be used is told as, and what is wrong with the others, asked all at once.
+
+    Raises:
+        ValueError: a hostfile that is not one.
+    """
+    hosts = read_hostfile(hostfile)
+    problems = reach(tuple(hosts), [Path()])
+    good = [
+        f"host {host}: reached, the same versions, code and folder; {len(slots)} slots"
+        for host, slots in hosts.items()
+        if not any(problem.startswith(f"{host}:") for problem in problems)
+    ]
+    return good, problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,15 +11,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from eagle3_ds.algorithms.eagle3 import build_draft_config
+from eagle3_ds.algorithms import algorithm_of
+from eagle3_ds.attention.costs import choose_kv_exchange
 from eagle3_ds.config import Recipe, load_deepspeed_config
+from eagle3_ds.costs import Setup
 from eagle3_ds.plan import (
     DEVICES,
     Candidate,
     Device,
-    DraftShape,
-    Setup,
-    choose_kv_exchange,
     explain_shortage,
     fastest,
     predict_memory,
@@ -29,6 +29,7 @@ from eagle3_ds.targets import check_supported, load_text_config
 from eagle3_ds.topology import Mesh, check_heads
 
 GIB = 2**30
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,16 @@ def plan_recipe(
     parallel = recipe.parallel
     mesh = Mesh.from_world(machines.gpus, parallel.ring, parallel.ulysses, parallel.draft_dp)
     target = _target_config(recipe, shape, sizes or {})
-    draft = DraftShape.of(build_draft_config(target, recipe.draft))
+    algorithm = algorithm_of(recipe)
+    draft = algorithm.shape(algorithm.build_config(target, recipe))
     check_heads(parallel.ulysses, draft.num_heads, draft.num_kv_heads)
     device = DEVICES[machines.device]
     budget = int(((machines.gpu_memory or device.memory) - machines.reserve) * GIB)
     if budget <= 0:
         raise ValueError(f"--reserve {machines.reserve} leaves nothing of the device's memory. Lower it.")
-    files = deepspeed_files(recipe)
+    files, notes = deepspeed_files(recipe, mesh.world_size)
+    for note in notes:
+        logger.info("note: %s", note)
     setup = Setup.of(recipe, load_deepspeed_config(recipe.deepspeed), draft, mesh.draft_dp)
     setup = replace(setup, supervised=supervised)
     if recipe.data.hidden_states == "online":
@@ -114,7 +118,7 @@ def plan_recipe(
 
 
 def _target_config(recipe: Recipe, shape: str | None, given: Mapping[str, int]) -> Any:
-    """The target's text config: from sizes given, from its folder or hub name, or from how it will be built."""
+    """The target's text config: from given sizes, its folder or hub name, or from how it will be built."""
     if shape or given:
         sizes = {**dict(zip(SIZES, SHAPES[shape] if shape else (), strict=False)), **given}
         missing = [f"--{size.replace('_', '-')}" for size in SIZES if size not in sizes]

@@ -105,7 +105,7 @@ def tokenise(recipe: Recipe) -> Documents:
     for line in data.statistics.lines():
         logger.info("data: %s", line)
     logger.info("data: %s, its lengths drawn in lengths.png", data.path)
-    layout = Layout(3 * config.hidden_size, config.hidden_size, recipe.data.hidden_dtype)
+    layout = Layout(len(aux_layers) * config.hidden_size, config.hidden_size, recipe.data.hidden_dtype)
     return Documents(data, layout, {**fingerprint, "documents": data.fingerprint})
 
 

@@ -10,7 +10,7 @@ from eagle3_ds.checkpoint.format import FINAL_WEIGHTS
 from eagle3_ds.config import Recipe, as_recipe
 from eagle3_ds.launch.command import LaunchPlan, write_environment_file
 from eagle3_ds.launch.ranks import Outcome, run_with_restarts
-from eagle3_ds.run.checks import clear_output
+from eagle3_ds.run.checks import check_places, clear_output
 from eagle3_ds.run.memory_advice import advise_on_memory
 from eagle3_ds.run.resolve import Run, RunOptions, resolve_run
 from eagle3_ds.run.stages import capture, evaluate, export, prepare, report
@@ -62,8 +62,9 @@ def train_run(run: Run) -> Trained:
     """Prepare, capture and train; a failed run is started again as often as `faults.max_restarts` says.
 
     Raises:
-        ValueError: data, target or disk do not do.
+        ValueError: a host that cannot be reached, or data, target or disk do not do.
     """
+    check_places(run.recipe, run.plan, run.options.where.launcher)
     output_dir = Path(run.recipe.output_dir)
     if run.checkpoint is None:
         clear_output(output_dir)
@@ -87,6 +88,7 @@ def train_run(run: Run) -> Trained:
 
 def capture_run(run: Run) -> int:
     """Prepare, and hidden states by all ranks, nothing after; returns the launcher's exit status."""
+    check_places(run.recipe, run.capture_plan, run.options.where.launcher)
     prepare(run.recipe)
     return capture(run.recipe, run.capture_plan)
 

@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from eagle3_ds.cli import doctor
 from eagle3_ds.cli.main import main
 from eagle3_ds.launch import hosts
 from eagle3_ds.launch.hosts import reach
@@ -140,15 +138,17 @@ def test_a_port_of_this_machine_that_is_taken(tmp_path: Path, capsys: pytest.Cap
     assert f"this machine: somebody listens on port {port} already" in said
 
 
-def test_doctor_reaches_the_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_kernel_table", lambda *_: ("kernels", []))
+def test_doctor_reaches_the_hosts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("eagle3_ds.run.machine.check_kernels", lambda *_: [])
+    monkeypatch.setenv("COLUMNS", "300")
     path = tmp_path / "hosts"
     path.write_text("good slots=2\n")
-    console = Console(record=True, width=300)
-    assert doctor.run(["--hostfile", str(path)], console) == 0
-    assert "host good: reached, the same versions, code and folder; 2 slots" in console.export_text()
+    assert main(["doctor", "--hostfile", str(path)]) == 0
+    assert "host good: reached, the same versions, code and folder; 2 slots" in capsys.readouterr().out
     path.write_text("good slots=2\ndown slots=2\n")
-    assert doctor.run(["--hostfile", str(path)], console) == 1
-    said = console.export_text()
+    assert main(["doctor", "--hostfile", str(path)]) == 1
+    said = capsys.readouterr().out
     assert "broken: down: ssh does not get there" in said and "host good: reached" in said
     assert not list(ROOT.glob(".seen-by-all-hosts-*"))

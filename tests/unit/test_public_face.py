@@ -60,7 +60,7 @@ def test_types_names_and_homes_agree() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'eagle3_ds' has no attribute 'trian'"):
-        _ = eagle3_ds.trian  # type: ignore[attr-defined]
+        _ = eagle3_ds.trian
 
 
 def test_a_room_is_a_function_whatever_was_imported_before(tmp_path: Path) -> None:
