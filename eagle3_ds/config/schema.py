@@ -101,7 +101,7 @@ class DataSection(Section):
     """JSONL / Parquet files, folders of them, hub data sets, or the word `stdlib` (made from Python's
     standard library).
     """
-    shape: Literal["auto", "messages", "sharegpt", "prompt_response", "tokenized"] = "auto"
+    shape: Literal["auto", "messages", "sharegpt", "prompt_response", "alpaca", "tokenized"] = "auto"
     """Of the rows; `auto` recognises it by the first row of each file."""
     supervise: Literal["all", "last"] = "all"
     """Learn from every turn of the assistant, or from the last one alone."""
@@ -114,6 +114,8 @@ class DataSection(Section):
     max_conversations: Positive | None = None
     on_too_long: Literal["error", "drop", "truncate", "split"] = "error"
     """What to do with a conversation longer than `max_length`; counted and reported."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """Refuse the data with a list of all bad rows, or leave them out, counted and reported."""
     chat_template: str | None = None
     """A Jinja file used instead of the tokenizer's own template."""
     chat_template_arguments: dict[str, bool | int | float | str] = {}

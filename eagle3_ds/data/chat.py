@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,32 @@ GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 BINARY = re.compile(r"[\x00\ud800-\udfff]")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Names that templates know a message's reasoning by; a row may use any of them."""
-FOLLOWERS = {
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+"""What data sets call a speaker, as the role that templates know."""
+CALLERS = ("function_call", "tool_call")
+"""Speakers whose content is a call, or a list of calls, in JSON."""
+LEARN_KEYS = ("weight", "train", "loss", "trainable")
+"""Keys of a message by which data sets say whether it is learnt: 0 or false where it is context alone."""
+USUAL = {
     "start": ("system", "developer", "user"),
     "system": ("developer", "user"),
     "developer": ("user",),
@@ -26,62 +52,135 @@ FOLLOWERS = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
-"""Roles that may come after each role."""
+"""Roles that usually come after each role. Servers take any order, so others are told, not refused."""
 
 
 @dataclass(frozen=True)
 class Conversation:
     """Messages as `validate_messages` returns them, and the JSON schemas of the tools that the prompt
     announces.
+
+    `arguments`: what the row itself gives to the template, before the recipe's. `notes`: what a user should
+    know of the row, each a sentence that follows a count.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
 
 # Messages
 
 
-def validate_messages(messages: Any, where: str) -> list[dict[str, Any]]:
-    """The messages of one row, made uniform; `where` ("file, line n") opens every error.
+def validate_messages(
+    messages: Any, where: str, column: str = "messages", content: str = "content"
+) -> list[dict[str, Any]]:
+    """The messages of one row, made uniform; `where` ("file, line n") opens every error, and the row calls
+    the list `column` and what a message says `content`.
 
-    An optional system message, then user and assistant in turn, tool messages after the assistant that
-    called. At least one assistant message; contents are non-empty strings (an assistant message with
-    `tool_calls` may leave it out). Null keys are removed, reasoning is given under every name that templates
-    know, and tool-call arguments in JSON text are parsed, as servers do before they render.
+    They become what servers give to a template: roles under their usual names, text parts as one text, null
+    keys removed (the content of a message that calls a tool is then empty text), reasoning under every name
+    that templates know, calls in the form `{"type": "function", "function": {"name", "arguments"}}` with the
+    arguments parsed. `weight` is 0 where a message is context and not learnt, and absent elsewhere. The order
+    of roles is left to the template.
+
+    Raises ValueError for what is no conversation, and where no message of the assistant is to be learnt.
     """
     if not isinstance(messages, list):
-        raise ValueError(f"{where}: 'messages' is {kind(messages)}, expected a list of messages")
+        raise ValueError(f"{where}: {column!r} is {kind(messages)}, expected a list of messages")
     if not messages:
-        raise ValueError(f"{where}: 'messages' is empty: remove the row")
-    previous = "start"
-    for index, message in enumerate(messages):
-        previous = _check_message(message, previous, f"{where}: messages[{index}]")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"{where}: no assistant message, so there is nothing to learn from: remove the row")
-    return [_uniform(message, f"{where}: messages[{index}]") for index, message in enumerate(messages)]
+        raise ValueError(f"{where}: {column!r} is empty: remove the row")
+    uniform = [
+        _uniform(message, f"{where}: {column}[{index}]", content) for index, message in enumerate(messages)
+    ]
+    if uniform[0]["role"] == "assistant":
+        uniform[0]["weight"] = 0  # no server can be asked for it: nothing stands before
+    spoken = [message for message in uniform if message["role"] == "assistant"]
+    if not spoken or spoken == uniform[:1]:
+        place = " after the first" if spoken else ""
+        raise ValueError(
+            f"{where}: no assistant message{place}, so there is nothing to learn from: remove the row"
+        )
+    if not any(map(is_learnt, spoken)):
+        raise ValueError(
+            f"{where}: every assistant message is marked not to be learnt ({_words(LEARN_KEYS)}), so there is "
+            "nothing to learn from: remove the row"
+        )
+    return uniform
 
 
-def _check_message(message: Any, previous: str, where: str) -> str:
-    """Check one message after one of role `previous`; returns its role."""
+def is_learnt(message: Mapping[str, Any]) -> bool:
+    """Whether a uniform message of the assistant is learnt, and not context alone."""
+    return bool(message.get("weight", 1))
+
+
+def _uniform(message: Any, where: str, content: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ValueError(f"{where} is {kind(message)}, expected an object with 'role' and 'content'")
-    role = message.get("role")
-    if not isinstance(role, str):
-        raise ValueError(f"{where}.role is {kind(role)}, expected a string: one of {_words(FOLLOWERS)}")
-    if role not in FOLLOWERS or role == "start":
-        raise ValueError(f"{where}.role is {role!r}, expected one of {_words(FOLLOWERS)}")
-    if role not in FOLLOWERS[previous]:
-        place = "first" if previous == "start" else f"after {previous!r}"
-        raise ValueError(
-            f"{where}.role is {role!r} {place}, where only {_words(FOLLOWERS[previous])} may stand: correct "
-            "or remove the row"
-        )
+    uniform = {key: value for key, value in message.items() if value is not None}
+    speaker = uniform.get("role")
+    uniform["role"] = role_of(speaker, f"{where}.role")
+    if speaker in CALLERS and "tool_calls" not in uniform:
+        calls = _json_or_value(uniform.pop("content", None), f"{where}.{content}")
+        uniform["tool_calls"] = calls if isinstance(calls, list) else [calls]
+    elif "function_call" in uniform and "tool_calls" not in uniform:
+        uniform["tool_calls"] = [uniform.pop("function_call")]
+    _unify_calls(uniform, where)
+    _unify_content(uniform, f"{where}.{content}")
+    _unify_reasoning(uniform, where)
+    weights = [_learn_flag(uniform.pop(key), f"{where}.{key}") for key in LEARN_KEYS if key in uniform]
+    return uniform if all(weights) else uniform | {"weight": 0}
+
+
+def role_of(speaker: Any, where: str) -> str:
+    """The role that a data set's name of a speaker means."""
+    if not isinstance(speaker, str):
+        raise ValueError(f"{where} is {kind(speaker)}, expected a string: one of {_words(ROLES)}")
+    if speaker.lower() not in ROLES:
+        raise ValueError(f"{where} is {speaker!r}, expected one of {_words(ROLES)}")
+    return ROLES[speaker.lower()]
+
+
+def _learn_flag(value: Any, where: str) -> bool:
+    if not isinstance(value, bool | int | float):
+        raise ValueError(f"{where} is {value!r}, expected 0 or 1, false or true: correct or remove it")
+    return value != 0
+
+
+def _unify_content(message: dict[str, Any], where: str) -> None:
+    """Text parts become one text. Only what the assistant and the user say must not be empty."""
     content = message.get("content")
-    if role == "assistant" and message.get("tool_calls") and not content:
-        return role
-    check_text(content, f"{where}.content")
-    return role
+    if isinstance(content, list):
+        content = _join_parts(content, message, where)
+    may_be_empty = message["role"] not in ("user", "assistant") or "tool_calls" in message
+    if may_be_empty and (content is None or content == ""):
+        message["content"] = ""
+    else:
+        message["content"] = check_text(content, where)
+
+
+def _join_parts(parts: Sequence[Any], message: dict[str, Any], where: str) -> str:
+    """The text of a list of parts, joined by line breaks as servers do; parts of reasoning go to the message."""
+    texts, thoughts = [], []
+    for index, given in enumerate(parts):
+        place = f"{where}[{index}]"
+        part = {"type": "text", "text": given} if isinstance(given, str) else given
+        if not isinstance(part, Mapping):
+            raise ValueError(f"{place} is {kind(part)}, expected an object with 'type' and 'text'")
+        sort = part.get("type", "text")
+        if sort in ("thinking", "reasoning"):
+            thoughts.append(check_text(part.get(sort) or part.get("text"), f"{place}.{sort}"))
+        elif sort in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            raise ValueError(
+                f"{place} is a part of type {sort!r}, expected type 'text' and a string in 'text': drafts "
+                "learn from text alone. Correct or remove the row"
+            )
+    if thoughts:
+        message.setdefault("reasoning_content", "\n".join(thoughts))
+    return "\n".join(texts)
 
 
 def check_text(value: Any, where: str) -> str:
@@ -99,48 +198,85 @@ def check_text(value: Any, where: str) -> str:
     return value
 
 
-def _uniform(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    uniform = {key: value for key, value in message.items() if value is not None}
+def _unify_reasoning(message: dict[str, Any], where: str) -> None:
     for key in REASONING_KEYS:
-        if uniform.get(key) == "":
-            del uniform[key]
+        if message.get(key) == "":
+            del message[key]
     reasoning = {
-        uniform[key]
+        message[key]
         for key in REASONING_KEYS
-        if key in uniform and check_text(uniform[key], f"{where}.{key}")
+        if key in message and check_text(message[key], f"{where}.{key}")
     }
     if len(reasoning) > 1:
         raise ValueError(
             f"{where} has different reasoning under several of {_words(REASONING_KEYS)}: keep one of them"
         )
     for text in reasoning:
-        uniform |= dict.fromkeys(REASONING_KEYS, text)
-    if uniform.get("tool_calls"):
-        calls = uniform["tool_calls"]
-        if not isinstance(calls, list):
-            raise ValueError(f"{where}.tool_calls is {kind(calls)}, expected a list of calls")
-        uniform["tool_calls"] = [
+        message |= dict.fromkeys(REASONING_KEYS, text)
+
+
+def _unify_calls(message: dict[str, Any], where: str) -> None:
+    calls = _json_or_value(message.pop("tool_calls", None) or [], f"{where}.tool_calls")
+    if not isinstance(calls, list):
+        raise ValueError(f"{where}.tool_calls is {kind(calls)}, expected a list of calls")
+    if calls:
+        message["tool_calls"] = [
             _uniform_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)
         ]
-    else:
-        uniform.pop("tool_calls", None)
-    return uniform
 
 
 def _uniform_call(call: Any, where: str) -> dict[str, Any]:
-    """A call `{"function": {"name", "arguments"}, ...}` or `{"name", "arguments"}`; arguments: an object."""
+    """A call in the form that servers give to templates, whether its name stood inside `function` or not."""
     if not isinstance(call, Mapping):
         raise ValueError(f"{where} is {kind(call)}, expected an object with 'name' and 'arguments'")
     call = {key: value for key, value in call.items() if value is not None}
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _uniform_call(call["function"], f"{where}.function")}
-    check_text(call.get("name"), f"{where}.name")
-    arguments = call.get("arguments", {})
+    inner = call.pop("function", None)
+    if isinstance(inner, Mapping):
+        return {"type": "function", **call, "function": _uniform_function(inner, f"{where}.function")}
+    outer = {key: call.pop(key) for key in ("id", "type") if key in call}
+    return {**outer, "type": "function", "function": _uniform_function(call, where)}
+
+
+def _uniform_function(function: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Name and arguments of a call, the arguments an object."""
+    function = {key: value for key, value in function.items() if value is not None}
+    check_text(function.get("name"), f"{where}.name")
+    key = "parameters" if "parameters" in function and "arguments" not in function else "arguments"
+    arguments = function.pop(key, {})
     if isinstance(arguments, str):
-        arguments = parse_json(arguments or "{}", f"{where}.arguments")
+        arguments = parse_json(arguments or "{}", f"{where}.{key}")
     if not isinstance(arguments, Mapping):
-        raise ValueError(f"{where}.arguments is {kind(arguments)}, expected an object, or JSON text of one")
-    return {**call, "arguments": dict(arguments)}
+        raise ValueError(f"{where}.{key} is {kind(arguments)}, expected an object, or JSON text of one")
+    return {**function, "arguments": dict(arguments)}
+
+
+def notes_on(raw: Sequence[Mapping[str, Any]], uniform: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What a user should know of messages that are taken though they are unusual; `raw` before
+    `validate_messages`, `uniform` after.
+    """
+    roles = ["start", *(message["role"] for message in uniform)]
+    for before, role in itertools.pairwise(roles):
+        if role not in USUAL[before]:
+            place = "first (context, not learnt)" if before == "start" else f"after {before!r}"
+            yield f"conversations have {role!r} {place}, left to the chat template"
+    for one, message in zip(raw, uniform, strict=True):
+        role, spoken = message["role"], message["role"] == "assistant"
+        if not message["content"] and not spoken:
+            yield f"conversations have an empty {role} message"
+        if isinstance(one.get("content"), list) and len(one["content"]) > 1:
+            yield "conversations have messages of several parts; texts are joined by line breaks, as servers do"
+        for key in LEARN_KEYS:
+            value = one.get(key)
+            if value is not None and not value and spoken:
+                yield f"conversations have assistant messages that {key!r} says not to learn: context alone"
+            elif value and not spoken:
+                yield f"conversations mark {role!r} messages by {key!r}: only the assistant's are learnt"
+            elif value and value != 1:
+                yield f"conversations have a {key!r} other than 0 and 1: learnt like the others"
+
+
+def _json_or_value(value: Any, where: str) -> Any:
+    return parse_json(check_text(value, where), where) if isinstance(value, str) else value
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -152,7 +288,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def _words(names: Any) -> str:
-    return ", ".join(repr(name) for name in names if name != "start")
+    return ", ".join(repr(name) for name in names)
 
 
 def kind(value: Any) -> str:
@@ -177,6 +313,10 @@ class ChatTemplate:
     special_tokens: Mapping[str, Any]
     arguments: Mapping[str, Any]
     special: re.Pattern[str]
+
+    def with_arguments(self, arguments: Mapping[str, Any]) -> ChatTemplate:
+        """This template for a row that brings arguments of its own, which win over the recipe's."""
+        return replace(self, arguments={**self.arguments, **arguments}) if arguments else self
 
     def is_marked(self, tools: Any) -> bool:
         """Whether the template tells the assistant's words by `{% generation %}` marks."""

@@ -7,12 +7,13 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from eagle3_ds.config.schema import DataSection
 from eagle3_ds.data.chat import ChatTemplate, Conversation
+from eagle3_ds.data.findings import Findings
 from eagle3_ds.data.shapes import TokenRow, read_row
 from eagle3_ds.data.sources import Row
 from eagle3_ds.data.token_mask import MaskedTokens, mask_tokens
@@ -20,6 +21,7 @@ from eagle3_ds.data.turns import locate_turns
 
 EVENTS = (
     "conversations",
+    "bad_rows_dropped",
     "too_long_dropped",
     "truncated",
     "split",
@@ -31,10 +33,15 @@ EVENTS = (
 """What is counted row by row, under its names in `DataStatistics`."""
 
 
+class RecipeError(ValueError):
+    """What the recipe is to blame for and not the row: no row is dropped for it."""
+
+
 @dataclass(frozen=True)
 class EncodedBatch:
     """The documents of some rows, end to end: int32 [T] token ids, bool [T] mask; int64 [n] lengths, uint64
-    [n] hashes of the conversations they come from. `events` counts what happened, by the names in `EVENTS`.
+    [n] hashes of the conversations they come from. `events` counts what happened, by the names in `EVENTS`;
+    `findings`: what the rows turned out to be.
     """
 
     input_ids: np.ndarray
@@ -42,6 +49,45 @@ class EncodedBatch:
     lengths: np.ndarray
     hashes: np.ndarray
     events: Counter[str]
+    findings: Findings
+
+
+class TokenisedRow(NamedTuple):
+    """A row, the hash of its content, what a user should know of it, and its tokens at full length."""
+
+    row: Row
+    digest: int
+    notes: tuple[str, ...]
+    tokens: MaskedTokens
+
+
+def _gather(
+    ids: Sequence[Sequence[int]],
+    masks: Sequence[Sequence[bool]],
+    hashes: Sequence[int],
+    events: Counter[str],
+    findings: Findings,
+) -> EncodedBatch:
+    return EncodedBatch(
+        input_ids=np.fromiter((token for own in ids for token in own), dtype=np.int32),
+        loss_mask=np.fromiter((flag for own in masks for flag in own), dtype=bool),
+        lengths=np.array([len(own) for own in ids], dtype=np.int64),
+        hashes=np.array(hashes, dtype=np.uint64),
+        events=events,
+        findings=findings,
+    )
+
+
+def _joined(one: EncodedBatch, other: EncodedBatch) -> EncodedBatch:
+    one.findings.update(other.findings)
+    return EncodedBatch(
+        input_ids=np.concatenate([one.input_ids, other.input_ids]),
+        loss_mask=np.concatenate([one.loss_mask, other.loss_mask]),
+        lengths=np.concatenate([one.lengths, other.lengths]),
+        hashes=np.concatenate([one.hashes, other.hashes]),
+        events=one.events + other.events,
+        findings=one.findings,
+    )
 
 
 class RowEncoder:
@@ -59,26 +105,40 @@ class RowEncoder:
         self.vocab_size = vocab_size
 
     def encode(self, rows: Sequence[Row]) -> EncodedBatch:
-        """The documents of these rows. Raises ValueError for a bad row, with its place."""
+        """The documents of these rows; bad rows have none and are told in `findings`.
+
+        Raises RecipeError for what the recipe is to blame for, when it wants bad rows dropped.
+        """
+        try:
+            return self._encode(rows)
+        except ValueError as error:
+            if isinstance(error, RecipeError) and self.section.on_bad_row == "drop":
+                raise
+            if len(rows) == 1:
+                findings = Findings()
+                findings.add_bad(rows[0].place, str(error))
+                return _gather([], [], [], Counter(conversations=1), findings)
+        # Halves until the bad rows stand alone: the others are encoded in batches as ever.
+        middle = len(rows) // 2
+        return _joined(self.encode(rows[:middle]), self.encode(rows[middle:]))
+
+    def _encode(self, rows: Sequence[Row]) -> EncodedBatch:
         events: Counter[str] = Counter(conversations=len(rows))
+        findings = Findings()
         ids: list[list[int]] = []
         masks: list[list[bool]] = []
         hashes = []
-        for row, digest, tokens in self.tokenise(rows, events):
+        for row, digest, notes, tokens in self.tokenise(rows, events):
+            for note in notes:
+                findings.add_note(row.place, note)
             for input_ids, loss_mask in self._fit(tokens, row.place, events):
                 ids.append(input_ids)
                 masks.append(loss_mask)
                 hashes.append(digest)
-        return EncodedBatch(
-            input_ids=np.fromiter((token for own in ids for token in own), dtype=np.int32),
-            loss_mask=np.fromiter((flag for own in masks for flag in own), dtype=bool),
-            lengths=np.array([len(own) for own in ids], dtype=np.int64),
-            hashes=np.array(hashes, dtype=np.uint64),
-            events=events,
-        )
+        return _gather(ids, masks, hashes, events, findings)
 
-    def tokenise(self, rows: Sequence[Row], events: Counter[str]) -> Iterator[tuple[Row, int, MaskedTokens]]:
-        """(row, hash of its content, tokens and mask at full length) of each row."""
+    def tokenise(self, rows: Sequence[Row], events: Counter[str]) -> Iterator[TokenisedRow]:
+        """Each row's tokens and mask at full length. Raises ValueError for a bad row, with its place."""
         contents = [read_row(row.value(), row.shape, row.place) for row in rows]
         chats = [
             (row.place, content)
@@ -92,7 +152,7 @@ class RowEncoder:
             else:
                 tokens = next(encoded)
             self._check_vocabulary(tokens.input_ids, row.place)
-            yield row, content_hash(content, self.section.seed), tokens
+            yield TokenisedRow(row, content_hash(content, self.section.seed), content.notes, tokens)
 
     def _encode_chats(
         self, chats: Sequence[tuple[str, Conversation]], events: Counter[str]
@@ -100,7 +160,8 @@ class RowEncoder:
         texts, spans = [], []
         for place, conversation in chats:
             assert self.template is not None
-            text, own = locate_turns(self.template, conversation, self.section.supervise, place)
+            template = self.template.with_arguments(conversation.arguments)
+            text, own = locate_turns(template, conversation, self.section.supervise, place)
             events["reasoning_not_rendered"] += sum(
                 message["reasoning_content"].strip() not in text
                 for message in conversation.messages
@@ -116,7 +177,7 @@ class RowEncoder:
         if not input_ids:
             raise ValueError(f"{place}: the row has no token: remove it")
         if max(input_ids) >= self.vocab_size:
-            raise ValueError(
+            raise RecipeError(
                 f"{place}: token id {max(input_ids)} lies outside the target's vocabulary of "
                 f"{self.vocab_size}: the tokenizer and the target do not belong together"
             )
@@ -130,7 +191,7 @@ class RowEncoder:
             yield tokens.input_ids, tokens.loss_mask
             return
         if choice == "error":
-            raise ValueError(
+            raise RecipeError(
                 f"{place}: the conversation has {length} tokens, more than data.max_length {limit}: raise "
                 "data.max_length, or set data.on_too_long to 'split', 'truncate' or 'drop'"
             )
@@ -159,5 +220,6 @@ def content_hash(content: Conversation | TokenRow, seed: int) -> int:
         parts: list[Any] = [seed, content.input_ids]
     else:
         parts = [seed, content.messages] if content.tools is None else [seed, content.messages, content.tools]
+        parts += [dict(content.arguments)] if content.arguments else []
     text = json.dumps(parts, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

@@ -58,7 +58,7 @@ def inspect_row(section: DataSection, tokenizer: Any, number: int) -> Inspection
             f"--row is {number}, but {', '.join(sources)} hold fewer rows: ask for a smaller number"
         )
     encoder = RowEncoder(tokenizer, chat_template(tokenizer, section, [row.shape]), section, len(tokenizer))
-    ((_, _, tokens),) = encoder.tokenise([row], Counter())
+    ((_, _, _, tokens),) = encoder.tokenise([row], Counter())
     return Inspection(f"{row.place}, shape {row.shape}", tokens, list(text_pieces(tokenizer, tokens)))
 
 

@@ -34,6 +34,7 @@ from eagle3_ds.data.documents import (
     save_statistics,
 )
 from eagle3_ds.data.encode import EVENTS, EncodedBatch, RowEncoder
+from eagle3_ds.data.findings import ENOUGH, Findings
 from eagle3_ds.data.packing import fill, pack
 from eagle3_ds.data.shapes import Shape
 from eagle3_ds.data.sources import Row, expand_sources, open_source, source_fingerprint
@@ -41,7 +42,7 @@ from eagle3_ds.data.statistics import DataStatistics, draw_lengths, length_histo
 from eagle3_ds.data.workers import map_batches, usable_cores
 from eagle3_ds.say import progress_bar
 
-FORMAT = 2
+FORMAT = 3
 """Part of the cache key: raise it whenever the same input would give other documents."""
 BATCH = 64
 """Conversations per call of the tokenizer."""
@@ -183,6 +184,7 @@ def _fingerprint(
         "max_length": section.max_length,
         "max_conversations": section.max_conversations,
         "on_too_long": section.on_too_long,
+        "on_bad_row": section.on_bad_row,
         "seed": section.seed,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -222,6 +224,7 @@ class _Builder:
         self.shapes = shapes
         self.show_progress = show_progress
         self.events: Counter[str] = Counter()
+        self.findings = Findings()
         self.lengths: list[int] = []
         self.supervised: list[int] = []
 
@@ -267,12 +270,19 @@ class _Builder:
             for batch in encoded:
                 self._write_batch(writer, batch, kept)
                 progress.update(batch.events["conversations"])
+                if self.findings.bad_rows:
+                    progress.set_postfix({"bad rows": self.findings.bad_rows}, refresh=False)
+                if self.section.on_bad_row == "error" and self.findings.bad_rows >= ENOUGH:
+                    break
+        if self.findings.bad_rows and (self.section.on_bad_row == "error" or not kept.documents):
+            raise self.findings.error(self.events["conversations"])
         if not kept.documents:
             self._refuse_empty(files, side, self.events - before)
         return kept
 
     def _write_batch(self, writer: ArrowWriter, batch: EncodedBatch, kept: _Side) -> None:
         self.events.update(batch.events)
+        self.findings.update(batch.findings)
         if not len(batch.lengths):
             return
         numbers = np.arange(len(self.lengths), len(self.lengths) + len(batch.lengths))
@@ -319,6 +329,7 @@ class _Builder:
 
     def _statistics(self, train: np.ndarray, heldout: np.ndarray, seen_in_train: int) -> DataStatistics:
         lengths, supervised = np.array(self.lengths), np.array(self.supervised)
+        self.events["bad_rows_dropped"] = self.findings.bad_rows
         packs = pack(lengths[train].tolist(), self.section.max_length, self.section.seed)
         return DataStatistics(
             sources=dict(self.shapes),
@@ -333,8 +344,14 @@ class _Builder:
             packs=len(packs),
             fill=fill(lengths[train].tolist(), self.section.max_length, packs),
             histogram=length_histogram(lengths[train], supervised[train]),
+            notes=self._notes(),
             **{name: self.events[name] for name in EVENTS},
         )
+
+    def _notes(self) -> dict[str, int]:
+        """What is told of rows, by sentence; a dropped row by its fault."""
+        dropped = {f"dropped as bad: {fault}": len(rows) for fault, (_, rows) in self.findings.faults.items()}
+        return dropped | {note: count for note, (count, _) in self.findings.notes.items()}
 
 
 def required_tokens(tokenizer: Any, supervised_counts: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,20 @@
-"""Where rows come from: JSONL and Parquet files, folders of them, data sets of the hub, and the word
-`stdlib`.
+"""Where rows come from: JSONL, JSON and Parquet files, folders of them, data sets of the hub or saved to disk,
+and the word `stdlib`.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import importlib
+import io
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import datasets
 
@@ -18,7 +22,15 @@ from eagle3_ds.data.shapes import Shape, recognise_shape
 from eagle3_ds.data.stdlib_corpus import stdlib_conversations, stdlib_fingerprint
 
 STDLIB = "stdlib"
-SUFFIXES = (".jsonl", ".parquet")
+LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+DOCUMENTS = (".json", ".json.gz", ".json.zst")
+"""Files of one JSON array of rows. Many hold a row per line all the same."""
+SUFFIXES = (*LINES, *DOCUMENTS, ".parquet")
+READABLE = ".jsonl, .json (either as .gz or .zst too) and .parquet"
+SAVED = ("state.json", "dataset_info.json")
+"""Files of a folder that `datasets` saved by `save_to_disk`."""
+SPLITS = "dataset_dict.json"
+"""File of a folder of several such folders, one for each split."""
 HUB_NAME = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%:+-]+))?",
     flags=re.ASCII,
@@ -42,9 +54,12 @@ class Row(NamedTuple):
         try:
             return json.loads(self.content)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(
-                f"{self.place}: not valid JSON ({error}): every line holds one JSON object"
-            ) from error
+            fix = (
+                "the file looks like one JSON array: name it .json"
+                if self.content.lstrip().startswith(b"[")
+                else "every line holds one JSON object"
+            )
+            raise ValueError(f"{self.place}: not valid JSON ({error}): {fix}") from error
 
 
 def expand_sources(entries: Sequence[str], field: str) -> list[str]:
@@ -61,22 +76,15 @@ def expand_sources(entries: Sequence[str], field: str) -> list[str]:
         if entry == STDLIB or is_hub_name(entry):
             found = [entry]
         elif path.is_dir():
-            found = [
-                str(file) for file in sorted(path.rglob("*")) if file.suffix in SUFFIXES and file.is_file()
-            ]
-            if not found:
-                raise ValueError(
-                    f"{place}, a folder without any .jsonl or .parquet file: name the folder that holds the "
-                    "data"
-                )
+            found = _open_folder(path, place)
         elif not path.is_file():
             raise ValueError(
-                f"{place}, which does not exist: name a .jsonl or .parquet file, a folder of them, a data "
-                "set of the hub (owner/name, owner/name:split) or 'stdlib'"
+                f"{place}, which does not exist: name a .jsonl, .json or .parquet file, a folder of them, a "
+                "data set of the hub (owner/name, owner/name:split) or 'stdlib'"
             )
-        elif path.suffix not in SUFFIXES:
+        elif not entry.endswith(SUFFIXES):
             raise ValueError(
-                f"{place}, a file of type {path.suffix!r}: only .jsonl and .parquet can be read; convert it"
+                f"{place}, a file of type {path.suffix!r}: only {READABLE} can be read; convert it"
             )
         else:
             found = [entry]
@@ -87,13 +95,58 @@ def expand_sources(entries: Sequence[str], field: str) -> list[str]:
     return files
 
 
+def _open_folder(folder: Path, place: str) -> list[str]:
+    """The files and the data sets saved by `datasets` within a folder; the folder itself when it is one."""
+    found: list[str] = []
+    for path in [folder, *sorted(folder.rglob("*"))]:
+        if any(saved in map(str, path.parents) for saved in found):
+            continue  # it belongs to a saved data set
+        if (path / SPLITS).is_file():
+            splits = [name for name in sorted(path.iterdir()) if is_saved(name)]
+            raise ValueError(
+                f"{place}, and {path} holds the splits of a data set: name the folder of the split that is "
+                f"meant ({', '.join(map(str, splits)) or 'none is there'})"
+            )
+        if is_saved(path) or path.is_file() and path.name.endswith(SUFFIXES) and _holds_rows(path):
+            found.append(str(path))
+    if not found:
+        raise ValueError(
+            f"{place}, a folder without any file of {READABLE}, and no data set that was saved to disk: name "
+            "the folder that holds the data"
+        )
+    return found
+
+
+def is_saved(folder: str | Path) -> bool:
+    """Whether `datasets` saved a data set into this folder by `save_to_disk`."""
+    return all((Path(folder) / name).is_file() for name in SAVED)
+
+
+def _holds_rows(file: Path) -> bool:
+    """False for a .json file that describes others: it holds neither an array nor a row in its first line."""
+    first = _first_line(str(file)) if file.name.endswith(DOCUMENTS) else b"["
+    return first.startswith(b"[") or _is_object(first)
+
+
+def _first_line(file: str) -> bytes:
+    return next((line.strip() for _, line in _read_lines(file)), b"")
+
+
+def _is_object(line: bytes) -> bool:
+    """Whether a line is a whole JSON object, as the first one is in a file of a row per line."""
+    try:
+        return line.startswith(b"{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def is_hub_name(entry: str) -> bool:
     """Whether the entry names a data set of the hub: neither a path here nor one that was meant to be."""
     path = Path(entry)
     # "data/chats" looks like a hub name too: an existing first part tells that a folder was meant
     return (
         bool(HUB_NAME.fullmatch(entry))
-        and path.suffix not in SUFFIXES
+        and not entry.endswith(SUFFIXES)
         and not path.exists()
         and not Path(path.parts[0]).exists()
     )
@@ -103,9 +156,8 @@ def source_fingerprint(source: str) -> str:
     """sha256 of what the source holds."""
     if source == STDLIB:
         return stdlib_fingerprint()
-    files = (
-        [source] if not is_hub_name(source) else [file["filename"] for file in _load_hub(source).cache_files]
-    )
+    loaded = is_hub_name(source) or is_saved(source)
+    files = [file["filename"] for file in _load(source).cache_files] if loaded else [source]
     digest = hashlib.sha256()
     try:
         for file in files:
@@ -137,34 +189,89 @@ def _read(source: str) -> Iterator[tuple[str, bytes | Mapping[str, Any]]]:
     """(place, content) of every row, counted from 1."""
     if source == STDLIB:
         rows: Any = stdlib_conversations()
-    elif is_hub_name(source):
-        rows = _load_hub(source)
-    elif source.endswith(".jsonl"):
+    elif is_hub_name(source) or is_saved(source):
+        data = _load(source)
+        rows = (without_nulls(row, data.features) for row in data)
+    elif source.endswith(LINES) or source.endswith(DOCUMENTS) and _is_object(_first_line(source)):
         yield from _read_lines(source)
         return
+    elif source.endswith(DOCUMENTS):
+        rows = _read_document(source)
     else:
         rows = _read_parquet(source)
     for number, row in enumerate(rows, 1):
         yield f"{source}, row {number}", row
 
 
+def without_nulls(value: Any, feature: Any) -> Any:
+    """A value of an Arrow column without the nulls in its structs.
+
+    Arrow gives every row's struct the keys of all rows, null where a row lacks one; a template would print
+    them. JSON columns, text, and members of lists stay as they are.
+    """
+    if isinstance(feature, Mapping) and isinstance(value, Mapping):
+        return {
+            key: without_nulls(inner, feature.get(key)) for key, inner in value.items() if inner is not None
+        }
+    if isinstance(value, list):
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        return [without_nulls(member, inner) for member in value]
+    return value
+
+
 def _read_lines(file: str) -> Iterator[tuple[str, bytes]]:
     try:
-        with open(file, "rb") as stream:
+        with _open_bytes(file) as stream:
             for number, line in enumerate(stream, 1):
                 if line.strip():
                     yield f"{file}, line {number}", line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _broken(file, error) from error
     except OSError as error:
         raise _vanished(file, error) from error
+
+
+def _read_document(file: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a JSON array, or the one row that the file is."""
+    try:
+        with _open_bytes(file) as stream:
+            value = json.loads(stream.read())
+    except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _broken(file, error) from error
+    except OSError as error:
+        raise _vanished(file, error) from error
+    yield from value if isinstance(value, list) else [value]
+
+
+def _open_bytes(file: str) -> IO[bytes]:
+    """The file's bytes, unpacked where its name says that they are packed."""
+    if file.endswith(".gz"):
+        return cast(IO[bytes], gzip.open(file, "rb"))
+    if not file.endswith(".zst"):
+        return open(file, "rb")  # noqa: SIM115 - the caller closes it
+    try:
+        zstandard = importlib.import_module("zstandard")
+    except ImportError as error:
+        raise ValueError(
+            f"{file} is packed by Zstandard, which needs the package zstandard: `pip install zstandard`, or "
+            "unpack the file (`zstd -d`)"
+        ) from error
+    return io.BufferedReader(zstandard.open(file, "rb"))
 
 
 def _read_parquet(file: str) -> Iterator[Mapping[str, Any]]:
     if not Path(file).is_file():
         raise _vanished(file, FileNotFoundError("no such file"))
     try:
-        yield from datasets.load_dataset("parquet", data_files=[file], split="train", streaming=True)
+        rows = datasets.load_dataset("parquet", data_files=[file], split="train", streaming=True)
+        for row in rows:
+            yield without_nulls(row, rows.features)
     except (ValueError, datasets.exceptions.DatasetGenerationError, OSError) as error:
         raise ValueError(f"{file} cannot be read as Parquet: {error}. Write the file again") from error
+
+
+def _broken(file: str, error: Exception) -> ValueError:
+    return ValueError(f"{file} cannot be read: {error}. Write the file again")
 
 
 def _vanished(file: str, error: OSError) -> ValueError:
@@ -174,8 +281,15 @@ def _vanished(file: str, error: OSError) -> ValueError:
     )
 
 
-def _load_hub(entry: str) -> datasets.Dataset:
-    """A data set of the hub, memory-mapped: downloaded once, then from the cache of `datasets`."""
+def _load(entry: str) -> datasets.Dataset:
+    """A data set that was saved to disk, or one of the hub: downloaded once, then from the cache of
+    `datasets`. Memory-mapped.
+    """
+    if is_saved(entry):
+        try:
+            return datasets.load_from_disk(entry)
+        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(f"{entry} cannot be read as a saved data set: {error}. Save it again") from error
     found = HUB_NAME.fullmatch(entry)
     assert found is not None
     try:

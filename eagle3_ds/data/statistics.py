@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from eagle3_ds.data.findings import note_lines
+
 NAMED = 3
 """Sources that are named when a shape is told."""
 SUPERVISED, OTHER = "#1f6f8b", "#b8b8b8"
@@ -23,6 +25,8 @@ class DataStatistics:
     Attributes:
         sources: each source and the shape of its rows, null where it has none.
         conversations: rows read. Each is one document, none (dropped), or several (split).
+        bad_rows_dropped: rows left out because `data.on_bad_row` says so.
+        notes: what a user should know of rows: how many, by the sentence that tells it.
         too_long_dropped, truncated, split: conversations longer than `data.max_length`, by what became of
             them.
         tokens_left_out: of the tokens of conversations read, those in no document.
@@ -38,6 +42,7 @@ class DataStatistics:
     conversations: int
     train_documents: int
     heldout_documents: int
+    bad_rows_dropped: int
     too_long_dropped: int
     truncated: int
     split: int
@@ -54,6 +59,7 @@ class DataStatistics:
     packs: int
     fill: float
     histogram: Sequence[tuple[int, int, int, int]]
+    notes: Mapping[str, int]
 
     def lines(self) -> list[str]:
         """What a person wants to know, one fact a line; what did not happen is not mentioned."""
@@ -72,6 +78,7 @@ class DataStatistics:
         )
         told.append(f"{self.packs:,} packed sequences, filled to {self.fill:.1%}")
         happened = (
+            (self.bad_rows_dropped, "rows are bad and were dropped (data.on_bad_row)"),
             (self.too_long_dropped, "conversations are too long and were dropped"),
             (self.truncated, "conversations are too long and were truncated"),
             (self.split, "conversations are too long and were split"),
@@ -88,6 +95,7 @@ class DataStatistics:
             (self.heldout_in_train, "held-out documents are in the training data too"),
         )
         told += [f"{count:,} {what}" for count, what in happened if count]
+        told += note_lines(self.notes)
         widest = max((documents for _, documents, _, _ in self.histogram), default=0)
         for upper, documents, tokens, _ in self.histogram:
             told.append(

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from eagle3_ds.data.chat import REASONING_KEYS, ChatTemplate, Conversation, Span
+from eagle3_ds.data.chat import REASONING_KEYS, ChatTemplate, Conversation, Span, is_learnt
 
 FIX = (
     "Copy the template to a file, put {% generation %} and {% endgeneration %} around what the assistant "
@@ -50,8 +50,14 @@ def locate_turns(
     view = _View(template, conversation, where)
     if supervise == "last":
         turns = turns[-1:]
+    turns = [turn for turn in turns if is_learnt(view.messages[turn])]
+    if not turns:
+        raise ValueError(
+            f"{where}: the last assistant message is marked not to be learnt, and data.supervise is 'last': "
+            "remove the row, or set data.supervise to 'all'"
+        )
     if template.is_marked(conversation.tools):
-        return view.text, _marked_spans(view, turns, supervise)
+        return view.text, _marked_spans(view, turns)
     ends: set[str] = set()
     spans = [_turn_span(view, turn, ends) for turn in reversed(turns)]  # the last turn shows how a turn ends
     return view.text, spans[::-1]
@@ -106,8 +112,9 @@ def unused_mark(text: str) -> str:
 
 def _disguise(message: Mapping[str, Any], mark: str) -> dict[str, Any]:
     """The message with all that it says replaced by `mark`, its structure kept."""
+    others = message["role"] != "assistant"  # what they say may be empty, and has its place all the same
     disguised = {
-        key: mark if key in ("content", *REASONING_KEYS) and value else value
+        key: mark if key in ("content", *REASONING_KEYS) and (value or others) else value
         for key, value in message.items()
     }
     if "tool_calls" in message:
@@ -270,7 +277,8 @@ def _up_to_special(template: ChatTemplate, closing: str, first: bool = False) ->
 # Templates with marks
 
 
-def _marked_spans(view: _View, turns: list[int], supervise: str) -> list[Span]:
+def _marked_spans(view: _View, turns: list[int]) -> list[Span]:
+    """What lies between the marks of these turns."""
     text, marked = view.template.render_marked(view.messages, view.tools, view.where)
     spans = [(start, end) for start, end in marked if start < end]
     assert text == view.text
@@ -281,7 +289,13 @@ def _marked_spans(view: _View, turns: list[int], supervise: str) -> list[Span]:
                 f"{view.where}: the {{% generation %}} marks of the chat template leave out "
                 f"messages[{turn}]: put them around every assistant message"
             )
-    if supervise == "last":
-        asked = view.words(text, view.messages, turns[0] - 1).last
-        spans = [(start, end) for start, end in spans if start >= asked]
-    return spans
+    spoken = [index for index, message in enumerate(view.messages) if message["role"] == "assistant"]
+    if turns == spoken:
+        return spans
+    # What is marked belongs to the last turn whose question it does not stand before.
+    asked = {turn: view.words(text, view.messages, turn - 1).last if turn else 0 for turn in spoken}
+    return [
+        span
+        for span in spans
+        if max((turn for turn in spoken if asked[turn] <= span[0]), default=-1) in turns
+    ]

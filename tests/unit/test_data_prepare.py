@@ -166,7 +166,8 @@ def test_every_shape_in_one_run(tmp_path, tokenizer):
     assert len({tuple(document["loss_mask"]) for document in list(data.train)[:3]}) == 1
     assert f"rows of shape sharegpt in {files[1]}" in data.statistics.lines()
     with pytest.raises(
-        ValueError, match="sharegpt.jsonl, line 1: key 'prompt' is missing .keys present: 'conversations'"
+        ValueError,
+        match="sharegpt.jsonl, line 1: the row is of shape 'sharegpt' .* is read as 'prompt_response'",
     ):
         run(data_recipe(tmp_path, train=(files[1],), shape="prompt_response"), tokenizer)
 
