@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from eagle3_ds.data import prepare
+from eagle3_ds.data import findings, prepare
 from eagle3_ds.data.packing import pack
 from eagle3_ds.data.prepare import heldout_mask, prepare_data
 from eagle3_ds.draft import VocabularyMap
-from tests.unit.data_samples import chat, data_recipe, tiny_tokenizer, write_jsonl
+from tests.unit.data_samples import TEMPLATE, chat, data_recipe, tiny_tokenizer, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -343,3 +343,137 @@ def test_the_split_goes_by_content():
     assert heldout_mask(hashes, 0.0).sum() == 0
     assert heldout_mask(hashes[:1], 0.5).sum() == 0
     assert heldout_mask(hashes, 0.001).sum() == 2
+
+
+BAD_ROWS = [
+    chat("q", ""),
+    chat("question", "answer"),
+    chat("q", "a", "q", ""),
+    [{"role": "user", "content": ["x", 3]}, {"role": "assistant", "content": "a"}],
+    [{"role": "user", "content": "one"}, *chat("two", "three")],
+    chat("q", ""),
+]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_all_bad_rows_are_told_at_once(tmp_path, tokenizer, monkeypatch, workers):
+    monkeypatch.setattr(prepare, "BATCH", 4)
+    path = write_jsonl(tmp_path / "a.jsonl", [*conversations(100), *BAD_ROWS])
+    with pytest.raises(ValueError) as caught:
+        run(data_recipe(tmp_path, train=(path,), workers=workers), tokenizer)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "4 of 106 rows are bad:"
+    assert lines[1:4] == [
+        f"  {path}, line 101: messages[1].content is empty: remove the message or the row "
+        f"[3 rows, further {path}, line 103, {path}, line 106]",
+        f"  {path}, line 104: messages[0].content[1] is a int, expected an object with 'type' and 'text'",
+        "  correct these rows, or set data.on_bad_row: drop, which leaves them out and counts them (those that "
+        "are too long are left to data.on_too_long)",
+    ]
+    assert "'user' after 'user'" in lines[4] and lines[4].endswith(f"({path}, line 105)")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_bad_rows_are_dropped_and_counted(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", BAD_ROWS)
+    recipe = data_recipe(tmp_path, train=(path,), on_bad_row="drop", heldout_fraction=0.0)
+    data = run(recipe, tokenizer)
+    assert len(data.train) == 2 and data.statistics.conversations == 6
+    lines = data.statistics.lines()
+    assert "4 rows are bad and were dropped (data.on_bad_row)" in lines
+    assert "3 dropped as bad: messages[n].content is empty: remove the message or the row" in lines
+    assert run(recipe, tokenizer).statistics == data.statistics
+    with pytest.raises(ValueError, match="a.jsonl, line 2: the conversation has .* data.max_length 3"):
+        run(data_recipe(tmp_path, train=(path,), on_bad_row="drop", max_length=3), tokenizer)
+    bad = write_jsonl(tmp_path / "b.jsonl", [chat("q", ""), chat("q", "")])
+    with pytest.raises(ValueError, match=r"2 of 2 rows are bad:\n.*\n  every row has this fault: the recipe"):
+        run(data_recipe(tmp_path, train=(bad,), on_bad_row="drop"), tokenizer)
+
+
+def test_lines_that_are_no_json_are_bad_rows(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    good = json.dumps({"messages": chat("q", "a")})
+    path.write_text(f'{good}\n{{"messages": \n{good}\n[1]\n')
+    with pytest.raises(
+        ValueError, match=r"2 of 4 rows are bad:\n.*line 2: not valid JSON .*\n.*line 4: the row is"
+    ):
+        run(data_recipe(tmp_path, train=(str(path),)), tokenizer)
+
+
+def test_many_bad_rows_end_the_reading(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(prepare, "ENOUGH", 5)
+    monkeypatch.setattr(findings, "ENOUGH", 5)
+    monkeypatch.setattr(prepare, "BATCH", 2)
+    path = write_jsonl(tmp_path / "a.jsonl", [chat("q", "")] * 50)
+    with pytest.raises(ValueError, match="6 of 6 rows are bad") as caught:
+        run(data_recipe(tmp_path, train=(path,), workers=1), tokenizer)
+    assert "reading stopped there; more may follow" in str(caught.value)
+
+
+def test_what_is_marked_as_context_is_not_learnt(tmp_path):
+    plain = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    plain = plain + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    rows = [
+        chat("a", "no", "b", "yes"),
+        chat("a", "yes", "b", "no"),
+        [{"role": "assistant", "content": "no"}, *chat("a", "yes")],
+        [*chat("a", "no"), {"role": "assistant", "content": "yes"}],
+    ]
+    for row in rows:
+        for message in row:
+            if message["content"] == "no" and message is not row[0]:
+                message["weight"] = 0
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    for template in (TEMPLATE, plain):
+        tokenizer = tiny_tokenizer(template)
+        data = run(data_recipe(tmp_path, train=(path,), heldout_fraction=0.0), tokenizer)
+        for document in data.train:
+            pairs = zip(document["input_ids"], document["loss_mask"], strict=True)
+            assert tokenizer.decode([token for token, flag in pairs if flag]) == "yes<|end|>"
+        assert any("'weight' says not to learn" in line for line in data.statistics.lines())
+        last = data_recipe(tmp_path, train=(path,), supervise="last", heldout_fraction=0.0)
+        with pytest.raises(ValueError, match="a.jsonl, line 2: the last assistant message is marked not to"):
+            run(last, tokenizer)
+
+
+def test_a_row_has_template_arguments_of_its_own(tmp_path):
+    tokenizer = tiny_tokenizer("{{ style }}" + TEMPLATE)
+    rows = [
+        {"messages": chat("q", "a"), "chat_template_kwargs": {"style": "own"}},
+        {"messages": chat("q", "a"), "chat_template_kwargs": None},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = data_recipe(
+        tmp_path,
+        train=(str(tmp_path / "a.jsonl"),),
+        chat_template_arguments={"style": "common"},
+        heldout_fraction=0.0,
+    )
+    texts = [tokenizer.decode(document["input_ids"]) for document in run(recipe, tokenizer).train]
+    assert [text.partition("<|user|>")[0] for text in texts] == ["own", "common"]
+
+
+def test_calls_reach_templates_that_read_content_and_function(tmp_path):
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content + '' }}"
+        "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}<|end|>"
+        "{% endgeneration %}{% else %}{{ m.content + '' }}<|end|>{% endif %}{% endfor %}"
+    )
+    call, tokenizer = {"name": "f", "arguments": {"x": None}}, tiny_tokenizer(template)
+    told = [{"from": "human", "value": "q"}, {"from": "function_call", "value": json.dumps(call)}]
+    rows = {
+        "a": {"messages": [*chat("q"), {"role": "assistant", "content": None, "tool_calls": [call]}]},
+        "b": {"messages": [*chat("q"), {"role": "assistant", "content": None, "function_call": call}]},
+        "c": {"conversations": told},
+    }
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    data = run(
+        data_recipe(
+            tmp_path, train=tuple(str(tmp_path / f"{name}.jsonl") for name in rows), heldout_fraction=0.0
+        ),
+        tokenizer,
+    )
+    for document in data.train:
+        text = tokenizer.decode(document["input_ids"])
+        assert text == '<|user|>q<|end|><|assistant|>f{"x": null}<|end|>'

@@ -1,7 +1,9 @@
 """Sources: files, folders and hub data sets, and what is said when they cannot be read."""
 
+import gzip
 import json
 import os
+import sys
 
 import datasets
 import pytest
@@ -137,3 +139,136 @@ def test_json_is_what_a_line_holds(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"messages": chat("é🦊", "b")}, ensure_ascii=False) + os.linesep)
     assert rows_of(str(path))[1][0][2]["messages"][0]["content"] == "é🦊"
+
+
+ROW = {"messages": chat("a", "b")}
+LINE = json.dumps(ROW).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl.gz", gzip.compress(LINE * 2)),
+        ("a.json", json.dumps([ROW, ROW], indent=1).encode()),
+        ("a.json.gz", gzip.compress(json.dumps([ROW, ROW]).encode())),
+        ("a.json", LINE * 2),
+        ("a.json.gz", gzip.compress(LINE * 2)),
+    ],
+)
+def test_files_of_json(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    for entry in (path, tmp_path):
+        assert expand_sources([str(entry)], "data.train") == [str(path)]
+    found, rows = rows_of(str(path))
+    assert found == "messages" and [row for _, _, row in rows] == [ROW, ROW]
+    assert rows[1][0].startswith(f"{path}, ") and rows[1][0].endswith(" 2")
+
+
+def test_a_file_that_is_one_row(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(ROW, indent=1))
+    assert [row for _, _, row in rows_of(str(tmp_path / "a.json"))[1]] == [ROW]
+
+
+def test_packed_files_that_cannot_be_read(tmp_path, monkeypatch):
+    for name, content in (
+        ("cut.jsonl.gz", gzip.compress(LINE * 9000)[:60]),
+        ("plain.jsonl.gz", LINE),
+        ("cut.json", b'[{"messages": '),
+        ("plain.json.gz", LINE),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} cannot be read: .* Write the file again"):
+            list(open_source(str(tmp_path / name), None)[1])
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    for name in ("a.jsonl.zst", "a.json.zst"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ValueError, match=f"{name} is packed by Zstandard, .*`pip install zstandard`"):
+            open_source(str(tmp_path / name), None)
+
+
+def test_zstandard(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(LINE * 2))
+    assert [row for _, _, row in rows_of(str(tmp_path / "a.jsonl.zst"))[1]] == [ROW, ROW]
+    (tmp_path / "b.jsonl.zst").write_bytes(LINE)
+    with pytest.raises(ValueError, match="b.jsonl.zst cannot be read"):
+        rows_of(str(tmp_path / "b.jsonl.zst"))
+
+
+def test_an_array_that_is_called_jsonl(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps([ROW], indent=1))
+    with pytest.raises(
+        ValueError, match="line 1: not valid JSON .* looks like one JSON array: name it .json"
+    ):
+        open_source(str(tmp_path / "a.jsonl"), None)
+
+
+def test_data_sets_that_were_saved_to_disk(tmp_path):
+    data = datasets.Dataset.from_list([ROW, ROW])
+    data.save_to_disk(str(tmp_path / "deep" / "saved"))
+    lines = write_jsonl(tmp_path / "q.jsonl", [chat("c", "d")])
+    (tmp_path / "about.json").write_text(json.dumps({"made": "today"}, indent=1))
+    saved = str(tmp_path / "deep" / "saved")
+    assert expand_sources([saved], "data.train") == [saved]
+    assert expand_sources([str(tmp_path)], "data.train") == [saved, lines]
+    assert rows_of(saved) == (
+        "messages",
+        [(f"{saved}, row {number}", "messages", ROW) for number in (1, 2)],
+    )
+    before = source_fingerprint(saved)
+    datasets.Dataset.from_list([ROW]).save_to_disk(str(tmp_path / "other"))
+    assert source_fingerprint(str(tmp_path / "other")) != before
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(str(tmp_path / "splits"))
+    with pytest.raises(ValueError, match="holds the splits of a data set: .*splits/test, .*splits/train"):
+        expand_sources([str(tmp_path / "splits")], "data.train")
+    assert len(rows_of(str(tmp_path / "splits" / "train"))[1]) == 2
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
+OTHER = {"role": "assistant", "content": "", "tool_calls": [{"name": "g", "arguments": {"y": [{"z": None}]}}]}
+SCHEMA = {"name": "f", "parameters": {"properties": {"x": {"type": "integer"}}}}
+OTHER_SCHEMA = {"name": "g", "parameters": {"properties": {"y": {"type": "array"}}, "required": ["y"]}}
+STRUCTS = [
+    {"messages": [*chat("q"), CALL], "tools": [SCHEMA]},
+    {"messages": [*chat("q"), OTHER], "tools": [OTHER_SCHEMA]},
+]
+
+
+@pytest.mark.parametrize("form", ["parquet", "saved", "hub"])
+def test_nulls_that_arrow_puts_into_structs_go(tmp_path, monkeypatch, form):
+    data = datasets.Dataset.from_list(STRUCTS)
+    source = str(tmp_path / "a.parquet")
+    if form == "parquet":
+        data.to_parquet(source)
+    elif form == "saved":
+        source = str(tmp_path / "saved")
+        data.save_to_disk(source)
+    else:
+        source = "owner/name"
+        monkeypatch.setattr(sources, "_load", lambda entry: data)
+    (first, second) = (row for _, _, row in rows_of(source)[1])
+    assert first == STRUCTS[0]
+    assert second["tools"] == STRUCTS[1]["tools"]
+    assert second["messages"][1]["tool_calls"][0]["arguments"] == {"y": [{}]}
+
+
+def test_nulls_that_were_written_stay(tmp_path):
+    row = {
+        "messages": [
+            *chat("q"),
+            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": None}}]},
+        ]
+    }
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    for name in ("a.jsonl", "a.json"):
+        assert rows_of(str(tmp_path / name))[1][0][2] == row
+    text = {"messages": chat("q", "a"), "tools": '[{"name": "f", "default": null}]', "flags": [None, 1]}
+    datasets.Dataset.from_list([text]).to_parquet(str(tmp_path / "a.parquet"))
+    assert rows_of(str(tmp_path / "a.parquet"))[1][0][2] == text
+    features = datasets.Features({"a": datasets.Json(), "b": {"c": datasets.Value("int64")}})
+    assert sources.without_nulls({"a": {"x": None}, "b": {"c": None}}, features) == {
+        "a": {"x": None},
+        "b": {},
+    }
