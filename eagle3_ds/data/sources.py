@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -225,7 +226,7 @@ def _read_lines(file: str) -> Iterator[tuple[str, bytes]]:
             for number, line in enumerate(stream, 1):
                 if line.strip():
                     yield f"{file}, line {number}", line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except _damage() as error:
         raise _broken(file, error) from error
     except OSError as error:
         raise _vanished(file, error) from error
@@ -236,7 +237,9 @@ def _read_document(file: str) -> Iterator[Mapping[str, Any]]:
     try:
         with _open_bytes(file) as stream:
             value = json.loads(stream.read())
-    except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _broken(file, error) from error
+    except _damage() as error:
         raise _broken(file, error) from error
     except OSError as error:
         raise _vanished(file, error) from error
@@ -257,6 +260,13 @@ def _open_bytes(file: str) -> IO[bytes]:
             "unpack the file (`zstd -d`)"
         ) from error
     return io.BufferedReader(zstandard.open(file, "rb"))
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What unpackers raise on a file that is not what its name says, or is cut."""
+    zstandard = sys.modules.get("zstandard")  # loaded by now, if it was needed
+    own: type[Exception] = getattr(zstandard, "ZstdError", EOFError)
+    return EOFError, zlib.error, gzip.BadGzipFile, own
 
 
 def _read_parquet(file: str) -> Iterator[Mapping[str, Any]]:

@@ -101,10 +101,15 @@ def test_tool_calls_and_their_results_stay(tmp_path, tokenizer):
         {"role": "assistant", "content": "old"},
     ]
     lines, _, parrot = regenerate(tmp_path, tokenizer, [{"messages": talk, "tools": [{"name": "f"}]}])
-    assert lines[0]["messages"][1] == {k: v for k, v in call.items() if v and k != "reasoning"} | {
-        "reasoning_content": "hm"
+    assert lines[0]["messages"][1] == {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "hm",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
     }
-    assert lines[0]["messages"][3]["content"] == "</TOOL_RESPONSE>" and lines[0]["tools"] == [{"name": "f"}]
+    assert lines[0]["messages"][3]["content"] == "</TOOL_RESPONSE>" and lines[0]["tools"] == [
+        {"type": "function", "function": {"name": "f"}}
+    ]
     assert len(parrot.prompts) == 1 and '"arguments": {"x": 1}' in parrot.prompts[0]
 
 
