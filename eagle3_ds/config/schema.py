@@ -98,7 +98,7 @@ class DraftSection(Section):
 
 class DataSection(Section):
     train: Annotated[tuple[Text, ...], Field(min_length=1)]
-    """JSONL / Parquet files, folders of them, hub data sets, or the word `stdlib` (made from Python's
+    """JSON, JSONL or Parquet files, folders of them, saved or hub data sets, or the word `stdlib` (made from Python's
     standard library).
     """
     shape: Literal["auto", "messages", "sharegpt", "prompt_response", "alpaca", "tokenized"] = "auto"

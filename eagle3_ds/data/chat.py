@@ -130,7 +130,7 @@ def _uniform(message: Any, where: str, content: str) -> dict[str, Any]:
     _unify_content(uniform, f"{where}.{content}")
     _unify_reasoning(uniform, where)
     weights = [_learn_flag(uniform.pop(key), f"{where}.{key}") for key in LEARN_KEYS if key in uniform]
-    return uniform if all(weights) else uniform | {"weight": 0}
+    return uniform if all(weights) or uniform["role"] != "assistant" else uniform | {"weight": 0}
 
 
 def role_of(speaker: Any, where: str) -> str:

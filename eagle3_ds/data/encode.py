@@ -152,7 +152,20 @@ class RowEncoder:
             else:
                 tokens = next(encoded)
             self._check_vocabulary(tokens.input_ids, row.place)
-            yield TokenisedRow(row, content_hash(content, self.section.seed), content.notes, tokens)
+            notes = (*content.notes, *self._padding_note(content))
+            yield TokenisedRow(row, content_hash(content, self.section.seed), notes, tokens)
+
+    def _padding_note(self, content: Conversation | TokenRow) -> tuple[str, ...]:
+        """A note on tokens that look like padding. One at the end may be the end of the text."""
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        if pad is None or isinstance(content, Conversation):
+            return ()
+        ids = content.input_ids
+        if ids[:1] != [pad] and ids[-2:] != [pad, pad]:
+            return ()
+        return (
+            "rows of tokens begin or end with the padding token, which is taken as text: give 'attention_mask'",
+        )
 
     def _encode_chats(
         self, chats: Sequence[tuple[str, Conversation]], events: Counter[str]

@@ -219,6 +219,7 @@ def test_messages_that_may_be_empty(role, content):
 
 
 def test_other_weights_and_marks_are_told():
+    assert validate_messages([U | {"train": False}, A], "row") == [U, A]
     given = [U | {"train": True}, A | {"weight": 0.5}]
     told = list(notes_on(given, validate_messages(given, "row")))
     assert told == [

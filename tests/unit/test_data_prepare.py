@@ -477,3 +477,22 @@ def test_calls_reach_templates_that_read_content_and_function(tmp_path):
     for document in data.train:
         text = tokenizer.decode(document["input_ids"])
         assert text == '<|user|>q<|end|><|assistant|>f{"x": null}<|end|>'
+
+
+def test_padding_that_no_column_tells_is_told(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = "<|end|>"
+    pad = tokenizer.pad_token_id
+    rows = [
+        {"input_ids": [pad, 6, 7], "loss_mask": [0, 0, 1]},
+        {"input_ids": [6, 7, pad, pad], "loss_mask": [0, 1, 0, 0]},
+        {"input_ids": [6, 7, pad], "loss_mask": [0, 1, 1]},
+        {"input_ids": [pad, 6, 7], "loss_mask": [0, 0, 1], "attention_mask": [0, 1, 1]},
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = run(data_recipe(tmp_path, train=(str(tmp_path / "t.jsonl"),), heldout_fraction=0.0), tokenizer)
+    told = [line for line in data.statistics.lines() if "padding " in line]
+    assert told == [
+        "2 rows of tokens begin or end with the padding token, which is taken as text: give 'attention_mask'",
+        "1 rows have padding by 'attention_mask', which was cut off",
+    ]
