@@ -98,8 +98,8 @@ class DraftSection(Section):
 
 class DataSection(Section):
     train: Annotated[tuple[Text, ...], Field(min_length=1)]
-    """JSON, JSONL or Parquet files, folders of them, saved or hub data sets, or the word `stdlib` (made from Python's
-    standard library).
+    """JSON, JSONL or Parquet files, folders of them, saved or hub data sets, or the word `stdlib` (made from
+    Python's standard library).
     """
     shape: Literal["auto", "messages", "sharegpt", "prompt_response", "alpaca", "tokenized"] = "auto"
     """Of the rows; `auto` recognises it by the first row of each file."""
