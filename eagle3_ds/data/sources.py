@@ -28,6 +28,8 @@ DOCUMENTS = (".json", ".json.gz", ".json.zst")
 """Files of one JSON array of rows. Many hold a row per line all the same."""
 SUFFIXES = (*LINES, *DOCUMENTS, ".parquet")
 READABLE = ".jsonl, .json (either as .gz or .zst too) and .parquet"
+PROBED = 100
+"""Rows that are looked at for the shape of a source."""
 SAVED = ("state.json", "dataset_info.json")
 """Files of a folder that `datasets` saved by `save_to_disk`."""
 SPLITS = "dataset_dict.json"
@@ -171,19 +173,29 @@ def source_fingerprint(source: str) -> str:
 
 
 def open_source(source: str, shape: Shape | None) -> tuple[Shape | None, Iterator[Row]]:
-    """The shape of a source, by its first row unless it is given, and its rows; no shape where there is no
-    row.
+    """The shape of a source, by its first row that has one unless it is given, and its rows; no shape where
+    there is no row.
 
     The rows of a file share one shape. JSONL is handed out line by line, not in one common schema: messages
-    may carry keys that others lack.
+    may carry keys that others lack. Raises ValueError of the first row when none of the first rows has a shape.
     """
     rows = _read(source)
-    first = next(rows, None)
-    if first is None:
+    seen: list[tuple[str, bytes | Mapping[str, Any]]] = []
+    known, fault = shape, None
+    for place, content in itertools.islice(rows, PROBED):
+        seen.append((place, content))
+        try:
+            known = shape or recognise_shape(Row(place, "messages", content).value(), place)
+            break
+        except ValueError as error:  # a bad row, to be told with the others
+            fault = fault or error
+    if not seen:
         return None, iter(())
-    place, content = first
-    known = shape or recognise_shape(Row(place, "messages", content).value(), place)
-    return known, (Row(place, known, content) for place, content in itertools.chain([first], rows))
+    if known is None:
+        assert fault is not None
+        raise fault
+    own = known
+    return own, (Row(place, own, content) for place, content in itertools.chain(seen, rows))
 
 
 def _read(source: str) -> Iterator[tuple[str, bytes | Mapping[str, Any]]]:

@@ -496,3 +496,14 @@ def test_padding_that_no_column_tells_is_told(tmp_path):
         "2 rows of tokens begin or end with the padding token, which is taken as text: give 'attention_mask'",
         "1 rows have padding by 'attention_mask', which was cut off",
     ]
+
+
+@pytest.mark.parametrize("first", ["{", '{"question": "q"}', "3", '{"messages": [], "input_ids": null}'])
+def test_a_bad_row_at_the_beginning_is_one_of_the_bad_rows(tmp_path, tokenizer, first):
+    path = write_jsonl(tmp_path / "a.jsonl", [chat("q", "a"), chat("q", "")])
+    text = (tmp_path / "a.jsonl").read_text()
+    (tmp_path / "a.jsonl").write_text(f"{first}\n{text}")
+    with pytest.raises(ValueError, match=r"2 of 3 rows are bad:\n.*line 1: .*\n.*line 3: "):
+        run(data_recipe(tmp_path, train=(path,)), tokenizer)
+    data = run(data_recipe(tmp_path, train=(path,), on_bad_row="drop", heldout_fraction=0.0), tokenizer)
+    assert len(data.train) == 1 and data.statistics.bad_rows_dropped == 2
