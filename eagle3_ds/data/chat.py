@@ -104,8 +104,8 @@ def validate_messages(
         )
     if not any(map(is_learnt, spoken)):
         raise ValueError(
-            f"{where}: every assistant message is marked not to be learnt ({_words(LEARN_KEYS)}), so there is "
-            "nothing to learn from: remove the row"
+            f"{where}: every assistant message is marked not to be learnt ({_words(LEARN_KEYS)}), so there "
+            "is nothing to learn from: remove the row"
         )
     return uniform
 
@@ -161,7 +161,7 @@ def _unify_content(message: dict[str, Any], where: str) -> None:
 
 
 def _join_parts(parts: Sequence[Any], message: dict[str, Any], where: str) -> str:
-    """The text of a list of parts, joined by line breaks as servers do; parts of reasoning go to the message."""
+    """The text of a list of parts, joined by line breaks as servers do; reasoning goes to the message."""
     texts, thoughts = [], []
     for index, given in enumerate(parts):
         place = f"{where}[{index}]"
@@ -264,7 +264,7 @@ def notes_on(raw: Sequence[Mapping[str, Any]], uniform: Sequence[Mapping[str, An
         if not message["content"] and not spoken:
             yield f"conversations have an empty {role} message"
         if isinstance(one.get("content"), list) and len(one["content"]) > 1:
-            yield "conversations have messages of several parts; texts are joined by line breaks, as servers do"
+            yield "conversations have messages of several parts, joined by line breaks as servers do"
         for key in LEARN_KEYS:
             value = one.get(key)
             if value is not None and not value and spoken:

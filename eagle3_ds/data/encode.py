@@ -164,7 +164,8 @@ class RowEncoder:
         if ids[:1] != [pad] and ids[-2:] != [pad, pad]:
             return ()
         return (
-            "rows of tokens begin or end with the padding token, which is taken as text: give 'attention_mask'",
+            "rows of tokens begin or end with the padding token, which is taken as text: give "
+            "'attention_mask'",
         )
 
     def _encode_chats(

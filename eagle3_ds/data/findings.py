@@ -61,13 +61,13 @@ class Findings:
             lines.append("reading stopped there; more may follow")
         if 1 < self.bad_rows == read and len(self.faults) == 1:
             lines.append(
-                "every row has this fault: the recipe (data.shape, data.chat_template, data.max_length) may be "
-                "to blame rather than the rows"
+                "every row has this fault: the recipe (data.shape, data.chat_template, data.max_length) "
+                "may be to blame rather than the rows"
             )
         elif self.bad_rows > 1:
             lines.append(
-                "correct these rows, or set data.on_bad_row: drop, which leaves them out and counts them (those "
-                "that are too long are left to data.on_too_long)"
+                "correct these rows, or set data.on_bad_row: drop, which leaves them out and counts them "
+                "(those that are too long are left to data.on_too_long)"
             )
         rare = sorted(self.notes.items(), key=lambda note: note[1][0])[:PLACES]
         lines += [f"not bad, but unusual: {count:,} {note} ({place})" for note, (count, place) in rare]

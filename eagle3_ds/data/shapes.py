@@ -262,7 +262,7 @@ def _arguments(arguments: Any, where: str) -> dict[str, Any]:
 
 
 def _tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
-    """The row's tools in the form `{"type": "function", "function": {...}}`, as servers give them to templates.
+    """The row's tools as servers give them to templates: `{"type": "function", "function": {...}}`.
 
     The row has a list of JSON schemas, or JSON text of the list or of its members; name and parameters may
     stand in a schema without `function` around them.

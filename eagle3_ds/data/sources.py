@@ -1,5 +1,5 @@
-"""Where rows come from: JSONL, JSON and Parquet files, folders of them, data sets of the hub or saved to disk,
-and the word `stdlib`.
+"""Where rows come from: JSONL, JSON and Parquet files, folders of them, data sets of the hub or saved to
+disk, and the word `stdlib`.
 """
 
 from __future__ import annotations
@@ -177,7 +177,8 @@ def open_source(source: str, shape: Shape | None) -> tuple[Shape | None, Iterato
     there is no row.
 
     The rows of a file share one shape. JSONL is handed out line by line, not in one common schema: messages
-    may carry keys that others lack. Raises ValueError of the first row when none of the first rows has a shape.
+    may carry keys that others lack. Raises the ValueError of the first row when none of the first rows has a
+    shape.
     """
     rows = _read(source)
     seen: list[tuple[str, bytes | Mapping[str, Any]]] = []
