@@ -367,8 +367,8 @@ def test_all_bad_rows_are_told_at_once(tmp_path, tokenizer, monkeypatch, workers
         f"  {path}, line 101: messages[1].content is empty: remove the message or the row "
         f"[3 rows, further {path}, line 103, {path}, line 106]",
         f"  {path}, line 104: messages[0].content[1] is a int, expected an object with 'type' and 'text'",
-        "  correct these rows, or set data.on_bad_row: drop, which leaves them out and counts them (those that "
-        "are too long are left to data.on_too_long)",
+        "  correct these rows, or set data.on_bad_row: drop, which leaves them out and counts them (those "
+        "that are too long are left to data.on_too_long)",
     ]
     assert "'user' after 'user'" in lines[4] and lines[4].endswith(f"({path}, line 105)")
     assert not list((tmp_path / "cache").iterdir())
@@ -455,9 +455,10 @@ def test_a_row_has_template_arguments_of_its_own(tmp_path):
 
 def test_calls_reach_templates_that_read_content_and_function(tmp_path):
     template = (
-        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content + '' }}"
-        "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}<|end|>"
-        "{% endgeneration %}{% else %}{{ m.content + '' }}<|end|>{% endif %}{% endfor %}"
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content "
+        "+ '' }}{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments | tojson "
+        "}}{% endfor %}<|end|>{% endgeneration %}{% else %}{{ m.content + '' "
+        "}}<|end|>{% endif %}{% endfor %}"
     )
     call, tokenizer = {"name": "f", "arguments": {"x": None}}, tiny_tokenizer(template)
     told = [{"from": "human", "value": "q"}, {"from": "function_call", "value": json.dumps(call)}]

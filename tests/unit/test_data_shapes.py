@@ -191,7 +191,10 @@ BAD = [
     (
         {"text": "x"},
         "messages",
-        "key 'messages' or 'conversations' is missing (keys present: 'text'): rename the column, or set data.shape to one of",
+        (
+            "key 'messages' or 'conversations' is missing (keys present: 'text'): rename the column, or set "
+            "data.shape to one of"
+        ),
     ),
     (
         {"prompt": "x"},
