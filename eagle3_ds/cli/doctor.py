@@ -33,9 +33,7 @@ def doctor(head_dim: int, hostfile: str | None) -> int:
     console, device = terminal(), torch.device(detect_accelerator())
     checked = check_kernels(device, head_dim)
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    title = (
-        f"attention kernels on {device}, heads of {head_dim}: largest relative error against the reference"
-    )
+    title = f"attention kernels on {device} with heads of {head_dim}: largest error against the reference"
     tables = (
         (Table("package", "version", title="versions"), versions()),
         (Table("device", "name", "memory", title="devices"), devices(device)),
