@@ -34,13 +34,16 @@ def load_initial_draft(recipe: Recipe) -> tuple[dict[str, Tensor], VocabularyMap
     except ValueError as error:
         raise ValueError(f"train.init_from: {error}") from error
     target = load_text_config(resolve_path(recipe.target.path))
-    wanted = algorithm_of(recipe).build_config(target, recipe)
+    algorithm = algorithm_of(recipe)
+    wanted, form = algorithm.build_config(target, recipe), algorithm.layouts["vllm"]
     theirs, ours = (
-        {key: getattr(c, key) for key in GEOMETRY} | {"sliding_window": sliding_window(c)}
+        {key: getattr(c, key) for key in GEOMETRY} | {"sliding_window": sliding_window(c)} | form.keys(c)
         for c in (config, wanted)
     )
     differing = [
-        f"{key} is {theirs[key]} there and {ours[key]} here" for key in ours if theirs[key] != ours[key]
+        f"{key} is {theirs.get(key)} there and {ours.get(key)} here"
+        for key in {**ours, **theirs}
+        if theirs.get(key) != ours.get(key)
     ]
     if differing:
         raise ValueError(
