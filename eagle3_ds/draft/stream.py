@@ -84,7 +84,7 @@ class _StreamAux(torch.autograd.Function):
         rows = stream_rows(ctx.aux, ctx.tiles, dhidden.device, dhidden.dtype)
         for tile, part in zip(ctx.tiles, rows, strict=True):
             dy = dhidden[tile[0] : tile[-1] + 1]
-            if ctx.prepare is None:
+            if weight is None:
                 dweight += dy.T @ part
                 continue
             with torch.enable_grad():
