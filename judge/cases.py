@@ -37,6 +37,7 @@ FACTORS: Mapping[str, tuple[Any, ...]] = {
     "rope": ("default", "llama3", "linear"),
     "window": (None, 24),
     "loss": ("kl", "tv", "lk_alpha", "lk_lambda"),
+    "aux_layers": (3, 1, 5),
 }  # fmt: skip
 HEADS = {"gqa": (4, 2), "mha": (4, 4)}
 # The original length is short, so that the test's documents reach all three of llama3's ranges.
@@ -79,6 +80,7 @@ class Case:
     rope: str = "llama3"
     window: int | None = None
     loss: str = "kl"
+    aux_layers: int = 3
 
     @property
     def world_size(self) -> int:
@@ -104,7 +106,7 @@ class Case:
             f"{mesh} {self.deepspeed}/{self.zero_group} acc{self.accumulation} {self.documents} {self.heads} "
             f"{self.kv_exchange} K{self.ttt_steps} {self.dtype} {self.alignment} {self.reduction} "
             f"layers{self.layers} {self.activation} tiles-{self.tiles} {self.kernel} rope-{self.rope} "
-            f"window-{self.window} {self.loss}"
+            f"window-{self.window} {self.loss} aux{self.aux_layers}"
         )
 
 
@@ -241,6 +243,8 @@ def _config(case: Case) -> LlamaConfig:
         rms_norm_eps=1e-5,
         rope_parameters={"rope_theta": 10000.0, "rope_type": case.rope, **ROPE[case.rope]},
         tie_word_embeddings=False,
+        num_aux_layers=case.aux_layers,
+        target_hidden_size=HIDDEN,
         **(
             {"sliding_window": case.window, "layer_types": ["sliding_attention"] * case.layers}
             if case.window
@@ -253,7 +257,9 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the draft's parameters."""
     hidden, inner = config.hidden_size, config.intermediate_size
     q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (hidden, 3 * hidden)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (hidden, getattr(config, "num_aux_layers", 3) * hidden)
+    }
     for layer in range(config.num_hidden_layers):
         wide = hidden * (2 if layer == 0 else 1)
         norms = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
@@ -315,7 +321,9 @@ def _micro_batch(
     favourite = favourite[torch.where(changes, torch.arange(length), 0).cummax(0).values]
     teacher = 0.12 * head[favourite] + 0.12 * normal(length, HIDDEN)
     ahead = teacher[(torch.arange(length) + 1).clamp(max=length - 1)]
-    aux = torch.cat((normal(length, 2 * HIDDEN), 8.0 * ahead + normal(length, HIDDEN)), dim=-1)
+    aux = torch.cat(
+        (normal(length, (case.aux_layers - 1) * HIDDEN), 8.0 * ahead + normal(length, HIDDEN)), dim=-1
+    )
     mask = torch.rand(length, generator=generator) < 0.6
     if case.documents == "unsupervised_rank":
         # Only the first, short document of the first draft_dp rank is supervised.

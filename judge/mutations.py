@@ -16,7 +16,7 @@ from eagle3_ds.algorithms.eagle3 import model, step
 from eagle3_ds.attention import prefix_kv, usp
 from eagle3_ds.attention.ring import RingKV
 from eagle3_ds.attention.tiles import StepTiles
-from eagle3_ds.draft import taps
+from eagle3_ds.draft import stream, taps
 from eagle3_ds.kernels import Tile
 from eagle3_ds.layout import LocalBatch, LocalRows, SpanPlan
 from eagle3_ds.losses import lk_alpha, lk_lambda, tv
@@ -34,6 +34,7 @@ MUTATIONS = (
     "lost_blocks",
     "fixed_window",
     "unnormalised_overlap",
+    "swapped_layers",
 )
 
 
@@ -91,6 +92,11 @@ def mutate(name: str | None, case: Case) -> Iterator[None]:
         with ExitStack() as patches:
             for module in (tv, lk_alpha, lk_lambda):
                 patches.enter_context(mock.patch.object(module, "overlap", _unnormalised(module.overlap)))
+            yield
+    elif name == "swapped_layers":
+        if case.aux_layers == 1:
+            raise ValueError("swapped_layers needs more than one captured layer. Use a case with several.")
+        with mock.patch.object(stream, "stream_rows", _rolled(stream.stream_rows, case.aux_layers)):
             yield
     else:
         raise ValueError(f"mutation = {name!r} is unknown. Use one of {', '.join(MUTATIONS)}.")
@@ -157,6 +163,11 @@ def _of_own_block(take: Any) -> Any:
 def _of_step_0(at: Any) -> Any:
     """Every step sees the step-0 keys that step 0 sees, its diagonals beside them."""
     return lambda tiles, _step: at(tiles, 0)
+
+
+def _rolled(rows_of: Any, num_layers: int) -> Any:
+    """The captured layers lie side by side in another order."""
+    return lambda *args: (rows.roll(rows.shape[1] // num_layers, dims=1) for rows in rows_of(*args))
 
 
 def _unnormalised(overlap: Any) -> Any:

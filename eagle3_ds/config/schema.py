@@ -58,8 +58,8 @@ class TargetSection(Section):
     """Build the target at `path` when it is not there yet; one built from other values is refused, not
     replaced.
     """
-    aux_layers: tuple[NonNegative, NonNegative, NonNegative] | None = None
-    """Layers whose inputs are captured; null is the EAGLE-3 rule (2, n // 2, n - 3)."""
+    aux_layers: Annotated[tuple[NonNegative, ...], Field(min_length=1, max_length=8)] | None = None
+    """Layers whose inputs are captured, 1 to 8; null is the EAGLE-3 rule (2, n // 2, n - 3)."""
     dtype: FloatDtype = "bfloat16"
     capture: Literal["single", "parallel"] = "single"
     """Who captures hidden states before training: one process, document by document, or all ranks, cut as

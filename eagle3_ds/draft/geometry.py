@@ -44,5 +44,9 @@ def aux_size(config: Any) -> int:
     """Entries of a slot's captured hidden states, side by side: three of the draft's own width where the
     config says nothing, as those of other programs do.
     """
-    layers = getattr(config, "num_aux_layers", None) or 3
-    return int(layers * (getattr(config, "target_hidden_size", None) or config.hidden_size))
+    return num_aux_layers(config) * int(getattr(config, "target_hidden_size", None) or config.hidden_size)
+
+
+def num_aux_layers(config: Any) -> int:
+    """Captured layers that a slot reads; three where the config says nothing."""
+    return int(getattr(config, "num_aux_layers", None) or 3)

@@ -48,7 +48,13 @@ def _compare(sample: Sample, last_is_normed: bool, target: Target) -> float:
         )
     layers, ends = _run(target, token_ids)
     aux, last = sample.states(0, length)
-    distances = [[_distance(part, layer) for layer in layers] for part in aux.chunk(3, dim=-1)]
+    parts = aux.split(last.shape[1], dim=-1)
+    if len(parts) != len(target.aux_layers):
+        raise ValueError(
+            f"{sample.place} holds {len(parts)} aux states, and the recipe wants those of the layers "
+            f"{list(target.aux_layers)}. Set target.aux_layers to the layers that were captured"
+        )
+    distances = [[_distance(part, layer) for layer in layers] for part in parts]
     _require_layers(sample.place, distances, target.aux_layers)
     near, other = (_distance(last, ends[side]) for side in (last_is_normed, not last_is_normed))
     if near > FAR:

@@ -32,7 +32,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-AuxLayers = tuple[int, int, int]
+MOST_LAYERS = 8
+AuxLayers = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -218,13 +219,16 @@ class SpeculatorsFiles:
             )
         if hidden.ndim != 3:
             raise ValueError(
-                f"{path}: hidden_states has shape {tuple(hidden.shape)}, expected [tokens, 4, hidden size]"
+                f"{path}: hidden_states has shape {tuple(hidden.shape)}, expected [tokens, layers, hidden "
+                "size]"
             )
         return _from_layers(path, token_ids, row["loss_mask"], hidden.unbind(1))
 
 
 class SpeculatorsPickles:
-    """One pickled file per sample: input_ids [L], loss_mask [L], hidden_states, a list of four [L, Ht]."""
+    """One pickled file per sample: input_ids [L], loss_mask [L], hidden_states, a list of [L, Ht], the last
+    layer's last.
+    """
 
     writer = "speculators 0.3 / 0.4 data_generation_offline"
     last_is_normed = False
@@ -245,13 +249,13 @@ class SpeculatorsPickles:
                 raise ValueError(
                     f"{self.config} names no hidden_states.layer_ids ({error!r}): correct or remove it"
                 ) from error
-        if len(layers) != 4 or layers[-1] != num_layers - 1:
+        if not 1 <= len(layers) - 1 <= MOST_LAYERS or layers[-1] != num_layers - 1:
             raise ValueError(
-                f"{self.config}: the outputs of layers {layers} were captured, but a draft learns from three "
-                f"layers and the last one, {num_layers - 1}. Generate the files again without --layer-ids."
+                f"{self.config}: the outputs of layers {layers} were captured, but a draft learns from 1 to "
+                f"{MOST_LAYERS} layers and the last one, {num_layers - 1}. Generate the files again without "
+                "--layer-ids."
             )
-        low, middle, high = (layer + 1 for layer in layers[:3])
-        return (low, middle, high)
+        return tuple(layer + 1 for layer in layers[:-1])
 
     def sample(self, index: int) -> Sample:
         path = self.paths[index]
@@ -333,11 +337,11 @@ def _checked(sample: Sample) -> Sample:
     values = set(sample.loss_mask.unique().tolist())
     if not values <= {0, 1}:
         raise ValueError(f"{sample.place}: loss_mask holds {sorted(values - {0, 1})[0]}, expected 0 and 1")
-    widths, wanted = sum(part.shape[1] for part in sample.aux_parts), 3 * sample.last.shape[1]
-    if widths != wanted:
+    width, last = sum(part.shape[1] for part in sample.aux_parts), sample.last.shape[1]
+    if width % last or not 1 <= width // last <= MOST_LAYERS:
         raise ValueError(
-            f"{sample.place}: the aux states are {widths} wide, expected {wanted}, three times the last "
-            "state's"
+            f"{sample.place}: the aux states are {width} wide, expected 1 to {MOST_LAYERS} times the last "
+            f"state's {last}"
         )
     return Sample(
         sample.place,

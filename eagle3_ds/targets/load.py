@@ -31,7 +31,7 @@ class Target:
     model: Any
     tokenizer: Any
     config: Any
-    aux_layers: tuple[int, int, int]
+    aux_layers: tuple[int, ...]
 
     @property
     def base(self) -> Any:
@@ -150,11 +150,11 @@ def resolve_path(path: str, is_built: bool = False) -> Path:
         ) from error
 
 
-def choose_aux_layers(num_layers: int, wanted: Sequence[int] | None = None) -> tuple[int, int, int]:
+def choose_aux_layers(num_layers: int, wanted: Sequence[int] | None = None) -> tuple[int, ...]:
     """The layers whose inputs are captured: `wanted`, or the EAGLE-3 rule (2, n // 2, n - 3).
 
     Raises:
-        ValueError: too few layers for the rule, or layers that are not three ascending ones of the target.
+        ValueError: too few layers for the rule, or layers that do not ascend or are not the target's.
     """
     if wanted is None:
         if num_layers < FEWEST_LAYERS:
@@ -163,14 +163,14 @@ def choose_aux_layers(num_layers: int, wanted: Sequence[int] | None = None) -> t
                 f"from {FEWEST_LAYERS} layers on. Choose a deeper target, or set target.aux_layers."
             )
         return (2, num_layers // 2, num_layers - 3)
-    low, middle, high = wanted
-    # servers collect the layers in ascending order and each once, whatever order the config has
-    if not 0 <= low < middle < high < num_layers:
+    ascending = all(low < high for low, high in zip(wanted, wanted[1:], strict=False))
+    # Servers collect the layers in ascending order and each once, whatever order the config has.
+    if not wanted or not ascending or not 0 <= wanted[0] <= wanted[-1] < num_layers:
         raise ValueError(
             f"target.aux_layers = {list(wanted)}: they must ascend, each once, and lie in "
             f"0..{num_layers - 1}, the target's layers. Correct them, or leave them null."
         )
-    return (low, middle, high)
+    return tuple(wanted)
 
 
 def target_fingerprint(path: str | Path, aux_layers: Sequence[int], dtype: str) -> dict[str, str]:

@@ -251,8 +251,8 @@ def cut(name, rows=3):
         ("specforge", spoil_pickle(lambda c: c["loss_mask"].fill_(2)), "loss_mask holds 2, expected 0 and 1"),
         (
             "specforge",
-            spoil_pickle(lambda c: c.update(hidden_state=c["hidden_state"][..., :8])),
-            "48 wide, expected 24",
+            spoil_pickle(lambda c: c.update(hidden_state=c["hidden_state"][..., :5])),
+            "48 wide, expected 1 to 8 times the last state.s 5",
         ),
         (
             "specforge",
@@ -307,7 +307,7 @@ def test_layers_that_were_chosen_are_read_from_the_files(folder):
     config.write_text('{"hidden_states": {"layer_ids": [0, 1, 4]}}')
     with pytest.raises(
         ValueError,
-        match=r"layers \[0, 1, 4\] were captured, but a draft learns from three layers and the last",
+        match=r"layers \[0, 1, 4\] were captured, but a draft learns from 1 to 8 layers and the last",
     ):
         open_foreign(folder).aux_layers(8)
     config.write_text("[]")

@@ -26,7 +26,10 @@ class Eagle3:
     layouts: Mapping[str, LayoutForm] = {"vllm": ServerForm(), "speculators": SpeculatorsForm()}
 
     def build_config(self, target_config: Any, recipe: Recipe) -> LlamaConfig:
-        return build_draft_config(target_config, recipe.draft)
+        captured = recipe.target.aux_layers
+        # The rule of null captures three.
+        num_layers = 3 if captured is None else len(captured)
+        return build_draft_config(target_config, recipe.draft, num_layers)
 
     def build(self, config: LlamaConfig) -> DraftModel:
         return DraftModel(config)

@@ -11,13 +11,14 @@ from eagle3_ds.draft import aux_keys
 from eagle3_ds.draft.geometry import window_keys
 
 
-def build_draft_config(target_config: Any, draft: DraftSection) -> LlamaConfig:
+def build_draft_config(target_config: Any, draft: DraftSection, num_aux_layers: int = 3) -> LlamaConfig:
     """A Llama config for the draft: the target's width, rotary settings and norm epsilon, the recipe's own
     sizes.
 
     Args:
         target_config: the target's (text) config from transformers.
         draft: the recipe's draft section; null sizes are taken from the target.
+        num_aux_layers: captured layers that `fc` reads side by side.
 
     Returns:
         A `LlamaConfig` with the extra attribute `draft_vocab_size`.
@@ -65,6 +66,6 @@ def build_draft_config(target_config: Any, draft: DraftSection) -> LlamaConfig:
         pad_token_id=target_config.pad_token_id,
         attention_bias=False,
         mlp_bias=False,
-        **aux_keys(3, target_config.hidden_size),
+        **aux_keys(num_aux_layers, target_config.hidden_size),
         **window_keys(draft.sliding_window, draft.num_layers),
     )

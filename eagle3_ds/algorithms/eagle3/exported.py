@@ -4,11 +4,16 @@ do.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from transformers import LlamaConfig
+
+from eagle3_ds.draft.geometry import aux_keys, num_aux_layers
+
+logger = logging.getLogger(__name__)
 
 FIRST_HERE, FIRST_THERE = "layers.0.", "midlayer."
 
@@ -19,10 +24,12 @@ class ServerForm:
     architecture = "LlamaForCausalLMEagle3"
 
     def keys(self, config: LlamaConfig) -> dict[str, Any]:
-        return {}
+        """vLLM takes the number of captured layers from here; three go without saying."""
+        num_layers = num_aux_layers(config)
+        return {} if num_layers == 3 else {"num_aux_hidden_states": num_layers}
 
     def config_keys(self, keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        return {}
+        return _captured(keys["hidden_size"], keys, tensors)
 
     def name_there(self, name: str) -> str:
         return FIRST_THERE + name.removeprefix(FIRST_HERE) if name.startswith(FIRST_HERE) else name
@@ -38,16 +45,32 @@ class SpeculatorsForm:
 
     def keys(self, config: LlamaConfig) -> dict[str, Any]:
         """Both flags are written: a server takes an absent `norm_before_residual` for true."""
+        if num_aux_layers(config) != 3:
+            logger.warning(
+                "speculators layout: vLLM 0.32 takes drafts of three captured layers only from it; the vLLM "
+                "layout says how many this one has"
+            )
         return {"norm_before_residual": False, "norm_before_fc": False}
 
     def config_keys(self, keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         unlike = [name for name in ("norm_before_residual", "norm_before_fc") if keys.get(name)]
         if unlike:
             raise ValueError(f"it has {unlike[0]} true: such a draft computes otherwise than ours")
-        return {}
+        return _captured(keys["transformer_layer_config"]["hidden_size"], keys, tensors)
 
     def name_there(self, name: str) -> str:
         return name
 
     def name_here(self, name: str) -> str:
         return name
+
+
+def _captured(hidden_size: int, keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """How many layers of the target `fc` reads: the matrix says it, in either layout."""
+    width = int(keys.get("target_hidden_size") or hidden_size)
+    columns = tensors["fc.weight"].shape[1]
+    if columns % width:
+        raise ValueError(
+            f"fc.weight has {columns} columns, which are not hidden states of {width} side by side"
+        )
+    return aux_keys(columns // width, width)
