@@ -38,7 +38,15 @@ FACTORS: Mapping[str, tuple[Any, ...]] = {
     "window": (None, 24),
     "loss": ("kl", "tv", "lk_alpha", "lk_lambda"),
     "aux_layers": (3, 1, 5),
+    "norms": ("none", "eagle3.1", "before_fc", "before_residual", "all"),
 }  # fmt: skip
+NORMS: Mapping[str, tuple[str, ...]] = {
+    "none": (),
+    "eagle3.1": ("fc_norm", "norm_output"),
+    "before_fc": ("norm_before_fc",),
+    "before_residual": ("norm_before_residual",),
+    "all": ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual"),
+}
 HEADS = {"gqa": (4, 2), "mha": (4, 4)}
 # The original length is short, so that the test's documents reach all three of llama3's ranges.
 ROPE: Mapping[str, Mapping[str, float]] = {
@@ -81,6 +89,7 @@ class Case:
     window: int | None = None
     loss: str = "kl"
     aux_layers: int = 3
+    norms: str = "none"
 
     @property
     def world_size(self) -> int:
@@ -106,7 +115,7 @@ class Case:
             f"{mesh} {self.deepspeed}/{self.zero_group} acc{self.accumulation} {self.documents} {self.heads} "
             f"{self.kv_exchange} K{self.ttt_steps} {self.dtype} {self.alignment} {self.reduction} "
             f"layers{self.layers} {self.activation} tiles-{self.tiles} {self.kernel} rope-{self.rope} "
-            f"window-{self.window} {self.loss} aux{self.aux_layers}"
+            f"window-{self.window} {self.loss} aux{self.aux_layers} norms-{self.norms}"
         )
 
 
@@ -245,6 +254,7 @@ def _config(case: Case) -> LlamaConfig:
         tie_word_embeddings=False,
         num_aux_layers=case.aux_layers,
         target_hidden_size=HIDDEN,
+        **dict.fromkeys(NORMS[case.norms], True),
         **(
             {"sliding_window": case.window, "layer_types": ["sliding_attention"] * case.layers}
             if case.window
@@ -260,6 +270,10 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "fc.weight": (hidden, getattr(config, "num_aux_layers", 3) * hidden)
     }
+    if getattr(config, "norm_before_fc", False):
+        shapes["input_norm.weight"] = shapes["fc.weight"][1:]
+    if getattr(config, "fc_norm", False):
+        shapes |= {f"fc_norm.{i}.weight": (hidden,) for i in range(config.num_aux_layers)}
     for layer in range(config.num_hidden_layers):
         wide = hidden * (2 if layer == 0 else 1)
         norms = ("input_layernorm", "hidden_norm", "post_attention_layernorm")

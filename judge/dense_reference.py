@@ -334,7 +334,7 @@ def _unroll(
     first = torch.tensor([int((document < d).sum()) for d in document])
     may_attend = (document[:, None] == document[None, :]) & (index[None, :] <= index[:, None])
     frequency = rotary_frequencies(config)
-    hidden = batch.aux.to(dtype) @ weights["fc.weight"].T
+    hidden = _normed_aux(weights, config, batch.aux.to(dtype)) @ weights["fc.weight"].T
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(config.num_hidden_layers)]
     logits = []
     for k in range(steps):
@@ -351,7 +351,20 @@ def _unroll(
         seen_by_loss = (hidden, _rounded(hidden, rounding, k))
         normed, rounded = (_rms_norm(x, weights["norm.weight"], config) for x in seen_by_loss)
         logits.append((normed @ weights["lm_head.weight"].T, rounded @ weights["lm_head.weight"].T))
+        if getattr(config, "norm_output", False):
+            hidden = normed
     return logits
+
+
+def _normed_aux(weights: Weights, config: LlamaConfig, aux: Tensor) -> Tensor:
+    """The captured hidden states behind the norms that come before fc: [L, A] -> [L, A]."""
+    if getattr(config, "norm_before_fc", False):
+        aux = _rms_norm(aux, weights["input_norm.weight"], config)
+    if getattr(config, "fc_norm", False):
+        parts = aux.chunk(config.num_aux_layers, dim=-1)
+        normed = [_rms_norm(part, weights[f"fc_norm.{i}.weight"], config) for i, part in enumerate(parts)]
+        aux = torch.cat(normed, dim=-1)
+    return aux
 
 
 def _layer(
@@ -384,6 +397,8 @@ def _layer(
     group = config.num_attention_heads // config.num_key_value_heads
     keys_values.append((_rotate(k, angle).repeat_interleave(group, 0), v.repeat_interleave(group, 0)))
     attended = _attention(_rotate(q, angle), keys_values, may_attend).transpose(0, 1).flatten(1)
+    if layer == 0 and getattr(config, "norm_before_residual", False):
+        hidden = _rms_norm(hidden, weight("hidden_norm"), config)
     hidden = hidden + attended @ weight("self_attn.o_proj").T
     normed_hidden = _rms_norm(hidden, weight("post_attention_layernorm"), config)
     gate, up = (normed_hidden @ weight(f"mlp.{name}_proj").T for name in ("gate", "up"))

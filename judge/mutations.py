@@ -17,11 +17,12 @@ from eagle3_ds.attention import prefix_kv, usp
 from eagle3_ds.attention.ring import RingKV
 from eagle3_ds.attention.tiles import StepTiles
 from eagle3_ds.draft import stream, taps
+from eagle3_ds.draft.decoder import rms_norm
 from eagle3_ds.kernels import Tile
 from eagle3_ds.layout import LocalBatch, LocalRows, SpanPlan
 from eagle3_ds.losses import lk_alpha, lk_lambda, tv
 from eagle3_ds.train import trainer as trainer_module
-from judge.cases import Case
+from judge.cases import NORMS, Case
 
 MUTATIONS = (
     "scale_by_sp",
@@ -35,6 +36,7 @@ MUTATIONS = (
     "fixed_window",
     "unnormalised_overlap",
     "swapped_layers",
+    "lost_output_norm",
 )
 
 
@@ -97,6 +99,15 @@ def mutate(name: str | None, case: Case) -> Iterator[None]:
         if case.aux_layers == 1:
             raise ValueError("swapped_layers needs more than one captured layer. Use a case with several.")
         with mock.patch.object(stream, "stream_rows", _rolled(stream.stream_rows, case.aux_layers)):
+            yield
+    elif name == "lost_output_norm":
+        if "norm_output" not in NORMS[case.norms]:
+            raise ValueError(
+                "lost_output_norm needs outputs that are normed. Use a case with norms eagle3.1."
+            )
+        with mock.patch.object(
+            model, "normed_in_tiles", lambda x, weight, eps: rms_norm(x, weight.detach(), eps)
+        ):
             yield
     else:
         raise ValueError(f"mutation = {name!r} is unknown. Use one of {', '.join(MUTATIONS)}.")

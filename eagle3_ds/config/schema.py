@@ -76,6 +76,14 @@ class DraftSection(Section):
     intermediate_size: Positive | None = None
     num_heads: Positive | None = None
     num_kv_heads: Positive | None = None
+    aux_norm: bool = False
+    """An RMSNorm of its own for each captured layer, before `fc` (EAGLE-3.1)."""
+    norm_before_fc: bool = False
+    """One RMSNorm over all captured layers side by side, before `fc` and before `aux_norm`."""
+    norm_before_residual: bool = False
+    """The first layer's residual is the normed hidden state instead of the hidden state."""
+    norm_output: bool = False
+    """The next guess reads the output behind the final norm instead of before it (EAGLE-3.1)."""
     sliding_window: Positive | None = None
     """Keys that a position of the draft sees at most, its own among them; null: all before it."""
 

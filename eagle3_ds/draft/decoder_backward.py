@@ -10,6 +10,8 @@ Legend: t slots of a tile, H hidden size, Hq heads, D head size, I width of the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -58,3 +60,30 @@ def after_attention_backward(
     dhidden = doutput + norm.backward(torch.addmm(dgate @ weights.gate, dup, weights.up), sums.norm)
     accumulate_product(sums.o, dhidden.T, attended)
     return dhidden, dhidden @ weights.o
+
+
+def normed_in_tiles(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of x [S, H] that keeps its input alone for backward, and sums the weight's gradient in fp32."""
+    return _Norm.apply(x, weight, eps)
+
+
+class _Norm(torch.autograd.Function):
+    """Forward: y = rms_norm(x) * weight. Backward: repeats it, a tile of rows at a time."""
+
+    ROWS = 4096
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return rms_norm(x, weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        dweight = torch.zeros_like(weight, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        for start in range(0, len(x), _Norm.ROWS):
+            rows = slice(start, start + _Norm.ROWS)
+            dx[rows] = NormTile(x[rows], weight, ctx.eps).backward(dy[rows], dweight)
+        return dx, dweight.to(weight.dtype), None

@@ -34,6 +34,7 @@ SHOWN_BY = {
     "lost_blocks": Case(ring=2, kv_exchange="ring_kept"),
     "fixed_window": Case(ulysses=2, window=24),
     "unnormalised_overlap": Case(ulysses=2, loss="lk_lambda"),
+    "lost_output_norm": Case(ulysses=2, norms="eagle3.1"),
 }
 MUTATED = [(mutation, SHOWN_BY.get(mutation, TWO_RANKS)) for mutation in MUTATIONS]
 # A cut with slots that are not live has halos, documents and a scale of its own.

@@ -96,10 +96,17 @@ def test_rotary_settings_as_transformers_4_wrote_them_are_read(draft: DraftModel
 def test_a_draft_that_computes_otherwise_is_refused(draft: DraftModel, tmp_path: Path) -> None:
     folder = export("speculators", draft, tmp_path / "export", "float32")
     rewrite(folder, norm_before_residual=True)
-    with pytest.raises(
-        ValueError, match="train.init_from: .*norm_before_residual true: such a draft computes otherwise"
-    ):
+    with pytest.raises(ValueError, match="norm_before_residual is True there and None here"):
         load_initial_draft(make_recipe(tmp_path, folder))
+
+
+def test_a_flag_without_its_tensors_is_refused(draft: DraftModel, tmp_path: Path) -> None:
+    """A server would take random norms for it in silence."""
+    folder = export("vllm", draft, tmp_path / "export", "float32")
+    for flag, tensor in (("fc_norm", "fc_norm.0.weight"), ("norm_before_fc", "input_norm.weight")):
+        rewrite(folder, **{"fc_norm": False, "norm_before_fc": False, flag: True})
+        with pytest.raises(ValueError, match=f"{flag} is True and the tensor {tensor} is not there"):
+            load_initial_draft(make_recipe(tmp_path, folder))
 
 
 def test_what_is_no_export_is_named(tmp_path: Path) -> None:

@@ -2,15 +2,13 @@
 hand counts.
 """
 
-import dataclasses
-
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from judge.cases import full_matrix, make_inputs, short_matrix
+from judge.cases import Case, make_inputs, short_matrix
 from judge.dense_reference import (
     Frozen,
     LossRules,
@@ -45,10 +43,7 @@ def rope_config(kind):
 
 
 def inputs_of(documents, layers):
-    case = next(
-        c for c in full_matrix() if c.documents == documents and c.layers == layers and c.heads == "gqa"
-    )
-    inputs = make_inputs(dataclasses.replace(case, draft_dp=1, accumulation=1, dtype="float32"))
+    inputs = make_inputs(Case(documents=documents, layers=layers))
     return inputs, {name: weight.double() for name, weight in inputs.weights.items()}
 
 

@@ -66,6 +66,10 @@ def build_draft_config(target_config: Any, draft: DraftSection, num_aux_layers: 
         pad_token_id=target_config.pad_token_id,
         attention_bias=False,
         mlp_bias=False,
+        fc_norm=draft.aux_norm,
+        norm_before_fc=draft.norm_before_fc,
+        norm_before_residual=draft.norm_before_residual,
+        norm_output=draft.norm_output,
         **aux_keys(num_aux_layers, target_config.hidden_size),
         **window_keys(draft.sliding_window, draft.num_layers),
     )

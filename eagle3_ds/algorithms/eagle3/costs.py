@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from eagle3_ds.algorithms.eagle3.variants import flag, norm_sizes
 from eagle3_ds.attention.costs import attention_backward, keys_and_values, unroll_traffic
 from eagle3_ds.costs import FP32, INT64, DraftShape, Flops, Parts, SequenceBytes, Setup, Traffic
 from eagle3_ds.draft.costs import loss_parts, norm_entries, tile_after_attention, tile_slots
@@ -23,9 +24,13 @@ class Eagle3Shape(DraftShape):
     Attributes:
         aux_size: entries of a slot's captured hidden states, which `fc` reads; None: three times the hidden
             size.
+        norms_before_fc: entries of each norm of the captured states.
+        norm_output: a step's output is normed for the next, which keeps it once more.
     """
 
     aux_size: int | None = None
+    norms_before_fc: tuple[int, ...] = ()
+    norm_output: bool = False
 
     @classmethod
     def of(cls, config: Any) -> Eagle3Shape:
@@ -40,6 +45,8 @@ class Eagle3Shape(DraftShape):
             draft_vocab_size=config.draft_vocab_size,
             num_layers=config.num_hidden_layers,
             aux_size=aux_size(config),
+            norms_before_fc=norm_sizes(config),
+            norm_output=flag(config, "norm_output"),
         )
 
     def input_size(self, layer: int) -> int:
@@ -70,7 +77,7 @@ class Eagle3Shape(DraftShape):
     def parameter_sizes(self) -> tuple[int, ...]:
         """Elements of every trained tensor: fc, the layers' matrices and norms, the final norm, the head."""
         hidden = self.hidden_size
-        sizes = [self.fc_size]
+        sizes = [*self.norms_before_fc, self.fc_size]
         for layer in range(self.num_layers):
             sizes += [*self.layer_weights(layer).values(), *[hidden] * (3 if layer == 0 else 2)]
         return (*sizes, hidden, self.draft_vocab_size * hidden)
@@ -176,7 +183,15 @@ def _kept_by_forward(setup: Setup) -> Parts:
         # way.
         saved = K * hidden + sum(_saved_by_step(setup))
     # The last output is nobody's input, but the loss reads it.
-    return {"saved activations": saved + hidden + _statistics(setup), **keys_and_values(setup)}
+    saved += hidden + _kept_for_norms(setup, K - 1)
+    return {"saved activations": saved + _statistics(setup), **keys_and_values(setup)}
+
+
+def _kept_for_norms(setup: Setup, count: int) -> int:
+    """Outputs of `count` steps before the norm that the next step reads them behind, where there is one."""
+    assert isinstance(setup.shape, Eagle3Shape)
+    kept = setup.live_slots * setup.shape.hidden_size * setup.itemsize
+    return count * kept if setup.shape.norm_output else 0
 
 
 def _weight_sums(setup: Setup) -> int:
@@ -200,6 +215,7 @@ def _kept_in_backward(setup: Setup, columns: int, steps_done: int) -> Parts:
     )
     if _offloaded_activations(setup):
         saved = 2 * (before + after)
+    saved += _kept_for_norms(setup, steps - 1)
     return {
         "saved activations": saved + _statistics(setup),
         **keys_and_values(setup),

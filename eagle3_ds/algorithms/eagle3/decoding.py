@@ -48,7 +48,8 @@ class Eagle3Guesser:
             if len(guesses) == count:
                 break
             position = positions[-1:] + len(guesses)
-            hidden = self._draft.decode(self._embed(guesses[-1:]), hidden, position, self._cache)
+            read = self._draft.passed_on(hidden)
+            hidden = self._draft.decode(self._embed(guesses[-1:]), read, position, self._cache)
         self._cache.truncate(verified)
         return guesses
 
@@ -65,5 +66,7 @@ def probe_logits(draft: DraftModel, seed: int) -> Tensor:
     embeds = torch.randn(PROBE_SLOTS + 1, config.hidden_size, generator=generator)
     aux = torch.randn(PROBE_SLOTS, aux_size(config), generator=generator)
     first = draft.decode(embeds[:PROBE_SLOTS], draft.project_aux(aux), torch.arange(PROBE_SLOTS), cache)
-    second = draft.decode(embeds[PROBE_SLOTS:], first[-1:], torch.tensor([PROBE_SLOTS]), cache)
+    second = draft.decode(
+        embeds[PROBE_SLOTS:], draft.passed_on(first[-1:]), torch.tensor([PROBE_SLOTS]), cache
+    )
     return draft.logits(torch.cat((first, second)))

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import LlamaConfig
 
+from eagle3_ds.algorithms.eagle3.variants import FLAGS, flag
 from eagle3_ds.draft.geometry import aux_keys, num_aux_layers
 
 logger = logging.getLogger(__name__)
@@ -26,10 +27,11 @@ class ServerForm:
     def keys(self, config: LlamaConfig) -> dict[str, Any]:
         """vLLM takes the number of captured layers from here; three go without saying."""
         num_layers = num_aux_layers(config)
-        return {} if num_layers == 3 else {"num_aux_hidden_states": num_layers}
+        counted = {} if num_layers == 3 else {"num_aux_hidden_states": num_layers}
+        return counted | {name: True for name in FLAGS if flag(config, name)}
 
     def config_keys(self, keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        return _captured(keys["hidden_size"], keys, tensors)
+        return _captured(keys["hidden_size"], keys, tensors) | _flags(keys, tensors)
 
     def name_there(self, name: str) -> str:
         return FIRST_THERE + name.removeprefix(FIRST_HERE) if name.startswith(FIRST_HERE) else name
@@ -44,19 +46,18 @@ class SpeculatorsForm:
     architecture = "Eagle3DraftModel"
 
     def keys(self, config: LlamaConfig) -> dict[str, Any]:
-        """Both flags are written: a server takes an absent `norm_before_residual` for true."""
+        """All flags are written: a server takes an absent `norm_before_residual` for true."""
         if num_aux_layers(config) != 3:
             logger.warning(
                 "speculators layout: vLLM 0.32 takes drafts of three captured layers only from it; the vLLM "
                 "layout says how many this one has"
             )
-        return {"norm_before_residual": False, "norm_before_fc": False}
+        return {name: flag(config, name) for name in FLAGS}
 
     def config_keys(self, keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        unlike = [name for name in ("norm_before_residual", "norm_before_fc") if keys.get(name)]
-        if unlike:
-            raise ValueError(f"it has {unlike[0]} true: such a draft computes otherwise than ours")
-        return _captured(keys["transformer_layer_config"]["hidden_size"], keys, tensors)
+        return _captured(keys["transformer_layer_config"]["hidden_size"], keys, tensors) | _flags(
+            keys, tensors
+        )
 
     def name_there(self, name: str) -> str:
         return name
@@ -74,3 +75,16 @@ def _captured(hidden_size: int, keys: Mapping[str, Any], tensors: Mapping[str, T
             f"fc.weight has {columns} columns, which are not hidden states of {width} side by side"
         )
     return aux_keys(columns // width, width)
+
+
+def _flags(keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, bool]:
+    """The norms of a variant. Raises ValueError where a flag and the tensors do not say the same: a server
+    would load random norms in silence.
+    """
+    nested = keys.get("eagle_config") or {}
+    flags = {name: bool(nested.get(name, keys.get(name, False))) for name in FLAGS}
+    for name, tensor in (("fc_norm", "fc_norm.0.weight"), ("norm_before_fc", "input_norm.weight")):
+        if flags[name] != (tensor in tensors):
+            there = "there" if tensor in tensors else "not there"
+            raise ValueError(f"{name} is {flags[name]} and the tensor {tensor} is {there}")
+    return flags

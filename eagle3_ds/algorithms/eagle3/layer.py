@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from eagle3_ds.algorithms.eagle3.variants import flag
 from eagle3_ds.attention.rotary import rotate
 from eagle3_ds.draft.decoder import AfterWeights, after_attention, project, rms_norm
 from eagle3_ds.draft.served import DraftAttention, DraftCache
@@ -51,6 +52,7 @@ class DraftLayer(nn.Module):
         self.head_dim: int = config.head_dim
         self.eps: float = config.rms_norm_eps
         self.reads_embedding = layer == 0
+        self.normed_residual = layer == 0 and flag(config, "norm_before_residual")
         self.self_attn: Any = DraftAttention(config, config.hidden_size * (2 if layer == 0 else 1), layer)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -85,4 +87,8 @@ class DraftLayer(nn.Module):
         x = attention_input(embeds, hidden, weights, self.eps)
         q, k, v = (project(x, weight, self.head_dim) for weight in weights[:3])
         attended = self.self_attn.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cache)
-        return after_attention(hidden, attended, self.after_weights(), self.eps)
+        return after_attention(self.residual(hidden), attended, self.after_weights(), self.eps)
+
+    def residual(self, hidden: Tensor) -> Tensor:
+        """What the attention's output is added to, [S, H]."""
+        return rms_norm(hidden, self.hidden_norm.weight, self.eps) if self.normed_residual else hidden

@@ -18,9 +18,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from eagle3_ds.algorithms.eagle3.layer import DraftLayer
 from eagle3_ds.algorithms.eagle3.step import Activation, LayerMemory, StepConstants, ttt_step
+from eagle3_ds.algorithms.eagle3.variants import flag, prepare_aux
 from eagle3_ds.attention.rotary import rotary_frequencies
 from eagle3_ds.draft import Draft, aux_size
 from eagle3_ds.draft.decoder import rms_norm
+from eagle3_ds.draft.decoder_backward import normed_in_tiles
+from eagle3_ds.draft.geometry import num_aux_layers
 from eagle3_ds.draft.offload import HostStash
 from eagle3_ds.draft.served import DraftCache
 from eagle3_ds.draft.stream import stream_aux
@@ -50,6 +53,11 @@ class DraftModel(Draft):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
+        if flag(config, "norm_before_fc"):
+            self.input_norm = LlamaRMSNorm(aux_size(config), eps=config.rms_norm_eps)
+        if flag(config, "fc_norm"):
+            width, layers = aux_size(config) // num_aux_layers(config), range(num_aux_layers(config))
+            self.fc_norm = nn.ModuleList(LlamaRMSNorm(width, eps=config.rms_norm_eps) for _ in layers)
         self.fc = nn.Linear(aux_size(config), config.hidden_size, bias=False)
         self.layers = nn.ModuleList(DraftLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -101,7 +109,8 @@ class DraftModel(Draft):
         memories = [LayerMemory(batch.plan, batch.ring_rank, stash=stash) for _ in self.layers]
         rotary = rotary_frequencies(self.config, batch.max_position + 1 + settings.ttt_steps, device)
         position = batch.position.to(device)
-        hidden = stream_aux(batch.aux, self.fc.weight, settings.tile_bytes, anchor)
+        norms = (prepare_aux(self.config), self._aux_norms())
+        hidden = stream_aux(batch.aux, self.fc.weight, settings.tile_bytes, anchor, *norms)
         for step in range(settings.ttt_steps):
             slots = slice(len(hidden))
             tokens = batch.token_ids[batch.row[slots] + 1 + step].to(device)
@@ -110,6 +119,8 @@ class DraftModel(Draft):
                 assert isinstance(layer, DraftLayer)
                 hidden = ttt_step(layer, hidden, constants, memory, settings.activation, settings.tile_bytes)
             hidden = on_guess(hidden)
+            if step + 1 < settings.ttt_steps:
+                hidden = self._passed_on(hidden)
         for memory in memories:
             # It holds the graph, which holds the memory: a cycle that no collector sees, and that would
             # outlive the step.
@@ -117,7 +128,19 @@ class DraftModel(Draft):
 
     def project_aux(self, aux: Tensor) -> Tensor:
         """The step-0 hidden state: aux [S, A] -> [S, H]."""
-        return self.fc(aux)
+        prepare = prepare_aux(self.config)
+        return self.fc(aux if prepare is None else prepare(aux, self._aux_norms()))
+
+    def _aux_norms(self) -> list[Tensor]:
+        """The weights that `prepare_aux` takes."""
+        before = [self.input_norm.weight] if flag(self.config, "norm_before_fc") else []
+        return before + ([norm.weight for norm in self.fc_norm] if flag(self.config, "fc_norm") else [])
+
+    def _passed_on(self, hidden: Tensor) -> Tensor:
+        """What the next step reads of a step's output [S, H]."""
+        if not flag(self.config, "norm_output"):
+            return hidden
+        return normed_in_tiles(hidden, self.norm.weight, self.config.rms_norm_eps)
 
     @torch.no_grad()
     def decode(self, embeds: Tensor, hidden: Tensor, positions: Tensor, cache: DraftCache) -> Tensor:
@@ -130,6 +153,10 @@ class DraftModel(Draft):
         for layer in self.layers:
             hidden = layer(embeds, hidden, cos, sin, cache)
         return hidden
+
+    def passed_on(self, hidden: Tensor) -> Tensor:
+        """Served: what the next guess reads of `decode`'s output [S, H]."""
+        return self._passed_on(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [S, H], before the final norm -> [S, Vd]."""

@@ -27,7 +27,7 @@ from eagle3_ds.algorithms.eagle3.layer_backward import project_backward
 from eagle3_ds.attention.rotary import RotaryFrequencies, rotate
 from eagle3_ds.attention.usp import Attended, LlamaUSPFlashAttention, UnrollMemory
 from eagle3_ds.draft.decoder import AfterWeights, after_attention, project
-from eagle3_ds.draft.decoder_backward import after_attention_backward
+from eagle3_ds.draft.decoder_backward import NormTile, after_attention_backward
 from eagle3_ds.draft.offload import HostStash
 from eagle3_ds.draft.tiles import Tiles, map_tiles, slots_per_tile
 
@@ -82,7 +82,10 @@ def ttt_step(
     if activation == "keep" or not torch.is_grad_enabled():
         qkv = step.all_before(hidden, Tiles.cut(num_live, len(hidden), len(hidden)), layer.before_weights())
         return after_attention(
-            hidden[:num_live], layer.self_attn.attend(*qkv, memory), layer.after_weights(), layer.eps
+            layer.residual(hidden[:num_live]),
+            layer.self_attn.attend(*qkv, memory),
+            layer.after_weights(),
+            layer.eps,
         )
     size = slots_per_tile(
         hidden.shape[1], layer.mlp.gate_proj.out_features, hidden.element_size(), tile_bytes
@@ -168,7 +171,11 @@ class _RecomputedStep(torch.autograd.Function):
         q, k, v = step.all_before(hidden, tiles, before)
         attended = step.attention.attend_forward(q, k, v, memory)
         (output,) = map_tiles(
-            lambda tile: (after_attention(hidden[tile], attended.out[tile].flatten(1), after, layer.eps),),
+            lambda tile: (
+                after_attention(
+                    layer.residual(hidden[tile]), attended.out[tile].flatten(1), after, layer.eps
+                ),
+            ),
             tiles.live,
         )
         ctx.step, ctx.tiles, ctx.lse = step, tiles, attended.lse
@@ -201,14 +208,26 @@ def _backward_after(
     [Q, Hq, D].
     """
     layer = step.layer
-    weights, (_, sums) = layer.after_weights(), step.sums()
+    weights, (before, sums) = layer.after_weights(), step.sums()
     dhidden, dout = torch.empty_like(hidden), torch.empty_like(out)
     dhidden[len(out) :] = 0
     for tile in tiles.live:
-        dhidden[tile], dattended = after_attention_backward(
-            hidden[tile], out[tile].flatten(1), doutput[tile], weights, sums, layer.eps
+        norm = None
+        if layer.normed_residual:
+            norm = NormTile(hidden[tile], layer.hidden_norm.weight, layer.eps)
+        dresidual, dattended = after_attention_backward(
+            hidden[tile] if norm is None else norm.output,
+            out[tile].flatten(1),
+            doutput[tile],
+            weights,
+            sums,
+            layer.eps,
         )
         dout[tile] = dattended.view_as(out[tile])
+        if norm is not None:
+            assert before.hidden_norm is not None
+            dresidual = norm.backward(dresidual, before.hidden_norm)
+        dhidden[tile] = dresidual
     return dhidden, dout
 
 
