@@ -53,7 +53,7 @@ def make_draft(variant: str, num_aux_layers: int = 3, num_layers: int = 1) -> Dr
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_served_guess_is_a_step_of_training(variant: str, num_layers: int) -> None:
-    """Slot i behind its verified slots, fed with the true tokens: the chain gives the unroll's hidden states."""
+    """Slot i behind verified slots, fed with the true tokens: the chain gives the unroll's hidden states."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, V, (LENGTH,), generator=generator)
     aux, embedding = torch.randn(LENGTH, 3 * H, generator=generator), torch.randn(V, H, generator=generator)
