@@ -6,7 +6,7 @@ from eagle3_ds.attention.inference import PackedAttention
 from eagle3_ds.attention.patching import patch_attention
 from eagle3_ds.attention.prefix_kv import PrefixKV
 from eagle3_ds.attention.ring import RingKV, ring_attention_hybrid_masked
-from eagle3_ds.attention.usp import LlamaUSPFlashAttention, UnrollMemory
+from eagle3_ds.attention.usp import LlamaUSPFlashAttention, UnrollKV
 from eagle3_ds.kernels import AttentionKernel
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "PackedAttention",
     "PrefixKV",
     "RingKV",
-    "UnrollMemory",
+    "UnrollKV",
     "patch_attention",
     "ring_attention_hybrid_masked",
 ]

@@ -20,7 +20,7 @@ def patch_attention(
     ulysses_group: dist.ProcessGroup | None = None,
     ring_group: dist.ProcessGroup | None = None,
     kv_exchange: Literal["gather", "ring"] = "gather",
-    ring_bytes: int = 0,
+    kv_bytes: int = 0,
     window: int | None = None,
 ) -> Model:
     """Replace every attention layer of an existing draft with `LlamaUSPFlashAttention`, in place.
@@ -55,7 +55,7 @@ def patch_attention(
         setattr(
             parent,
             name,
-            LlamaUSPFlashAttention(child, kernel, ulysses_group, ring_group, kv_exchange, ring_bytes, window),
+            LlamaUSPFlashAttention(child, kernel, ulysses_group, ring_group, kv_exchange, kv_bytes, window),
         )
     patched = getattr(found[0][0], found[0][1])
     for attribute in ("sp_ring_degree", "sp_ulysses_degree", "sp_world_size", "sp_rank"):

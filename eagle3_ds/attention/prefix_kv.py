@@ -7,18 +7,16 @@ Against a ring per step this sends 10-14 times fewer bytes for K = 7.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from eagle3_ds.attention.exchange import RingPlace
 from eagle3_ds.attention.tiles import StepTiles, gathered_tiles
 from eagle3_ds.collectives import all_gather_rows, reduce_scatter_rows
-from eagle3_ds.kernels import AttentionKernel, accumulation_dtype
-from eagle3_ds.layout import SpanPlan
+from eagle3_ds.kernels import accumulation_dtype
 
 
 class PrefixKV:
-    """All keys and values of this rank's heads, in sequence order. Outside autograd: the unroll owns the
-    graph.
+    """`kv_exchange: gather` (see `KVExchange`): all keys and values of this rank's heads, in sequence order.
 
     Attributes:
         k, v: [padded_length, heads / ulysses, D].
@@ -26,21 +24,13 @@ class PrefixKV:
             the first.
     """
 
-    def __init__(
-        self,
-        k_heads: Tensor,
-        v_heads: Tensor,
-        plan: SpanPlan,
-        ring_rank: int,
-        ring_group: dist.ProcessGroup | None,
-        kernel: AttentionKernel,
-        window: int | None = None,
-    ) -> None:
+    def __init__(self, k_heads: Tensor, v_heads: Tensor, place: RingPlace) -> None:
         """Gather the ring in one call. k_heads, v_heads: [columns_per_ring_rank, heads / ulysses, D] of this
         ring rank.
         """
-        self.plan, self.ring_group, self.kernel = plan, ring_group, kernel
-        self.tiles = StepTiles(lambda left: gathered_tiles(plan, ring_rank, left), window)
+        plan, ring_group = place.plan, place.ring_group
+        self.plan, self.ring_group, self.kernel = plan, ring_group, place.kernel
+        self.tiles = StepTiles(lambda left: gathered_tiles(plan, place.ring_rank, left), place.window)
         if not plan.in_sequence_order:
             order = torch.from_numpy(plan.sequence_order).to(k_heads.device)
             kv = all_gather_rows(torch.cat((k_heads, v_heads), dim=-1), ring_group)

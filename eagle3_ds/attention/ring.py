@@ -11,16 +11,15 @@ Hop h of a ring rank meets the block of rank - h.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from eagle3_ds.attention.exchange import RingPlace
 from eagle3_ds.attention.tiles import StepTiles, block_tiles
 from eagle3_ds.collectives import RingExchange, RingTransfer
-from eagle3_ds.kernels import AttentionKernel, accumulation_dtype, merge_partial
-from eagle3_ds.layout import SpanPlan
+from eagle3_ds.kernels import AttentionKernel, Tile, accumulation_dtype, merge_partial
 
 Block = list[Tensor]
 """k and v of one ring rank, [Lr, Hkv, D] each."""
@@ -28,74 +27,65 @@ Block = list[Tensor]
 
 def ring_attention_hybrid_masked(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: SpanPlan,
-    ring_rank: int,
-    ring_group: dist.ProcessGroup | None,
+    blocks: Iterable[tuple[int, Sequence[Tensor]]],
+    tiles: Sequence[Sequence[Tile]],
     kernel: AttentionKernel,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Packed causal attention over the ring, once, forward only (`RingKV` holds the gradient and serves K
-    steps).
+    """Packed causal attention to blocks of keys and values as they pass: one online softmax over all of them.
+
+    With (out_b, lse_b) of each block alone: lse = log sum_b exp(lse_b), out = sum_b exp(lse_b - lse) out_b.
+    The mask is hybrid: which tile of a block is full, causal or absent comes from the span plan.
 
     Args:
-        q: [Lq, Hq, D], this ring rank's live columns; k, v: [Lr, Hkv, D], all its columns.
+        q: [Lq, Hq, D], this ring rank's live columns.
+        blocks: hop and (k, v), [Lr, Hkv, D] each; what is computed with one hides the way of the next.
+        tiles: by hop, what of q looks at what of that block.
+        kernel: computes the tiles. scale: of the scores.
 
     Returns:
-        out [Lq, Hq, D] in fp32 (fp64 for fp64), lse [Lq, Hq]; rows of padding are zero with lse -inf.
+        out [Lq, Hq, D] in fp32 (fp64 for fp64), lse [Lq, Hq]; rows that see nothing are zero with lse -inf.
     """
-    return RingKV(k, v, plan, ring_rank, ring_group, kernel).attend(q, scale)
+    dtype = accumulation_dtype(q.dtype)
+    out = torch.zeros_like(q, dtype=dtype)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
+    for hop, (k, v) in blocks:
+        out, lse = merge_partial(out, lse, *kernel.forward(q, k, v, tiles[hop], scale))
+    return out, lse
 
 
 class RingKV:
-    """The second strategy behind the interface of `PrefixKV`: this ring rank's block, those it keeps, and the
-    stream of others.
+    """`kv_exchange: ring` (see `KVExchange`): this ring rank's block, those it keeps, and the stream of
+    others.
 
     Attributes:
         num_kept: blocks held between the steps, this rank's own among them; those of hops 0 .. num_kept - 1.
     """
 
-    def __init__(
-        self,
-        k_heads: Tensor,
-        v_heads: Tensor,
-        plan: SpanPlan,
-        ring_rank: int,
-        ring_group: dist.ProcessGroup | None,
-        kernel: AttentionKernel,
-        keep_bytes: int = 0,
-        window: int | None = None,
-    ) -> None:
-        """`keep_bytes`: bytes of other ranks' keys and values, and of their gradients, that may be kept."""
-        self.plan, self.ring_rank, self.kernel = plan, ring_rank, kernel
-        self.exchange = RingExchange(ring_group)
+    def __init__(self, k_heads: Tensor, v_heads: Tensor, place: RingPlace) -> None:
+        plan, ring_rank = place.plan, place.ring_rank
+        self.plan, self.ring_rank, self.kernel = plan, ring_rank, place.kernel
+        self.exchange = RingExchange(place.ring_group)
         self.tiles = StepTiles(
             lambda left: [
                 block_tiles(plan, ring_rank, (ring_rank - hop) % plan.ring, left) for hop in range(plan.ring)
             ],
-            window,
+            place.window,
         )
         self.kept: list[Block] = [[k_heads.contiguous(), v_heads.contiguous()]]
         self.dtype = accumulation_dtype(k_heads.dtype)
         entry_bytes = k_heads.element_size() + self.dtype.itemsize
-        self.num_kept = min(plan.ring, 1 + keep_bytes // max(1, 2 * k_heads.numel() * entry_bytes))
+        self.num_kept = min(plan.ring, 1 + place.kv_bytes // max(1, 2 * k_heads.numel() * entry_bytes))
         self.gradients: list[Block] = []
 
     def attend(self, q_heads: Tensor, scale: float, step: int = 0) -> tuple[Tensor, Tensor]:
-        """As `PrefixKV.attend`; out in fp32 (fp64 for fp64)."""
-        out = torch.zeros_like(q_heads, dtype=self.dtype)
-        lse = torch.full(q_heads.shape[:2], -torch.inf, dtype=self.dtype, device=q_heads.device)
-        for hop, block in self._blocks():
-            k, v = block
-            part, part_lse = self.kernel.forward(q_heads, k, v, self.tiles.at(step)[hop], scale)
-            out, lse = merge_partial(out, lse, part, part_lse)
-        return out, lse
+        """As `KVExchange.attend`; out in fp32 (fp64 for fp64)."""
+        return ring_attention_hybrid_masked(q_heads, self._blocks(), self.tiles.at(step), self.kernel, scale)
 
     def attend_backward(
         self, dout: Tensor, q_heads: Tensor, lse: Tensor, delta: Tensor, scale: float, step: int = 0
     ) -> Tensor:
-        """As `PrefixKV.attend_backward`. The gradient of a kept block is summed here; of a streamed one it
+        """As `KVExchange.attend_backward`. The gradient of a kept block is summed here; of a streamed one it
         travels along.
         """
         dq = torch.zeros_like(q_heads, dtype=self.dtype)

@@ -16,13 +16,14 @@ ones; Hq / Hkv heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from eagle3_ds.attention.exchange import KVExchange, RingPlace
 from eagle3_ds.attention.merge import merge_diagonals, merge_diagonals_backward
 from eagle3_ds.attention.prefix_kv import PrefixKV
 from eagle3_ds.attention.ring import RingKV
@@ -37,8 +38,14 @@ from eagle3_ds.collectives import (
 from eagle3_ds.kernels import AttentionKernel, accumulation_dtype
 from eagle3_ds.layout import SpanPlan
 
+EXCHANGES: Mapping[str, Callable[[Tensor, Tensor, RingPlace], KVExchange]] = {
+    "gather": PrefixKV,
+    "ring": RingKV,
+}
+"""By the recipe's `parallel.kv_exchange`."""
 
-class UnrollMemory:
+
+class UnrollKV:
     """What one layer remembers over the steps of one unroll, and what their backward sums up.
 
     The backward of the steps must run in reverse order, so that a step's own gradients are whole when its
@@ -53,7 +60,7 @@ class UnrollMemory:
 
     def __init__(self, plan: SpanPlan, ring_rank: int) -> None:
         self.plan, self.ring_rank = plan, ring_rank
-        self.prefix: PrefixKV | RingKV | None = None
+        self.prefix: KVExchange | None = None
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.dkeys: list[Tensor] = []
@@ -79,7 +86,7 @@ class LlamaUSPFlashAttention(nn.Module):
 
     Attributes:
         sp_ring_degree, sp_ulysses_degree, sp_world_size, sp_rank: the mesh, as RFC 338 names it.
-        ring_bytes: for `kv_exchange` ring, bytes of other ranks' keys and values that are kept between the
+        kv_bytes: for `kv_exchange` ring, bytes of other ranks' keys and values that are kept between the
             TTT steps.
         window: keys that a position sees at most, its own among them; None: all before it.
     """
@@ -91,7 +98,7 @@ class LlamaUSPFlashAttention(nn.Module):
         ulysses_group: dist.ProcessGroup | None = None,
         ring_group: dist.ProcessGroup | None = None,
         kv_exchange: Literal["gather", "ring"] = "gather",
-        ring_bytes: int = 0,
+        kv_bytes: int = 0,
         window: int | None = None,
     ) -> None:
         super().__init__()
@@ -101,7 +108,7 @@ class LlamaUSPFlashAttention(nn.Module):
         self.o_proj: nn.Module = attention.o_proj
         self.head_dim: int = attention.head_dim
         self.scale = self.head_dim**-0.5
-        self.kernel, self.kv_exchange, self.ring_bytes, self.window = kernel, kv_exchange, ring_bytes, window
+        self.kernel, self.kv_exchange, self.kv_bytes, self.window = kernel, kv_exchange, kv_bytes, window
         self.ulysses_group, self.ring_group = ulysses_group, ring_group
         self.sp_ulysses_degree = ulysses_group.size() if ulysses_group else 1
         self.sp_ring_degree = ring_group.size() if ring_group else 1
@@ -109,49 +116,49 @@ class LlamaUSPFlashAttention(nn.Module):
         ring_rank = ring_group.rank() if ring_group else 0
         self.sp_rank = ring_rank * self.sp_ulysses_degree + (ulysses_group.rank() if ulysses_group else 0)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, memory: UnrollMemory) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, unroll: UnrollKV) -> Tensor:
         """x [S, 2H] (or [S, H]), cos and sin [S, D] -> [S, H]."""
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.o_proj(self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, memory))
+        return self.o_proj(self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, unroll))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, memory: UnrollMemory) -> Tensor:
-        """The attention of one TTT step with autograd, [Q, Hq * D]; the step is how often `memory` has been
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, unroll: UnrollKV) -> Tensor:
+        """The attention of one TTT step with autograd, [Q, Hq * D]; the step is how often `unroll` has been
         here before.
 
         q [Q, Hq, D], k, v [S, Hkv, D] ([Q, Hkv, D] from step 1 on), q and k rotated.
         """
-        out, memory.ticket = _Attend.apply(q, k, v, memory.ticket, self, memory)
+        out, unroll.ticket = _Attend.apply(q, k, v, unroll.ticket, self, unroll)
         return out.flatten(1)
 
-    def attend_forward(self, q: Tensor, k: Tensor, v: Tensor, memory: UnrollMemory) -> Attended:
+    def attend_forward(self, q: Tensor, k: Tensor, v: Tensor, unroll: UnrollKV) -> Attended:
         """The attention of one TTT step, outside autograd; its key and value are remembered."""
-        step = memory.next_step
-        if memory.prefix is None:
+        step = unroll.next_step
+        if unroll.prefix is None:
             q_heads, k_heads, v_heads = all_sequence_to_heads((q, k, v), self.ulysses_group)
-            memory.prefix = self._make_prefix(k_heads, v_heads, memory)
+            unroll.prefix = self._exchange(k_heads, v_heads, unroll)
         else:
-            memory.keys.append(k)
-            memory.values.append(v)
+            unroll.keys.append(k)
+            unroll.values.append(v)
             q_heads = sequence_to_heads(q, self.ulysses_group)
-        out_heads, lse_heads = memory.prefix.attend(q_heads, self.scale, step)
+        out_heads, lse_heads = unroll.prefix.attend(q_heads, self.scale, step)
         out0, lse0 = self._home_with_statistics(out_heads.to(q.dtype), lse_heads)
-        return Attended(*merge_diagonals(out0, lse0, q, memory.keys, memory.values, self.scale))
+        return Attended(*merge_diagonals(out0, lse0, q, unroll.keys, unroll.values, self.scale))
 
     def attend_backward(
-        self, dout: Tensor, q: Tensor, attended: Attended, memory: UnrollMemory, step: int
+        self, dout: Tensor, q: Tensor, attended: Attended, unroll: UnrollKV, step: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of TTT step `step`, in the dtype of q; the later steps' backward has run.
 
         dout [Q, Hq, D]; q [Q, Hq, D] as in forward.
         """
         out, lse = attended
-        assert memory.prefix is not None
-        if step > 0 and not memory.dkeys:
-            memory.dkeys = [torch.zeros_like(key) for key in memory.keys]
-            memory.dvalues = [torch.zeros_like(value) for value in memory.values]
+        assert unroll.prefix is not None
+        if step > 0 and not unroll.dkeys:
+            unroll.dkeys = [torch.zeros_like(key) for key in unroll.keys]
+            unroll.dvalues = [torch.zeros_like(value) for value in unroll.values]
         dtype = accumulation_dtype(out.dtype)
         delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
         # On its way while the diagonals are computed.
@@ -162,28 +169,28 @@ class LlamaUSPFlashAttention(nn.Module):
         )
         dq: Tensor | None = None
         if step > 0:
-            diagonals = (memory.keys[:step], memory.values[:step])
-            gradients = (memory.dkeys[:step], memory.dvalues[:step])
+            diagonals = (unroll.keys[:step], unroll.values[:step])
+            gradients = (unroll.dkeys[:step], unroll.dvalues[:step])
             dq = merge_diagonals_backward(dout, q, *diagonals, lse, delta, self.scale, *gradients)
         dout_heads, q_heads = dout.contiguous(), q
         if pending is not None:
             dout_heads, q_heads, lse, delta = _unpack(pending.wait(), (dout, q), (lse, delta))
             # What travelled is as large as dout and q, and the kernel's workspace comes now.
             del pending
-        dq_heads = memory.prefix.attend_backward(dout_heads, q_heads, lse, delta, self.scale, step).to(
+        dq_heads = unroll.prefix.attend_backward(dout_heads, q_heads, lse, delta, self.scale, step).to(
             q.dtype
         )
         if dq is None:
-            dk_heads, dv_heads = (x.to(q.dtype) for x in memory.prefix.take_gradients())
+            dk_heads, dv_heads = (x.to(q.dtype) for x in unroll.prefix.take_gradients())
             dq, dk, dv = all_heads_to_sequence((dq_heads, dk_heads, dv_heads), self.ulysses_group)
             return dq, dk, dv
-        return dq + heads_to_sequence(dq_heads, self.ulysses_group), memory.dkeys.pop(), memory.dvalues.pop()
+        return dq + heads_to_sequence(dq_heads, self.ulysses_group), unroll.dkeys.pop(), unroll.dvalues.pop()
 
-    def _make_prefix(self, k_heads: Tensor, v_heads: Tensor, memory: UnrollMemory) -> PrefixKV | RingKV:
-        place = (memory.plan, memory.ring_rank, self.ring_group, self.kernel)
-        if self.kv_exchange == "gather":
-            return PrefixKV(k_heads, v_heads, *place, self.window)
-        return RingKV(k_heads, v_heads, *place, self.ring_bytes, self.window)
+    def _exchange(self, k_heads: Tensor, v_heads: Tensor, unroll: UnrollKV) -> KVExchange:
+        place = RingPlace(
+            unroll.plan, unroll.ring_rank, self.ring_group, self.kernel, self.window, self.kv_bytes
+        )
+        return EXCHANGES[self.kv_exchange](k_heads, v_heads, place)
 
     def _home_with_statistics(self, x: Tensor, statistic: Tensor) -> tuple[Tensor, Tensor]:
         """x [Lq, Hq / u, D] and statistic [Lq, Hq / u] in heads layout -> [Q, Hq, D], [Q, Hq]."""
@@ -208,19 +215,19 @@ class _Attend(torch.autograd.Function):
         v: Tensor,
         _ticket: Tensor | None,
         attention: LlamaUSPFlashAttention,
-        memory: UnrollMemory,
+        unroll: UnrollKV,
     ) -> tuple[Tensor, Tensor]:
-        ctx.attention, ctx.memory, ctx.step = attention, memory, memory.next_step
-        # Remembered without their graph, which holds the memory: a cycle that no collector sees, and that
+        ctx.attention, ctx.unroll, ctx.step = attention, unroll, unroll.next_step
+        # Remembered without their graph, which holds the unroll: a cycle that no collector sees, and that
         # would outlive the step.
-        attended = attention.attend_forward(q, k.detach(), v.detach(), memory)
+        attended = attention.attend_forward(q, k.detach(), v.detach(), unroll)
         ctx.save_for_backward(q, *attended)
         return attended.out, q.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dticket: Tensor) -> tuple[Tensor | None, ...]:
         q, *attended = ctx.saved_tensors
-        gradients = ctx.attention.attend_backward(dout, q, Attended(*attended), ctx.memory, ctx.step)
+        gradients = ctx.attention.attend_backward(dout, q, Attended(*attended), ctx.unroll, ctx.step)
         return *gradients, dticket if ctx.step else None, None, None
 
 

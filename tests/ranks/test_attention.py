@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from eagle3_ds.attention import LlamaUSPFlashAttention, UnrollMemory
+from eagle3_ds.attention import LlamaUSPFlashAttention, UnrollKV
 from eagle3_ds.kernels import select_kernel
 from eagle3_ds.layout import SpanPlan
 from eagle3_ds.topology import maybe_setup_distributed
@@ -55,12 +55,12 @@ def rank_of_attention(ring, ulysses, heads, kv_exchange, kept_blocks, kernel, li
     )
     assert (attention.sp_ring_degree, attention.sp_ulysses_degree) == (ring, ulysses)
     assert (attention.sp_world_size, attention.sp_rank) == (ring * ulysses, place.sp_rank)
-    memory = UnrollMemory(plan, place.ring_rank)
+    unroll = UnrollKV(plan, place.ring_rank)
     num_live = plan.live_per_rank
     # Key-only slots come along at step 0, with keys and values.
     counts = [len(slots)] + [num_live] * (STEPS - 1)
     outs = torch.stack(
-        [attention.attend(q[s, :num_live], k[s, :n], v[s, :n], memory) for s, n in enumerate(counts)]
+        [attention.attend(q[s, :num_live], k[s, :n], v[s, :n], unroll) for s, n in enumerate(counts)]
     )
     (outs * dout.flatten(2)[:, :num_live]).sum().backward()
     whole = torch.zeros(STEPS, len(slots), outs.shape[-1], dtype=outs.dtype)

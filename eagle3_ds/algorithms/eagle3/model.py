@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from eagle3_ds.algorithms.eagle3.layer import DraftLayer
-from eagle3_ds.algorithms.eagle3.step import Activation, LayerMemory, StepConstants, ttt_step
+from eagle3_ds.algorithms.eagle3.step import Activation, LayerUnroll, StepConstants, ttt_step
 from eagle3_ds.algorithms.eagle3.variants import flag, prepare_aux
 from eagle3_ds.attention.rotary import rotary_frequencies
 from eagle3_ds.draft import Draft, aux_size
@@ -106,7 +106,7 @@ class DraftModel(Draft):
         """Run the K steps, `on_guess` with the output of each; see `forward`."""
         device = embedding.device
         stash = HostStash(device) if settings.activation == "offload" else None
-        memories = [LayerMemory(batch.plan, batch.ring_rank, stash=stash) for _ in self.layers]
+        unrolls = [LayerUnroll(batch.plan, batch.ring_rank, stash=stash) for _ in self.layers]
         rotary = rotary_frequencies(self.config, batch.max_position + 1 + settings.ttt_steps, device)
         position = batch.position.to(device)
         norms = (prepare_aux(self.config), self._aux_norms())
@@ -115,16 +115,16 @@ class DraftModel(Draft):
             slots = slice(len(hidden))
             tokens = batch.token_ids[batch.row[slots] + 1 + step].to(device)
             constants = StepConstants(tokens, rotary_positions(position[slots], step), embedding, rotary)
-            for layer, memory in zip(self.layers, memories, strict=True):
+            for layer, unroll in zip(self.layers, unrolls, strict=True):
                 assert isinstance(layer, DraftLayer)
-                hidden = ttt_step(layer, hidden, constants, memory, settings.activation, settings.tile_bytes)
+                hidden = ttt_step(layer, hidden, constants, unroll, settings.activation, settings.tile_bytes)
             hidden = on_guess(hidden)
             if step + 1 < settings.ttt_steps:
                 hidden = self._passed_on(hidden)
-        for memory in memories:
-            # It holds the graph, which holds the memory: a cycle that no collector sees, and that would
+        for unroll in unrolls:
+            # It holds the graph, which holds the unroll: a cycle that no collector sees, and that would
             # outlive the step.
-            memory.ticket = None
+            unroll.ticket = None
 
     def project_aux(self, aux: Tensor) -> Tensor:
         """The step-0 hidden state: aux [S, A] -> [S, H]."""

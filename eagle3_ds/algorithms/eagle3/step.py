@@ -25,7 +25,7 @@ from torch.nn import functional
 from eagle3_ds.algorithms.eagle3.layer import BeforeWeights, DraftLayer, attention_input
 from eagle3_ds.algorithms.eagle3.layer_backward import project_backward
 from eagle3_ds.attention.rotary import RotaryFrequencies, rotate
-from eagle3_ds.attention.usp import Attended, LlamaUSPFlashAttention, UnrollMemory
+from eagle3_ds.attention.usp import Attended, LlamaUSPFlashAttention, UnrollKV
 from eagle3_ds.draft.decoder import AfterWeights, after_attention, project
 from eagle3_ds.draft.decoder_backward import NormTile, after_attention_backward
 from eagle3_ds.draft.offload import HostStash
@@ -51,7 +51,7 @@ class StepConstants:
     rotary: RotaryFrequencies
 
 
-class LayerMemory(UnrollMemory):
+class LayerUnroll(UnrollKV):
     """What a layer remembers over the steps of one unroll.
 
     Attributes:
@@ -69,21 +69,21 @@ def ttt_step(
     layer: DraftLayer,
     hidden: Tensor,
     constants: StepConstants,
-    memory: LayerMemory,
+    unroll: LayerUnroll,
     activation: Activation,
     tile_bytes: int,
 ) -> Tensor:
     """hidden [S, H] ([Q, H] from step 1 on) -> the layer's output [Q, H].
 
-    The step is how often `memory` has been here before.
+    The step is how often `unroll` has been here before.
     """
-    step = _Step(layer, constants, memory, memory.next_step)
-    num_live = memory.plan.live_per_rank
+    step = _Step(layer, constants, unroll, unroll.next_step)
+    num_live = unroll.plan.live_per_rank
     if activation == "keep" or not torch.is_grad_enabled():
         qkv = step.all_before(hidden, Tiles.cut(num_live, len(hidden), len(hidden)), layer.before_weights())
         return after_attention(
             layer.residual(hidden[:num_live]),
-            layer.self_attn.attend(*qkv, memory),
+            layer.self_attn.attend(*qkv, unroll),
             layer.after_weights(),
             layer.eps,
         )
@@ -93,7 +93,7 @@ def ttt_step(
     tiles = Tiles.cut(num_live, len(hidden), size)
     # The weights are inputs of step 0 alone, whose backward comes last and hands out the sums.
     weights = step.weights() if step.number == 0 else ()
-    output, memory.ticket = _RecomputedStep.apply(step, tiles, hidden, memory.ticket, *weights)
+    output, unroll.ticket = _RecomputedStep.apply(step, tiles, hidden, unroll.ticket, *weights)
     return output
 
 
@@ -103,7 +103,7 @@ class _Step:
 
     layer: DraftLayer
     constants: StepConstants
-    memory: LayerMemory
+    unroll: LayerUnroll
     number: int
 
     @property
@@ -152,10 +152,10 @@ class _Step:
     def sums(self) -> tuple[BeforeWeights, AfterWeights]:
         """The sums of the weights' gradients, made by the first backward that asks."""
         before, after = self.layer.before_weights(), self.layer.after_weights()
-        if not self.memory.dweights:
+        if not self.unroll.dweights:
             dtype = torch.float64 if before.q.dtype == torch.float64 else torch.float32
-            self.memory.dweights = [torch.zeros_like(weight, dtype=dtype) for weight in self.weights()]
-        sums = self.memory.dweights
+            self.unroll.dweights = [torch.zeros_like(weight, dtype=dtype) for weight in self.weights()]
+        sums = self.unroll.dweights
         return BeforeWeights(*sums[: -len(after)]), AfterWeights(*sums[-len(after) :])
 
 
@@ -166,10 +166,10 @@ class _RecomputedStep(torch.autograd.Function):
     def forward(
         ctx: Any, step: _Step, tiles: Tiles, hidden: Tensor, _ticket: Tensor | None, *_weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        layer, memory = step.layer, step.memory
+        layer, unroll = step.layer, step.unroll
         before, after = layer.before_weights(), layer.after_weights()
         q, k, v = step.all_before(hidden, tiles, before)
-        attended = step.attention.attend_forward(q, k, v, memory)
+        attended = step.attention.attend_forward(q, k, v, unroll)
         (output,) = map_tiles(
             lambda tile: (
                 after_attention(
@@ -180,24 +180,24 @@ class _RecomputedStep(torch.autograd.Function):
         )
         ctx.step, ctx.tiles, ctx.lse = step, tiles, attended.lse
         kept = (hidden, attended.out)
-        if memory.stash is None:
+        if unroll.stash is None:
             ctx.save_for_backward(*kept)
         else:
-            ctx.place = memory.stash.put(kept)
+            ctx.place = unroll.stash.put(kept)
         return output, hidden.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, doutput: Tensor, dticket: Tensor) -> tuple[Tensor | None, ...]:
         step, tiles = ctx.step, ctx.tiles
-        stash = step.memory.stash
+        stash = step.unroll.stash
         hidden, out = ctx.saved_tensors if stash is None else stash.take(ctx.place)
         dhidden, dout = _backward_after(step, tiles, hidden, out, doutput)
         q = _query(step, tiles.live, hidden)
-        dqkv = step.attention.attend_backward(dout, q, Attended(out, ctx.lse), step.memory, step.number)
+        dqkv = step.attention.attend_backward(dout, q, Attended(out, ctx.lse), step.unroll, step.number)
         _backward_before(step, tiles, hidden, dqkv, dhidden)
         if step.number:
             return None, None, dhidden, dticket
-        sums, step.memory.dweights = step.memory.dweights, []
+        sums, step.unroll.dweights = step.unroll.dweights, []
         return None, None, dhidden, None, *(total.to(hidden.dtype) for total in sums)
 
 
