@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+BestBy = Literal["heldout_loss", "acceptance_length"]
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 KINDS = (MASTER, *MOMENTS)
 CHECKPOINTS = "checkpoints"
@@ -94,7 +95,8 @@ class Manifest(_Strict):
         skipped_steps: as DeepSpeed counts them.
         skipped_in_a_row: steps up to this one that were not finite and skipped, without one between them that
             was taken.
-        heldout_loss: of this very step, when it was evaluated.
+        heldout_loss, heldout_acceptance: loss and simulated acceptance length of the held-out packs at this
+            very step, when they were evaluated.
         recipe: the resolved recipe, as JSON.
         mesh: draft_dp, ring, ulysses and ZeRO stage it was written by; for people, nothing depends on it.
         parameters: shape by name, as the draft names its parameters.
@@ -110,6 +112,7 @@ class Manifest(_Strict):
     # Checkpoints of earlier versions do not say it.
     skipped_in_a_row: Count = 0
     heldout_loss: float | None
+    heldout_acceptance: float | None = None
     recipe: dict[str, Any]
     mesh: dict[str, int]
     parameters: dict[str, tuple[Count, ...]]
@@ -260,15 +263,15 @@ def publish(aside: Path, folder: Path, step: int) -> None:
     write_durably(root / LATEST, json.dumps({"folder": folder.name, "step": step}) + "\n")
 
 
-def rotate(root: Path, newest: Path, keep: int | None) -> None:
-    """Remove all but `newest`, the `keep - 1` before it, and the best by held-out loss; None keeps all of
-    these.
+def rotate(root: Path, newest: Path, keep: int | None, best_by: BestBy = "heldout_loss") -> None:
+    """Remove all but `newest`, the `keep - 1` before it, and the best; None keeps all of these.
 
     Folders newer than `newest` go too: the run was resumed from before them, because they were damaged.
     """
     folders = step_folders(root)
     own = folders[folders.index(newest) :]
-    best = min((pair for folder in own if (pair := _heldout(folder))), default=None, key=lambda pair: pair[0])
+    scored = (pair for folder in own if (pair := _heldout(folder, best_by)))
+    best = min(scored, default=None, key=lambda pair: pair[0])
     kept = {*own[:keep], best[1] if best else newest}
     for folder in folders:
         if folder not in kept:
@@ -276,13 +279,16 @@ def rotate(root: Path, newest: Path, keep: int | None) -> None:
     remove_hidden(root)
 
 
-def _heldout(folder: Path) -> tuple[float, Path] | None:
+def _heldout(folder: Path, best_by: BestBy) -> tuple[float, Path] | None:
+    """The lower the better, and the folder; None where nothing was evaluated."""
     try:
-        loss = read_manifest(folder).heldout_loss
+        manifest = read_manifest(folder)
     except ValueError:
         # A damaged one is nobody's best; resuming names the damage, rotation need not.
         return None
-    return None if loss is None else (loss, folder)
+    if best_by == "heldout_loss":
+        return None if manifest.heldout_loss is None else (manifest.heldout_loss, folder)
+    return None if manifest.heldout_acceptance is None else (-manifest.heldout_acceptance, folder)
 
 
 def hide(folder: Path) -> None:

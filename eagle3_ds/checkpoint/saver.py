@@ -43,13 +43,21 @@ _SMALL_FILES = 2**20
 
 @dataclass(frozen=True)
 class Progress:
-    """Attributes: optimizer steps done, packs taken by all draft_dp ranks, held-out loss when this step was
-    evaluated, and how many steps up to this one were skipped in a row."""
+    """How far a run is.
+
+    Attributes:
+        step: optimizer steps done.
+        packs: taken by all draft_dp ranks.
+        heldout_loss, heldout_acceptance: loss and simulated acceptance length of the held-out packs, when
+            they were evaluated at this step.
+        skipped_in_a_row: steps up to this one that were skipped one after the other.
+    """
 
     step: int
     packs: int
     heldout_loss: float | None = None
     skipped_in_a_row: int = 0
+    heldout_acceptance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -152,14 +160,15 @@ class CheckpointSaver:
         return tensors
 
     def _describe(self, progress: Progress) -> Manifest:
-        training, loss = self._training, progress.heldout_loss
+        training = self._training
         return Manifest(
             step=progress.step,
             packs=progress.packs,
             adam_steps=training.adam_steps,
             skipped_steps=training.skipped_steps,
             skipped_in_a_row=progress.skipped_in_a_row,
-            heldout_loss=loss if loss is not None and math.isfinite(loss) else None,
+            heldout_loss=_finite(progress.heldout_loss),
+            heldout_acceptance=_finite(progress.heldout_acceptance),
             recipe=training.recipe.model_dump(mode="json"),
             mesh={**vars(training.topology.mesh), "zero_stage": training.zero_stage},
             parameters=training.parameter_shapes,
@@ -180,7 +189,8 @@ class CheckpointSaver:
         write_manifest(aside, manifest.model_copy(update={"files": files}))
         folder = self._root / folder_name(manifest.step)
         publish(aside, folder, manifest.step)
-        rotate(self._root, folder, self._training.recipe.train.keep_checkpoints)
+        train = self._training.recipe.train
+        rotate(self._root, folder, train.keep_checkpoints, train.best_by)
 
     def _give_up(self, pending: _Pending, error: BaseException | None, failed: int) -> None:
         name, free = folder_name(pending.manifest.step), shutil.disk_usage(self._root).free
@@ -191,6 +201,10 @@ class CheckpointSaver:
             f"{name} could not be written ({cause}). It needs {pending.needed:,} bytes; {self._root} had "
             f"{free:,} free. Earlier checkpoints are untouched: free some space, then go on with --resume."
         ) from error
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _write(aside: Path, rank: int, tensors: dict[str, Tensor], vocabulary: VocabularyMap | None) -> FileEntry:

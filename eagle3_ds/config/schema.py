@@ -201,8 +201,10 @@ class TrainSection(Section):
     """Optimizer steps between checkpoints; 0: only at the end."""
     save_async: bool = False
     """Write a checkpoint while training goes on."""
+    best_by: Literal["heldout_loss", "acceptance_length"] = "heldout_loss"
+    """Which checkpoint is the best: of the lowest held-out loss, or the longest simulated acceptance."""
     keep_checkpoints: Positive | None = 2
-    """The newest so many, and the best by held-out loss besides; null: all."""
+    """The newest so many, and the best (`best_by`) besides; null: all."""
     timeout_minutes: Annotated[float, Field(gt=0)] | None = None
     """Stop with a checkpoint after so many minutes of training."""
     init_from: Text | None = None

@@ -60,10 +60,18 @@ def evaluate_run(recipe: Recipe) -> dict[str, Any]:
     longest = target.config.max_position_embeddings - recipe.eval.max_new_tokens - recipe.eval.draft_tokens
     prompts = heldout_prompts(data, longest, recipe.eval.num_prompts, recipe.data.seed)
     result = evaluate_draft(recipe, target, trained, untrained, vocabulary, prompts)
+    result |= {"simulated_acceptance_length": _last_simulated(folder / "metrics.jsonl")}
     aside = folder / ".eval.json"
     aside.write_text(json.dumps(result, indent=2) + "\n")
     os.replace(aside, folder / "eval.json")
     return result
+
+
+def _last_simulated(metrics: Path) -> float | None:
+    """Simulated acceptance length of the last held-out evaluation in training; None where there was none."""
+    records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    heldout = [record["heldout"] for record in records if "heldout" in record]
+    return heldout[-1].get("acceptance_length") if heldout else None
 
 
 def heldout_prompts(data: PreparedData, longest: int, number: int, seed: int) -> list[list[int]]:

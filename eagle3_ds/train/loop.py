@@ -102,8 +102,9 @@ def run_training(
             require_same_replicas(trainer, loader, done)
         if save_now:
             heart.at("saving", done)
-            heldout_loss = record.get("heldout", {}).get("loss")
-            saver.save(Progress(done, loader.packs_before(done), heldout_loss, guard.in_a_row))
+            held = record.get("heldout", {})
+            score = (held.get("loss"), guard.in_a_row, held.get("acceptance_length"))
+            saver.save(Progress(done, loader.packs_before(done), *score))
             saved = done
         progress.set_postfix(loss=f"{record['loss']:.3f}", tau=f"{record['tau']:.2f}", refresh=False)
         progress.update()

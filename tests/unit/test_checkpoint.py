@@ -64,7 +64,9 @@ def write_rank_files(folder: Path, count: int) -> None:
         save_file(tensors, folder / rank_file(rank))
 
 
-def write_checkpoint(root: Path, step: int, ranks: int = 2, heldout: float | None = None) -> Path:
+def write_checkpoint(
+    root: Path, step: int, ranks: int = 2, heldout: float | None = None, accepted: float | None = None
+) -> Path:
     aside = aside_folder(root, step)
     aside.mkdir(parents=True)
     write_rank_files(aside, ranks)
@@ -75,6 +77,7 @@ def write_checkpoint(root: Path, step: int, ranks: int = 2, heldout: float | Non
         adam_steps=step,
         skipped_steps=0,
         heldout_loss=heldout,
+        heldout_acceptance=accepted,
         recipe={"output_dir": "out"},
         mesh={"draft_dp": 1},
         parameters=SHAPES,
@@ -255,6 +258,13 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     # Resumed from step 4, because 5 was damaged.
     (tmp_path / "step-000005" / MANIFEST).unlink()
     rotate(tmp_path, tmp_path / "step-000004", keep=1)
+    assert names(tmp_path) == [LATEST, "step-000002", "step-000004"]
+
+
+def test_the_best_may_be_the_one_that_is_accepted_longest(tmp_path: Path) -> None:
+    for step, loss, accepted in ((1, 1.0, 1.5), (2, 2.0, 2.5), (3, 3.0, None), (4, 4.0, 2.0)):
+        newest = write_checkpoint(tmp_path, step, heldout=loss, accepted=accepted)
+        rotate(tmp_path, newest, 1, "acceptance_length")
     assert names(tmp_path) == [LATEST, "step-000002", "step-000004"]
 
 

@@ -1,4 +1,6 @@
-"""`ring_attention_hybrid_masked` against one dense softmax: every ring rank in one process, blocks as they pass."""
+"""`ring_attention_hybrid_masked` against one dense softmax: each ring rank in one process, blocks as they
+pass.
+"""
 
 from __future__ import annotations
 
