@@ -22,6 +22,7 @@ from torch.nn import functional
 from transformers import LlamaConfig
 
 from eagle3_ds.layout import PackedSequence
+from judge.cases import NORMS
 from judge.dense_reference import Frozen, LossRules, MicroBatch, rotary_frequencies
 from judge.result_file import now
 from judge.step_inputs import TimedStep, as_batch
@@ -51,18 +52,22 @@ class DenseDraft:
         """`attention` is one of ATTENTION_FORMS.
 
         Raises:
-            ValueError: no such form, more than one layer, a sliding window, or loss rules other than the
-                recipe's defaults.
+            ValueError: no such form, more than one layer, a sliding window, norms of variants, or loss rules
+                other than the recipe's defaults.
         """
         if attention not in ATTENTION_FORMS:
             raise ValueError(
                 f"attention = {attention!r} is unknown. Use one of {', '.join(ATTENTION_FORMS)}."
             )
-        if config.num_hidden_layers != 1 or (rules.alignment, rules.reduction) != ("served", "supervised"):
+        defaults = ("served", "supervised", "kl")
+        if config.num_hidden_layers != 1 or (rules.alignment, rules.reduction, rules.kind) != defaults:
             raise ValueError(
                 f"{config.num_hidden_layers} layers with {rules}: the baseline has one layer, served, "
-                "supervised."
+                "supervised, and learns by kl."
             )
+        norms = [name for name in NORMS["all"] if getattr(config, name, False)]
+        if norms:
+            raise ValueError(f"{', '.join(norms)}: the baseline is the paper's draft, without these norms.")
         if getattr(config, "sliding_window", None) is not None:
             raise ValueError(f"sliding_window = {config.sliding_window}: the baseline has full attention.")
         self.config, self.rules = config, rules

@@ -1,21 +1,15 @@
 """The measured baseline computes what the judge computes."""
 
-import dataclasses
-
 import pytest
 import torch
 
-from judge.cases import full_matrix, make_inputs
+from judge.cases import Case, make_inputs
 from judge.dense_baseline import ATTENTION_FORMS, DenseDraft
 from judge.dense_reference import LossRules, reference_step
 
 
-def inputs_of(documents, heads):
-    case = next(c for c in full_matrix() if c.documents == documents)
-    case = dataclasses.replace(
-        case, draft_dp=1, accumulation=1, dtype="float32", layers=1, heads=heads, window=None
-    )
-    return make_inputs(case)
+def inputs_of(documents, heads, **more):
+    return make_inputs(Case(documents=documents, heads=heads, **more))
 
 
 @pytest.mark.parametrize("attention", ATTENTION_FORMS)
@@ -55,3 +49,8 @@ def test_what_it_does_not_know_is_refused():
         DenseDraft(inputs.weights, inputs.config, inputs.frozen, LossRules(2), "flash")
     with pytest.raises(ValueError, match="the baseline has one layer, served, supervised"):
         DenseDraft(inputs.weights, inputs.config, inputs.frozen, LossRules(2, 0.8, "reference"))
+    with pytest.raises(ValueError, match="and learns by kl"):
+        DenseDraft(inputs.weights, inputs.config, inputs.frozen, LossRules(2, kind="tv"))
+    inputs = inputs_of("one", "mha", norms="eagle3.1")
+    with pytest.raises(ValueError, match="fc_norm, norm_output: the baseline is the paper's draft"):
+        DenseDraft(inputs.weights, inputs.config, inputs.frozen, LossRules(2))
