@@ -17,6 +17,7 @@ from eagle3_ds.data.findings import Findings
 from eagle3_ds.data.shapes import TokenRow, read_row
 from eagle3_ds.data.sources import Row
 from eagle3_ds.data.token_mask import MaskedTokens, mask_tokens
+from eagle3_ds.data.turns import EVENTS as TURN_EVENTS
 from eagle3_ds.data.turns import locate_turns
 
 EVENTS = (
@@ -28,7 +29,7 @@ EVENTS = (
     "tokens_left_out",
     "unsupervised_dropped",
     "token_boundaries_cut",
-    "reasoning_not_rendered",
+    *TURN_EVENTS,
 )
 """What is counted row by row, under its names in `DataStatistics`."""
 
@@ -175,14 +176,10 @@ class RowEncoder:
         for place, conversation in chats:
             assert self.template is not None
             template = self.template.with_arguments(conversation.arguments)
-            text, own = locate_turns(template, conversation, self.section.supervise, place)
-            events["reasoning_not_rendered"] += sum(
-                message["reasoning_content"].strip() not in text
-                for message in conversation.messages
-                if "reasoning_content" in message
-            )
-            texts.append(text)
-            spans.append(own)
+            turns = locate_turns(template, conversation, self.section.supervise, place)
+            events.update(turns.events)
+            texts.append(turns.text)
+            spans.append(turns.spans)
         results = mask_tokens(self.tokenizer, texts, spans, [place for place, _ in chats])
         events["token_boundaries_cut"] += sum(tokens.cut for tokens in results)
         return results

@@ -2,7 +2,8 @@
 drafts for.
 
 Rows are read in order, in batches; every assistant message that is no tool call is answered anew, on top of
-the answers before it. What is written is a JSONL file of `messages` that a recipe reads, and beside it how
+the answers before it. What is written is a JSONL file of tokenised rows that a recipe reads: the very tokens
+of prompts and answers, for no template can be trusted to give an answer back as it was. Beside it stands how
 far it has come, so that an interrupted run goes on with the next batch.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +19,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from eagle3_ds.data.chat import REASONING_KEYS, ChatTemplate, Conversation
+from eagle3_ds.data.chat import ChatTemplate
+from eagle3_ds.data.disguise import THINK
 from eagle3_ds.data.shapes import TokenRow, read_row
 from eagle3_ds.data.sources import Row
-from eagle3_ds.data.token_mask import mask_tokens
-from eagle3_ds.data.turns import locate_turns
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 """(prompts, number of the draw) -> the tokens after each prompt, the one that stops it included where it came
@@ -29,16 +30,22 @@ to that.
 """
 
 
+END_OF_REASONING = re.compile(rf".*(?:</{THINK}>|\[/{THINK.upper()}\])\s*", flags=re.DOTALL)
+
+
 @dataclass
 class _Talk:
-    """A conversation on its way: the messages so far, and those of the data that are still to come."""
+    """A conversation on its way: the messages so far, those of the data that are still to come, and the rows
+    of tokens that come of it.
+    """
 
     row: Row
+    template: ChatTemplate
     tools: list[dict[str, Any]] | None
     coming: list[dict[str, Any]]
     messages: list[dict[str, Any]] = field(default_factory=list)
-    answered: int = 0
-    """How many messages there were after the last answer."""
+    written: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    """Token ids and mask of each row."""
 
     def next_prompt(self) -> bool:
         """Take over messages of the data up to the next answer; False when there is none."""
@@ -49,9 +56,16 @@ class _Talk:
             self.messages.append(message)
         return False
 
-    def answer(self, text: str) -> None:
-        self.messages.append({"role": "assistant", "content": text})
-        self.answered = len(self.messages)
+    def answer(self, prompt: list[int], tokens: list[int]) -> None:
+        """Take up an answer's tokens: into the row before, where the prompt goes on from it to the token; in
+        a row of its own where the template renders earlier turns otherwise by now.
+        """
+        ids, mask = self.written[-1] if self.written else ([], [])
+        if not ids or prompt[: len(ids)] != ids:
+            ids, mask = [], []
+            self.written.append((ids, mask))
+        mask += [0] * (len(prompt) - len(ids)) + [1] * len(tokens)
+        ids += prompt[len(ids) :] + tokens
 
 
 class Regenerator:
@@ -81,16 +95,14 @@ class Regenerator:
         self.longest_prompt = context - max_new_tokens
         self.output = output
         self.progress_file = output.with_name(output.name + ".progress.json")
-        self.settings = dict(settings)
+        self.settings = {**settings, "rows": "tokenised"}
         self.rows, self.counts = self._resume()
-        self.unreadable: str | None = None
-        """Why the last answer that cannot be told from the template's text cannot."""
 
     def run(self, rows: Iterable[Row], batch_size: int) -> Iterator[int]:
         """Answer the rows that are not answered yet; yields how many rows a batch had, once it is on disk."""
         left = islice(rows, self.rows, None)
         while batch := list(islice(left, batch_size)):
-            lines = [json.dumps(talk, ensure_ascii=False) + "\n" for talk in self._answer(batch)]
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self._answer(batch)]
             with open(self.output, "a", encoding="utf-8") as stream:
                 stream.writelines(lines)
                 stream.flush()
@@ -103,22 +115,19 @@ class Regenerator:
         """What came of the rows, one fact a line."""
         counts = self.counts
         told = [
-            f"{self.rows:,} rows read, {counts['written']:,} conversations with {counts['answers']:,} "
-            f"answers of {counts['tokens']:,} tokens in {self.output}",
-            f"{counts['same_tokens']:,} of {counts['answers']:,} answers are read back token for token",
+            f"{self.rows:,} rows read, {counts['conversations']:,} conversations with {counts['answers']:,} "
+            f"answers of {counts['tokens']:,} tokens as {counts['written']:,} tokenised rows in {self.output}"
         ]
         happened = {
             "left_out": "rows have no answer and were left out",
             "too_long": "prompts leave no room for an answer; their conversations end before them",
             "unfinished": "answers did not end within --max_new_tokens; their conversations end before them",
-            "unreadable": "answers cannot be told from the template's text again; "
-            "their conversations end before them",
+            "wordless": "answers say nothing but reasoning; their conversations end with them",
         }
-        told += [f"{counts[name]:,} {what}" for name, what in happened.items() if counts[name]]
-        return told if self.unreadable is None else [*told, f"the last answer of these: {self.unreadable}"]
+        return told + [f"{counts[name]:,} {what}" for name, what in happened.items() if counts[name]]
 
     def _answer(self, batch: Sequence[Row]) -> list[dict[str, Any]]:
-        """One written conversation for each row that got an answer."""
+        """The rows of tokens that come of the rows that got an answer."""
         talks = []
         for row in batch:
             content = read_row(row.value(), row.shape, row.place)
@@ -126,20 +135,26 @@ class Regenerator:
                 raise ValueError(
                     f"{row.place}: a row of tokens has no prompts to answer: name rows of messages"
                 )
-            talks.append(_Talk(row, content.tools, list(content.messages)))
+            template = self.template.with_arguments(content.arguments)
+            talks.append(_Talk(row, template, content.tools, list(content.messages)))
         speaking, draw = talks, 0
         while speaking := [talk for talk in speaking if talk.next_prompt()]:
             speaking = self._one_answer_each(speaking, self.rows * 1000 + draw)
             draw += 1
-        written = [talk for talk in talks if talk.answered]
-        self.counts.update(written=len(written), left_out=len(talks) - len(written))
-        return [_as_row(talk) for talk in written]
+        answered = sum(bool(talk.written) for talk in talks)
+        written = [
+            {"input_ids": ids, "loss_mask": mask, "source": talk.row.place}
+            for talk in talks
+            for ids, mask in talk.written
+        ]
+        self.counts.update(conversations=answered, left_out=len(talks) - answered, written=len(written))
+        return written
 
     def _one_answer_each(self, talks: list[_Talk], draw: int) -> list[_Talk]:
         """Let the target speak once in each conversation; returns those that can go on."""
         prompts, asked = [], []
         for talk in talks:
-            text = self.template.render(talk.messages, talk.tools, talk.row.place, prompt=True)
+            text = talk.template.render(talk.messages, talk.tools, talk.row.place, prompt=True)
             prompt = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             if len(prompt) > self.longest_prompt:
                 self.counts["too_long"] += 1
@@ -147,28 +162,32 @@ class Regenerator:
                 prompts.append(prompt)
                 asked.append(talk)
         answers = self.generate(prompts, draw) if prompts else []
-        return [talk for talk, tokens in zip(asked, answers, strict=True) if self._accept(talk, tokens)]
+        return [
+            talk
+            for talk, prompt, tokens in zip(asked, prompts, answers, strict=True)
+            if self._accept(talk, prompt, tokens)
+        ]
 
-    def _accept(self, talk: _Talk, tokens: list[int]) -> bool:
-        """Add the answer when it is whole and the template can hold it."""
+    def _accept(self, talk: _Talk, prompt: list[int], tokens: list[int]) -> bool:
+        """Add the answer when it is whole; whether the conversation can go on from it."""
         if not tokens or tokens[-1] not in self.stops:
             self.counts["unfinished"] += 1
             return False
-        text = self.tokenizer.decode(
-            tokens[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        conversation = Conversation([*talk.messages, {"role": "assistant", "content": text}], talk.tools)
-        try:
-            rendered, spans = locate_turns(self.template, conversation, "last", talk.row.place)
-            masked = mask_tokens(self.tokenizer, [rendered], [spans], [talk.row.place])[0]
-        except ValueError as error:
-            self.counts["unreadable"] += 1
-            self.unreadable = str(error)
+        self.counts.update(answers=1, tokens=len(tokens))
+        talk.answer(prompt, tokens)
+        words = self._words(tokens[:-1])
+        if not words.strip():
+            self.counts["wordless"] += 1
             return False
-        learnt = [token for token, flag in zip(masked.input_ids, masked.loss_mask, strict=True) if flag]
-        self.counts.update(answers=1, tokens=len(tokens), same_tokens=int(learnt == tokens))
-        talk.answer(text)
+        talk.messages.append({"role": "assistant", "content": words})
         return True
+
+    def _words(self, tokens: list[int]) -> str:
+        """What a server gives a user of an answer, who sends it back with the next question: what follows the
+        reasoning, and the last special token (where an answer has several channels).
+        """
+        text = self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return END_OF_REASONING.sub("", self.template.special.split(text)[-1])
 
     def _resume(self) -> tuple[int, Counter[str]]:
         """Rows done and their counts; what was written of a batch that was not finished is cut off."""
@@ -206,13 +225,3 @@ class Regenerator:
         aside = self.progress_file.with_name(f".{self.progress_file.name}")
         aside.write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
         os.replace(aside, self.progress_file)
-
-
-def _as_row(talk: _Talk) -> dict[str, Any]:
-    """What is written: the conversation up to its last answer, reasoning of the data's own under one name."""
-    messages = [
-        {key: value for key, value in message.items() if key not in REASONING_KEYS[1:]}
-        for message in talk.messages[: talk.answered]
-    ]
-    row: dict[str, Any] = {"messages": messages, "source": talk.row.place}
-    return row if talk.tools is None else {**row, "tools": talk.tools}

@@ -32,7 +32,12 @@ class DataStatistics:
         tokens_left_out: of the tokens of conversations read, those in no document.
         unsupervised_dropped: documents that a cut left without a word of the assistant.
         token_boundaries_cut: conversations where a token would have run across an end of a turn.
-        reasoning_not_rendered: assistant messages with reasoning that the template leaves out.
+        reasoning_not_rendered, words_not_rendered, calls_not_rendered: of what the assistant says, what the
+            template leaves out: messages with reasoning, messages with words, tool calls.
+        context_not_rendered: messages that are not learnt (of the system, the user, a tool, or marked so) and
+            that the template leaves out.
+        prompts_not_met: conversations whose last turn stands without all of the server's prompt for it.
+        ends_not_marked: turns whose end token is outside of the template's `{% generation %}` marks.
         heldout_in_train: held-out documents that the training data holds too: only with `data.heldout`.
         packs: packed sequences of one epoch. fill: share of their slots that hold a token.
         histogram: training documents by length: upper end in tokens, documents, tokens, supervised tokens.
@@ -50,6 +55,11 @@ class DataStatistics:
     unsupervised_dropped: int
     token_boundaries_cut: int
     reasoning_not_rendered: int
+    words_not_rendered: int
+    calls_not_rendered: int
+    context_not_rendered: int
+    prompts_not_met: int
+    ends_not_marked: int
     heldout_in_train: int
     train_tokens: int
     train_supervised_tokens: int
@@ -88,10 +98,7 @@ class DataStatistics:
                 self.token_boundaries_cut,
                 "conversations had a token that ran across an end of a turn; it was cut there",
             ),
-            (
-                self.reasoning_not_rendered,
-                "assistant messages have reasoning that the chat template leaves out",
-            ),
+            *self._not_learnt(),
             (self.heldout_in_train, "held-out documents are in the training data too"),
         )
         told += [f"{count:,} {what}" for count, what in happened if count]
@@ -103,6 +110,42 @@ class DataStatistics:
                 f"{tokens:,} tokens"
             )
         return told
+
+    def _not_learnt(self) -> tuple[tuple[int, str], ...]:
+        """What the chat template keeps from the draft: counts, and what to do about it."""
+        return (
+            (
+                self.reasoning_not_rendered,
+                "assistant messages have reasoning that the chat template leaves out, so that it is not "
+                "learnt: end a row with each of them, name a template in data.chat_template that keeps "
+                "reasoning, or let `data regenerate` write rows of tokens",
+            ),
+            (
+                self.words_not_rendered,
+                "assistant messages have words beside their tool calls that the chat template leaves out: "
+                "name a template in data.chat_template that writes both",
+            ),
+            (
+                self.calls_not_rendered,
+                "tool calls of the assistant are left out by the chat template (beside words, or after the "
+                "first call): name a template in data.chat_template that writes them",
+            ),
+            (
+                self.context_not_rendered,
+                "messages that are not learnt (of the system, the user, a tool, or marked so) are left out "
+                "by the chat template",
+            ),
+            (
+                self.prompts_not_met,
+                "conversations end with a turn that lacks what the server's prompt opens it with, like "
+                "<think>: give such rows reasoning, or set data.chat_template_arguments as on the server",
+            ),
+            (
+                self.ends_not_marked,
+                "turns have their end token outside of the chat template's {% generation %} marks, so that "
+                "the draft does not learn to stop: put {% endgeneration %} after it",
+            ),
+        )
 
 
 def _share(part: int, whole: int) -> str:

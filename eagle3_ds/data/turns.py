@@ -4,47 +4,77 @@ generated.
 A turn starts where the prompt ends that a server would have rendered for it, and ends with the special token
 that closes it. Nothing about a template is known beforehand. Two kinds of renders tell everything:
 
-- growing prefixes: the messages before a turn, with the generation prompt, are the server's prompt for that
-turn; - disguises: the same messages with all that one of them says replaced by a mark show where its words
-are.
+- prompts: the messages before a turn, with the generation prompt, are the server's prompt for that turn;
+- disguises: the same messages with all that they say replaced by marks show where whose words are.
 
-What these renders cannot prove is an error, never a guess.
+Turns that begin, or end, with the same characters in the same surroundings are proven by one of them, so that
+a conversation takes a handful of renders however many turns it has. What these renders cannot prove is an
+error, never a guess.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+import re
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from eagle3_ds.data.chat import REASONING_KEYS, ChatTemplate, Conversation, Span, is_learnt
+from eagle3_ds.data.disguise import (
+    MARK,
+    REASONING_TAG,
+    THINK,
+    Messages,
+    Part,
+    Words,
+    find_words,
+    find_words_alone,
+    shared_prefix,
+    unused_mark,
+)
 
 FIX = (
     "Copy the template to a file, put {% generation %} and {% endgeneration %} around what the assistant "
     "generates, and name the file in data.chat_template"
 )
-MARK = "Zq7x"
+NO_REASONING = re.compile(rf"(?:<{THINK}>\s*)?(?:</{THINK}>\s*)?\Z")
+"""What a prompt ends with that opens reasoning, or rules it out."""
+EMPTY_REASONING = re.compile(rf"\s*(?:<{THINK}>\s*)?</{THINK}>\s*")
+EVENTS = (
+    "reasoning_not_rendered",
+    "words_not_rendered",
+    "calls_not_rendered",
+    "context_not_rendered",
+    "prompts_not_met",
+    "ends_not_marked",
+)
+"""What is counted of a conversation, under its names in `DataStatistics`."""
 
 
 @dataclass(frozen=True)
-class Words:
-    """Characters [first, last) of a render that one message's own words decide."""
+class Turns:
+    """The rendered conversation, the spans in it that the assistant generated, in order, and counts of
+    `EVENTS`.
+    """
 
-    first: int
-    last: int
+    text: str
+    spans: list[Span]
+    events: Counter[str]
 
 
 def locate_turns(
     template: ChatTemplate, conversation: Conversation, supervise: Literal["all", "last"], where: str
-) -> tuple[str, list[Span]]:
-    """The rendered conversation and the spans in it that the assistant generated, in order.
+) -> Turns:
+    """The conversation as text, and where the assistant speaks.
 
     Every turn, or the last one alone: its reasoning, words and tool calls as far as the render has them, and
     the special token that ends it; not the generation prompt before, not what the template writes after.
-    Templates with `{% generation %}` marks are taken at their word.
+    Templates with `{% generation %}` marks are taken at their word, and what they lack is counted.
 
-    Raises ValueError, opened by `where`, when the template raises or a turn cannot be told from the rest.
+    Raises ValueError, opened by `where`, when the template raises, leaves a turn out, when a turn cannot be
+    told from the rest, or says the token that ends turns.
     """
     turns = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
     view = _View(template, conversation, where)
@@ -56,48 +86,92 @@ def locate_turns(
             f"{where}: the last assistant message is marked not to be learnt, and data.supervise is 'last': "
             "remove the row, or set data.supervise to 'all'"
         )
+    for turn in turns:
+        view.check_said(turn)
+    events = _not_rendered(view)
     if template.is_marked(conversation.tools):
-        return view.text, _marked_spans(view, turns)
-    ends: set[str] = set()
-    spans = [_turn_span(view, turn, ends) for turn in reversed(turns)]  # the last turn shows how a turn ends
-    return view.text, spans[::-1]
+        marked = _marked_spans(view, turns, events)
+        _check_ends_unsaid(view, turns, set())
+        return Turns(view.text, marked, events)
+    finder = _Finder(view)
+    spans = [finder.span(turn) for turn in reversed(turns)]  # the last turn shows how a turn ends
+    _check_ends_unsaid(view, turns, {template.special.findall(end)[-1] for end in finder.ends})
+    events["prompts_not_met"] = int(turns[-1] in finder.not_met)
+    return Turns(view.text, spans[::-1], events)
+
+
+class _Render:
+    """Messages under their template: the text, and where each of them speaks in it."""
+
+    def __init__(self, view: _View, messages: Messages, prompt: bool = False) -> None:
+        self.view = view
+        self.messages = messages
+        self.prompt = prompt
+        self.text = self.again(messages)
+        self._all: Words | None = None
+        self._searched = False
+        self._alone: dict[int, Words] = {}
+
+    def again(self, messages: Messages) -> str:
+        """The text of other messages in these messages' place."""
+        return self.view.template.render(messages, self.view.tools, self.view.where, self.prompt)
+
+    def span(self, index: int) -> Span | None:
+        """Where `messages[index]` speaks; None where nothing of it is in the text."""
+        return self._words(index).spans[index]
+
+    def left_out(self) -> set[Part]:
+        """What the messages say and the text does not have."""
+        return {part for index in range(len(self.messages)) for part in self._words(index).left_out}
+
+    def before(self, index: int) -> tuple[int, int] | None:
+        """The last message before this one that is in the text, and where its words end."""
+        for earlier in reversed(range(index)):
+            span = self.span(earlier)
+            if span is not None:
+                return earlier, span[1]
+        return None
+
+    def after(self, index: int) -> int:
+        """Where the words of the next message begin that are in the text; else the text's end."""
+        spans = (self.span(later) for later in range(index + 1, len(self.messages)))
+        return next((span[0] for span in spans if span is not None), len(self.text))
+
+    def _words(self, index: int) -> Words:
+        if not self._searched:
+            self._all, self._searched = find_words(self.again, self.text, self.messages), True
+        if self._all is not None:
+            return self._all
+        # The template looks at the words, so that they are disguised one message at a time.
+        if index not in self._alone:
+            special = self.view.template.special
+            words = find_words_alone(self.again, self.text, self.messages, index, special)
+            if words is None:
+                raise self.view.unclear(index, "the way its turn ends depends on its words")
+            self._alone[index] = words
+        return self._alone[index]
 
 
 class _View:
-    """One conversation under its template: its render, and the renders of its variants."""
+    """One conversation under its template, and the errors about it."""
 
     def __init__(self, template: ChatTemplate, conversation: Conversation, where: str) -> None:
         self.template = template
         self.messages = conversation.messages
         self.tools = conversation.tools
         self.where = where
-        self.text = self.render(self.messages)
+        self.whole = _Render(self, self.messages)
+        self.text = self.whole.text
 
-    def render(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
-        return self.template.render(messages, self.tools, self.where, prompt)
-
-    def words(
-        self, text: str, messages: Sequence[Mapping[str, Any]], index: int, prompt: bool = False
-    ) -> Words:
-        """Where `messages[index]` speaks in `text`, the render of `messages`."""
-        mark = unused_mark(text)
-        disguised = [*messages[:index], _disguise(messages[index], mark), *messages[index + 1 :]]
-        other = self.render(disguised, prompt)
-        begin, end = other.find(mark), other.rfind(mark) + len(mark)
-        head = _shared_prefix(text, other[:begin]) if begin >= 0 else 0
-        tail = _shared_suffix(text, other[end:]) if begin >= 0 else 0
-        if begin < 0 or head + tail >= len(text):
+    def check_said(self, turn: int) -> None:
+        """Raises ValueError when nothing of what the turn says is in the text."""
+        span = self.whole.span(turn)
+        if span is None or span[0] == span[1]:
             raise ValueError(
-                f"{self.where}: the chat template leaves out what messages[{index}] "
-                f"({messages[index]['role']}) says: correct or remove the row, or name another template in "
-                "data.chat_template"
+                f"{self.where}: the chat template leaves out what messages[{turn}] "
+                f"({self.messages[turn]['role']}) says: correct or remove the row, or name another "
+                "template in data.chat_template"
             )
-        closing = self.template.special.search(other, end)
-        if (
-            closing is not None and closing.start() < len(other) - tail
-        ):  # it changed, or what stands before it did
-            raise self.unclear(index, "the way its turn ends depends on its words")
-        return Words(head, len(text) - tail)
 
     def unclear(self, index: int, reason: str) -> ValueError:
         return ValueError(
@@ -105,154 +179,214 @@ class _View:
         )
 
 
-def unused_mark(text: str) -> str:
-    """A word that `text` does not hold."""
-    return next(mark for number in itertools.count() if (mark := f"{MARK}{number or ''}") not in text)
+def _not_rendered(view: _View) -> Counter[str]:
+    """How many of the messages' parts the template leaves out, by their kind."""
+    events: Counter[str] = Counter()
+    kinds = {"reasoning": "reasoning", "words": "words", "call": "calls"}
+    context: set[int] = set()
+    for part in view.whole.left_out():
+        message = view.messages[part.message]
+        if message["role"] == "assistant" and is_learnt(message):
+            events[f"{kinds[part.kind]}_not_rendered"] += 1
+        elif part.kind != "reasoning":  # that of earlier turns is left out by many a template
+            context.add(part.message)
+    events["context_not_rendered"] = len(context)
+    return events
 
 
-def _disguise(message: Mapping[str, Any], mark: str) -> dict[str, Any]:
-    """The message with all that it says replaced by `mark`, its structure kept."""
-    others = message["role"] != "assistant"  # what they say may be empty, and has its place all the same
-    disguised = {
-        key: mark if key in ("content", *REASONING_KEYS) and (value or others) else value
-        for key, value in message.items()
-    }
-    if "tool_calls" in message:
-        disguised["tool_calls"] = [_disguise_call(call, mark) for call in message["tool_calls"]]
-    return disguised
+def _check_ends_unsaid(view: _View, turns: Iterable[int], ends: set[str]) -> None:
+    """Raises ValueError when a turn says a token that ends turns: a server would have stopped there."""
+    eos = view.template.special_tokens.get("eos_token")
+    tokens = ends | ({eos} if isinstance(eos, str) and eos else set())
+    for turn in turns:
+        message = view.messages[turn]
+        said = [(key, message.get(key)) for key in ("content", *REASONING_KEYS, "tool_calls")]
+        for key, value in said:
+            for text in _texts(value):
+                token = next((token for token in tokens if token in text), None)
+                if token is not None:
+                    raise ValueError(
+                        f"{view.where}: messages[{turn}].{key} holds {token!r}, the token that ends a turn: "
+                        "correct or remove the row"
+                    )
 
 
-def _disguise_call(call: Mapping[str, Any], mark: str) -> dict[str, Any]:
-    if "function" in call:
-        return {**call, "function": _disguise_call(call["function"], mark)}
-    if call["arguments"]:  # the name stays: templates write calls of their built-in tools in another way
-        return {**call, "arguments": dict.fromkeys(call["arguments"], mark)}
-    return {**call, "name": mark}
-
-
-def _shared_prefix(one: str, other: str) -> int:
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _shared_suffix(one: str, other: str) -> int:
-    return len(other) if one.endswith(other) else _shared_prefix(one[::-1], other[::-1])
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value of JSON, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, own in value.items():
+            yield str(key)
+            yield from _texts(own)
+    elif isinstance(value, list):
+        for own in value:
+            yield from _texts(own)
 
 
 # Turns of a template without marks
 
 
-def _turn_span(view: _View, turn: int, ends: set[str]) -> Span:
-    words = view.words(view.text, view.messages, turn)
-    start, end = _start(view, turn, words), _end(view, turn, words, ends)
-    if not start < words.last:
-        raise view.unclear(turn, "the prompt for its turn already holds them")
-    return start, end
+class _Finder:
+    """Where turns begin and end, and what is proven of that.
 
+    `ends`: from its first special token on, what ends a turn; `not_met`: turns that stand without all that
+    the server's prompt would have written before them.
+    """
 
-def _start(view: _View, turn: int, words: Words) -> int:
-    """Where the server's prompt for this turn ends."""
-    text = view.text
-    prompt = view.render(view.messages[:turn], prompt=True)
-    if text.startswith(prompt):
-        start = len(prompt)
-    else:
-        # Earlier messages are rendered otherwise by now (reasoning dropped, a system message moved on), so
-        # that the prompt is compared from the end of the message before.
-        here = view.words(text, view.messages, turn - 1).last
-        opening = prompt[view.words(prompt, view.messages[:turn], turn - 1, prompt=True).last :]
-        if text.startswith(opening, here):
+    def __init__(self, view: _View) -> None:
+        self.view = view
+        self.ends: set[str] = set()
+        self.not_met: set[int] = set()
+        self._starts: dict[tuple[str, str], tuple[int, bool]] = {}
+        self._opener = _opener(view)
+
+    def span(self, turn: int) -> Span:
+        """The characters of the turn."""
+        start = self._start(turn)
+        span = self.view.whole.span(turn)
+        assert span is not None
+        if not start < span[1]:
+            raise self.view.unclear(turn, "the prompt for its turn already holds them")
+        return start, self._end(turn, span[1])
+
+    def _start(self, turn: int) -> int:
+        """Where the server's prompt for this turn ends."""
+        whole = self.view.whole
+        span, before = whole.span(turn), whole.before(turn)
+        assert span is not None
+        here = before[1] if before else 0
+        role = self.view.messages[turn - 1]["role"] if turn else ""
+        key = (role, whole.text[here : span[0]])
+        if key not in self._starts:
+            start, met = self._proven_start(turn, span[0])
+            self._starts[key] = (start - here, met)
+        length, met = self._starts[key]
+        if not met:
+            self.not_met.add(turn)
+        return here + length
+
+    def _proven_start(self, turn: int, first: int) -> tuple[int, bool]:
+        """Where the prompt for this turn ends, and whether all of the prompt is there."""
+        view, text = self.view, self.view.text
+        prompt = _Render(view, view.messages[:turn], prompt=True)
+        start, met = len(prompt.text), True
+        if not text.startswith(prompt.text):
+            # Earlier messages are rendered otherwise by now (reasoning dropped, a system message moved on),
+            # so that the prompt is compared from the end of the message before.
+            before = view.whole.before(turn)
+            asked = prompt.span(before[0]) if before else None
+            here, opening = (before[1], prompt.text[asked[1] :]) if before and asked else (0, prompt.text)
             start = here + len(opening)
-        else:
-            # The prompt may go on with what this turn was rendered without by now, like an empty block of
-            # reasoning.
-            start = _answer_start(view, turn)
-            if start < here or not opening.startswith(text[here:start]):
-                raise view.unclear(
-                    turn,
-                    "the generation prompt is not how the template renders the beginning of the turn (does "
-                    "the one ask for reasoning that the other lacks, or rule it out? "
-                    "data.chat_template_arguments may change that)",
-                )
-    if text[start : words.first].strip():
-        _check_generation_prompt(view, turn, prompt)
-    return start
+            if not text.startswith(opening, here):
+                start, met = self._start_without_reasoning(turn, here, opening, first), False
+        if text[start:first].strip():
+            self._check_generation_prompt(turn, prompt.text)
+        return start, met
 
+    def _start_without_reasoning(self, turn: int, here: int, opening: str, first: int) -> int:
+        """Where a turn begins whose prompt asks for reasoning, or rules it out, that the text lacks by now."""
+        text = self.view.text
+        header = NO_REASONING.sub("", opening, count=1)
+        start = here + len(header)
+        if header == opening or not text.startswith(header, here) or start > first:
+            raise self._unlike(turn)
+        empty = EMPTY_REASONING.match(text, start)
+        if empty:
+            return min(empty.end(), first)
+        if re.match(rf"\s*{REASONING_TAG}", text[start : start + 99]):
+            raise self._unlike(turn)
+        return start
 
-def _answer_start(view: _View, turn: int) -> int:
-    """Where the turn begins if an answer in its place would begin there too; else -1."""
-    mark = unused_mark(view.text)
-    answer = {**view.messages[turn], "content": mark}
-    before = view.render([*view.messages[:turn], answer, *view.messages[turn + 1 :]]).partition(mark)[0]
-    return len(before) if view.text.startswith(before) else -1
-
-
-def _check_generation_prompt(view: _View, turn: int, prompt: str) -> None:
-    """Raises ValueError when the template ignores `add_generation_prompt` though its turns have a header."""
-    before = view.messages[:turn]
-    if prompt != view.render(before):
-        return
-    mark = unused_mark(prompt)
-    answered = view.render([*before, {"role": "assistant", "content": mark}])
-    if not answered.startswith(prompt) or answered[len(prompt) : answered.find(mark)].strip():
-        raise view.unclear(
-            turn, "the template ignores add_generation_prompt, so nothing says where a server's prompt ends"
+    def _unlike(self, turn: int) -> ValueError:
+        return self.view.unclear(
+            turn,
+            "the generation prompt is not how the template renders the beginning of the turn (does the one "
+            "ask for reasoning that the other lacks, or rule it out? data.chat_template_arguments may change "
+            "that)",
         )
 
+    def _check_generation_prompt(self, turn: int, prompt: str) -> None:
+        """Raises ValueError when the template ignores `add_generation_prompt` although its turns have a
+        header.
+        """
+        view, before = self.view, self.view.messages[:turn]
+        if prompt != view.whole.again(before):
+            return
+        mark = unused_mark(prompt)
+        answered = view.whole.again([*before, {"role": "assistant", "content": mark}])
+        if not answered.startswith(prompt) or answered[len(prompt) : answered.find(mark)].strip():
+            raise view.unclear(
+                turn,
+                "the template ignores add_generation_prompt, so nothing says where a server's prompt ends",
+            )
 
-def _end(view: _View, turn: int, words: Words, ends: set[str]) -> int:
-    """Where the turn's last special token ends: what follows its words both with a message after it and
-    without.
+    def _end(self, turn: int, last: int) -> int:
+        """Where the special token ends that closes the turn, whose words end at `last`: it follows them both
+        with a message after the turn and without.
+        """
+        special = self.view.template.special.search(self.view.text, last, self.view.whole.after(turn))
+        if special is not None:
+            known = [end for end in self.ends if self.view.text.startswith(end, special.start())]
+            if known:
+                return special.start() + max(map(len, known))
+        closing = self._proven_closing(turn, last)
+        first = self.view.template.special.search(closing)
+        assert first is not None
+        self.ends.add(closing[first.start() :])
+        return last + len(closing)
 
-    `ends` holds what is proven to end a turn of this conversation, from its words on, and gets what this turn
-    proves.
-    """
-    known = max((end for end in ends if view.text.startswith(end, words.last)), key=len, default=None)
-    if known is None:
-        followed, alone = _closings(view, turn, words)
-        known = _up_to_special(view.template, followed[: _shared_prefix(followed, alone)])
-        if known is None:
+    def _proven_closing(self, turn: int, last: int) -> str:
+        """What stands from the turn's words to the end of its last special token."""
+        template = self.view.template
+        followed, alone = (self._up_to_header(closing) for closing in self._closings(turn, last))
+        found = _up_to_special(template, followed[: shared_prefix(followed, alone)])
+        if found is None:
             # The two may differ in the very token, as where only the last turn of all ends a text.
-            known, other = (
-                _up_to_special(view.template, closing, first=True) for closing in (followed, alone)
-            )
-            before = [view.template.special.split(closing, maxsplit=1)[0] for closing in (followed, alone)]
-            if known is None or other is None or before[0] != before[1]:
-                raise view.unclear(turn, "the template writes no special token that ends the turn")
-        ends.add(known)
-    closing = view.template.special.findall(known)[-1]
-    for key in ("content", *REASONING_KEYS):
-        if closing in view.messages[turn].get(key, ""):
-            raise ValueError(
-                f"{view.where}: messages[{turn}].{key} holds {closing!r}, the token that ends a turn: "
-                "correct or remove the row"
-            )
-    return words.last + len(known)
+            found, other = (_up_to_special(template, closing, first=True) for closing in (followed, alone))
+            before = [template.special.split(closing, maxsplit=1)[0] for closing in (followed, alone)]
+            if found is None or other is None or before[0] != before[1]:
+                raise self.view.unclear(turn, "the template writes no special token that ends the turn")
+        return found
+
+    def _closings(self, turn: int, last: int) -> tuple[str, str]:
+        """What the template writes after the turn's words: with a message after the turn, and without.
+
+        The first is what the conversation itself has there, except where the turn is the last one and writes
+        several special tokens, of which some may end not the turn but the whole text.
+        """
+        view = self.view
+        rest = view.text[last : view.whole.after(turn)]
+        upto = view.messages[: turn + 1]
+        if turn + 1 < len(view.messages):
+            return rest, self._closing_in(_Render(view, upto), turn, last)
+        if len(view.template.special.findall(rest)) < 2:
+            return rest, rest
+        return self._closing_in(_Render(view, [*upto, _next_message(upto[-1])]), turn, last), rest
+
+    def _closing_in(self, render: _Render, turn: int, last: int) -> str:
+        """What another render has after the words of the same turn."""
+        if render.text.startswith(self.view.text[:last]):
+            return render.text[last:]
+        span = render.span(turn)
+        if span is None:
+            raise self.view.unclear(turn, "the template leaves it out where the conversation ends with it")
+        return render.text[span[1] :]
+
+    def _up_to_header(self, closing: str) -> str:
+        """`closing` without the header of a message that follows."""
+        return closing if self._opener is None else closing.partition(self._opener)[0]
 
 
-def _closings(view: _View, turn: int, words: Words) -> tuple[str, str]:
-    """What the template writes after the turn's words: with a message after the turn, and without.
+def _opener(view: _View) -> str | None:
+    """The special token that opens a message: the first of the text, if it stands before all words.
 
-    The first is what the conversation itself has there, except where the turn is the last one and writes
-    several special tokens, of which some may end not the turn but the whole text.
+    Templates that write their generation prompt whether asked or not have it after the last turn too.
     """
-    rest = view.text[words.last :]
-    upto = view.messages[: turn + 1]
-    if turn + 1 < len(view.messages):
-        alone = view.render(upto)
-        last = words.last if alone.startswith(view.text[: words.last]) else view.words(alone, upto, turn).last
-        return rest, alone[last:]
-    if len(view.template.special.findall(rest)) < 2:
-        return rest, rest
-    longer = [*upto, _next_message(upto[-1])]
-    text = view.render(longer)
-    return text[view.words(text, longer, turn).last :], rest
+    named = {view.template.special_tokens.get(name) for name in ("bos_token", "eos_token")}
+    first = view.whole.after(-1)
+    found = (match.group() for match in view.template.special.finditer(view.text, 0, first))
+    return next((token for token in found if token not in named), None)
 
 
 def _next_message(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -277,23 +411,28 @@ def _up_to_special(template: ChatTemplate, closing: str, first: bool = False) ->
 # Templates with marks
 
 
-def _marked_spans(view: _View, turns: list[int]) -> list[Span]:
+def _marked_spans(view: _View, turns: Sequence[int], events: Counter[str]) -> list[Span]:
     """What lies between the marks of these turns."""
     text, marked = view.template.render_marked(view.messages, view.tools, view.where)
     spans = [(start, end) for start, end in marked if start < end]
     assert text == view.text
     for turn in turns:
-        last = view.words(text, view.messages, turn).last
-        if not any(start < last <= end for start, end in spans):
+        said = view.whole.span(turn)
+        assert said is not None
+        own = spans[bisect_left(spans, said[1], key=lambda span: span[1]) :][:1]
+        if not own or not own[0][0] < said[1]:
             raise ValueError(
                 f"{view.where}: the {{% generation %}} marks of the chat template leave out "
                 f"messages[{turn}]: put them around every assistant message"
             )
+        # A draft that never sees the end of a turn goes on when the target has stopped.
+        events["ends_not_marked"] += view.template.special.search(text, said[1], own[0][1]) is None
     spoken = [index for index, message in enumerate(view.messages) if message["role"] == "assistant"]
     if turns == spoken:
         return spans
     # What is marked belongs to the last turn whose question it does not stand before.
-    asked = {turn: view.words(text, view.messages, turn - 1).last if turn else 0 for turn in spoken}
+    befores = {turn: view.whole.before(turn) for turn in spoken}
+    asked = {turn: before[1] if before else 0 for turn, before in befores.items()}
     return [
         span
         for span in spans

@@ -49,8 +49,8 @@ def masked(
 ) -> MaskedTokens:
     chat_template = load_chat_template(tokenizer, None, arguments)
     conversation = Conversation(validate_messages(messages, "row"), tools)
-    text, spans = locate_turns(chat_template, conversation, supervise, "row")
-    return mask_tokens(tokenizer, [text], [spans], ["row"])[0]
+    turns = locate_turns(chat_template, conversation, supervise, "row")
+    return mask_tokens(tokenizer, [turns.text], [turns.spans], ["row"])[0]
 
 
 def stretches(tokenizer: Any, tokens: MaskedTokens) -> list[str]:
@@ -299,11 +299,11 @@ REFUSED = {
     "an end that depends on the words": (
         CHATML.replace("'<|im_end|>\\n'", "('<|im_end|>\\n' if m.content[0] == 'Z' else '<|endoftext|>\\n')")
         + PROMPT,
-        TWO_TURNS, UNCLEAR + "the way its turn ends depends on its words",
+        TWO_TURNS, UNCLEAR.replace("3", "1") + "the way its turn ends depends on its words",
     ),
     "words left out": (
         CHATML.replace("m.content", "(m.content if m.role == 'user' else '')") + PROMPT,
-        TWO_TURNS, r"the chat template leaves out what messages\[3\] \(assistant\) says",
+        TWO_TURNS, r"the chat template leaves out what messages\[1\] \(assistant\) says",
     ),
     "the end of a turn in its words": (
         CHATML + PROMPT, [user("End?"), assistant("It is <|im_end|>.")],
