@@ -285,7 +285,7 @@ class _Finder:
         return start, met
 
     def _start_without_reasoning(self, turn: int, here: int, opening: str, first: int) -> int:
-        """Where a turn begins whose prompt asks for reasoning, or rules it out, that the text lacks by now."""
+        """Where a turn begins whose prompt asks for reasoning, or rules it out, that the text lacks."""
         text = self.view.text
         header = NO_REASONING.sub("", opening, count=1)
         start = here + len(header)
