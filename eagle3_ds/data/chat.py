@@ -375,14 +375,22 @@ def load_chat_template(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template: write one, or copy that of the "
             "model it was made from, to a file and name the file in data.chat_template"
         )
+    return ChatTemplate(
+        text,
+        named.get("tool_use", text),
+        dict(tokenizer.special_tokens_map),
+        dict(arguments or {}),
+        special_pattern(tokenizer),
+    )
+
+
+def special_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """Matches the tokenizer's special tokens."""
     added = tokenizer.added_tokens_decoder.values()
     names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
     # the longest first: one special token may be the beginning of another
-    special = re.compile(
+    return re.compile(
         "|".join(re.escape(name) for name in sorted(names, key=lambda name: (-len(name), name))) or r"(?!)"
-    )
-    return ChatTemplate(
-        text, named.get("tool_use", text), dict(tokenizer.special_tokens_map), dict(arguments or {}), special
     )
 
 

@@ -42,10 +42,11 @@ from eagle3_ds.data.statistics import DataStatistics, draw_lengths, length_histo
 from eagle3_ds.data.workers import map_batches, usable_cores
 from eagle3_ds.say import progress_bar
 
-FORMAT = 3
+FORMAT = 4
 """Part of the cache key: raise it whenever the same input would give other documents."""
 BATCH = 64
-"""Conversations per call of the tokenizer."""
+BATCH_BYTES = 1 << 16
+"""Conversations per call of the tokenizer, at most: so many, or until they have so many bytes."""
 ABANDONED_AFTER = 86400.0
 """Seconds without a write after which a folder that is written aside belongs to a run that was killed."""
 
@@ -202,6 +203,20 @@ def heldout_mask(hashes: np.ndarray, fraction: float) -> np.ndarray:
     return hashes <= np.sort(hashes)[wanted - 1]
 
 
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows in turn, a long one by itself: what a process gets at once is as long as what others get."""
+    batch: list[Row] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len(row.content) if isinstance(row.content, bytes) else len(repr(row.content))
+        if len(batch) == BATCH or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 @dataclass
 class _Side:
     """What was kept of the training or the held-out sources: hash and document number per row."""
@@ -261,17 +276,19 @@ class _Builder:
             return kept
         before = Counter(self.events)
         rows = recipe_rows(files, self.section, limit)
-        batches = iter(lambda: list(islice(rows, BATCH)), [])
         workers = self.section.workers or usable_cores()
         progress = progress_bar(
-            total=limit, desc=f"tokenise {side}", unit=" conversations", disable=not self.show_progress
+            desc=f"tokenise {side}", unit=" tokens", unit_scale=True, disable=not self.show_progress
         )
-        with progress, closing(map_batches(self.encoder.encode, batches, workers)) as encoded:
+        with progress, closing(map_batches(self.encoder.encode, _batches(rows), workers)) as encoded:
             for batch in encoded:
                 self._write_batch(writer, batch, kept)
-                progress.update(batch.events["conversations"])
+                read = self.events["conversations"] - before["conversations"]
+                told = {"conversations": read if limit is None else f"{read}/{limit}"}
                 if self.findings.bad_rows:
-                    progress.set_postfix({"bad rows": self.findings.bad_rows}, refresh=False)
+                    told["bad rows"] = self.findings.bad_rows
+                progress.set_postfix(told, refresh=False)
+                progress.update(int(batch.lengths.sum()) + batch.events["tokens_left_out"])
                 if self.section.on_bad_row == "error" and self.findings.bad_rows >= ENOUGH:
                     break
         if self.findings.bad_rows and (self.section.on_bad_row == "error" or not kept.documents):

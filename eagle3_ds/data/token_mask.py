@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
-from eagle3_ds.data.chat import Span
+from eagle3_ds.data.chat import Span, special_pattern
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def mask_tokens(
         if joined == whole:
             results.append(MaskedTokens(whole, _flags([len(part) for part in parts], flags), cut=False))
             continue
-        counts = _count_by_prefixes(tokenizer, text, [piece for piece, _ in own], whole)
+        counts = _count_in_place(tokenizer, text, [piece for piece, _ in own], whole)
         if counts is not None:
             results.append(MaskedTokens(whole, _flags(counts, flags), cut=False))
         elif _decode(tokenizer, joined) == _decode(tokenizer, whole):
@@ -70,22 +72,26 @@ def _flags(counts: Sequence[int], flags: Sequence[bool]) -> list[bool]:
     return [flag for count, flag in zip(counts, flags, strict=True) for _ in range(count)]
 
 
-def _count_by_prefixes(
-    tokenizer: Any, text: str, pieces: Sequence[str], whole: list[int]
-) -> list[int] | None:
+def _count_in_place(tokenizer: Any, text: str, pieces: Sequence[str], whole: list[int]) -> list[int] | None:
     """Tokens of each piece, for a tokenizer that reads the beginning of a text in a way of its own (a space
-    put before it, say): growing prefixes must each give a prefix of the whole's tokens. None where one does
-    not.
+    put before it, say).
+
+    Each piece is read behind what stands before it from the last special token on, where tokenizers begin
+    anew. None where that does not give the tokens of the text as a whole.
     """
-    ends, done = [], 0
-    for piece in pieces:
-        done += len(piece)
-        ends.append(done)
-    prefixes = [*_encode(tokenizer, [text[:end] for end in ends[:-1]]), whole]
-    if any(whole[: len(prefix)] != prefix for prefix in prefixes):
-        return None
-    lengths = [0, *map(len, prefixes)]
-    return [after - before for before, after in zip(lengths, lengths[1:], strict=False)]
+    anchors = [0, *(match.start() for match in special_pattern(tokenizer).finditer(text))]
+    ends = list(accumulate(map(len, pieces)))
+    starts = [0, *ends[:-1]]
+    openings = [anchors[bisect_left(anchors, start) - 1] if start else 0 for start in starts]
+    windows = zip(openings, starts, ends, strict=True)
+    encoded = _encode(tokenizer, [text[o:end] for o, start, last in windows for end in (start, last)])
+    counts, found = [], []
+    for before, through in zip(encoded[::2], encoded[1::2], strict=True):
+        if through[: len(before)] != before:
+            return None
+        counts.append(len(through) - len(before))
+        found += through[len(before) :]
+    return counts if found == whole else None
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:

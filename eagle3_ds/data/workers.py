@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, suppress
-from itertools import chain, cycle, islice
-from multiprocessing.connection import Connection
+from itertools import chain, islice
+from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
-POOL_FROM = 16
-"""Batches; fewer are done before processes have started."""
+AHEAD = 4
+"""Results per process that may wait for the result of an earlier batch that takes longer."""
 
 
 def usable_cores() -> int:
@@ -29,29 +30,45 @@ def map_batches(
     """`function` of every batch, in order, whatever the number of processes. What it raises is raised here,
     in order.
 
-    Each process holds one batch at a time: the next is read only when its result has been taken. Closing the
-    generator ends the processes.
+    Every process has work from the second batch on. A batch is read when a process is free for it, unless
+    results wait for an earlier one already. Closing the generator ends the processes.
     """
     batches = iter(batches)
-    first = list(islice(batches, POOL_FROM))
-    batches = chain(first, batches)
-    if workers == 1 or len(first) < POOL_FROM:
-        yield from map(function, batches)
+    first = list(islice(batches, 2))
+    left = enumerate(chain(first, batches))
+    if workers == 1 or len(first) < 2:
+        yield from (function(batch) for _, batch in left)
         return
     # Forked processes share the tokenizer and start at once; they touch nothing but Python and the tokenizer.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    done: dict[int, tuple[Any, Exception | None]] = {}
     with ExitStack() as stack:
-        pool = [stack.enter_context(_Worker(context, function)) for _ in range(workers)]
-        for worker in pool:
-            worker.give(batches)
-        # Round robin keeps the order: a process's turn comes when those of all earlier batches have had
-        # theirs.
-        for worker in cycle(pool):
-            if not worker.busy:
-                return
-            result = worker.take(workers)
-            worker.give(batches)
+        pool: list[_Worker] = []
+        for batch in islice(left, workers):
+            pool.append(stack.enter_context(_Worker(context, function)))
+            pool[-1].give(*batch)
+        for number in itertools.count():
+            while number not in done:
+                busy = [worker for worker in pool if worker.number is not None]
+                if not busy:
+                    return
+                ready = wait([worker.connection for worker in busy])
+                for worker in busy:
+                    if worker.connection in ready:
+                        worker.take(done, workers)
+                _give(pool, left, AHEAD * workers - len(done))
+            result, error = done.pop(number)
+            _give(pool, left, AHEAD * workers - len(done))
+            if error is not None:
+                raise error
             yield result
+
+
+def _give(pool: Iterable[_Worker], batches: Iterator[tuple[int, Any]], most: int) -> None:
+    """The next batches, at most so many, to the processes that wait for one."""
+    idle = [worker for worker in pool if worker.number is None][: max(most, 0)]
+    for worker, batch in zip(idle, islice(batches, len(idle)), strict=False):
+        worker.give(*batch)
 
 
 class _Worker:
@@ -60,7 +77,8 @@ class _Worker:
     """
 
     def __init__(self, context: Any, function: Callable[[Any], Any]) -> None:
-        self.busy = False
+        self.number: int | None = None
+        """Of the batch that it works at."""
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(function, theirs, self.connection), daemon=True)
         self.process.start()
@@ -74,25 +92,21 @@ class _Worker:
         self.process.join()
         self.connection.close()
 
-    def give(self, batches: Iterator[Any]) -> None:
-        """The next batch, if there is one."""
-        for batch in islice(batches, 1):
-            self.connection.send(batch)
-            self.busy = True
+    def give(self, number: int, batch: Any) -> None:
+        self.connection.send(batch)
+        self.number = number
 
-    def take(self, workers: int) -> Any:
-        """The result of the batch given last."""
-        self.busy = False
+    def take(self, done: dict[int, tuple[Any, Exception | None]], workers: int) -> None:
+        """Put the outcome of the batch given last under its number."""
+        assert self.number is not None
         try:
-            result, error = self.connection.recv()
+            done[self.number] = self.connection.recv()
         except (EOFError, ConnectionError) as ended:
             raise ValueError(
                 f"one of {workers} processes that read the data was killed, most likely for lack of memory: "
                 "lower data.workers"
             ) from ended
-        if error is not None:
-            raise error
-        return result
+        self.number = None
 
 
 def _serve(function: Callable[[Any], Any], connection: Connection, parents_end: Connection) -> None:
