@@ -16,13 +16,20 @@ from tests.unit.test_data_families import (
     PROMPT,
     REASONED,
     TWO_TURNS,
-    WEATHER,
     assistant,
     call,
     tool,
     user,
 )
 
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "City"}}},
+    },
+}
 EOT, IM, EOS = "<|eot_id|>", "<|im_end|>", "<｜end▁of▁sentence｜>"
 
 
@@ -112,10 +119,13 @@ def test_a_last_turn_without_the_servers_prompt_is_counted(tmp_path, family, mes
     )
 
 
-@pytest.mark.parametrize("family", ["nemotron-nano", "nemotron-super", "nemotron-ultra"])
-def test_a_thinking_prompt_and_a_history_without(tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "between"),
+    [("nemotron-nano", "\n</think>\n"), ("nemotron-super", "\n</think>\n"), ("nemotron-ultra", "</think>")],
+)
+def test_a_thinking_prompt_and_a_history_without(tmp_path, family, between):
     supervised, told = prepare(tmp_path, real_tokenizer(family), REASONED)
-    assert supervised == ["Hello!" + IM, "Let me see.\nYes.\n</think>\nIt is 42." + IM]
+    assert supervised == ["Hello!" + IM, f"Let me see.\nYes.{between}It is 42." + IM]
     assert "1 assistant messages have reasoning" in told
 
 
@@ -132,7 +142,7 @@ PARALLEL = [
 
 @pytest.mark.parametrize(
     ("family", "calls", "words"),
-    [("deepseek-v3", 2, 0), ("deepseek-r1", 2, 0), ("gpt-oss", 1, 1), ("qwen3", 0, 0), ("glm-4.5", 0, 0)],
+    [("deepseek-v3", 2, 0), ("deepseek-r1", 2, 0), ("gpt-oss", 1, 1), ("qwen3", 0, 0), ("qwen2.5", 0, 0)],
 )
 def test_calls_that_a_template_drops_are_counted(tmp_path, family, calls, words):
     _, told = prepare(tmp_path, real_tokenizer(family), PARALLEL, [WEATHER])
