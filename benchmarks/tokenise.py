@@ -40,11 +40,14 @@ def agent_log(turns: int, words: int) -> dict[str, Any]:
     """A row of so many assistant turns, calls of a tool but for the last."""
     messages: list[dict[str, Any]] = [{"role": "user", "content": "Mend the failing test."}]
     for number in range(turns - 1):
-        call = {"name": "read", "arguments": {"path": f"src/{number}.py", "first": number, "whole": False}}
+        call = {
+            "name": "read",
+            "arguments": {"path": f"src/{number:05d}.py", "first": 10000 + number, "whole": False},
+        }
         name = f"call{number:05d}"
         messages += [
             {"role": "assistant", "tool_calls": [{"id": name, "type": "function", "function": call}]},
-            {"role": "tool", "name": "read", "tool_call_id": name, "content": f"line {number} " * words},
+            {"role": "tool", "name": "read", "tool_call_id": name, "content": f"line {number:05d} " * words},
         ]
     for message in messages[1::2]:
         message["content"] = ""

@@ -256,8 +256,11 @@ class _Finder:
         span, before = whole.span(turn), whole.before(turn)
         assert span is not None
         here = before[1] if before else 0
+        # What ends the message before (a call's number after its result, say) opens no turn.
+        special = self.view.template.special.search(whole.text, here, span[0])
+        here = special.start() if special else here
         role = self.view.messages[turn - 1]["role"] if turn else ""
-        key = (role, whole.text[here : span[0]])
+        key = (role, _without_ids(whole.text[here : span[0]], self.view.messages[turn]))
         if key not in self._starts:
             start, met = self._proven_start(turn, span[0])
             self._starts[key] = (start - here, met)
@@ -376,6 +379,15 @@ class _Finder:
     def _up_to_header(self, closing: str) -> str:
         """`closing` without the header of a message that follows."""
         return closing if self._opener is None else closing.partition(self._opener)[0]
+
+
+def _without_ids(text: str, message: Mapping[str, Any]) -> str:
+    """The text with the numbers of the message's calls blotted out: some templates write them first."""
+    for call in message.get("tool_calls", ()):
+        name = call.get("id")
+        if isinstance(name, str) and name:
+            text = text.replace(name, "#" * len(name))
+    return text
 
 
 def _opener(view: _View) -> str | None:

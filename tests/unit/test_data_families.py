@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.tokenise import agent_log
+from eagle3_ds.data import chat, token_mask
 from eagle3_ds.data.chat import Conversation, load_chat_template, validate_messages
 from eagle3_ds.data.token_mask import MaskedTokens, mask_tokens
 from eagle3_ds.data.turns import locate_turns
@@ -459,3 +461,27 @@ def test_any_words_of_the_assistant_are_supervised_whole(family: str, words: lis
     whole = tokenizer.apply_chat_template(messages, return_dict=False)
     assert tokenizer.decode(tokens.input_ids) == tokenizer.decode(whole)
     assert tokens.input_ids == whole or tokens.cut
+
+
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3", "llama3", "mistral", "gpt-oss"])
+def test_an_agents_log_takes_a_handful_of_renders(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered = []
+    real = chat.render_jinja_template
+    monkeypatch.setattr(chat, "render_jinja_template", lambda **given: rendered.append(1) or real(**given))
+    row = agent_log(60, 3)
+    tokens = masked(family_tokenizer(family), row["messages"])
+    assert len(stretches(family_tokenizer(family), tokens)) == 60 and len(rendered) <= 16
+
+
+@pytest.mark.parametrize("text", ["Q: {} A:", "[INST] {}[/INST]", "  {}\n"])
+def test_a_tokenizer_of_sentence_pieces_reads_a_long_text_once(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = _plain("")
+    read = []
+    real = token_mask._encode
+    monkeypatch.setattr(token_mask, "_encode", lambda own, texts: read.extend(texts) or real(own, texts))
+    messages = [m for n in range(50) for m in (user(text.format(n)), assistant(f"No, {n}."))]
+    tokens = masked(tokenizer, messages)
+    assert sum(map(len, read)) < 8 * len(tokenizer.decode(tokens.input_ids))
+    assert len(stretches(tokenizer, tokens)) == 50

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from eagle3_ds import say
 from eagle3_ds.data import findings, prepare
 from eagle3_ds.data.packing import pack
 from eagle3_ds.data.prepare import heldout_mask, prepare_data
+from eagle3_ds.data.sources import Row
 from eagle3_ds.draft import VocabularyMap
 from tests.unit.data_samples import TEMPLATE, chat, data_recipe, tiny_tokenizer, write_jsonl
 
@@ -508,3 +510,26 @@ def test_a_bad_row_at_the_beginning_is_one_of_the_bad_rows(tmp_path, tokenizer, 
         run(data_recipe(tmp_path, train=(path,)), tokenizer)
     data = run(data_recipe(tmp_path, train=(path,), on_bad_row="drop", heldout_fraction=0.0), tokenizer)
     assert len(data.train) == 1 and data.statistics.bad_rows_dropped == 2
+
+
+def test_long_rows_are_batches_by_themselves():
+    rows = [
+        Row(f"{number}", "messages", b"x" * size) for number, size in enumerate([9, 9, 70_000, 9, 99_999])
+    ]
+    assert [[row.place for row in batch] for batch in prepare._batches(rows)] == [["0", "1", "2"], ["3", "4"]]
+    assert [len(batch) for batch in prepare._batches(rows[:1] * 150)] == [64, 64, 22]
+    assert [len(batch) for batch in prepare._batches([Row("r", "messages", {"a": "x" * 66_000})] * 3)] == [
+        1,
+        1,
+        1,
+    ]
+    assert list(prepare._batches([])) == []
+
+
+def test_the_bar_moves_by_tokens(tmp_path, monkeypatch):
+    moved = []
+    monkeypatch.setattr(prepare, "BATCH", 1)
+    monkeypatch.setattr(say.tqdm, "update", lambda bar, number: moved.append(number))
+    path = write_jsonl(tmp_path / "a.jsonl", [chat("q" * n, "a") for n in range(1, 6)])
+    data = prepare_data(data_recipe(tmp_path, train=(str(path),)), tiny_tokenizer(), "tok")
+    assert len(moved) == 5 and sum(moved) == data.statistics.train_tokens + data.statistics.heldout_tokens

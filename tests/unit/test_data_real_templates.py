@@ -56,10 +56,13 @@ def prepare(
 ALWAYS = {
     "chatml": (CHATML + "{{ '<|im_start|>assistant\\n' }}", "<|endoftext|>", IM),
     "chatml, a system message by itself": (
-        "{{ '<|im_start|>system\\nBe good.<|im_end|>\\n' }}" + CHATML + "{{ '<|im_start|>assistant\\n' }}", "<|endoftext|>", IM,
+        "{{ '<|im_start|>system\\nBe good.<|im_end|>\\n' }}" + CHATML + "{{ '<|im_start|>assistant\\n' }}",
+        "<|endoftext|>", IM,
     ),
     "chatml, asked for": (CHATML + PROMPT, "<|endoftext|>", IM),
-    "chatml, one line": (CHATML.replace("<|im_end|>\\n", IM) + "{{ '<|im_start|>assistant\\n' }}", "<|endoftext|>", IM),
+    "chatml, one line": (
+        CHATML.replace("<|im_end|>\\n", IM) + "{{ '<|im_start|>assistant\\n' }}", "<|endoftext|>", IM,
+    ),
 }  # fmt: skip
 
 
@@ -154,8 +157,10 @@ def test_calls_that_a_template_drops_are_counted(tmp_path, family, calls, words)
     ("family", "arguments", "expected"),
     [
         ("gpt-oss", {}, " to=functions.weather<|channel|>commentary json<|message|>{}<|call|>"),
-        ("gpt-oss", {"a": True}, ' to=functions.weather<|channel|>commentary json<|message|>{"a": true}<|call|>'),
-        ("gpt-oss", {"a": [1, 2.5]}, ' to=functions.weather<|channel|>commentary json<|message|>{"a": [1, 2.5]}<|call|>'),
+        ("gpt-oss", {"a": True},
+         ' to=functions.weather<|channel|>commentary json<|message|>{"a": true}<|call|>'),
+        ("gpt-oss", {"a": [1, 2.5]},
+         ' to=functions.weather<|channel|>commentary json<|message|>{"a": [1, 2.5]}<|call|>'),
         ("qwen3", {}, '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>' + IM),
         ("qwen3", {"a": {"b": None, "c": "é\n"}},
          '<tool_call>\n{"name": "weather", "arguments": {"a": {"b": null, "c": "é\\n"}}}\n</tool_call>' + IM),
@@ -177,7 +182,8 @@ def test_calls_keep_the_types_of_their_arguments(tmp_path, family, arguments, ex
 
 MARKED = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
-    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}MORE{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}MORE{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}"
     "REST{% endfor %}" + PROMPT
 )
 
