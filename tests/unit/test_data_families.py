@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from benchmarks.tokenise import agent_log
 from eagle3_ds.data import chat, token_mask
 from eagle3_ds.data.chat import Conversation, load_chat_template, validate_messages
+from eagle3_ds.data.disguise import find_words
 from eagle3_ds.data.token_mask import MaskedTokens, mask_tokens
 from eagle3_ds.data.turns import locate_turns
 from tests.unit.chat_families import family_tokenizer, template
@@ -485,3 +486,30 @@ def test_a_tokenizer_of_sentence_pieces_reads_a_long_text_once(
     tokens = masked(tokenizer, messages)
     assert sum(map(len, read)) < 8 * len(tokenizer.decode(tokens.input_ids))
     assert len(stretches(tokenizer, tokens)) == 50
+
+
+TAGGED = {
+    "results of tools as a user's words": [
+        user("Weather?"),
+        assistant("<tool_call>\n{}\n</tool_call>", reasoning_content="Ask."),
+        user("<tool_response>\nsunny\n</tool_response>"),
+        assistant("It is sunny.", reasoning_content="Tell."),
+    ],
+    "reasoning that was never opened": [user("Hi"), assistant("Hm.\n</think>\n\nHello!")],
+    "white space around tags": [user(" <a> x </a> "), assistant("\n<think>Hm.</think>Hello!\n")],
+    "tags alone": [user("<think>"), assistant("</b>")],
+}
+
+
+@pytest.mark.parametrize("name", TAGGED)
+def test_marks_keep_the_tags_that_templates_look_for(name: str) -> None:
+    template = load_chat_template(family_tokenizer("qwen3"))
+    messages = validate_messages(TAGGED[name], "row")
+    text = template.render(messages, None, "row")
+    words = find_words(lambda given: template.render(given, None, "row"), text, messages)
+    assert words is not None
+    reasoning = [message.get("reasoning", "") for message in messages]
+    assert {reasoning[part.message] for part in words.left_out} == {
+        own for own in reasoning if own not in text
+    }
+    assert all(span is not None and span[0] < span[1] for span in words.spans)

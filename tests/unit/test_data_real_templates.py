@@ -15,6 +15,7 @@ from tests.unit.test_data_families import (
     INLINE,
     PROMPT,
     REASONED,
+    TAGGED,
     TWO_TURNS,
     assistant,
     call,
@@ -102,6 +103,12 @@ def test_reasoning_that_a_template_drops_is_counted(tmp_path, family, messages, 
     supervised, told = prepare(tmp_path, real_tokenizer(family), messages)
     said = f"{count} assistant messages have reasoning that the chat template leaves out" in told
     assert said == bool(count) and sum("Hm." in text for text in supervised) == (not count)
+
+
+def test_results_of_tools_within_a_users_words(tmp_path):
+    messages = TAGGED["results of tools as a user's words"]
+    supervised, told = prepare(tmp_path, real_tokenizer("qwen3"), messages)
+    assert "Ask." in supervised[0] and "Tell." in supervised[1] and "leaves out" not in told
 
 
 @pytest.mark.parametrize(
