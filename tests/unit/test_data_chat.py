@@ -1,6 +1,7 @@
 """Chat: messages made uniform, templates found, bad rows named."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -212,7 +213,7 @@ def test_the_order_of_roles_is_the_templates_affair_and_told(messages, told):
 @pytest.mark.parametrize("role", ["system", "developer", "tool"])
 @pytest.mark.parametrize("content", ["", None, []])
 def test_messages_that_may_be_empty(role, content):
-    given = [U, {"role": role, "content": content}, A]
+    given: list[dict[str, Any]] = [U, {"role": role, "content": content}, A]
     messages = validate_messages(given, "row")
     assert messages[1] == {"role": role, "content": ""}
     assert f"conversations have an empty {role} message" in notes_on(given, messages)
@@ -220,7 +221,7 @@ def test_messages_that_may_be_empty(role, content):
 
 def test_other_weights_and_marks_are_told():
     assert validate_messages([U | {"train": False}, A], "row") == [U, A]
-    given = [U | {"train": True}, A | {"weight": 0.5}]
+    given: list[dict[str, Any]] = [U | {"train": True}, A | {"weight": 0.5}]
     told = list(notes_on(given, validate_messages(given, "row")))
     assert told == [
         "conversations mark 'user' messages by 'train': only the assistant's are learnt",

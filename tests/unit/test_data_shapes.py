@@ -1,12 +1,22 @@
 """The shapes of rows: recognised, read, and named when they are none or wrong."""
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
 from eagle3_ds.data.chat import Conversation
-from eagle3_ds.data.shapes import TokenRow, read_row, recognise_shape
+from eagle3_ds.data.shapes import Shape, TokenRow, read_row, recognise_shape
 from tests.unit.data_samples import chat
+
+
+def read_chat(row: Mapping[str, Any], shape: Shape) -> Conversation:
+    """The row, which is one of messages."""
+    read = read_row(row, shape, "row")
+    assert isinstance(read, Conversation)
+    return read
+
 
 SHAREGPT = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
 TOKENS = {"input_ids": [3, 1, 2], "loss_mask": [0, 1, 1]}
@@ -77,7 +87,7 @@ def test_a_system_column_stands_before_messages_of_every_shape(row):
 
 @pytest.mark.parametrize("given", [{"enable_thinking": False}, '{"enable_thinking": false}', None, {}, ""])
 def test_what_a_row_gives_to_its_template(given):
-    read = read_row({"messages": chat("q", "a"), "chat_template_kwargs": given}, "messages", "row")
+    read = read_chat({"messages": chat("q", "a"), "chat_template_kwargs": given}, "messages")
     assert read.arguments == ({"enable_thinking": False} if given else {})
     assert not read.notes
 
@@ -94,7 +104,7 @@ def test_columns_and_marks_that_are_not_read_are_told():
         {"from": "human", "value": "q"},
         {"from": "gpt", "value": "a", "loss": False},
     ]
-    assert [m.get("weight") for m in read_row({"conversations": turns}, "sharegpt", "row").messages] == [
+    assert [m.get("weight") for m in read_chat({"conversations": turns}, "sharegpt").messages] == [
         None, None, None, 0,
     ]  # fmt: skip
 
@@ -114,7 +124,7 @@ TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"defa
     ],
 )
 def test_tools_take_the_form_that_servers_give_to_templates(given):
-    read = read_row({"messages": chat("q", "a"), **given}, "messages", "row")
+    read = read_chat({"messages": chat("q", "a"), **given}, "messages")
     assert read.tools == [{"type": "function", "function": TOOL}]
 
 
@@ -156,7 +166,7 @@ def test_systems_tools_and_calls():
             {"from": "gpt", "value": "a"},
         ],
     }
-    conversation = read_row(row, "sharegpt", "row")
+    conversation = read_chat(row, "sharegpt")
     assert conversation.tools == [{"type": "function", "function": {"name": "f"}}]
     assert [message["role"] for message in conversation.messages] == [
         "system",

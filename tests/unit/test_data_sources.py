@@ -52,8 +52,8 @@ def test_bad_entries(tmp_path):
     (tmp_path / "hollow").mkdir()
     (tmp_path / "a.csv").write_text("x")
     cases = {
-        "nowhere.jsonl": r"data.train\[1\] is .*nowhere.jsonl., which does not exist: name a .jsonl, .json "
-        r"or .parquet file",
+        "nowhere.jsonl": r"data.train\[1\] is '.*nowhere.jsonl', which does not exist: "
+        "name a .jsonl, .json or .parquet file",
         "hollow": r"data.train\[1\] is '.*hollow', a folder without any file of .jsonl, .json",
         "a.csv": r"data.train\[1\] is '.*a.csv', a file of type '.csv'",
         "a.jsonl": r"a.jsonl is named already: name every file once",
