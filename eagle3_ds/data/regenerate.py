@@ -1,10 +1,10 @@
 """The target's own answers to the prompts of a data set: a draft learns best from the text of the model it
 drafts for.
 
-Rows are read in order, in batches; every assistant message that is no tool call is answered anew, on top of
-the answers before it. What is written is a JSONL file of tokenised rows that a recipe reads: the very tokens
-of prompts and answers, for no template can be trusted to give an answer back as it was. Beside it stands how
-far it has come, so that an interrupted run goes on with the next batch.
+Rows are read in order, in batches; every assistant message that is no tool call, and is to be learnt, is
+answered anew, on top of the answers before it. What is written is a JSONL file of tokenised rows that a
+recipe reads: the very tokens of prompts and answers, for no template can be trusted to give an answer back as
+it was. Beside it stands how far it has come, so that an interrupted run goes on with the next batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from eagle3_ds.data.chat import ChatTemplate
+from eagle3_ds.data.chat import ChatTemplate, is_learnt
 from eagle3_ds.data.disguise import THINK
 from eagle3_ds.data.shapes import TokenRow, read_row
 from eagle3_ds.data.sources import Row
@@ -51,7 +51,7 @@ class _Talk:
         """Take over messages of the data up to the next answer; False when there is none."""
         while self.coming:
             message = self.coming.pop(0)
-            if message["role"] == "assistant" and "tool_calls" not in message:
+            if message["role"] == "assistant" and "tool_calls" not in message and is_learnt(message):
                 return True
             self.messages.append(message)
         return False

@@ -102,11 +102,10 @@ def test_regenerate(recipe: str, target: Path, tmp_path: Path, capsys: pytest.Ca
         prompt = alone.tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
         tokens = greedy_decode(alone, prompt, 40, stop)
         if tokens[-1] == stop:
-            expected.append(
-                [*question, {"role": "assistant", "content": alone.tokenizer.decode(tokens[:-1])}]
-            )
+            expected.append((prompt + tokens, [0] * len(prompt) + [1] * len(tokens)))
     assert expected, "the target never ends its turn: nothing is tested"
-    assert [json.loads(line)["messages"] for line in output.read_text().splitlines()] == expected
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(line["input_ids"], line["loss_mask"]) for line in lines] == expected
     assert f"4 rows read, {len(expected)} conversations with {len(expected)} answers" in text
     before = output.read_bytes()
     assert said(capsys, *command)[0] == 0 and output.read_bytes() == before

@@ -2,6 +2,7 @@
 after a stop.
 """
 
+import copy
 import json
 
 import pytest
@@ -218,3 +219,18 @@ def test_a_file_of_other_making_is_not_touched(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="rows.jsonl, line 1: a row of tokens has no prompts to answer"):
         (tmp_path / "x").mkdir()
         regenerate(tmp_path / "x", tokenizer, [{"input_ids": [1, 2], "loss_mask": [0, 1]}])
+
+
+def test_what_a_row_gives_to_its_template_and_what_is_context(tmp_path, tokenizer):
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = "{{ style }}" + tokenizer.chat_template
+    talk = chat("a", "kept", "b", "old")
+    talk[1]["weight"] = 0
+    rows = [
+        {"messages": talk, "chat_template_kwargs": {"style": "own"}},
+        {"messages": chat("c", "old")},
+    ]
+    lines, _, parrot = regenerate(tmp_path, tokenizer, rows)
+    assert texts(lines, tokenizer) == [f"B{END}", f"C{END}"]
+    assert parrot.prompts[0].startswith("own<|im_start|>") and "kept<|im_end|>" in parrot.prompts[0]
+    assert parrot.prompts[1].startswith("<|im_start|>")
