@@ -6,9 +6,11 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -305,7 +307,7 @@ class ChatTemplate:
 
     `tool_text` is the template for conversations with tools: another one only where the tokenizer has both.
     `arguments` are the recipe's `data.chat_template_arguments`. `special` matches the tokenizer's special
-    tokens.
+    tokens, `added` these and the others that it never splits.
     """
 
     text: str
@@ -313,6 +315,7 @@ class ChatTemplate:
     special_tokens: Mapping[str, Any]
     arguments: Mapping[str, Any]
     special: re.Pattern[str]
+    added: re.Pattern[str]
 
     def with_arguments(self, arguments: Mapping[str, Any]) -> ChatTemplate:
         """This template for a row that brings arguments of its own, which win over the recipe's."""
@@ -343,13 +346,13 @@ class ChatTemplate:
     def _render(
         self, messages: Sequence[Mapping[str, Any]], tools: Any, where: str, **flags: bool
     ) -> tuple[str, list[Span]]:
+        text, names = self._template(tools), {**self.special_tokens, **self.arguments}
+        if any("tool_calls" in message for message in messages):
+            form = _call_form(text, json.dumps(names, sort_keys=True, default=str))
+            messages = [form.of(message) for message in messages]
         try:
             texts, marks = render_jinja_template(
-                conversations=[list(messages)],
-                tools=tools,
-                chat_template=self._template(tools),
-                **flags,
-                **{**self.special_tokens, **self.arguments},
+                conversations=[list(messages)], tools=tools, chat_template=text, **flags, **names
             )
         except Exception as error:  # a template is a program of its own: it may raise anything
             raise ValueError(
@@ -358,6 +361,52 @@ class ChatTemplate:
                 "data.chat_template"
             ) from error
         return texts[0], marks[0] if marks else []
+
+
+class _CallForm(NamedTuple):
+    """How a template wants a message that calls tools: the arguments as JSON text or as an object, and no
+    content or empty text where the message has no words.
+    """
+
+    json_text: bool
+    no_content: bool
+
+    def of(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The message in this form."""
+        if "tool_calls" not in message or not any(self):
+            return message
+        content = message["content"] or (None if self.no_content else "")
+        calls = [self._call(call) if self.json_text else call for call in message["tool_calls"]]
+        return {**message, "content": content, "tool_calls": calls}
+
+    def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        arguments = json.dumps(function["arguments"], ensure_ascii=False)
+        return {**call, "function": {**function, "arguments": arguments}}
+
+
+@lru_cache(maxsize=64)
+def _call_form(text: str, names: str) -> _CallForm:
+    """The first form in which the template writes a call: that of servers, if it can. `names`: JSON of what
+    the template is rendered with.
+    """
+    function = {"name": "probe_name", "arguments": {"probe_key": "probe_value"}}
+    call = {"id": "abcdefghi", "type": "function", "function": function}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "question"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    forms = [_CallForm(*choice) for choice in itertools.product((False, True), repeat=2)]
+    for form in forms:
+        with suppress(Exception):  # a template may raise anything
+            texts, _ = render_jinja_template(
+                conversations=[[form.of(message) for message in messages]],
+                chat_template=text,
+                **json.loads(names),
+            )
+            if "probe_name" in texts[0] and "probe_value" in texts[0]:
+                return form
+    return forms[0]
 
 
 def load_chat_template(
@@ -381,14 +430,23 @@ def load_chat_template(
         dict(tokenizer.special_tokens_map),
         dict(arguments or {}),
         special_pattern(tokenizer),
+        _added_pattern(tokenizer),
     )
 
 
 def special_pattern(tokenizer: Any) -> re.Pattern[str]:
     """Matches the tokenizer's special tokens."""
     added = tokenizer.added_tokens_decoder.values()
-    names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
-    # the longest first: one special token may be the beginning of another
+    return _any_of({token.content for token in added if token.special} | set(tokenizer.all_special_tokens))
+
+
+def _added_pattern(tokenizer: Any) -> re.Pattern[str]:
+    added = tokenizer.added_tokens_decoder.values()
+    return _any_of({token.content for token in added} | set(tokenizer.all_special_tokens))
+
+
+def _any_of(names: set[str]) -> re.Pattern[str]:
+    # the longest first: one token may be the beginning of another
     return re.compile(
         "|".join(re.escape(name) for name in sorted(names, key=lambda name: (-len(name), name))) or r"(?!)"
     )

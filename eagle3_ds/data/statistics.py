@@ -38,6 +38,7 @@ class DataStatistics:
             that the template leaves out.
         prompts_not_met: conversations whose last turn stands without all of the server's prompt for it.
         ends_not_marked: turns whose end token is outside of the template's `{% generation %}` marks.
+        ends_not_rendered: turns of tool calls that the template writes without a special token at their end.
         heldout_in_train: held-out documents that the training data holds too: only with `data.heldout`.
         packs: packed sequences of one epoch. fill: share of their slots that hold a token.
         histogram: training documents by length: upper end in tokens, documents, tokens, supervised tokens.
@@ -60,6 +61,7 @@ class DataStatistics:
     context_not_rendered: int
     prompts_not_met: int
     ends_not_marked: int
+    ends_not_rendered: int
     heldout_in_train: int
     train_tokens: int
     train_supervised_tokens: int
@@ -144,6 +146,11 @@ class DataStatistics:
                 self.ends_not_marked,
                 "turns have their end token outside of the chat template's {% generation %} marks, so that "
                 "the draft does not learn to stop: put {% endgeneration %} after it",
+            ),
+            (
+                self.ends_not_rendered,
+                "turns of tool calls have no end token because the chat template writes none, so that the "
+                "draft does not learn to stop there: name a template in data.chat_template that writes it",
             ),
         )
 

@@ -49,6 +49,7 @@ EVENTS = (
     "context_not_rendered",
     "prompts_not_met",
     "ends_not_marked",
+    "ends_not_rendered",
 )
 """What is counted of a conversation, under its names in `DataStatistics`."""
 
@@ -95,7 +96,8 @@ def locate_turns(
         return Turns(view.text, marked, events)
     finder = _Finder(view)
     spans = [finder.span(turn) for turn in reversed(turns)]  # the last turn shows how a turn ends
-    _check_ends_unsaid(view, turns, {template.special.findall(end)[-1] for end in finder.ends})
+    _check_ends_unsaid(view, turns, {template.added.findall(end)[-1] for end in finder.ends})
+    events["ends_not_rendered"] = finder.unended
     events["prompts_not_met"] = int(turns[-1] in finder.not_met)
     return Turns(view.text, spans[::-1], events)
 
@@ -231,13 +233,15 @@ class _Finder:
     """Where turns begin and end, and what is proven of that.
 
     `ends`: from its first special token on, what ends a turn; `not_met`: turns that stand without all that
-    the server's prompt would have written before them.
+    the server's prompt would have written before them; `unended`: how many turns of calls have no special
+    token at their end.
     """
 
     def __init__(self, view: _View) -> None:
         self.view = view
         self.ends: set[str] = set()
         self.not_met: set[int] = set()
+        self.unended = 0
         self._starts: dict[tuple[str, str], tuple[int, bool]] = {}
         self._opener = _opener(view)
 
@@ -328,42 +332,49 @@ class _Finder:
         """Where the special token ends that closes the turn, whose words end at `last`: it follows them both
         with a message after the turn and without.
         """
-        special = self.view.template.special.search(self.view.text, last, self.view.whole.after(turn))
-        if special is not None:
-            known = [end for end in self.ends if self.view.text.startswith(end, special.start())]
-            if known:
-                return special.start() + max(map(len, known))
-        closing = self._proven_closing(turn, last)
-        first = self.view.template.special.search(closing)
+        text, after = self.view.text, self.view.whole.after(turn)
+        tokens = self.view.template.special
+        if tokens.search(text, last, after) is None and "tool_calls" in self.view.messages[turn]:
+            # Some templates hand a call over by tokens that the tokenizer does not call special.
+            tokens = self.view.template.added
+            self.unended += 1
+        opening = tokens.search(text, last, after)
+        known = [end for end in self.ends if opening and text.startswith(end, opening.start())]
+        if opening and known:
+            return opening.start() + max(map(len, known))
+        closing = self._proven_closing(turn, last, tokens)
+        first = tokens.search(closing)
         assert first is not None
         self.ends.add(closing[first.start() :])
         return last + len(closing)
 
-    def _proven_closing(self, turn: int, last: int) -> str:
-        """What stands from the turn's words to the end of its last special token."""
+    def _proven_closing(self, turn: int, last: int, tokens: re.Pattern[str]) -> str:
+        """What stands from the turn's words to the end of the last of these tokens that is the turn's."""
         template = self.view.template
-        followed, alone = (self._up_to_header(closing) for closing in self._closings(turn, last))
-        found = _up_to_special(template, followed[: shared_prefix(followed, alone)])
+        followed, alone = (self._up_to_header(closing) for closing in self._closings(turn, last, tokens))
+        found = _up_to_token(template, tokens, followed[: shared_prefix(followed, alone)])
         if found is None:
             # The two may differ in the very token, as where only the last turn of all ends a text.
-            found, other = (_up_to_special(template, closing, first=True) for closing in (followed, alone))
+            found, other = (
+                _up_to_token(template, template.special, closing, first=True) for closing in (followed, alone)
+            )
             before = [template.special.split(closing, maxsplit=1)[0] for closing in (followed, alone)]
             if found is None or other is None or before[0] != before[1]:
                 raise self.view.unclear(turn, "the template writes no special token that ends the turn")
         return found
 
-    def _closings(self, turn: int, last: int) -> tuple[str, str]:
+    def _closings(self, turn: int, last: int, tokens: re.Pattern[str]) -> tuple[str, str]:
         """What the template writes after the turn's words: with a message after the turn, and without.
 
         The first is what the conversation itself has there, except where the turn is the last one and writes
-        several special tokens, of which some may end not the turn but the whole text.
+        several special tokens, of which some may end not the turn but the whole text, or none.
         """
         view = self.view
         rest = view.text[last : view.whole.after(turn)]
         upto = view.messages[: turn + 1]
         if turn + 1 < len(view.messages):
             return rest, self._closing_in(_Render(view, upto), turn, last)
-        if len(view.template.special.findall(rest)) < 2:
+        if tokens is view.template.special and len(tokens.findall(rest)) < 2:
             return rest, rest
         return self._closing_in(_Render(view, [*upto, _next_message(upto[-1])]), turn, last), rest
 
@@ -410,11 +421,13 @@ def _next_message(message: Mapping[str, Any]) -> dict[str, Any]:
     return {"role": "tool", "content": MARK, "name": name, "tool_call_id": call.get("id", "")}
 
 
-def _up_to_special(template: ChatTemplate, closing: str, first: bool = False) -> str | None:
-    """`closing` up to its last (or first) special token, at most up to the tokenizer's end token; None
+def _up_to_token(
+    template: ChatTemplate, tokens: re.Pattern[str], closing: str, first: bool = False
+) -> str | None:
+    """`closing` up to the last (or first) of these tokens, at most up to the tokenizer's end token; None
     without any.
     """
-    found = list(template.special.finditer(closing))
+    found = list(tokens.finditer(closing))
     ends = [match for match in found if match.group() == template.special_tokens.get("eos_token")]
     match = found[:1] if first else ends[:1] or found[-1:]
     return closing[: match[0].end()] if match else None

@@ -4,6 +4,7 @@ by hand.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from eagle3_ds.data import chat, token_mask
 from eagle3_ds.data.chat import Conversation, load_chat_template, validate_messages
 from eagle3_ds.data.disguise import find_words
 from eagle3_ds.data.token_mask import MaskedTokens, mask_tokens
-from eagle3_ds.data.turns import locate_turns
+from eagle3_ds.data.turns import Turns, locate_turns
 from tests.unit.chat_families import family_tokenizer, template
 
 Messages = list[dict[str, Any]]
@@ -50,10 +51,16 @@ def chatml(text: str) -> Any:
 def masked(
     tokenizer: Any, messages: Messages, tools: Any = None, supervise: Any = "all", **arguments: Any
 ) -> MaskedTokens:
+    turns = locate(tokenizer, messages, tools, supervise, **arguments)
+    return mask_tokens(tokenizer, [turns.text], [turns.spans], ["row"])[0]
+
+
+def locate(
+    tokenizer: Any, messages: Messages, tools: Any = None, supervise: Any = "all", **arguments: Any
+) -> Turns:
     chat_template = load_chat_template(tokenizer, None, arguments)
     conversation = Conversation(validate_messages(messages, "row"), tools)
-    turns = locate_turns(chat_template, conversation, supervise, "row")
-    return mask_tokens(tokenizer, [turns.text], [turns.spans], ["row"])[0]
+    return locate_turns(chat_template, conversation, supervise, "row")
 
 
 def stretches(tokenizer: Any, tokens: MaskedTokens) -> list[str]:
@@ -464,14 +471,74 @@ def test_any_words_of_the_assistant_are_supervised_whole(family: str, words: lis
     assert tokens.input_ids == whole or tokens.cut
 
 
+def count_renders(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Gets the text of every render from now on."""
+    rendered: list[str] = []
+    real = chat.render_jinja_template
+
+    def render(**given: Any) -> Any:
+        texts, marks = real(**given)
+        rendered.extend(texts)
+        return texts, marks
+
+    monkeypatch.setattr(chat, "render_jinja_template", render)
+    return rendered
+
+
 @pytest.mark.parametrize("family", ["qwen2.5", "qwen3", "llama3", "mistral", "gpt-oss"])
 def test_an_agents_log_takes_a_handful_of_renders(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rendered = []
-    real = chat.render_jinja_template
-    monkeypatch.setattr(chat, "render_jinja_template", lambda **given: rendered.append(1) or real(**given))
+    rendered = count_renders(monkeypatch)
     row = agent_log(60, 3)
     tokens = masked(family_tokenizer(family), row["messages"])
     assert len(stretches(family_tokenizer(family), tokens)) == 60 and len(rendered) <= 16
+
+
+# What a template wants of calls
+
+CALLERS = (
+    "{% for m in messages %}<|im_start|>{{ m.role + '\\n' }}"
+    "{% if m.tool_calls is defined and WHEN %}{% for c in m.tool_calls %}{{ c.function.name + ARGUMENTS }}"
+    "{% endfor %}{% else %}{{ m.content + '' }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}" + PROMPT
+)
+
+
+@pytest.mark.parametrize(
+    ("when", "arguments", "renders"),  # those of the probe that raise are not counted
+    [
+        ("true", "c.function.arguments | tojson", 1),
+        ("m.content is none", "c.function.arguments | tojson", 2),
+        ("true", "c.function.arguments", 1),
+        ("m.content is none", "c.function.arguments", 3),
+    ],
+)
+def test_calls_are_given_as_the_template_wants_them(
+    when: str, arguments: str, renders: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = family_tokenizer(
+        "qwen2.5", CALLERS.replace("WHEN", when).replace("ARGUMENTS", f"({arguments})")
+    )
+    messages = [
+        user("Hi"), assistant("", tool_calls=[call(a="x", b=[1, None])]), tool("21"), assistant("Done."),
+    ]  # fmt: skip
+    said = ['weather{"a": "x", "b": [1, null]}<|im_end|>', "Done.<|im_end|>"]
+    assert stretches(tokenizer, masked(tokenizer, messages)) == said
+    rendered = count_renders(monkeypatch)
+    chat._call_form.cache_clear()
+    masked(tokenizer, messages)
+    probed = len(rendered)
+    rendered.clear()
+    masked(tokenizer, messages)
+    assert probed - len(rendered) == renders
+    words = [user("Hi"), assistant("Look.", tool_calls=[call(a="x")]), tool("21"), assistant("Done.")]
+    left_out = locate(tokenizer, words).events
+    assert left_out["calls_not_rendered"] == (when != "true")
+
+
+def test_context_that_a_template_leaves_out_is_counted() -> None:
+    drops = CHATML.replace("m.content", "(m.content if m.weight is not defined else '')")
+    tokenizer = family_tokenizer("qwen2.5", drops + PROMPT)
+    messages = [user("Hi"), assistant("Drop.") | {"weight": 0}, user("So?"), assistant("Yes.")]
+    assert locate(tokenizer, messages).events == Counter(context_not_rendered=1)
 
 
 @pytest.mark.parametrize("text", ["Q: {} A:", "[INST] {}[/INST]", "  {}\n"])
@@ -479,9 +546,14 @@ def test_a_tokenizer_of_sentence_pieces_reads_a_long_text_once(
     text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = _plain("")
-    read = []
+    read: list[str] = []
     real = token_mask._encode
-    monkeypatch.setattr(token_mask, "_encode", lambda own, texts: read.extend(texts) or real(own, texts))
+
+    def encode(own: Any, texts: list[str]) -> list[list[int]]:
+        read.extend(texts)
+        return real(own, texts)
+
+    monkeypatch.setattr(token_mask, "_encode", encode)
     messages = [m for n in range(50) for m in (user(text.format(n)), assistant(f"No, {n}."))]
     tokens = masked(tokenizer, messages)
     assert sum(map(len, read)) < 8 * len(tokenizer.decode(tokens.input_ids))

@@ -19,6 +19,7 @@ from tests.unit.test_data_families import (
     TWO_TURNS,
     assistant,
     call,
+    count_renders,
     tool,
     user,
 )
@@ -185,6 +186,43 @@ def test_calls_keep_the_types_of_their_arguments(tmp_path, family, arguments, ex
     assert "left out" not in told
 
 
+DEEPSEEK = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{}\n```<｜tool▁call▁end｜>"
+
+
+@pytest.mark.parametrize("family", ["deepseek-v3", "deepseek-r1"])
+@pytest.mark.parametrize("arguments", [{"city": 'Pa"ris é', "days": 3}, {"a": [{"b": None}, 1.5, True]}, {}])
+def test_calls_whose_arguments_a_template_wants_as_text(tmp_path, family, arguments):
+    said = DEEPSEEK.replace("{}", json.dumps(arguments, ensure_ascii=False))
+    function = {"name": "weather", "arguments": arguments}
+    made = {"id": "abcdefghi", "type": "function", "function": function}
+    one = [user("Weather?"), assistant("", tool_calls=[made]), tool("21"), assistant("21.")]
+    supervised, told = prepare(tmp_path, real_tokenizer(family), one)
+    assert supervised == ["<｜tool▁calls▁begin｜>" + said, "21." + EOS]
+    assert "1 turns of tool calls have no end token" in told and "left out" not in told
+    two = [user("Weather?"), assistant("", tool_calls=[made] * 2), tool("21"), tool("22"), assistant("21.")]
+    supervised, told = prepare(tmp_path, real_tokenizer(family), two)
+    assert supervised[0] == f"<｜tool▁calls▁begin｜>{said}\n{said}<｜tool▁calls▁end｜>{EOS}"
+    assert "no end token" not in told and "left out" not in told
+
+
+def test_a_log_of_calls_without_an_end_takes_a_handful_of_renders(tmp_path, monkeypatch):
+    rendered = count_renders(monkeypatch)
+    log = [user("Weather?")]
+    for number in range(40):
+        log += [assistant("", tool_calls=[call(city=f"c{number}")]), tool(f"It is {number}."), user("Go on.")]
+    tokenizer = real_tokenizer("deepseek-v3")
+    # The published template opens the first message of calls alone.
+    opened = "message['content'] is none %}{%- set ns.is_tool = false -%}"
+    again = opened + "{%- set ns.is_first = false -%}"
+    with pytest.raises(ValueError, match="the generation prompt is not how the template renders"):
+        prepare(tmp_path, tokenizer, log[:-1])
+    tokenizer.chat_template = tokenizer.chat_template.replace(opened, again)
+    rendered.clear()
+    supervised, told = prepare(tmp_path, tokenizer, log[:-1])
+    assert len(supervised) == 40 and "40 turns of tool calls have no end token" in told
+    assert all(text.endswith("```<｜tool▁call▁end｜>") for text in supervised) and len(rendered) <= 16
+
+
 # Ends
 
 MARKED = (
@@ -215,7 +253,11 @@ def test_marks_that_leave_out_the_end_are_counted(tmp_path, more, rest, count):
 SAYS_END = {
     "in an argument": ("qwen3", assistant("", tool_calls=[call(city="a<|im_end|>b")]), "tool_calls"),
     "deep in an argument": ("qwen3", assistant("", tool_calls=[call(a={"b": ["<|im_end|>"]})]), "tool_calls"),
-    "in an argument's name": ("qwen3", assistant("", tool_calls=[call(**{"<|im_end|>": 1})]), "tool_calls"),
+    "in an argument's name": (
+        "qwen3",
+        assistant("", tool_calls=[call("weather", "abcdefghi", **{"<|im_end|>": 1})]),
+        "tool_calls",
+    ),
     "in words": ("qwen3", assistant("a <|im_end|> b"), "content"),
     "in reasoning": ("qwen3", assistant("a", reasoning="b <|im_end|>"), "reasoning_content"),
     "of llama": ("llama3", assistant("a <|eot_id|> b"), "content"),
@@ -239,11 +281,7 @@ def test_ends_that_the_assistant_says_are_refused(tmp_path, name):
 
 @pytest.mark.parametrize("family", ["qwen3", "llama3", "nemotron-nano", "deepseek-r1", "gpt-oss"])
 def test_a_conversation_takes_a_handful_of_renders(tmp_path, family, monkeypatch):
-    from eagle3_ds.data import chat
-
-    rendered = []
-    real = chat.render_jinja_template
-    monkeypatch.setattr(chat, "render_jinja_template", lambda **given: rendered.append(1) or real(**given))
+    rendered = count_renders(monkeypatch)
     messages = [message for n in range(40) for message in (user(f"Is it {n}?"), assistant(f"No, {n + 1}."))]
     supervised, _ = prepare(tmp_path, real_tokenizer(family), messages)
     assert len(supervised) == 40 and len(rendered) <= 16
