@@ -50,13 +50,22 @@ def find_words(render: Callable[[Messages], str], text: str, messages: Messages)
     None when marks in place of words change what the template writes by itself, or when its stretches fit the
     text in several ways.
     """
-    marks = Marks(text)
-    skeleton = render([marks.disguise(index, message) for index, message in enumerate(messages)])
-    stretches, numbers = marks.split(skeleton)
-    values = [marks.values[number] for number in numbers]
-    owners = [marks.parts[number].message for number in numbers]
-    holes = _fit_by_values(text, stretches, values) or _fit_by_search(text, stretches, owners)
-    return None if holes is None else _gather(marks, numbers, holes, len(messages))
+    empty = any(map(_is_empty, messages))
+    # A message without text has its place all the same, unless the template leaves it out for that.
+    for mark_empty in (True, False) if empty else (False,):
+        marks = Marks(text, mark_empty)
+        skeleton = render([marks.disguise(index, message) for index, message in enumerate(messages)])
+        stretches, numbers = marks.split(skeleton)
+        values = [marks.values[number] for number in numbers]
+        owners = [marks.parts[number].message for number in numbers]
+        holes = _fit_by_values(text, stretches, values) or _fit_by_search(text, stretches, owners)
+        if holes is not None:
+            return _gather(marks, numbers, holes, len(messages))
+    return None
+
+
+def _is_empty(message: Mapping[str, Any]) -> bool:
+    return message["role"] != "assistant" and message.get("content") == ""
 
 
 def find_words_alone(
@@ -86,9 +95,13 @@ def unused_mark(text: str) -> str:
 
 
 class Marks:
-    """Marks that `text` does not hold, each for one value of a message, of the value's own type."""
+    """Marks that `text` does not hold, each for one value of a message, of the value's own type.
 
-    def __init__(self, text: str) -> None:
+    `mark_empty`: whether the empty text of a message that is not the assistant's gets a mark too.
+    """
+
+    def __init__(self, text: str, mark_empty: bool = False) -> None:
+        self.mark_empty = mark_empty
         self.word = unused_mark(text)
         self.number = next(str(digits) for digits in itertools.count(731928) if str(digits) not in text)
         self.pattern = re.compile(rf"{self.word}(\d{{6}})|{self.number}(\d{{6}})(?:\.5)?")
@@ -108,7 +121,9 @@ class Marks:
         """The message with all that it says replaced by marks, its structure kept."""
         disguised = dict(message)
         content = message.get("content")
-        if isinstance(content, str) and content:
+        if self.mark_empty and _is_empty(message):
+            disguised["content"] = self._mark("", Part(index, "words"))
+        elif isinstance(content, str) and content:
             disguised["content"] = self._text(content, index, message["role"] == "assistant")
         reasoning = [key for key in REASONING_KEYS if message.get(key)]
         if reasoning:

@@ -534,6 +534,27 @@ def test_calls_are_given_as_the_template_wants_them(
     assert left_out["calls_not_rendered"] == (when != "true")
 
 
+def test_an_empty_result_of_a_tool_has_its_place() -> None:
+    """The end of a turn that is not learnt has marks of its own, and stands before the result."""
+    marked = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% generation %}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    messages = [user("Hi"), assistant("Look.") | {"weight": 0}, tool(""), assistant("Done.")]
+    found = locate(family_tokenizer("qwen2.5", marked + PROMPT), messages)
+    assert [found.text[first:last] for first, last in found.spans] == ["Done.", "<|im_end|>"]
+
+
+def test_a_template_may_leave_out_messages_without_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = CHATML.replace("for m in messages", "for m in messages if m.content")
+    tokenizer = family_tokenizer("qwen2.5", kept + PROMPT)
+    messages = [{"role": "system", "content": ""}, user("Hi"), assistant("Look."), tool(""), assistant("So.")]
+    rendered = count_renders(monkeypatch)
+    assert stretches(tokenizer, masked(tokenizer, messages)) == ["Look.<|im_end|>", "So.<|im_end|>"]
+    assert len(rendered) <= 10
+
+
 def test_context_that_a_template_leaves_out_is_counted() -> None:
     drops = CHATML.replace("m.content", "(m.content if m.weight is not defined else '')")
     tokenizer = family_tokenizer("qwen2.5", drops + PROMPT)
