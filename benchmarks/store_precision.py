@@ -23,7 +23,7 @@ from eagle3_ds.data import PackedLoader, PreparedData
 from eagle3_ds.data.loader import HeldoutPacks
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.run.stages import prepare
-from eagle3_ds.store import HiddenStateStore, HiddenStateWriter, Layout
+from eagle3_ds.store import HiddenStateStore, HiddenStateWriter, RowFormat
 from eagle3_ds.store.index import DTYPES
 from eagle3_ds.train.rollout import RolloutTrainer
 from judge.result_file import FOLDER, write_result
@@ -72,7 +72,7 @@ def convert(store: HiddenStateStore, dtype: str, path: Path) -> HiddenStateStore
     """The store's rows in another precision."""
     if path.is_dir():
         return HiddenStateStore.open(path)
-    layout = Layout(store.layout.aux_width, store.layout.teacher_width, dtype)
+    layout = RowFormat(store.layout.aux_width, store.layout.teacher_width, dtype)
     writer = HiddenStateWriter(path, store.lengths, layout, store.fingerprint)
     for document in writer.missing():
         length = store.lengths[document]

@@ -5,7 +5,7 @@ Legend: S slots of a rank, Q live ones, K TTT steps, Hq / Hkv heads, D head size
 
 from __future__ import annotations
 
-from eagle3_ds.costs import FP32, KVExchange, Parts, Setup, Traffic
+from eagle3_ds.costs import FP32, ExchangeName, Parts, Setup, Traffic
 
 BACKWARD_BLOCK = 2**12
 """`TileKernel.backward_block`: rows, and about as many keys, of one call of an attention kernel's backward.
@@ -73,7 +73,7 @@ def kept_blocks(setup: Setup) -> int:
     return min(setup.ring, 1 + setup.kv_bytes // block_bytes(setup))
 
 
-def choose_kv_exchange(setup: Setup) -> KVExchange:
+def choose_kv_exchange(setup: Setup) -> ExchangeName:
     """What `kv_exchange: auto` means: gather, which sends least, unless what other ranks contribute exceeds
     `kv_bytes` a layer.
 

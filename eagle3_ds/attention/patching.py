@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch import nn
 
 from eagle3_ds.attention.usp import LlamaUSPFlashAttention
+from eagle3_ds.costs import ExchangeName
 from eagle3_ds.kernels import AttentionKernel
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -19,7 +20,7 @@ def patch_attention(
     kernel: AttentionKernel,
     ulysses_group: dist.ProcessGroup | None = None,
     ring_group: dist.ProcessGroup | None = None,
-    kv_exchange: Literal["gather", "ring"] = "gather",
+    kv_exchange: ExchangeName = "gather",
     kv_bytes: int = 0,
     window: int | None = None,
 ) -> Model:

@@ -17,7 +17,7 @@ ones; Hq / Hkv heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ from eagle3_ds.collectives import (
     sequence_to_heads,
     start_sequence_to_heads,
 )
+from eagle3_ds.costs import ExchangeName
 from eagle3_ds.kernels import AttentionKernel, accumulation_dtype
 from eagle3_ds.layout import SpanPlan
 
@@ -97,7 +98,7 @@ class LlamaUSPFlashAttention(nn.Module):
         kernel: AttentionKernel,
         ulysses_group: dist.ProcessGroup | None = None,
         ring_group: dist.ProcessGroup | None = None,
-        kv_exchange: Literal["gather", "ring"] = "gather",
+        kv_exchange: ExchangeName = "gather",
         kv_bytes: int = 0,
         window: int | None = None,
     ) -> None:

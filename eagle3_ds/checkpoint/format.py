@@ -30,7 +30,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-BestBy = Literal["heldout_loss", "acceptance_length"]
+from eagle3_ds.config import BestBy
+
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 KINDS = (MASTER, *MOMENTS)
 CHECKPOINTS = "checkpoints"

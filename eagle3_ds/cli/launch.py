@@ -13,7 +13,7 @@ from eagle3_ds.config import Recipe, dump_recipe
 from eagle3_ds.launch.command import LAUNCHERS, LaunchOptions
 
 if TYPE_CHECKING:
-    from eagle3_ds.run.resolve import Run
+    from eagle3_ds.run.resolve import ResolvedRun
 
 PLACES = (
     click.option(
@@ -152,7 +152,7 @@ def capture(
         return capture_run(run)
 
 
-def _show_run(run: Run) -> None:
+def _show_run(run: ResolvedRun) -> None:
     """The resolved recipe, each rank's place, and the exact command."""
     from rich.table import Table
 

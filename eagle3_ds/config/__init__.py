@@ -5,22 +5,32 @@ meant.
 from eagle3_ds.config.deepspeed import fill_deepspeed_config, load_deepspeed_config, missing_packages
 from eagle3_ds.config.load import as_recipe, dump_recipe, load_recipe, recipe_differences
 from eagle3_ds.config.schema import (
+    Activation,
     AttentionSection,
+    BestBy,
     DataSection,
     DraftSection,
     EvalSection,
+    ExchangeName,
     ExportSection,
     LoggingSection,
     LossSection,
+    MaskAlignment,
     ParallelSection,
     Recipe,
     TargetBuild,
     TargetSection,
     TrainSection,
+    ZeroGroup,
 )
 from eagle3_ds.config.yaml_strict import read_text
 
 __all__ = [
+    "Activation",
+    "BestBy",
+    "ExchangeName",
+    "MaskAlignment",
+    "ZeroGroup",
     "AttentionSection",
     "DataSection",
     "DraftSection",

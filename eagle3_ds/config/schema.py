@@ -16,6 +16,12 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Text = Annotated[str, Field(min_length=1)]
 FloatDtype = Literal["float32", "bfloat16", "float16"]
+# Names that other rooms take over: each list stands here alone.
+Activation = Literal["keep", "recompute", "offload"]
+ExchangeName = Literal["gather", "ring"]
+ZeroGroup = Literal["all", "draft_dp"]
+MaskAlignment = Literal["served", "reference"]
+BestBy = Literal["heldout_loss", "acceptance_length"]
 
 
 class Section(BaseModel):
@@ -148,8 +154,8 @@ class ParallelSection(Section):
     ring: Positive = 1
     draft_dp: Positive | None = None
     """Null: whatever the world size leaves, world / (ulysses * ring)."""
-    zero_group: Literal["all", "draft_dp"] = "all"
-    kv_exchange: Literal["auto", "gather", "ring"] = "auto"
+    zero_group: ZeroGroup = "all"
+    kv_exchange: Literal["auto"] | ExchangeName = "auto"
     kv_bytes: NonNegative = 2**33
     """Bytes of other ranks' step-0 keys and values, and of their gradients, that a rank may hold in each
     layer.
@@ -171,7 +177,7 @@ class LossSection(Section):
     """For `lk_lambda`: how soon total variation takes over from KL as a guess gets accepted."""
     decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     """Weight of TTT step k is decay**k, not renormalised."""
-    mask_alignment: Literal["served", "reference"] = "served"
+    mask_alignment: MaskAlignment = "served"
     reduction: Literal["supervised", "slots"] = "supervised"
     tile_bytes: Positive = 2**28
     """Byte budget of the transient logits of one loss tile."""
@@ -192,7 +198,7 @@ class TrainSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     gradient_clipping: Annotated[float, Field(ge=0)] = 0.5
     """Largest global gradient norm; 0 turns clipping off."""
-    activation: Literal["keep", "recompute", "offload"] = "recompute"
+    activation: Activation = "recompute"
     tile_bytes: Positive = 2**30
     """Byte budget of the transient tensors of one tile of slots in a draft layer."""
     eval_every: NonNegative = 0
@@ -201,7 +207,7 @@ class TrainSection(Section):
     """Optimizer steps between checkpoints; 0: only at the end."""
     save_async: bool = False
     """Write a checkpoint while training goes on."""
-    best_by: Literal["heldout_loss", "acceptance_length"] = "heldout_loss"
+    best_by: BestBy = "heldout_loss"
     """Which checkpoint is the best: of the lowest held-out loss, or the longest simulated acceptance."""
     keep_checkpoints: Positive | None = 2
     """The newest so many, and the best (`best_by`) besides; null: all."""

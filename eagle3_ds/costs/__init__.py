@@ -5,7 +5,7 @@ computed here.
 from eagle3_ds.costs.setup import (
     ITEMSIZE,
     Activation,
-    KVExchange,
+    ExchangeName,
     Setup,
     ZeroGroup,
     ZeroSettings,
@@ -19,7 +19,7 @@ __all__ = [
     "Activation",
     "DraftShape",
     "Flops",
-    "KVExchange",
+    "ExchangeName",
     "Parts",
     "SequenceBytes",
     "Setup",

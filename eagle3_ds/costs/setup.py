@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from eagle3_ds.config import Recipe
+from eagle3_ds.config import Activation, ExchangeName, Recipe, ZeroGroup
 from eagle3_ds.costs.shape import DraftShape
 from eagle3_ds.layout import slots_of_a_rank
 
-Activation = Literal["keep", "recompute", "offload"]
-KVExchange = Literal["gather", "ring"]
-ZeroGroup = Literal["all", "draft_dp"]
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 
@@ -89,7 +86,7 @@ class Setup:
     zero: ZeroSettings = ZeroSettings()
     zero_group: ZeroGroup = "all"
     activation: Activation = "recompute"
-    kv_exchange: KVExchange = "gather"
+    kv_exchange: ExchangeName = "gather"
     dtype: str = "bfloat16"
     accumulation: int = 1
     kv_bytes: int = 2**33

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import get_args
 
-from eagle3_ds.costs import Activation, KVExchange, Setup, ZeroGroup, ZeroSettings
+from eagle3_ds.costs import Activation, ExchangeName, Setup, ZeroGroup, ZeroSettings
 from eagle3_ds.plan.devices import Device
 from eagle3_ds.plan.memory import Memory, predict_memory
 from eagle3_ds.plan.time import StepTime, attention_pairs, predict_time
 
 GRAIN = 1024
 """Lengths are searched in steps of so many tokens."""
-ACTIVATIONS: tuple[Activation, ...] = ("keep", "recompute", "offload")
-EXCHANGES: tuple[KVExchange, ...] = ("gather", "ring")
-ZERO_GROUPS: tuple[ZeroGroup, ...] = ("all", "draft_dp")
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+EXCHANGES: tuple[ExchangeName, ...] = get_args(ExchangeName)
+ZERO_GROUPS: tuple[ZeroGroup, ...] = get_args(ZeroGroup)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class Run:
+class ResolvedRun:
     """A recipe that passed every check, and how it will be launched.
 
     Attributes:
@@ -63,12 +63,12 @@ class Run:
     notes: tuple[str, ...]
     checkpoint: Path | None
 
-    def again(self) -> Run:
+    def again(self) -> ResolvedRun:
         """The same run from the newest intact checkpoint, or from the start where there is none yet."""
         return resolve_run(self.given, replace(self.options, resume="auto", overwrite=False))
 
 
-def resolve_run(recipe: Recipe, options: RunOptions | None = None) -> Run:
+def resolve_run(recipe: Recipe, options: RunOptions | None = None) -> ResolvedRun:
     """Judge everything that can be judged before a process starts; changes nothing.
 
     Raises:
@@ -93,7 +93,7 @@ def resolve_run(recipe: Recipe, options: RunOptions | None = None) -> Run:
         notes, resume = [*notes, *told], checkpoint.name if checkpoint else None
     plan = plan_launch(options.where, hosts, accelerator, recipe, resume, os.environ)
     capture_plan = plan_launch(options.where, hosts, accelerator, recipe, None, os.environ, CAPTURE_MODULE)
-    return Run(given, recipe, options, mesh, plan, capture_plan, tuple(notes), checkpoint)
+    return ResolvedRun(given, recipe, options, mesh, plan, capture_plan, tuple(notes), checkpoint)
 
 
 def _check_rest(recipe: Recipe, accelerator: str, options: RunOptions) -> list[str]:

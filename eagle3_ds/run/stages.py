@@ -22,7 +22,7 @@ from eagle3_ds.run.checks import RESOLVED, check_data
 from eagle3_ds.run.finish import evaluate_run, export_draft
 from eagle3_ds.run.initial_draft import write_initial_draft
 from eagle3_ds.run.states import place_of_states
-from eagle3_ds.store import Layout
+from eagle3_ds.store import RowFormat
 from eagle3_ds.store.fingerprint import Fingerprint
 from eagle3_ds.targets import (
     build_target,
@@ -42,7 +42,7 @@ class Documents:
     """The documents of a run, and what their hidden states are and come from."""
 
     data: PreparedData
-    layout: Layout
+    layout: RowFormat
     fingerprint: Fingerprint
 
 
@@ -105,7 +105,7 @@ def tokenise(recipe: Recipe) -> Documents:
     for line in data.statistics.lines():
         logger.info("data: %s", line)
     logger.info("data: %s, its lengths drawn in lengths.png", data.path)
-    layout = Layout(len(aux_layers) * config.hidden_size, config.hidden_size, recipe.data.hidden_dtype)
+    layout = RowFormat(len(aux_layers) * config.hidden_size, config.hidden_size, recipe.data.hidden_dtype)
     return Documents(data, layout, {**fingerprint, "documents": data.fingerprint})
 
 

@@ -10,7 +10,7 @@ import torch
 from eagle3_ds.config import Recipe
 from eagle3_ds.data import PreparedData
 from eagle3_ds.say import progress_bar
-from eagle3_ds.store import HiddenStateStore, HiddenStateWriter, Layout
+from eagle3_ds.store import HiddenStateStore, HiddenStateWriter, RowFormat
 from eagle3_ds.store.fingerprint import Fingerprint, store_folder
 from eagle3_ds.targets import capture_hidden_states, load_target, teacher_tokens
 from eagle3_ds.topology import detect_accelerator
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def place_of_states(
-    recipe: Recipe, data: PreparedData, layout: Layout, fingerprint: Fingerprint
+    recipe: Recipe, data: PreparedData, layout: RowFormat, fingerprint: Fingerprint
 ) -> Path | None:
     """The folder with every document's hidden states, captured now where this process is to do it; None when
     they are online.

@@ -12,7 +12,7 @@ from eagle3_ds.launch.command import LaunchPlan, write_environment_file
 from eagle3_ds.launch.ranks import Outcome, run_with_restarts
 from eagle3_ds.run.checks import check_places, clear_output
 from eagle3_ds.run.memory_advice import advise_on_memory
-from eagle3_ds.run.resolve import Run, RunOptions, resolve_run
+from eagle3_ds.run.resolve import ResolvedRun, RunOptions, resolve_run
 from eagle3_ds.run.stages import capture, evaluate, export, prepare, report
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def train(recipe: Recipe | str | Path, options: RunOptions | None = None) -> Pat
     return Path(as_recipe(recipe).output_dir) / FINAL_WEIGHTS if trained.finished else None
 
 
-def train_run(run: Run) -> Trained:
+def train_run(run: ResolvedRun) -> Trained:
     """Prepare, capture and train; a failed run is started again as often as `faults.max_restarts` says.
 
     Raises:
@@ -86,7 +86,7 @@ def train_run(run: Run) -> Trained:
     return Trained(0, finished)
 
 
-def capture_run(run: Run) -> int:
+def capture_run(run: ResolvedRun) -> int:
     """Prepare, and hidden states by all ranks, nothing after; returns the launcher's exit status."""
     check_places(run.recipe, run.capture_plan, run.options.where.launcher)
     prepare(run.recipe)
@@ -100,7 +100,7 @@ def finish_run(recipe: Recipe) -> None:
     report(recipe)
 
 
-def _plan_again(run: Run) -> LaunchPlan:
+def _plan_again(run: ResolvedRun) -> LaunchPlan:
     again = run.again()
     for note in again.notes:
         logger.info("note: %s", note)
@@ -108,7 +108,7 @@ def _plan_again(run: Run) -> LaunchPlan:
     return again.plan
 
 
-def _advise(run: Run, outcome: Outcome) -> None:
+def _advise(run: ResolvedRun, outcome: Outcome) -> None:
     """What would have fitted, when a rank ran out of memory."""
     ranks_per_host = max(len(slots) for slots in run.plan.hosts.values())
     advice = advise_on_memory(outcome.reason, run.recipe, ranks_per_host)

@@ -47,7 +47,7 @@ class TensorSpec(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowFormat:
     """Widths and dtype that all documents of a store share. `teacher_width` is the target's hidden size."""
 
     aux_width: Count
@@ -141,7 +141,7 @@ class StoreIndex(BaseModel):
 
     format: Literal[2]
     origin: str
-    layout: Layout
+    layout: RowFormat
     fingerprint: dict[str, str]
     shards: list[Shard]
 

@@ -28,8 +28,8 @@ from eagle3_ds.store.index import (
     CHECKSUM,
     FLOAT8,
     ColumnName,
-    Layout,
     Piece,
+    RowFormat,
     Shard,
     StoreIndex,
     exponent_of,
@@ -60,7 +60,7 @@ class HiddenStateStore:
 
     def __init__(self, path: Path, index: StoreIndex) -> None:
         self.path = path
-        self.layout: Layout = index.layout
+        self.layout: RowFormat = index.layout
         self.fingerprint: Fingerprint = index.fingerprint
         self.origin = index.origin
         self.shards = {shard.file: shard for shard in index.shards}

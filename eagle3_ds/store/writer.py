@@ -30,8 +30,8 @@ from eagle3_ds.store.index import (
     PIECES,
     STORE_FORMAT,
     ColumnName,
-    Layout,
     Piece,
+    RowFormat,
     Shard,
     StoreIndex,
     covers,
@@ -48,7 +48,7 @@ OVERHEAD = 4096
 """Bytes of headers and index per document, rounded up generously."""
 
 
-def required_bytes(lengths: Mapping[int, int], layout: Layout) -> int:
+def required_bytes(lengths: Mapping[int, int], layout: RowFormat) -> int:
     """Disk bytes that documents of these lengths (document_id -> tokens) take."""
     return sum(lengths.values()) * layout.row_bytes + len(lengths) * OVERHEAD
 
@@ -75,7 +75,7 @@ class HiddenStateWriter:
         self,
         path: str | Path,
         lengths: Mapping[int, int],
-        layout: Layout,
+        layout: RowFormat,
         fingerprint: Fingerprint,
         shard_bytes: int = SHARD_BYTES,
         rank: int = 0,

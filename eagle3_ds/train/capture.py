@@ -24,7 +24,7 @@ from eagle3_ds.data.documents import PreparedData
 from eagle3_ds.data.packing import pack
 from eagle3_ds.guard.heart import Heart, beating
 from eagle3_ds.say import progress_bar, telling
-from eagle3_ds.store import HiddenStateWriter, Layout
+from eagle3_ds.store import HiddenStateWriter, RowFormat
 from eagle3_ds.targets import choose_aux_layers, load_text_config, resolve_path
 from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.quiet import ignore_renamed_collectives
@@ -59,7 +59,7 @@ def capture(recipe: Recipe, heart: Heart) -> None:
     data = PreparedData.open(Path(prepared["data"]), prepared["data_fingerprint"])
     config = load_text_config(resolve_path(recipe.target.path))
     captured = choose_aux_layers(config.num_hidden_layers, recipe.target.aux_layers)
-    layout = Layout(len(captured) * config.hidden_size, config.hidden_size, recipe.data.hidden_dtype)
+    layout = RowFormat(len(captured) * config.hidden_size, config.hidden_size, recipe.data.hidden_dtype)
     rank = topology.place.rank
     writer = HiddenStateWriter(
         prepared["store"], data.lengths(), layout, prepared["store_fingerprint"], rank=rank

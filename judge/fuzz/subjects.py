@@ -38,7 +38,7 @@ from eagle3_ds.data.chat import load_chat_template
 from eagle3_ds.data.encode import RowEncoder
 from eagle3_ds.data.sources import open_source
 from eagle3_ds.launch.command import LaunchOptions, read_hostfile, resolve_hosts
-from eagle3_ds.store.index import INDEX_FILE, Layout
+from eagle3_ds.store.index import INDEX_FILE, RowFormat
 from eagle3_ds.store.reader import HiddenStateStore
 from eagle3_ds.store.writer import HiddenStateWriter
 from judge.fuzz.mutations import damage_bytes, damage_values
@@ -173,7 +173,7 @@ class StoreIndexes(Subject):
     def __init__(self, folder: Path) -> None:
         lengths = {0: 5, 1: 3, 7: 4}
         writer = HiddenStateWriter(
-            folder / "store", lengths, Layout(3, 1, "float32"), {"target": "a", "documents": "b"}
+            folder / "store", lengths, RowFormat(3, 1, "float32"), {"target": "a", "documents": "b"}
         )
         generator = torch.Generator().manual_seed(0)
         self.rows = {

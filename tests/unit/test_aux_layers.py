@@ -15,7 +15,7 @@ from eagle3_ds.config import DraftSection, TargetSection, load_recipe
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.export import export_speculators, export_vllm, load_export, verify_export
 from eagle3_ds.layout import PackedSequence, SpanPlan, prepare_usp_input
-from eagle3_ds.store import HiddenStateStore, HiddenStateWriter, Layout
+from eagle3_ds.store import HiddenStateStore, HiddenStateWriter, RowFormat
 from eagle3_ds.targets import capture_hidden_states, choose_aux_layers, load_target, teacher_tokens
 from tests.unit.tiny_target import build_tiny_target
 
@@ -38,7 +38,7 @@ def test_rows_of_all_layers_reach_the_batch(layers: tuple[int, ...], folder: Pat
     output = target.base(input_ids=token_ids[None], output_hidden_states=True)
     expected = torch.cat([output.hidden_states[layer][0] for layer in layers], dim=-1)
     assert torch.equal(aux, expected)
-    layout = Layout(len(layers) * HIDDEN, HIDDEN, "float32")
+    layout = RowFormat(len(layers) * HIDDEN, HIDDEN, "float32")
     writer = HiddenStateWriter(tmp_path / "store", {0: 11}, layout, {})
     writer.append(0, aux, teacher, teacher_tokens(teacher, target.head))
     writer.finish()

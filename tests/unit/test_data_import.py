@@ -17,7 +17,7 @@ from eagle3_ds.config import TargetSection
 from eagle3_ds.data.documents import FEATURES
 from eagle3_ds.store.foreign import open_foreign
 from eagle3_ds.store.importer import fill_store, match_documents, write_rows
-from eagle3_ds.store.index import Layout
+from eagle3_ds.store.index import RowFormat
 from eagle3_ds.store.writer import HiddenStateWriter
 from eagle3_ds.targets import capture_hidden_states, load_target, teacher_tokens
 
@@ -120,7 +120,7 @@ def test_a_store_holds_the_rows_of_the_files(imported, max_length, tmp_path):
     sides = prepared(tmp_path / "rows.jsonl", max_length)
     documents = {row["document_id"]: row["input_ids"] for side in sides for row in side}
     lengths = {document: len(tokens) for document, tokens in documents.items()}
-    writer = HiddenStateWriter(tmp_path / "s", lengths, Layout(48, 16, "bfloat16"), {}, shard_bytes=1000)
+    writer = HiddenStateWriter(tmp_path / "s", lengths, RowFormat(48, 16, "bfloat16"), {}, shard_bytes=1000)
 
     @torch.no_grad()
     def finish(last):

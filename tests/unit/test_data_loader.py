@@ -6,7 +6,7 @@ import torch
 
 from eagle3_ds.data.documents import FEATURES
 from eagle3_ds.data.loader import HeldoutPacks, PackedLoader, SequenceSource
-from eagle3_ds.store.index import Layout
+from eagle3_ds.store.index import RowFormat
 from eagle3_ds.store.reader import HiddenStateStore
 from eagle3_ds.store.writer import HiddenStateWriter
 
@@ -28,7 +28,9 @@ def world(tmp_path_factory):
     """Documents numbered 5, 6, ... whose hidden states repeat the token id."""
     rows = [row(index + 5, length) for index, length in enumerate(LENGTHS)]
     lengths = {document["document_id"]: len(document["input_ids"]) for document in rows}
-    writer = HiddenStateWriter(tmp_path_factory.mktemp("s") / "store", lengths, Layout(3, 1, "float32"), {})
+    writer = HiddenStateWriter(
+        tmp_path_factory.mktemp("s") / "store", lengths, RowFormat(3, 1, "float32"), {}
+    )
     for document in rows:
         ids = torch.tensor(document["input_ids"])
         writer.append(document["document_id"], ids[:, None].expand(-1, 3), ids[:, None], ids + 1)

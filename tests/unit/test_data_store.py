@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from eagle3_ds.store import writer as writer_module
-from eagle3_ds.store.index import DTYPES, Layout
+from eagle3_ds.store.index import DTYPES, RowFormat
 from eagle3_ds.store.reader import HiddenStateStore
 from eagle3_ds.store.writer import HiddenStateWriter, required_bytes
 
@@ -25,7 +25,9 @@ def states(document, length, dtype=torch.float32):
 
 
 def writer(path, lengths=LENGTHS, dtype="float32", shard_bytes=100, fingerprint=PRINT, **more):
-    return HiddenStateWriter(path, lengths, Layout(6, 2, dtype), fingerprint, shard_bytes=shard_bytes, **more)
+    return HiddenStateWriter(
+        path, lengths, RowFormat(6, 2, dtype), fingerprint, shard_bytes=shard_bytes, **more
+    )
 
 
 def filled(path, **more):
@@ -168,7 +170,7 @@ def test_a_missing_and_a_truncated_file_are_named(tmp_path):
 
 
 def test_the_disk_is_measured_first(tmp_path, monkeypatch):
-    need = required_bytes(LENGTHS, Layout(6, 2, "float32"))
+    need = required_bytes(LENGTHS, RowFormat(6, 2, "float32"))
     assert need == 18 * (8 * 4 + 4 + 3 * 4) + 4 * writer_module.OVERHEAD
     usage = shutil.disk_usage(tmp_path)._replace(free=need - 1)
     monkeypatch.setattr(writer_module.shutil, "disk_usage", lambda _: usage)
@@ -186,7 +188,7 @@ def test_the_size_is_known_before_anything_is_written(tmp_path):
     )
     out.append(0, *states(0, 5))
     again = writer(tmp_path / "new" / "s")
-    assert again.required == required_bytes({1: 1, 4: 9, 7: 3}, Layout(6, 2, "float32"))
+    assert again.required == required_bytes({1: 1, 4: 9, 7: 3}, RowFormat(6, 2, "float32"))
     assert (
         "3 documents of 13 tokens" in again.size_text and "1 documents are there already" in again.size_text
     )
@@ -194,7 +196,7 @@ def test_the_size_is_known_before_anything_is_written(tmp_path):
 
 def test_a_resumed_capture_measures_the_disk_for_what_is_missing(tmp_path, monkeypatch):
     writer(tmp_path / "s").append(0, *states(0, 5))
-    need = required_bytes({1: 1, 4: 9, 7: 3}, Layout(6, 2, "float32"))
+    need = required_bytes({1: 1, 4: 9, 7: 3}, RowFormat(6, 2, "float32"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(writer_module.shutil, "disk_usage", lambda _: usage._replace(free=need - 1))
     with pytest.raises(ValueError, match=f"take {need:,} bytes.*data.hidden_dtype to float8"):
@@ -240,7 +242,7 @@ def raise_(error):
 def test_required_bytes_cover_what_is_written(tmp_path, dtype):
     filled(tmp_path / "s", shard_bytes=1, dtype=dtype)
     written = sum(file.stat().st_size for file in (tmp_path / "s").iterdir())
-    assert written <= required_bytes(LENGTHS, Layout(6, 2, dtype))
+    assert written <= required_bytes(LENGTHS, RowFormat(6, 2, dtype))
 
 
 def test_bad_tensors_are_refused(tmp_path):

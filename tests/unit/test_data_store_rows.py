@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from eagle3_ds.algorithms.eagle3.supervision import TTTSupervision
 from eagle3_ds.layout import PackedSequence, SpanPlan, prepare_usp_input
 from eagle3_ds.store import rows as rows_module
-from eagle3_ds.store.index import Layout
+from eagle3_ds.store.index import RowFormat
 from eagle3_ds.store.rows import decode_float8, encode_float8, first_beyond, power_of_two, row_checksums
 from eagle3_ds.store.writer import HiddenStateWriter
 
@@ -71,13 +71,13 @@ def test_decoding_again_changes_nothing():
 
 
 def test_float8_halves_the_disk():
-    eight, sixteen = (Layout(3 * 4096, 4096, dtype).row_bytes for dtype in ("float8", "bfloat16"))
+    eight, sixteen = (RowFormat(3 * 4096, 4096, dtype).row_bytes for dtype in ("float8", "bfloat16"))
     assert eight / sixteen < 0.501
 
 
 def test_float8_wants_hidden_states_side_by_side():
     with pytest.raises(ValueError, match="aux rows of 7 are not hidden states of 2 side by side"):
-        Layout(7, 2, "float8")
+        RowFormat(7, 2, "float8")
 
 
 def test_row_checksums_tell_rows_apart_and_see_every_bit():
@@ -95,7 +95,9 @@ def store(request, tmp_path_factory):
     """Documents of 600 to 2600 tokens, 8192 tokens in all, in pieces of at most 700 rows."""
     lengths = dict(enumerate([600, 2600, 1500, 900, 2592]))
     path = tmp_path_factory.mktemp("s") / "store"
-    writer = HiddenStateWriter(path, lengths, Layout(3 * WIDTH, WIDTH, request.param), {}, shard_bytes=2**18)
+    writer = HiddenStateWriter(
+        path, lengths, RowFormat(3 * WIDTH, WIDTH, request.param), {}, shard_bytes=2**18
+    )
     for document, length in lengths.items():
         aux, token = some_rows(length, document), torch.arange(length)
         for start in range(0, length, 700):

@@ -9,7 +9,7 @@ import pytest
 from eagle3_ds.config import load_recipe
 from eagle3_ds.launch.command import LaunchOptions
 from eagle3_ds.run import resolve, training
-from eagle3_ds.run.resolve import Run, RunOptions, resolve_run
+from eagle3_ds.run.resolve import ResolvedRun, RunOptions, resolve_run
 from eagle3_ds.run.training import Trained, train
 
 ROOT = Path(__file__).parents[2]
@@ -57,9 +57,9 @@ def test_a_restart_goes_on_from_the_newest_checkpoint_on_the_devices_of_then(
 def test_what_train_returns_and_raises(
     trained: Trained, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs: list[Run] = []
+    runs: list[ResolvedRun] = []
 
-    def run_it(run: Run) -> Trained:
+    def run_it(run: ResolvedRun) -> Trained:
         runs.append(run)
         return trained
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +26,11 @@ from eagle3_ds.algorithms.eagle3.layer import BeforeWeights, DraftLayer, attenti
 from eagle3_ds.algorithms.eagle3.layer_backward import project_backward
 from eagle3_ds.attention.rotary import RotaryFrequencies, rotate
 from eagle3_ds.attention.usp import Attended, LlamaUSPFlashAttention, UnrollKV
+from eagle3_ds.config import Activation
 from eagle3_ds.draft.decoder import AfterWeights, after_attention, project
 from eagle3_ds.draft.decoder_backward import NormTile, after_attention_backward
 from eagle3_ds.draft.offload import HostStash
 from eagle3_ds.draft.tiles import Tiles, map_tiles, slots_per_tile
-
-Activation = Literal["keep", "recompute", "offload"]
 
 
 @dataclass(frozen=True)

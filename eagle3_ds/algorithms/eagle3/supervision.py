@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from eagle3_ds.config import MaskAlignment
 from eagle3_ds.layout import IntArray
 
 
@@ -22,7 +22,7 @@ class TTTSupervision:
     """
 
     ttt_steps: int
-    alignment: Literal["served", "reference"] = "served"
+    alignment: MaskAlignment = "served"
 
     @property
     def num_guesses(self) -> int:
