@@ -2,15 +2,16 @@
 computed here.
 """
 
+from eagle3_ds.costs.amounts import FP32, INT64, Flops, Parts, SequenceBytes, Traffic
 from eagle3_ds.costs.setup import (
     ITEMSIZE,
     Activation,
+    DraftShape,
     ExchangeName,
     Setup,
     ZeroGroup,
     ZeroSettings,
 )
-from eagle3_ds.costs.shape import FP32, INT64, DraftShape, Flops, Parts, SequenceBytes, Traffic
 
 __all__ = [
     "FP32",

@@ -7,10 +7,6 @@ A multiplication and an addition are two FLOPs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from eagle3_ds.costs.setup import Setup
 
 Parts = dict[str, int]
 """Bytes by what they are."""
@@ -79,66 +75,3 @@ class SequenceBytes:
     backward: tuple[Parts, ...]
     weight_sums: int
     offloaded: int
-
-
-@dataclass(frozen=True)
-class DraftShape:
-    """Sizes of a draft; its algorithm derives a class from this one that says what they cost.
-
-    `vocab_size` is the target's, `draft_vocab_size` the draft's own.
-    """
-
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    draft_vocab_size: int
-    num_layers: int = 1
-
-    @property
-    def query_size(self) -> int:
-        """Entries of one slot's queries, over all heads."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        """Entries of one slot's keys, over all heads; its values have as many."""
-        return self.num_kv_heads * self.head_dim
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(self.parameter_sizes)
-
-    @property
-    def parameter_sizes(self) -> tuple[int, ...]:
-        """Elements of every trained tensor."""
-        raise NotImplementedError
-
-    def layer_weights(self, layer: int) -> dict[str, int]:
-        """Parameters of each matrix of a layer."""
-        raise NotImplementedError
-
-    @property
-    def live_slots_alone(self) -> bool:
-        """Whether slots that no loss reads give keys and values and cost nothing else (layout/plan.py)."""
-        raise NotImplementedError
-
-    def sequence_bytes(self, setup: Setup) -> SequenceBytes:
-        """What a packed sequence makes a rank hold."""
-        raise NotImplementedError
-
-    def attention_traffic(self, setup: Setup) -> list[Traffic]:
-        """Of one packed sequence, forward and backward, all layers; nothing on an axis with one rank."""
-        raise NotImplementedError
-
-    def flops(self, setup: Setup, pairs: int) -> Flops:
-        """One rank, one packed sequence; `pairs`: query-key pairs of the busiest ring rank in one pass."""
-        raise NotImplementedError
-
-    def elementwise_bytes(self, setup: Setup) -> int:
-        """Bytes that norms, rotations, activations and the softmax of the loss move, one rank, one
-        sequence.
-        """
-        raise NotImplementedError
