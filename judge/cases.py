@@ -34,7 +34,7 @@ FACTORS: Mapping[str, tuple[Any, ...]] = {
     "activation": ("recompute", "keep", "offload"),
     "tiles": ("one", "many"),
     "kernel": ("auto", "blockwise"),
-    "rope": ("default", "llama3", "linear"),
+    "rope": ("default", "llama3", "linear", "dynamic", "longrope"),
     "window": (None, 24),
     "loss": ("kl", "tv", "lk_alpha", "lk_lambda"),
     "aux_layers": (3, 1, 5),
@@ -49,9 +49,14 @@ NORMS: Mapping[str, tuple[str, ...]] = {
 }
 HEADS = {"gqa": (4, 2), "mha": (4, 4)}
 # The original length is short, so that the test's documents reach all three of llama3's ranges.
-ROPE: Mapping[str, Mapping[str, float]] = {
+ROPE: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "linear": {"factor": 4.0},
+    "dynamic": {"factor": 2.0},
+    "longrope": {
+        "short_factor": [1.0] * 8, "long_factor": [1.0, 1.1, 1.3, 1.7, 2.5, 4.0, 6.0, 9.0],
+        "original_max_position_embeddings": 64,
+    },
     "llama3": {
         "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
@@ -249,6 +254,8 @@ def _config(case: Case) -> LlamaConfig:
         num_key_value_heads=num_kv_heads,
         head_dim=HIDDEN // num_heads,
         max_position_embeddings=4096,
+        # Longer than the positions, and than any document: what a pack holds must not matter.
+        rotary_length=10_000,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_theta": 10000.0, "rope_type": case.rope, **ROPE[case.rope]},
         tie_word_embeddings=False,

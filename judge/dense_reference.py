@@ -206,8 +206,11 @@ def reference_train(
 def rotary_frequencies(config: LlamaConfig) -> Tensor:
     """Angle per position of each pair of channels, fp64 [D / 2].
 
+    Scalings that depend on a length take `config.rotary_length`, the longest that the draft is made for;
+    where it is absent, `max_position_embeddings`.
+
     Raises:
-        ValueError: a scaling other than default, linear or llama3.
+        ValueError: a scaling that the semantics page does not know.
     """
     rope = config.rope_parameters
     kind = rope["rope_type"]
@@ -217,15 +220,37 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
         return frequency
     if kind == "linear":
         return frequency / rope["factor"]
+    longest = getattr(config, "rotary_length", None) or config.max_position_embeddings
+    if kind == "dynamic":
+        # NTK: the base grows with the length beyond the original one.
+        stretch = max(longest, config.max_position_embeddings) / config.max_position_embeddings
+        grown = rope["factor"] * stretch - (rope["factor"] - 1)
+        base = rope["rope_theta"] * grown ** (config.head_dim / (config.head_dim - 2))
+        return 1.0 / base ** (pair / config.head_dim)
+    if kind == "longrope":
+        is_long = longest > rope["original_max_position_embeddings"]
+        return frequency / torch.tensor(
+            rope["long_factor" if is_long else "short_factor"], dtype=torch.float64
+        )
     if kind != "llama3":
         raise ValueError(
-            f"rope_type = {kind!r}: the reference knows default, linear and llama3. Use one of them."
+            f"rope_type = {kind!r}: the reference knows default, linear, llama3, dynamic and longrope. Use "
+            "one of them."
         )
     # Llama 3.1: long waves are slowed by `factor`, short ones kept, and those between blended.
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return kept * frequency + (1 - kept) * frequency / rope["factor"]
+
+
+def rotary_factor(config: LlamaConfig) -> float:
+    """What rotated queries and keys are multiplied by; one but for longrope."""
+    rope = config.rope_parameters
+    if rope["rope_type"] != "longrope":
+        return 1.0
+    original = rope["original_max_position_embeddings"]
+    return math.sqrt(1 + math.log(config.max_position_embeddings / original) / math.log(original))
 
 
 def _micro_batch(
@@ -395,8 +420,9 @@ def _layer(
         for name in "qkv"
     )
     group = config.num_attention_heads // config.num_key_value_heads
-    keys_values.append((_rotate(k, angle).repeat_interleave(group, 0), v.repeat_interleave(group, 0)))
-    attended = _attention(_rotate(q, angle), keys_values, may_attend).transpose(0, 1).flatten(1)
+    q, k = (_rotate(x, angle) * rotary_factor(config) for x in (q, k))
+    keys_values.append((k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)))
+    attended = _attention(q, keys_values, may_attend).transpose(0, 1).flatten(1)
     if layer == 0 and getattr(config, "norm_before_residual", False):
         hidden = _rms_norm(hidden, weight("hidden_norm"), config)
     hidden = hidden + attended @ weight("self_attn.o_proj").T

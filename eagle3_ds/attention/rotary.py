@@ -24,13 +24,19 @@ class RotaryFrequencies(NamedTuple):
         return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
 
-def rotary_frequencies(config: LlamaConfig, longest: int, device: torch.device) -> RotaryFrequencies:
+def rotary_length(config: LlamaConfig) -> int:
+    """The longest sequence that a draft is made for, in tokens."""
+    return int(getattr(config, "rotary_length", None) or config.max_position_embeddings)
+
+
+def rotary_frequencies(config: LlamaConfig, device: torch.device) -> RotaryFrequencies:
     """What the rotary embedding of `config` turns by.
 
-    Stateless on purpose: transformers' module lets dynamic scaling depend on the positions it has met, which
-    would differ between sequence-parallel ranks. `longest` is the length of the longest document plus the TTT
-    steps, the same everywhere.
+    Scalings that depend on a length (dynamic, longrope) take that of the config, `rotary_length` or else
+    `max_position_embeddings`, as a server fixes it when it starts: not the longest document of a pack, which
+    differs from pack to pack, and not the positions met so far, as transformers' module does.
     """
+    longest = rotary_length(config)
     kind = config.rope_parameters["rope_type"]
     compute = (
         LlamaRotaryEmbedding.compute_default_rope_parameters

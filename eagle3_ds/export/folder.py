@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from eagle3_ds.algorithms import ALGORITHMS
+from eagle3_ds.attention.rotary import rotary_frequencies, rotary_length
 from eagle3_ds.draft import DraftAlgorithm, LayoutForm, VocabularyMap, sliding_window, window_keys
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -28,7 +29,7 @@ def geometry(config: LlamaConfig, max_position: int | None) -> dict[str, Any]:
 
     Servers read the rotary settings from `rope_theta` and `rope_scaling` (transformers 4) or from
     `rope_parameters` (transformers 5): both are written and say the same. `max_position` raises
-    `max_position_embeddings` to the length the draft is served at.
+    `max_position_embeddings` to the length the draft is served at, where that does not change the rotation.
     """
     rope = dict(config.rope_parameters)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -42,7 +43,8 @@ def geometry(config: LlamaConfig, max_position: int | None) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "hidden_act": config.hidden_act,
         "vocab_size": config.vocab_size,
-        "max_position_embeddings": max(config.max_position_embeddings, max_position or 0),
+        "max_position_embeddings": _served_positions(config, max_position or 0),
+        **_length_keys(config),
         "rms_norm_eps": config.rms_norm_eps,
         "initializer_range": config.initializer_range,
         "rope_theta": rope["rope_theta"],
@@ -57,6 +59,25 @@ def geometry(config: LlamaConfig, max_position: int | None) -> dict[str, Any]:
         "pad_token_id": config.pad_token_id,
         **window_keys(sliding_window(config), config.num_hidden_layers),
     }
+
+
+def _served_positions(config: LlamaConfig, wanted: int) -> int:
+    """`wanted`, unless a larger number would turn the draft by other angles: some rotary scalings (longrope,
+    yarn without an original length) depend on the number itself.
+    """
+    if wanted <= config.max_position_embeddings:
+        return int(config.max_position_embeddings)
+    raised = LlamaConfig(**{**config.to_dict(), "max_position_embeddings": wanted})
+    cpu = torch.device("cpu")
+    own, other = rotary_frequencies(config, cpu), rotary_frequencies(raised, cpu)
+    same = torch.equal(own.frequencies, other.frequencies) and own.factor == other.factor
+    return wanted if same else int(config.max_position_embeddings)
+
+
+def _length_keys(config: LlamaConfig) -> dict[str, int]:
+    """The length that the draft's rotation was fixed by, where it matters; servers pass over it."""
+    depends = config.rope_parameters["rope_type"] in ("dynamic", "longrope")
+    return {"rotary_length": rotary_length(config)} if depends else {}
 
 
 def draft_config(

@@ -85,7 +85,6 @@ class LocalBatch:
         teacher_token: int64 [E].
         aux: rows [S, A], own slots only, unread.
         teacher: rows [E, Ht], unread; only those that live slots read at some step may be.
-        max_position: largest position of the whole pack, the same on all sp ranks.
         num_own_slots: slots of this rank that hold a token, without padding.
     """
 
@@ -99,7 +98,6 @@ class LocalBatch:
     teacher_token: Tensor
     aux: LocalRows
     teacher: LocalRows
-    max_position: int
     num_own_slots: int
 
     @property
@@ -144,7 +142,6 @@ def prepare_usp_input(
         teacher_token=LocalRows(pack.teacher_token, extended, length)[:],
         aux=LocalRows(pack.aux, slots, length),
         teacher=LocalRows(pack.teacher, extended, length),
-        max_position=max(plan.lengths) - 1,
         num_own_slots=int((slots < length).sum()),
     )
 

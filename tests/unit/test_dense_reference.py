@@ -18,6 +18,7 @@ from judge.dense_reference import (
     _rotate,
     reference_step,
     reference_train,
+    rotary_factor,
     rotary_frequencies,
 )
 
@@ -30,6 +31,14 @@ ROPES = {
         "factor": 8.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    },
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 8,
+        "long_factor": [1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0],
         "original_max_position_embeddings": 256,
     },
 }
@@ -47,16 +56,18 @@ def inputs_of(documents, layers):
     return inputs, {name: weight.double() for name, weight in inputs.weights.items()}
 
 
+@pytest.mark.parametrize("longest", [100, 2048, 8192])
 @pytest.mark.parametrize("kind", ROPES)
-def test_rotary_frequencies_are_those_of_transformers(kind):
+def test_rotary_frequencies_are_those_of_transformers(kind, longest):
     config = rope_config(kind)
+    config.rotary_length = longest
     compute = (
         LlamaRotaryEmbedding.compute_default_rope_parameters
         if kind == "default"
         else ROPE_INIT_FUNCTIONS[kind]
     )
-    expected, factor = compute(config, device=torch.device("cpu"))
-    assert factor == 1.0
+    expected, factor = compute(config, device=torch.device("cpu"), seq_len=longest)
+    assert factor == pytest.approx(rotary_factor(config))
     assert torch.allclose(rotary_frequencies(config).float(), expected, rtol=1e-6)
 
 
@@ -64,7 +75,7 @@ def test_an_unknown_scaling_is_refused_by_name():
     config = rope_config("default")
     config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(
-        ValueError, match="rope_type = 'yarn': the reference knows default, linear and llama3"
+        ValueError, match="rope_type = 'yarn': the reference knows default, linear, llama3, dynamic"
     ):
         rotary_frequencies(config)
 

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig
 
 from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
+from eagle3_ds.attention.rotary import rotary_frequencies
 from eagle3_ds.config import DraftSection
 from eagle3_ds.draft import VocabularyMap, sliding_window, window_keys
 from eagle3_ds.export import export_speculators, export_vllm, load_speculators, load_vllm, verify_export
+from eagle3_ds.export.folder import draft_config
 
 V, VD, H, HEAD, INNER = 96, 40, 32, 8, 48
 LLAMA3 = {
@@ -235,3 +237,34 @@ def test_what_does_not_belong_together_is_refused(
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"holds no model.safetensors"):
         verify_export(folder, draft, vocabulary)
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [1.0, 1.5, 3.0, 9.0],
+    "original_max_position_embeddings": 128,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    "rope, length, positions",
+    [(LONGROPE, 100, 256), (LONGROPE, 1024, 256), (DYNAMIC, 1024, 256), (LINEAR, 1024, 1024)],
+)
+def test_an_export_turns_by_the_angles_of_the_training(
+    rope: dict[str, Any], length: int, positions: int, vocabulary: VocabularyMap, tmp_path: Path
+) -> None:
+    target = LlamaConfig(
+        vocab_size=V, hidden_size=H, intermediate_size=2 * H, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, max_position_embeddings=256, rope_parameters=rope,
+    )  # fmt: skip
+    trained = DraftModel(build_draft_config(target, DraftSection(vocab_size=VD), length=length))
+    folder = vllm(trained, vocabulary, tmp_path / "draft", max_position=1024)
+    keys = json.loads((folder / "config.json").read_text())
+    assert keys["max_position_embeddings"] == positions
+    cpu = torch.device("cpu")
+    own, read = rotary_frequencies(trained.config, cpu), rotary_frequencies(draft_config(keys, VD), cpu)
+    assert torch.equal(own.frequencies, read.frequencies) and own.factor == read.factor

@@ -26,7 +26,7 @@ TABLE: dict[str, set[str]] = {
     "data": {"config", "layout"},
     "checkpoint": {"config", "topology", "collectives", "draft"},
     "guard": {"config", "topology", "layout", "collectives", "launch"},
-    "export": {"config", "draft", "algorithms"},
+    "export": {"config", "attention", "draft", "algorithms"},
     "eval": {"config", "data", "draft", "algorithms", "targets"},
     "train": {
         "config", "topology", "layout", "collectives", "kernels", "costs", "attention", "draft", "algorithms",

@@ -125,7 +125,7 @@ def test_every_family_gives_a_draft_that_unrolls_its_rotary_embedding(family: st
     draft = build_draft_config(config, DraftSection(vocab_size=64))
     rope = config.rope_parameters
     assert draft.rope_parameters == rope.get("full_attention", rope)
-    frequencies = rotary_frequencies(draft, 64, torch.device("cpu")).frequencies
+    frequencies = rotary_frequencies(draft, torch.device("cpu")).frequencies
     assert frequencies.shape == (4,) and frequencies.isfinite().all()
 
 

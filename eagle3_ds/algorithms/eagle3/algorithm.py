@@ -29,7 +29,7 @@ class Eagle3:
         captured = recipe.target.aux_layers
         # The rule of null captures three.
         num_layers = 3 if captured is None else len(captured)
-        return build_draft_config(target_config, recipe.draft, num_layers)
+        return build_draft_config(target_config, recipe.draft, num_layers, recipe.data.max_length)
 
     def build(self, config: LlamaConfig) -> DraftModel:
         return DraftModel(config)

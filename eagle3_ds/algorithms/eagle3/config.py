@@ -11,7 +11,9 @@ from eagle3_ds.draft import aux_keys
 from eagle3_ds.draft.geometry import window_keys
 
 
-def build_draft_config(target_config: Any, draft: DraftSection, num_aux_layers: int = 3) -> LlamaConfig:
+def build_draft_config(
+    target_config: Any, draft: DraftSection, num_aux_layers: int = 3, length: int | None = None
+) -> LlamaConfig:
     """A Llama config for the draft: the target's width, rotary settings and norm epsilon, the recipe's own
     sizes.
 
@@ -19,6 +21,8 @@ def build_draft_config(target_config: Any, draft: DraftSection, num_aux_layers: 
         target_config: the target's (text) config from transformers.
         draft: the recipe's draft section; null sizes are taken from the target.
         num_aux_layers: captured layers that `fc` reads side by side.
+        length: tokens of the longest sequence that it is made for, which some rotary scalings depend on; None
+            is the target's `max_position_embeddings`.
 
     Returns:
         A `LlamaConfig` with the extra attribute `draft_vocab_size`.
@@ -58,6 +62,7 @@ def build_draft_config(target_config: Any, draft: DraftSection, num_aux_layers: 
         head_dim=head_dim,
         hidden_act="silu",
         max_position_embeddings=target_config.max_position_embeddings,
+        rotary_length=length,
         rms_norm_eps=target_config.rms_norm_eps,
         rope_parameters=dict(rope),
         tie_word_embeddings=False,

@@ -107,7 +107,7 @@ class DraftModel(Draft):
         device = embedding.device
         stash = HostStash(device) if settings.activation == "offload" else None
         unrolls = [LayerUnroll(batch.plan, batch.ring_rank, stash=stash) for _ in self.layers]
-        rotary = rotary_frequencies(self.config, batch.max_position + 1 + settings.ttt_steps, device)
+        rotary = rotary_frequencies(self.config, device)
         position = batch.position.to(device)
         norms = (prepare_aux(self.config), self._aux_norms())
         hidden = stream_aux(batch.aux, self.fc.weight, settings.tile_bytes, anchor, *norms)
@@ -147,9 +147,7 @@ class DraftModel(Draft):
         """Served: the S newest slots after those in the cache. embeds, hidden [S, H], positions int64 [S] ->
         [S, H].
         """
-        cos, sin = rotary_frequencies(self.config, int(positions.max()) + 1, positions.device).angles(
-            positions
-        )
+        cos, sin = rotary_frequencies(self.config, positions.device).angles(positions)
         for layer in self.layers:
             hidden = layer(embeds, hidden, cos, sin, cache)
         return hidden
