@@ -140,6 +140,11 @@ class Inputs:
 
 def is_allowed(values: Mapping[str, Any]) -> bool:
     """Whether the factors given so far can stand together."""
+    if values.get("dtype") == "bfloat16" and values.get("loss", "kl") != "kl":
+        # The gradient of min(p, q) jumps where the draft's probability of a token passes the teacher's, and
+        # bf16 decides otherwise than fp64 on which side it is: fp32 is exact here, and
+        # tests/unit/test_loss.py compares bf16 gradients of the same rounded logits.
+        return False
     mesh = values.get("topology")
     if mesh is None:
         return True

@@ -20,8 +20,6 @@ from torch.nn import functional
 from transformers import LlamaConfig
 
 Weights = Mapping[str, Tensor]
-FINE = 1e-4
-"""Rounding below this is asked for every digit: no gradient may jump."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +75,7 @@ class StepResult:
 
     `accuracy_slack` and `tau_slack` say how far rounding may move `step_accuracy` and `tau`: the share of
     slots whose two largest draft logits are nearly equal, one of them being right, so that rounding decides
-    whether the argmax is. `gradient_slack`, an L2 norm per parameter, does the same for losses of min(p, q):
-    their gradient jumps where the draft's probability of a token passes the teacher's, on whichever side
-    rounding puts it.
+    whether the argmax is.
     """
 
     loss: float
@@ -90,20 +86,15 @@ class StepResult:
     tau_slack: float
     acceptance_length: float
     gradients: dict[str, Tensor]
-    gradient_slack: dict[str, float]
     grad_norm: float
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Sums over the slots of one micro-batch, one entry per TTT step; only `entropy` carries a gradient.
-
-    `rounded` is `entropy` of hidden states that are rounded at random.
-    """
+    """Sums over the slots of one micro-batch, one entry per TTT step; only `entropy` carries a gradient."""
 
     slots: int
     entropy: Tensor
-    rounded: Tensor
     in_loss: Tensor
     hits: Tensor
     counted: Tensor
@@ -148,13 +139,7 @@ def reference_step(
     step_loss = entropy / in_loss.clamp(min=1)
     decay = rules.decay ** torch.arange(rules.ttt_steps, dtype=entropy.dtype)
     loss = (decay * step_loss).sum()
-    leaf_list = list(leaves.values())
-    gradients = dict(zip(leaves, torch.autograd.grad(loss, leaf_list, retain_graph=True), strict=True))
-    slack = dict.fromkeys(leaves, 0.0)
-    if rules.kind != "kl" and rounding > FINE:
-        rounded = (decay * torch.stack([s.rounded for s in sums]).sum(0) / in_loss.clamp(min=1)).sum()
-        moved = zip(leaves, torch.autograd.grad(rounded, leaf_list), strict=True)
-        slack = {name: (gradient - gradients[name]).norm().item() for name, gradient in moved}
+    gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
     return StepResult(
         loss=loss.item(),
         step_loss=tuple(step_loss.tolist()),
@@ -164,7 +149,6 @@ def reference_step(
         tau_slack=(joint_ties / joint_counted.clamp(min=1)).sum().item(),
         acceptance_length=1.0 + (joint_accepted / joint_counted.clamp(min=1)).sum().item(),
         gradients=gradients,
-        gradient_slack=slack,
         grad_norm=_global_norm(gradients),
     )
 
@@ -274,8 +258,7 @@ def _micro_batch(
     all_right = all_counted = may_be_right = torch.ones(length, dtype=torch.bool)
     all_accepted = torch.ones(length, dtype=dtype)
     any_tied = ~all_right
-    logits_of_steps = _unroll(weights, config, frozen, batch, document, steps, rounding)
-    for k, (logits, rounded_logits) in enumerate(logits_of_steps):
+    for k, logits in enumerate(_unroll(weights, config, frozen, batch, document, steps)):
         read, inside = _read(document, 1 + k)
         mask_at = read if rules.alignment == "served" else read - 1
         supervised = inside & batch.loss_mask[mask_at]
@@ -283,15 +266,13 @@ def _micro_batch(
         all_right, all_counted = all_right & right, all_counted & supervised
         contributing = supervised & covered[read]
         entropy, accepted = _of_guesses(logits, teacher[read], rules)
-        rounded, _ = _of_guesses(rounded_logits, teacher[read], rules)
         # Nothing that the draft vocabulary cannot say is accepted.
         all_accepted = all_accepted * torch.where(contributing, accepted.detach(), 0.0)
         tied = supervised & _is_decided_by_rounding(logits, target_of, best[read], rounding)
         may_be_right, any_tied = may_be_right & (right | tied), any_tied | tied
         flags = (contributing, right, supervised, all_right, all_counted, tied, may_be_right & any_tied)
         joint_accepted = all_accepted[all_counted].sum()
-        values = (entropy[contributing].sum(), rounded[contributing].sum())
-        rows.append((*values, *(flag.sum() for flag in flags), joint_accepted))
+        rows.append((entropy[contributing].sum(), *(flag.sum() for flag in flags), joint_accepted))
     return _Sums(length, *(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
@@ -315,14 +296,6 @@ def _of_guesses(logits: Tensor, teacher: Tensor, rules: LossRules) -> tuple[Tens
     blend = (-rules.lk_eta * accepted).exp().detach()
     divergence = cross_entropy + (teacher * teacher.log()).sum(-1)
     return blend * divergence + (1 - blend) * (1 - accepted), accepted
-
-
-def _rounded(hidden: Tensor, rounding: float, seed: int) -> Tensor:
-    """Hidden states with relative errors at random, half of `rounding` in size: what a computation that
-    passes at all does to them.
-    """
-    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed), dtype=hidden.dtype)
-    return hidden + hidden.detach().abs() * noise * (rounding / 2)
 
 
 def _is_decided_by_rounding(logits: Tensor, target_of: Tensor, best: Tensor, rounding: float) -> Tensor:
@@ -351,9 +324,8 @@ def _unroll(
     batch: MicroBatch,
     document: Tensor,
     steps: int,
-    rounding: float,
-) -> list[tuple[Tensor, Tensor]]:
-    """Draft logits [L, Vd] of each TTT step, and those of hidden states that are rounded at random."""
+) -> list[Tensor]:
+    """Draft logits [L, Vd] of each TTT step."""
     dtype = weights["fc.weight"].dtype
     index = torch.arange(len(document))
     first = torch.tensor([int((document < d).sum()) for d in document])
@@ -373,9 +345,8 @@ def _unroll(
         )
         for layer, keys_values in enumerate(seen):
             hidden = _layer(weights, config, layer, embeds, hidden, angle, may_attend & near, keys_values)
-        seen_by_loss = (hidden, _rounded(hidden, rounding, k))
-        normed, rounded = (_rms_norm(x, weights["norm.weight"], config) for x in seen_by_loss)
-        logits.append((normed @ weights["lm_head.weight"].T, rounded @ weights["lm_head.weight"].T))
+        normed = _rms_norm(hidden, weights["norm.weight"], config)
+        logits.append(normed @ weights["lm_head.weight"].T)
         if getattr(config, "norm_output", False):
             hidden = normed
     return logits

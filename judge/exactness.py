@@ -107,12 +107,12 @@ def compare(
         return _largest(relative_error(of_product(report), of_reference(result)) for report, result in pairs)
 
     gradient_errors = _by_parameter(
-        (name, gradients[name], result.gradients[name], result.gradient_slack[name])
+        (name, gradients[name], result.gradients[name])
         for gradients, result in zip(product.gradients, expected, strict=True)
         for name in _same_names(gradients, result.gradients)
     )
     weight_errors = _by_parameter(
-        (name, product.weights[name], trained[name], 0.0) for name in _same_names(product.weights, trained)
+        (name, product.weights[name], trained[name]) for name in _same_names(product.weights, trained)
     )
     errors = {
         "loss": over_steps(lambda r: r.loss, lambda r: r.loss),
@@ -150,10 +150,10 @@ def relative_error(value: Any, reference: Any, slack: float = 0.0) -> float:
 
 
 def _by_parameter(rows: Any) -> dict[str, float]:
-    """The largest relative error of each parameter. Rows: name, value, reference, slack."""
+    """The largest relative error of each parameter. Rows: name, value, reference."""
     errors: dict[str, float] = {}
-    for name, value, reference, slack in rows:
-        errors[name] = _largest((errors.get(name, 0.0), relative_error(value, reference, slack)))
+    for name, value, reference in rows:
+        errors[name] = _largest((errors.get(name, 0.0), relative_error(value, reference)))
     return errors
 
 

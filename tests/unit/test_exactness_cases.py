@@ -35,7 +35,9 @@ def test_only_the_impossible_is_left_out():
         for x, y in itertools.product(FACTORS[a], FACTORS[b])
         if not is_allowed({a: x, b: y})
     }
-    assert impossible == {((1, 1, 4), "gqa"), ((1, 1, 1), "unsupervised_rank")}
+    # Gradients of min(p, q) jump where rounding decides: tests/unit/test_loss.py judges them in bf16.
+    of_rounding = {("bfloat16", kind) for kind in ("tv", "lk_alpha", "lk_lambda")}
+    assert impossible == {((1, 1, 4), "gqa"), ((1, 1, 1), "unsupervised_rank")} | of_rounding
 
 
 def test_every_case_can_stand_and_none_is_listed_twice():

@@ -1,10 +1,13 @@
 """The tiled loss against plain autograd over full logits, through the taps of an unroll."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from eagle3_ds.config import LossSection
 from eagle3_ds.draft import LossInputs, LossTaps, loss_tiles, tiled_loss
@@ -110,6 +113,42 @@ def test_values_and_raw_gradients_equal_full_logits(tile_bytes, kind):
     assert result.counts.tolist() == inputs.supervised.sum(1).tolist()
     for grad, reference in zip(grads, expected, strict=True):
         assert (grad - reference).norm() <= 1e-13 * reference.norm()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", sorted(LOSSES))
+def test_bf16_gradients_are_those_of_the_rounded_logits(kind, seed):
+    """The gradient of min(p, q) jumps where p = q, and rounding chooses the side: the fp64 gradient is taken
+    at the logits and at the teacher that bf16 gives.
+    """
+    inputs, row, teacher, leaves = make(seed=seed, kind=kind, tile_bytes=2**22)
+    low = {
+        "teacher": [rows.bfloat16() for rows in inputs.teacher],
+        "teacher_head": inputs.teacher_head.bfloat16(),
+        "step_weight": inputs.step_weight.float(),
+    }
+    norm, head, *steps = [leaf.detach().bfloat16().requires_grad_() for leaf in leaves]
+    taps = LossTaps()
+    for step in steps:
+        taps.add(step)
+    result = tiled_loss(taps, norm, head, dataclasses.replace(inputs, **low))
+    found = torch.autograd.grad(result.total, [norm, head, *steps])
+
+    exact = [leaf.detach().double().requires_grad_() for leaf in (norm, head, *steps)]
+    total = torch.zeros((), dtype=torch.float64)
+    for k, hidden in enumerate(exact[2:]):
+        normed = hidden / (hidden.square().mean(-1, keepdim=True) + EPS).sqrt() * exact[0]
+        logits = normed @ exact[1].T
+        rounded = functional.rms_norm(steps[k], (H,), norm, EPS) @ head.T
+        logits = logits + (rounded.double() - logits).detach()
+        rows = row + 1 + k
+        target = (teacher[rows].bfloat16() @ low["teacher_head"].T).double().softmax(-1)
+        total = (
+            total + (inputs.loss.plain(logits, target) * inputs.contributing[k]).sum() * inputs.step_weight[k]
+        )
+    assert total.item() == pytest.approx(result.total.item(), rel=1e-4)
+    for grad, reference in zip(found, torch.autograd.grad(total, exact), strict=True):
+        assert (grad.double() - reference).norm() <= 2e-2 * reference.norm()
 
 
 def test_a_rank_without_supervision_gives_zero_gradients_not_none():
