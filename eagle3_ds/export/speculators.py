@@ -1,5 +1,8 @@
 """The layout of the speculators library: its config around the decoder's, our tensor names, and the target's
 embedding.
+
+As speculators 0.9 writes it: there is no `model_type`, which transformers would have to know, but an
+`auto_map`; vLLM goes by `speculators_config`.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from eagle3_ds.export.folder import (
 )
 
 EMBEDDING = "embed_tokens.weight"
+AUTO_MAP = {"": "config.Eagle3SpeculatorConfig"}
 
 
 def export_speculators(
@@ -43,7 +47,8 @@ def export_speculators(
 
     Args:
         embedding: [V, H], the target's.
-        verifier: name or path of the target; servers fetch it from there.
+        verifier: name or path of the target; servers fetch it from there. A folder here is written as an
+            absolute path, a hub name as it is.
         verifier_architectures: as in the target's config.
         draft_tokens: tokens a server proposes at a time.
         The others as in `export_vllm`.
@@ -56,7 +61,7 @@ def export_speculators(
     _check_embedding(embedding, config)
     keys = {
         "architectures": [form.architecture],
-        "model_type": "speculator_model",
+        "auto_map": AUTO_MAP,
         "speculators_model_type": algorithm,
         "draft_vocab_size": config.draft_vocab_size,
         **form.keys(config),
@@ -68,7 +73,7 @@ def export_speculators(
             "algorithm": algorithm,
             "default_proposal_method": "greedy",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": draft_tokens}],
-            "verifier": {"name_or_path": verifier, "architectures": list(verifier_architectures)},
+            "verifier": {"name_or_path": _whole_name(verifier), "architectures": list(verifier_architectures)},
         },
     }
     if aux_layers is not None:
@@ -100,6 +105,12 @@ def load_speculators(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor]
     check_complete(algorithm, state, config, vocabulary)
     _check_embedding(embedding, config)
     return config, state, vocabulary, embedding
+
+
+def _whole_name(verifier: str) -> str:
+    """A name that loaders find from any working directory."""
+    folder = Path(verifier).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else verifier
 
 
 def _check_embedding(embedding: Tensor, config: LlamaConfig) -> None:

@@ -2,10 +2,15 @@
 `d2t` and `t2d`.
 
 The embedding is left out: both servers share the target's, which is what the draft was trained with.
+
+The two servers count captured layers differently, and each reads its own key (docs/targets.md): vLLM the one
+at the top, the layers whose inputs are taken; SGLang the one in `eagle_config`, the layers whose outputs are.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +31,9 @@ from eagle3_ds.export.folder import (
 )
 
 AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
+# The first id by which the SGLang of May 2026 tells that ids name outputs, for DeepSeek-like targets.
+OUTPUTS_BEGIN = 1
+logger = logging.getLogger(__name__)
 
 
 def export_vllm(
@@ -45,7 +53,8 @@ def export_vllm(
         config: the draft's.
         dtype: name of the dtype of the stored weights.
         max_position: length the draft is to be served at, if longer than its config's.
-        aux_layers: only when they are not the rule's (2, n // 2, n - 3): the servers know the rule.
+        aux_layers: the layers whose inputs the draft takes; only when they are not the rule's
+            (2, n // 2, n - 3): the servers know the rule.
         algorithm: the draft's, as the recipe calls it.
 
     Raises:
@@ -62,9 +71,45 @@ def export_vllm(
     }
     if aux_layers is not None:
         keys[AUX_LAYERS] = list(aux_layers)
-        # vLLM counts the layer whose input is taken, as we do; SGLang the one whose output is taken, one less
-        keys["eagle_config"] = {"use_aux_hidden_state": True, AUX_LAYERS: [layer - 1 for layer in aux_layers]}
+        keys["eagle_config"] = {"use_aux_hidden_state": True, AUX_LAYERS: sglang_layers(aux_layers)}
+        tell_layers(aux_layers)
     return write_folder(folder, keys, vllm_tensors(model_state, vocabulary, dtype, algorithm))
+
+
+def sglang_layers(aux_layers: Sequence[int]) -> list[int]:
+    """The layers whose outputs are the inputs of `aux_layers`: SGLang's ids of the same states."""
+    return [layer - 1 for layer in aux_layers]
+
+
+def tell_layers(aux_layers: Sequence[int]) -> None:
+    """Say which ids each server reads; a warning where SGLang's own versions disagree about them."""
+    inputs, outputs = list(aux_layers), sglang_layers(aux_layers)
+    logger.info(
+        "export: the draft takes the inputs of layers %s; vLLM reads them so (%s), SGLang as outputs of layers "
+        "%s (eagle_config)",
+        inputs,
+        AUX_LAYERS,
+        outputs,
+    )
+    if outputs[0] < 0:
+        logger.warning(
+            "export: layer 0 has no layer before it, whose output SGLang could take: serve this draft by vLLM"
+        )
+    elif outputs[0] != OUTPUTS_BEGIN:
+        remedy = f"add --json-model-override-args '{sglang_override(inputs)}'"
+        if inputs[0] == OUTPUTS_BEGIN:
+            remedy = "serve this draft by vLLM: no ids mean these layers there"
+        logger.warning(
+            "export: for DeepSeek-like targets (DeepSeek, Kimi, GLM-4.7-Flash) SGLang from May 2026 on reads ids "
+            "that do not begin with %d as inputs; there, %s",
+            OUTPUTS_BEGIN,
+            remedy,
+        )
+
+
+def sglang_override(ids: Sequence[int]) -> str:
+    """The value of SGLang's `--json-model-override-args` that has it read these ids."""
+    return json.dumps({"eagle_config": {"use_aux_hidden_state": True, AUX_LAYERS: list(ids)}})
 
 
 def vllm_tensors(

@@ -18,6 +18,7 @@ from eagle3_ds.config import DraftSection
 from eagle3_ds.draft import VocabularyMap, sliding_window, window_keys
 from eagle3_ds.export import export_speculators, export_vllm, load_speculators, load_vllm, verify_export
 from eagle3_ds.export.folder import draft_config
+from eagle3_ds.export.vllm import sglang_layers, tell_layers
 
 V, VD, H, HEAD, INNER = 96, 40, 32, 8, 48
 LLAMA3 = {
@@ -62,7 +63,7 @@ def speculators(draft: DraftModel, vocabulary: VocabularyMap, folder: Path, **op
     embedding = torch.arange(V * H).view(V, H) / 1024
     names: dict[str, Any] = {"verifier": "org/target", "verifier_architectures": ["LlamaForCausalLM"]}
     return export_speculators(
-        draft.state_dict(), draft.config, vocabulary, embedding, folder, **names, **options
+        draft.state_dict(), draft.config, vocabulary, embedding, folder, **names | options
     )
 
 
@@ -134,6 +135,41 @@ def test_aux_layers_other_than_the_rule_are_written(
     assert json.loads((folder / "config.json").read_text())["eagle_aux_hidden_state_layer_ids"] == [1, 4, 6]
 
 
+@pytest.mark.parametrize(
+    ("aux_layers", "warned"),
+    [
+        ((2, 4, 6), []),
+        ((2,), []),
+        ((3, 4, 6), ["from May 2026", '"eagle_aux_hidden_state_layer_ids": [3, 4, 6]']),
+        ((5, 6), ["--json-model-override-args", "[5, 6]"]),
+        ((1, 4, 6), ["from May 2026", "serve this draft by vLLM"]),
+        ((0, 4), ["layer 0 has no layer before it"]),
+    ],
+)
+def test_how_each_server_counts_is_told(
+    aux_layers: tuple[int, ...], warned: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    tell_layers(aux_layers)
+    told, *warnings = caplog.records
+    assert str(list(aux_layers)) in told.getMessage() and str(sglang_layers(aux_layers)) in told.getMessage()
+    assert len(warnings) == bool(warned)
+    assert all(words in warnings[0].getMessage() for words in warned)
+    # Both of SGLang's ways of reading find the states that the draft was trained with, or it is warned.
+    always, since_may = (reading(sglang_layers(aux_layers)) for reading in (sglang_capture, sglang_capture_2026))
+    assert always == list(aux_layers) and (bool(warned) or since_may == list(aux_layers))
+
+
+def sglang_capture(ids: list[int]) -> list[int]:
+    """The layers whose inputs SGLang takes, as most families read ids."""
+    return [layer + 1 for layer in ids]
+
+
+def sglang_capture_2026(ids: list[int]) -> list[int]:
+    """The same, as DeepSeek-like families read ids since May 2026."""
+    return sglang_capture(ids) if ids[0] == 1 else ids
+
+
 def test_speculators_layout(draft: DraftModel, vocabulary: VocabularyMap, tmp_path: Path) -> None:
     folder = speculators(draft, vocabulary, tmp_path / "draft", draft_tokens=7)
     keys = json.loads((folder / "config.json").read_text())
@@ -146,6 +182,29 @@ def test_speculators_layout(draft: DraftModel, vocabulary: VocabularyMap, tmp_pa
     }
     names = load_file(folder / "model.safetensors").keys()
     assert names == draft.state_dict().keys() | {"embed_tokens.weight", "d2t", "t2d"}
+    # What speculators 0.9 writes: transformers refuses a model_type that it does not know.
+    assert "model_type" not in keys and keys["auto_map"] == {"": "config.Eagle3SpeculatorConfig"}
+
+
+@pytest.mark.parametrize(
+    ("name", "absolute"),
+    [("models/target", True), ("./models/target", True), ("~/target", True), ("org/target", False)],
+)
+def test_a_verifier_here_is_found_from_any_folder(
+    name: str,
+    absolute: bool,
+    draft: DraftModel,
+    vocabulary: VocabularyMap,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "models" / "target").mkdir(parents=True)
+    (tmp_path / "home" / "target").mkdir(parents=True)
+    folder = speculators(draft, vocabulary, tmp_path / "draft", verifier=name)
+    said = json.loads((folder / "config.json").read_text())["speculators_config"]["verifier"]["name_or_path"]
+    assert said == (str(Path(name).expanduser().resolve()) if absolute else name)
 
 
 @BOTH
