@@ -31,6 +31,7 @@ usage: ./launch.sh RECIPE [OPTIONS] [section.key=value ...]   the main job, e.g.
   --overwrite           replace the run in output_dir      train.seed=1 --overwrite
   --no-install          never install; say what to run     --no-install
   section.key=value     any key of docs/recipe.md          parallel.ulysses=4 data.max_length=131072
+  exit status           0 done, 2 a mistake of yours, 75 stopped and to be resumed by --resume, else failed
 TEXT
 }
 

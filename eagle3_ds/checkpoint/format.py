@@ -319,6 +319,14 @@ def write_durably(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
+def let_others_read(path: Path) -> None:
+    """Give a file the mode of any new file: safetensors leaves its own to their owner, whatever the umask."""
+    probe = path.with_name(f".{path.name}.mode")
+    probe.touch()
+    path.chmod(probe.stat().st_mode & 0o777)
+    probe.unlink()
+
+
 def sync_file(path: Path) -> None:
     """Wait until the file's content is on the disk."""
     with path.open("rb") as file:

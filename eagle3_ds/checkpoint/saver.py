@@ -23,6 +23,7 @@ from eagle3_ds.checkpoint.format import (
     aside_folder,
     file_entry,
     folder_name,
+    let_others_read,
     publish,
     rank_file,
     remove_hidden,
@@ -213,9 +214,11 @@ def _write(aside: Path, rank: int, tensors: dict[str, Tensor], vocabulary: Vocab
     aside.mkdir(exist_ok=True)
     if vocabulary is not None:
         vocabulary.save(aside / VOCABULARY)
+        let_others_read(aside / VOCABULARY)
         sync_file(aside / VOCABULARY)
     path = aside / rank_file(rank)
     save_file(tensors, path)
+    let_others_read(path)
     sync_file(path)
     return file_entry(path)
 

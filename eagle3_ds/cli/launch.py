@@ -15,6 +15,9 @@ from eagle3_ds.launch.command import LAUNCHERS, LaunchOptions
 if TYPE_CHECKING:
     from eagle3_ds.run.resolve import ResolvedRun
 
+# EX_TEMPFAIL of sysexits.h: not done, and worth trying again.
+STOPPED = 75
+
 PLACES = (
     click.option(
         "--hostfile", metavar="F", help="hosts of a multi-node run, e.g. --hostfile recipes/2nodes.hostfile"
@@ -111,7 +114,11 @@ def launch(
     log_level: str | None,
     **places: Any,
 ) -> int:
-    """the main job: prepare, train, evaluate, export, report"""
+    """the main job: prepare, train, evaluate, export, report
+
+    The exit status is 75 when the run was asked to stop before its end: the same command with --resume
+    goes on.
+    """
     more = [] if ds_config is None else [f"deepspeed={ds_config}"]
     more += [] if max_restarts is None else [f"faults.max_restarts={max_restarts}"]
     with telling_recipe(recipe, overrides, log_level, *more) as loaded:
@@ -127,7 +134,7 @@ def launch(
         if trained.finished:
             finish_run(run.recipe)
             _show_summary(run.recipe)
-        return trained.status
+        return trained.status if trained.finished or trained.status else STOPPED
 
 
 @click.command()

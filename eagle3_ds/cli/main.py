@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 2 after a user's mistake, which is one message without a traceback; 130 after
-        Ctrl-C; else the command's own.
+        Ctrl-C; 75 from a run that was stopped and can be resumed; else the command's own.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = " ".join([PROGRAM, *(word for word in words[:1] if word in commands.commands)])

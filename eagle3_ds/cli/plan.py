@@ -113,6 +113,8 @@ def _show(planned: Planned, console: Console) -> None:
     _show_lengths(setup, budget, console)
     _show_time(setup, device, planned.ranks_per_node, console)
     _show_candidates(planned.candidates, budget, console)
+    for warning in planned.warnings:
+        write(console, f"warning: {warning}")
     if planned.shortage is not None:
         write(console, f"The recipe as it stands does not fit. {planned.shortage}")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from matplotlib import colormaps
@@ -16,11 +17,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 TRAINED, UNTRAINED, HELDOUT = "#1f6f8b", "#b8b8b8", "#d1495b"
+WARNING_WIDTH = 150
 PALETTE = "viridis"
 
 
-def draw_report(metrics_jsonl: str | Path, eval_json: str | Path | None, png: str | Path) -> Path:
-    """Draw `png` from a run's metrics and, if there is one, its eval.json.
+def draw_report(
+    metrics_jsonl: str | Path,
+    eval_json: str | Path | None,
+    png: str | Path,
+    warnings: Sequence[str] = (),
+) -> Path:
+    """Draw `png` from a run's metrics and, if there is one, its eval.json; `warnings` stand below.
 
     Raises:
         ValueError: no metrics to draw.
@@ -44,6 +51,11 @@ def draw_report(metrics_jsonl: str | Path, eval_json: str | Path | None, png: st
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.25)
         axis.set_axisbelow(True)
+    if warnings:
+        lines = [f"warning: {warning}" for warning in warnings]
+        figure.supxlabel(
+            "\n".join(fill(line, WARNING_WIDTH) for line in lines), fontsize="small", color=HELDOUT
+        )
     figure.savefig(png)
     return Path(png)
 

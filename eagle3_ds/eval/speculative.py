@@ -8,11 +8,12 @@ Legend: P prompt tokens, S new slots, n known tokens, Ht hidden size of the targ
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
@@ -41,6 +42,13 @@ class Round:
     emitted: int
 
 
+def cache_name(model: nn.Module) -> str:
+    """The argument by which a model takes its cache: `cache`, or `past_key_values` as transformers called it
+    before 5.24 or so, and refuses from 5.40 on.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 class TargetStream:
     """The target with a key-value cache that can be cut back.
 
@@ -52,6 +60,7 @@ class TargetStream:
         # Without the config: a layer with a sliding window would keep only the window, and could not be cut
         # back.
         self._cache = DynamicCache()
+        self._cache_name = cache_name(target.base)
         self.length = 0
 
     def read(self, tokens: Sequence[int], last_only: bool = False) -> tuple[Tensor, Tensor]:
@@ -63,8 +72,8 @@ class TargetStream:
             output = base(
                 input_ids=torch.tensor([list(tokens)], device=device),
                 position_ids=positions[None],
-                past_key_values=self._cache,
                 use_cache=True,
+                **{self._cache_name: self._cache},
             )
             aux = capture.take()
         self.length += len(tokens)

@@ -73,7 +73,10 @@ def export_speculators(
             "algorithm": algorithm,
             "default_proposal_method": "greedy",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": draft_tokens}],
-            "verifier": {"name_or_path": _whole_name(verifier), "architectures": list(verifier_architectures)},
+            "verifier": {
+                "name_or_path": _whole_name(verifier),
+                "architectures": list(verifier_architectures),
+            },
         },
     }
     if aux_layers is not None:

@@ -85,8 +85,8 @@ def tell_layers(aux_layers: Sequence[int]) -> None:
     """Say which ids each server reads; a warning where SGLang's own versions disagree about them."""
     inputs, outputs = list(aux_layers), sglang_layers(aux_layers)
     logger.info(
-        "export: the draft takes the inputs of layers %s; vLLM reads them so (%s), SGLang as outputs of layers "
-        "%s (eagle_config)",
+        "export: the draft takes the inputs of layers %s; vLLM reads them so (%s), SGLang as outputs "
+        "of layers %s (eagle_config)",
         inputs,
         AUX_LAYERS,
         outputs,
@@ -100,8 +100,8 @@ def tell_layers(aux_layers: Sequence[int]) -> None:
         if inputs[0] == OUTPUTS_BEGIN:
             remedy = "serve this draft by vLLM: no ids mean these layers there"
         logger.warning(
-            "export: for DeepSeek-like targets (DeepSeek, Kimi, GLM-4.7-Flash) SGLang from May 2026 on reads ids "
-            "that do not begin with %d as inputs; there, %s",
+            "export: for DeepSeek-like targets (DeepSeek, Kimi, GLM-4.7-Flash) SGLang from May 2026 on reads "
+            "ids that do not begin with %d as inputs; there, %s",
             OUTPUTS_BEGIN,
             remedy,
         )

@@ -37,12 +37,14 @@ from eagle3_ds.kernels import select_kernel
 from eagle3_ds.launch import hosts
 from eagle3_ds.launch.command import LaunchPlan
 from eagle3_ds.targets import (
+    beyond_positions,
     check_parallel,
     check_supported,
     choose_aux_layers,
     head_size,
     load_full_config,
     load_text_config,
+    positions,
     resolve_path,
 )
 from eagle3_ds.topology import Mesh, check_heads, detect_accelerator
@@ -74,6 +76,7 @@ class TargetShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    positions: int
 
 
 def check_deepspeed(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
@@ -118,7 +121,7 @@ def target_shape(recipe: Recipe, dry_run: bool) -> TargetShape | None:
     if build is not None and not path.exists():
         head_dim = build.hidden_size // build.num_heads
         widths = (build.vocab_size, build.hidden_size, build.intermediate_size)
-        return TargetShape(*widths, build.num_heads, build.num_kv_heads, head_dim)
+        return TargetShape(*widths, build.num_heads, build.num_kv_heads, head_dim, build.max_positions)
     if dry_run and not path.is_dir():
         return None
     config = load_text_config(resolve_path(recipe.target.path))
@@ -126,7 +129,16 @@ def target_shape(recipe: Recipe, dry_run: bool) -> TargetShape | None:
     choose_aux_layers(config.num_hidden_layers, recipe.target.aux_layers)
     num_heads = config.num_attention_heads
     widths = (config.vocab_size, config.hidden_size, config.intermediate_size)
-    return TargetShape(*widths, num_heads, config.num_key_value_heads, head_size(config))
+    kv_heads, head_dim = config.num_key_value_heads, head_size(config)
+    return TargetShape(*widths, num_heads, kv_heads, head_dim, positions(config))
+
+
+def positions_warning(recipe: Recipe) -> str | None:
+    """A warning when documents may be longer than the target knows positions; None too where its config is
+    not here.
+    """
+    shape = target_shape(recipe, dry_run=True)
+    return None if shape is None else beyond_positions(recipe.data.max_length, shape.positions)
 
 
 def check_target(recipe: Recipe, shape: TargetShape) -> None:

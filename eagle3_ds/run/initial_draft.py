@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle3_ds.algorithms import algorithm_of
-from eagle3_ds.checkpoint.format import INITIAL_WEIGHTS
+from eagle3_ds.checkpoint.format import INITIAL_WEIGHTS, let_others_read
 from eagle3_ds.config import Recipe
 from eagle3_ds.draft import VocabularyMap, sliding_window
 from eagle3_ds.export import load_export
@@ -58,8 +58,7 @@ def write_initial_draft(recipe: Recipe) -> VocabularyMap:
     `load_initial_draft`.
     """
     state, vocabulary = load_initial_draft(recipe)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in state.items()},
-        Path(recipe.output_dir) / INITIAL_WEIGHTS,
-    )
+    path = Path(recipe.output_dir) / INITIAL_WEIGHTS
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    let_others_read(path)
     return vocabulary

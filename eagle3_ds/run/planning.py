@@ -25,7 +25,7 @@ from eagle3_ds.plan import (
 )
 from eagle3_ds.run.memory_advice import deepspeed_files
 from eagle3_ds.run.target_sizes import SHAPES, SIZES
-from eagle3_ds.targets import check_supported, load_text_config
+from eagle3_ds.targets import beyond_positions, check_supported, load_text_config, positions
 from eagle3_ds.topology import Mesh, check_heads
 
 GIB = 2**30
@@ -59,6 +59,7 @@ class Planned:
     ranks_per_node: with fast links between them.
     budget: bytes per rank for tensors.
     candidates: settings that fit, the fastest first.
+    warnings: about the recipe and the target.
     shortage: what is missing and would help; None where the recipe fits as it stands.
     """
 
@@ -68,6 +69,7 @@ class Planned:
     budget: int
     candidates: Sequence[Candidate] = field(default_factory=tuple)
     shortage: str | None = None
+    warnings: Sequence[str] = ()
 
 
 def plan_recipe(
@@ -114,7 +116,10 @@ def plan_recipe(
     shortage = None if fits else explain_shortage(setup, budget, files)
     if not fits and not candidates:
         raise ValueError(f"data.max_length = {setup.length} fits no mesh and no setting.\n{shortage}")
-    return Planned(setup, device, machines.gpus_per_node, budget, candidates, shortage)
+    # Sizes that are given say nothing of positions.
+    warning = None if shape or sizes else beyond_positions(recipe.data.max_length, positions(target))
+    warnings = () if warning is None else (warning,)
+    return Planned(setup, device, machines.gpus_per_node, budget, candidates, shortage, warnings)
 
 
 def _target_config(recipe: Recipe, shape: str | None, given: Mapping[str, int]) -> Any:
@@ -131,7 +136,9 @@ def _target_config(recipe: Recipe, shape: str | None, given: Mapping[str, int]) 
     if path.is_dir():
         config = load_text_config(path)
     elif build is not None:
-        return _llama({**build.model_dump(), "head_dim": build.hidden_size // build.num_heads})
+        built = _llama({**build.model_dump(), "head_dim": build.hidden_size // build.num_heads})
+        built.max_position_embeddings = build.max_positions
+        return built
     else:
         config = _hub_config(recipe.target.path)
     check_supported(config, recipe.target.path)

@@ -19,6 +19,7 @@ from eagle3_ds.run.checks import (
     check_output,
     check_target,
     check_target_on_ranks,
+    positions_warning,
     target_shape,
 )
 from eagle3_ds.topology import Mesh, detect_accelerator
@@ -106,6 +107,8 @@ def _check_rest(recipe: Recipe, accelerator: str, options: RunOptions) -> list[s
         )
     else:
         check_target(recipe, shape)
+        warning = positions_warning(recipe)
+        notes += [] if warning is None else [f"warning: {warning}"]
         check_target_on_ranks(recipe)
         try:
             notes.append(f"attention kernel {check_kernel(recipe, accelerator, shape)}")

@@ -18,18 +18,20 @@ from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.eval import draw_report
 from eagle3_ds.launch.command import LaunchPlan, write_environment_file
 from eagle3_ds.launch.ranks import run_ranks
-from eagle3_ds.run.checks import RESOLVED, check_data
+from eagle3_ds.run.checks import RESOLVED, check_data, positions_warning
 from eagle3_ds.run.finish import evaluate_run, export_draft
 from eagle3_ds.run.initial_draft import write_initial_draft
 from eagle3_ds.run.states import place_of_states
 from eagle3_ds.store import RowFormat
 from eagle3_ds.store.fingerprint import Fingerprint
 from eagle3_ds.targets import (
+    beyond_positions,
     build_target,
     check_supported,
     choose_aux_layers,
     load_text_config,
     load_tokenizer,
+    positions,
     resolve_path,
     target_fingerprint,
 )
@@ -99,6 +101,9 @@ def tokenise(recipe: Recipe) -> Documents:
     folder = resolve_path(section.path)
     config = load_text_config(folder)
     check_supported(config, section.path)
+    warning = beyond_positions(recipe.data.max_length, positions(config))
+    if warning is not None:
+        logger.warning("%s", warning)
     aux_layers = choose_aux_layers(config.num_hidden_layers, section.aux_layers)
     fingerprint = target_fingerprint(folder, aux_layers, section.dtype)
     data = prepare_data(recipe, load_tokenizer(section), fingerprint["tokenizer"], config.vocab_size)
@@ -194,7 +199,11 @@ def report(recipe: Recipe) -> Path:
             f"output_dir: {folder} has no metrics.jsonl, so there is nothing to report. Train first."
         )
     picture = folder / "report.png"
-    told = draw_report(metrics, evaluation if evaluation.is_file() else None, picture)
+    warning = positions_warning(recipe)
+    warnings = [] if warning is None else [warning]
+    told = draw_report(metrics, evaluation if evaluation.is_file() else None, picture, warnings)
+    for line in warnings:
+        logger.warning("report: %s", line)
     logger.info("report: %s", told)
     return picture
 

@@ -22,7 +22,7 @@ import json
 import pickle
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 MOST_LAYERS = 8
+SCALES = "hidden_states_scales"
 AuxLayers = tuple[int, ...]
 
 
@@ -150,6 +151,7 @@ class SpecForgeFiles:
     def sample(self, index: int) -> Sample:
         path = self.paths[index]
         content = _load_pickle(path, ("input_ids", "loss_mask", "aux_hidden_state", "hidden_state"))
+        _check_known(path, content, {"input_ids", "loss_mask", "aux_hidden_state", "hidden_state"})
         token_ids, loss_mask = content["input_ids"].flatten(), content["loss_mask"].flatten()
         aux, last = (
             _rows_of_batch(content[name], name, path) for name in ("aux_hidden_state", "hidden_state")
@@ -168,7 +170,7 @@ class SpecForgeFiles:
 
 class SpeculatorsFiles:
     """A data set (input_ids, loss_mask) and per row a safetensors file: hidden_states [L, 4, Ht], token_ids
-    [L].
+    [L]. In float8, hidden_states_scales besides, fp32 [L, 1, 1] ([L, 1] at first): a factor per token.
     """
 
     writer = "speculators generate-offline-data"
@@ -209,7 +211,10 @@ class SpeculatorsFiles:
             return None
         try:
             with safe_open(path, framework="pt") as file:
+                names = set(file.keys())
+                _check_known(path, names, {"hidden_states", "token_ids", SCALES})
                 hidden, token_ids = file.get_tensor("hidden_states"), file.get_tensor("token_ids")
+                scales = file.get_tensor(SCALES) if SCALES in names else None
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): remove it and generate it again") from error
         row = self.rows[index]
@@ -222,6 +227,7 @@ class SpeculatorsFiles:
                 f"{path}: hidden_states has shape {tuple(hidden.shape)}, expected [tokens, layers, hidden "
                 "size]"
             )
+        hidden = _scaled(path, hidden, scales)
         return _from_layers(path, token_ids, row["loss_mask"], hidden.unbind(1))
 
 
@@ -260,6 +266,7 @@ class SpeculatorsPickles:
     def sample(self, index: int) -> Sample:
         path = self.paths[index]
         content = _load_pickle(path, ("input_ids", "loss_mask"))
+        _check_known(path, content, {"input_ids", "loss_mask", "hidden_states"})
         hidden = content.get("hidden_states")
         if not isinstance(hidden, list) or not all(
             isinstance(layer, Tensor) and layer.ndim == 2 for layer in hidden
@@ -294,6 +301,35 @@ def _load_pickle(path: Path, tensors: Sequence[str]) -> dict[str, Any]:
             f"{path} has no tensor {', '.join(wrong)} (keys present: {', '.join(map(str, content))})"
         )
     return content
+
+
+def _check_known(path: Path, names: Iterable[str], known: Set[str]) -> None:
+    """Raises ValueError for what would be left out unread: it may change what the rest means."""
+    unknown = sorted(set(map(str, names)) - known)
+    if unknown:
+        raise ValueError(
+            f"{path} holds {', '.join(unknown)}, which this import does not know (it knows "
+            f"{', '.join(sorted(known))}): it may change what the others mean. Write the files by a version "
+            "of their writer that docs/hidden-states.md names, or take these out if they change nothing."
+        )
+
+
+def _scaled(path: Path, hidden: Tensor, scales: Tensor | None) -> Tensor:
+    """Hidden states [L, layers, Ht] as the target gave them: bfloat16 where they lie in float8."""
+    is_float8 = hidden.is_floating_point() and hidden.itemsize == 1
+    if is_float8 != (scales is not None):
+        raise ValueError(
+            f"{path}: hidden_states is {hidden.dtype} {'without' if is_float8 else 'beside'} {SCALES}: "
+            "float8 rows, and no others, have a scale each. Generate the file again."
+        )
+    if scales is None:
+        return hidden
+    if scales.shape not in {(len(hidden), 1, 1), (len(hidden), 1)} or not scales.isfinite().all():
+        raise ValueError(
+            f"{path}: {SCALES} is {tuple(scales.shape)}, expected {(len(hidden), 1, 1)} finite factors, one "
+            "per token. Generate the file again."
+        )
+    return (hidden.float() * scales.float().reshape(-1, 1, 1)).to(torch.bfloat16)
 
 
 def _rows_of_batch(tensor: Tensor, name: str, path: Path) -> Tensor:

@@ -2,7 +2,7 @@
 
 from eagle3_ds.targets.build import build_target
 from eagle3_ds.targets.capture import AuxCapture, capture_hidden_states, teacher_tokens
-from eagle3_ds.targets.families import check_parallel, check_supported, head_size
+from eagle3_ds.targets.families import beyond_positions, check_parallel, check_supported, head_size, positions
 from eagle3_ds.targets.load import (
     Target,
     choose_aux_layers,
@@ -19,6 +19,7 @@ __all__ = [
     "AuxCapture",
     "SpanForward",
     "Target",
+    "beyond_positions",
     "build_target",
     "capture_hidden_states",
     "check_parallel",
@@ -31,6 +32,7 @@ __all__ = [
     "load_target",
     "load_text_config",
     "load_tokenizer",
+    "positions",
     "resolve_path",
     "target_fingerprint",
     "teacher_tokens",

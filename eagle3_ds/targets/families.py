@@ -34,6 +34,34 @@ def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def positions(config: Any) -> int:
+    """Tokens that the target was made for, as servers count them. `config`: a text config.
+
+    Linear and dynamic scaling stretch `max_position_embeddings`; the others' configs name the stretched
+    length, but for YaRN, where both are in use.
+    """
+    longest = int(config.max_position_embeddings)
+    stretched = [longest]
+    for rope in _ropes(config):
+        kind, factor = rope.get("rope_type"), rope.get("factor") or 1.0
+        if kind == "yarn":
+            stretched.append(int((rope.get("original_max_position_embeddings") or 0) * factor))
+        elif kind in ("linear", "dynamic") and "rope_type" in config.rope_parameters:
+            stretched.append(int(longest * factor))
+    return max(stretched)
+
+
+def beyond_positions(longest: int, known: int) -> str | None:
+    """What to warn of when documents of up to `longest` tokens (data.max_length) meet a target of `known`."""
+    if longest <= known:
+        return None
+    return (
+        f"data.max_length is {longest}, and the target knows {known} positions (max_position_embeddings): "
+        "what it computes beyond them is not what it was trained for, and a draft learns that. Set "
+        f"data.max_length={known}, or give the target's config the rotary scaling that it is served with."
+    )
+
+
 def check_supported(config: Any, path: str) -> None:
     """Refuse what the draft cannot learn from or mirror. `config`: the target's text config.
 

@@ -27,7 +27,6 @@ from eagle3_ds.say import progress_bar, telling
 from eagle3_ds.store import HiddenStateWriter, RowFormat
 from eagle3_ds.targets import choose_aux_layers, load_text_config, resolve_path
 from eagle3_ds.topology import Topology, maybe_setup_distributed
-from eagle3_ds.train.quiet import ignore_renamed_collectives
 from eagle3_ds.train.target_engine import SpanStates, TargetEngine
 
 
@@ -143,7 +142,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--status_fd", type=int, help="where the supervisor listens, set by it")
     options = parser.parse_args(arguments)
-    ignore_renamed_collectives()
     with beating(options.status_fd) as heart:
         recipe = load_recipe(options.recipe)
         with telling(recipe.logging.level, int(os.environ.get("RANK", "0"))):

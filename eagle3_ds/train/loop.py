@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from safetensors.torch import save_file
 
-from eagle3_ds.checkpoint.format import CHECKPOINTS, FINAL_WEIGHTS, Manifest, folder_name
+from eagle3_ds.checkpoint.format import CHECKPOINTS, FINAL_WEIGHTS, Manifest, folder_name, let_others_read
 from eagle3_ds.checkpoint.saver import WRITING, CheckpointSaver, Progress
 from eagle3_ds.collectives.agreement import max_over_ranks
 from eagle3_ds.config import Recipe
@@ -159,6 +159,7 @@ def save_weights(trainer: DraftTrainer, path: Path) -> None:
     if trainer.topology.place.rank == 0:
         aside = path.with_name(f".{path.name}")
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(aside))
+        let_others_read(aside)
         os.replace(aside, path)
 
 

@@ -36,7 +36,6 @@ from eagle3_ds.targets import load_embedding_and_head, load_text_config, resolve
 from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.loop import run_training, save_weights
 from eagle3_ds.train.online import OnlineStates
-from eagle3_ds.train.quiet import ignore_renamed_collectives
 from eagle3_ds.train.state import EngineState
 from eagle3_ds.train.target_engine import TargetEngine
 from eagle3_ds.train.trainer import DraftTrainer
@@ -113,7 +112,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--status_fd", type=int, help="where the supervisor listens, set by it")
     options = parser.parse_args(arguments)
-    ignore_renamed_collectives()
     with beating(options.status_fd) as heart:
         recipe = load_recipe(options.recipe)
         with telling(recipe.logging.level, int(os.environ.get("RANK", "0"))):

@@ -10,7 +10,7 @@ _RENAMED = ("all_gather_into_tensor", "reduce_scatter_tensor")
 
 
 def ignore_renamed_collectives() -> None:
-    """For the rest of this process, and nothing but these two."""
+    """For the rest of this process, and nothing but these two. Whatever builds an engine calls it."""
     for name in _RENAMED:
         warnings.filterwarnings(
             "ignore", message=rf"`torch\.distributed\.{name}` is deprecated", category=FutureWarning

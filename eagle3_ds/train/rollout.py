@@ -22,7 +22,7 @@ from eagle3_ds.checkpoint.restore import load_checkpoint
 from eagle3_ds.checkpoint.saver import CheckpointSaver, Progress
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
 from eagle3_ds.draft import VocabularyMap, aux_size
-from eagle3_ds.layout import LocalRows, PackedSequence, Rows, row_tiles
+from eagle3_ds.layout import LocalRows, PackedSequence, Rows, Supervision, live_slots, row_tiles
 from eagle3_ds.targets import load_embedding_and_head, load_text_config, resolve_path, teacher_tokens
 from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.spans import plan_spans
@@ -185,6 +185,7 @@ class RolloutTrainer:
         """
         length = _check_tokens(rollout, len(self._head))
         place, loss_mask = self.trainer.topology.place, rollout.loss_mask.cpu().bool()
+        _check_supervised(rollout.lengths, loss_mask, self.trainer.supervision)
         plan = plan_spans(self.recipe, rollout.lengths, loss_mask)
         own = plan.slots(place.ring_rank, place.ulysses_rank)
         read = plan.teacher_slots(place.ring_rank, place.ulysses_rank, self.trainer.supervision.halo)
@@ -256,6 +257,16 @@ def _check_tokens(rollout: Rollout, vocab_size: int) -> int:
                 f"{name} holds {int(column[place])} at row {place}, expected {what}: correct the rollout"
             )
     return length
+
+
+def _check_supervised(lengths: Sequence[int], loss_mask: Tensor, supervision: Supervision) -> None:
+    """Raises ValueError when no token is there to be learnt: the step would be one of loss 0."""
+    if not live_slots(lengths, loss_mask, supervision).any():
+        raise ValueError(
+            f"loss_mask marks {int(loss_mask.sum())} of {len(loss_mask)} rows, and none that a draft could "
+            "learn: a document's first token has no state before it. Mark the tokens that the target wrote, or "
+            "leave this rollout out"
+        )
 
 
 def _checked_rows(

@@ -33,6 +33,7 @@ from eagle3_ds.targets import (
     teacher_tokens,
 )
 from eagle3_ds.topology import Topology
+from eagle3_ds.train.quiet import ignore_renamed_collectives
 from eagle3_ds.train.shared_memory import unname_segment
 
 PROBE_LENGTHS = (37, 11)
@@ -65,6 +66,7 @@ class TargetEngine:
     """
 
     def __init__(self, recipe: Recipe, topology: Topology) -> None:
+        ignore_renamed_collectives()
         self.recipe, self.topology = recipe, topology
         path = resolve_path(recipe.target.path)
         check_parallel(

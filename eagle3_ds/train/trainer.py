@@ -25,6 +25,7 @@ from eagle3_ds.layout import LocalBatch, PackedSequence, prepare_usp_input, stre
 from eagle3_ds.losses import loss_of
 from eagle3_ds.topology import Topology
 from eagle3_ds.train.engine import DraftWithLoss, build_engine, full_parameters, step_and_norm
+from eagle3_ds.train.quiet import ignore_renamed_collectives
 from eagle3_ds.train.spans import plan_spans
 
 
@@ -76,6 +77,7 @@ class DraftTrainer:
         head: Tensor,
         vocabulary: VocabularyMap,
     ) -> None:
+        ignore_renamed_collectives()
         self.recipe, self.topology, self.draft, self.vocabulary = recipe, topology, draft, vocabulary
         self.algorithm = algorithm_of(recipe)
         self.supervision = self.algorithm.supervision(recipe)

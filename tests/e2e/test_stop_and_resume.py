@@ -36,7 +36,7 @@ def test_a_second_sigint_stops_at_once(shared: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         asked = time.time()
     output, _ = process.communicate()
-    assert process.returncode != 0
+    assert process.returncode not in (0, 75)
     # The launcher takes longer to notice that its ranks are gone.
     ends = Logs(log.parent).ends(4)
     assert [(end.how, end.time - asked < 3.0) for end in ends.values()] == [("ended", True)] * 4, ends
@@ -53,7 +53,7 @@ def stopped_by(sent: signal.Signals, line: list[str], job: Job, done: int) -> tu
         time.sleep(0.05)
     process.send_signal(sent)
     output, _ = process.communicate()
-    assert process.returncode == 0, output
+    assert process.returncode == 75, output
     return json.loads((job.folder / "checkpoints" / "latest.json").read_text())["step"], output
 
 

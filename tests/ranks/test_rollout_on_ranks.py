@@ -161,6 +161,28 @@ def one_bad_rank(target: str, output: Path) -> tuple[str, float]:
     raise AssertionError("the step was taken")
 
 
+def nothing_to_learn(target: str, output: Path) -> tuple[str, str, int]:
+    """What two draft_dp ranks are told of a step, and of an evaluation, when rank 1's rollout marks no token;
+    and the steps that were taken.
+    """
+    trainer = RolloutTrainer(make_recipe(target, output, 2, 1, 2))
+    rank = trainer.trainer.topology.place.dp_rank
+    good = make_rollouts(target)[rank]
+    given = good if rank == 0 else replace(good, loss_mask=torch.zeros_like(good.loss_mask))
+    with pytest.raises(ValueError) as step:
+        trainer.step(given)
+    with pytest.raises(ValueError) as evaluation:
+        trainer.evaluate([given])
+    return str(step.value), str(evaluation.value), trainer.steps
+
+
+def test_a_rollout_without_a_token_is_an_error_on_all(run_ranks, target: str, tmp_path: Path) -> None:
+    other, own = run_ranks(2, nothing_to_learn, target, tmp_path)
+    assert all("1 other rank(s) refused their rollouts" in words for words in other[:2])
+    assert all("loss_mask marks 0 of 70 rows, and none" in words for words in own[:2])
+    assert other[2] == own[2] == 0
+
+
 def test_a_mistake_on_one_rank_is_an_error_on_all(run_ranks, target: str, tmp_path: Path) -> None:
     (other, first), (own, second) = run_ranks(2, one_bad_rank, target, tmp_path)
     assert "1 other rank(s) refused their rollouts and say why: no rank takes this step" in other

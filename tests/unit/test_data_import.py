@@ -299,6 +299,75 @@ def test_a_file_that_is_not_as_it_should_be_is_named(folder, spoil, message):
         open_foreign(folder).sample(0)
 
 
+def in_float8(path, shape=(-1, 1, 1), dtype=torch.float8_e4m3fn):
+    """The file as speculators 0.9 writes it in float8; returns what it held before."""
+    content = load_file(path)
+    hidden = content["hidden_states"].float()
+    scales = hidden.abs().amax(dim=(1, 2), keepdim=True) / torch.finfo(dtype).max
+    scaled = {"hidden_states": (hidden / scales).to(dtype), "hidden_states_scales": scales.reshape(shape)}
+    save_file({name: tensor.contiguous() for name, tensor in (content | scaled).items()}, path)
+    return hidden
+
+
+@pytest.mark.parametrize("folder", ["speculators"], indirect=True)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "near"),
+    [
+        ((-1, 1, 1), torch.float8_e4m3fn, 0.05),
+        ((-1, 1), torch.float8_e4m3fn, 0.05),
+        ((-1, 1, 1), torch.float8_e4m3fnuz, 0.05),
+        ((-1, 1, 1), torch.float8_e5m2, 0.1),
+    ],
+)
+def test_rows_in_float8_are_scaled_back(folder, shape, dtype, near):
+    hidden = in_float8(first_file(folder), shape, dtype)
+    sample = open_foreign(folder).sample(0)
+    assert sample is not None
+    found = torch.stack([*sample.aux_parts, sample.last], dim=1)
+    assert found.dtype == torch.bfloat16
+    assert float((found.float() - hidden).norm() / hidden.norm()) < near
+
+
+def spoil_float8(change):
+    def spoil(folder):
+        in_float8(first_file(folder))
+        spoil_safetensors(change)(folder)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("folder", "spoil", "message"),
+    [
+        (
+            "speculators",
+            spoil_float8(lambda c: c.pop("hidden_states_scales")),
+            "float8_e4m3fn without",
+        ),
+        (
+            "speculators",
+            spoil_float8(lambda c: c.update(hidden_states=c["hidden_states"].to(torch.bfloat16))),
+            "torch.bfloat16 beside hidden_states_scales",
+        ),
+        ("speculators", spoil_float8(cut("hidden_states_scales")), r"hidden_states_scales is \(3, 1, 1\)"),
+        ("speculators", spoil_float8(lambda c: c["hidden_states_scales"].fill_(torch.nan)), "finite factors"),
+        (
+            "speculators",
+            spoil_safetensors(lambda c: c.update(hidden_states_zeros=torch.zeros(20))),
+            "holds hidden_states_zeros, which this import does not know",
+        ),
+        ("specforge", spoil_pickle(lambda c: c.update(pixel_values=torch.zeros(2))), "holds pixel_values"),
+        ("specforge", spoil_pickle(lambda c: c.update(aux_hidden_state_scale=2.0)), "aux_hidden_state_scale"),
+        ("speculators-0.4", spoil_pickle(lambda c: c.update(scales=torch.ones(20))), "holds scales"),
+    ],
+    indirect=["folder"],
+)
+def test_what_is_not_known_or_not_scaled_is_named(folder, spoil, message):
+    spoil(folder)
+    with pytest.raises(ValueError, match=f"{first_file(folder).name}.*{message}"):
+        open_foreign(folder).sample(0)
+
+
 @pytest.mark.parametrize("folder", ["speculators-0.4"], indirect=True)
 def test_layers_that_were_chosen_are_read_from_the_files(folder):
     config = folder / "data_config.json"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
 from eagle3_ds.algorithms.eagle3.decoding import Eagle3Guesser
@@ -22,7 +23,7 @@ from eagle3_ds.eval import (
     speculative_decode,
 )
 from eagle3_ds.eval.evaluate import _by_context, _by_position
-from eagle3_ds.eval.speculative import TargetStream, _judge
+from eagle3_ds.eval.speculative import TargetStream, _judge, cache_name
 from eagle3_ds.targets import Target, capture_hidden_states, load_target
 from tests.unit.tiny_families import AUX_LAYERS, family_config, random_model
 from tests.unit.tiny_target import build_tiny_target
@@ -54,6 +55,31 @@ def vocabulary(target: Target) -> VocabularyMap:
     return VocabularyMap.from_counts(
         torch.bincount(torch.tensor(output), minlength=target.config.vocab_size), 64
     )
+
+
+class Renamed(nn.Module):
+    def forward(self, input_ids: object, cache: object = None) -> None: ...
+
+
+class Before(nn.Module):
+    def forward(self, input_ids: object, past_key_values: object = None) -> None: ...
+
+
+class Anything(nn.Module):
+    def forward(self, input_ids: object, **others: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [(Renamed(), "cache"), (Before(), "past_key_values"), (Anything(), "past_key_values")],
+)
+def test_the_cache_goes_by_the_name_that_the_model_knows(model: nn.Module, name: str) -> None:
+    assert cache_name(model) == name
+
+
+def test_a_cached_forward_is_not_warned_of(target: Target, recwarn: pytest.WarningsRecorder) -> None:
+    TargetStream(target).read(PROMPT)
+    assert not [warning for warning in recwarn if "past_key_values" in str(warning.message)]
 
 
 def test_greedy_equals_decoding_without_a_cache(target: Target) -> None:
@@ -260,6 +286,8 @@ def test_evaluation_and_picture(
     with_eval = draw_report(tmp_path / "metrics.jsonl", tmp_path / "eval.json", tmp_path / "a.png")
     without = draw_report(tmp_path / "metrics.jsonl", None, tmp_path / "b.png")
     assert with_eval.stat().st_size > without.stat().st_size > 1000
+    warned = draw_report(tmp_path / "metrics.jsonl", None, tmp_path / "w.png", ["too long " * 40, "too many"])
+    assert warned.stat().st_size > without.stat().st_size
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="holds no line"):
         draw_report(tmp_path / "metrics.jsonl", None, tmp_path / "c.png")

@@ -156,7 +156,9 @@ def test_how_each_server_counts_is_told(
     assert len(warnings) == bool(warned)
     assert all(words in warnings[0].getMessage() for words in warned)
     # Both of SGLang's ways of reading find the states that the draft was trained with, or it is warned.
-    always, since_may = (reading(sglang_layers(aux_layers)) for reading in (sglang_capture, sglang_capture_2026))
+    always, since_may = (
+        reading(sglang_layers(aux_layers)) for reading in (sglang_capture, sglang_capture_2026)
+    )
     assert always == list(aux_layers) and (bool(warned) or since_may == list(aux_layers))
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from eagle3_ds.train import target_engine, trainer
 from eagle3_ds.train.quiet import ignore_renamed_collectives
 
 
@@ -34,3 +37,24 @@ def test_only_the_two_renamed_collectives_are_not_heard_of(
         ignore_renamed_collectives()
         warnings.warn(text, category, stacklevel=1)
     assert bool(caught) == heard
+
+
+@pytest.mark.parametrize(
+    ("module", "build"),
+    [
+        (trainer, lambda: trainer.DraftTrainer(*[None] * 7)),  # type: ignore[arg-type]
+        (target_engine, lambda: target_engine.TargetEngine(None, None)),  # type: ignore[arg-type]
+    ],
+)
+def test_whatever_builds_an_engine_sees_to_it_first(
+    module: Any, build: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SeenToError(Exception):
+        pass
+
+    def see_to_it() -> None:
+        raise SeenToError
+
+    monkeypatch.setattr(module, "ignore_renamed_collectives", see_to_it)
+    with pytest.raises(SeenToError):
+        build()

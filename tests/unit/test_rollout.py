@@ -2,14 +2,19 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from eagle3_ds.train.rollout import Rollout, _check_tokens, _checked_rows
+from eagle3_ds.algorithms import algorithm_of
+from eagle3_ds.config import load_recipe
+from eagle3_ds.train.rollout import Rollout, _check_supervised, _check_tokens, _checked_rows
 
 LENGTHS, VOCABULARY, HIDDEN = (5, 9), 50, 4
+RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
+SUPERVISION = algorithm_of(RECIPE).supervision(RECIPE)
 
 
 def rollout(**changes):
@@ -58,6 +63,20 @@ def test_a_rollout_in_order_passes():
 def test_tokens_that_do_not_fit_are_named(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         _check_tokens(rollout(**changes), VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    "marked",
+    [[], [0], [5], [0, 5]],
+    ids=["nothing", "a first token", "of the second document", "of both documents"],
+)
+def test_a_rollout_from_which_nothing_is_learnt_is_refused(marked):
+    mask = torch.zeros(14, dtype=torch.bool)
+    mask[marked] = True
+    with pytest.raises(ValueError, match=f"loss_mask marks {len(marked)} of 14 rows, and none"):
+        _check_supervised(LENGTHS, mask, SUPERVISION)
+    mask[1] = True
+    _check_supervised(LENGTHS, mask, SUPERVISION)
 
 
 def read(rows, slots=range(14)):

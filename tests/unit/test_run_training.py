@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from eagle3_ds.cli import launch as launch_command
+from eagle3_ds.cli.main import main
 from eagle3_ds.config import load_recipe
 from eagle3_ds.launch.command import LaunchOptions
 from eagle3_ds.run import resolve, training
 from eagle3_ds.run.resolve import ResolvedRun, RunOptions, resolve_run
+from eagle3_ds.run.planning import Machines, plan_recipe
+from eagle3_ds.run.stages import report
 from eagle3_ds.run.training import Trained, train
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +45,36 @@ def test_a_restart_goes_on_from_the_newest_checkpoint_on_the_devices_of_then(
     monkeypatch.setattr(resolve, "resolve_run", lambda *arguments: asked.append(arguments))
     run.again()
     assert asked == [(recipe, RunOptions(resume="auto", dry_run=True))]
+
+
+@pytest.mark.parametrize(("length", "warned"), [(64, False), (65, True), (4096, True)])
+def test_lengths_beyond_the_targets_positions_are_warned_of(
+    length: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = [f"output_dir={tmp_path}", f"data.max_length={length}", f"target.path={tmp_path / 'tiny'}"]
+    recipe = load_recipe(QUICKSTART, [*given, "target.build.max_positions=64", "parallel.draft_dp=1"])
+    run = resolve_run(recipe, RunOptions(LaunchOptions(num_ranks=4), dry_run=True))
+    words = f"warning: data.max_length is {length}, and the target knows 64 positions"
+    assert any(note.startswith(words) for note in run.notes) == warned
+    assert bool(plan_recipe(recipe, Machines(gpus=4)).warnings) == warned
+    record = {"step": 1, "loss": 1.0, "step_loss": [1.0], "step_accuracy": [0.5]}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    assert report(recipe).is_file()
+    assert any(record.levelname == "WARNING" for record in caplog.records) == warned
+
+
+@pytest.mark.parametrize(
+    ("trained", "status"),
+    [(Trained(0, finished=True), 0), (Trained(0, finished=False), 75), (Trained(7, finished=False), 7)],
+)
+def test_a_run_that_was_stopped_has_a_status_of_its_own(
+    trained: Trained, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "train_run", lambda run: trained)
+    monkeypatch.setattr(training, "finish_run", lambda recipe: None)
+    monkeypatch.setattr(launch_command, "_show_summary", lambda recipe: None)
+    monkeypatch.setattr(resolve, "check_data", lambda recipe: None)
+    assert main(["launch", str(QUICKSTART), f"output_dir={tmp_path / 'run'}", "--num_ranks", "4"]) == status
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ tests/ranks.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 from collections import namedtuple
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from eagle3_ds.checkpoint import saver as saver_module
+from eagle3_ds.checkpoint.format import VOCABULARY as VOCABULARY_FILE
 from eagle3_ds.checkpoint.format import (
     CheckpointError,
     folder_name,
@@ -85,6 +87,18 @@ def test_a_restored_trainer_goes_on_bitwise(tmp_path: Path) -> None:
     # The first checkpoint is of before AdamW had any state.
     load_checkpoint(EngineState(fresh), tmp_path / folder_name(0))
     assert [fresh.step() for _ in range(2)] == losses
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664), (0o077, 0o600)])
+def test_who_may_read_the_manifest_may_read_the_rest(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        CheckpointSaver(EngineState(Trainer()), tmp_path).save(Progress(1, 4))
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / folder_name(1)).iterdir()}
+    assert modes["manifest.json"] == modes[rank_file(0)] == modes[VOCABULARY_FILE] == mode, modes
+    assert len(modes) == 3
 
 
 def test_a_background_copy_is_of_the_moment_it_was_asked_for(

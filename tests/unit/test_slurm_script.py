@@ -13,7 +13,7 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "docs" / "multi-node.md"
 # Waits for the signal, then says so by a file and by its exit status.
-STOPPED = "trap 'touch stopped; exit 0' USR1\ntouch started\nwhile :; do sleep 0.05; done"
+STOPPED = "trap 'touch stopped; exit 75' USR1\ntouch started\nwhile :; do sleep 0.05; done"
 
 
 @pytest.fixture
@@ -61,6 +61,6 @@ def test_a_run_that_is_stopped_is_requeued(job: Path) -> None:
     while not (job / "started").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(20) == 0
+    assert process.wait(20) == 75
     assert (job / "stopped").exists()
     assert (job / "requeued").read_text() == "requeue 7\n"

@@ -15,6 +15,7 @@ from transformers import (
     GPT2Config,
     GraniteConfig,
     Llama4TextConfig,
+    LlamaConfig,
     Qwen3NextConfig,
 )
 
@@ -27,10 +28,12 @@ from eagle3_ds.layout import SpanPlan
 from eagle3_ds.targets import (
     SpanForward,
     Target,
+    beyond_positions,
     capture_hidden_states,
     check_parallel,
     check_supported,
     packed,
+    positions,
 )
 from tests.unit.tiny_families import (
     AUX_LAYERS,
@@ -110,6 +113,38 @@ def test_what_no_rank_can_run_over_its_spans(config: Any, words: str) -> None:
 
 def test_length_dependent_angles_pass_below_the_length_they_start_at() -> None:
     check_parallel(family_config("llama", rope_parameters=LONG), "t", ulysses=2, longest=256)
+
+
+def rotary(**keys: Any) -> LlamaConfig:
+    return LlamaConfig(max_position_embeddings=4096, rope_parameters={"rope_theta": 1e4, **keys})
+
+
+@pytest.mark.parametrize(
+    ("config", "known"),
+    [
+        (rotary(rope_type="default"), 4096),
+        (rotary(rope_type="linear", factor=4.0), 16384),
+        (rotary(rope_type="dynamic", factor=2.0), 8192),
+        (rotary(rope_type="yarn", factor=4.0, original_max_position_embeddings=4096), 16384),
+        (rotary(rope_type="yarn", factor=4.0, original_max_position_embeddings=1024), 4096),
+        (
+            rotary(
+                rope_type="llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=512,
+            ),
+            4096,
+        ),
+        (family_config("gemma3_text"), family_config("gemma3_text").max_position_embeddings),
+    ],
+)
+def test_positions_are_those_that_servers_count(config: Any, known: int) -> None:
+    assert positions(config) == known
+    assert beyond_positions(known, known) is None
+    warning = beyond_positions(known + 1, known)
+    assert warning is not None and f"data.max_length is {known + 1}" in warning and str(known) in warning
 
 
 def test_ulysses_must_divide_the_query_heads() -> None:
