@@ -44,7 +44,7 @@ class Round:
 
 def cache_name(model: nn.Module) -> str:
     """The argument by which a model takes its cache: `cache`, or `past_key_values` as transformers called it
-    before 5.24 or so, and refuses from 5.40 on.
+    before, and takes no longer from 5.40 on.
     """
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 

@@ -133,6 +133,7 @@ class DivergenceGuard:
                 steps = torch.tensor(sorted(blamed.get(number, Blame()).steps), dtype=torch.int64)
                 path = self.folder / f"step-{index + 1:06d}_document-{number}.safetensors"
                 save_file({**tensors, "bad_ttt_steps": steps}, str(path))
+                path.chmod(0o644)  # safetensors leaves it to its owner
 
 
 def _explain(index: int, report: StepFigures, blamed: Mapping[int, Blame], folder: Path) -> str:

@@ -37,7 +37,6 @@ from eagle3_ds.kernels import select_kernel
 from eagle3_ds.launch import hosts
 from eagle3_ds.launch.command import LaunchPlan
 from eagle3_ds.targets import (
-    beyond_positions,
     check_parallel,
     check_supported,
     choose_aux_layers,
@@ -131,14 +130,6 @@ def target_shape(recipe: Recipe, dry_run: bool) -> TargetShape | None:
     widths = (config.vocab_size, config.hidden_size, config.intermediate_size)
     kv_heads, head_dim = config.num_key_value_heads, head_size(config)
     return TargetShape(*widths, num_heads, kv_heads, head_dim, positions(config))
-
-
-def positions_warning(recipe: Recipe) -> str | None:
-    """A warning when documents may be longer than the target knows positions; None too where its config is
-    not here.
-    """
-    shape = target_shape(recipe, dry_run=True)
-    return None if shape is None else beyond_positions(recipe.data.max_length, shape.positions)
 
 
 def check_target(recipe: Recipe, shape: TargetShape) -> None:

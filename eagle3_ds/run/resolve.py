@@ -19,9 +19,9 @@ from eagle3_ds.run.checks import (
     check_output,
     check_target,
     check_target_on_ranks,
-    positions_warning,
     target_shape,
 )
+from eagle3_ds.targets import beyond_positions
 from eagle3_ds.topology import Mesh, detect_accelerator
 
 
@@ -107,7 +107,7 @@ def _check_rest(recipe: Recipe, accelerator: str, options: RunOptions) -> list[s
         )
     else:
         check_target(recipe, shape)
-        warning = positions_warning(recipe)
+        warning = beyond_positions(recipe.data.max_length, shape.positions)
         notes += [] if warning is None else [f"warning: {warning}"]
         check_target_on_ranks(recipe)
         try:

@@ -18,7 +18,7 @@ from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.eval import draw_report
 from eagle3_ds.launch.command import LaunchPlan, write_environment_file
 from eagle3_ds.launch.ranks import run_ranks
-from eagle3_ds.run.checks import RESOLVED, check_data, positions_warning
+from eagle3_ds.run.checks import RESOLVED, check_data
 from eagle3_ds.run.finish import evaluate_run, export_draft
 from eagle3_ds.run.initial_draft import write_initial_draft
 from eagle3_ds.run.states import place_of_states
@@ -41,11 +41,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a run, and what their hidden states are and come from."""
+    """The documents of a run, what their hidden states are and come from, and what to warn of."""
 
     data: PreparedData
     layout: RowFormat
     fingerprint: Fingerprint
+    warnings: tuple[str, ...] = ()
 
 
 def prepare(recipe: Recipe | str | Path, checkpoint: Path | None = None) -> None:
@@ -91,6 +92,7 @@ def prepare(recipe: Recipe | str | Path, checkpoint: Path | None = None) -> None
         "data_fingerprint": data.fingerprint,
         "store": None if store is None else str(store.resolve()),
         "store_fingerprint": dict(fingerprint),
+        "warnings": list(documents.warnings),
     }
     (output_dir / "prepared.json").write_text(json.dumps(prepared, indent=2) + "\n")
 
@@ -102,8 +104,9 @@ def tokenise(recipe: Recipe) -> Documents:
     config = load_text_config(folder)
     check_supported(config, section.path)
     warning = beyond_positions(recipe.data.max_length, positions(config))
-    if warning is not None:
-        logger.warning("%s", warning)
+    warnings = () if warning is None else (warning,)
+    for line in warnings:
+        logger.warning("%s", line)
     aux_layers = choose_aux_layers(config.num_hidden_layers, section.aux_layers)
     fingerprint = target_fingerprint(folder, aux_layers, section.dtype)
     data = prepare_data(recipe, load_tokenizer(section), fingerprint["tokenizer"], config.vocab_size)
@@ -111,7 +114,7 @@ def tokenise(recipe: Recipe) -> Documents:
         logger.info("data: %s", line)
     logger.info("data: %s, its lengths drawn in lengths.png", data.path)
     layout = RowFormat(len(aux_layers) * config.hidden_size, config.hidden_size, recipe.data.hidden_dtype)
-    return Documents(data, layout, {**fingerprint, "documents": data.fingerprint})
+    return Documents(data, layout, {**fingerprint, "documents": data.fingerprint}, warnings)
 
 
 def save_resolved(recipe: Recipe) -> None:
@@ -199,8 +202,8 @@ def report(recipe: Recipe) -> Path:
             f"output_dir: {folder} has no metrics.jsonl, so there is nothing to report. Train first."
         )
     picture = folder / "report.png"
-    warning = positions_warning(recipe)
-    warnings = [] if warning is None else [warning]
+    prepared = folder / "prepared.json"
+    warnings = json.loads(prepared.read_text()).get("warnings", []) if prepared.is_file() else []
     told = draw_report(metrics, evaluation if evaluation.is_file() else None, picture, warnings)
     for line in warnings:
         logger.warning("report: %s", line)

@@ -264,8 +264,8 @@ def _check_supervised(lengths: Sequence[int], loss_mask: Tensor, supervision: Su
     if not live_slots(lengths, loss_mask, supervision).any():
         raise ValueError(
             f"loss_mask marks {int(loss_mask.sum())} of {len(loss_mask)} rows, and none that a draft could "
-            "learn: a document's first token has no state before it. Mark the tokens that the target wrote, or "
-            "leave this rollout out"
+            "learn: a document's first token has no state before it. Mark the tokens that the target "
+            "wrote, or leave this rollout out"
         )
 
 

@@ -14,8 +14,10 @@ from eagle3_ds.launch.command import LaunchOptions
 from eagle3_ds.run import resolve, training
 from eagle3_ds.run.resolve import ResolvedRun, RunOptions, resolve_run
 from eagle3_ds.run.planning import Machines, plan_recipe
-from eagle3_ds.run.stages import report
+
+from eagle3_ds.run.stages import prepare, report
 from eagle3_ds.run.training import Trained, train
+from tests.unit.tiny_target import CONVERSATIONS, build_tiny_target
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "recipes/quickstart.yaml"
@@ -49,7 +51,7 @@ def test_a_restart_goes_on_from_the_newest_checkpoint_on_the_devices_of_then(
 
 @pytest.mark.parametrize(("length", "warned"), [(64, False), (65, True), (4096, True)])
 def test_lengths_beyond_the_targets_positions_are_warned_of(
-    length: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    length: int, warned: bool, tmp_path: Path
 ) -> None:
     given = [f"output_dir={tmp_path}", f"data.max_length={length}", f"target.path={tmp_path / 'tiny'}"]
     recipe = load_recipe(QUICKSTART, [*given, "target.build.max_positions=64", "parallel.draft_dp=1"])
@@ -57,10 +59,23 @@ def test_lengths_beyond_the_targets_positions_are_warned_of(
     words = f"warning: data.max_length is {length}, and the target knows 64 positions"
     assert any(note.startswith(words) for note in run.notes) == warned
     assert bool(plan_recipe(recipe, Machines(gpus=4)).warnings) == warned
+
+
+def test_a_run_beyond_the_targets_positions_is_warned_of_to_its_report(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows, target = tmp_path / "rows.jsonl", build_tiny_target(tmp_path / "tiny")
+    rows.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in CONVERSATIONS))
+    folders = [f"output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}"]
+    given = [f"target.path={target}", "target.build=null", f"data.train=[{rows}]", "draft.vocab_size=64"]
+    recipe = load_recipe(QUICKSTART, [*folders, *given, "data.max_length=513", "data.hidden_states=online"])
+    prepare(recipe)
     record = {"step": 1, "loss": 1.0, "step_loss": [1.0], "step_accuracy": [0.5]}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     assert report(recipe).is_file()
-    assert any(record.levelname == "WARNING" for record in caplog.records) == warned
+    words = "data.max_length is 513, and the target knows 512 positions"
+    told = [line.getMessage() for line in caplog.records if words in line.getMessage()]
+    assert [line.partition("data.max_length")[0] for line in told] == ["", "report: "]
 
 
 @pytest.mark.parametrize(
