@@ -55,7 +55,8 @@ ROPE: Mapping[str, Mapping[str, Any]] = {
     "dynamic": {"factor": 2.0},
     "longrope": {
         "short_factor": [1.0] * 8, "long_factor": [1.0, 1.1, 1.3, 1.7, 2.5, 4.0, 6.0, 9.0],
-        "original_max_position_embeddings": 64,
+        # Scores grow by 1.2, as they do for Phi-3.
+        "original_max_position_embeddings": 1024,
     },
     "llama3": {
         "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

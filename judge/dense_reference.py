@@ -161,8 +161,12 @@ def reference_train(
     rules: LossRules,
     optimization: Optimization,
     rounding: float = 0.0,
+    held_in: torch.dtype | None = None,
 ) -> tuple[list[StepResult], dict[str, Tensor]]:
     """Optimizer steps one after the other, over `steps` of micro-batches.
+
+    `held_in` is the dtype that a step reads its weights in, where the optimizer's own are finer: each step's
+    gradient is taken at the weights so rounded. None reads those of the optimizer.
 
     Returns:
         The result of each step, and the weights after the last.
@@ -177,7 +181,8 @@ def reference_train(
     )
     results = []
     for batches in steps:
-        result = reference_step(masters, config, frozen, batches, rules, rounding)
+        read = {n: m.to(held_in or m.dtype).to(m.dtype) for n, m in masters.items()}
+        result = reference_step(read, config, frozen, batches, rules, rounding)
         clipped = 0 < optimization.clip < result.grad_norm
         factor = optimization.clip / (result.grad_norm + 1e-6) if clipped else 1.0
         for name, master in masters.items():

@@ -12,9 +12,8 @@ from eagle3_ds.cli.main import main
 from eagle3_ds.config import load_recipe
 from eagle3_ds.launch.command import LaunchOptions
 from eagle3_ds.run import resolve, training
-from eagle3_ds.run.resolve import ResolvedRun, RunOptions, resolve_run
 from eagle3_ds.run.planning import Machines, plan_recipe
-
+from eagle3_ds.run.resolve import ResolvedRun, RunOptions, resolve_run
 from eagle3_ds.run.stages import prepare, report
 from eagle3_ds.run.training import Trained, train
 from tests.unit.tiny_target import CONVERSATIONS, build_tiny_target
