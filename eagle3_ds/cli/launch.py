@@ -114,7 +114,7 @@ def launch(
     log_level: str | None,
     **places: Any,
 ) -> int:
-    """the main job: prepare, train, evaluate, export, report
+    """the main job: prepare, train, export, evaluate, report
 
     The exit status is 75 when the run was asked to stop before its end: the same command with --resume
     goes on.

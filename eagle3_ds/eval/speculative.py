@@ -9,8 +9,11 @@ Legend: P prompt tokens, S new slots, n known tokens, Ht hidden size of the targ
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,13 @@ from transformers import DynamicCache
 
 from eagle3_ds.draft.contract import Guesser
 from eagle3_ds.targets import AuxCapture, Target
+
+logger = logging.getLogger(__name__)
+PROBE_TOKENS, PROBE_WRONG = 24, 4
+"""A text, and the tokens after it that are forgotten, by which a cache is tried."""
+CUT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+"""Largest relative error of the logits after forgetting; a state with wrong tokens in it gives 0.1."""
+_CUTS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 class NotLosslessError(RuntimeError):
@@ -50,42 +60,87 @@ def cache_name(model: nn.Module) -> str:
 
 
 class TargetStream:
-    """The target with a key-value cache that can be cut back.
+    """The target and what it has read: `read` feeds tokens after those, `keep` forgets all but the first.
 
-    `read` feeds tokens after those in the cache; `keep` forgets all but the first ones.
+    A key-value cache is cut back. A target whose cache cannot be (states of linear attention, keys of an
+    indexer) reads the text again from its start instead: slower, and the same numbers.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, rereads: bool | None = None) -> None:
+        """`rereads`: whether the text is read again each time; None finds out, once per target."""
         self._target = target
         # Without the config: a layer with a sliding window would keep only the window, and could not be cut
         # back.
         self._cache = DynamicCache()
         self._cache_name = cache_name(target.base)
-        self.length = 0
+        self._rereads = not cache_can_be_cut(target) if rereads is None else rereads
+        self._tokens: list[int] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens that are known to the target."""
+        return len(self._tokens)
 
     def read(self, tokens: Sequence[int], last_only: bool = False) -> tuple[Tensor, Tensor]:
         """Feed S tokens. Returns logits [S, V] (or [1, V] of the last) and g [S, A]."""
-        device = self._target.device
-        positions = torch.arange(self.length, self.length + len(tokens), device=device)
+        start = 0 if self._rereads else self.length
+        self._tokens += tokens
+        fed = torch.tensor([self._tokens[start:]], device=self._target.device)
         base = self._target.base
         with AuxCapture(base, self._target.aux_layers) as capture:
-            output = base(
-                input_ids=torch.tensor([list(tokens)], device=device),
-                position_ids=positions[None],
-                use_cache=True,
-                **{self._cache_name: self._cache},
-            )
-            aux = capture.take()
-        self.length += len(tokens)
-        hidden = output.last_hidden_state[0, -1:] if last_only else output.last_hidden_state[0]
+            if self._rereads:
+                output = base(input_ids=fed, use_cache=False)
+            else:
+                positions = torch.arange(start, self.length, device=fed.device)[None]
+                output = base(
+                    input_ids=fed, position_ids=positions, use_cache=True, **{self._cache_name: self._cache}
+                )
+            aux = capture.take()[-len(tokens) :]
+        hidden = output.last_hidden_state[0, -1 if last_only else -len(tokens) :]
         return functional.linear(hidden, self._target.head), aux
 
     def keep(self, length: int) -> None:
-        if length < self.length:
+        if length < self.length and not self._rereads:
             self._cache.crop(
                 length - self.length
             )  # negative: so many tokens less; positive lengths are refused lately
-        self.length = length
+        del self._tokens[length:]
+
+
+def cache_can_be_cut(target: Target) -> bool:
+    """Whether the target forgets tokens as it should when its cache is cut back: tried once per target on a
+    short text, and held against reading it from the start.
+    """
+    if target.model not in _CUTS:
+        _CUTS[target.model] = _forgets(target)
+        if not _CUTS[target.model]:
+            logger.warning(
+                "evaluation: the cache of this target (%s) cannot be cut back after a wrong guess, so each "
+                "round reads the text again from its start. The figures are the same, the time is longer: "
+                "eval.num_prompts and eval.max_new_tokens bound it",
+                target.config.model_type,
+            )
+    return _CUTS[target.model]
+
+
+@torch.no_grad()
+def _forgets(target: Target) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(target.config.vocab_size, (PROBE_TOKENS + 2 * PROBE_WRONG,), generator=generator)
+    known, wrong, right = text.split([PROBE_TOKENS, PROBE_WRONG, PROBE_WRONG])
+    stream = TargetStream(target, rereads=False)
+    try:
+        stream.read(known.tolist())
+        stream.read(wrong.tolist())
+        stream.keep(PROBE_TOKENS)
+        found, _ = stream.read(right.tolist())
+    except Exception as error:  # a family's own code, which may fail in any way where no such cache fits it
+        logger.debug("a cache that is cut back: %s: %s", type(error).__name__, error)
+        return False
+    expected, _ = TargetStream(target, rereads=True).read([*known.tolist(), *right.tolist()])
+    expected = expected[-PROBE_WRONG:].float()
+    difference = (found.float() - expected).norm() / expected.norm()
+    return float(difference) <= CUT_TOLERANCE[target.head.dtype]
 
 
 @torch.no_grad()

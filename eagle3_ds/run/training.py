@@ -80,8 +80,8 @@ def train_run(run: ResolvedRun) -> Trained:
     finished = (output_dir / FINAL_WEIGHTS).is_file()
     if not finished:
         logger.info(
-            "training was stopped before its end: the same command with --resume goes on, then evaluates "
-            "and exports"
+            "training was stopped before its end: the same command with --resume goes on, then exports "
+            "and evaluates"
         )
     return Trained(0, finished)
 
@@ -94,10 +94,17 @@ def capture_run(run: ResolvedRun) -> int:
 
 
 def finish_run(recipe: Recipe) -> None:
-    """What follows training: evaluation, exports and the report."""
-    evaluate(recipe)
-    export(recipe)
-    report(recipe)
+    """What follows training: exports first, which nothing after them can lose, then evaluation and report.
+
+    Raises:
+        ValueError, NotLosslessError: of the export or the evaluation; the report is drawn all the same, from
+            what is there.
+    """
+    try:
+        export(recipe)
+        evaluate(recipe)
+    finally:
+        report(recipe)
 
 
 def _plan_again(run: ResolvedRun) -> LaunchPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from eagle3_ds.eval import (
     speculative_decode,
 )
 from eagle3_ds.eval.evaluate import _by_context, _by_position
-from eagle3_ds.eval.speculative import TargetStream, _judge, cache_name
+from eagle3_ds.eval.speculative import TargetStream, _judge, cache_can_be_cut, cache_name
 from eagle3_ds.targets import Target, capture_hidden_states, load_target
-from tests.unit.tiny_families import AUX_LAYERS, family_config, random_model
+from tests.unit.tiny_families import AUX_LAYERS, family_config, other_config, random_model
 from tests.unit.tiny_target import build_tiny_target
 
+PROMPT_97 = [60, 70, 80, 90, 3, 5, 7, 11, 13]
 PROMPT = [260, 70, 80, 90, 100, 3, 5, 7, 11, 13]
 
 
@@ -116,6 +118,43 @@ def test_target_stream_is_cut_back_beyond_a_sliding_window(family: str) -> None:
     expected, teacher = capture_hidden_states(target, torch.tensor([*prompt, 1, 9, 8]))
     torch.testing.assert_close(aux, expected[-2:], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logits, teacher[-2:] @ target.head.T, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["minimax", "qwen3_next", "falcon_h1", "jamba", "deepseek_v32"])
+def test_a_target_whose_cache_cannot_be_cut_back_reads_again(
+    family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Hybrid, linear and indexer caches: lossless, with guesses right and wrong, and told once."""
+    config = other_config(family)
+    target = Target(random_model(config), None, config, AUX_LAYERS)
+    expected = greedy_decode(target, PROMPT_97, 12, None)
+
+    class Guesses:
+        """Right twice, then wrong."""
+
+        def __init__(self) -> None:
+            self.seen = list(PROMPT_97[:1])
+
+        def propose(self, aux: torch.Tensor, tokens: Sequence[int], count: int) -> list[int]:
+            assert len(aux) == len(tokens)
+            self.seen += tokens
+            known = len(self.seen) - len(PROMPT_97)
+            return [*expected[known : known + 2], 1, 2][:count]
+
+    output, rounds = speculative_decode(target, Guesses(), PROMPT_97, 12, 4, None, expected)
+    known = list(PROMPT_97)
+    for _ in range(12):
+        known.append(
+            int((capture_hidden_states(target, torch.tensor(known))[1] @ target.head.T)[-1].argmax())
+        )
+    assert output == expected == known[len(PROMPT_97) :] and len(rounds) < 12
+    assert caplog.text.count("cannot be cut back") == 1 and not cache_can_be_cut(target)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "qwen3_moe"])
+def test_a_cache_of_keys_and_values_can_be_cut_back(family: str) -> None:
+    config = family_config(family)
+    assert cache_can_be_cut(Target(random_model(config), None, config, AUX_LAYERS))
 
 
 def test_proposals_do_not_depend_on_earlier_guesses(

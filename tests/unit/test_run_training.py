@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from eagle3_ds.cli import launch as launch_command
 from eagle3_ds.cli.main import main
@@ -15,7 +17,7 @@ from eagle3_ds.run import resolve, training
 from eagle3_ds.run.planning import Machines, plan_recipe
 from eagle3_ds.run.resolve import ResolvedRun, RunOptions, resolve_run
 from eagle3_ds.run.stages import prepare, report
-from eagle3_ds.run.training import Trained, train
+from eagle3_ds.run.training import Trained, finish_run, train
 from tests.unit.tiny_target import CONVERSATIONS, build_tiny_target
 
 ROOT = Path(__file__).parents[2]
@@ -120,3 +122,23 @@ def test_what_train_returns_and_raises(
     else:
         assert train(recipe) == (tmp_path / expected if expected else None)
     assert len(runs) == 1 and runs[0].given == recipe
+
+
+@pytest.mark.parametrize("crash", [RuntimeError, ValueError, torch.OutOfMemoryError, None])
+def test_exports_come_first_and_outlive_the_evaluation(
+    crash: type[Exception] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def evaluate(_recipe: object) -> None:
+        done.append("evaluate")
+        if crash is not None:
+            raise crash("the evaluation crashed")
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    for name in ("export", "report"):
+        monkeypatch.setattr(training, name, lambda _recipe, name=name: done.append(name))
+    recipe = load_recipe(QUICKSTART, [f"output_dir={tmp_path}"])
+    with contextlib.nullcontext() if crash is None else pytest.raises(crash, match="the evaluation crashed"):
+        finish_run(recipe)
+    assert done == ["export", "evaluate", "report"]

@@ -56,6 +56,47 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 4, **EXPERTS}),
     "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}),
 }
+# Families beside those: hybrid, linear, indexer caches; latent attention; logits that are scaled.
+LATENT = {
+    "head_dim": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 2,
+}
+INDEXER = {"index_topk": 64, "index_n_heads": 2, "index_head_dim": 8}
+"""More keys than a test has tokens: scores tied at zero fall by the length of the text."""
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "minimax": ("MiniMaxConfig", {"num_local_experts": 4, "block_size": 8}),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {"num_experts": 4, "shared_expert_intermediate_size": 16, **EXPERTS, **DELTA},
+    ),
+    "falcon_h1": ("FalconH1Config", {"lm_head_multiplier": 0.25, **MAMBA}),
+    "jamba": ("JambaConfig", {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1}),
+    "deepseek_v3": ("DeepseekV3Config", LATENT),
+    "deepseek_v32": ("DeepseekV32Config", {**LATENT, **INDEXER}),
+}
+
+
+def other_config(family: str, **changes: Any) -> Any:
+    name, more = OTHERS[family]
+    return getattr(transformers, name)(**{**SIZES, **more, **changes})
 
 
 def family_config(family: str, **changes: Any) -> Any:
