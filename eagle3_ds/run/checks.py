@@ -37,8 +37,12 @@ from eagle3_ds.kernels import select_kernel
 from eagle3_ds.launch import hosts
 from eagle3_ds.launch.command import LaunchPlan
 from eagle3_ds.targets import (
+    check_config_structure,
     check_parallel,
+    check_quantization,
+    check_spans,
     check_supported,
+    check_weight_names,
     choose_aux_layers,
     head_size,
     load_full_config,
@@ -157,6 +161,22 @@ def check_target(recipe: Recipe, shape: TargetShape) -> None:
     )
 
 
+def check_target_structure(recipe: Recipe, dry_run: bool = False) -> None:
+    """Raises ValueError when the target's modules, logits or weights are not as a capture needs them.
+
+    Nothing is loaded: the model is built without weights. A target that the recipe builds is as it should. A
+    dry run judges the config alone.
+    """
+    if recipe.target.build is not None:
+        return
+    path = resolve_path(recipe.target.path)
+    config = load_full_config(path)
+    check_config_structure(config, recipe.target.path)
+    if not dry_run:
+        check_quantization(config, recipe.target.path)
+        check_weight_names(path)
+
+
 def check_kernel(recipe: Recipe, accelerator: str, shape: TargetShape) -> str:
     """The attention kernel's name. Raises ValueError when it is not available, naming what is."""
     device = torch.device(accelerator)
@@ -180,6 +200,7 @@ def check_target_on_ranks(recipe: Recipe) -> None:
     if target_runs_on_ranks(recipe) and (recipe.target.build is None or path.exists()):
         config = load_full_config(resolve_path(recipe.target.path))
         check_parallel(config, recipe.target.path, recipe.parallel.ulysses, recipe.data.max_length)
+        check_spans(config, recipe.target.path)
 
 
 def check_data(recipe: Recipe) -> None:

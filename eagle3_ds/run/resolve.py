@@ -19,6 +19,7 @@ from eagle3_ds.run.checks import (
     check_output,
     check_target,
     check_target_on_ranks,
+    check_target_structure,
     target_shape,
 )
 from eagle3_ds.targets import beyond_positions
@@ -110,6 +111,7 @@ def _check_rest(recipe: Recipe, accelerator: str, options: RunOptions) -> list[s
         warning = beyond_positions(recipe.data.max_length, shape.positions)
         notes += [] if warning is None else [f"warning: {warning}"]
         check_target_on_ranks(recipe)
+        check_target_structure(recipe, options.dry_run)
         try:
             notes.append(f"attention kernel {check_kernel(recipe, accelerator, shape)}")
         except ValueError as error:

@@ -2,7 +2,14 @@
 
 from eagle3_ds.targets.build import build_target
 from eagle3_ds.targets.capture import AuxCapture, capture_hidden_states, teacher_tokens
-from eagle3_ds.targets.families import beyond_positions, check_parallel, check_supported, head_size, positions
+from eagle3_ds.targets.families import (
+    beyond_positions,
+    check_parallel,
+    check_quantization,
+    check_supported,
+    head_size,
+    positions,
+)
 from eagle3_ds.targets.load import (
     Target,
     choose_aux_layers,
@@ -12,8 +19,14 @@ from eagle3_ds.targets.load import (
     resolve_path,
     target_fingerprint,
 )
-from eagle3_ds.targets.packed import SpanForward
-from eagle3_ds.targets.weights import load_embedding_and_head, load_full_config, load_text_config
+from eagle3_ds.targets.packed import SpanForward, check_spans
+from eagle3_ds.targets.structure import check_config_structure
+from eagle3_ds.targets.weights import (
+    check_weight_names,
+    load_embedding_and_head,
+    load_full_config,
+    load_text_config,
+)
 
 __all__ = [
     "AuxCapture",
@@ -22,8 +35,12 @@ __all__ = [
     "beyond_positions",
     "build_target",
     "capture_hidden_states",
+    "check_config_structure",
     "check_parallel",
+    "check_quantization",
+    "check_spans",
     "check_supported",
+    "check_weight_names",
     "choose_aux_layers",
     "empty_target",
     "head_size",

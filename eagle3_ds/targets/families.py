@@ -22,8 +22,6 @@ NEEDED = (
     "rope_parameters",
 )
 """What the draft takes over from the target's config."""
-LOGIT_CHANGES = (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0))
-"""Settings that make a target's logits more than head x hidden state, and the value that leaves them so."""
 LAYER_KINDS = ("full_attention", "sliding_attention")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Rotary scalings whose angles depend on the longest position of the tensor they are handed."""
@@ -66,8 +64,8 @@ def check_supported(config: Any, path: str) -> None:
     """Refuse what the draft cannot learn from or mirror. `config`: the target's text config.
 
     Raises:
-        ValueError: an encoder-decoder, a config without the sizes that the draft takes over, a rotary
-            embedding of part of the head, or logits that are not a plain product with the head.
+        ValueError: an encoder-decoder, a config without the sizes that the draft takes over, or a
+            rotary embedding of part of the head.
     """
     named = f"target.path = {path!r} is a model of the family {config.model_type!r}"
     if getattr(config, "is_encoder_decoder", False):
@@ -90,13 +88,6 @@ def check_supported(config: Any, path: str) -> None:
             raise ValueError(
                 f"{named}, which rotates {share} of each head (partial_rotary_factor); the draft rotates the "
                 "whole of it, as servers do for drafts. Choose a target with full rotary heads."
-            )
-    for name, neutral in LOGIT_CHANGES:
-        value = getattr(config, name, neutral)
-        if value != neutral:
-            raise ValueError(
-                f"{named} with {name} = {value}: its logits are not the product of head and hidden state, "
-                "from which the draft is taught. Choose a target without it."
             )
 
 
@@ -134,7 +125,7 @@ def check_parallel(full_config: Any, path: str, ulysses: int, longest: int) -> N
         )
     if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
         raise ValueError(f"{named}: its attention is bidirectional. {fix}")
-    if getattr(full_config, "quantization_config", None) is not None:
+    if _quantization(full_config) is not None:
         raise ValueError(
             f"{named}: its weights are quantized, and ZeRO-3 shards plain ones. Name the unquantized model, "
             f"or: {fix}"
@@ -147,6 +138,34 @@ def check_parallel(full_config: Any, path: str, ulysses: int, longest: int) -> N
             "parallel.ring."
         )
     _check_rope(config, longest, named, fix)
+
+
+def check_quantization(full_config: Any, path: str) -> None:
+    """Refuse quantized weights that this machine cannot read. `full_config`: as AutoConfig reads it.
+
+    Raises:
+        ValueError: a method that transformers does not know, or whose package or device is not here.
+    """
+    settings = _quantization(full_config)
+    if settings is None:
+        return
+    from transformers.quantizers import AutoHfQuantizer
+
+    given = settings if isinstance(settings, dict) else settings.to_dict()
+    try:
+        AutoHfQuantizer.from_config(dict(given), pre_quantized=True).validate_environment(device_map=None)
+    except Exception as error:  # each method's own: a missing package, device, key or an unknown method
+        raise ValueError(
+            f"target.path = {path!r} ({full_config.model_type}) has quantized weights (quantization_config."
+            f"quant_method = {given.get('quant_method')!r}), which cannot be loaded here: {error} Install "
+            "what it asks for, or name the unquantized model."
+        ) from error
+
+
+def _quantization(full_config: Any) -> Any:
+    """The quantization of the checkpoint, which a vision-language config may hold in its text part."""
+    parts = (full_config, full_config.get_text_config())
+    return next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
 
 
 def _check_rope(config: Any, longest: int, named: str, fix: str) -> None:

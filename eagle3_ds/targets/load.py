@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eagle3_ds.config import TargetSection
 from eagle3_ds.targets.families import check_supported
+from eagle3_ds.targets.structure import check_logits, check_modules, find_decoder
 from eagle3_ds.targets.weights import load_full_config, load_text_config, weight_files
 
 FEWEST_LAYERS = 7
@@ -36,7 +37,7 @@ class Target:
     @property
     def base(self) -> Any:
         """The decoder without its head; of a vision-language model the language model alone."""
-        return self.model.get_decoder()
+        return find_decoder(self.model)
 
     @property
     def embedding(self) -> Tensor:
@@ -60,7 +61,8 @@ def load_target(
 
     Raises:
         ValueError: a missing folder, one that is no Hugging Face model, an unsupported family, too few
-            layers, a head with a bias, or no tokenizer.
+            layers, modules that are not where a capture looks, a head with a bias, logits that are more than
+            head x hidden state, or no tokenizer.
     """
     path = resolve_path(section.path, section.build is not None)
     config = load_text_config(path)
@@ -69,12 +71,9 @@ def load_target(
     weight_files(path)  # its errors tell more than those of transformers
     settings = {"dtype": getattr(torch, dtype or section.dtype), "trust_remote_code": False}
     model = transformers.AutoModelForCausalLM.from_pretrained(str(path), **settings)
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise ValueError(
-            f"target.path = {section.path!r} has a bias in its head: the draft is taught from the product of "
-            "head and hidden state alone. Choose a target without one."
-        )
+    check_modules(model, config, section.path)
     model.requires_grad_(False).eval().to(device)
+    check_logits(model, config, section.path)
     return Target(model, load_tokenizer(section), config, aux_layers)
 
 

@@ -10,6 +10,7 @@ Legend: S slots of this rank, Hq / Hkv heads, D head size, Ht hidden size.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,9 @@ from transformers import AttentionInterface
 from eagle3_ds.attention import PackedAttention
 from eagle3_ds.targets.capture import AuxCapture
 from eagle3_ds.targets.load import Target
+from eagle3_ds.targets.structure import TRIED_TOKENS, build_empty, find_decoder
+
+logger = logging.getLogger(__name__)
 
 INTERFACE_NAME = "eagle3_ds_packed"
 MLP_ROWS = 8192
@@ -78,6 +82,48 @@ def packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     return packed.attend(q, k, v, scale, sliding_window, s_aux)[None], None
+
+
+class _Rehearsal:
+    """In place of a `PackedAttention`, on tensors without values: refuses what that one refuses."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *_others: Any) -> Tensor:
+        if v.shape != k.shape:
+            raise ValueError(
+                f"its values are {tuple(v.shape[1:])} and its keys {tuple(k.shape[1:])} (heads, size), as in "
+                f"multi-head latent attention, and the attention kernels take one head size. {_SINGLE}"
+            )
+        return q
+
+
+def check_spans(full_config: Any, path: str) -> None:
+    """Send a document without values through the target without weights, with our attention put in.
+
+    Raises:
+        ValueError: an attention layer asks for what no kernel computes, before the first layer whose code
+            needs values; what comes after is judged by the probe of the ranks.
+    """
+    config = full_config.get_text_config()
+    decoder = find_decoder(build_empty(full_config, path))
+    AttentionInterface.register(INTERFACE_NAME, packed_attention)
+    ids = torch.zeros(1, TRIED_TOKENS, dtype=torch.int64, device="meta")
+    try:
+        decoder.set_attn_implementation(INTERFACE_NAME)
+        decoder(
+            input_ids=ids,
+            position_ids=torch.arange(TRIED_TOKENS, device="meta")[None],
+            use_cache=False,
+            packed=_Rehearsal(),
+        )
+    except ValueError as error:
+        if _SINGLE not in str(error):
+            logger.debug("%s: judged by the probe of the ranks (%s)", path, error)
+            return
+        raise ValueError(
+            f"target.path = {path!r} ({config.model_type}) cannot run on several ranks: {error}"
+        ) from error
+    except Exception as error:  # a family's own code, which needs values
+        logger.debug("%s: judged by the probe of the ranks (%s)", path, error)
 
 
 class SpanForward(nn.Module):

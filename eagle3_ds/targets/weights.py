@@ -79,6 +79,19 @@ def load_embedding_and_head(path: str | Path, dtype: torch.dtype | None = None) 
     return embedding, _read_tensor(path, files, HEADS, dtype)
 
 
+def check_weight_names(path: str | Path) -> None:
+    """Raises ValueError when the files in `path` have no embedding or no head, judged by names alone."""
+    names = set(weight_files(path))
+    is_tied = load_text_config(path).tie_word_embeddings
+    for what, wanted in (("embedding", EMBEDDINGS), ("head", () if is_tied else HEADS)):
+        if wanted and not names & set(wanted):
+            raise ValueError(
+                f"target.path = {str(path)!r}: none of its {len(names)} tensors is the {what}, which was "
+                f"looked for as {', '.join(wanted)}. Save the model by transformers' save_pretrained, or "
+                "name another target."
+            )
+
+
 def weight_files(path: str | Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it, from the index or the single file.
 

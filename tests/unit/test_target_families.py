@@ -13,7 +13,6 @@ from transformers import (
     FalconH1Config,
     Glm4Config,
     GPT2Config,
-    GraniteConfig,
     Llama4TextConfig,
     LlamaConfig,
     Qwen3NextConfig,
@@ -71,8 +70,6 @@ def test_vision_language_configs_pass_by_their_text() -> None:
                 "rope_parameters"
             ),
         ),
-        (family_config("gemma2", final_logit_softcapping=30.0), "final_logit_softcapping = 30.0"),
-        (GraniteConfig(logits_scaling=8.0), "logits_scaling = 8.0"),
         (CohereConfig(), "lacks rms_norm_eps"),
         (Glm4Config(), "rotates 0.5 of each head"),
         (family_config("llama", is_encoder_decoder=True), "an encoder-decoder"),

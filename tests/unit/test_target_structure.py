@@ -1,0 +1,197 @@
+"""Module names, logits, latent attention and quantization of a target: judged from what its model does."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from eagle3_ds.algorithms.eagle3 import build_draft_config
+from eagle3_ds.config import DraftSection, TargetSection
+from eagle3_ds.targets import (
+    Target,
+    capture_hidden_states,
+    check_config_structure,
+    check_quantization,
+    check_spans,
+    check_weight_names,
+    load_full_config,
+    load_target,
+)
+from eagle3_ds.targets.structure import check_logits, product_problem
+from tests.unit.tiny_families import (
+    AUX_LAYERS,
+    FAMILIES,
+    LATENT,
+    SIZES,
+    family_config,
+    other_config,
+    random_model,
+    vision_language_config,
+)
+from tests.unit.tiny_target import build_tiny_target
+
+
+def tiny(name: str, **changes: Any) -> Any:
+    return getattr(transformers, name)(**{**SIZES, **changes})
+
+
+# Kinds of logits: a factor on the head, on the hidden state before it, a division, a cap.
+FACTORS = {
+    "falcon_h1": (other_config("falcon_h1"), "0.25 times head x hidden state.* 4 times too sharp"),
+    "granite": (tiny("GraniteConfig", logits_scaling=8.0), "8 times too sharp .*logits_scaling = 8.0"),
+    "granitemoe": (tiny("GraniteMoeConfig", logits_scaling=6.0), "6 times too sharp"),
+    "cohere": (tiny("CohereConfig", logit_scale=0.0625), "16 times too sharp .*logit_scale = 0.0625"),
+    "cohere2": (tiny("Cohere2Config", logit_scale=4.0), "4 times too flat"),
+    "minicpm3": (
+        tiny("MiniCPM3Config", dim_model_base=16, num_key_value_heads=4),
+        "0.5 times .* 2 times too sharp",
+    ),
+    "gemma2": (family_config("gemma2", final_logit_softcapping=30.0), "no constant factor.* = 30.0"),
+}
+
+
+@pytest.mark.parametrize("family", FACTORS)
+def test_logits_that_are_more_than_a_product_are_refused_from_the_config(family: str) -> None:
+    config, words = FACTORS[family]
+    with pytest.raises(
+        ValueError, match=f"(?s)family '{family}', whose logits are .*{words}.*choose a target"
+    ):
+        check_config_structure(config, "t")
+
+
+@pytest.mark.parametrize("family", FACTORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_are_more_than_a_product_are_refused_at_load(family: str, dtype: torch.dtype) -> None:
+    """Soft caps too, which small logits of a random model do not come near."""
+    config, _ = FACTORS[family]
+    model = random_model(config).to(dtype)
+    with pytest.raises(ValueError, match=f"family '{family}', whose logits are"):
+        check_logits(model, config, "t")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tested_families_pass(family: str, dtype: torch.dtype) -> None:
+    config = family_config(family)
+    check_config_structure(config, "t")
+    check_spans(config, "t")
+    check_logits(random_model(config).to(dtype), config, "t")
+
+
+@pytest.mark.parametrize("family", ["minimax", "qwen3_next", "jamba", "deepseek_v3", "deepseek_v32"])
+def test_families_that_are_captured_singly_pass(family: str) -> None:
+    check_config_structure(other_config(family), "t")
+
+
+def test_vision_language_targets_pass_by_their_text() -> None:
+    check_config_structure(vision_language_config(), "t")
+    check_spans(vision_language_config(), "t")
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (torch.full((2, 3), 2.0), "2 times head x hidden state"),
+        (torch.ones(2, 4), r"\(2, 4\) where head x hidden state is \(2, 3\)"),
+        (torch.eye(3)[:2], "no constant factor"),
+        (torch.ones(2, 3) + 1e-5, None),
+    ],
+)
+def test_what_is_said_of_a_difference(found: torch.Tensor, words: str | None) -> None:
+    problem = product_problem(found, torch.ones(2, 3), 1e-3)
+    assert problem is None if words is None else re.search(words, problem or "")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (tiny("HrmTextConfig"), "looked for its .* layers as `layers` of HrmTextModel.* L_module, H_module"),
+        (tiny("GPT2Config", n_embd=32, n_head=4), "layers as `layers` of GPT2Model. GPT2Model has wte"),
+        (
+            tiny("BloomConfig", n_layer=4, n_head=4),
+            "layers as `layers` of BloomModel.* has word_embeddings",
+        ),
+        (tiny("HYV4Config"), r"layers pass on \(1, 12, 4, 32\) where .* one hidden state per token"),
+        (tiny("PhiConfig"), "a bias in its head"),
+        (tiny("LlamaConfig", hidden_act="nothing"), "transformers cannot build it from its config.json"),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_modules_that_are_elsewhere_are_named(config: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        check_config_structure(config, "t")
+
+
+def test_llama4_is_captured_by_its_layers() -> None:
+    """Its `get_decoder` gives the whole model."""
+    config = tiny("Llama4TextConfig", num_local_experts=2, intermediate_size_mlp=48, attention_chunk_size=64)
+    check_config_structure(config, "t")
+    target = Target(random_model(config), None, config, AUX_LAYERS)
+    aux, teacher = capture_hidden_states(target, torch.arange(9))
+    assert aux.shape == (9, 96)
+    expected = target.model(input_ids=torch.arange(9)[None], use_cache=False).logits[0]
+    torch.testing.assert_close(teacher @ target.head.T, expected)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        other_config("deepseek_v3"),
+        tiny("MiniCPM3Config", **{key: LATENT[key] for key in ("qk_rope_head_dim", "qk_nope_head_dim")}),
+        tiny("DeepseekV2Config", **LATENT),
+        tiny("Glm4MoeLiteConfig", **LATENT),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_latent_attention_does_not_run_on_ranks(config: Any) -> None:
+    with pytest.raises(ValueError, match="(?s)cannot run on several ranks.*latent.*target.capture: single"):
+        check_spans(config, "t")
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "no-such-method", None])
+def test_quantized_weights_that_cannot_be_read_here(method: str | None) -> None:
+    config = family_config("llama", quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(ValueError, match=f"quant_method = {method!r}.*, which cannot be loaded here"):
+        check_quantization(config, "t")
+    check_config_structure(config, "t")
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "glm4v"])
+def test_vision_language_families_that_are_no_causal_lm(family: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(ValueError, match=f"family '{family}', which transformers does not load"):
+        load_full_config(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["bos_token_id", "eos_token_id", "pad_token_id"])
+def test_a_config_without_special_tokens_gives_a_draft(missing: str) -> None:
+    config = SimpleNamespace(**family_config("llama").to_dict())
+    delattr(config, missing)
+    assert build_draft_config(config, DraftSection(vocab_size=64)).draft_vocab_size == 64
+
+
+@pytest.mark.parametrize("name", ["model.word_embeddings.weight", "transformer.wte.weight", "embed.weight"])
+def test_weights_of_other_names(name: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(build_tiny_target(tmp_path / "tiny"), tmp_path / "other")
+    check_weight_names(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="tensors is the embedding, which was looked for as model.embed_tok"):
+        check_weight_names(folder)
+
+
+def test_a_scaled_target_is_not_loaded(tmp_path: Path) -> None:
+    config, _ = FACTORS["granite"]
+    random_model(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="8 times too sharp"):
+        load_target(TargetSection(path=str(tmp_path), aux_layers=AUX_LAYERS), dtype="float32")
