@@ -6,12 +6,13 @@ import html
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 from eagle3_ds.config.schema import DataSection
 from eagle3_ds.data.documents import PreparedData
 from eagle3_ds.data.encode import RowEncoder
+from eagle3_ds.data.loops import loops, repeated_share
 from eagle3_ds.data.prepare import chat_template, recipe_rows
 from eagle3_ds.data.sources import expand_sources
 from eagle3_ds.data.token_mask import MaskedTokens
@@ -41,7 +42,22 @@ class Inspection:
         cut = "; a token that ran across an end of a turn was cut" if self.tokens.cut else ""
         return (
             f"{self.what}: {total:,} tokens, {supervised:,} of them supervised "
-            f"({supervised / total:.1%}) in {turns} stretches{cut}"
+            f"({supervised / total:.1%}) in {turns} stretches{cut}{self._loops()}"
+        )
+
+    def _loops(self) -> str:
+        """A warning where supervised stretches repeat themselves."""
+        flagged = groupby(
+            zip(self.tokens.input_ids, self.tokens.loss_mask, strict=True), lambda pair: pair[1]
+        )
+        stretches = [[token for token, _ in pairs] for flag, pairs in flagged if flag]
+        looping = [tokens for tokens in stretches if loops(tokens)]
+        if not looping:
+            return ""
+        share = max(map(repeated_share, looping))
+        return (
+            f"; warning: {len(looping)} of {len(stretches)} stretches go round in circles (up to {share:.0%} "
+            "of the n-grams are repetitions), which teaches the draft nothing else"
         )
 
 

@@ -1,6 +1,6 @@
 """What a draft is worth: real speculative decoding with its target, and the picture of a run."""
 
-from eagle3_ds.eval.evaluate import evaluate_draft
+from eagle3_ds.eval.evaluate import evaluate_draft, loop_warning
 from eagle3_ds.eval.report import draw_report
 from eagle3_ds.eval.speculative import NotLosslessError, Round, greedy_decode, speculative_decode
 
@@ -10,5 +10,6 @@ __all__ = [
     "draw_report",
     "evaluate_draft",
     "greedy_decode",
+    "loop_warning",
     "speculative_decode",
 ]

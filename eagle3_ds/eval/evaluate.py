@@ -11,6 +11,7 @@ import torch
 
 from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.config import EvalSection, Recipe
+from eagle3_ds.data.loops import loops, repeated_share
 from eagle3_ds.draft import Draft, VocabularyMap
 from eagle3_ds.eval.speculative import Round, greedy_decode, speculative_decode
 from eagle3_ds.say import progress_bar
@@ -38,7 +39,8 @@ def evaluate_draft(
         What eval.json holds. Acceptance length: tokens per forward of the target, its own included. By
         position: for guess k, the share accepted of those reached (`accepted_when_reached`) and of all rounds
         (`accepted`). By context: buckets of `eval.context_buckets`, upper ends included, null the last
-        without one.
+        without one. Answers of the target that repeat themselves are counted, and the acceptance length is
+        given without them too.
 
     Raises:
         ValueError: no prompt, an empty one, or a target in another dtype.
@@ -57,14 +59,14 @@ def evaluate_draft(
             f"eval.dtype is {settings.dtype}, the target is in {target.head.dtype}. Load it in eval.dtype."
         )
     drafts = {"trained": draft, "untrained": untrained_draft}
-    rounds: dict[str, list[Round]] = {name: [] for name in drafts}
-    new_tokens = 0
+    rounds: dict[str, list[list[Round]]] = {name: [] for name in drafts}
+    answers: list[list[int]] = []
     eos = target.tokenizer.eos_token_id
     for model in drafts.values():
         model.to(target.device, dtype).eval()
     for prompt in progress_bar(prompts, desc="speculative decoding", disable=not progress, unit="prompt"):
         expected = greedy_decode(target, prompt, settings.max_new_tokens, eos)
-        new_tokens += len(expected)
+        answers.append(expected)
         for name, model in drafts.items():
             guesser = algorithm_of(recipe).guesser(model, target.embedding, vocabulary)
             _, more = speculative_decode(
@@ -76,10 +78,43 @@ def evaluate_draft(
                 eos,
                 expected,
             )
-            rounds[name] += more
+            rounds[name].append(more)
     # lossless: every output above was compared with the target's own, a difference raises
-    sizes = {"lossless": True, "prompts": len(prompts), "new_tokens": new_tokens}
-    return _figures(rounds["trained"], rounds["untrained"], settings) | sizes
+    sizes = {"lossless": True, "prompts": len(prompts), "new_tokens": sum(map(len, answers))}
+    trained, untrained = (_joined(rounds[name]) for name in drafts)
+    return _figures(trained, untrained, settings) | sizes | _loop_figures(answers, rounds)
+
+
+def _joined(rounds: Sequence[Sequence[Round]]) -> list[Round]:
+    return [each for of_prompt in rounds for each in of_prompt]
+
+
+def _loop_figures(answers: Sequence[Sequence[int]], rounds: dict[str, list[list[Round]]]) -> dict[str, Any]:
+    """How many of the target's own answers go round in circles, and what is accepted in the others."""
+    looping = [loops(answer) for answer in answers]
+    kept = {
+        name: _joined([more for more, loop in zip(of_draft, looping, strict=True) if not loop])
+        for name, of_draft in rounds.items()
+    }
+    return {
+        "looping_prompts": sum(looping),
+        "repeated_ngrams": sum(map(repeated_share, answers)) / len(answers),
+        "acceptance_length_without_loops": _acceptance_length(kept["trained"]),
+        "acceptance_length_untrained_without_loops": _acceptance_length(kept["untrained"]),
+    }
+
+
+def loop_warning(result: dict[str, Any]) -> str | None:
+    """What to say of an evaluation whose target repeats itself; None where it does not."""
+    if not result.get("looping_prompts"):
+        return None
+    without = result["acceptance_length_without_loops"]
+    left = "no other answer is left to judge by" if without is None else f"{without:.2f} without these"
+    return (
+        f"{result['looping_prompts']} of the target's {result['prompts']} greedy answers go round in circles "
+        f"({result['repeated_ngrams']:.0%} of all n-grams are repetitions), which any draft guesses: "
+        f"acceptance length {left}. Look at the target, its chat template and the prompts"
+    )
 
 
 def _figures(trained: Sequence[Round], untrained: Sequence[Round], settings: EvalSection) -> dict[str, Any]:

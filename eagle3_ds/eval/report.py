@@ -116,9 +116,19 @@ def _draw_contexts(axis: Axes, evaluation: dict[str, Any]) -> None:
     axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
     title = f"Tokens per target forward (mean {_number(evaluation['acceptance_length'])}, "
     axis.set(
-        title=title + f"untrained {_number(evaluation['acceptance_length_untrained'])})",
+        title=title + f"untrained {_number(evaluation['acceptance_length_untrained'])}"
+        f"{_without_loops(evaluation)})",
         xlabel="tokens of context",
     )
+
+
+def _without_loops(evaluation: dict[str, Any]) -> str:
+    """The figure that counts where the target repeats itself; nothing where it does not."""
+    looping = evaluation.get("looping_prompts")
+    if not looping:
+        return ""
+    without = _number(evaluation["acceptance_length_without_loops"])
+    return f"; {looping} of {evaluation['prompts']} answers loop,\nwithout them {without}"
 
 
 def _number(value: float | None) -> str:

@@ -15,10 +15,10 @@ from eagle3_ds.config import Recipe, as_recipe, dump_recipe
 from eagle3_ds.data import PreparedData, prepare_data
 from eagle3_ds.data.stdlib_corpus import stdlib_conversations, stdlib_text
 from eagle3_ds.draft import VocabularyMap
-from eagle3_ds.eval import draw_report
+from eagle3_ds.eval import draw_report, loop_warning
 from eagle3_ds.launch.command import LaunchPlan, write_environment_file
 from eagle3_ds.launch.ranks import run_ranks
-from eagle3_ds.run.checks import RESOLVED, check_data
+from eagle3_ds.run.checks import RESOLVED, check_data, check_target_structure
 from eagle3_ds.run.finish import evaluate_run, export_draft
 from eagle3_ds.run.initial_draft import write_initial_draft
 from eagle3_ds.run.states import place_of_states
@@ -71,6 +71,7 @@ def prepare(recipe: Recipe | str | Path, checkpoint: Path | None = None) -> None
     if section.build is not None:
         logger.info("target: %s", section.path)
         build_target(section, stdlib_text(), (row["messages"] for row in stdlib_conversations()))
+    check_target_structure(recipe)
     documents = tokenise(recipe)
     data, fingerprint = documents.data, documents.fingerprint
     if recipe.eval.num_prompts and not data.statistics.heldout_documents:
@@ -166,7 +167,14 @@ def evaluate(recipe: Recipe | str | Path) -> dict[str, Any]:
         return {}
     result = evaluate_run(recipe)
     logger.info("evaluation: %d tokens after %d prompts, lossless", result["new_tokens"], result["prompts"])
+    _warn_of_loops("evaluation", result)
     return result
+
+
+def _warn_of_loops(stage: str, result: dict[str, Any]) -> None:
+    warning = loop_warning(result)
+    if warning is not None:
+        logger.warning("%s: %s", stage, warning)
 
 
 def export(recipe: Recipe | str | Path) -> list[Path]:
@@ -208,6 +216,8 @@ def report(recipe: Recipe) -> Path:
     for line in warnings:
         logger.warning("report: %s", line)
     logger.info("report: %s", told)
+    if evaluation.is_file():
+        _warn_of_loops("report", json.loads(evaluation.read_text()))
     return picture
 
 
