@@ -25,7 +25,14 @@ from eagle3_ds.plan import (
 )
 from eagle3_ds.run.memory_advice import deepspeed_files
 from eagle3_ds.run.target_sizes import SHAPES, SIZES
-from eagle3_ds.targets import beyond_positions, check_supported, load_text_config, positions
+from eagle3_ds.targets import (
+    beyond_positions,
+    check_config_structure,
+    check_supported,
+    load_full_config,
+    load_text_config,
+    positions,
+)
 from eagle3_ds.topology import Mesh, check_heads
 
 GIB = 2**30
@@ -142,6 +149,8 @@ def _target_config(recipe: Recipe, shape: str | None, given: Mapping[str, int]) 
     else:
         config = _hub_config(recipe.target.path)
     check_supported(config, recipe.target.path)
+    if path.is_dir():
+        check_config_structure(load_full_config(path), recipe.target.path)
     return config
 
 
