@@ -1,5 +1,10 @@
 """USP attention: Ulysses x ring over a span plan, with the step-0 keys and values exchanged once for all TTT
 steps.
+
+*Step-0 keys* are the keys that all slots make at TTT step 0, from the target's hidden states. At every step a
+slot attends to those of its document up to its own, so they are exchanged between ranks. A *diagonal key* is
+the key that a slot makes at a later step, from the draft's own hidden state. The slot alone attends to it (it
+lies on the diagonal of the mask), so it stays on its rank. Values go with their keys.
 """
 
 from eagle3_ds.attention.inference import PackedAttention

@@ -1,4 +1,4 @@
-"""What the USP attention of one unroll holds and sends: bytes and calls, beside the tensors that they count.
+"""The bytes that the USP attention of one unroll holds, and the calls and bytes that it sends.
 
 Legend: S slots of a rank, Q live ones, K TTT steps, Hq / Hkv heads, D head size.
 """
@@ -8,12 +8,15 @@ from __future__ import annotations
 from eagle3_ds.costs import FP32, ExchangeName, Parts, Setup, Traffic
 
 BACKWARD_BLOCK = 2**12
-"""`TileKernel.backward_block`: rows, and about as many keys, of one call of an attention kernel's backward.
+"""The value of `TileKernel.backward_block`: the most rows, and about the most keys, of one call of an
+attention kernel's backward.
 """
 
 
 def unroll_traffic(setup: Setup) -> list[Traffic]:
-    """Of one packed sequence, forward and backward, all layers; nothing on an axis with one rank."""
+    """Calls and bytes of one packed sequence, forward and backward, all layers. An axis of one rank sends
+    nothing.
+    """
     found = []
     if setup.ulysses > 1:
         found.append(_ulysses(setup))
@@ -23,9 +26,11 @@ def unroll_traffic(setup: Setup) -> list[Traffic]:
 
 
 def _ulysses(setup: Setup) -> Traffic:
-    """Forward: q, k and v of step 0 in one call, q of each later step, (out, lse) of every step.
+    """The all-to-alls, 4 K per layer.
 
-    Backward: (dout, q, lse, delta) of every step, dq of each later step, dq, dk and dv of step 0 in one call.
+    Forward, 2 K: (q, k, v) of step 0 in one call, q of each later step; (out, lse) of every step.
+    Backward, 2 K: (dout, q, lse, delta) of every step; dq of each later step, (dq, dk, dv) of step 0 in one
+    call.
     """
     shape, steps, item = setup.shape, setup.ttt_steps, setup.itemsize
     q, statistics = setup.live_slots * shape.query_size * item, setup.live_slots * shape.num_heads * FP32
@@ -37,7 +42,9 @@ def _ulysses(setup: Setup) -> Traffic:
 
 
 def _gathered(setup: Setup) -> list[Traffic]:
-    """Keys and values once, their gradients once in fp32, whatever K."""
+    """`gather`: one all-gather of keys and values and one reduce-scatter of their fp32 gradients per layer,
+    for any K.
+    """
     entries = 2 * setup.shape.kv_size // setup.ulysses
     layers = setup.shape.num_layers
     return [
@@ -47,11 +54,11 @@ def _gathered(setup: Setup) -> list[Traffic]:
 
 
 def _streamed(setup: Setup) -> Traffic:
-    """Blocks of keys and values pass round; those of the first hops are kept after step 0, the others pass in
-    every step.
+    """`ring`: point-to-point messages of blocks (one rank's keys and values) and of their fp32 gradients.
 
-    In backward the gradients of passing blocks follow them, the last hop being home, and those of kept blocks
-    make one lap at the end, several in one message where they have one owner. Gradients are fp32.
+    Forward of step 0 sends ring - 1 blocks. Every other pass, K - 1 forward and K backward, sends the
+    `passing` blocks that are not kept. In backward the gradient of a passing block is sent once per hop, the
+    last time to its owner; the gradients of kept blocks make one lap of ring - 1 messages after step 0.
     """
     steps, ring, kept = setup.ttt_steps, setup.ring, kept_blocks(setup)
     passing = ring - kept
@@ -64,27 +71,29 @@ def _streamed(setup: Setup) -> Traffic:
 
 
 def block_bytes(setup: Setup) -> int:
-    """One ring rank's keys and values for one Ulysses rank's heads, one layer, with their fp32 gradients."""
+    """Bytes of a block: one ring rank's keys and values for one Ulysses rank's heads, of one layer, with
+    their fp32 gradients.
+    """
     return setup.columns * 2 * setup.shape.kv_size // setup.ulysses * (setup.itemsize + FP32)
 
 
 def kept_blocks(setup: Setup) -> int:
-    """Blocks that `kv_exchange: ring` holds between the TTT steps in each layer, a rank's own among them."""
+    """Blocks that `kv_exchange: ring` holds between the TTT steps in each layer, the rank's own included."""
     return min(setup.ring, 1 + setup.kv_bytes // block_bytes(setup))
 
 
 def choose_kv_exchange(setup: Setup) -> ExchangeName:
-    """What `kv_exchange: auto` means: gather, which sends least, unless what other ranks contribute exceeds
-    `kv_bytes` a layer.
+    """What `kv_exchange: auto` means: gather, which sends least, if the other ranks' blocks fit `kv_bytes` in
+    each layer; else ring.
 
-    The same on all ranks and for all packs, because it depends on the packing length and not on a pack.
+    The choice depends on the packing length only, not on a pack, so all ranks make the same for all packs.
     """
     return "gather" if (setup.ring - 1) * block_bytes(setup) <= setup.kv_bytes else "ring"
 
 
 def keys_and_values(setup: Setup) -> Parts:
-    """Step 0's, gathered or this ring rank's own with the kept blocks, and the diagonals of the later
-    steps.
+    """Bytes of the step-0 keys and values (all of the sequence under `gather`, the kept blocks under `ring`)
+    and of the diagonal ones.
     """
     shape, item, layers = setup.shape, setup.itemsize, setup.shape.num_layers
     rows = setup.padded_length if setup.kv_exchange == "gather" else setup.columns * kept_blocks(setup)
@@ -94,25 +103,28 @@ def keys_and_values(setup: Setup) -> Parts:
 
 
 def attention_backward(setup: Setup) -> int:
+    """Bytes that the backward of one step's attention allocates beside what is kept (`attend_backward`)."""
     shape, S, item = setup.shape, setup.live_slots, setup.itemsize
     query, statistic = S * shape.query_size * item, S * shape.num_heads * FP32
     wide_query = S * shape.query_size * FP32
     total = statistic
     if setup.ttt_steps > 1:
-        # The diagonals' part of q's gradient, and q again where it was not kept.
+        # The diagonal part of dq, and q, which `recompute` and `offload` make again.
         total += query if setup.activation == "keep" else 2 * query
     if setup.ulysses > 1:
-        # dout, q and two statistics in heads layout.
+        # dout, q, lse and delta, as they arrive for this rank's heads.
         total += 2 * query + 2 * statistic
-    # The kernel's dq in fp32, and the output that it computes delta from.
+    # The kernel's dq in fp32, and the stand-in output that it computes delta from.
     total += wide_query + query
     return total + _kernel_workspace(setup) + _passing_blocks(setup)
 
 
 def _passing_blocks(setup: Setup) -> int:
-    """Of the ring strategy: dq summed over the blocks, and the blocks that pass with their fp32 gradients.
+    """Bytes that `ring` needs in backward: dq summed over the blocks, and the passing blocks with their fp32
+    gradients.
 
-    Each is here once, and where another follows, that one is on its way: as it was sent and as it arrives.
+    One passing block is computed with. If there is a second one, it is under way meanwhile and takes two
+    buffers more, one that sends and one that receives.
     """
     if setup.ring == 1 or setup.kv_exchange == "gather":
         return 0
@@ -122,8 +134,8 @@ def _passing_blocks(setup: Setup) -> int:
 
 
 def _kernel_workspace(setup: Setup) -> int:
-    """What a flash kernel's backward makes for one block: gradients in the input's dtype, those of keys for
-    every query head.
+    """Bytes of what a flash kernel's backward allocates for one block: gradients in the inputs' dtype, those
+    of keys and values for every query head before they are summed over the group.
     """
     shape, item = setup.shape, setup.itemsize
     rows, keys = _kernel_block(setup)
@@ -133,15 +145,16 @@ def _kernel_workspace(setup: Setup) -> int:
     gradients = rows * query * item + expanded + keys * kv * FP32
     if setup.device == "cpu":
         return gradients + (expanded if grouped else 0)
-    # dq is accumulated in fp32, and a row has a statistic more.
+    # CUDA kernels also sum dq in fp32, and compute one fp32 statistic (delta) per row and head.
     return gradients + rows * (query + shape.num_heads // setup.ulysses) * FP32
 
 
 def _kernel_block(setup: Setup) -> tuple[int, int]:
-    """Query rows and keys of the largest block for one document, whose rows are together on one ring rank,
-    else in chunks.
+    """Query rows and keys of the largest block that the backward computes, when one document fills the
+    sequence.
 
-    They meet all keys before them where those are gathered, else a chunk of a streamed block at a time.
+    On one ring rank all rows are together; on several they come in chunks. The keys are all gathered ones
+    under `gather`, and one chunk of a passing block under `ring`.
     """
     if setup.ring == 1:
         rows, keys = setup.live_columns, setup.columns
@@ -151,6 +164,6 @@ def _kernel_block(setup: Setup) -> tuple[int, int]:
             setup.padded_length if setup.kv_exchange == "gather" else setup.columns // setup.chunks_per_rank
         )
     if setup.window is not None:
-        # A block's rows and the window before them.
+        # A block's own keys and the window before them.
         return min(rows, BACKWARD_BLOCK), min(keys, min(rows, BACKWARD_BLOCK) + setup.window)
     return min(rows, BACKWARD_BLOCK), min(keys, BACKWARD_BLOCK)

@@ -1,5 +1,5 @@
-"""How the keys and values of step 0 reach the ranks of a ring: the protocol that `parallel.kv_exchange`
-chooses by.
+"""The protocol of the two ways in which the step-0 keys and values reach the ranks of a ring: `gather`
+(prefix_kv.py) and `ring` (ring.py), chosen by `parallel.kv_exchange`.
 
 Legend: Lr columns of this ring rank, Lq live ones; Hq / Hkv heads and u Ulysses ranks that share them; D head
 size.
@@ -19,15 +19,16 @@ from eagle3_ds.layout import SpanPlan
 
 @dataclass(frozen=True)
 class RingPlace:
-    """What an exchange works with.
+    """What an exchange needs to know of the sequence and of this rank.
 
     Attributes:
-        plan, ring_rank, ring_group: the cut of the sequence and this rank's part of it; None is a ring of
-            one.
+        plan: the cut of the sequence.
+        ring_rank: whose columns this rank computes.
+        ring_group: the ranks of the ring; None is a ring of one.
         kernel: computes the tiles.
-        window: keys that a position sees at most, its own among them; None: all before it.
-        kv_bytes: bytes of other ranks' keys and values, and of their gradients, that may be held between
-            steps.
+        window: the most keys that a position sees, its own included; None for no limit.
+        kv_bytes: the most bytes of other ranks' keys and values, and of their gradients, that may be held
+            between steps. `gather` ignores it.
     """
 
     plan: SpanPlan
@@ -39,26 +40,32 @@ class RingPlace:
 
 
 class KVExchange(Protocol):
-    """The step-0 keys and values of one layer, for all K TTT steps. Outside autograd: the unroll owns the
-    graph.
+    """The step-0 keys and values of one layer, for all K TTT steps.
 
-    Made of this ring rank's k and v, [Lr, Hkv / u, D] each, and its `RingPlace`. Every method is collective
-    over the ring.
+    It is made from this ring rank's k and v, [Lr, Hkv / u, D] each, and a `RingPlace`. It builds no autograd
+    graph: `attention.usp` calls the methods from the forward and the backward of its own Functions. Every
+    method is collective over the ring.
     """
 
     def attend(self, q_heads: Tensor, scale: float, step: int = 0) -> tuple[Tensor, Tensor]:
-        """The attention of TTT step `step` to them. q [Lq, Hq / u, D] -> out, in any dtype, and fp32 lse [Lq,
-        Hq / u].
+        """Attention of TTT step `step` to the step-0 keys: q [Lq, Hq / u, D] -> out [Lq, Hq / u, D], of any
+        dtype, and lse [Lq, Hq / u], fp32 (fp64 for fp64).
         """
 
     def attend_backward(
         self, dout: Tensor, q_heads: Tensor, lse: Tensor, delta: Tensor, scale: float, step: int = 0
     ) -> Tensor:
-        """dq [Lq, Hq / u, D] of that step, in fp32, under the merged lse and delta = rowsum(dout * out), [Lq,
-        Hq / u]; the keys' and values' gradients are summed here.
+        """Backward of `attend` under the merged softmax (kernels/base.py); keeps the sum of dk and dv.
+
+        Args:
+            dout, q_heads: [Lq, Hq / u, D].
+            lse, delta: [Lq, Hq / u], fp32 (fp64 for fp64), of step-0 and diagonal keys together.
+
+        Returns:
+            dq [Lq, Hq / u, D], fp32 (fp64 for fp64).
         """
 
     def take_gradients(self) -> tuple[Tensor, Tensor]:
-        """dk, dv [Lr, Hkv / u, D] of this ring rank's own columns, fp32, over all steps and ranks; forgotten
-        here.
+        """dk and dv [Lr, Hkv / u, D] of this ring rank's own columns, fp32 (fp64 for fp64), summed over all
+        steps and all ring ranks. The exchange drops its sums.
         """

@@ -1,9 +1,9 @@
-"""Attention of a frozen model under ring x ulysses: one layer's forward over packed documents, outside
+"""Attention of a frozen model (the target) under ring x ulysses: forward over packed documents, without
 autograd.
 
-q, k and v leave in one all-to-all and the output comes home in another; the keys and values of the ring are
-gathered once. Nothing outlives the layer, so a target of any depth holds the keys and values of one layer
-only.
+Each layer sends q, k and v in one all-to-all, gathers the keys and values over the ring, and gets its output
+back in a second all-to-all. Nothing is kept, so a target of any depth holds the keys and values of one layer
+at a time.
 
 Legend: S slots of this rank, Lr = S * ulysses columns of this ring rank, L padded length, Hq / Hkv heads, D
 head size.
@@ -24,10 +24,10 @@ from eagle3_ds.layout import SpanPlan
 
 
 class PackedAttention:
-    """Causal attention within the documents of one packed sequence, for every layer of one forward.
+    """Causal attention within each document of one packed sequence, for all layers of one forward.
 
     Attributes:
-        num_calls: how many layers have attended so far.
+        num_calls: how often `attend` has run, so that a caller can check that every layer used it.
     """
 
     def __init__(
@@ -56,17 +56,17 @@ class PackedAttention:
         """The attention of one layer over this rank's slots. Collective over the sp group.
 
         Args:
-            q: [S, Hq, D]; k, v: [S, Hkv, D]. Key heads that ulysses does not divide are repeated until it
-                does.
-            window: keys that a slot sees at most, its own among them; None: all before it.
-            sinks: [Hq], a learned logit of each head that takes its share of the softmax and carries no
-                value.
+            q: [S, Hq, D]; k, v: [S, Hkv, D]. If ulysses does not divide Hkv, the key heads are repeated
+                until it does.
+            scale: factor of the scores.
+            window: the most keys that a slot sees, its own included; None for no limit.
+            sinks: [Hq], a learned logit per head that takes part in the softmax but has no value.
 
         Returns:
-            [S, Hq, D]; zeros for padding.
+            [S, Hq, D] in the dtype of q; zeros for padding.
 
         Raises:
-            ValueError: values of another size than keys, or query heads that ulysses does not divide.
+            ValueError: v has another shape than k, or ulysses does not divide Hq, or the window is below one.
         """
         if v.shape != k.shape:
             raise ValueError(
@@ -85,8 +85,8 @@ class PackedAttention:
         return heads_to_sequence(out, self.ulysses_group)
 
     def _repeat_key_heads(self, k: Tensor, v: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-        """Repeat each key head so often that ulysses divides their number; the query heads of a key head stay
-        with it.
+        """Repeat each key head in place (a, a, b, b) until ulysses divides their number, so that query heads
+        keep their key head.
         """
         ulysses, num_kv_heads = self.plan.ulysses, k.shape[1]
         if num_heads % ulysses:
@@ -101,7 +101,7 @@ class PackedAttention:
         )
 
     def _gather(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """[Lr, H, D] of this ring rank -> [L, H, D] in sequence order."""
+        """k, v [Lr, H, D] of this ring rank -> [L, H, D] of all, in sequence order."""
         if self.plan.in_sequence_order:
             return k.contiguous(), v.contiguous()
         order = torch.from_numpy(self.plan.sequence_order).to(k.device)
@@ -110,8 +110,8 @@ class PackedAttention:
         return k_all.contiguous(), v_all.contiguous()
 
     def _share_beside_sinks(self, lse: Tensor, sinks: Tensor) -> Tensor:
-        """What the keys keep of the softmax when the sink takes part: e^lse / (e^lse + e^sink), [Lr, Hq /
-        ulysses, 1].
+        """The share of the softmax that the sink leaves to the keys: exp(lse) / (exp(lse) + exp(sink)) =
+        sigmoid(lse - sink). lse [Lr, Hq / ulysses], sinks [Hq] -> [Lr, Hq / ulysses, 1].
         """
         rank = self.ulysses_group.rank() if self.ulysses_group else 0
         own = sinks.to(lse.dtype).chunk(self.plan.ulysses)[rank]

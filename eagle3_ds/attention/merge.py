@@ -1,7 +1,22 @@
 """One softmax over the step-0 keys and the diagonal keys: merging by log-sum-exp, and its gradient.
 
-On CUDA one fused Triton kernel each way (merge_triton.py), elsewhere plain torch, block by block, so that the
-temporaries stay small. Everything is computed in at least fp32.
+The step-0 attention (out0, lse0) takes part as one key with score lse0 and value out0. With the diagonals
+s = 1 .. k of a slot:
+
+    z_0 = lse0        z_s = scale * q . k_s        lse = log sum_s exp(z_s)        p_s = exp(z_s - lse)
+    out = p_0 out0 + sum_{s >= 1} p_s v_s
+
+Backward, with delta = rowsum(dout * out) of the merged output:
+
+    dz_s = p_s (dout . v_s - delta)        dv_s = p_s dout
+    dq = scale * sum_{s >= 1} dz_s k_s        dk_s = scale * dz_s q        (s >= 1)
+
+The step-0 part of dq, and the step-0 dk and dv, come from the attention kernel, which gets the merged lse and
+delta (kernels/base.py); so out0 and lse0 need no gradient of their own. k_s and v_s belong to a key head:
+their gradients are summed over its G query heads.
+
+On CUDA this is one fused Triton kernel each way (merge_triton.py). Elsewhere it is plain torch, block by
+block, so that the temporaries stay small. Everything is computed in at least fp32.
 
 Legend: S slots, Hq = N * G query heads, N key heads, D head size, B slots of one block.
 """
@@ -15,9 +30,9 @@ from torch import Tensor
 
 from eagle3_ds.kernels import accumulation_dtype
 
-# Bytes of one temporary: small beside the operands, large enough that calls do not count. Measured on one
-# core, forward with 4096 slots, 8 heads of 64, 7 diagonals, fp32: 0.5 MiB 9.0 ms, 1 MiB 8.4 ms, 2 MiB 8.0 ms,
-# no blocks 8.2 ms.
+# Bytes of one temporary: small beside the operands, but large enough that the cost of the calls does not
+# matter. Measured on one core, forward with 4096 slots, 8 heads of 64, 7 diagonals, fp32: 0.5 MiB 9.0 ms,
+# 1 MiB 8.4 ms, 2 MiB 8.0 ms, no blocks 8.2 ms.
 _BLOCK_BYTES = 2**21
 
 
@@ -27,8 +42,10 @@ def merge_diagonals(
     """Add the diagonal keys, each seen by its own slot alone, to the step-0 attention.
 
     Args:
-        out0: [S, Hq, D] attention over the step-0 keys; lse0: [S, Hq] its log-sum-exp, fp32 (fp64 for fp64).
-        q: [S, Hq, D]; keys, values: one [S, N, D] per step s = 1..k.
+        out0: [S, Hq, D], attention over the step-0 keys; lse0: [S, Hq], its log-sum-exp, fp32 (fp64 for
+            fp64).
+        q: [S, Hq, D]; keys, values: one [S, N, D] per step s = 1 .. k.
+        scale: factor of the scores.
 
     Returns:
         The merged output [S, Hq, D] in the dtype of q, and the merged log-sum-exp [S, Hq] in the dtype of
@@ -37,7 +54,7 @@ def merge_diagonals(
     if not keys:
         return out0.to(q.dtype), lse0
     if _is_fused(q):
-        # Triton is imported where it is needed: machines without CUDA need not have it.
+        # Imported here, because machines without CUDA need not have Triton.
         from eagle3_ds.attention.merge_triton import fused_merge
 
         return fused_merge(out0, lse0, q, keys, values, scale)
@@ -68,17 +85,16 @@ def merge_diagonals_backward(
     dkeys: Sequence[Tensor],
     dvalues: Sequence[Tensor],
 ) -> Tensor:
-    """Gradient through the diagonal part: p = exp(s - lse), ds = p (dout . v - delta).
+    """Gradients of q and of the diagonal keys and values, through the diagonal scores only (formulas above).
 
     Args:
-        dout, q, keys, values: as in `merge_diagonals`.
-        lse: [S, Hq], the merged one; delta: [S, Hq], row sum of dout * merged output. Both fp32 (fp64 for
-            fp64).
+        dout: [S, Hq, D], gradient of the merged output; q, keys, values, scale: as in `merge_diagonals`.
+        lse: [S, Hq], merged; delta: [S, Hq], row sum of dout * merged output. Both fp32 (fp64 for fp64).
         dkeys, dvalues: one [S, N, D] per diagonal, contiguous, in the dtype of the keys; the gradients are
-            added to them.
+            added to them in place.
 
     Returns:
-        dq [S, Hq, D] in the dtype of q, the diagonal part only.
+        The diagonal part of dq, [S, Hq, D] in the dtype of q.
     """
     if _is_fused(q):
         from eagle3_ds.attention.merge_triton import fused_merge_backward
@@ -101,12 +117,12 @@ def merge_diagonals_backward(
 
 
 def _is_fused(q: Tensor) -> bool:
-    """Triton's kernels compute in fp32: fp64, which only checks use, stays with torch."""
+    """Whether the Triton kernels run. They compute in fp32, so fp64 (gradient checks) stays with torch."""
     return q.is_cuda and q.dtype != torch.float64
 
 
 def _add_over_group(total_BND: Tensor, weight_BNG: Tensor, x_BNGD: Tensor) -> None:
-    """total += the sum of weight * x over the query heads of each key head, rounded once."""
+    """total[b, n] += sum_g weight[b, n, g] * x[b, n, g], rounded once to the dtype of total."""
     wide = total_BND.to(weight_BNG.dtype)
     for weight_BN, x_BND in zip(weight_BNG.unbind(2), x_BNGD.unbind(2), strict=True):
         wide.addcmul_(weight_BN[..., None], x_BND)
@@ -122,10 +138,10 @@ def _blocks(q: Tensor) -> Iterator[slice]:
 
 
 def _grouped(x_BHD: Tensor, key: Tensor) -> Tensor:
-    """[B, N * G, D] -> [B, N, G, D], wide: the query heads that share a key head lie side by side."""
+    """[B, N * G, D] -> [B, N, G, D] in the accumulation dtype; query heads n * G + g share key head n."""
     return x_BHD.unflatten(1, (key.shape[1], -1)).to(accumulation_dtype(x_BHD.dtype))
 
 
 def _wide(x_BND: Tensor) -> Tensor:
-    """[B, N, 1, D], wide."""
+    """[B, N, D] -> [B, N, 1, D] in the accumulation dtype."""
     return x_BND[:, :, None].to(accumulation_dtype(x_BND.dtype))

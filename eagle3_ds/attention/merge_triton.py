@@ -1,10 +1,15 @@
 """The merge of the diagonal keys on CUDA: one Triton kernel forward, one backward, each reading every operand
-once.
+once. The formulas are those of merge.py.
 
-A program handles the query heads of one key head in a few slots. The softmax is accumulated online over the
-diagonals, from the step-0 attention on; everything is computed in fp32.
+A program handles a few slots and the query heads of one key head, in fp32. The forward accumulates the
+softmax online over the diagonals, beginning with the step-0 attention: m = lse0, l = 1, o = out0, and then
+for each diagonal of score z and value v
 
-Legend: B slots of one program, G query heads per key head, D head size, both padded to a power of two.
+    m' = max(m, z)        l' = exp(m - m') l + exp(z - m')        o' = exp(m - m') o + exp(z - m') v
+
+with out = o / l and lse = m + log l in the end.
+
+Legend: B slots of one program, G query heads per key head, D head size; G and D padded to a power of two.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ _PROGRAM_ELEMENTS = 2048
 def fused_merge(
     out0: Tensor, lse0: Tensor, q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`merge.merge_diagonals`, at least one diagonal, tensors on a CUDA device."""
+    """`merge.merge_diagonals` for at least one diagonal and tensors on a CUDA device; same shapes."""
     q, out0, lse0 = q.contiguous(), out0.contiguous(), lse0.contiguous()
     out, lse = torch.empty_like(q), torch.empty_like(lse0)
     grid, sizes = _launch(q, keys[0])
@@ -45,7 +50,7 @@ def fused_merge_backward(
     dkeys: Sequence[Tensor],
     dvalues: Sequence[Tensor],
 ) -> Tensor:
-    """`merge.merge_diagonals_backward`, tensors on a CUDA device; the accumulators are contiguous."""
+    """`merge.merge_diagonals_backward` for tensors on a CUDA device; same shapes, contiguous accumulators."""
     assert all(x.is_contiguous() for x in (*dkeys, *dvalues))
     dout, q, lse, delta = (x.contiguous() for x in (dout, q, lse, delta))
     dq = torch.empty_like(q)
@@ -72,7 +77,10 @@ def _contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _launch(q: Tensor, key: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The grid, blocks of slots x key heads, and the sizes that the kernels are compiled for."""
+    """The grid (blocks of slots x key heads), and the sizes that the kernels are compiled for.
+
+    q [S, Hq, D], key [S, N, D].
+    """
     num_slots, num_heads, head_dim = q.shape
     num_kv_heads = key.shape[1]
     group = num_heads // num_kv_heads
@@ -100,11 +108,11 @@ def _places(
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
 ) -> tl.tuple:
-    """Offsets and masks of this program's statistics [B, G], query-like rows [B, G, D] and key-like rows [B,
-    D].
+    """Offsets and masks of this program's statistics [B, G], of query-like rows [B, G, D] and of key-like
+    rows [B, D].
     """
     kv_head = tl.program_id(1)
-    # 64 bits: a million slots of 32 heads of 128 have more elements than 32 bits count.
+    # int64, because a million slots of 32 heads of 128 have more elements than int32 can count.
     slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     member = tl.arange(0, GROUP)
     dim = tl.arange(0, DIM)
@@ -140,8 +148,7 @@ def _merge_kernel(
     )
     q_BGD = tl.load(q_ptr + rows, rows_mask, other=0.0).to(tl.float32)
     merged_BGD = tl.load(out0_ptr + rows, rows_mask, other=0.0).to(tl.float32)
-    # The step-0 attention is one key of score lse0. It is -inf for padding, and the first diagonal makes
-    # `best` finite.
+    # lse0 is -inf for padding; the first diagonal makes m finite, so that no (-inf) - (-inf) occurs.
     best_BG = tl.load(lse0_ptr + heads, heads_mask, other=0.0)
     total_BG = tl.full((BLOCK, GROUP), 1.0, tl.float32)
     for i in tl.static_range(len(key_ptrs)):
@@ -192,7 +199,7 @@ def _merge_backward_kernel(
         p_BG = tl.exp(tl.sum(q_BGD * k_BD[:, None, :], axis=2) * scale - lse_BG)
         ds_BG = p_BG * (tl.sum(dout_BGD * v_BD[:, None, :], axis=2) - delta_BG) * scale
         dq_BGD += ds_BG[:, :, None] * k_BD[:, None, :]
-        # Members beyond the group have rows of zeros, and add nothing.
+        # The padding of G loads zeros as q and dout, and so adds nothing to these sums.
         dk_BD = tl.sum(ds_BG[:, :, None] * q_BGD, axis=1)
         dv_BD = tl.sum(p_BG[:, :, None] * dout_BGD, axis=1)
         dk_BD += tl.load(dkey_ptrs[i] + keys, keys_mask, other=0.0).to(tl.float32)

@@ -1,4 +1,4 @@
-"""The patch that turns a served draft into one that trains under sequence parallelism."""
+"""The patch that gives a served draft the attention with which it trains under sequence parallelism."""
 
 from __future__ import annotations
 
@@ -26,13 +26,24 @@ def patch_attention(
 ) -> Model:
     """Replace every attention layer of an existing draft with `LlamaUSPFlashAttention`, in place.
 
-    An attention layer is a module with q, k, v and o projections and a `head_dim`. The projections move over,
-    so parameter names, the state dict and optimizer references stay as they are. The model gets
-    `sp_ring_degree`, `sp_ulysses_degree`, `sp_world_size` and `sp_rank`. Patching again replaces the earlier
-    patch. `window`: keys that a position sees at most; None: all before it.
+    An attention layer is a module with `q_proj`, `k_proj`, `v_proj`, `o_proj` and `head_dim`. The new module
+    takes over the projections themselves, so parameter names, the state dict and references in an optimizer
+    stay valid. The model gets the attributes `sp_ring_degree`, `sp_ulysses_degree`, `sp_world_size` and
+    `sp_rank`. Patching again replaces the earlier patch.
+
+    Args:
+        model: the draft.
+        kernel: computes the attention.
+        ulysses_group, ring_group: this rank's groups; None is a group of one.
+        kv_exchange: how the step-0 keys and values travel over the ring.
+        kv_bytes: for `ring`, bytes of other ranks' keys and values that may be kept between steps.
+        window: the most keys that a position sees, its own included; None for no limit.
+
+    Returns:
+        `model`.
 
     Raises:
-        ValueError: the model has no attention layer, or one whose heads Ulysses cannot share.
+        ValueError: the model has no attention layer, or one whose heads ulysses does not divide.
     """
     found = [
         (parent, name, child)

@@ -1,12 +1,11 @@
-"""The point-to-point ring: for lengths where the gathered keys and values of a whole sequence would not fit.
+"""The point-to-point ring (Liu et al., Ring Attention, 2023): for lengths where the gathered keys and values
+of a whole sequence would not fit the memory.
 
-Blocks of keys and values travel around the ring, double-buffered: the next block is on its way while this one
-is computed. Blocks that fit a byte limit are kept between the TTT steps, the others are streamed again in
-each of them. The mask is "hybrid": which tile of a block is full, causal or absent comes from the span plan,
-so any chunk-to-rank map works (Liu et al., Ring Attention, 2023, with the causal balance moved into the
-plan).
-
-Hop h of a ring rank meets the block of rank - h.
+A block is the step-0 keys and values of one ring rank. Blocks travel around the ring: at hop h a rank
+computes with the block of rank - h, while the block of the next hop arrives. As many blocks as fit `kv_bytes`
+are kept between the TTT steps; the others are sent again in every step. The mask is "hybrid": the span plan
+says which tile of a block is full, causal or absent. So any map of chunks to ranks works, and it is the plan
+that balances the causal work.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from eagle3_ds.collectives import RingExchange, RingTransfer
 from eagle3_ds.kernels import AttentionKernel, Tile, accumulation_dtype, merge_partial
 
 Block = list[Tensor]
-"""k and v of one ring rank, [Lr, Hkv, D] each."""
+"""k and v of one ring rank, or their gradients, [Lr, Hkv, D] each."""
 
 
 def ring_attention_hybrid_masked(
@@ -32,19 +31,20 @@ def ring_attention_hybrid_masked(
     kernel: AttentionKernel,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Packed causal attention to blocks of keys and values as they pass: one online softmax over all of them.
+    """Packed causal attention to blocks of keys and values as they arrive, with one online softmax over all.
 
     With (out_b, lse_b) of each block alone: lse = log sum_b exp(lse_b), out = sum_b exp(lse_b - lse) out_b.
-    The mask is hybrid: which tile of a block is full, causal or absent comes from the span plan.
 
     Args:
         q: [Lq, Hq, D], this ring rank's live columns.
-        blocks: hop and (k, v), [Lr, Hkv, D] each; what is computed with one hides the way of the next.
-        tiles: by hop, what of q looks at what of that block.
-        kernel: computes the tiles. scale: of the scores.
+        blocks: pairs of a hop and its block (k, v), [Lr, Hkv, D] each. An iterator may let the next block
+            travel while the caller computes with this one.
+        tiles: by hop, the mask of q against that block.
+        kernel: computes the tiles.
+        scale: factor of the scores.
 
     Returns:
-        out [Lq, Hq, D] in fp32 (fp64 for fp64), lse [Lq, Hq]; rows that see nothing are zero with lse -inf.
+        out [Lq, Hq, D] and lse [Lq, Hq], fp32 (fp64 for fp64). Rows that see no key have out 0 and lse -inf.
     """
     dtype = accumulation_dtype(q.dtype)
     out = torch.zeros_like(q, dtype=dtype)
@@ -55,11 +55,14 @@ def ring_attention_hybrid_masked(
 
 
 class RingKV:
-    """`kv_exchange: ring` (see `KVExchange`): this ring rank's block, those it keeps, and the stream of
-    others.
+    """`kv_exchange: ring` (see `KVExchange`): this ring rank's block, the blocks that it keeps, and the
+    others as they pass.
 
     Attributes:
-        num_kept: blocks held between the steps, this rank's own among them; those of hops 0 .. num_kept - 1.
+        num_kept: how many blocks are held between the steps: those of hops 0 .. num_kept - 1, the own one
+            included.
+        kept: the blocks held so far, by hop; step 0 fills it.
+        gradients: fp32 (fp64 for fp64) sums of dk and dv of the kept blocks; empty before backward.
     """
 
     def __init__(self, k_heads: Tensor, v_heads: Tensor, place: RingPlace) -> None:
@@ -85,8 +88,9 @@ class RingKV:
     def attend_backward(
         self, dout: Tensor, q_heads: Tensor, lse: Tensor, delta: Tensor, scale: float, step: int = 0
     ) -> Tensor:
-        """As `KVExchange.attend_backward`. The gradient of a kept block is summed here; of a streamed one it
-        travels along.
+        """As `KVExchange.attend_backward`. The gradient of a kept block is summed on this rank. That of a
+        passing block follows the block from rank to rank, each adds its part, and the last hop leads to the
+        block's owner.
         """
         dq = torch.zeros_like(q_heads, dtype=self.dtype)
         if not self.gradients:
@@ -100,21 +104,22 @@ class RingKV:
                 dout, q_heads, k, v, lse, delta, self.tiles.at(step)[hop], scale, dk, dv
             )
             if streamed:
-                # What earlier ranks found travelled while this was computed.
+                # The sum of the earlier ranks arrived while this rank computed its own part.
                 if travelling is not None:
                     _add(gradient, travelling.wait())
                 travelling = self.exchange.start(gradient)
         if travelling is not None:
-            # One hop beyond the last is home.
+            # The message after the last hop is the gradient of this rank's own block.
             _add(self.gradients[0], travelling.wait())
         return dq
 
     def take_gradients(self) -> tuple[Tensor, Tensor]:
-        """dk, dv of this ring rank's own block, fp32, over all ranks; forgotten here.
+        """As `KVExchange.take_gradients`: the gradients of the kept blocks return to their owners in one lap.
 
-        The block of hop h is owned h ranks back, which is ring - h hops ahead. So the gradients of the kept
-        blocks board one lap at hop h each, and whatever sits in one message has one owner: they are summed on
-        the way.
+        The owner of the block of hop h is h ranks back, which is ring - h messages ahead. So each rank adds
+        its sum for hop h to the h-th message of the lap. All parts of one message then belong to the same
+        owner and are summed on the way. For ring = 4: rank 3's part for hop 1 (owner 2) starts in message 1
+        and passes the ranks 0 and 1, where the parts for hops 2 and 3, of the same owner, are added.
         """
         home, *others = self.gradients
         self.gradients = []
@@ -130,8 +135,8 @@ class RingKV:
         return home[0], home[1]
 
     def _blocks(self) -> Iterator[tuple[int, Block]]:
-        """Every hop and its block. A block that is not here yet is on its way while the one before is
-        computed.
+        """Every hop with its block. A block that is not kept travels while the caller computes with the one
+        before it.
         """
         block = self.kept[0]
         for hop in range(self.plan.ring):

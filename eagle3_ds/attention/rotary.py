@@ -1,4 +1,4 @@
-"""The rotary embedding: angles from transformers' own rotary code, in fp32, and the rotation by them."""
+"""The rotary embedding (RoPE): angles from transformers' own rotary code, in fp32, and the rotation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 
 class RotaryFrequencies(NamedTuple):
-    """Angle per position of each pair of channels, fp32 [D / 2], and the factor that scales cos and sin."""
+    """The angles of a rotary embedding.
+
+    Attributes:
+        frequencies: fp32 [D / 2], the angle per position of each pair of channels.
+        factor: scales cos and sin (transformers' `attention_scaling`).
+    """
 
     frequencies: Tensor
     factor: float
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, fp32 [S, D], of int64 positions [S]."""
+        """cos and sin, fp32 [S, D], of positions int64 [S]."""
         angles = positions[:, None].float() * self.frequencies
         cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
         return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
@@ -30,7 +35,7 @@ def rotary_length(config: LlamaConfig) -> int:
 
 
 def rotary_frequencies(config: LlamaConfig, device: torch.device) -> RotaryFrequencies:
-    """What the rotary embedding of `config` turns by.
+    """The angles of the rotary embedding of `config`.
 
     Scalings that depend on a length (dynamic, longrope) take that of the config, `rotary_length` or else
     `max_position_embeddings`, as a server fixes it when it starts: not the longest document of a pack, which
@@ -48,8 +53,10 @@ def rotary_frequencies(config: LlamaConfig, device: torch.device) -> RotaryFrequ
 
 
 def rotate(x_SHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-    """Rotary embedding in the half-split convention of Llama, computed in the dtype of cos (fp32), returned
-    in x's.
+    """Rotary embedding in the half-split convention of Llama: x cos + (-x_2, x_1) sin for x = (x_1, x_2).
+
+    x [S, heads, D], cos and sin fp32 [S, D] -> [S, heads, D] in the dtype of x, computed in fp32. Its
+    backward is the transpose of a rotation: the same function with -sin.
     """
     x = x_SHD.to(torch.promote_types(cos_SD.dtype, x_SHD.dtype))
     turned = torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1)

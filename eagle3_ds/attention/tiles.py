@@ -1,4 +1,5 @@
-"""The step-0 mask as tiles, enumerated from the plan: causal within each document, never an L x L mask.
+"""The mask of the step-0 keys as tiles, made from the runs of the plan (layout/plan.py): causal within each
+document, without ever building an L x L mask.
 
 A sliding window of w tokens, as transformers counts it, lets slot i see the keys i - w < j <= i.
 """
@@ -18,13 +19,17 @@ Made = TypeVar("Made")
 def gathered_tiles(
     plan: SpanPlan, ring_rank: int, window: int | None = None, live: bool = True
 ) -> tuple[Tile, ...]:
-    """Tiles of this ring rank's live columns against all keys in sequence order: one bottom-right causal tile
-    per run.
+    """Tiles of this ring rank's columns against all keys in sequence order: one causal tile per run, from the
+    start of its document to its end.
 
-    Keys before the window of a run's first row are left out. Without `live` all columns look.
+    Args:
+        plan: the cut of the sequence.
+        ring_rank: whose columns.
+        window: of w keys: those before the window of the run's first row are left out. None for no limit.
+        live: only the live columns have queries; False: all columns.
 
     Raises:
-        ValueError: a window of less than one token.
+        ValueError: `window` is less than one.
     """
     left = _left(window)
     return tuple(
@@ -41,13 +46,11 @@ def gathered_tiles(
 
 
 def block_tiles(plan: SpanPlan, ring_rank: int, source: int, window: int | None = None) -> tuple[Tile, ...]:
-    """Tiles of this ring rank's live columns against the key block of ring rank `source`, in that rank's
-    column order.
-
-    Rows and keys of which nothing is visible are left out.
+    """Tiles of this ring rank's live columns against the keys of ring rank `source`, in the order of that
+    rank's columns. Rows that see none of these keys, and keys that no row sees, are in no tile.
 
     Raises:
-        ValueError: a window of less than one token.
+        ValueError: `window` is less than one.
     """
     left = _left(window)
     keys_of: dict[int, list[Run]] = defaultdict(list)
@@ -56,8 +59,8 @@ def block_tiles(plan: SpanPlan, ring_rank: int, source: int, window: int | None 
     tiles: list[Tile] = []
     for query in plan.live_runs(ring_rank):
         for key in keys_of[query.document_start]:
-            # Live runs are runs, and runs never overlap, so one of keys lies wholly before, at, or after one
-            # of queries.
+            # Runs never overlap and every live run is a run, so a run of keys is the run of queries itself,
+            # or lies entirely before it (seen), or entirely after it (hidden).
             if key.slot == query.slot:
                 tiles.append(
                     Tile(
@@ -77,8 +80,12 @@ def block_tiles(plan: SpanPlan, ring_rank: int, source: int, window: int | None 
 class StepTiles(Generic[Made]):
     """The tiles of each TTT step, made when first asked for.
 
-    A window of w keys holds the k diagonals of step k, which are the newest, and so w - k keys of step 0.
-    Without a window all steps have the same tiles.
+    The k diagonal keys of step k are the newest keys of a slot, so a window of w keys leaves w - k of them to
+    step 0. Without a window all steps have the same tiles.
+
+    Args:
+        make: returns the tiles for a window, or for None.
+        window: of the draft's attention.
     """
 
     def __init__(self, make: Callable[[int | None], Made], window: int | None) -> None:
@@ -86,7 +93,11 @@ class StepTiles(Generic[Made]):
         self._made: dict[int | None, Made] = {}
 
     def at(self, step: int) -> Made:
-        """Raises ValueError for a window that ends before the step's own slot."""
+        """The tiles of TTT step `step`.
+
+        Raises:
+            ValueError: the diagonals of the step fill the window.
+        """
         left = None if self._window is None else self._window - step
         if left not in self._made:
             self._made[left] = self._make(left)
@@ -94,10 +105,10 @@ class StepTiles(Generic[Made]):
 
 
 def _earlier_tiles(query: Run, key: Run, left: int | None) -> Iterator[Tile]:
-    """Rows against an earlier run of keys: all of it for the rows near enough, then a left edge that moves
-    with the row.
+    """Rows of one run against an earlier run of keys: one full tile for the rows whose window covers all
+    these keys, then one tile with `left` for the rows whose window covers only the last of them.
     """
-    # Row i sees the keys from i + edge on; the rows from `last` on see none.
+    # Row i of the queries sees the keys from i + edge on: rows before `first` see all, from `last` on none.
     edge = -query.length if left is None else query.slot - key.slot - left
     last = max(0, min(query.length, key.length - edge))
     first = last if last + edge <= 1 else max(0, -edge)
@@ -117,7 +128,7 @@ def _earlier_tiles(query: Run, key: Run, left: int | None) -> Iterator[Tile]:
 
 
 def _left(window: int | None) -> int | None:
-    """Keys before its own that a slot sees; None for all of its document."""
+    """How many keys before its own a slot sees: window - 1, or None for all of its document."""
     if window is not None and window < 1:
         raise ValueError(
             f"window = {window}: a slot sees at least itself. Use a window of 1 token or more, or no window."

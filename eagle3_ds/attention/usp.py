@@ -1,14 +1,15 @@
-"""The USP attention of one draft layer over the K TTT steps (DESIGN: Ulysses inside, ring outside).
+"""The USP attention of one draft layer over the K TTT steps: Ulysses inside, ring outside.
 
-Step 0 sends q, k and v in one all-to-all, then exchanges the keys and values over the ring once. Steps >= 1
-send q and receive (out, lse): their own keys are diagonal, seen by their own slot alone, and never leave the
-rank. In backward each step sends (dout, q, lse, delta) and receives dq; step 0 receives dk and dv with it,
-summed over all steps. Forward and backward of K steps cost 4K all-to-alls, one all-gather and one
-reduce-scatter. That q travels twice costs a quarter more bytes than keeping what arrived the first time, and
-saves a third of what a step keeps.
+Step 0 sends q, k and v in one all-to-all, and exchanges the keys and values over the ring once. Every step
+gets (out, lse) of the step-0 keys back in another all-to-all and merges its diagonal keys into them on this
+rank (merge.py); a step after the first sends q only. In backward each step sends (dout, q, lse, delta) and
+receives dq; step 0 also receives dk and dv, summed over all steps. So the forward and backward of K steps
+cost 4 K all-to-alls and, under `kv_exchange: gather`, one all-gather and one reduce-scatter.
 
-Only live slots (layout/plan.py) have queries, and diagonals with them; the other slots give step 0 a key and
-a value.
+Sending q a second time in backward costs a quarter more bytes than keeping the received q would, and saves a
+third of what a step keeps.
+
+Only live slots (layout/plan.py) have queries and diagonal keys; the others give step 0 a key and a value.
 
 Legend: S slots of this rank, Q live ones; Lr = S * ulysses columns of this ring rank, Lq = Q * ulysses live
 ones; Hq / Hkv heads, D head size.
@@ -43,20 +44,25 @@ EXCHANGES: Mapping[str, Callable[[Tensor, Tensor, RingPlace], KVExchange]] = {
     "gather": PrefixKV,
     "ring": RingKV,
 }
-"""By the recipe's `parallel.kv_exchange`."""
+"""The exchanges by the names of the recipe's `parallel.kv_exchange`."""
 
 
 class UnrollKV:
-    """What one layer remembers over the steps of one unroll, and what their backward sums up.
+    """The keys and values of one layer over the steps of one unroll, and the sums of their gradients.
 
-    The backward of the steps must run in reverse order, so that a step's own gradients are whole when its
-    turn comes. The ticket, a scalar that each step hands to the next, holds autograd to it.
+    The backward of the steps must run in reverse order. First, the keys of step s are read by all steps from
+    s on, so their gradient is complete only when the backward of these has run. Second, every backward runs
+    collectives, which all ranks must call in the same order. The ticket makes autograd keep the order: each
+    step takes the ticket of the step before as an input and returns its own (docs/extending.md, "Three
+    scalars that are zero").
 
     Attributes:
-        prefix: the step-0 keys and values; None before step 0.
-        keys, values: the diagonals of the steps since, [Q, Hkv, D] each.
-        dkeys, dvalues: their gradients, in their dtype; empty before backward, and one shorter after each
-            step's.
+        plan, ring_rank: the cut of the sequence, and this rank's part of it.
+        prefix: the exchanged step-0 keys and values; None before step 0.
+        keys, values: the diagonal keys and values of steps 1, 2, ..., [Q, Hkv, D] each.
+        dkeys, dvalues: their gradients, in their dtype. Empty before backward; the backward of a step takes
+            the last entry away.
+        ticket: scalar zero, returned by the latest step; None before step 0.
     """
 
     def __init__(self, plan: SpanPlan, ring_rank: int) -> None:
@@ -70,26 +76,34 @@ class UnrollKV:
 
     @property
     def next_step(self) -> int:
-        """How many steps have been taken."""
+        """The number of the next step, which is how many steps have run."""
         return 0 if self.prefix is None else 1 + len(self.keys)
 
 
 class Attended(NamedTuple):
-    """The attention of one step: out [Q, Hq, D] in q's dtype, lse fp32 [Q, Hq]."""
+    """The attention of one step over step-0 and diagonal keys.
+
+    Attributes:
+        out: [Q, Hq, D], in the dtype of q.
+        lse: [Q, Hq], fp32 (fp64 for fp64).
+    """
 
     out: Tensor
     lse: Tensor
 
 
 class LlamaUSPFlashAttention(nn.Module):
-    """Takes the place of a draft layer's attention. Parameter names stay: the projections are the replaced
-    module's own.
+    """Replaces a draft layer's attention (`patch_attention`). It holds the replaced module's own projections,
+    so parameter names do not change.
 
     Attributes:
+        q_proj, k_proj, v_proj, o_proj, head_dim: of the replaced module.
+        scale: factor of the scores, head_dim**-0.5.
+        kernel: computes the attention.
+        kv_exchange: how the step-0 keys and values travel over the ring, `gather` or `ring`.
+        kv_bytes: for `ring`, bytes of other ranks' keys and values that may be kept between the TTT steps.
+        window: the most keys that a position sees, its own included; None for no limit.
         sp_ring_degree, sp_ulysses_degree, sp_world_size, sp_rank: the mesh, as RFC 338 names it.
-        kv_bytes: for `kv_exchange` ring, bytes of other ranks' keys and values that are kept between the
-            TTT steps.
-        window: keys that a position sees at most, its own among them; None: all before it.
     """
 
     def __init__(
@@ -118,7 +132,9 @@ class LlamaUSPFlashAttention(nn.Module):
         self.sp_rank = ring_rank * self.sp_ulysses_degree + (ulysses_group.rank() if ulysses_group else 0)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, unroll: UnrollKV) -> Tensor:
-        """x [S, 2H] (or [S, H]), cos and sin [S, D] -> [S, H]."""
+        """Projections, rotation and attention of one TTT step, with autograd: x [S, 2H] (or [S, H]), cos and
+        sin [S, D] -> [S, H]. For a plan in which all slots are live.
+        """
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -126,16 +142,23 @@ class LlamaUSPFlashAttention(nn.Module):
         return self.o_proj(self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, unroll))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, unroll: UnrollKV) -> Tensor:
-        """The attention of one TTT step with autograd, [Q, Hq * D]; the step is how often `unroll` has been
-        here before.
+        """The attention of one TTT step, `unroll.next_step`, with autograd.
 
-        q [Q, Hq, D], k, v [S, Hkv, D] ([Q, Hkv, D] from step 1 on), q and k rotated.
+        Args:
+            q: [Q, Hq, D]; k, v: [S, Hkv, D] ([Q, Hkv, D] from step 1 on). q and k are rotated.
+            unroll: the keys and values of the earlier steps; this step's are added to it.
+
+        Returns:
+            [Q, Hq * D].
         """
         out, unroll.ticket = _Attend.apply(q, k, v, unroll.ticket, self, unroll)
         return out.flatten(1)
 
     def attend_forward(self, q: Tensor, k: Tensor, v: Tensor, unroll: UnrollKV) -> Attended:
-        """The attention of one TTT step, outside autograd; its key and value are remembered."""
+        """`attend` without autograd; q, k, v as there -> out and lse of all keys, merged.
+
+        Step 0 exchanges k and v; a later step appends them to `unroll` as a diagonal.
+        """
         step = unroll.next_step
         if unroll.prefix is None:
             q_heads, k_heads, v_heads = all_sequence_to_heads((q, k, v), self.ulysses_group)
@@ -151,9 +174,19 @@ class LlamaUSPFlashAttention(nn.Module):
     def attend_backward(
         self, dout: Tensor, q: Tensor, attended: Attended, unroll: UnrollKV, step: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv of TTT step `step`, in the dtype of q; the later steps' backward has run.
+        """Backward of `attend_forward` for TTT step `step`; that of all later steps must have run.
 
-        dout [Q, Hq, D]; q [Q, Hq, D] as in forward.
+        delta = rowsum(dout * out) and the merged lse are the only statistics that the two parts of the
+        softmax need: the diagonals here (merge.py), the step-0 keys in the kernel (kernels/base.py). dq is
+        the sum of both parts.
+
+        Args:
+            dout: [Q, Hq, D]; q: [Q, Hq, D], as in forward.
+            attended: what `attend_forward` returned.
+            unroll: that of the forward; the gradients of earlier steps' diagonals are added to it.
+
+        Returns:
+            dq [Q, Hq, D], and dk, dv [Q, Hkv, D] ([S, Hkv, D] at step 0), in the dtype of q.
         """
         out, lse = attended
         assert unroll.prefix is not None
@@ -162,7 +195,7 @@ class LlamaUSPFlashAttention(nn.Module):
             unroll.dvalues = [torch.zeros_like(value) for value in unroll.values]
         dtype = accumulation_dtype(out.dtype)
         delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
-        # On its way while the diagonals are computed.
+        # This exchange runs while the diagonals are computed.
         pending = (
             start_sequence_to_heads(_pack((dout, q), (lse, delta)), self.ulysses_group)
             if self.ulysses_group
@@ -176,7 +209,7 @@ class LlamaUSPFlashAttention(nn.Module):
         dout_heads, q_heads = dout.contiguous(), q
         if pending is not None:
             dout_heads, q_heads, lse, delta = _unpack(pending.wait(), (dout, q), (lse, delta))
-            # What travelled is as large as dout and q, and the kernel's workspace comes now.
+            # Frees the received buffer, as large as dout and q, before the kernel allocates its workspace.
             del pending
         dq_heads = unroll.prefix.attend_backward(dout_heads, q_heads, lse, delta, self.scale, step).to(
             q.dtype
@@ -194,7 +227,9 @@ class LlamaUSPFlashAttention(nn.Module):
         return EXCHANGES[self.kv_exchange](k_heads, v_heads, place)
 
     def _home_with_statistics(self, x: Tensor, statistic: Tensor) -> tuple[Tensor, Tensor]:
-        """x [Lq, Hq / u, D] and statistic [Lq, Hq / u] in heads layout -> [Q, Hq, D], [Q, Hq]."""
+        """One all-to-all from heads to sequence: x [Lq, Hq / u, D] -> [Q, Hq, D], statistic [Lq, Hq / u] ->
+        [Q, Hq].
+        """
         if self.ulysses_group is None:
             return x.contiguous(), statistic
         home, home_statistic = _unpack(
@@ -204,8 +239,8 @@ class LlamaUSPFlashAttention(nn.Module):
 
 
 class _Attend(torch.autograd.Function):
-    """Forward: the attention of one step. Backward: of the same step, after those of the later ones (the
-    ticket).
+    """Forward: `attend_forward` of one step, and a new ticket.
+    Backward: `attend_backward` of the step; the ticket makes it run after that of all later steps.
     """
 
     @staticmethod
@@ -219,8 +254,8 @@ class _Attend(torch.autograd.Function):
         unroll: UnrollKV,
     ) -> tuple[Tensor, Tensor]:
         ctx.attention, ctx.unroll, ctx.step = attention, unroll, unroll.next_step
-        # Remembered without their graph, which holds the unroll: a cycle that no collector sees, and that
-        # would outlive the step.
+        # Detached, because `unroll` keeps k and v, and their graph refers to `unroll`. Such a cycle runs
+        # through C++ nodes, which Python's garbage collector cannot free.
         attended = attention.attend_forward(q, k.detach(), v.detach(), unroll)
         ctx.save_for_backward(q, *attended)
         return attended.out, q.new_zeros(())
@@ -233,15 +268,19 @@ class _Attend(torch.autograd.Function):
 
 
 def _pack(parts: Sequence[Tensor], statistics: Sequence[Tensor]) -> Tensor:
-    """Parts [rows, heads, D] of one dtype for one exchange, behind them fp32 (or fp64) statistics [rows,
-    heads], bit by bit.
+    """Join parts [rows, heads, D] of one dtype and statistics [rows, heads] for one exchange.
+
+    The statistics (fp32, or fp64) are not converted: their bytes are viewed as entries of the parts' dtype,
+    for example one fp32 number as two bf16 entries behind the D entries of each part.
     """
     columns = torch.stack(tuple(statistics), dim=-1).contiguous().view(parts[0].dtype)
     return torch.cat((*parts, columns), dim=-1)
 
 
 def _unpack(packed: Tensor, parts: Sequence[Tensor], statistics: Sequence[Tensor]) -> list[Tensor]:
-    """What `_pack` was given, as it arrived; `parts` and `statistics` are what was sent."""
+    """Split what an exchange of `_pack`'s result has returned; `parts` and `statistics` are what was sent,
+    and give the sizes and dtypes.
+    """
     sizes = [part.shape[-1] for part in parts]
     *arrived, columns = packed.split((*sizes, packed.shape[-1] - sum(sizes)), dim=-1)
     own = columns.contiguous().view(statistics[0].dtype)

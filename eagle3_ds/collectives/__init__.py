@@ -1,5 +1,5 @@
-"""Communication over torch.distributed groups; a group of None is one rank, for which everything is the
-identity.
+"""Communication over torch.distributed groups. A group of None means a single rank: every function then
+returns its input.
 """
 
 from eagle3_ds.collectives.all_to_all import (

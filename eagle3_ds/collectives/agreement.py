@@ -1,5 +1,6 @@
-"""Small facts that all ranks must agree on. Every function is collective, and trivial without a process
-group.
+"""Exchange of small facts that all ranks must agree on, e.g. the largest number of slots.
+
+Every function is collective over all ranks. Without a process group it returns what it was given.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ import torch.distributed as dist
 
 
 def max_over_ranks(values: Sequence[int], device: torch.device) -> list[int]:
-    """The largest of each of the values."""
+    """The largest of each value over all ranks; `device` is where the collective runs."""
     return _reduced(values, device, dist.ReduceOp.MAX)
 
 
 def sum_over_ranks(values: Sequence[int], device: torch.device) -> list[int]:
-    """The sum of each of the values."""
+    """The sum of each value over all ranks; `device` is where the collective runs."""
     return _reduced(values, device, dist.ReduceOp.SUM)
 
 
 def gather_bytes(row: bytes, device: torch.device) -> list[bytes]:
-    """Every rank's row, equally long on all, by rank. As numbers, so that nothing is unpickled."""
+    """Every rank's `row`, by rank; it must be equally long on all. The bytes travel as numbers in a tensor,
+    because `all_gather_object` would unpickle what other ranks send.
+    """
     if not dist.is_initialized():
         return [row]
     rows = torch.zeros(dist.get_world_size(), len(row), dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""The Ulysses exchange: a rank trades its rows of all heads for all rows of its heads (Jacobs et al., 2023).
+"""The Ulysses exchange (Jacobs et al., 2023): a rank gives its rows of all heads for all rows of its heads.
 
 Legend: u ranks of the group, S rows of a rank, H heads in all, h = H / u heads of a rank, D head size, B
 batch.
@@ -15,14 +15,13 @@ from torch import Tensor
 
 
 class PendingRows:
-    """An exchange under way: `wait` returns what `sequence_to_heads` would. It keeps the sent buffer alive
-    until then.
-    """
+    """An exchange under way. It keeps the sent buffer alive until `wait`."""
 
     def __init__(self, received: Tensor, work: dist.Work | None = None, sent: Tensor | None = None) -> None:
         self._received, self._work, self._sent = received, work, sent
 
     def wait(self) -> Tensor:
+        """The result of `sequence_to_heads`, [u * S, H / u, D]."""
         if self._work is not None:
             self._work.wait()
             self._work = self._sent = None
@@ -30,10 +29,10 @@ class PendingRows:
 
 
 def start_sequence_to_heads(x: Tensor, group: dist.ProcessGroup | None) -> PendingRows:
-    """Begin `sequence_to_heads`, so that what does not need its result is computed meanwhile.
+    """Begin `sequence_to_heads` of x [S, H, D] and return at once, so that work can overlap with it.
 
     Raises:
-        ValueError: the ranks do not divide the heads.
+        ValueError: the number of ranks does not divide the heads.
     """
     if group is None:
         return PendingRows(x)
@@ -46,29 +45,35 @@ def start_sequence_to_heads(x: Tensor, group: dist.ProcessGroup | None) -> Pendi
 
 
 def sequence_to_heads(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[S, H, D] -> [u * S, H / u, D]: rank r receives head slice r of everybody's rows, rows in rank order.
+    """x [S, H, D] -> [u * S, H / u, D]: rank r receives the r-th slice of heads of all rows, in rank order.
 
     Raises:
-        ValueError: the ranks do not divide the heads.
+        ValueError: the number of ranks does not divide the heads.
     """
     return start_sequence_to_heads(x, group).wait()
 
 
 def heads_to_sequence(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[u * S, h, D] -> [S, u * h, D]: the inverse of `sequence_to_heads`.
+    """x [u * S, h, D] -> [S, u * h, D]: the inverse of `sequence_to_heads`.
 
     Raises:
-        ValueError: the ranks do not divide the rows.
+        ValueError: the number of ranks does not divide the rows.
     """
     return all_heads_to_sequence((x,), group)[0]
 
 
 def all_sequence_to_heads(parts: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """`sequence_to_heads` of several tensors in one call, [S_i, H_i, D] each, of equal D; rows and heads may
-    differ.
+    """`sequence_to_heads` of several tensors in one collective.
+
+    Args:
+        parts: [S_i, H_i, D] each, of one dtype; rows and heads may differ (e.g. q, k and v).
+        group: the Ulysses ranks.
+
+    Returns:
+        [u * S_i, H_i / u, D] each.
 
     Raises:
-        ValueError: the ranks do not divide the heads.
+        ValueError: the number of ranks does not divide the heads.
     """
     if group is None:
         return [part.contiguous() for part in parts]
@@ -81,10 +86,10 @@ def all_sequence_to_heads(parts: Sequence[Tensor], group: dist.ProcessGroup | No
 
 
 def all_heads_to_sequence(parts: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """The inverse of `all_sequence_to_heads`: [u * S_i, h_i, D] -> [S_i, u * h_i, D] each, in one call.
+    """The inverse of `all_sequence_to_heads`: [u * S_i, h_i, D] -> [S_i, u * h_i, D] each, in one collective.
 
     Raises:
-        ValueError: the ranks do not divide the rows.
+        ValueError: the number of ranks does not divide the rows.
     """
     if group is None:
         return list(parts)
@@ -103,7 +108,9 @@ def all_heads_to_sequence(parts: Sequence[Tensor], group: dist.ProcessGroup | No
 
 
 def _exchange_flat(parts: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
-    """Row r of each [u, n_i] goes to rank r; what arrives has the same shapes."""
+    """One all-to-all of parts [u, n_i]: row r of each goes to rank r. Row r of a result, of the same shape,
+    comes from rank r.
+    """
     sent = torch.cat(tuple(parts), dim=1) if len(parts) > 1 else parts[0].contiguous()
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
@@ -120,14 +127,20 @@ def _check_heads(heads: int, size: int) -> None:
 def all_to_all_4D(  # noqa: N802 - the name RFC 338 uses
     input: Tensor, scatter_idx: int = 2, gather_idx: int = 1, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """The exchange on batches, without autograd: scatter one of the dims sequence (1) and heads (2), gather
-    the other.
+    """The exchange of a batch, without autograd: scatter one of the dims sequence (1) and heads (2), and
+    gather the other.
 
-    Scatter 2, gather 1: [B, S, H, D] -> [B, u * S, H / u, D].
-    Scatter 1, gather 2: [B, u * S, h, D] -> [B, S, u * h, D], its inverse.
+    Args:
+        input: [B, S, H, D] for scatter 2, gather 1; [B, u * S, h, D] for the inverse, scatter 1, gather 2.
+        scatter_idx, gather_idx: 2, 1 or 1, 2.
+        group: the Ulysses ranks.
+
+    Returns:
+        [B, u * S, H / u, D], or [B, S, u * h, D] for the inverse.
 
     Raises:
-        ValueError: other dims, not four of them, or the ranks do not divide the scattered one.
+        ValueError: the input has not four dims, the indices are others, or the number of ranks does not
+            divide the scattered dim.
     """
     if input.dim() != 4:
         raise ValueError(
@@ -141,17 +154,18 @@ def all_to_all_4D(  # noqa: N802 - the name RFC 338 uses
     if group is None:
         return input
     batch, dim = input.shape[0], input.shape[3]
-    # The batch travels beside the head's entries, so that rows and heads lead as in the exchange of one
-    # sequence.
+    # [B, S, H, D] -> [S, H, B * D]: the batch becomes part of the last dim, because the exchange of one
+    # sequence takes three dims.
     x = input.permute(1, 2, 0, 3).flatten(2)
     moved = sequence_to_heads(x, group) if scatter_idx == 2 else heads_to_sequence(x, group)
     return moved.unflatten(2, (batch, dim)).permute(2, 0, 1, 3).contiguous()
 
 
 class SeqAllToAll4D(torch.autograd.Function):
-    """Forward: all_to_all_4D. Backward: all_to_all_4D with the dims exchanged.
+    """Forward: `all_to_all_4D`.
+    Backward: `all_to_all_4D` with scatter_idx and gather_idx exchanged, the inverse permutation.
 
-    `apply(group, input, scatter_idx, gather_idx)`.
+    Call it as `apply(group, input, scatter_idx, gather_idx)`.
     """
 
     @staticmethod

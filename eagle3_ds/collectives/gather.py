@@ -1,5 +1,4 @@
-"""All-gather and reduce-scatter along rows or any dim, with uneven shares where the sizes are known to all
-ranks.
+"""All-gather and reduce-scatter along rows or another dim; shares may be uneven if all ranks know the sizes.
 
 Legend: n ranks of the group, S rows of a rank.
 """
@@ -19,7 +18,7 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 
 
 def all_gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[S, ...] of every rank -> [n * S, ...] in rank order. All ranks pass the same shape. No autograd."""
+    """x [S, ...], of the same shape on all ranks -> [n * S, ...] in rank order. Without autograd."""
     if group is None:
         return x
     gathered = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
@@ -28,10 +27,10 @@ def all_gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def reduce_scatter_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[n * S, ...] of every rank -> [S, ...]: the sum over the ranks of this rank's rows. No autograd.
+    """x [n * S, ...] of every rank -> [S, ...]: this rank's rows, summed over the ranks. Without autograd.
 
     Raises:
-        ValueError: the ranks do not divide the rows.
+        ValueError: the number of ranks does not divide the rows.
     """
     if group is None:
         return x
@@ -51,12 +50,14 @@ def all_gather_tensor(
     """Concatenate every rank's `local` along `dim`, in rank order, without autograd.
 
     Args:
-        local: this rank's share; the shares differ in `dim` at most.
-        sizes: the size of each rank's share along `dim`, known to all ranks; None when they are equal. They
-            are never asked for over the network: that would make the host wait for the device.
+        local: this rank's share, of any shape; the shares of two ranks differ along `dim` at most.
+        group: the ranks.
+        dim: along which they are concatenated.
+        sizes: the size of each rank's share along `dim`, the same list on all ranks; None when all are equal.
+            It is an argument, because exchanging sizes would make the host wait for the device.
 
     Raises:
-        ValueError: `sizes` does not fit the group or this rank's share.
+        ValueError: `sizes` has not one entry per rank, or another size for this rank than `local`.
     """
     if group is None:
         return local
@@ -71,11 +72,12 @@ def all_gather_tensor(
 
 
 class Gather(torch.autograd.Function):
-    """Forward: all_gather_tensor. Backward: reduce-scatter of the gradient, summed over the ranks.
+    """Forward: `all_gather_tensor`.
+    Backward: reduce-scatter: a rank gets the gradient of its share, summed over all ranks.
 
-    `apply(group, local, dim, sizes)`. The sum is the gradient of the sum of all ranks' losses. Where every
-    rank computes the same loss from the gathered tensor, that is n times the gradient of one of them: divide
-    such a loss by n.
+    Call it as `apply(group, local, dim, sizes)`. The gradient is that of the sum of all ranks' losses. If
+    every rank computes the same loss from the gathered tensor, that is n times the gradient of the loss:
+    divide it by n.
     """
 
     @staticmethod
@@ -113,11 +115,14 @@ def gather_outputs_and_unpad(
     end.
 
     Args:
+        x: this rank's share, of any shape, the same on all ranks.
+        gather_dim: along which the shares are concatenated.
+        group: the ranks.
         unpad_dim: the dim that was padded before the sequence was cut; None is `gather_dim`.
         padding: how many entries were added at its end, over all ranks.
 
     Raises:
-        ValueError: `padding` is negative or more than there is.
+        ValueError: `padding` is negative, or larger than the gathered dim.
     """
     gathered: Tensor = Gather.apply(group, x, gather_dim)
     dim = gather_dim if unpad_dim is None else unpad_dim

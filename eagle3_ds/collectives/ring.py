@@ -10,7 +10,13 @@ from torch import Tensor
 
 
 class RingTransfer:
-    """One exchange under way. It keeps the sent buffers alive until `wait`."""
+    """One exchange under way. It keeps the sent buffers alive until `wait`.
+
+    Args:
+        works: the pending sends and receives.
+        sent, received: one flat buffer per dtype.
+        like: tensors with the shapes and dtypes of those that arrive.
+    """
 
     def __init__(
         self,
@@ -23,7 +29,7 @@ class RingTransfer:
         self._layout = [(tensor.dtype, tensor.shape) for tensor in like]
 
     def wait(self) -> list[Tensor]:
-        """The tensors of the previous rank, as views of the buffers they arrived in. Call it once."""
+        """The tensors of the previous rank, as views of the received buffers. Call it once."""
         for work in self._works:
             work.wait()
         self._works, self._sent = [], []
@@ -36,8 +42,8 @@ class RingTransfer:
 
 
 class RingExchange:
-    """A ring over the ranks of a group. With None or one rank, every exchange hands back a copy of what it
-    was given.
+    """A ring over the ranks of a group. With None or one rank, an exchange returns a copy of what it was
+    given.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -49,12 +55,11 @@ class RingExchange:
             self._next, self._previous = ranks[(place + 1) % self.size], ranks[(place - 1) % self.size]
 
     def start(self, tensors: Sequence[Tensor]) -> RingTransfer:
-        """Send `tensors` to the next rank and receive the previous rank's, which have the same shapes and
-        dtypes.
+        """Send `tensors` to the next rank and receive the previous rank's, of the same shapes and dtypes.
 
-        Collective over the ring, in the same order on every rank. The tensors are copied into one buffer per
-        dtype, so they may be changed while the transfer is under way, and a hop costs one message per dtype,
-        not one per tensor.
+        Collective over the ring: every rank makes the same calls in the same order. The tensors are copied
+        into one buffer per dtype, so the caller may change them at once, and a hop costs one message per
+        dtype.
         """
         sent: dict[torch.dtype, Tensor] = {}
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
@@ -62,8 +67,8 @@ class RingExchange:
         if self.size == 1:
             return RingTransfer([], [], sent, tensors)
         received = {dtype: torch.empty_like(buffer) for dtype, buffer in sent.items()}
-        # Both directions of all messages are posted before anything waits: no order of the ranks can
-        # deadlock.
+        # All sends and receives are posted in one batch before anything waits. If each rank sent first and
+        # received afterwards, a blocking send could wait for a receive that never starts: a deadlock.
         operations = []
         for dtype, buffer in sent.items():
             operations.append(dist.P2POp(dist.isend, buffer, self._next, self.group))

@@ -1,5 +1,7 @@
-"""Attention kernels behind one interface: tiles in, (out, lse) out, and a backward under a merged
-log-sum-exp.
+"""Attention kernels behind one interface.
+
+A kernel takes the mask as a list of tiles (kernels/tile.py) and returns the output and its log-sum-exp. Its
+backward takes a log-sum-exp from outside, so that a softmax may span keys that the kernel has not seen.
 """
 
 from eagle3_ds.kernels.base import AttentionKernel, TileKernel, accumulation_dtype, merge_partial

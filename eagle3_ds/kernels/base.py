@@ -1,4 +1,16 @@
-"""The interface of an attention kernel, and what every tiled one shares: the loop over tiles and the merge.
+"""The interface of an attention kernel, and the loop over tiles that all kernels but the reference share.
+
+One softmax may be computed in parts: over the tiles of one call, over the blocks of a ring, over the step-0
+keys and the diagonal keys. With (out_b, lse_b) of each part b, the whole is
+
+    lse = log sum_b exp(lse_b)        out = sum_b exp(lse_b - lse) out_b
+
+and the gradient of every part needs two statistics of the whole only, lse and delta = rowsum(dout * out):
+
+    s = scale * q . k        p = exp(s - lse)        ds = p * (dout . v - delta)
+    dq = scale * sum_k ds k        dk = scale * sum_q ds q        dv = sum_q p dout
+
+This is why `backward` takes lse and delta from its caller ("external" statistics) instead of computing them.
 
 Legend: Lq query rows of this rank, Lk key rows, Hq / Hkv heads, D head size. Query head h uses key head
 h // (Hq // Hkv).
@@ -17,22 +29,32 @@ from eagle3_ds.kernels.tile import Tile, cut_into_blocks
 
 
 class AttentionKernel(ABC):
-    """Attention over tiles. Stateless; it runs outside autograd, its callers own the graph."""
+    """Attention over tiles. A kernel has no state and builds no autograd graph; its callers are autograd
+    Functions, or run without gradients.
+
+    Attributes:
+        name: the value of the recipe's `attention.kernel` that chooses it.
+    """
 
     name: str
 
     @abstractmethod
     def unavailable_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """Why this kernel cannot run there, as the end of a sentence; None when it can."""
+        """Why this kernel cannot run with heads of `head_dim` and this dtype on `device`; None when it can.
+
+        The text completes a message, e.g. "it runs on CPUs, and the device is cuda:0".
+        """
 
     @abstractmethod
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Softmax over every key that the tiles show a row; a key that two tiles show it counts twice.
+        """Attention of each query row to all keys that its tiles show; a key shown by two tiles counts twice.
 
         Args:
-            q: [Lq, Hq, D]; k, v: [Lk, Hkv, D], one dtype.
+            q: [Lq, Hq, D]; k, v: [Lk, Hkv, D], all of one dtype.
+            tiles: the mask, in rows of q and of k.
+            scale: factor of the scores, usually D**-0.5.
 
         Returns:
             out [Lq, Hq, D] in the dtype of q, and lse [Lq, Hq] fp32 (fp64 for fp64), the log of the sum of
@@ -53,13 +75,13 @@ class AttentionKernel(ABC):
         dk_accum: Tensor,
         dv_accum: Tensor,
     ) -> Tensor:
-        """Gradient under a merged softmax: p = exp(scale * q . k - lse), ds = p (dout . v - delta).
+        """Gradients of q, k and v under the softmax that lse and delta describe (formulas at the top).
 
         Args:
-            dout: [Lq, Hq, D] gradient of the merged output; q, k, v as in `forward`.
-            lse: [Lq, Hq] of the whole softmax, in which other keys may take part.
-            delta: [Lq, Hq] row sum of dout * merged output. Both fp32 (fp64 for fp64).
-            dk_accum, dv_accum: [Lk, Hkv, D] fp32 (fp64 for fp64); the gradients are added to them.
+            dout: [Lq, Hq, D], gradient of the merged output; q, k, v, tiles and scale as in `forward`.
+            lse: [Lq, Hq], the log-sum-exp of the whole softmax, which may include keys of other calls.
+            delta: [Lq, Hq], row sum of dout * merged output. Both statistics are fp32 (fp64 for fp64).
+            dk_accum, dv_accum: [Lk, Hkv, D] fp32 (fp64 for fp64); the gradients are added to them in place.
 
         Returns:
             dq [Lq, Hq, D] fp32 (fp64 for fp64).
@@ -67,43 +89,64 @@ class AttentionKernel(ABC):
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and softmax statistics of tensors of `dtype`: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def merge_partial(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge two partial attentions over different keys. out [L, H, D], lse [L, H]; a row without keys has lse
-    -inf.
+    """Merge two partial attentions over different keys: lse = log(exp lse_a + exp lse_b), and
+    out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b.
+
+    Args:
+        out_a, out_b: [L, H, D]; lse_a, lse_b: [L, H]. A row that has seen no key has out 0 and lse -inf.
+
+    Returns:
+        out [L, H, D] and lse [L, H], in the dtype that the operands promote to.
     """
     lse = torch.logaddexp(lse_a, lse_b)
-    # (-inf) - (-inf) is nan: a row that has seen no key yet keeps its zero output.
+    # Where both parts are empty, lse_a - lse would be (-inf) - (-inf) = nan; with 0 in place of lse the
+    # weight is exp(-inf) = 0.
     safe = torch.where(torch.isneginf(lse), torch.zeros_like(lse), lse)
     out = out_a * (lse_a - safe).exp()[..., None] + out_b * (lse_b - safe).exp()[..., None]
     return out, lse
 
 
 def out_with_delta(dout: Tensor, delta: Tensor) -> Tensor:
-    """An output whose row sum with dout is delta, for kernels that recompute delta from it: dout * delta /
-    |dout|^2.
+    """A stand-in for the merged output: o' = dout * delta / |dout|^2, for which rowsum(dout * o') = delta.
 
-    All terms of that sum have one sign and |result| <= |merged output|, so rounding to the dtype of dout
-    costs no more than one rounding of delta. dout is scaled by its largest entry first: the square of a tiny
-    one would underflow.
+    The flash backwards take no delta; they compute it as rowsum(dout * out) from the output they are given.
+    The true merged output would have to travel to this rank's heads first; delta is D times smaller. The
+    stand-in loses nothing: all terms of its row sum have the sign of delta, and
+    |o'| <= |merged output| (Cauchy-Schwarz), so rounding it to a half dtype costs no more than one rounding
+    of delta.
+
+    Args:
+        dout: [L, H, D]; delta: [L, H] fp32 (fp64 for fp64).
+
+    Returns:
+        o' [L, H, D] in the dtype of dout.
     """
     wide = dout.to(delta.dtype)
     largest = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(delta.dtype).tiny)
+    # Divided by its largest entry first, because the square of a tiny gradient would underflow. The squares
+    # of `unit` then sum to at least 1, except in a row of zeros, whose delta is 0 too.
     unit = wide / largest
-    # The square sum is at least 1 but for a row of zeros, whose delta is 0 too.
     square = unit.square().sum(-1, keepdim=True).clamp_min(1.0)
     return (unit * (delta[..., None] / largest / square)).to(dout.dtype)
 
 
 def sum_over_group(x: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """Sum the gradients of the query heads that share a key head. x [L, Hq, D] -> [L, Hkv, D] in `dtype`."""
+    """Sum the gradients of the query heads that share a key head: x [L, Hq, D] -> [L, Hkv, D] in `dtype`."""
     return x.unflatten(1, (num_kv_heads, -1)).sum(2, dtype=dtype)
 
 
 class Call(NamedTuple):
-    """Tiles that a backend computes at once: one kind of mask, rows and keys ascending, in no two of them."""
+    """Tiles that one call of a backend computes together.
+
+    All have the same `causal` and `left`. Each begins, in rows and in keys, where the one before it ends or
+    later: so no row and no key is in two of them. For example the documents of a pack on one rank are one
+    call: Tile(0, 30, 0, 30, True), Tile(30, 90, 30, 90, True).
+    """
 
     tiles: tuple[Tile, ...]
 
@@ -117,21 +160,23 @@ class Call(NamedTuple):
 
     @property
     def rows(self) -> list[slice]:
+        """Query rows of all tiles, adjacent ranges joined."""
         return _joined((tile.q_start, tile.q_stop) for tile in self.tiles)
 
     @property
     def keys(self) -> list[slice]:
+        """Key rows of all tiles, adjacent ranges joined."""
         return _joined((tile.k_start, tile.k_stop) for tile in self.tiles)
 
 
 class TileKernel(AttentionKernel):
-    """A kernel made of calls that compute one tile, or several at once: a subclass computes, this class loops
-    and merges.
+    """A kernel whose backend computes one call at a time: a subclass computes the calls, this class loops
+    over them and merges their results.
 
     Attributes:
-        backward_block: rows, and about as many keys, that one call of a backward takes. A backend makes
-            gradients in the inputs' dtype for every query head of both, and its own sums, so this bounds what
-            the longest document needs beside them.
+        backward_block: the most query rows of one call of the backward, and about the most keys. A backend
+            allocates gradients for every query head of the rows and the keys of a call, and workspace of its
+            own; without this bound, that temporary memory would grow with the longest document.
     """
 
     backward_block = 2**12
@@ -140,8 +185,13 @@ class TileKernel(AttentionKernel):
     def call_forward(
         self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """q [Lq, Hq, D], k, v [Lk, Hkv, D]: the call's rows and keys alone, one after another -> out, lse
-        [Lq, Hq].
+        """Attention of one call.
+
+        Args:
+            q: [Lq, Hq, D], the call's query rows, concatenated; k, v: [Lk, Hkv, D], its key rows.
+
+        Returns:
+            out [Lq, Hq, D] and lse [Lq, Hq].
         """
 
     @abstractmethod
@@ -156,19 +206,28 @@ class TileKernel(AttentionKernel):
         call: Call,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same rows and keys under the merged lse -> dq [Lq, Hq, D], dk, dv [Lk, Hkv, D].
+        """Gradients of one call under the merged softmax.
 
-        `delta` is what `delta_form` made of it.
+        Args:
+            dout, q, k, v: as in `call_forward`; lse: [Lq, Hq], merged.
+            delta: what `delta_form` returned, the call's rows: [Lq, Hq], or [Lq, Hq, D].
+
+        Returns:
+            dq [Lq, Hq, D], dk and dv [Lk, Hkv, D].
         """
 
     def calls(self, tiles: Iterable[Tile], most: int | None = None) -> list[Call]:
-        """The tiles, none of them empty, as the backend takes them; `most`: rows, and keys, of a call of
-        several tiles.
+        """Distribute non-empty tiles over calls; here one call per tile.
+
+        Args:
+            most: the most rows, and the most keys, of a call that joins several tiles; None for no limit.
         """
         return [Call((tile,)) for tile in tiles]
 
     def delta_form(self, dout: Tensor, delta: Tensor) -> Tensor:
-        """How the backend takes delta [Lq, Hq]: as it is, or as an output [Lq, Hq, D] to compute it from."""
+        """Convert delta [Lq, Hq] to what the backend takes: itself here; for backends that compute delta from
+        an output, such an output [Lq, Hq, D] (`out_with_delta`). dout [Lq, Hq, D].
+        """
         return delta
 
     def forward(
@@ -180,7 +239,7 @@ class TileKernel(AttentionKernel):
             out, lse = self._forward_call(q, k, v, calls[0], scale)
             return out.to(q.dtype).contiguous(), lse.to(dtype).contiguous()
         merging = _share_rows(calls)
-        # Rows that are written once need no wide copy of the output.
+        # Where no row is in two calls nothing is merged, and the output needs no fp32 copy.
         out = torch.zeros_like(q, dtype=dtype if merging else q.dtype, memory_format=torch.contiguous_format)
         lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
         for call in calls:
@@ -231,7 +290,7 @@ def _nonempty(tiles: Sequence[Tile]) -> Iterator[Tile]:
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> list[slice]:
-    """Ascending ranges, adjacent ones joined."""
+    """Join adjacent ranges of an ascending list: (0, 30), (30, 90), (100, 120) -> 0:90, 100:120."""
     joined: list[slice] = []
     for start, stop in ranges:
         if joined and joined[-1].stop == start:
@@ -242,12 +301,12 @@ def _joined(ranges: Iterable[tuple[int, int]]) -> list[slice]:
 
 
 def _take(x: Tensor, ranges: list[slice]) -> Tensor:
-    """The rows of `ranges`, one after another; a view where they are one range."""
+    """The rows of x [L, ...] in `ranges`, concatenated; a view when there is one range."""
     return x[ranges[0]] if len(ranges) == 1 else torch.cat([x[part] for part in ranges])
 
 
 def _places(ranges: list[slice]) -> Iterator[tuple[slice, slice]]:
-    """Each range, and where `_take` has put it."""
+    """Each range with the range that its rows have in the result of `_take`."""
     start = 0
     for place in ranges:
         stop = start + place.stop - place.start
@@ -256,6 +315,6 @@ def _places(ranges: list[slice]) -> Iterator[tuple[slice, slice]]:
 
 
 def _share_rows(calls: Sequence[Call]) -> bool:
-    """Whether some query row is in two tiles."""
+    """Whether some query row is in two calls, so that their outputs must be merged."""
     ordered = sorted((rows.start, rows.stop) for call in calls for rows in call.rows)
     return any(stop > start for (_, stop), (start, _) in zip(ordered, ordered[1:], strict=False))

@@ -1,8 +1,8 @@
-"""The cuda kernel: torch's built-in flash attention 2 for CUDA, through its raw operators (torch 2.11 -
+"""The cuda kernel: torch's built-in FlashAttention 2 for CUDA, through its raw operators (torch 2.11 to
 2.13).
 
-The raw backward is called because the differentiable wrappers ignore the gradient of the log-sum-exp, and
-because it takes the merged log-sum-exp. Its dq is summed by atomics unless
+The raw backward takes the merged log-sum-exp as an argument; torch's differentiable wrappers use that of
+their own forward and ignore its gradient. dq is summed by atomic additions, in no fixed order, unless
 `torch.use_deterministic_algorithms` is on.
 """
 
@@ -24,8 +24,8 @@ class CudaKernel(VarlenKernel):
         if not torch.backends.cuda.is_flash_attention_available():
             return "this torch was built without flash attention"
         capability = torch.cuda.get_device_capability(device)
-        # These have too little shared memory for the backward at this width (torch's own sdp_utils refuses it
-        # as well).
+        # These GPUs have too little shared memory for the backward at this width; torch's own sdp_utils
+        # refuses it too.
         if 192 < head_dim <= 224 and capability in ((8, 6), (8, 9), (12, 0), (12, 1)):
             return (
                 f"compute capability {capability[0]}.{capability[1]} has no backward for head_dim {head_dim}"
@@ -53,7 +53,7 @@ class CudaKernel(VarlenKernel):
         left: int | None,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # Read only under dropout, which is off.
+        # The operator reads these only under dropout, which is off.
         rng_state = torch.empty(2, dtype=torch.uint64, device=q.device)
         unused = torch.empty((), dtype=torch.uint64, device=q.device)
         dq, dk, dv = torch.ops.aten._flash_attention_backward(

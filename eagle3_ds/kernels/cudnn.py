@@ -1,9 +1,9 @@
 """The cudnn kernel: torch's built-in cuDNN attention, through its raw operators. For few, long documents.
 
-cuDNN builds a plan for every new shape of a tile, which a pack of many documents of any length cannot afford,
-and torch's operator for several sequences builds one in every call. So `auto` does not take this kernel, and
-tiles of less than `_SMALLEST` rows or keys go to torch's flash kernel; cuDNN takes no tile of a single key at
-all.
+cuDNN builds a plan for every new shape of a tile, which costs too much when a pack holds many documents of
+any length; torch's operator for several sequences even builds one in every call. So `auto` never chooses
+this kernel. Tiles of fewer than `_SMALLEST` rows or keys go to torch's flash kernel, because cuDNN refuses a
+tile of a single key.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from eagle3_ds.kernels.nvidia import nvidia_reason
 from eagle3_ds.kernels.squares import SquareKernel
 
 _SMALLEST = 128
-# From 9.5.1 on the gradient of the output need not have the strides of the output.
+# Older versions demand that the gradient of the output has the strides of the output.
 _OLDEST_CUDNN = 90501
 
 
@@ -78,7 +78,7 @@ class CudnnKernel(SquareKernel):
         causal: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # Read only under dropout, which is off.
+        # The operator reads the two philox arguments only under dropout, which is off.
         philox = torch.empty((), dtype=torch.int64, device=q.device)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             *(_heads_first(x) for x in (dout, q, k, v, out)),
@@ -98,8 +98,8 @@ class CudnnKernel(SquareKernel):
 
 
 def _statistics(lse: Tensor, q: Tensor) -> Tensor:
-    """lse [Lq, Hq] as the backward takes it: as the forward gives it, [1, Hq, Lq] or [1, Hq, Lq, 1] by the
-    version of torch.
+    """lse [Lq, Hq] in the shape that the backward takes: [1, Hq, Lq] or [1, Hq, Lq, 1], depending on the
+    version of torch. A small forward shows which, because the operators agree with each other.
     """
     x = q.new_zeros(1, 1, _SMALLEST, q.shape[-1])
     _, given, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -115,7 +115,7 @@ def _is_small(call: Call) -> bool:
 
 
 def _heads_first(x_LHD: Tensor) -> Tensor:
-    """[1, H, L, D] of rows without gaps: the plan that torch caches for a shape knows the strides of some
-    operands only.
+    """x [L, H, D] -> [1, H, L, D], always with the strides of a contiguous x: torch caches a plan by shape
+    and by the strides of some operands only, and would reuse it for others.
     """
     return x_LHD.contiguous().transpose(0, 1)[None]

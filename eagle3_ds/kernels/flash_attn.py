@@ -1,7 +1,8 @@
 """The flash-attn packages: FlashAttention 2, 3 and 4 through their low-level forward and backward functions.
 
-Source of the calls: Dao-AILab/flash-attention, flash_attn/flash_attn_interface.py (2.8), hopper/flash_api.cpp
-(3) and flash_attn/cute/interface.py (4). A package is imported when its kernel is asked for, and not before.
+The signatures are those of Dao-AILab/flash-attention: flash_attn/flash_attn_interface.py (2.8),
+hopper/flash_api.cpp (3) and flash_attn/cute/interface.py (4). A package is imported when its kernel is first
+asked for, so that none of them is needed to run another kernel.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ class FlashAttn2Kernel(VarlenKernel):
 
 
 class FlashAttn3Kernel(VarlenKernel):
-    """The operators that the package registers: their arguments are the same in all its releases, its
-    functions' are not.
+    """Calls the operators that the package registers with torch, because their arguments are the same in all
+    its releases and those of its Python functions are not.
     """
 
     name = "flash_attn3"
@@ -100,7 +101,7 @@ class FlashAttn3Kernel(VarlenKernel):
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, causal: bool, left: int | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         importlib.import_module("flash_attn_3._C")
-        # One split: the default lets a heuristic cut the keys, and adds the parts in a second kernel.
+        # One split, because by default a heuristic may cut the keys and merge the parts in a second kernel.
         out, lse, *_ = torch.ops.flash_attn_3.fwd(
             q, k, v, num_splits=1, **_fa3_options(lengths, causal, left, scale)
         )
@@ -213,7 +214,7 @@ def _gradients(*tensors: Tensor) -> list[Tensor]:
 
 
 def _package_reason(package: str, oldest: tuple[int, ...], module: str) -> str | None:
-    """Why the package cannot be used: not installed, too old, or it does not import."""
+    """Why the package cannot be used (not installed, too old, import fails); None when it can."""
     wanted = ".".join(map(str, oldest))
     try:
         version = metadata.version(package)

@@ -1,4 +1,4 @@
-"""What the kernels for NVIDIA GPUs ask of a device."""
+"""What all kernels for NVIDIA GPUs require of a device."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def nvidia_reason(device: torch.device, dtype: torch.dtype, head_dim: int, max_head_dim: int) -> str | None:
-    """Why a half-precision flash kernel cannot run there, as the end of a sentence; None when nothing speaks
-    against it.
+    """Why a half-precision flash kernel with heads of at most `max_head_dim` cannot run there; None when it
+    can. See `AttentionKernel.unavailable_reason`.
     """
     if device.type != "cuda":
         return f"it runs on NVIDIA GPUs, and the device is {device}"

@@ -1,5 +1,5 @@
-"""The reference kernel: dense attention in plain torch, any device and dtype. Memory grows with Lq * Lk: for
-checks.
+"""The reference kernel: dense attention in plain torch, on any device and in any dtype. It is for checks
+only, because its memory grows with Lq * Lk.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from eagle3_ds.kernels.tile import Tile
 
 
 class ReferenceKernel(AttentionKernel):
-    """Builds the whole mask at once instead of merging tiles, so that it shares no code with the kernels it
-    judges.
+    """Builds the whole mask at once instead of merging tiles, so that it shares no code with the kernels that
+    are checked against it. The formulas are those of kernels/base.py.
     """
 
     name = "reference"
@@ -28,7 +28,7 @@ class ReferenceKernel(AttentionKernel):
     ) -> tuple[Tensor, Tensor]:
         _, _, v_HKD, scores = _scores(q, k, v, tiles, scale)
         lse_HQ = torch.logsumexp(scores, -1)
-        # A row without keys has lse -inf; 0 in its place makes every p of it exp(-inf) = 0, not nan.
+        # A row without keys has lse -inf; with 0 in its place every p of the row is exp(-inf) = 0, not nan.
         p_HQK = (scores - lse_HQ.nan_to_num(neginf=0.0)[..., None]).exp()
         return (p_HQK @ v_HKD).transpose(0, 1).to(q.dtype).contiguous(), lse_HQ.T.contiguous()
 
@@ -58,9 +58,10 @@ class ReferenceKernel(AttentionKernel):
 def _scores(
     q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v heads first with the key heads repeated, wide, and the scores [Hq, Lq, Lk].
+    """q [Hq, Lq, D], k and v [Hq, Lk, D] (key heads repeated) and scores [Hq, Lq, Lk], in the accumulation
+    dtype.
 
-    A score carries the log of how often the tiles show that key to that row: -inf for never.
+    A score is scale * q . k + log n, where n tiles show that key to that row; log 0 = -inf hides the key.
     """
     group = q.shape[1] // k.shape[1]
     dtype = accumulation_dtype(q.dtype)

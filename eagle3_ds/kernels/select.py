@@ -1,4 +1,4 @@
-"""Choosing the kernel by name, or the fastest that runs."""
+"""The choice of a kernel: by name, or `auto` for the fastest one that runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from eagle3_ds.kernels.cudnn import CudnnKernel
 from eagle3_ds.kernels.flash_attn import FlashAttn2Kernel, FlashAttn3Kernel, FlashAttn4Kernel
 from eagle3_ds.kernels.reference import ReferenceKernel
 
-# In the order in which `auto` tries them, the fastest for a device first. It never reaches those after
-# blockwise, which runs everywhere: cudnn is for few long documents only, the reference is for checks.
+# `auto` takes the first that runs, so faster kernels come first. It never gets past blockwise, which runs
+# everywhere; cudnn (for few long documents) and reference (for checks) must be named.
 KERNELS: tuple[AttentionKernel, ...] = (
     FlashAttn3Kernel(),
     FlashAttn4Kernel(),
@@ -30,7 +30,7 @@ def select_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim:
     """The kernel called `name`; `auto` is the first of `KERNELS` that runs with these tensors.
 
     Raises:
-        ValueError: no kernel has that name, or it cannot run here; says why and which can.
+        ValueError: no kernel has that name, or it cannot run here; the message says why, and which can.
     """
     if name == "auto":
         return next(

@@ -1,6 +1,4 @@
-"""Does a kernel compute the right thing on this machine? A small case, forward and backward, against the
-reference.
-"""
+"""The self-check of a kernel on this machine: a small forward and backward, compared with the reference."""
 
 from __future__ import annotations
 
@@ -12,20 +10,18 @@ from eagle3_ds.kernels.reference import ReferenceKernel
 from eagle3_ds.kernels.select import select_kernel
 from eagle3_ds.kernels.tile import Tile
 
-# Relative L2 error that rounding explains: a few units of the operands' precision.
+# The largest relative L2 error that rounding explains: a few units in the last place of the operands' dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 _NUM_HEADS, _NUM_KV_HEADS = 4, 2
-# A short document, a later chunk of a document under a sliding window, and a block of keys that the window
-# leaves.
+# A short document; a later part of a document under a sliding window; and an earlier block of keys, of which
+# each row's window still covers the end.
 _TILES = (Tile(0, 30, 0, 30, True), Tile(30, 190, 40, 260, True, 100), Tile(200, 260, 260, 380, False, 40))
 _NUM_QUERIES, _NUM_KEYS = 260, 380
 
 
 def measured_error(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
-    """Largest relative L2 error of out, log-sum-exp, dq, dk and dv on `device`, against the reference in fp64
-    on the CPU.
-    """
+    """The largest relative L2 error of out, lse, dq, dk and dv, against the reference in fp64 on the CPU."""
     generator = torch.Generator().manual_seed(0)
     queries, keys = (_NUM_QUERIES, _NUM_HEADS, head_dim), (_NUM_KEYS, _NUM_KV_HEADS, head_dim)
     operands = [torch.randn(shape, generator=generator).to(dtype) for shape in (queries, keys, keys, queries)]
@@ -39,7 +35,7 @@ def measured_error(kernel: AttentionKernel, device: torch.device, dtype: torch.d
 
 
 def checked_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionKernel:
-    """`select_kernel`, and proof that what it chose computes the right thing here; it takes milliseconds.
+    """`select_kernel`, then a check, of milliseconds, that the chosen kernel computes correctly here.
 
     Raises:
         ValueError: there is no such kernel, it cannot run here, or its results are wrong.
@@ -59,7 +55,9 @@ def checked_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim
 def _results(
     kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor
 ) -> list[Tensor]:
-    """out, lse, dq, dk, dv; the backward under the exact lse and delta."""
+    """out, lse, dq, dk and dv. All kernels get the reference's lse and delta in backward, so that an error of
+    their forward does not enter their gradients.
+    """
     scale = q.shape[-1] ** -0.5
     dk, dv = torch.zeros_like(k, dtype=lse.dtype), torch.zeros_like(v, dtype=lse.dtype)
     dq = kernel.backward(dout, q, k, v, lse, delta, _TILES, scale, dk, dv)
@@ -67,7 +65,9 @@ def _results(
 
 
 def _distance(actual: Tensor, wanted: Tensor) -> float:
-    """Relative L2 error; infinite where the two differ in what is finite, as in rows without a key."""
+    """Relative L2 error over finite entries; infinite if the two are not finite at the same places (the lse
+    of a row without keys is -inf).
+    """
     finite = wanted.isfinite()
     if not torch.equal(actual.isfinite(), finite):
         return float("inf")

@@ -1,4 +1,4 @@
-"""What the kernels share whose backend knows rectangles and causal squares only."""
+"""The base of kernels whose backend computes only full rectangles and causal squares."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from eagle3_ds.kernels.tile import Tile, cut_into_squares
 
 
 class SquareKernel(TileKernel):
-    """Each tile is cut into squares and rectangles; a mirrored square is turned upside down, which makes it
-    causal.
+    """Cuts each tile into rectangles and squares (`cut_into_squares`), one call each.
+
+    A mirrored square becomes causal when its rows and its keys are both reversed: row i, which sees the keys
+    j >= i, becomes row n - 1 - i, which sees the keys n - 1 - j <= n - 1 - i.
     """
 
     @abstractmethod
     def square_forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """q [Lq, Hq, D], k, v [Lk, Hkv, D], Lq = Lk where causal -> out [Lq, Hq, D], lse [Lq, Hq]."""
+        """q [Lq, Hq, D], k, v [Lk, Hkv, D], Lq = Lk if `causal` -> out [Lq, Hq, D], lse [Lq, Hq]."""
 
     @abstractmethod
     def square_backward(
@@ -34,7 +36,11 @@ class SquareKernel(TileKernel):
         causal: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """By the merged lse; delta is the row sum of dout * out -> dq [Lq, Hq, D], dk, dv [Lk, Hkv, D]."""
+        """Gradients under the merged lse [Lq, Hq]; the backend computes delta = rowsum(dout * out).
+
+        dout, q, out [Lq, Hq, D], k, v [Lk, Hkv, D] -> dq [Lq, Hq, D], dk, dv [Lk, Hkv, D]. `out` is the
+        stand-in of `out_with_delta`, not the output of `square_forward`.
+        """
 
     def calls(self, tiles: Iterable[Tile], most: int | None = None) -> list[Call]:
         return [Call((part,)) for tile in tiles for part in cut_into_squares(tile)]

@@ -1,4 +1,6 @@
-"""A tile of the attention mask, and how it is cut for backends that know only rectangles and triangles."""
+"""A tile of the attention mask, and how it is cut for backends that know only full rectangles and causal
+squares.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,20 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """Query rows [q_start, q_stop) see key rows [k_start, k_stop), or a band of them along the tile's
-    diagonal.
+    """A rectangle of the mask: query rows [q_start, q_stop) against key rows [k_start, k_stop).
 
-    The diagonal is aligned at the bottom right: the last query row's own key is the last of the tile, the row
-    before it has the key before. `causal`: a row sees no key after its own. `left`: a row sees no key more
-    than `left` before its own. A tile with either has at least as many keys as query rows, so that no row of
-    it is empty.
+    Without `causal` and `left` every row sees every key. Otherwise each row sees a band of keys along the
+    tile's diagonal, which ends in the bottom right corner: the last row's own key is the last key, the row
+    before has the key before. For example the queries of positions 4..7 of a document against its keys 0..7
+    are Tile(4, 8, 0, 8, causal=True): row 4 sees the keys 0..4, row 7 all eight.
+
+    Attributes:
+        q_start, q_stop, k_start, k_stop: the rectangle.
+        causal: a row sees no key after its own.
+        left: a row sees no key more than `left` before its own (a sliding window of left + 1 keys); None for
+            no such limit.
+
+    A tile with `causal` or `left` has at least as many keys as rows, so that every row sees a key.
     """
 
     q_start: int
@@ -32,7 +41,9 @@ class Tile(NamedTuple):
         return self.k_stop - self.k_start
 
     def check(self) -> None:
-        """Our own invariant: no row of a tile is empty."""
+        """Assert that every row of the tile sees a key. Backends disagree about the log-sum-exp of a row that
+        sees none, so no such tile may reach them.
+        """
         banded = self.causal or self.left is not None
         assert not banded or (self.num_keys >= self.num_queries and (self.left or 0) >= 0), (
             f"{self} leaves rows without a key"
@@ -40,10 +51,11 @@ class Tile(NamedTuple):
 
 
 def cut_into_blocks(tile: Tile, most: int) -> Iterator[Tile]:
-    """The pairs of `tile` in tiles of at most `most` rows and less than twice as many keys.
+    """Cut `tile` into tiles of at most `most` rows and fewer than 2 * `most` keys that show the same pairs.
 
-    A tile with a left edge keeps its keys: they are few where it is causal, and a moving edge all the way
-    where it is not.
+    Tiles with `left` have other limits. A causal one is cut into blocks of rows, and a block of r rows keeps
+    the r + left keys that its band covers. One that is not causal is not cut at all: it is part of a window
+    over an earlier block of keys, and each of its rows begins to see at another key, up to the last one.
     """
     if tile.left is not None and not tile.causal:
         yield tile
@@ -56,7 +68,8 @@ def cut_into_blocks(tile: Tile, most: int) -> Iterator[Tile]:
         if tile.left is not None:
             yield rows._replace(k_start=max(rows.k_start, rows.k_stop - rows.num_queries - tile.left))
             continue
-        # The rows' own keys stay together, behind full rectangles.
+        # The keys before the block's own are full rectangles. The last tile keeps the block's own keys in one
+        # piece, because they are the causal triangle.
         own = rows.num_queries if tile.causal else 1
         while rows.num_keys - own >= most:
             yield rows._replace(k_stop=rows.k_start + most, causal=False)
@@ -65,15 +78,23 @@ def cut_into_blocks(tile: Tile, most: int) -> Iterator[Tile]:
 
 
 def cut_into_squares(tile: Tile) -> Iterator[Tile]:
-    """The pairs of `tile` as full rectangles, causal squares, and their mirror image, squares with `left` 0.
+    """Cut `tile` into full rectangles, causal squares and mirrored squares that show the same pairs.
 
-    A band is walked down in steps as high as it is wide: each step is a causal square at its right edge, a
-    mirrored one at its left edge, and the rectangle between them.
+    A mirrored square has `left` = 0 and is not causal: row i sees the keys from i on, an upper triangle. A
+    sliding window of w keys is cut into groups of w rows. In each group the keys that the window leaves
+    behind are a mirrored square, and those that it reaches are a causal square; for w = 3:
+
+        x x | x . .
+        . x | x x .
+        . . | x x x
+
+    A group of fewer than w rows, and a window over an earlier block of keys, have a full rectangle after the
+    mirrored square.
     """
     num_queries, num_keys, causal = tile.num_queries, tile.num_keys, tile.causal
     diagonal = num_keys - num_queries
     left = tile.left if tile.left is not None and tile.left < num_keys - 1 else None
-    # The rows above `head` reach back to the first key, so that the left edge takes nothing from them.
+    # The rows before `head` see the first key of the tile: the left edge takes no key from them.
     head = num_queries if left is None else max(0, left - diagonal)
     parts = [Tile(0, head, 0, diagonal if causal else num_keys, False)]
     if causal:

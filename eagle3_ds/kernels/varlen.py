@@ -1,4 +1,6 @@
-"""What the flash kernels share: many tiles in one call, and a backward that computes delta from an output."""
+"""The base of the flash kernels: many tiles in one variable-length call, and a backward that computes delta
+from an output.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from eagle3_ds.kernels.tile import Tile
 class Lengths(NamedTuple):
     """Where the tiles of one call begin and end: rows [cu_q[i], cu_q[i + 1]) see keys [cu_k[i], cu_k[i + 1]).
 
-    cu_q, cu_k: [tiles + 1] int32 on the device; max_q, max_k: the longest tile's rows and keys.
+    Attributes:
+        cu_q, cu_k: int32 [tiles + 1] on the device, cumulated numbers of rows and of keys.
+        max_q, max_k: the most rows and the most keys of one tile.
     """
 
     cu_q: Tensor
@@ -33,19 +37,18 @@ class Lengths(NamedTuple):
 
 
 class VarlenKernel(TileKernel):
-    """Tiles of one kind whose rows and keys do not meet go into one call, so that a pack of many documents is
-    one launch.
+    """Joins tiles of the same mask that share no row and no key into one call, so that a pack of many
+    documents is one launch.
 
-    The backend takes q [total_q, Hq, D], k, v [total_k, Hkv, D] with unit stride in D, aligns causal and the
-    left edge at the bottom right of each tile, and has a log-sum-exp [Hq, total_q] fp32. No tile has an empty
-    row, whose log-sum-exp each backend defines differently.
+    The backend takes q [total_q, Hq, D] and k, v [total_k, Hkv, D] with unit stride in D, aligns `causal` and
+    `left` at the bottom right corner of each tile, and its log-sum-exp is fp32 [Hq, total_q].
     """
 
     @abstractmethod
     def varlen_forward(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, causal: bool, left: int | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """-> out [total_q, Hq, D], lse [Hq, total_q]."""
+        """q [total_q, Hq, D], k, v [total_k, Hkv, D] -> out [total_q, Hq, D], lse fp32 [Hq, total_q]."""
 
     @abstractmethod
     def varlen_backward(
@@ -61,7 +64,11 @@ class VarlenKernel(TileKernel):
         left: int | None,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """By the merged lse; delta is the row sum of dout * out -> dq, dk, dv in the shapes of q, k, v."""
+        """Gradients under the merged lse [Hq, total_q]; the backend computes delta = rowsum(dout * out).
+
+        dout, q, out [total_q, Hq, D], k, v [total_k, Hkv, D] -> dq, dk, dv in the shapes of q, k, v. `out` is
+        the stand-in of `out_with_delta`, not the output of `varlen_forward`.
+        """
 
     def calls(self, tiles: Iterable[Tile], most: int | None = None) -> list[Call]:
         groups: list[list[Tile]] = []
@@ -112,6 +119,6 @@ def _have_room(group: Sequence[Tile], tile: Tile, most: int) -> bool:
 
 
 def _offsets(sizes: list[int], device: torch.device) -> Tensor:
-    # Pageable memory this small is staged before the copy returns: nothing waits for the device, and the list
-    # may go.
+    # CUDA stages a copy this small from pageable memory before the call returns: the host does not wait for
+    # the device, and the source may be freed at once.
     return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(device, non_blocking=True)
