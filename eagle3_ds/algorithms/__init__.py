@@ -1,6 +1,4 @@
-"""The draft algorithms, a folder each, and the dictionary that knows them. What they must do is in
-draft/contract.py.
-"""
+"""The draft algorithms, a folder each, and the dictionary of them. Their contract is in draft/contract.py."""
 
 from collections.abc import Mapping
 
@@ -12,7 +10,7 @@ ALGORITHMS: Mapping[str, DraftAlgorithm] = {algorithm.name: algorithm for algori
 
 
 def algorithm_of(recipe: Recipe) -> DraftAlgorithm:
-    """The algorithm of `draft.algorithm`."""
+    """The algorithm that the recipe's `draft.algorithm` names."""
     return ALGORITHMS[recipe.draft.algorithm]
 
 

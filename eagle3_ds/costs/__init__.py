@@ -1,5 +1,5 @@
-"""What formulas of bytes, calls and seconds read: a draft's sizes and one way of running it. Nothing is
-computed here.
+"""The inputs of the cost formulas: the sizes of a draft (`DraftShape`) and one way of running it (`Setup`).
+The formulas themselves are in the draft algorithms and in `eagle3_ds.plan`.
 """
 
 from eagle3_ds.costs.amounts import FP32, INT64, Flops, Parts, SequenceBytes, Traffic

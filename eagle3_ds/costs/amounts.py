@@ -1,5 +1,5 @@
-"""What a draft says of its own costs, whatever its algorithm: the planner sums these numbers and knows no
-draft.
+"""The costs that every draft algorithm states of its draft. The planner adds these numbers and needs to know
+nothing else of the draft.
 
 A multiplication and an addition are two FLOPs.
 """
@@ -9,18 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 Parts = dict[str, int]
-"""Bytes by what they are."""
+"""Bytes by the name of what they hold, e.g. {"weights": 1024}."""
 FP32, INT64 = 4, 8
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Alike calls of one rank.
+    """Calls of one kind by one rank.
 
     Attributes:
-        axis: whose ranks take part: ulysses, ring, sp, zero or world.
+        axis: the group that takes part: ulysses, ring, sp, zero or world.
         kind: all_to_all, all_gather, reduce_scatter, all_reduce or send (point to point).
-        payload: bytes of the tensors that this rank hands to the calls, over all calls.
+        calls: how many.
+        payload: bytes of the tensors that this rank passes to the calls, summed over all of them.
+        ranks: size of the group.
     """
 
     axis: str
@@ -31,7 +33,7 @@ class Traffic:
 
     @property
     def sent(self) -> float:
-        """Bytes that leave this rank, by the algorithms that send least."""
+        """Bytes that leave this rank, for the collective algorithms that send least."""
         others = self.ranks - 1
         factor = {
             "all_to_all": others / self.ranks,
@@ -45,7 +47,14 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Flops:
-    """One rank, one packed sequence."""
+    """FLOPs of one rank for one packed sequence.
+
+    Attributes:
+        layers: matrix products of the layers, forward and backward.
+        recompute: products that backward repeats.
+        attention_forward, attention_backward: the products of the attention.
+        loss: the products with the teacher's head and the draft's.
+    """
 
     layers: int
     recompute: int
@@ -60,14 +69,15 @@ class Flops:
 
 @dataclass(frozen=True)
 class SequenceBytes:
-    """What one packed sequence makes a rank hold, beside the model's states.
+    """Bytes that one packed sequence makes a rank hold, beside the model's states.
 
     Attributes:
-        batch: integers and masks of the sequence, for as long as its optimizer step lasts.
-        loss: part by part, what is alive at the worst moment of the loss.
-        backward: the moments of the backward that may be the worst; their weight-gradient sums included.
-        weight_sums: sums of the weights' gradients that are still there when they are handed out.
-        offloaded: bytes that `train.activation: offload` moves to the host, there and back.
+        batch: integers and masks of the sequence, held for the whole optimizer step.
+        loss: bytes by part at the worst moment of the loss.
+        backward: bytes by part at each moment of the backward that may be the worst one, sums of weight
+            gradients included.
+        weight_sums: fp32 sums of weight gradients that still exist when the gradients are made from them.
+        offloaded: bytes that `train.activation: offload` moves to the host, and back in backward.
     """
 
     batch: int

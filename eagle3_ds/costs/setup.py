@@ -78,11 +78,15 @@ class DraftShape:
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """What of a DeepSpeed JSON changes memory or time; the defaults are DeepSpeed's.
+    """The settings of a DeepSpeed JSON that change memory or time; the defaults are DeepSpeed's.
 
     Attributes:
-        reduce_bucket: elements of one gradient bucket, whose buffer has this size however small the model is.
-        secondary_partition: ranks that share ZeRO++'s second copy of the weights; 1 is none.
+        stage: of ZeRO, 0 to 3.
+        reduce_bucket: elements of one gradient bucket; its buffer has this size even for a small model.
+        overlap_comm: gradients are reduced while the backward computes.
+        contiguous_gradients: gradients are copied into the bucket's buffer.
+        offload_optimizer, offload_parameters: to host memory.
+        secondary_partition: ranks that share ZeRO++'s second copy of the weights; 1 means no such copy.
         persistence_threshold: a ZeRO-3 parameter of fewer elements stays whole on every rank.
     """
 
@@ -97,9 +101,7 @@ class ZeroSettings:
 
     @classmethod
     def of(cls, deepspeed_config: Mapping[str, Any]) -> ZeroSettings:
-        """From a DeepSpeed JSON that `load_deepspeed_config` has read: it has no other names for these than
-        here.
-        """
+        """From a DeepSpeed JSON read by `load_deepspeed_config`, which refuses other names of these keys."""
         zero = deepspeed_config.get("zero_optimization", {})
         stage = int(zero.get("stage", 0))
         overlap = zero.get("overlap_comm")
@@ -124,20 +126,28 @@ class ZeroSettings:
 
 @dataclass(frozen=True)
 class Setup:
-    """One way of running one shape. Everything the formulas read.
+    """One way of running a draft of one shape.
 
     Attributes:
+        shape: the draft's sizes.
         length: tokens of one packed sequence.
-        zero_group: over which ranks ZeRO shards, as in the recipe.
+        ttt_steps: K.
+        draft_dp, ring, ulysses: degrees of the mesh.
+        zero: settings of the DeepSpeed JSON.
+        zero_group: the ranks over which ZeRO shards, as in the recipe.
+        activation: what a TTT step keeps for backward, as in the recipe.
+        kv_exchange: how the step-0 keys and values travel over the ring.
+        dtype: of training.
         accumulation: packed sequences per draft_dp rank and optimizer step.
-        kv_bytes: what a rank may hold of other ranks' step-0 keys and values in each layer, gradients
-            included.
+        kv_bytes: the most bytes of other ranks' step-0 keys and values, gradients included, that a rank may
+            hold in each layer.
+        tile_bytes, loss_tile_bytes: budgets of one tile of slots in a layer, and of one tile of the loss.
+        chunks_per_rank: see `SpanPlan.make`.
         target_bytes: weights of a target that runs beside the draft (`data.hidden_states: online`), sharded
             over all ranks.
-        supervised: share of the tokens whose loss counts, and with it of the slots that are live.
-        window: keys that a position of the draft sees at most; None: all before it.
-        device: whose attention kernel's workspace counts; any accelerator's is like cuda's.
-        tile_bytes, loss_tile_bytes: budgets of one tile of slots in a layer, and of one tile of the loss.
+        supervised: the share of tokens in the loss, taken as the share of live slots too.
+        window: the most keys that a position of the draft sees; None for no limit.
+        device: decides the attention kernel's workspace; "cuda" stands for any accelerator.
     """
 
     shape: DraftShape
@@ -170,7 +180,15 @@ class Setup:
         draft_dp: int,
         device: Literal["cuda", "cpu"] = "cuda",
     ) -> Setup:
-        """What a recipe says; `kv_exchange: auto` counts as gather until `choose_kv_exchange` has spoken."""
+        """From a recipe. `kv_exchange: auto` is taken as gather; `choose_kv_exchange` decides it later.
+
+        Args:
+            recipe: the recipe.
+            deepspeed_config: the DeepSpeed JSON that it names, read.
+            shape: the draft's sizes.
+            draft_dp: replicas.
+            device: as the attribute.
+        """
         parallel = recipe.parallel
         return cls(
             shape=shape,
@@ -209,6 +227,7 @@ class Setup:
 
     @property
     def padded_length(self) -> int:
+        """Slots of all ranks of a sequence, padding included."""
         return self.slots * self.sp
 
     @property
@@ -218,15 +237,13 @@ class Setup:
 
     @property
     def live_slots(self) -> int:
-        """Slots of one rank that are unrolled; the others give step 0 a key and a value. All, where there are
-        more layers.
-        """
+        """Live slots of one rank (layout/plan.py); all slots if the draft's shape cannot skip the others."""
         return self._slots[0]
 
     @property
     def columns(self) -> int:
-        """Slots of one ring rank: its Ulysses peers hold a part each, and attend to all of them with a part
-        of the heads.
+        """Slots of one ring rank. Each of its Ulysses ranks holds a part of them, and computes the attention
+        of all of them for a part of the heads.
         """
         return self.slots * self.ulysses
 
@@ -242,5 +259,5 @@ class Setup:
 
     @property
     def zero_ranks(self) -> int:
-        """Ranks that share the sharded part of the training state."""
+        """Ranks over which ZeRO shards the training state."""
         return self.world_size if self.zero_group == "all" else self.draft_dp

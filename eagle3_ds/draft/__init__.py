@@ -1,5 +1,5 @@
-"""What every draft shares: vocabulary map, served attention, tiles and their backward, offload, taps and the
-tiled loss.
+"""What drafts of all algorithms share: the contract of an algorithm, the vocabulary map, the decoder layer
+with its backward, tiles, offload and the tiled loss.
 """
 
 from eagle3_ds.draft.contract import Draft, DraftAlgorithm, Guesser, LayoutForm

@@ -1,8 +1,7 @@
-"""The contract between the house and a draft algorithm: everything the house asks, and nothing that it need
-not know.
+"""The contract between eagle3_ds and a draft algorithm: everything that the rest of the program asks of one.
 
-An algorithm is a folder in `eagle3_ds/algorithms` with one object that keeps this contract, and one line in
-the dictionary there. docs/extending.md shows the way.
+An algorithm is a folder in `eagle3_ds/algorithms` with one object that implements `DraftAlgorithm`, and one
+entry in the dictionary there. docs/extending.md explains how to add one.
 
 Legend: S slots of this rank, the first Q of them live, K guesses of a slot, H hidden size, A entries of a
 slot's captured hidden states, V the target's vocabulary, Vd the draft's.
@@ -27,12 +26,12 @@ Result = TypeVar("Result")
 class Draft(nn.Module):
     """The weights of a draft, and the pass over a packed sequence that trains them.
 
-    Its attention layers are modules with `q_proj`, `k_proj`, `v_proj`, `o_proj` and `head_dim`, so that
-    `patch_attention` finds them. The token embedding is the target's, frozen: it is handed in, not owned, so
-    that it stays out of checkpoints, optimizer and ZeRO.
+    Its attention layers are modules with `q_proj`, `k_proj`, `v_proj`, `o_proj` and `head_dim`, by which
+    `patch_attention` finds them. The token embedding is the target's and frozen. It is an argument instead of
+    a parameter, so that it stays out of checkpoints, optimizer and ZeRO.
 
     Attributes:
-        config: its sizes, and `draft_vocab_size`.
+        config: a Llama config with the extra key `draft_vocab_size`.
         sp_ring_degree, sp_ulysses_degree, sp_world_size, sp_rank: the mesh, as RFC 338 names it; set by the
             patch.
     """
@@ -52,96 +51,108 @@ class Draft(nn.Module):
         finish: Callable[[Tensor, Tensor], Result],
         anchor: Tensor | None = None,
     ) -> Result:
-        """One pass, and what is made of it: `finish(final norm's weight [H], head's weight [Vd, H])`.
+        """Run all guesses over the sequence, then return `finish(norm weight [H], head weight [Vd, H])`.
 
-        All in one call, because under ZeRO-3 the draft is gathered when it starts and released when it
-        returns.
+        The pass and `finish` are one call, because ZeRO-3 gathers the draft's weights when forward starts and
+        releases them when it returns.
 
         Args:
             batch: this rank's slots.
             embedding: [V, H], the target's, on the device of the model.
-            settings: what `DraftAlgorithm.settings` made of the recipe.
-            on_guess: called with each guess's hidden state in turn, [Q, H] before the final norm, k = 0 .. K
-                - 1; what it returns goes on in its place. The loss adds its gradient there.
-            anchor: a scalar whose (zero) gradient must be the last to be computed (docs/extending.md).
+            settings: the result of `DraftAlgorithm.settings`.
+            on_guess: called for k = 0 .. K - 1 with the hidden state of guess k, [Q, H], before the final
+                norm. The draft must go on with what it returns, because the loss adds its gradient there.
+            finish: makes the result, usually the loss, from the weights of the final norm and of the head.
+            anchor: a scalar zero whose gradient must be the last to be computed (docs/extending.md, "Three
+                scalars that are zero").
         """
         raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [S, H], before the final norm -> [S, Vd]."""
+        """Final norm and head: hidden [S, H] -> [S, Vd]."""
         raise NotImplementedError
 
 
 class Guesser(Protocol):
-    """A served draft in the middle of one text: verified slots come in, guesses come out."""
+    """A served draft in the middle of one text: it takes verified slots and returns guesses."""
 
     def propose(self, aux: Tensor, tokens: Sequence[int], count: int) -> list[int]:
-        """Take in S verified slots and guess `count` tokens after them.
+        """Take S newly verified slots and guess the next `count` tokens.
 
         Args:
             aux: [S, A], the target's captured hidden states of the slots.
-            tokens: the S tokens one place later.
+            tokens: S token ids: for each slot, the token one place after it.
+            count: how many tokens to guess.
 
         Returns:
-            Ids of the target's vocabulary.
+            `count` ids of the target's vocabulary.
         """
 
 
 class LayoutForm(Protocol):
-    """How one layout of checkpoints names a draft of this algorithm."""
+    """How one layout of exported checkpoints (e.g. vLLM's) names the config keys and the tensors of a draft
+    of this algorithm.
+    """
 
     @property
     def architecture(self) -> str:
-        """Of config.json's `architectures`."""
+        """The entry of config.json's `architectures`."""
 
     def keys(self, config: LlamaConfig) -> dict[str, Any]:
-        """The config keys that say more than the decoder's geometry does."""
+        """The config keys of the layout that go beyond the decoder's geometry."""
 
     def config_keys(self, keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The inverse, for our own config. Raises ValueError for a draft that computes otherwise than ours
-        can.
+        """The inverse of `keys`: entries of our own config, from the layout's keys and tensors.
+
+        Raises:
+            ValueError: the draft computes something that ours cannot.
         """
 
     def name_there(self, name: str) -> str:
-        """A tensor's name in the layout, from ours."""
+        """The name in the layout of the tensor that we call `name`."""
 
     def name_here(self, name: str) -> str:
-        """The inverse."""
+        """The inverse of `name_there`."""
 
 
 class DraftAlgorithm(Protocol):
-    """A way to draft."""
+    """A draft algorithm, for example EAGLE-3."""
 
     @property
     def name(self) -> str:
-        """As the recipe's `draft.algorithm` says it."""
+        """The value of the recipe's `draft.algorithm`."""
 
     @property
     def layouts(self) -> Mapping[str, LayoutForm]:
-        """By the recipe's `export.formats`."""
+        """The layouts by the names of the recipe's `export.formats`."""
 
     def build_config(self, target_config: Any, recipe: Recipe) -> LlamaConfig:
-        """The draft's config from the target's (text) config and the recipe. Raises ValueError for sizes that
-        do not fit each other."""
+        """The draft's config from the target's (text) config and the recipe.
+
+        Raises:
+            ValueError: sizes do not fit each other.
+        """
 
     def build(self, config: LlamaConfig) -> Draft:
-        """A fresh draft, seeded by torch's generator."""
+        """A draft with fresh weights, drawn from torch's default generator."""
 
     def supervision(self, recipe: Recipe) -> Supervision:
-        """Which slots count at which guess, and how far a slot reads ahead."""
+        """The rule that says which slots enter the loss at which guess, and how far a slot reads ahead."""
 
     def live_slots_alone(self, recipe: Recipe) -> bool:
-        """Whether slots that no loss reads give keys and values and nothing else (layout/plan.py)."""
+        """Whether slots that are not live give only their step-0 keys and values (layout/plan.py)."""
 
     def settings(self, recipe: Recipe) -> Any:
-        """What `Draft.forward` wants to know of the recipe."""
+        """The settings of the recipe that `Draft.forward` needs, in any form."""
 
     def shape(self, config: LlamaConfig) -> DraftShape:
-        """Sizes and costs, for the planner."""
+        """The draft's sizes and costs, for the planner."""
 
     def guesser(self, draft: Any, embedding: Tensor, vocabulary: VocabularyMap) -> Guesser:
-        """The draft as a server runs it, at the start of a text. `embedding`: [V, H], the target's."""
+        """The draft as a server runs it, at the start of a text. `embedding` [V, H] is the target's."""
 
     def probe(self, draft: Any, seed: int) -> Tensor:
-        """Logits [n, Vd] of the served draft on a fixed seeded input, in the draft's dtype, on the CPU. An
-        export is believed once it gives the same."""
+        """Logits [n, Vd] of the served draft for an input made from `seed`, in the draft's dtype, on the CPU.
+
+        An export is verified by loading it again and comparing its probe with this one.
+        """

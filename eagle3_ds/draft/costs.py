@@ -1,4 +1,4 @@
-"""Bytes of what every draft shares: the tiles of an MLP, and the tiles of the loss.
+"""Bytes of what drafts of all algorithms share: a tile of slots in a decoder layer, and a tile of the loss.
 
 Legend: H hidden size, I width of the MLP, K guesses, Vd draft vocabulary.
 """
@@ -9,7 +9,9 @@ from eagle3_ds.costs import FP32, Parts, Setup
 
 
 def tile_slots(setup: Setup) -> int:
-    """Slots of one tile of a layer; without recomputation all of them."""
+    """Slots of one tile of a layer: what fits `train.tile_bytes` (`slots_per_tile`), but all live slots under
+    `activation: keep`, which does not use tiles.
+    """
     shape = setup.shape
     if setup.activation == "keep":
         return setup.live_slots
@@ -18,42 +20,44 @@ def tile_slots(setup: Setup) -> int:
 
 
 def norm_entries(setup: Setup) -> int:
-    """Entries of the hidden size, in the training dtype's bytes, that one norm holds for its backward, its
-    output included.
-    """
+    """Bytes per entry of its input that one RMSNorm holds for its backward, its output included."""
     if setup.device == "cuda":
         return setup.itemsize
-    # Composed: the normalised input in fp32, beside a copy of the input where that is of another dtype.
+    # On CPUs the norm is composed of elementwise operators. They hold the output, the normalised input in
+    # fp32 and, in a half dtype, an fp32 copy of the input.
     return setup.itemsize + FP32 * (1 if setup.dtype == "float32" else 2)
 
 
 def tile_after_attention(setup: Setup) -> int:
-    """The tile of what follows the attention: repeated up to gate and up, and its gradients."""
+    """Bytes of one tile in `after_attention_backward`: the repeated forward and the gradients."""
     shape, item = setup.shape, setup.itemsize
     H, inner = shape.hidden_size, shape.intermediate_size
     if setup.activation == "keep":
-        # Of the MLP's product: the gradients of it, of gate and of up; autograd has kept the rest.
+        # The gradients of silu(gate) * up, of gate and of up; autograd has kept everything else.
         return tile_slots(setup) * 3 * inner * item
     largest = max(max(shape.layer_weights(layer).values()) for layer in range(shape.num_layers))
-    # A product in a half dtype is rounded before it is added to its fp32 sum, when five of the MLP's width
-    # are left of six.
+    # A weight gradient in a half dtype is a temporary of the weight's size, which is then added to its fp32
+    # sum (`accumulate_product`). It exists when one of the tile's six tensors [t, I] has been freed, so only
+    # what exceeds that tensor adds to the peak.
     slots = tile_slots(setup)
     product = max(0, (0 if setup.dtype == "float32" else largest * item) - slots * inner * item)
     return slots * (6 * inner * item + H * (item + norm_entries(setup))) + product
 
 
 def loss_parts(setup: Setup, columns: int) -> Parts:
-    """Gradients at the K steps' outputs, the head's in fp32, and one tile of logits."""
+    """Bytes of the loss: gradients of the K guesses' hidden states at `columns` slots, the fp32 sum of the
+    head's gradient, and one tile of logits.
+    """
     shape, item, K = setup.shape, setup.itemsize, setup.ttt_steps
     per_row, per_column = (8 + item) * shape.draft_vocab_size, (12 + item) * shape.draft_vocab_size
     tile_columns = max(1, min(columns, (setup.loss_tile_bytes - (K - 1) * per_row) // (per_row + per_column)))
-    # Alive at a time: teacher probabilities of the rows, logits of the columns, and their gradient in the
-    # head's dtype.
+    # At the worst moment a tile has fp32 teacher probabilities of its t + K - 1 rows, fp32 logits of its t
+    # columns and, in a half dtype, their gradient in the head's dtype and the product that goes into dhead.
     tile = (2 * tile_columns + K - 1) * shape.draft_vocab_size * FP32
     head = shape.draft_vocab_size * shape.hidden_size
     if setup.dtype != "float32":
         tile += tile_columns * shape.draft_vocab_size * item + head * item
-    # The tile's rows of the teacher, its columns of a student, their norm and their gradient.
+    # [t, H] tensors: teacher rows, the draft's hidden states, their norm and their gradient.
     tile += tile_columns * shape.hidden_size * (4 * item + norm_entries(setup))
     return {
         "loss gradients": K * columns * shape.hidden_size * item,

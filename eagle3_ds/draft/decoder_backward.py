@@ -1,9 +1,15 @@
-"""The gradient of a decoder layer's arithmetic, by hand: what a tile must repeat of the forward pass, and no
-matmul more.
+"""The backward of a decoder layer's arithmetic by hand, for one tile of slots. It repeats only those matmuls
+of the forward whose results the gradients need.
 
-Autograd would need the outputs of the projections and of `down` to hang the graph on; their gradients need
-only their inputs. Weight gradients are added to the caller's sums, in the sums' dtype. The norms are left to
-torch, which has fused kernels.
+Autograd would have to repeat `down` too, only to build its graph, although the gradient of a linear layer
+y = x W^T does not need y:
+
+    dx = dy W        dW = dy^T x
+
+Weight gradients are added to the caller's sums, in the dtype of the sums. RMSNorm is left to torch, which has
+fused kernels. With n the size of the last dim and r = 1 / sqrt(mean(x^2) + eps), it computes
+
+    y = r x * w        dw = sum_rows dy * r x        dx = r (dy * w) - r^3 / n * sum(dy * w * x) x
 
 Legend: t slots of a tile, H hidden size, Hq heads, D head size, I width of the MLP.
 """
@@ -20,7 +26,7 @@ from eagle3_ds.draft.decoder import AfterWeights, rms_norm
 
 
 def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, without a temporary where the dtypes allow."""
+    """total [m, n] += a [m, t] @ b [t, n]; makes a temporary only if total has another dtype than a."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
@@ -28,7 +34,11 @@ def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class NormTile:
-    """One application of RMSNorm: its output now, its gradient later."""
+    """One application of RMSNorm to x [t, n] with weight [n], whose gradient is asked for later.
+
+    Attributes:
+        output: [t, n], outside autograd.
+    """
 
     def __init__(self, x: Tensor, weight: Tensor, eps: float) -> None:
         self._x, self._weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
@@ -37,7 +47,7 @@ class NormTile:
         self.output = self._graph.detach()
 
     def backward(self, doutput: Tensor, dweight: Tensor) -> Tensor:
-        """dx [t, H]; the weight's gradient is added to `dweight`."""
+        """Returns dx [t, n] for doutput [t, n]; the weight's gradient is added to `dweight` [n]."""
         dx, dw = torch.autograd.grad(self._graph, (self._x, self._weight), doutput)
         dweight.add_(dw)
         return dx
@@ -46,7 +56,26 @@ class NormTile:
 def after_attention_backward(
     hidden: Tensor, attended: Tensor, doutput: Tensor, weights: AfterWeights, sums: AfterWeights, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Backward of `after_attention`: hidden, doutput [t, H], attended [t, Hq * D] -> dhidden, dattended."""
+    """Backward of `after_attention` on one tile.
+
+    With h = hidden + attended o^T, x = norm(h), g = x gate^T, u = x up^T, a = silu(g), m = a * u and output =
+    h + m down^T, all but `output` repeated:
+
+        d(down) = doutput^T m     dm = doutput down
+        dg = dm * u * silu'(g)    du = dm * a        silu'(g) = sigmoid(g) (1 + g (1 - sigmoid(g)))
+        d(gate) = dg^T x          d(up) = du^T x     dx = dg gate + du up
+        dh = doutput + (dx through the norm)         d(o) = dh^T attended
+        dhidden = dh              dattended = dh o
+
+    Args:
+        hidden, doutput: [t, H]; attended: [t, Hq * D].
+        weights: of the layer.
+        sums: the weights' gradients are added to these, of the weights' shapes.
+        eps: of the norm.
+
+    Returns:
+        dhidden [t, H] and dattended [t, Hq * D].
+    """
     norm = NormTile(torch.addmm(hidden, attended, weights.o.T), weights.norm, eps)
     x = norm.output
     gate, up = functional.linear(x, weights.gate), functional.linear(x, weights.up)
@@ -63,12 +92,16 @@ def after_attention_backward(
 
 
 def normed_in_tiles(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of x [S, H] that keeps its input alone for backward, and sums the weight's gradient in fp32."""
+    """RMSNorm of x [S, H] with weight [H] -> [S, H]. It keeps only x for backward, and sums the weight's
+    gradient in fp32.
+    """
     return _Norm.apply(x, weight, eps)
 
 
 class _Norm(torch.autograd.Function):
-    """Forward: y = rms_norm(x) * weight. Backward: repeats it, a tile of rows at a time."""
+    """Forward: `rms_norm(x, weight, eps)`.
+    Backward: repeats it for a tile of ROWS rows at a time, and returns dx and the summed dweight.
+    """
 
     ROWS = 4096
 

@@ -1,6 +1,4 @@
-"""What a draft's config says beyond the keys of its decoder: the window of its attention, and the captured
-hidden states that it reads.
-"""
+"""The keys of a draft's config for the window of its attention and for the captured states that it reads."""
 
 from __future__ import annotations
 
@@ -8,8 +6,8 @@ from typing import Any
 
 
 def window_keys(window: int | None, num_layers: int) -> dict[str, Any]:
-    """How a config says that every layer sees `window` keys: servers look at both. Nothing for full
-    attention.
+    """The config keys for a window of `window` keys in every layer; none for full attention (None). Servers
+    read both keys, the size and the type of each layer.
     """
     return (
         {}
@@ -19,10 +17,10 @@ def window_keys(window: int | None, num_layers: int) -> dict[str, Any]:
 
 
 def sliding_window(config: Any) -> int | None:
-    """The window of a draft's config; None is full attention.
+    """The window of a draft's config; None for full attention.
 
     Raises:
-        ValueError: its layers differ in theirs.
+        ValueError: some layers have a window and others have not.
     """
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if window is None or (kinds is not None and set(kinds) == {"full_attention"}):
@@ -36,17 +34,19 @@ def sliding_window(config: Any) -> int | None:
 
 
 def aux_keys(num_layers: int, target_hidden_size: int) -> dict[str, Any]:
-    """How a config says which hidden states of the target a slot of the draft reads."""
+    """The config keys for the hidden states that a slot reads: those of `num_layers` layers of a target of
+    width `target_hidden_size`.
+    """
     return {"num_aux_layers": num_layers, "target_hidden_size": target_hidden_size}
 
 
 def aux_size(config: Any) -> int:
-    """Entries of a slot's captured hidden states, side by side: three of the draft's own width where the
-    config says nothing, as those of other programs do.
+    """A: entries of a slot's captured hidden states, concatenated. Configs of other programs do not have
+    these keys; they mean three layers of the draft's own width.
     """
     return num_aux_layers(config) * int(getattr(config, "target_hidden_size", None) or config.hidden_size)
 
 
 def num_aux_layers(config: Any) -> int:
-    """Captured layers that a slot reads; three where the config says nothing."""
+    """How many captured layers a slot reads; three if the config does not say."""
     return int(getattr(config, "num_aux_layers", None) or 3)

@@ -1,5 +1,5 @@
-"""Where the `offload` mode keeps what the TTT steps need in backward: pinned host memory, copied beside the
-computation.
+"""Host memory for `train.activation: offload`: what the TTT steps need in backward is kept in pinned host
+memory, and the copies overlap with the computation.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class HostStash:
-    """Tensors put away in order and taken back in the reverse order.
+    """A stack of tensors in host memory: put in order, taken in reverse order.
 
-    On a device with streams the copies run on one of their own, both ways: a step's tensors leave while the
-    next step computes, and those of the step before arrive while this one's backward runs. On a CPU the
-    tensors are in host memory already, and stay where they are.
+    The copies run on a stream of their own: a step's tensors leave the device while the next step computes
+    and, in backward, the tensors of the step before arrive while this step's backward computes. On a CPU
+    nothing is copied.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,7 +26,7 @@ class HostStash:
         self._arriving: dict[int, tuple[Tensor, ...]] = {}
 
     def put(self, tensors: Sequence[Tensor]) -> int:
-        """Put tensors away; returns the place to take them from.
+        """Start to copy tensors, of any shape, to the host; returns the place to `take` them from.
 
         Raises:
             ValueError: the host cannot pin that much memory.
@@ -36,8 +36,8 @@ class HostStash:
         return len(self._put) - 1
 
     def take(self, place: int) -> tuple[Tensor, ...]:
-        """The tensors put at `place`, on the device; the stash forgets them, and begins to bring back those
-        before.
+        """The tensors of `place`, which must be the last one put, on the device. The stash drops them and
+        starts to copy those of the place before.
         """
         assert place == len(self._put) - 1, "taken out of order"
         if self._streams is None:
@@ -65,12 +65,12 @@ class HostStash:
         self._stream.wait_stream(self._streams.current_stream(self._device))
         with self._streams.stream(self._stream):
             host.copy_(tensor, non_blocking=True)
-        # The device may reuse the memory only when the copy is done.
+        # The allocator must not reuse the device memory before the copy has read it.
         tensor.record_stream(self._stream)
         return host
 
     def _fetch(self, place: int) -> None:
-        """Begin to copy the tensors of a place back, unless that has begun."""
+        """Start to copy the tensors of a place to the device, unless that has started."""
         if place < 0 or place in self._arriving:
             return
         assert self._streams is not None

@@ -1,5 +1,5 @@
-"""The attention that a draft has when it serves: causal, over a cache of keys and values. Training replaces
-it (see attention/patching.py).
+"""The attention of a served draft: causal, over a cache of keys and values. For training it is replaced
+(attention/patching.py).
 
 Legend: S new slots, T cached keys, Hq / Hkv heads, D head size.
 """
@@ -15,13 +15,13 @@ from eagle3_ds.draft.geometry import sliding_window
 
 
 class DraftCache:
-    """Keys and values of every layer, [T, Hkv, D] each, appended call by call."""
+    """Keys and values of every layer, [T, Hkv, D] each. `len` gives T."""
 
     def __init__(self, num_layers: int) -> None:
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the new slots and return all of them."""
+        """Append k and v [S, Hkv, D] to a layer and return all of its keys and values, [T + S, Hkv, D]."""
         old = self._layers[layer]
         new = (k, v) if old is None else (torch.cat((old[0], k)), torch.cat((old[1], v)))
         self._layers[layer] = new
@@ -32,12 +32,18 @@ class DraftCache:
         return 0 if first is None else len(first[0])
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` slots."""
+        """Drop all but the first `length` slots of every layer."""
         self._layers = [None if kv is None else (kv[0][:length], kv[1][:length]) for kv in self._layers]
 
 
 class DraftAttention(nn.Module):
-    """Causal attention over a cache; holds the projections that training's attention takes over."""
+    """Causal attention over a cache. It owns the projections that `LlamaUSPFlashAttention` takes over.
+
+    Args:
+        config: of the draft.
+        input_size: entries of what q, k and v are projected from.
+        layer: index of the layer in the cache.
+    """
 
     def __init__(self, config: LlamaConfig, input_size: int, layer: int) -> None:
         super().__init__()
@@ -48,7 +54,9 @@ class DraftAttention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: DraftCache) -> Tensor:
-        """Rotated q [S, Hq, D], rotated k and v [S, Hkv, D] of the S newest slots -> [S, Hq * D]."""
+        """Append k and v to the cache and attend: rotated q [S, Hq, D], rotated k and v [S, Hkv, D] of the S
+        newest slots -> [S, Hq * D].
+        """
         keys, values = cache.append(self.layer, k, v)
         back = torch.arange(len(keys) - len(q), len(keys), device=q.device)[:, None] - torch.arange(
             len(keys), device=q.device

@@ -1,7 +1,7 @@
-"""The first matrix of a draft, from the target's hidden states to its own: rows stream from the host through
-it.
+"""The first matrix of a draft (EAGLE-3's `fc`), from the target's captured hidden states to the draft's own.
+Its input streams from the host, a tile of rows at a time.
 
-Legend: S slots of this rank, H hidden size, Ht the target's, n captured layers.
+Legend: S slots of this rank, H hidden size, A entries of a slot's captured hidden states, t rows of a tile.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from eagle3_ds.layout import LocalRows, row_tiles, stream_rows
 
 Prepare = Callable[[Tensor, Sequence[Tensor]], Tensor]
-"""What is done to rows [t, A] before the matrix, with some trained weights: a pure function, run again in
-backward.
+"""Applied to rows [t, A] before the matrix, with a list of trained weights -> [t, A]. A pure function,
+because backward runs it again.
 """
 
 
@@ -28,26 +28,28 @@ def stream_aux(
     prepare: Prepare | None = None,
     prepare_weights: Sequence[Tensor] = (),
 ) -> Tensor:
-    """The hidden state of step 0: aux rows [S, A] on the host, weight [H, A] -> [S, H] on the weight's
-    device.
+    """The hidden state of step 0: aux rows [S, A] on the host, weight [H, A] -> [S, H] on its device.
 
-    The rows stream through tile by tile, in forward and again in backward; the device never holds them all.
+    The rows stream through the device in forward and again in backward, so it never holds all of them.
 
     Args:
-        aux: this rank's rows, unread.
+        aux: this rank's rows, not read yet.
         weight: of the matrix.
-        tile_bytes: what the rows of a tile and of the one behind it may take.
-        anchor: a scalar whose gradient is zero, computed when the weight's is.
-        prepare: of the rows of a tile, with `prepare_weights`; None leaves them as they are.
+        tile_bytes: the most bytes of a tile and of the next one together.
+        anchor: a scalar zero, whose gradient arrives with that of the weight (docs/extending.md, "Three
+            scalars that are zero").
+        prepare: applied to the rows of a tile; None leaves them as they are.
+        prepare_weights: the trained weights that `prepare` takes.
     """
     return _StreamAux.apply(aux, tile_bytes, prepare, anchor, weight, *prepare_weights)
 
 
 class _StreamAux(torch.autograd.Function):
-    """Forward: prepare(aux) @ weight.T. Backward: the weights' gradients, summed over the tiles in fp32.
+    """Forward: prepare(aux) @ weight.T.
+    Backward: the weights' gradients, summed over the tiles in fp32.
 
-    With x = prepare(aux) [t, A], y = x weight^T and dy the gradient of y: d(weight) = dy^T x, dx = dy weight,
-    and the gradients of prepare's weights are autograd's, tile by tile; the rows are constants.
+    With x = prepare(aux) and y = x weight^T: d(weight) = sum_tiles dy^T x, dx = dy weight. From dx autograd
+    computes the gradients of prepare's weights, tile by tile. The rows are constants and get no gradient.
     """
 
     @staticmethod
@@ -60,11 +62,11 @@ class _StreamAux(torch.autograd.Function):
         weight: Tensor,
         *prepare_weights: Tensor,
     ) -> Tensor:
-        # A tile on the device and the one behind it; twice as many where it is prepared.
+        # The device holds a tile and the next one; `prepare` makes another tensor of each.
         copies = 2 if prepare is None else 4
         size = max(1, tile_bytes // (copies * weight.shape[1] * max(weight.element_size(), 4)))
         ctx.aux, ctx.tiles, ctx.prepare = aux, row_tiles(len(aux), size), prepare
-        # Alone, the matrix's gradient needs its shape only.
+        # Without `prepare` no dx is needed, and d(weight) needs the weight's shape only.
         ctx.shape = weight.shape
         ctx.save_for_backward(*([] if prepare is None else [weight, *prepare_weights]))
         hidden = weight.new_empty((len(aux), weight.shape[0]))

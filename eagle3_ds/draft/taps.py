@@ -1,8 +1,9 @@
-"""Where the loss touches the unroll: it reads each TTT step's hidden state and, in backward, adds its
-gradient there.
+"""Taps: the points of the unroll where the loss reads the hidden state of a TTT step and, in backward, adds
+its gradient.
 
-The gradient of a step's loss is known as soon as its logits are, in the forward pass, and only at the columns
-that count. It waits here, compact, until backward comes by: K dense gradients never exist at one time.
+The tiled loss computes the gradient of a step's loss already in forward, and only at the columns that are
+supervised. It is stored here in that compact form until the backward of the step adds it, so that K dense
+gradients [Q, H] never exist at one time.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from torch import Tensor
 
 
 class LossTaps:
-    """The steps' outputs as the loss sees them.
+    """The taps of one unroll, one per TTT step.
 
     Attributes:
-        hidden: one [Q, H] per step so far, outside autograd; the loss reads them and lets them go.
-        tickets: one scalar per step, that tie the taps to the loss in the autograd graph.
-        gradients: columns int64 [C] and gradient [C, H] per step, left by the loss.
-        scale: the gradient that arrived at the loss; set when its backward runs, before any tap's.
+        hidden: [Q, H] per step so far, detached; the loss reads and then drops them.
+        tickets: a scalar zero per step. The loss takes them as inputs, so that autograd runs the backward of
+            the loss before that of any tap (docs/extending.md, "Three scalars that are zero").
+        gradients: per step, columns int64 [C] and the gradient [C, H] at them, stored by the loss.
+        scale: the gradient of the loss value itself, a scalar; set by the backward of the loss.
     """
 
     def __init__(self) -> None:
@@ -30,7 +32,7 @@ class LossTaps:
         self.scale: Tensor | None = None
 
     def add(self, hidden: Tensor) -> Tensor:
-        """Tap a step's output [Q, H]; returns it for the next step."""
+        """Add a tap at a step's output [Q, H]; the next step must read the returned tensor, [Q, H]."""
         self.hidden.append(hidden.detach())
         passed, ticket = _Tap.apply(hidden, self, len(self.tickets))
         self.tickets.append(ticket)
@@ -38,7 +40,9 @@ class LossTaps:
 
 
 class _Tap(torch.autograd.Function):
-    """Forward: identity. Backward: adds the gradient that the loss left for this step."""
+    """Forward: the identity, and a ticket.
+    Backward: dhidden[columns] += scale * gradient, as the loss has stored them for this step.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, taps: LossTaps, step: int) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,18 @@
-"""The loss of all K guesses at once, tile by tile; what it is of a guess is the business of a `TileLoss`.
+"""The loss of all K guesses, tile by tile. A `TileLoss` says what the loss of one guess is.
 
-A tile is a few columns of this rank. The teacher is projected once per tile and read by all K steps (step k
-reads it one row further than step k - 1), and the gradient is formed in the forward pass, while the logits
-are at hand. So no tensor of slots x vocabulary exists beyond one tile, and the head is used once per
-micro-batch. The draft's final norm is applied here too, tile by tile.
+A *tile* here is a set of t columns (live slots of this rank). The teacher's logits are computed once per tile
+and read by all K steps; step k reads them one row further than step k - 1. Gradients are computed in the
+forward pass, while the logits exist. So no tensor of slots x vocabulary exists beyond one tile.
+
+With h_k the hidden states of step k at the tile's columns, c_k[i] = 1 where column i contributes at step k,
+w_k = decay**k / N_k and p_k the teacher's probabilities, a tile adds to the loss and to the gradients
+
+    x = norm(h_k)        z = x head^T        total += w_k sum_i c_k[i] loss(z_i, p_k[i])
+    dz_i = w_k c_k[i] d(loss) / d(z_i)       d(head) += dz^T x
+    dx = dz head         d(h_k), d(norm) from dx through the RMSNorm (decoder_backward.py)
+
+These are gradients for d(total) = 1. Backward multiplies them by the gradient that arrives; d(h_k) waits at
+the taps (taps.py) for that.
 
 Legend: Q live slots of this rank, E rows of the extended buffers, K TTT steps, H hidden size, Ht the
 target's, Vd draft vocabulary, t columns and R teacher rows of one tile.
@@ -28,13 +37,15 @@ IntArray = NDArray[np.int64]
 
 
 class LossTile(NamedTuple):
-    """Some columns, and what they read; computed on the host, so that no device is waited for.
+    """The columns of one tile and the teacher rows that they read. It is made on the host from integers, so
+    that no index is computed on the device and waited for.
 
     Attributes:
-        columns: int64 [t], ascending; rows: int64 [R], the rows of the extended buffers that they read at any
-            step, ascending.
-        place: int64 [K, t], where in `rows` each column reads at each step.
-        starts: per step, `place[k]` as the start of a run of t, or None where it is not one.
+        columns: int64 [t], live slots of this rank, ascending.
+        rows: int64 [R], the rows of the extended buffers that the columns read at some step, ascending.
+        place: int64 [K, t]: at step k column i reads `rows[place[k, i]]`.
+        starts: per step k, the integer a if `place[k]` is a, a + 1, ..., a + t - 1, so that the rows can be
+            read as a slice; None if the columns read scattered rows.
     """
 
     columns: IntArray
@@ -45,18 +56,19 @@ class LossTile(NamedTuple):
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What the loss reads beside the student; constants all, on the device but for the tiles.
+    """What the loss reads beside the draft's hidden states and weights. All are constants; the tensors are on
+    the device.
 
     Attributes:
-        tiles: the columns that some step supervises, cut by `loss_tiles`.
-        teacher: the rows [R, Ht] of each tile, the target's last hidden states, on the device and in the
-            head's dtype.
-        teacher_head: [Vd, Ht], the target's head, rows of the draft vocabulary.
-        teacher_token: int64 [E], the target's full-vocabulary argmax.
-        draft_to_target: int64 [Vd].
-        contributing: bool [K, Q], supervised, and the teacher's token lies in the draft vocabulary.
-        supervised: bool [K, Q].
-        step_weight: fp32 [K], decay**k / N_k (0 when no slot of the step is supervised).
+        tiles: the result of `loss_tiles`.
+        teacher: the rows [R, Ht] of each tile in turn, the target's last hidden states, in the head's dtype.
+        teacher_head: [Vd, Ht], the rows of the target's head that belong to the draft vocabulary.
+        teacher_token: int64 [E], the target's argmax over its full vocabulary.
+        draft_to_target: int64 [Vd], the target id of each draft id.
+        contributing: bool [K, Q], supervised slots whose teacher token is in the draft vocabulary. Only these
+            have a loss.
+        supervised: bool [K, Q], see `LocalBatch`.
+        step_weight: fp32 [K], decay**k / N_k (0 if no slot of the step is supervised).
         eps: of the final norm.
         loss: of one guess.
     """
@@ -74,19 +86,22 @@ class LossInputs:
 
 
 class LossSum(NamedTuple):
-    """This rank's share of the loss and of what is reported, sums over its slots. All but `total` carry no
-    gradient.
+    """Sums over this rank's slots: the loss, and statistics to report. Only `total` has a gradient.
 
-    A tuple, because DeepSpeed hooks the tensors of a module's output and does not look into dataclasses.
+    It is a tuple, because DeepSpeed puts hooks on the tensors of a module's output and does not find them in
+    a dataclass.
 
     Attributes:
-        total: scalar, sum over k of step_weight[k] * step_loss[k].
-        step_loss: fp32 [K], the loss summed over supervised slots in the vocabulary.
-        hits, counts: fp32 [K], slots whose draft argmax equals the teacher's token, and supervised slots.
-        joint_hits, joint_counts: fp32 [K], the same for "at all steps up to k".
+        total: scalar, sum_k step_weight[k] * step_loss[k].
+        step_loss: fp32 [K], sum of the loss over contributing slots.
+        hits: fp32 [K], supervised slots whose draft argmax is the teacher's token; counts: fp32 [K],
+            supervised slots.
+        joint_hits, joint_counts: fp32 [K], slots that are hits, or supervised, at all steps 0 .. k. The
+            acceptance length of greedy decoding is 1 + sum_k joint_hits[k] / joint_counts[k].
         acceptance: fp32 [K], the chance that a server which samples accepts the guess, summed over supervised
-            slots; nil where the teacher's token is out of the draft vocabulary.
-        joint_acceptance: fp32 [K], the same for all guesses up to k.
+            slots; 0 where the teacher's token is not in the draft vocabulary.
+        joint_acceptance: fp32 [K], the product of these chances over the guesses 0 .. k, summed likewise. It
+            gives the acceptance length of a server that samples.
     """
 
     total: Tensor
@@ -100,15 +115,17 @@ class LossSum(NamedTuple):
 
 
 def tiled_loss(taps: LossTaps, norm_weight: Tensor, head_weight: Tensor, inputs: LossInputs) -> LossSum:
-    """Loss of the K steps in `taps`.
+    """The loss of the K steps in `taps`, whose hidden states it drops.
 
     Args:
-        norm_weight: [H], the draft's final norm; head_weight: [Vd, H]. Trained, both.
+        taps: the steps' hidden states [Q, H].
+        norm_weight: [H], the draft's final norm; head_weight: [Vd, H], the draft's head. Both are trained.
+        inputs: constants.
     """
     total, *sums = _TiledLoss.apply(inputs, taps, norm_weight, head_weight, *taps.tickets)
     step_loss, hits, joint_hits, acceptance, joint_acceptance = sums
-    # The tickets hold the graph, which holds the taps: a cycle that no collector sees, and that would outlive
-    # the step.
+    # The tickets refer to the graph, whose nodes refer to the taps. Such a cycle runs through C++ nodes,
+    # which Python's garbage collector cannot free.
     taps.hidden.clear()
     taps.tickets.clear()
     counts, joint_counts = inputs.supervised.sum(1).float(), inputs.supervised.cumprod(0).sum(1).float()
@@ -118,17 +135,19 @@ def tiled_loss(taps: LossTaps, norm_weight: Tensor, head_weight: Tensor, inputs:
 def loss_tiles(
     row: IntArray, supervised: NDArray[np.bool_], tile_bytes: int, vocabulary: int, itemsize: int
 ) -> list[LossTile]:
-    """Cut the columns that some step supervises into tiles whose transient logits fit a byte budget.
+    """Cut the columns that some step supervises into tiles whose temporary memory fits a byte budget.
 
-    A tile holds the teacher's probabilities of its R rows, R at most t + K where columns are neighbours, and
-    logits, target and gradient of t columns. K and the tiles may differ between ranks: no collective runs
-    among them.
+    A tile holds the teacher's probabilities of its R rows, and logits, target and gradient of its t columns.
+    R is t + K - 1 for neighbouring columns, and up to t * K for scattered ones. Ranks may have different
+    numbers of tiles, because no collective runs inside the loss.
 
     Args:
-        row: int64 [Q], each slot's row in the extended buffers; step k reads row + 1 + k. Ascending.
-        supervised: bool [K, Q]. Columns that only miss the draft vocabulary count too: accuracy looks at
-            them.
-        vocabulary: Vd. itemsize: bytes of the trained weights' dtype.
+        row: int64 [Q], ascending, each slot's row in the extended buffers; step k reads row + 1 + k.
+        supervised: bool [K, Q]. It includes slots whose teacher token is not in the draft vocabulary: they
+            have no loss, but count for the accuracy.
+        tile_bytes: the budget.
+        vocabulary: Vd.
+        itemsize: bytes of the trained weights' dtype.
 
     Raises:
         ValueError: the budget is too small for a tile of one slot.
@@ -141,7 +160,7 @@ def loss_tiles(
     tiles: list[LossTile] = []
     start = 0
     while start < len(columns):
-        # Scattered columns read more rows each: take as many as fit, at least one.
+        # Begin with the size for neighbouring columns, and shrink it until scattered ones fit too.
         size = max(1, (tile_bytes - (steps - 1) * per_row) // (per_row + per_column))
         while True:
             chosen = columns[start : start + size]
@@ -161,7 +180,11 @@ def loss_tiles(
 
 
 def check_tile_bytes(tile_bytes: int, vocabulary: int, steps: int, itemsize: int) -> None:
-    """Raises ValueError when the budget does not hold a tile of one slot."""
+    """Check that `tile_bytes` holds a tile of one slot, which reads `steps` teacher rows.
+
+    Raises:
+        ValueError: it does not.
+    """
     per_row, per_column = _row_and_column_bytes(vocabulary, itemsize)
     smallest = steps * per_row + per_column
     if tile_bytes < smallest:
@@ -172,17 +195,15 @@ def check_tile_bytes(tile_bytes: int, vocabulary: int, steps: int, itemsize: int
 
 
 def _row_and_column_bytes(vocabulary: int, itemsize: int) -> tuple[int, int]:
-    """Bytes of the teacher's logits and probabilities of a row, and of logits, target and gradient of a
-    column.
-
-    All fp32, but for the logits as the matmul gives them.
+    """Bytes of one row (teacher's logits and probabilities) and of one column (logits, target and gradient)
+    of a tile: fp32, and the logits once more in the dtype in which the matmul returns them.
     """
     return vocabulary * (4 + 4 + itemsize), vocabulary * (4 + 4 + 4 + itemsize)
 
 
 class _TiledLoss(torch.autograd.Function):
-    """Forward: the loss, and beside it d(total)/d(hidden) left at the taps and d(total)/d(norm, head) kept.
-    Backward: scales.
+    """Forward: the loss, and its gradients: d(h_k) is stored at the taps, d(norm) and d(head) are saved.
+    Backward: multiplies d(norm) and d(head) by dtotal, and gives dtotal to the taps as their `scale`.
     """
 
     @staticmethod
@@ -212,10 +233,14 @@ class _TiledLoss(torch.autograd.Function):
 
 
 class _Tally:
-    """The running sums over tiles.
+    """The sums over tiles, for the forward of `_TiledLoss`.
 
-    `gradients` holds, per step, all columns of the tiles and the gradient at them: one buffer each, filled as
-    the tiles come.
+    Attributes:
+        step_loss, hits, joint_hits, acceptance, joint_acceptance: [K], as in `LossSum`.
+        weight: [K, Q], c_k * w_k.
+        done: columns of the tiles that have been added.
+        gradients: per step, the columns of all tiles int64 [C] and d(h_k) [C, H], filled tile by tile.
+        dnorm: [H]; dhead: [Vd, H]; fp32 (fp64 for fp64) sums.
     """
 
     def __init__(
@@ -245,7 +270,7 @@ class _Tally:
             )
 
     def add(self, tile: LossTile, teacher: Tensor) -> None:
-        """teacher: [R, Ht], the tile's rows."""
+        """Add a tile; teacher [R, Ht] are its rows of the target's hidden states."""
         inputs, device = self.inputs, self.head.device
         columns = torch.from_numpy(tile.columns).to(device, non_blocking=True)
         tokens = inputs.teacher_token[torch.from_numpy(tile.rows).to(device, non_blocking=True)]
@@ -265,10 +290,10 @@ class _Tally:
         self.done += len(columns)
 
     def _add_step(self, k: int, hidden: Tensor, target: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """One guess of one tile: hidden [t, H], target [t, Vd].
+        """Add step k of one tile: hidden [t, H], target [t, Vd], columns int64 [t].
 
-        Returns the student's argmax, int64 [t], and the chance that it is accepted, [t], nil outside the
-        loss.
+        Returns the draft's argmax, int64 [t], and the chance that its guess is accepted, [t], which is 0
+        where the column does not contribute.
         """
         with torch.enable_grad():
             leaves = (hidden.requires_grad_(), self.norm.detach().requires_grad_())
@@ -292,7 +317,7 @@ class _Tally:
 
 
 def _read(rows: Tensor, tile: LossTile, step: int) -> Tensor:
-    """What the tile's columns read of [R, ...] at a step: a view where they are neighbours."""
+    """The rows [t, ...] of `rows` [R, ...] that the tile's columns read at `step`; a view for neighbours."""
     start = tile.starts[step]
     if start is not None:
         return rows[start : start + len(tile.columns)]

@@ -1,4 +1,6 @@
-"""The slots of a rank in tiles, so that what is transient fits a byte budget."""
+"""Cutting the slots of a rank into tiles (stretches of consecutive slots), so that the temporary tensors of
+one tile fit a byte budget. Not to be confused with a tile of the attention mask (kernels/tile.py).
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from torch import Tensor
 
 
 def slots_per_tile(hidden_size: int, width: int, itemsize: int, tile_bytes: int) -> int:
-    """Slots whose transient tensors fit the budget: in backward about 7 of the MLP's width and 8 of the
-    hidden size each.
+    """How many slots make a tile within `tile_bytes`. In backward a slot needs about 7 temporary vectors of
+    the MLP's `width` and 8 of `hidden_size`.
 
     Raises:
         ValueError: the budget does not hold one slot.
@@ -25,7 +27,12 @@ def slots_per_tile(hidden_size: int, width: int, itemsize: int, tile_bytes: int)
 
 
 class Tiles(NamedTuple):
-    """The slots of a step in pieces: of the live ones, and of the rest, which step 0 alone has."""
+    """The tiles of a TTT step.
+
+    Attributes:
+        live: of the live slots.
+        rest: of the other slots; empty from step 1 on.
+    """
 
     live: list[slice]
     rest: list[slice]
@@ -39,7 +46,18 @@ class Tiles(NamedTuple):
 
 
 def map_tiles(function: Callable[[slice], tuple[Tensor, ...]], tiles: Sequence[slice]) -> tuple[Tensor, ...]:
-    """The results of all tiles, rows joined; a tile is written where it belongs as soon as it is computed."""
+    """Run `function` on each of some adjacent tiles and join the rows of the results.
+
+    The joined tensors are allocated after the first tile, and each result is copied into them at once, so
+    that never two results wait to be concatenated.
+
+    Args:
+        function: maps a tile to tensors [t, ...].
+        tiles: ascending and adjacent.
+
+    Returns:
+        Tensors [n, ...], n the slots of all tiles.
+    """
     first = function(tiles[0])
     if len(tiles) == 1:
         return first

@@ -12,19 +12,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VocabularyMap:
-    """Attributes: d2t, int64 [Vd], *offsets* (target id of draft id i is i + d2t[i]); t2d, bool [V]."""
+    """Which tokens of the target's vocabulary the draft can guess.
+
+    Attributes:
+        d2t: int64 [Vd], offsets: draft id i stands for the target id i + d2t[i].
+        t2d: bool [V], whether a target id is in the draft vocabulary.
+    """
 
     d2t: Tensor
     t2d: Tensor
 
     @staticmethod
     def from_counts(counts: Tensor, draft_vocab_size: int, always: Tensor | None = None) -> VocabularyMap:
-        """`always` and then the most frequent tokens, ties to the lower id: `draft_vocab_size` in all,
-        ascending.
+        """The tokens of `always`, then the most frequent ones (of equal ones the lower id), until there are
+        `draft_vocab_size`. Draft ids are in the order of target ids.
 
         Args:
-            counts: int64 [V].
-            always: int64 [n], token ids that are in the map however rare: special and end tokens.
+            counts: int64 [V], how often each token is supervised.
+            draft_vocab_size: Vd.
+            always: int64 [n], ids that are included however rare they are: special and end tokens.
 
         Raises:
             ValueError: the draft vocabulary is larger than the target's, or too small for the tokens of
@@ -51,7 +57,7 @@ class VocabularyMap:
 
     @property
     def draft_to_target(self) -> Tensor:
-        """Target id of each draft id, int64 [Vd]."""
+        """int64 [Vd]: the target id of each draft id."""
         return self.d2t + torch.arange(len(self.d2t))
 
     def equals(self, other: VocabularyMap) -> bool:

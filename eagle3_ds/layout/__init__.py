@@ -1,5 +1,9 @@
-"""Who holds which slot: span plans, halos and the one cutter from a packed sequence to a rank's batch.
-Integers first.
+"""Which rank holds which slots of a packed sequence: the span plan, the halo, and the function that cuts a
+rank's batch out of a sequence.
+
+A *packed document* is one of several documents laid end to end in a *packed sequence*. A *slot* is one
+position of that sequence; guess k of slot i is about token i + 2 + k. A *span* is a stretch of consecutive
+slots on one rank, and its *halo* is the few slots after it whose tokens and teacher rows the rank reads too.
 """
 
 from eagle3_ds.layout.batch import LocalBatch, PackedSequence, Supervision, live_slots, prepare_usp_input

@@ -1,7 +1,8 @@
-"""From a packed sequence to what one rank holds of it.
+"""From a packed sequence to one rank's share of it.
 
-Shapes: L real tokens, S slots of this rank, the first Q of them live, E rows of its extended buffers (own
-slots plus halo), K TTT steps, Ht hidden size of the target.
+Legend: L real tokens, S slots of this rank, the first Q of them live, E rows of its extended buffers (its own
+slots and their halo, ascending), K TTT steps, Ht hidden size of the target, A entries of a slot's captured
+hidden states.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from eagle3_ds.layout.rows import LocalRows, Rows
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """Documents laid end to end, whole.
+    """Documents laid end to end, before they are cut over ranks.
 
     Attributes:
         token_ids: int64 [L], `x_i`.
         loss_mask: bool [L], true for assistant tokens.
-        lengths: document lengths, sum L.
+        lengths: document lengths; their sum is L.
         teacher_token: int64 [L], the target's argmax over its full vocabulary at each position (it predicts
             `x_{i+1}`).
         aux: rows [L, A], the concatenated inputs of the captured target layers, A = layers * Ht.
@@ -42,11 +43,11 @@ class PackedSequence:
 
 
 class Supervision(Protocol):
-    """Which slots count at each of the K guesses that a draft algorithm makes in a slot.
+    """The rule of a draft algorithm that says which slots enter the loss at which of the K guesses.
 
-    Guess k of slot i is about token i + 2 + k: the draft has seen token i + 1 + k, and the teacher that
-    predicts the guessed one stands in row i + 1 + k. A pure function of documents and mask, the same on every
-    rank.
+    Guess k of slot i is about token i + 2 + k. The draft has seen token i + 1 + k, and the teacher
+    distribution to match is that of row i + 1 + k. The rule is a pure function of the documents and the mask,
+    so every rank gets the same answer.
     """
 
     @property
@@ -55,37 +56,41 @@ class Supervision(Protocol):
 
     @property
     def halo(self) -> int:
-        """Rows beyond its own spans that a rank reads of tokens and teacher."""
+        """How many rows after each of its spans a rank reads of tokens and teacher."""
 
     def __call__(
         self, document: IntArray, slots: IntArray, loss_mask: NDArray[np.bool_]
     ) -> NDArray[np.bool_]:
-        """Whether each of `slots` counts, at each guess.
+        """Which of `slots` enter the loss at each guess.
 
         Args:
-            document: int64, of each slot of the padded sequence, -1 for padding.
+            document: int64 [padded length], the document of each slot, -1 for padding.
             slots: int64 [n], positions in the sequence.
             loss_mask: bool [L], true for assistant tokens; padding has no entry.
 
         Returns:
-            bool [K, n].
+            bool [K, n], true where the slot is supervised.
         """
 
 
 @dataclass(frozen=True)
 class LocalBatch:
-    """One rank's share of one packed sequence, on the host. The extended buffers are read at `row + 1 + k`.
+    """One rank's share of one packed sequence, on the host.
+
+    Token ids, teacher tokens and teacher rows are *extended buffers*: they cover this rank's slots and their
+    halo. TTT step k of slot s reads them at `row[s] + 1 + k`.
 
     Attributes:
+        plan, ring_rank, ulysses_rank: the cut of the sequence, and this rank's place in it.
         position: int64 [S], position in the document; 0 for padding.
-        row: int64 [S], this slot's row in the extended buffers.
-        supervised: bool [K, Q], slots that count at each TTT step, the teacher's token in or out of the draft
-            vocabulary.
+        row: int64 [S], the slot's own row in the extended buffers.
+        supervised: bool [K, Q], live slots that enter the loss at each TTT step, whether or not the teacher's
+            token is in the draft vocabulary.
         token_ids: int64 [E].
-        teacher_token: int64 [E].
-        aux: rows [S, A], own slots only, unread.
-        teacher: rows [E, Ht], unread; only those that live slots read at some step may be.
-        num_own_slots: slots of this rank that hold a token, without padding.
+        teacher_token: int64 [E], see `PackedSequence`.
+        aux: rows [S, A], of the own slots only; not read yet.
+        teacher: rows [E, Ht], not read yet; only rows that live slots read at some step are present.
+        num_own_slots: slots of this rank that hold a token, padding excluded.
     """
 
     plan: SpanPlan
@@ -111,13 +116,14 @@ def prepare_usp_input(
 ) -> LocalBatch:
     """Cut this rank's batch out of a packed sequence, reading only its own rows and their halo.
 
-    Guess k of slot i reads row i + 1 + k of the constants. Whatever leaves the document is never supervised.
-
     Args:
+        pack: the whole sequence; its hidden states may be on disk.
+        plan: the cut of the sequence.
+        ring_rank, ulysses_rank: this rank's place in the plan.
         supervision: the draft algorithm's rule.
 
     Raises:
-        ValueError: the pack's columns or the plan disagree about the length.
+        ValueError: a column of the pack has another length than the plan.
     """
     length = plan.length
     for name in ("token_ids", "loss_mask", "teacher_token"):
@@ -147,8 +153,12 @@ def prepare_usp_input(
 
 
 def live_slots(lengths: Sequence[int], loss_mask: Tensor, supervision: Supervision) -> NDArray[np.bool_]:
-    """bool [L]: the slots that count at some guess, and so all whose hidden states are wanted. `loss_mask`:
-    bool [L].
+    """The live slots of a packed sequence, bool [L]: those that enter the loss at one guess or more.
+
+    Args:
+        lengths: document lengths, their sum is L.
+        loss_mask: bool [L], true for assistant tokens.
+        supervision: the draft algorithm's rule.
     """
     document = np.repeat(np.arange(len(lengths)), lengths)
     return np.logical_or.reduce(supervision(document, np.arange(len(document)), loss_mask.numpy()))

@@ -1,16 +1,16 @@
-"""SpanPlan: how one packed sequence is cut over ring x ulysses.
+"""SpanPlan: how one packed sequence is cut over ring x ulysses ranks.
 
-A slot is *live* when the loss reads its hidden state at some TTT step. The others, prompts mostly, are looked
-at but never look: all they give is a key and a value at step 0, and nothing else of them is ever computed. So
-live slots and the rest are cut apart, and every rank holds as many of each as any other.
+A *live slot* is a slot whose hidden state some loss reads, at one TTT step or more. All other slots, mostly
+those of prompts, make a key and a value at step 0, and nothing else of them is ever computed. So the two
+kinds are cut separately, and every rank gets the same number of each.
 
-Both are cut into equal chunks. Each ring rank gets the same number of chunks, chosen so that the attention
-work is even; because the step-0 keys are gathered (or streamed) as a whole, any chunk-to-rank map is legal.
-Within a ring rank, the chunks in sequence order form its *columns*, and its Ulysses peers take equal
-contiguous parts of them: of the live ones first, then of the rest. So a rank's live slots are its first ones.
+Each kind is cut into equal *chunks*. Every ring rank gets the same number of chunks, chosen so that the
+attention work is even. Any map of chunks to ranks is legal, because every live slot attends to the step-0
+keys of all ranks. The chunks of a ring rank, in sequence order, form its *columns*; its Ulysses ranks take
+equal contiguous parts of them. A rank's live slots come before its other slots.
 
-Everything here is a pure function of (document lengths, live slots, ring, ulysses, chunks per rank), so every
-rank's view can be computed, and tested, in one process.
+Everything here is a pure function of (document lengths, live slots, ring, ulysses, chunks per rank), so the
+view of every rank can be computed, and tested, in one process.
 """
 
 from __future__ import annotations
@@ -25,13 +25,18 @@ from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
 SMALLEST_REST = 16
+"""If fewer than one slot in this many is not live, all slots are treated as live."""
 
 
 class Run(NamedTuple):
-    """A stretch of one ring rank's columns that is contiguous in the sequence and lies in one document.
+    """A stretch of consecutive columns of one ring rank that are consecutive slots of one document. The mask
+    of a run is a single tile (attention/tiles.py).
 
-    `column` is the first column, `slot` the first slot, `length` the number of both, `document_start` the
-    first slot of the document.
+    Attributes:
+        column: the first column.
+        slot: the first slot of the sequence.
+        length: how many columns, and slots.
+        document_start: the first slot of the document.
     """
 
     column: int
@@ -41,18 +46,21 @@ class Run(NamedTuple):
 
 
 def attention_work(position: IntArray, in_document: NDArray[np.bool_], window: int | None = None) -> IntArray:
-    """Keys that the step-0 attention of each slot reads: position in its document + 1, at most `window`; none
-    for padding.
+    """How many step-0 keys each slot attends to, int64 [L]: position + 1, at most `window`; 0 for padding.
 
-    Shape [L].
+    Args:
+        position: int64 [L], position of each slot in its document.
+        in_document: bool [L], false for padding.
+        window: the most keys that a slot sees; None for no limit.
     """
     seen = position + 1 if window is None else np.minimum(position + 1, window)
     return np.where(in_document, seen, 0)
 
 
 def _cut_into_chunks(slots: int, ring: int, ulysses: int, chunks_per_rank: int) -> tuple[int, int]:
-    """Chunks that so many slots are cut into, and slots of each; their product is `slots`, padded."""
-    # One ring rank has nothing to balance. Chunks shorter than `ulysses` slots cannot be shared by its peers.
+    """The number of chunks that `slots` slots are cut into, and the slots of each chunk, after padding."""
+    # One ring rank has nothing to balance, so it gets one chunk. Each chunk is padded to a multiple of
+    # `ulysses`, so that the Ulysses ranks can share the columns equally.
     num_chunks = ring * (1 if ring == 1 else chunks_per_rank)
     return num_chunks, _round_up(-(-slots // num_chunks), ulysses)
 
@@ -60,11 +68,12 @@ def _cut_into_chunks(slots: int, ring: int, ulysses: int, chunks_per_rank: int) 
 def slots_of_a_rank(
     length: int, num_live: int, ring: int, ulysses: int, chunks_per_rank: int
 ) -> tuple[int, int]:
-    """Live slots and all slots that each sp rank holds of a sequence of `length` tokens, `num_live` of them
-    live.
+    """How many live slots, and how many slots in all, each sp rank holds of a sequence of `length` tokens,
+    `num_live` of them live.
 
-    A rank has at least one live slot, so that all ranks run every collective. Where fewer than one slot in
-    SMALLEST_REST is not live, all are cut alike: sorting the keys would cost more than is saved.
+    Every rank gets at least one live slot, so that every rank runs every collective: a rank without queries
+    would skip some, and the others would wait for it forever. If fewer than one slot in SMALLEST_REST is not
+    live, all slots are treated as live, because reordering the keys would cost more than it saves.
     """
     if (length - num_live) * SMALLEST_REST < length:
         num_live = length
@@ -79,11 +88,12 @@ class SpanPlan:
 
     Attributes:
         lengths: document lengths in tokens, in the order of the pack; their sum is `length`.
-        live: int64 [ring, ulysses, Q], the live slots of each sp rank, ascending; a few others among them,
-            that even it out.
-        rest: int64 [ring, ulysses, S - Q], its other slots, ascending. Padding is at the end of all.
-        window: keys that a slot sees at most, its own among them, as far as work is concerned; None: all
-            before it.
+        live: int64 [ring, ulysses, Q], the live slots of each sp rank, ascending. All ranks hold equally
+            many, so a few slots that no loss reads are counted as live to make the number up.
+        rest: int64 [ring, ulysses, S - Q], the other slots of each sp rank, ascending. Slots >= `length` are
+            padding, at the end of the last chunks.
+        window: the most keys that a slot sees, its own included; it only matters for balancing the work. None
+            for no limit.
     """
 
     lengths: tuple[int, ...]
@@ -103,12 +113,16 @@ class SpanPlan:
         """Plan the cut.
 
         Args:
-            live: [L], the slots whose hidden states are wanted; None for all of them.
-            window: of the attention whose work is balanced.
+            lengths: document lengths in tokens, in the order of the pack; their sum is L.
+            ring, ulysses: degrees of the two axes.
+            chunks_per_rank: chunks of each kind that a ring rank gets; more of them balance the work better
+                and make more, smaller tiles.
+            live: bool [L], the live slots; None for all.
+            window: the most keys that a slot sees; None for no limit.
 
         Raises:
-            ValueError: no document, a document without a token, a degree below one, or another number of
-                slots in `live`.
+            ValueError: there is no document, or one without a token; a degree is below one; or `live` has not
+                one entry per token.
         """
         if not lengths or min(lengths) < 1:
             raise ValueError(
@@ -127,7 +141,7 @@ class SpanPlan:
         live_share, share = slots_of_a_rank(length, num_live, ring, ulysses, chunks_per_rank)
         chosen = np.zeros(ring * ulysses * share, dtype=np.bool_)
         chosen[:length] = True if live is None else live
-        # Others even out the live slots, padding when there are no others left.
+        # Fill the live slots up to equal shares with the first slots that are not live, then with padding.
         chosen[np.flatnonzero(~chosen)[: ring * ulysses * live_share - num_live]] = True
         work = attention_work(*_positions(lengths, len(chosen)), window)
         of_live, of_rest = (
@@ -145,21 +159,22 @@ class SpanPlan:
 
     @property
     def live_per_rank(self) -> int:
-        """Live slots that each sp rank holds, its first ones; the same for all."""
+        """Q: how many live slots each sp rank holds, the same for all. They are its first slots."""
         return self.live.shape[2]
 
     @property
     def slots_per_rank(self) -> int:
-        """Slots that each sp rank holds, the same for all."""
+        """S: how many slots each sp rank holds, the same for all."""
         return self.live.shape[2] + self.rest.shape[2]
 
     @property
     def columns_per_ring_rank(self) -> int:
+        """Slots of one ring rank, over its Ulysses ranks."""
         return self.ulysses * self.slots_per_rank
 
     @property
     def padded_length(self) -> int:
-        """`length` and the padding that makes every sp rank's share the same."""
+        """`length` plus the padding that makes all sp ranks' shares equal."""
         return self.live.size + self.rest.size
 
     @property
@@ -169,25 +184,25 @@ class SpanPlan:
 
     @cached_property
     def position(self) -> IntArray:
-        """Position of each slot in its document; 0 for padding. Shape [padded_length]."""
+        """int64 [padded_length]: position of each slot in its document; 0 for padding."""
         return _positions(self.lengths, self.padded_length)[0]
 
     @cached_property
     def document(self) -> IntArray:
-        """Document of each slot, -1 for padding. Shape [padded_length]."""
+        """int64 [padded_length]: index of each slot's document; -1 for padding."""
         document = np.full(self.padded_length, -1, dtype=np.int64)
         document[: self.length] = np.repeat(np.arange(len(self.lengths)), self.lengths)
         return document
 
     @cached_property
     def ring_slots(self) -> IntArray:
-        """Slot of each column of each ring rank, shape [ring, columns_per_ring_rank]."""
+        """int64 [ring, columns_per_ring_rank]: the slot in each column of each ring rank."""
         return np.concatenate((self.live, self.rest), axis=2).reshape(self.ring, -1)
 
     @cached_property
     def sequence_order(self) -> IntArray:
-        """Row of each slot in the rank-by-rank concatenation of all ring ranks' columns. Shape
-        [padded_length].
+        """int64 [padded_length]: where each slot is in the concatenation of all ring ranks' columns. Indexing
+        gathered columns with it puts them in sequence order.
         """
         order = np.empty(self.padded_length, dtype=np.int64)
         order[self.ring_slots.reshape(-1)] = np.arange(self.padded_length)
@@ -195,35 +210,29 @@ class SpanPlan:
 
     @property
     def in_sequence_order(self) -> bool:
-        """Whether that concatenation is the sequence as it is."""
+        """Whether the columns are in sequence order already: nothing must be gathered or reordered then."""
         return self.ring == 1 and not self.rest.size
 
     def slots(self, ring_rank: int, ulysses_rank: int) -> IntArray:
-        """Slots that this sp rank holds, in the order of its columns, the live ones first. Shape
-        [slots_per_rank].
-        """
+        """int64 [slots_per_rank]: the slots of this sp rank in the order of its columns, live ones first."""
         return np.concatenate((self.live[ring_rank, ulysses_rank], self.rest[ring_rank, ulysses_rank]))
 
     def runs(self, ring_rank: int) -> tuple[Run, ...]:
-        """The ring rank's columns as runs, padding left out. Where there is a rest, a run is live or it is
-        not.
-        """
+        """All columns of the ring rank as runs, without padding. A run has only live slots or only others."""
         if not self.rest.size:
             return self.live_runs(ring_rank)
         peers = zip(self.live[ring_rank], self.rest[ring_rank], strict=True)
         return self._runs(part for parts in peers for part in parts)
 
     def live_runs(self, ring_rank: int) -> tuple[Run, ...]:
-        """The ring rank's live columns as runs. The columns are counted among the live ones, and the runs are
-        runs of `runs`.
+        """The live columns of the ring rank as runs. `column` counts live columns only; the slots of each run
+        are also those of one run of `runs`.
         """
         live = self.live[ring_rank]
         return self._runs(live if self.rest.size else [live.reshape(-1)])
 
     def _runs(self, parts: Iterable[IntArray]) -> tuple[Run, ...]:
-        """Runs of the columns that the parts make one after the other; a run does not reach from one part
-        into the next.
-        """
+        """Cut the concatenation of `parts` (int64 slots) into runs. A run ends where a part ends."""
         runs, column = [], 0
         for slots in parts:
             document = self.document[slots]
@@ -239,22 +248,22 @@ class SpanPlan:
         return tuple(runs)
 
     def halo_slots(self, ring_rank: int, ulysses_rank: int, halo: int) -> IntArray:
-        """Slots whose constants this sp rank reads: each span [s, e) widened to [s, e + halo), overlaps
-        merged, ascending.
+        """int64 [E], ascending: the slots whose tokens and teacher rows this sp rank reads. Each of its spans
+        [s, e) is widened to [s, e + halo), and overlaps are merged.
 
-        Slots at or beyond `padded_length` stand for nothing and are treated as padding by the cutter.
+        The result may contain slots >= `length`; `LocalRows` reads them as zeros.
         """
         return np.unique(self.slots(ring_rank, ulysses_rank)[:, None] + np.arange(halo + 1))
 
     def teacher_slots(self, ring_rank: int, ulysses_rank: int, halo: int) -> IntArray:
-        """Slots whose teacher this sp rank reads: those 1 to `halo` ahead of its live ones, ascending,
-        no padding.
+        """int64, ascending: the slots whose teacher rows this sp rank reads, those 1 to `halo` after one of
+        its live slots. Padding is left out.
         """
         ahead = np.unique(self.live[ring_rank, ulysses_rank][:, None] + 1 + np.arange(halo))
         return ahead[ahead < self.length]
 
     def ring_work(self) -> IntArray:
-        """Step-0 attention work (query-key pairs) of each ring rank's live slots. Shape [ring]."""
+        """int64 [ring]: query-key pairs of each ring rank's live slots in the attention to step-0 keys."""
         work = attention_work(self.position, self.document >= 0, self.window)
         return work[self.live].sum((1, 2))
 
@@ -278,8 +287,10 @@ def _positions(lengths: Sequence[int], padded_length: int) -> tuple[IntArray, ND
 
 
 def _deal(slots: IntArray, work: IntArray, ring: int, ulysses: int, chunks_per_rank: int) -> IntArray:
-    """Slots, as many as chunks hold, over the sp ranks: [ring, ulysses, slots of a rank]. `work` is that of
-    every slot.
+    """Distribute slots, int64 [n] with n a multiple of the chunk size, over the sp ranks.
+
+    Returns int64 [ring, ulysses, n / (ring * ulysses)]. `work` is the attention work of every slot of the
+    sequence, `attention_work`.
     """
     num_chunks, size = _cut_into_chunks(len(slots), ring, ulysses, chunks_per_rank)
     chunks = slots.reshape(num_chunks, size)
@@ -288,8 +299,8 @@ def _deal(slots: IntArray, work: IntArray, ring: int, ulysses: int, chunks_per_r
 
 
 def _balance(work: IntArray, ring: int) -> tuple[int, ...]:
-    """Greedy longest-processing-time assignment with equal chunk counts: the heaviest chunk goes to the
-    idlest rank.
+    """The ring rank of each chunk. In order of falling work, a chunk goes to the rank with the least work so
+    far that has not its full number of chunks yet (longest-processing-time scheduling).
     """
     capacity = len(work) // ring
     owner = np.zeros(len(work), dtype=np.int64)

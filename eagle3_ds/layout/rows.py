@@ -1,7 +1,7 @@
-"""Rows that stay where they are, on disk or in host memory, and are read a tile at a time.
+"""Rows that stay on disk or in host memory and are read a tile (some rows) at a time.
 
-The hidden states of a long sequence are gigabytes: a rank reads the rows of its own spans only, and a device
-holds one tile of them at a time.
+The hidden states of a long sequence are gigabytes. A rank reads only the rows of its own spans, and a device
+holds one tile of them, plus the next one.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Rows(Protocol):
 
 
 class LocalRows:
-    """This rank's rows of a packed sequence, on the host, unread until asked for.
+    """This rank's rows of a packed sequence, on the host. A row is read when it is indexed.
 
     Args:
         rows: the rows of the whole sequence.
-        slots: int64 [N]: which of them are this rank's. Slots >= `length` stand for padding, come last and
-            read as zeros.
-        length: real rows of the sequence.
+        slots: int64 [N], which of them are this rank's. Slots >= `length` are padding: they come last and
+            are read as zeros.
+        length: how many rows the sequence has.
     """
 
     def __init__(self, rows: Rows, slots: IntArray, length: int) -> None:
@@ -41,15 +41,15 @@ class LocalRows:
         return len(self._slots)
 
     def __getitem__(self, rows: slice) -> Tensor:
-        """Local rows [start, stop)."""
+        """The local rows of a slice, [n, ...]."""
         return self._read(self._slots[rows])
 
     def take(self, indices: IntArray) -> Tensor:
-        """The local rows of ascending `indices`."""
+        """The local rows of `indices`, int64 [n], ascending -> [n, ...]."""
         return self._read(self._slots[indices])
 
     def _read(self, slots: IntArray) -> Tensor:
-        """As few contiguous slices as there are spans."""
+        """Read one contiguous slice per span of consecutive slots, because a store on disk is fastest so."""
         inside = slots[slots < self._length]
         breaks = np.flatnonzero(np.diff(inside) != 1) + 1
         spans = [span for span in np.split(inside, breaks) if len(span)]
@@ -63,17 +63,20 @@ class LocalRows:
 def stream_rows(
     rows: LocalRows, tiles: Iterable[IntArray], device: torch.device, dtype: torch.dtype
 ) -> Iterator[Tensor]:
-    """The rows of each tile on `device` in `dtype`, one tile ahead: while one is used, the next is read and
-    copied.
+    """Yield the rows of each tile on `device` in `dtype`. While the caller uses one tile, a thread reads the
+    next. On a CPU nothing is read ahead.
 
-    On a CPU the rows are where they are needed already, and nothing is read ahead.
+    Args:
+        rows: this rank's rows.
+        tiles: int64 indices of local rows, ascending within a tile.
+        device, dtype: of the result.
     """
     if device.type == "cpu":
         yield from (rows.take(tile).to(dtype) for tile in tiles)
         return
 
     def fetch(tile: IntArray) -> Tensor:
-        # Pinned, or the copy would make the host wait for the device.
+        # Pinned, because a copy from pageable memory would make the host wait for the device.
         return rows.take(tile).pin_memory()
 
     with ThreadPoolExecutor(max_workers=1) as reader:
@@ -88,5 +91,5 @@ def stream_rows(
 
 
 def row_tiles(num_rows: int, size: int) -> list[IntArray]:
-    """0 .. num_rows - 1 in runs of `size`."""
+    """The indices 0 .. num_rows - 1, cut into tiles of `size` rows."""
     return [np.arange(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]

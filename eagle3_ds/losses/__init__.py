@@ -1,4 +1,6 @@
-"""The losses of a guess, one file each: a plain form for autograd, and one for tiles by hand."""
+"""The losses of a guess, one file each. Each has a plain form for autograd, and a form for one tile of logits
+with its gradient written by hand.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -18,7 +20,7 @@ LOSSES: Mapping[str, Callable[[LossSection], TileLoss]] = {
 
 
 def loss_of(section: LossSection) -> TileLoss:
-    """The loss that `loss.kind` names."""
+    """The loss that the recipe's `loss.kind` names."""
     return LOSSES[section.kind](section)
 
 

@@ -3,7 +3,7 @@ is constant.
 
     value = -sum_v p_v log q_v = lse(z) - sum_v p_v z_v        d(value) / dz = q - p
 
-with logits z, q = softmax(z), and the p of a column summing to one.
+with logits z, q = softmax(z) and the teacher's probabilities p, which sum to one in each column.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class KL:
         lse = logits.logsumexp(-1)
         value = lse - torch.linalg.vecdot(target, logits)
         dlogits = logits.sub_(lse[:, None]).exp_().sub_(target)
-        # sum min(p, q) = 1 - half the sum of |q - p|, and rounding may leave it below zero.
+        # sum min(p, q) = 1 - 1/2 sum |q - p|; rounding may make it slightly negative.
         acceptance = (1 - 0.5 * torch.linalg.vector_norm(dlogits, 1, dim=-1)).clamp(min=0)
         return TileTerms(value, acceptance, dlogits)
 

@@ -2,8 +2,9 @@
 
     value = -log alpha        d(value) / dz = -1 / alpha * d(alpha) / dz
 
-with alpha = sum_v min(p_v, q_v), see overlap.py. The factor 1 / alpha lifts the gradient of total variation
-where p and q hardly meet; against a teacher that is sure of one token it is the cross entropy.
+with alpha = sum_v min(p_v, q_v), see overlap.py. Total variation has almost no gradient where p and q hardly
+overlap; the factor 1 / alpha makes up for it. Against a teacher that is certain of one token the loss is the
+cross entropy.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from eagle3_ds.draft.tile_loss import TileTerms
 from eagle3_ds.losses.overlap import overlap
 
 SMALLEST = 1e-12
-"""Below it alpha counts as this, and has no gradient: the logarithm stays finite."""
+"""A smaller alpha is replaced by this and gets no gradient, so that the logarithm stays finite."""
 
 
 class LKAlpha:
-    """-log(acceptance)."""
+    """The negative logarithm of the acceptance."""
 
     temporaries = 2
 

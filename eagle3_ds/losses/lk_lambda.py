@@ -1,10 +1,10 @@
-"""From divergence to acceptance as the draft gets better (arXiv 2602.23881: LK-lambda).
+"""A blend that moves from divergence to acceptance as the draft gets better (arXiv 2602.23881: LK-lambda).
 
-    value = lambda KL(p, q) + (1 - lambda) TV(p, q),        lambda = exp(-eta alpha), a constant for the
-    gradient d(value) / dz = lambda (q - p) - (1 - lambda) d(alpha) / dz
+    value = lambda KL(p, q) + (1 - lambda) TV(p, q)
+    d(value) / dz = lambda (q - p) - (1 - lambda) d(alpha) / dz
 
-with alpha = sum_v min(p_v, q_v), see overlap.py. lambda is each column's own, so that a column of the loss
-depends on nothing beside it, and the loss does not depend on how a sequence is cut.
+with alpha = sum_v min(p_v, q_v), see overlap.py, and lambda = exp(-eta alpha), a constant for the gradient.
+Each column has its own lambda, so that the loss does not depend on how a sequence is cut over ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class LKLambda:
     """A blend of KL and total variation, by each column's acceptance.
 
     Attributes:
-        eta: how soon total variation takes over; 0 is KL alone.
+        eta: the larger it is, the sooner total variation takes over; 0 gives KL alone.
     """
 
     temporaries = 2

@@ -1,8 +1,9 @@
-"""How much of two distributions is common, and its gradient: what the losses that aim at acceptance share.
+"""The overlap alpha of two distributions and its gradient, for the losses that aim at acceptance: alpha is
+the chance that a server which samples accepts the guess.
 
-alpha = sum_v min(p_v, q_v) = 1 - TV(p, q)
-d(alpha) / dq_v = m_v, 1 where q_v < p_v, else 0 (a half where they are equal, as torch.minimum has it)
-d(alpha) / dz_v = q_v (m_v - sum_u m_u q_u), because q = softmax(z)
+    alpha = sum_v min(p_v, q_v) = 1 - TV(p, q)
+    d(alpha) / dq_v = m_v = 1 where q_v < p_v, else 0 (1/2 where they are equal, as in torch.minimum)
+    d(alpha) / dz_v = q_v (m_v - sum_u m_u q_u), because q = softmax(z)
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from torch import Tensor
 
 
 def overlap(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """alpha [t]; d(alpha)/d(logits) [t, Vd], new; and q [t, Vd], in the memory of the logits [t, Vd]."""
+    """logits, target [t, Vd] -> alpha [t], d(alpha) / d(logits) [t, Vd], and q [t, Vd], which overwrites
+    the logits.
+    """
     q = logits.sub_(logits.logsumexp(-1)[:, None]).exp_()
     gradient = torch.heaviside(target - q, q.new_tensor(0.5))
     # Where m is 1 the minimum is q, elsewhere it is p.

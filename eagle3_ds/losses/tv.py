@@ -2,8 +2,8 @@
 
     value = TV(p, q) = 1 - alpha        d(value) / dz = -d(alpha) / dz
 
-with alpha = sum_v min(p_v, q_v), see overlap.py. Its gradient vanishes where p and q hardly meet, so it suits
-a draft that was trained before.
+with alpha = sum_v min(p_v, q_v), see overlap.py. Its gradient vanishes where p and q hardly overlap, so it
+suits a draft that another loss has trained before.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from eagle3_ds.losses.overlap import overlap
 
 
 class TotalVariation:
-    """1 - acceptance."""
+    """One minus the acceptance."""
 
     temporaries = 2
 

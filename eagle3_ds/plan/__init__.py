@@ -1,5 +1,6 @@
-"""What a run costs before it starts: bytes per rank, calls and bytes on the wire, seconds per step, and the
-best settings. What a draft costs is said by its algorithm; the sums are made here.
+"""Prediction of what a run will cost: bytes per rank, collective calls and bytes sent, seconds per step; and
+a search for the best settings. Each draft algorithm states the costs of its draft (costs/shape.py); this
+package adds them up.
 """
 
 from eagle3_ds.plan.advice import explain_shortage, helpful_changes

@@ -1,5 +1,5 @@
-"""What to change when a run does not fit: text that the command line prints, and the out-of-memory error of a
-training rank.
+"""Advice on what to change when a run does not fit the memory: text for the command line, and for the
+out-of-memory error of a training rank.
 """
 
 from __future__ import annotations
@@ -16,17 +16,27 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Change:
-    """Recipe overrides that lower the peak by `saved` bytes per rank, all else as it is."""
+    """A change of one setting of the recipe.
+
+    Attributes:
+        overrides: as the command line takes them, e.g. `train.activation=recompute`.
+        saved: bytes by which the change alone lowers the peak of a rank.
+    """
 
     overrides: str
     saved: int
 
 
 def helpful_changes(setup: Setup, deepspeed: Mapping[str, ZeroSettings], count: int = 3) -> list[Change]:
-    """The changes of one setting each that save most, one per setting, most first.
+    """The single changes that save most, the best first, and at most one per setting.
 
-    The number of ranks stays: more of them may share a sequence, at the cost of draft_dp. `deepspeed` holds
-    the ZeRO settings of the files that may be named.
+    The number of ranks stays the same; a change of the mesh may let more of them share a sequence, which
+    leaves fewer for draft_dp.
+
+    Args:
+        setup: the run that does not fit.
+        deepspeed: ZeRO settings by the DeepSpeed file that may be named instead.
+        count: the most changes to return.
     """
     peak = predict_memory(setup).peak
     best: dict[str, Change] = {}
@@ -39,12 +49,18 @@ def helpful_changes(setup: Setup, deepspeed: Mapping[str, ZeroSettings], count: 
 
 
 def breakdown(setup: Setup) -> list[tuple[str, int]]:
-    """Parts of the peak of one rank and their bytes, the largest first."""
+    """The parts of one rank's peak with their bytes, the largest first."""
     return sorted(predict_memory(setup).at_peak.items(), key=lambda part: -part[1])
 
 
 def explain_shortage(setup: Setup, budget: int, deepspeed: Mapping[str, ZeroSettings]) -> str:
-    """What is needed, of what it consists and the three settings that would help most, as lines of text."""
+    """Text for a user: how much memory is needed, for which parts, and which three settings would help most.
+
+    Args:
+        setup: the run that does not fit.
+        budget: bytes that a rank has.
+        deepspeed: ZeRO settings by the DeepSpeed file that may be named instead.
+    """
     memory = predict_memory(setup)
     lines = [
         f"{memory.peak} bytes ({memory.peak / GIB:.1f} GiB) per rank are needed at the peak "

@@ -1,7 +1,7 @@
 """Calls and bytes of one optimizer step, as pure functions of the setup.
 
-What the draft's attention sends is the draft's to say; here is what ZeRO moves, and the sum of both. Tests
-count both through the real step, call by call.
+The draft's shape states what its attention sends; this module adds what ZeRO sends. Tests compare both with
+the calls of a real step.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from eagle3_ds.costs import Setup, Traffic
 
 
 def attention_traffic(setup: Setup) -> list[Traffic]:
-    """Of one packed sequence, forward and backward, as the draft says."""
+    """Calls and bytes of the attention for one packed sequence, forward and backward."""
     return setup.shape.attention_traffic(setup)
 
 
 def state_traffic(setup: Setup) -> list[Traffic]:
-    """What ZeRO moves per optimizer step, and under `zero_group: draft_dp` the sum over the sequence's ranks.
+    """What ZeRO sends per optimizer step and, under `zero_group: draft_dp`, the all-reduce of gradients over
+    the ranks of a sequence.
 
-    Whole gradients and weights, however DeepSpeed cuts them into buckets; the bytes are what time depends on.
+    Gradients and weights count as one call each, because DeepSpeed's buckets change the number of calls and
+    not the bytes, on which the time depends.
     """
     zero, item = setup.zero, setup.itemsize
     weights = setup.shape.num_parameters * item
@@ -31,18 +33,18 @@ def state_traffic(setup: Setup) -> list[Traffic]:
         return found
     if zero.stage == 0:
         return [*found, Traffic("zero", "all_reduce", 1, weights, ranks)]
-    # Stage 1 reduces once, at the last micro-batch; 2 and 3 own a part of the gradient from the first on.
+    # Stage 1 reduces once, at the last micro-batch. Stages 2 and 3 shard the gradients and reduce in each.
     times = 1 if zero.stage == 1 else micro
     found.append(Traffic("zero", "reduce_scatter", times, times * weights, ranks))
-    # Stages 1 and 2 gather the updated weights after the step; 3 gathers them for each forward and each
-    # backward.
+    # Stages 1 and 2 gather the updated weights once after the step; stage 3 gathers them for each forward and
+    # each backward.
     gathers = 2 * micro if zero.stage == 3 else 1
     found.append(Traffic("zero", "all_gather", gathers, gathers * weights // ranks, ranks))
     return found
 
 
 def step_traffic(setup: Setup) -> list[Traffic]:
-    """One optimizer step."""
+    """All calls and bytes of one optimizer step."""
     micro = setup.accumulation
     attention = [
         Traffic(t.axis, t.kind, micro * t.calls, micro * t.payload, t.ranks) for t in attention_traffic(setup)
@@ -51,7 +53,7 @@ def step_traffic(setup: Setup) -> list[Traffic]:
 
 
 def separate_all_to_alls(setup: Setup) -> int:
-    """All-to-alls of the plain Ulysses design: q, k, v and out each on its own, at each step, forward and
-    backward.
+    """For comparison, the number of all-to-alls of plain Ulysses: q, k, v and out each in a call of its own,
+    in every TTT step, forward and backward.
     """
     return 8 * setup.ttt_steps * setup.shape.num_layers if setup.ulysses > 1 else 0

@@ -1,7 +1,7 @@
-"""Accelerators that the planner knows, and what it assumes of each.
+"""The accelerators that the planner knows, and its assumptions about how much of a peak is reached.
 
-Peaks and bandwidths are the vendors' published figures for dense arithmetic and one direction. For the Ascend
-910B sources differ between variants; the lower ones stand here.
+Peaks are the vendors' published figures for dense arithmetic, bandwidths those of one direction. Published
+figures of the Ascend 910B differ between its variants; the lowest are used.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ class Device:
     """One accelerator and its links.
 
     Attributes:
+        name: as the command line takes it.
         memory: GiB that a process can use.
-        half_tflops, single_tflops: peak of matrix products in bf16 and in fp32.
+        half_tflops, single_tflops: peak of matrix products in bf16 and in fp32, TFLOP/s.
         memory_gbs: bandwidth of its own memory, GB/s.
-        node_gbs, network_gbs, host_gbs: GB/s out of one device: to its neighbours in the node, to other
-            nodes, to the host.
+        node_gbs, network_gbs, host_gbs: bandwidth out of one device, GB/s: to the other devices of its node,
+            to other nodes, to the host.
     """
 
     name: str
@@ -33,13 +34,13 @@ class Device:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Shares of a peak that are reached, and fixed costs: estimates, not measurements of your machine.
+    """Estimates, not measurements of your machine.
 
     Attributes:
-        matmul, attention_forward, attention_backward: share of the arithmetic peak.
-        memory, link: share of a bandwidth.
-        call_seconds: fixed cost of one collective.
-        host_memory_gbs: what an optimizer on the host moves, GB/s per rank.
+        matmul, attention_forward, attention_backward: the share of the arithmetic peak that is reached.
+        memory, link: the share of a bandwidth that is reached.
+        call_seconds: the fixed cost of one collective.
+        host_memory_gbs: memory bandwidth of an optimizer that runs on the host, GB/s per rank.
     """
 
     matmul: float = 0.75

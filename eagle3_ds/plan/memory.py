@@ -1,9 +1,9 @@
 """Bytes of one rank in each phase of an optimizer step, as pure functions of the setup.
 
-Every term is a tensor of the training step that can be named; none is fitted. Only tensors count: no
-allocator's rounding, no CUDA context (about 0.5 GiB), no communication library's own buffers.
+Every term is a tensor of the training step; none is fitted to measurements. Only tensors count: not the
+allocator's rounding, not the CUDA context (about 0.5 GiB), not the buffers of a communication library.
 
-What the model holds is in states.py, what a sequence makes it hold is the draft's to say; here they meet,
+states.py has the bytes of the model, the draft's shape those of a packed sequence; this module adds them,
 phase by phase.
 """
 
@@ -29,10 +29,10 @@ class Memory:
     """Predicted bytes of one rank.
 
     Attributes:
-        phases: what is alive on the device at the worst moment of each phase, part by part: at `rest` between
-            two steps, in the `loss`, in `backward`, when it ends and gradients are reduced (`reduce`), and in
-            the optimizer's `update`.
-        host: what the offload modes keep in host memory.
+        phases: bytes on the device at the worst moment of each phase, by part. The phases are `rest` (between
+            two steps), `loss`, `backward`, `reduce` (the end of backward, when gradients are reduced) and
+            `update` (of the optimizer).
+        host: bytes that the offload modes keep in host memory, by part.
     """
 
     phases: dict[str, Parts]
@@ -40,20 +40,22 @@ class Memory:
 
     @property
     def phase(self) -> str:
-        """The phase that needs most."""
+        """The name of the phase that needs most."""
         return max(self.phases, key=lambda phase: _total(self.phases[phase]))
 
     @property
     def at_peak(self) -> Parts:
+        """Bytes by part in that phase."""
         return self.phases[self.phase]
 
     @property
     def peak(self) -> int:
+        """Bytes in that phase."""
         return _total(self.at_peak)
 
     @property
     def states(self) -> int:
-        """What is alive between two steps."""
+        """Bytes between two steps."""
         return _total(self.phases["rest"])
 
 
@@ -62,7 +64,7 @@ def _total(parts: Parts) -> int:
 
 
 def predict_memory(setup: Setup) -> Memory:
-    """Bytes per rank."""
+    """Predict the bytes of one rank in each phase."""
     states, host = model_states(setup)
     sequence = setup.shape.sequence_bytes(setup)
     batch = {"batch": sequence.batch * setup.accumulation}
@@ -78,19 +80,19 @@ def predict_memory(setup: Setup) -> Memory:
 
 
 def _backward(setup: Setup, sequence: SequenceBytes) -> Parts:
-    """The worst moment of the backward, and the gradients that are whole by then."""
+    """The worst moment of the backward, with the gradients and buckets that exist by then."""
     early = gradient_partition(setup) if setup.zero.stage == 2 and head_overflows_bucket(setup) else {}
     worst = max(sequence.backward, key=_total)
     return {**worst, "whole gradients": head_gradient(setup), **gradient_buckets(setup), **early}
 
 
 def _whole_gradients(setup: Setup, sequence: SequenceBytes) -> Parts:
-    """Every gradient, and with it the larger of the sums that it is handed out from and of what it is reduced
-    into.
+    """All gradients, and the larger of two things that never exist together: the fp32 sums that they are
+    rounded from, and the copies that they are reduced in.
     """
     whole = setup.shape.num_parameters * setup.itemsize
-    # Sums of the gradients' own dtype are handed out as they are.
+    # In an fp32 run the sums become the gradients without a copy.
     sums = 0 if setup.dtype == "float32" else sequence.weight_sums
-    # Stage 0 flattens all of them, and stages 1 and 2 copy out what they own.
+    # Stage 0 copies all gradients into a flat tensor; stages 1 and 2 copy the partition that the rank owns.
     reduced = whole if setup.zero.stage == 0 else gradient_partition(setup).get("gradient partition", 0)
     return {"whole gradients": whole, "their sums or copies": max(sums, reduced)}

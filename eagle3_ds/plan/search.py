@@ -1,4 +1,4 @@
-"""The largest length that fits, and the fastest way to run a shape on a number of ranks."""
+"""Searches: the largest sequence length that fits, and the fastest setups for a number of ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eagle3_ds.plan.memory import Memory, predict_memory
 from eagle3_ds.plan.time import StepTime, attention_pairs, predict_time
 
 GRAIN = 1024
-"""Lengths are searched in steps of so many tokens."""
+"""`largest_length` searches multiples of this many tokens."""
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 EXCHANGES: tuple[ExchangeName, ...] = get_args(ExchangeName)
 ZERO_GROUPS: tuple[ZeroGroup, ...] = get_args(ZeroGroup)
@@ -21,7 +21,13 @@ ZERO_GROUPS: tuple[ZeroGroup, ...] = get_args(ZeroGroup)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A setup with what it costs. `deepspeed` is the file whose ZeRO settings it has."""
+    """A setup with its predicted costs.
+
+    Attributes:
+        setup: the way of running.
+        deepspeed: the DeepSpeed file with its ZeRO settings.
+        memory, time: the predictions.
+    """
 
     setup: Setup
     deepspeed: str
@@ -30,8 +36,8 @@ class Candidate:
 
 
 def largest_length(setup: Setup, budget: int) -> int:
-    """Longest packed sequence, a multiple of GRAIN tokens, whose peak is within `budget` bytes per rank; 0
-    when none is.
+    """The longest packed sequence, in multiples of GRAIN tokens, whose peak is at most `budget` bytes per
+    rank; 0 if not even GRAIN tokens fit.
     """
 
     def fits(grains: int) -> bool:
@@ -49,7 +55,7 @@ def largest_length(setup: Setup, budget: int) -> int:
 
 
 def meshes(setup: Setup, world_size: int) -> Iterator[Setup]:
-    """Every draft_dp x ring x ulysses of `world_size` ranks whose Ulysses degree the heads allow."""
+    """Every mesh draft_dp x ring x ulysses of `world_size` ranks whose ulysses divides both head counts."""
     heads = math.gcd(setup.shape.num_heads, setup.shape.num_kv_heads)
     for sp in _divisors(world_size):
         for ulysses in _divisors(math.gcd(sp, heads)):
@@ -57,8 +63,8 @@ def meshes(setup: Setup, world_size: int) -> Iterator[Setup]:
 
 
 def variants(setup: Setup, deepspeed: Mapping[str, ZeroSettings]) -> Iterator[tuple[str, Setup]]:
-    """Every other choice on one mesh: ZeRO, its group, activations, exchange. Yields the DeepSpeed file and
-    the setup.
+    """Every choice of ZeRO settings, ZeRO group, activation mode and exchange on the mesh of `setup`. Yields
+    the DeepSpeed file and the setup.
     """
     groups = ZERO_GROUPS if setup.sp > 1 else ZERO_GROUPS[:1]
     exchanges = EXCHANGES if setup.ring > 1 else EXCHANGES[:1]
@@ -86,10 +92,18 @@ def fastest(
     deepspeed: Mapping[str, ZeroSettings],
     ranks_per_node: int = 8,
 ) -> list[Candidate]:
-    """The setups of `world_size` ranks that fit `budget` bytes per rank at this length, most tokens per
-    second first.
+    """The setups of `world_size` ranks that fit `budget` bytes per rank at the length of `setup`, in order of
+    falling tokens per second.
 
-    Predictions a percent apart count as equal: then the one with less memory comes first.
+    Predictions within about one percent count as equal, and the one with less memory comes first.
+
+    Args:
+        setup: gives the shape and everything that is not searched.
+        world_size: ranks in all.
+        budget: bytes per rank.
+        device: the accelerator.
+        deepspeed: ZeRO settings by DeepSpeed file.
+        ranks_per_node: decides which groups stay within a node.
     """
     found = []
     for mesh in meshes(setup, world_size):

@@ -1,5 +1,5 @@
-"""What a rank holds of the model whatever the sequence: weights, optimizer state, gradients, buckets, by ZeRO
-stage.
+"""Bytes that a rank holds of the model, for any sequence: weights, optimizer state, gradients and buckets, by
+ZeRO stage.
 
 Legend: P parameters of the draft, n ranks that ZeRO shards over.
 """
@@ -10,7 +10,7 @@ from eagle3_ds.costs import FP32, Parts, Setup
 
 
 def model_states(setup: Setup) -> tuple[Parts, Parts]:
-    """Weights, optimizer state and frozen tensors, on the device and on the host."""
+    """Bytes of weights, optimizer state and frozen tensors: on the device, and on the host."""
     shape, zero, item = setup.shape, setup.zero, setup.itemsize
     P, n = shape.num_parameters, setup.zero_ranks
     sharded = P // n
@@ -21,10 +21,10 @@ def model_states(setup: Setup) -> tuple[Parts, Parts]:
     )
     owned = P if zero.stage == 0 else sharded
     optimizer = {
-        # A plain fp32 optimizer steps the weights themselves; ZeRO always steps a flat copy.
+        # Without ZeRO an fp32 optimizer updates the weights themselves; ZeRO always updates a flat fp32 copy.
         "fp32 masters": owned * FP32 if zero.stage or setup.dtype != "float32" else 0,
         "Adam moments": 2 * owned * FP32,
-        # ZeRO-3's gradient partition is allocated once and stays.
+        # ZeRO-3 allocates its gradient partition once and keeps it.
         "gradient partition": sharded * item if zero.stage == 3 else 0,
     }
     frozen = {
@@ -32,8 +32,7 @@ def model_states(setup: Setup) -> tuple[Parts, Parts]:
         "teacher's head": shape.draft_vocab_size * shape.hidden_size * item,
         "target beside": setup.target_bytes // setup.world_size,
     }
-    # ZeRO-3's bucket is allocated once too; that of the lower stages comes with the first gradient of a
-    # backward.
+    # ZeRO-3 also keeps its bucket. Stages 1 and 2 allocate theirs at the first gradient of a backward.
     bucket = {
         "gradient buckets": zero.reduce_bucket * item if zero.stage == 3 and zero.contiguous_gradients else 0
     }
@@ -46,8 +45,8 @@ def model_states(setup: Setup) -> tuple[Parts, Parts]:
 
 
 def _persistent(setup: Setup) -> int:
-    """Bytes of the parameters that ZeRO-3 leaves gathered on every rank; alone on its shard, a rank has them
-    anyway.
+    """Bytes of the small parameters that ZeRO-3 keeps whole on every rank, beside the shards. With one ZeRO
+    rank the shard is everything, so they cost nothing.
     """
     if setup.zero_ranks == 1:
         return 0
@@ -56,7 +55,9 @@ def _persistent(setup: Setup) -> int:
 
 
 def gathered_weights(setup: Setup) -> Parts:
-    """ZeRO-3 gathers the whole draft, one leaf module, for forward and for backward."""
+    """Bytes of the gathered weights under ZeRO-3: the draft is one leaf module, so it is gathered whole for
+    the forward and for the backward.
+    """
     alone = setup.zero_ranks == 1 and not setup.zero.offload_parameters
     if setup.zero.stage < 3 or alone:
         return {}
@@ -64,8 +65,8 @@ def gathered_weights(setup: Setup) -> Parts:
 
 
 def gradient_buckets(setup: Setup) -> Parts:
-    """Where stages 1 and 2 lay gradients side by side; two of them, where one is reduced while the other
-    fills.
+    """Bytes of the buckets in which stages 1 and 2 collect gradients. With `overlap_comm` there are two: one
+    is reduced while the other fills.
     """
     zero = setup.zero
     if zero.stage not in (1, 2) or not zero.contiguous_gradients:
@@ -74,21 +75,23 @@ def gradient_buckets(setup: Setup) -> Parts:
 
 
 def gradient_partition(setup: Setup) -> Parts:
-    """What a rank owns of each reduced gradient is copied into a tensor that the first reduction makes."""
+    """Bytes of the tensor, made at the first reduction, into which stages 1 and 2 copy the gradients that the
+    rank owns.
+    """
     if setup.zero.stage not in (1, 2):
         return {}
     return {"gradient partition": setup.shape.num_parameters // setup.zero_ranks * setup.itemsize}
 
 
 def head_overflows_bucket(setup: Setup) -> bool:
-    """The first gradients of a backward, the head's and the final norm's, are reduced at once when a bucket
-    cannot hold them.
+    """Whether the first gradients of a backward, those of the head and of the final norm, exceed a bucket.
+    DeepSpeed then reduces them at once.
     """
     return (setup.shape.draft_vocab_size + 1) * setup.shape.hidden_size > setup.zero.reduce_bucket
 
 
 def head_gradient(setup: Setup) -> int:
-    """The head's is whole before any other; a bucket of stage 1 or 2 that takes it holds it."""
+    """Bytes of the head's gradient, which exists before all others; 0 if a bucket (stage 1 or 2) holds it."""
     zero = setup.zero
     if zero.stage in (1, 2) and zero.contiguous_gradients and not head_overflows_bucket(setup):
         return 0
@@ -96,7 +99,9 @@ def head_gradient(setup: Setup) -> int:
 
 
 def optimizer_transients(setup: Setup) -> Parts:
-    """Gradients as the optimizer takes them, and AdamW's two temporaries of the tensor that it steps."""
+    """Bytes of the update: gradients in the optimizer's dtype, and two temporaries of AdamW, as large as the
+    largest tensor that it updates at once.
+    """
     shape, zero = setup.shape, setup.zero
     if zero.offload_optimizer:
         return {}
@@ -109,7 +114,9 @@ def optimizer_transients(setup: Setup) -> Parts:
 
 
 def accumulated_gradient(setup: Setup) -> Parts:
-    """What earlier micro-batches have left when a later one runs; ZeRO-3 has it in its gradient partition."""
+    """Bytes of the gradient that earlier micro-batches have left while a later one runs. ZeRO-3 keeps it in
+    its gradient partition, which is counted already.
+    """
     if setup.accumulation == 1 or setup.zero.stage == 3:
         return {}
     owned = setup.shape.num_parameters // (setup.zero_ranks if setup.zero.stage == 2 else 1)

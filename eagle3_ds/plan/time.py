@@ -1,10 +1,8 @@
-"""FLOPs of one optimizer step and the seconds it should take: what the rank with the most attention work
-does.
+"""FLOPs of one optimizer step and its predicted seconds, for the rank with the most attention work.
 
-Nothing is assumed to overlap but the offload of activations, so a run that overlaps its communication is
-faster than this. A multiplication and an addition are two FLOPs. Legend: S slots of a rank, H hidden size, I
-the MLP's, Hq / Hkv heads, D head size, K TTT steps, Vd draft vocabulary. Slots that are not live cost their
-keys and values alone.
+Only the offload of activations is assumed to overlap with computation, so a run that overlaps its
+communication is faster than predicted. A multiplication and an addition are two FLOPs. Slots that are not
+live cost only their step-0 keys and values.
 """
 
 from __future__ import annotations
@@ -22,7 +20,12 @@ from eagle3_ds.plan.devices import ESTIMATES, Assumptions, Device
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step by what they go to, and the tokens it trains on."""
+    """The predicted time of one optimizer step.
+
+    Attributes:
+        parts: seconds by what they are spent on.
+        tokens: that the step trains on, over all draft_dp replicas.
+    """
 
     parts: dict[str, float]
     tokens: int
@@ -37,10 +40,15 @@ class StepTime:
 
 
 def attention_pairs(setup: Setup, documents: Sequence[int] | None = None) -> int:
-    """Query-key pairs of the busiest ring rank at one TTT step; without `documents`, one document fills the
-    sequence.
+    """Query-key pairs of the busiest ring rank at one TTT step. Supervised tokens are assumed to be spread
+    evenly over the sequence.
 
-    Supervised tokens are taken to be spread evenly.
+    Args:
+        setup: the way of running.
+        documents: lengths of the packed documents; None for one document that fills the sequence.
+
+    Raises:
+        ValueError: `documents` do not suit the length of `setup` (`SpanPlan.make`).
     """
     counted = np.floor(np.arange(setup.length + 1) * setup.supervised)
     live = np.diff(counted) > 0 if setup.shape.live_slots_alone else None
@@ -51,14 +59,22 @@ def attention_pairs(setup: Setup, documents: Sequence[int] | None = None) -> int
 
 
 def step_flops(setup: Setup, pairs: int) -> Flops:
-    """FLOPs of one packed sequence on one rank, as the draft says. `pairs` is `attention_pairs`."""
+    """FLOPs of one packed sequence on one rank; `pairs` is the result of `attention_pairs`."""
     return setup.shape.flops(setup, pairs)
 
 
 def predict_time(
     setup: Setup, device: Device, pairs: int, ranks_per_node: int = 8, assume: Assumptions = ESTIMATES
 ) -> StepTime:
-    """Seconds of one optimizer step of all `draft_dp` replicas side by side."""
+    """Predict the seconds of one optimizer step; all draft_dp replicas run side by side.
+
+    Args:
+        setup: the way of running.
+        device: the accelerator.
+        pairs: the result of `attention_pairs`.
+        ranks_per_node: decides whether a group's traffic leaves the node.
+        assume: shares of the peaks that are reached.
+    """
     flops = step_flops(setup, pairs)
     peak = 1e12 * (device.single_tflops if setup.dtype == "float32" else device.half_tflops)
     parts = {
@@ -83,15 +99,17 @@ def predict_time(
 def _exchange_seconds(
     traffic: Traffic, setup: Setup, device: Device, ranks_per_node: int, assume: Assumptions
 ) -> float:
-    # Ranks that a group reaches over: ulysses runs fastest, so its groups are neighbours, and the ring steps
-    # by ulysses.
+    # How many consecutive ranks a group extends over. Ulysses ranks are consecutive; ring ranks are `ulysses`
+    # apart, so a ring extends over all ranks of the sequence.
     span = {"ulysses": setup.ulysses, "ring": setup.sp, "sp": setup.sp}.get(traffic.axis, setup.world_size)
     bandwidth = device.node_gbs if span <= ranks_per_node else device.network_gbs
     return traffic.sent / (1e9 * bandwidth * assume.link) + traffic.calls * assume.call_seconds
 
 
 def _optimizer_seconds(setup: Setup, device: Device, assume: Assumptions) -> float:
-    """AdamW reads and writes master, two moments and gradient (fp32), and writes the weight."""
+    """Seconds of AdamW, which is limited by memory bandwidth: per parameter it reads the fp32 master, two
+    moments and the gradient, writes the first three (7 fp32 values in all) and writes the weight.
+    """
     owned = setup.shape.num_parameters / (setup.zero_ranks if setup.zero.stage else 1)
     moved = owned * (7 * FP32 + setup.itemsize)
     if not setup.zero.offload_optimizer:

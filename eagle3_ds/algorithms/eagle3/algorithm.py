@@ -1,4 +1,4 @@
-"""EAGLE-3 as the house knows it (draft/contract.py)."""
+"""EAGLE-3 as a `DraftAlgorithm` (draft/contract.py)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from eagle3_ds.draft.vocabulary import VocabularyMap
 
 
 class Eagle3:
-    """One decoder layer, unrolled over K training-time-test steps; each step is one guess."""
+    """One decoder layer, unrolled over K training-time-test (TTT) steps; each step is one guess."""
 
     name = "eagle3"
     layouts: Mapping[str, LayoutForm] = {"vllm": ServerForm(), "speculators": SpeculatorsForm()}
 
     def build_config(self, target_config: Any, recipe: Recipe) -> LlamaConfig:
         captured = recipe.target.aux_layers
-        # The rule of null captures three.
+        # `target.aux_layers: null` captures three layers.
         num_layers = 3 if captured is None else len(captured)
         return build_draft_config(target_config, recipe.draft, num_layers, recipe.data.max_length)
 
@@ -38,7 +38,7 @@ class Eagle3:
         return TTTSupervision(recipe.draft.ttt_steps, recipe.loss.mask_alignment)
 
     def live_slots_alone(self, recipe: Recipe) -> bool:
-        """A second layer would make its keys of what the first one gives at every slot."""
+        """True for one layer. A second layer would need the first one's output at every slot for its keys."""
         return recipe.draft.num_layers == 1
 
     def settings(self, recipe: Recipe) -> UnrollSettings:

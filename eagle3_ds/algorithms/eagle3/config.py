@@ -1,4 +1,4 @@
-"""The draft's geometry, derived from the target's."""
+"""The config of an EAGLE-3 draft, derived from the target's."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ def build_draft_config(
             is the target's `max_position_embeddings`.
 
     Returns:
-        A `LlamaConfig` with the extra attribute `draft_vocab_size`.
+        A `LlamaConfig` with extra keys: `draft_vocab_size`, the flags of variants.py and those of
+        draft/geometry.py.
 
     Raises:
-        ValueError: a draft vocabulary larger than the target's, or head counts that do not divide.
+        ValueError: the draft vocabulary is larger than the target's, or the key heads do not divide the query
+            heads.
     """
     if draft.vocab_size > target_config.vocab_size:
         raise ValueError(
@@ -43,8 +45,8 @@ def build_draft_config(
             f"draft.num_heads = {num_heads} is not a multiple of draft.num_kv_heads = {num_kv_heads}: each "
             "key head serves the same number of query heads. Change one of them."
         )
-    # Where kinds of layers differ in their rotary embedding, the draft has that of full attention, window or
-    # not.
+    # Some targets have different rotary embeddings for full and for sliding attention. The draft takes that
+    # of full attention, even if it has a window itself.
     rope = target_config.rope_parameters
     rope = rope if "rope_type" in rope else rope["full_attention"]
     head_dim = (

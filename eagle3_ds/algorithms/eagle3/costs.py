@@ -1,5 +1,5 @@
-"""What a draft of EAGLE-3 costs: what its TTT steps keep for backward, what a moment of a step needs beside
-it, calls, bytes on the wire and FLOPs.
+"""The costs of an EAGLE-3 draft: what its TTT steps keep for backward, the temporary memory of a step, calls,
+bytes sent and FLOPs.
 
 Legend: S slots of a rank, Q live ones, H hidden size, A = Hq * D entries of a slot's queries, K TTT steps, Vd
 draft vocabulary.
@@ -19,13 +19,14 @@ from eagle3_ds.draft.geometry import aux_size
 
 @dataclass(frozen=True)
 class Eagle3Shape(DraftShape):
-    """Sizes of an EAGLE-3 draft, and what they cost.
+    """Sizes of an EAGLE-3 draft, and its costs.
 
     Attributes:
-        aux_size: entries of a slot's captured hidden states, which `fc` reads; None: three times the hidden
-            size.
+        aux_size: entries of a slot's captured hidden states, which `fc` reads; None for three times the
+            hidden size.
         norms_before_fc: entries of each norm of the captured states.
-        norm_output: a step's output is normed for the next, which keeps it once more.
+        norm_output: whether the next step reads the norm of a step's output; the output is then kept as the
+            input of that norm.
     """
 
     aux_size: int | None = None
@@ -50,8 +51,8 @@ class Eagle3Shape(DraftShape):
         )
 
     def input_size(self, layer: int) -> int:
-        """Width of what q, k and v are projected from: the first layer reads the embedding beside the hidden
-        state.
+        """Entries of what q, k and v are projected from: the first layer concatenates the embedding and the
+        hidden state.
         """
         return self.hidden_size * (2 if layer == 0 else 1)
 
@@ -75,7 +76,7 @@ class Eagle3Shape(DraftShape):
 
     @property
     def parameter_sizes(self) -> tuple[int, ...]:
-        """Elements of every trained tensor: fc, the layers' matrices and norms, the final norm, the head."""
+        """Elements of every trained tensor: norms before fc, fc, layers, final norm, head."""
         hidden = self.hidden_size
         sizes = [*self.norms_before_fc, self.fc_size]
         for layer in range(self.num_layers):
@@ -84,11 +85,11 @@ class Eagle3Shape(DraftShape):
 
     @property
     def live_slots_alone(self) -> bool:
-        """A second layer would make its keys of what the first one gives at every slot."""
+        """True for one layer. A second layer would need the first one's output at every slot for its keys."""
         return self.num_layers == 1
 
     def sequence_bytes(self, setup: Setup) -> SequenceBytes:
-        """What a packed sequence makes a rank hold."""
+        """Bytes that one packed sequence makes a rank hold."""
         columns = setup.live_slots
         return SequenceBytes(
             batch=_batch_bytes(setup),
@@ -99,60 +100,64 @@ class Eagle3Shape(DraftShape):
         )
 
     def attention_traffic(self, setup: Setup) -> list[Traffic]:
-        """Of one packed sequence, forward and backward, all layers; nothing on an axis with one rank."""
+        """Calls and bytes of one packed sequence, forward and backward, all layers; none on an axis of one
+        rank.
+        """
         return unroll_traffic(setup)
 
     def flops(self, setup: Setup, pairs: int) -> Flops:
-        """FLOPs by kind; each Ulysses rank computes its heads' part of the attention."""
+        """FLOPs of one rank for one packed sequence. `pairs` are those of a ring rank; each of its Ulysses
+        ranks computes them for its heads.
+        """
         return _step_flops(setup, self, pairs)
 
     def elementwise_bytes(self, setup: Setup) -> int:
-        """Bytes that norms, rotations, activations and the softmax of the loss move."""
+        """Bytes that elementwise work reads and writes."""
         return _elementwise_bytes(setup)
 
 
 def _offloaded_activations(setup: Setup) -> int:
-    """Bytes that `offload` moves to the host for one packed sequence; on a CPU they are there already."""
+    """Bytes that `offload` moves to the host for one packed sequence; none on a CPU."""
     if setup.activation != "offload" or setup.device == "cpu":
         return 0
     return setup.ttt_steps * setup.shape.num_layers * sum(_saved_by_step(setup)) + _saved_of_rest(setup)
 
 
 def _batch_bytes(setup: Setup) -> int:
-    """Integers and masks of one packed sequence; hidden states of the target stay on the host and stream
-    through tiles.
+    """Bytes of the integers and masks of one packed sequence. The target's hidden states stay on the host and
+    stream through tiles.
     """
-    # int64: position and teacher token of each slot; bool: supervised, and in the draft vocabulary too, per
-    # step.
+    # int64 position and teacher token of each slot; bool `supervised` and `contributing` of each live slot
+    # and step.
     return setup.slots * 2 * INT64 + setup.live_slots * 2 * setup.ttt_steps
 
 
 def _saved_by_step(setup: Setup) -> tuple[int, int]:
-    """What one layer keeps of one step for backward: up to the attention's output, and after it.
+    """Bytes that one layer keeps of one step for backward, without statistics: up to the attention's output,
+    and after it.
 
-    `recompute` keeps the hidden state and the attention's output; the rest is what autograd keeps of
-    the functions in draft/decoder.py and layer.py. Without statistics.
+    `recompute` and `offload` keep the hidden state and the attention's output. `keep` keeps all that autograd
+    saves of the functions in draft/decoder.py and layer.py.
     """
     shape, S, item = setup.shape, setup.live_slots, setup.itemsize
     H, A, inner = shape.hidden_size, shape.query_size, shape.intermediate_size
     if setup.activation != "keep":
         return S * (H + A) * item, 0
-    # Norms beside each other and q feed matmuls and the attention; the angles are fp32.
+    # The concatenated norms [S, 2H], q before and out after the attention, and cos and sin in fp32.
     before = S * ((2 * H + 2 * A) * item + 2 * shape.head_dim * FP32)
     # The norm's output, gate, up, silu(gate) and their product.
     after = S * (H + 4 * inner) * item
     if setup.device == "cuda":
-        # A fused norm keeps its input: the embedding and the hidden state, and the hidden state after the
-        # attention.
+        # A fused norm keeps its input: embedding and hidden state before the attention, the latter after it.
         return before + 2 * S * H * item, after + S * H * item
-    # Composed of elementwise operators it keeps, in fp32, its input (the embedding's has no gradient) and the
-    # normalised one.
+    # A norm composed of elementwise operators keeps, in fp32, its input (not that of the embedding, which has
+    # no gradient) and the normalised input.
     return before + 3 * S * H * FP32, after + 2 * S * H * FP32
 
 
 def _saved_of_rest(setup: Setup) -> int:
-    """What step 0 keeps of the slots that are not live: their hidden states, in the one layer that there is
-    then.
+    """Bytes that step 0 keeps of the slots that are not live: their hidden states. They exist only for drafts
+    of one layer.
     """
     shape, rest, item = setup.shape, setup.slots - setup.live_slots, setup.itemsize
     H = shape.hidden_size
@@ -163,7 +168,7 @@ def _saved_of_rest(setup: Setup) -> int:
 
 
 def _statistics(setup: Setup) -> int:
-    """Of all steps: log-sum-exps, and the indices of tokens and positions."""
+    """Bytes that all steps keep of log-sum-exps, token ids and positions."""
     rest = (setup.slots - setup.live_slots) * 2 * INT64
     return (
         setup.ttt_steps
@@ -174,29 +179,28 @@ def _statistics(setup: Setup) -> int:
 
 
 def _kept_by_forward(setup: Setup) -> Parts:
-    """What is kept when the last step is through."""
+    """Bytes that are kept when the last step has run."""
     K, layers = setup.ttt_steps, setup.shape.num_layers
     hidden = setup.live_slots * setup.shape.hidden_size * setup.itemsize
     saved = K * layers * sum(_saved_by_step(setup)) + _saved_of_rest(setup)
     if _offloaded_activations(setup):
-        # The loss reads the K outputs of the last layer before they may go; one step's tensors are on their
-        # way.
+        # The loss still needs the K outputs on the device; the tensors of one step are being copied.
         saved = K * hidden + sum(_saved_by_step(setup))
-    # The last output is nobody's input, but the loss reads it.
+    # The last step's output is no step's input, but the loss reads it.
     saved += hidden + _kept_for_norms(setup, K - 1)
     return {"saved activations": saved + _statistics(setup), **keys_and_values(setup)}
 
 
 def _kept_for_norms(setup: Setup, count: int) -> int:
-    """Outputs of `count` steps before the norm that the next step reads them behind, where there is one."""
+    """Bytes of `count` steps' outputs that `norm_output` keeps as inputs of its norm."""
     assert isinstance(setup.shape, Eagle3Shape)
     kept = setup.live_slots * setup.shape.hidden_size * setup.itemsize
     return count * kept if setup.shape.norm_output else 0
 
 
 def _weight_sums(setup: Setup) -> int:
-    """The layers' weight gradients, summed over the steps in fp32, or by autograd in the weights' own
-    dtype.
+    """Bytes of the sums of the layers' weight gradients over the steps: fp32, but under `keep` autograd sums
+    them in the weights' own dtype.
     """
     shape = setup.shape
     weights = sum(sum(shape.layer_weights(layer).values()) for layer in range(shape.num_layers))
@@ -204,12 +208,11 @@ def _weight_sums(setup: Setup) -> int:
 
 
 def _kept_in_backward(setup: Setup, columns: int, steps_done: int) -> Parts:
-    """What is still kept in the first layer's backward, when `steps_done` steps are behind it."""
+    """Bytes still kept in the first layer's backward of a step, after the backward of `steps_done` steps."""
     shape, layers = setup.shape, setup.shape.num_layers
     steps = setup.ttt_steps - steps_done
     before, after = _saved_by_step(setup)
-    # The later layers of this step are through, and what autograd kept after this layer's attention is used
-    # up.
+    # The later layers of this step have run their backward, and so has what follows this layer's attention.
     saved = (
         steps * layers * (before + after) - (layers - 1) * (before + after) - after + _saved_of_rest(setup)
     )
@@ -219,14 +222,14 @@ def _kept_in_backward(setup: Setup, columns: int, steps_done: int) -> Parts:
     return {
         "saved activations": saved + _statistics(setup),
         **keys_and_values(setup),
-        # This step's has been added to the hidden state's gradient.
+        # This step's loss gradient has been added to the hidden state's already.
         "loss gradients": (steps - 1) * columns * shape.hidden_size * setup.itemsize,
     }
 
 
 def _backward_sums(setup: Setup, steps_done: int) -> Parts:
-    """Gradients of keys and values (step 0's in fp32; the diagonals' of the steps behind are used), and of
-    the weights.
+    """Bytes of gradient sums after the backward of `steps_done` steps: of the weights, of the step-0 keys and
+    values (fp32), and of the diagonals of the steps that remain.
     """
     kv = keys_and_values(setup)
     step_0 = kv["step-0 KV"] // setup.itemsize * FP32
@@ -235,8 +238,8 @@ def _backward_sums(setup: Setup, steps_done: int) -> Parts:
 
 
 def _passing_gradients(setup: Setup) -> int:
-    """Gradients that pass through a layer's backward: of its output, of its input, of the attention's
-    output.
+    """Bytes of the gradients that exist throughout a layer's backward: of its output, of its input and of the
+    attention's output.
     """
     shape = setup.shape
     hidden = 1 if setup.activation == "keep" else 2
@@ -244,12 +247,11 @@ def _passing_gradients(setup: Setup) -> int:
 
 
 def _tile_before_attention(setup: Setup) -> int:
-    """The tile of what precedes the attention: norms repeated, gradients of the projections turned back and
-    multiplied.
+    """Bytes of one tile in `project_backward`: the repeated norms, and the gradients of q and k rotated back.
     """
     shape, item = setup.shape, setup.itemsize
     turned = shape.query_size + shape.kv_size
-    # The embedding, both norms side by side and the gradient of that, and one norm's backward.
+    # The embedding, the concatenated norms [t, 2H], their gradient, and the backward of one norm.
     norm_backward = item if setup.device == "cuda" else 3 * FP32
     return tile_slots(setup) * (
         turned * item + shape.hidden_size * (5 * item + 2 * norm_entries(setup) + norm_backward)
@@ -257,11 +259,11 @@ def _tile_before_attention(setup: Setup) -> int:
 
 
 def _backward_moments(setup: Setup, columns: int) -> list[Parts]:
-    """Moments of the backward that may be the worst, all in the first layer.
+    """Bytes at each moment of the backward that may be the worst, all in the first layer.
 
-    The attention's backward of the last step makes the sums that stay until step 0, while nearly all that was
-    saved is there. The tiles of what follows the attention come before it, so that they meet those sums one
-    step later.
+    The attention's backward of the last step allocates the gradient sums, which stay until step 0, while
+    nearly everything that forward saved still exists. The tiles after the attention run before it in
+    backward, so they coincide with those sums only from the next step on.
     """
     through = _passing_gradients(setup)
     last = _kept_in_backward(setup, columns, steps_done=0)
@@ -283,7 +285,7 @@ def _backward_moments(setup: Setup, columns: int) -> list[Parts]:
         earlier = {**_kept_in_backward(setup, columns, steps_done=1), **_backward_sums(setup, steps_done=1)}
         moments.append({**earlier, "tile of the MLP": through + tile_after_attention(setup)})
     if setup.slots > setup.live_slots:
-        # Step 0's gradient is as long as the sequence again.
+        # At step 0 the gradient covers all slots again, not only the live ones.
         first = {
             **_kept_in_backward(setup, 0, setup.ttt_steps - 1),
             **_backward_sums(setup, setup.ttt_steps - 1),
@@ -295,22 +297,19 @@ def _backward_moments(setup: Setup, columns: int) -> list[Parts]:
 
 
 def _step_flops(setup: Setup, shape: Eagle3Shape, pairs: int) -> Flops:
-    """FLOPs by kind. `pairs` are those of the attention; each Ulysses rank computes its heads' part of
-    them.
-    """
+    """FLOPs of one rank for one packed sequence; `pairs` as in `Eagle3Shape.flops`."""
     slots, steps = setup.live_slots, setup.ttt_steps
     fc = shape.fc_size
     layers = [shape.layer_weights(layer) for layer in range(shape.num_layers)]
-    # Forward once, backward twice; fc has constant inputs, so no gradient of them. The rest has keys and
-    # values alone.
+    # A matrix costs one product forward and two backward; fc costs one backward, because its input is
+    # constant. Slots that are not live have keys and values only.
     rest = (setup.slots - slots) * 3 * sum(layers[0][name] for name in ("k", "v"))
     matmul = 2 * (
         setup.slots * 2 * fc + rest + slots * 3 * steps * sum(sum(weights.values()) for weights in layers)
     )
     recompute = 0
     if setup.activation != "keep":
-        # Keys, values and the attention's output are kept, and nothing in backward needs the output of
-        # `down`.
+        # k, v and the attention's output are kept, and backward does not need the output of `down`.
         recompute = (
             2 * slots * steps * sum(weights[name] for weights in layers for name in ("q", "o", "gate", "up"))
         )
@@ -319,22 +318,23 @@ def _step_flops(setup: Setup, shape: Eagle3Shape, pairs: int) -> Flops:
     return Flops(
         layers=matmul,
         recompute=recompute,
-        # Two products forward; in backward the scores again, and four more.
+        # Two products forward (scores, output); five backward (scores again, dp, dq, dk, dv).
         attention_forward=2 * attention,
         attention_backward=5 * attention,
-        # The teacher's logits once, and of each step the student's and two gradients.
+        # The teacher's logits once; in each step the draft's logits and two gradients.
         loss=head * (1 + 3 * steps),
     )
 
 
 def _elementwise_bytes(setup: Setup) -> int:
-    """Bytes that norms, rotations, activations and the softmax of the loss move, one rank, one packed
-    sequence.
+    """Bytes that norms, rotations, activations and the softmax of the loss read and write, for one rank and
+    one packed sequence.
     """
     shape, steps, item = setup.shape, setup.ttt_steps, setup.itemsize
     wide = 10 * shape.hidden_size + 4 * (shape.query_size + 2 * shape.kv_size) + 6 * shape.intermediate_size
     passes = 3 if setup.activation == "keep" else 4
-    # k diagonals, of keys and of values, are read at step k, once forward and twice backward.
+    # Step k reads k diagonals of keys and of values: K (K - 1) / 2 over the steps. They are read once in
+    # forward and count twice in backward.
     diagonals = 3 * 2 * shape.kv_size * steps * (steps - 1) // 2
     softmax = 8 * shape.draft_vocab_size * FP32 * (steps + 1)
     return setup.live_slots * (shape.num_layers * item * (steps * passes * wide + diagonals) + softmax)

@@ -1,8 +1,8 @@
-"""The draft as a server runs it: a chain of guesses, each fed with the one before.
+"""The draft as a server runs it: a chain of guesses, each made from the one before.
 
-The k-th guess is made in the slot k places after the last verified one, fed with the draft's own output and
-its own guess, at the next rotary position. Once the target has spoken, the guessed slots are dropped from the
-cache and the verified ones enter with the target's hidden states.
+Guess k is made in the slot k places after the last verified one. Its input is the draft's own output and
+guess k - 1, at the next rotary position. After the target has verified the guesses, the guessed slots are
+dropped from the cache, and the verified ones enter it with the target's hidden states.
 
 Legend: S new slots, A entries of a slot's captured hidden states, H hidden size, Vd draft vocabulary.
 """
@@ -24,7 +24,13 @@ PROBE_SLOTS = 12
 
 
 class Eagle3Guesser:
-    """The draft with its cache: verified slots come in, guesses come out (`draft.contract.Guesser`)."""
+    """The draft with its cache, a `draft.contract.Guesser`.
+
+    Args:
+        draft: the weights.
+        embedding: [V, H], the target's.
+        vocabulary: translates draft ids to target ids.
+    """
 
     def __init__(self, draft: DraftModel, embedding: Tensor, vocabulary: VocabularyMap) -> None:
         self._draft, self._embedding = draft, embedding
@@ -33,11 +39,7 @@ class Eagle3Guesser:
 
     @torch.no_grad()
     def propose(self, aux: Tensor, tokens: Sequence[int], count: int) -> list[int]:
-        """Take in S verified slots and guess `count` tokens after them.
-
-        Args:
-            aux: [S, A], g of the slots; tokens: the S tokens one place later.
-        """
+        """As `Guesser.propose`: aux [S, A], S tokens, one place later -> `count` ids of the target."""
         verified = len(self._cache) + len(tokens)
         positions = torch.arange(len(self._cache), verified, device=aux.device)
         hidden = self._draft.project_aux(aux.to(self._draft.fc.weight.dtype))
@@ -60,7 +62,9 @@ class Eagle3Guesser:
 
 @torch.no_grad()
 def probe_logits(draft: DraftModel, seed: int) -> Tensor:
-    """Logits [PROBE_SLOTS + 1, Vd] of a prefill and one more slot, from a seeded input."""
+    """Logits [PROBE_SLOTS + 1, Vd] of a prefill of PROBE_SLOTS slots and of one guessed slot after it, for an
+    input drawn from `seed`. See `DraftAlgorithm.probe`.
+    """
     config, cache = draft.config, DraftCache(draft.config.num_hidden_layers)
     generator = torch.Generator().manual_seed(seed)
     embeds = torch.randn(PROBE_SLOTS + 1, config.hidden_size, generator=generator)

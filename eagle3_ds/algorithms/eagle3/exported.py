@@ -1,5 +1,5 @@
-"""How servers name an EAGLE-3 draft: vLLM and SGLang call its first layer `midlayer`, speculators as we
-do.
+"""The layouts in which servers read an EAGLE-3 draft. vLLM and SGLang call its first layer `midlayer`; the
+speculators library uses our names.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ServerForm:
     architecture = "LlamaForCausalLMEagle3"
 
     def keys(self, config: LlamaConfig) -> dict[str, Any]:
-        """vLLM takes the number of captured layers from here; three go without saying."""
+        """The flags, and the number of captured layers if it is not three, which vLLM assumes."""
         num_layers = num_aux_layers(config)
         counted = {} if num_layers == 3 else {"num_aux_hidden_states": num_layers}
         return counted | {name: True for name in FLAGS if flag(config, name)}
@@ -46,7 +46,7 @@ class SpeculatorsForm:
     architecture = "Eagle3DraftModel"
 
     def keys(self, config: LlamaConfig) -> dict[str, Any]:
-        """All flags are written: a server takes an absent `norm_before_residual` for true."""
+        """All flags, also the false ones: a server takes an absent `norm_before_residual` as true."""
         if num_aux_layers(config) != 3:
             logger.warning(
                 "speculators layout: vLLM 0.32 takes drafts of three captured layers only from it; the vLLM "
@@ -67,7 +67,11 @@ class SpeculatorsForm:
 
 
 def _captured(hidden_size: int, keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """How many layers of the target `fc` reads: the matrix says it, in either layout."""
+    """Our keys for the captured layers, from the number of columns of `fc`, in either layout.
+
+    Raises:
+        ValueError: the columns are not a multiple of the target's hidden size.
+    """
     width = int(keys.get("target_hidden_size") or hidden_size)
     columns = tensors["fc.weight"].shape[1]
     if columns % width:
@@ -78,8 +82,11 @@ def _captured(hidden_size: int, keys: Mapping[str, Any], tensors: Mapping[str, T
 
 
 def _flags(keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, bool]:
-    """The norms of a variant. Raises ValueError where a flag and the tensors do not say the same: a server
-    would load random norms in silence.
+    """Our keys for the norms of a variant (variants.py).
+
+    Raises:
+        ValueError: a flag is set and its tensor is missing, or the reverse. A server would run with randomly
+            initialised norms, or without them, and not complain.
     """
     nested = keys.get("eagle_config") or {}
     flags = {name: bool(nested.get(name, keys.get(name, False))) for name in FLAGS}

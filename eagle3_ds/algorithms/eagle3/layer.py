@@ -1,9 +1,9 @@
-"""One decoder layer of the draft: its parameters, its arithmetic, and the attention it has when it serves.
+"""One decoder layer of the draft: its parameters, its arithmetic, and the attention of the served draft.
 
-The arithmetic is functions of explicit weights, so that serving and training share it, and training can
-repeat a tile of it in backward with leaves of its own. As built, a layer attends the ordinary way over a
-key-value cache: that is the served draft. Training replaces its attention with `LlamaUSPFlashAttention` (see
-patching.py) and unrolls it (see ttt_step.py).
+The arithmetic is functions that take their weights as arguments, so that serving and training share it and
+training can repeat it for one tile of slots in backward. A new layer attends over a key-value cache, as a
+served draft does. For training its attention is replaced with `LlamaUSPFlashAttention`
+(attention/patching.py), and step.py unrolls it.
 
 Legend: S slots, H hidden size, Hq / Hkv heads, D head size, T cached keys.
 """
@@ -24,8 +24,12 @@ from eagle3_ds.draft.served import DraftAttention, DraftCache
 
 
 class BeforeWeights(NamedTuple):
-    """What precedes the attention. `hidden_norm` is None in layers after the first, which read the hidden
-    state alone.
+    """The weights of what precedes the attention; `in` is 2H for the first layer, H for later ones.
+
+    Attributes:
+        q: [Hq * D, in]; k, v: [Hkv * D, in], the projections.
+        input_norm: [H], of the embedding in the first layer, of the hidden state in later ones.
+        hidden_norm: [H], of the hidden state in the first layer; None in later ones.
     """
 
     q: Tensor
@@ -36,7 +40,9 @@ class BeforeWeights(NamedTuple):
 
 
 def attention_input(embeds: Tensor, hidden: Tensor, weights: BeforeWeights, eps: float) -> Tensor:
-    """embeds, hidden [S, H] -> [S, 2H] for the first layer, [S, H] for later ones."""
+    """What q, k and v are projected from: embeds, hidden [S, H] -> concat(norm(embeds), norm(hidden)) [S, 2H]
+    in the first layer, norm(hidden) [S, H] in later ones.
+    """
     if weights.hidden_norm is None:
         return rms_norm(hidden, weights.input_norm, eps)
     return torch.cat(
@@ -45,7 +51,15 @@ def attention_input(embeds: Tensor, hidden: Tensor, weights: BeforeWeights, eps:
 
 
 class DraftLayer(nn.Module):
-    """The first layer reads concat(norm(embedding), norm(hidden)); later ones read norm(hidden) alone."""
+    """A Llama decoder layer, except that the first one reads concat(norm(embedding), norm(hidden)).
+
+    Attributes:
+        reads_embedding: true in the first layer.
+        normed_residual: the first layer of the variant `norm_before_residual`, whose residual is
+            norm(hidden).
+        self_attn: `DraftAttention`, or `LlamaUSPFlashAttention` after `patch_attention`.
+        head_dim, eps: from the config.
+    """
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
@@ -80,8 +94,8 @@ class DraftLayer(nn.Module):
         )
 
     def forward(self, embeds: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, cache: DraftCache) -> Tensor:
-        """Served: embeds, hidden [S, H] of the S newest slots -> [S, H]; their keys and values are appended
-        to the cache.
+        """Serve the S newest slots: embeds, hidden [S, H], cos, sin [S, D] -> [S, H]. Their keys and values
+        are appended to the cache.
         """
         weights = self.before_weights()
         x = attention_input(embeds, hidden, weights, self.eps)
@@ -90,5 +104,5 @@ class DraftLayer(nn.Module):
         return after_attention(self.residual(hidden), attended, self.after_weights(), self.eps)
 
     def residual(self, hidden: Tensor) -> Tensor:
-        """What the attention's output is added to, [S, H]."""
+        """What the attention's output is added to: hidden [S, H] -> [S, H]."""
         return rms_norm(hidden, self.hidden_norm.weight, self.eps) if self.normed_residual else hidden

@@ -1,11 +1,18 @@
-"""The gradient of a layer's arithmetic, by hand: what a tile must repeat of the forward pass, and no matmul
-more.
+"""The backward of what precedes the attention in a layer, by hand, for one tile of slots. What follows the
+attention is in draft/decoder_backward.py, which says why it is done by hand.
 
-Autograd would need the outputs of the projections and of `down` to hang the graph on; their gradients need
-only their inputs. Weight gradients are added to the caller's sums, in the sums' dtype. The norms are left to
-torch, which has fused kernels.
+With x = concat(norm(embeds), norm(hidden)) and R the rotation of RoPE, forward computes
 
-Legend: t slots of a tile, H hidden size, Hq / Hkv heads, D head size, I width of the MLP.
+    q = R(x Wq^T)        k = R(x Wk^T)        v = x Wv^T
+
+R is linear and orthogonal, so its backward is the rotation by the opposite angle, R^T:
+
+    gq = R^T(dq)         gk = R^T(dk)         gv = dv
+    dWq = gq^T x         dWk = gk^T x         dWv = gv^T x        dx = gq Wq + gk Wk + gv Wv
+
+The two halves of dx pass through their norms. Only x is repeated from the forward, no projection.
+
+Legend: t slots of a tile, H hidden size, Hq / Hkv heads, D head size.
 """
 
 from __future__ import annotations
@@ -27,19 +34,22 @@ def project_backward(
     sums: BeforeWeights,
     eps: float,
 ) -> Tensor:
-    """Backward of the input norms and the projections.
+    """Backward of the input norms, the projections and the rotation on one tile.
 
     Args:
-        embeds, hidden: [t, H], what the norms read.
-        gradients: of rotated q [t, Hq, D] ([0, Hq, D] of slots that have none), rotated k and v [t, Hkv, D].
+        embeds, hidden: [t, H], the inputs of the norms.
+        gradients: of rotated q [t, Hq, D] ([0, Hq, D] for slots that are not live), rotated k and v
+            [t, Hkv, D].
         angles: cos and sin [t, D] of the rotation.
+        weights: of the layer.
+        sums: the weights' gradients are added to these, of the weights' shapes.
+        eps: of the norms.
 
     Returns:
         dhidden [t, H].
     """
     cos, sin = angles
     dq, dk, dv = gradients
-    # The transpose of a rotation turns back.
     turned_q = rotate(dq, cos, -sin) if len(dq) else dq
     columns = (turned_q.flatten(1), rotate(dk, cos, -sin).flatten(1), dv.flatten(1))
     if weights.hidden_norm is None:
@@ -58,8 +68,8 @@ def project_backward(
             continue
         accumulate_product(total, column.T, x)
         dx.addmm_(column, weight)
-    # The embedding is frozen: the first of two norms hands out its weight's gradient, the last one the hidden
-    # state's too.
+    # The last norm is always that of the hidden state. The embedding is frozen: of its norm only the weight's
+    # gradient is used.
     parts = [
         norm.backward(part, total)
         for (norm, total), part in zip(norms, dx.chunk(len(norms), dim=-1), strict=True)

@@ -1,5 +1,4 @@
-"""The draft and its unroll over the TTT steps (EAGLE-3 paper, section 3; the semantics are in
-docs/semantics.md).
+"""The EAGLE-3 draft and its unroll over the TTT steps (section 3 of the paper; docs/semantics.md).
 
 Legend: S slots of this rank, the first Q of them live, E rows of its extended buffers, K TTT steps, H hidden
 size, Ht the target's, V its vocabulary, Vd the draft's.
@@ -34,8 +33,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class UnrollSettings:
-    """How the TTT steps are run: their number K, what is kept for backward, and the bytes a tile of slots may
-    take.
+    """How the TTT steps are run.
+
+    Attributes:
+        ttt_steps: K.
+        activation: what a step keeps for backward (step.py).
+        tile_bytes: budget of the temporary tensors of one tile of slots.
     """
 
     ttt_steps: int
@@ -44,10 +47,8 @@ class UnrollSettings:
 
 
 class DraftModel(Draft):
-    """fc, the decoder layers, the final norm and the head over the draft vocabulary.
-
-    The token embedding is the target's, frozen; it is handed in, not owned, so that it stays out of
-    checkpoints, optimizer and ZeRO.
+    """fc, the decoder layers, the final norm and the head over the draft vocabulary, and the norms of the
+    variants (variants.py). See `Draft`.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -77,20 +78,18 @@ class DraftModel(Draft):
         finish: Callable[[Tensor, Tensor], Result],
         anchor: Tensor | None = None,
     ) -> Result:
-        """The unroll and what is made of it: `finish(final norm's weight [H], head's weight [Vd, H])`.
+        """Run the K steps, then return `finish(norm weight [H], head weight [Vd, H])`. See `Draft.forward`.
 
-        Both run in this one call, because under ZeRO-3 the draft is gathered when it starts and released when
-        it returns.
+        The attention layers must be patched (`patch_attention`).
 
         Args:
             batch: this rank's slots.
             embedding: [V, H], the target's, on the device of the model.
-            on_guess: called with each step's output, [Q, H] before the final norm; what it returns goes into
-                the next step.
-            anchor: a scalar whose (zero) gradient is the last to be computed, for whoever waits for the end
-                of backward.
-
-        The attention layers must be patched (`patch_attention`).
+            settings: how the steps are run.
+            on_guess: called with each step's output, [Q, H], before the final norm; the next step reads what
+                it returns.
+            finish: makes the result.
+            anchor: a scalar zero (docs/extending.md, "Three scalars that are zero").
         """
         self.unroll(batch, embedding, settings, on_guess, anchor)
         return finish(self.norm.weight, self.lm_head.weight)
@@ -103,7 +102,7 @@ class DraftModel(Draft):
         on_guess: Callable[[Tensor], Tensor],
         anchor: Tensor | None = None,
     ) -> None:
-        """Run the K steps, `on_guess` with the output of each; see `forward`."""
+        """Run the K steps and call `on_guess` with each output; the arguments are those of `forward`."""
         device = embedding.device
         stash = HostStash(device) if settings.activation == "offload" else None
         unrolls = [LayerUnroll(batch.plan, batch.ring_rank, stash=stash) for _ in self.layers]
@@ -122,29 +121,29 @@ class DraftModel(Draft):
             if step + 1 < settings.ttt_steps:
                 hidden = self._passed_on(hidden)
         for unroll in unrolls:
-            # It holds the graph, which holds the unroll: a cycle that no collector sees, and that would
-            # outlive the step.
+            # The ticket refers to the graph, whose nodes refer to the unroll. Such a cycle runs through C++
+            # nodes, which Python's garbage collector cannot free.
             unroll.ticket = None
 
     def project_aux(self, aux: Tensor) -> Tensor:
-        """The step-0 hidden state: aux [S, A] -> [S, H]."""
+        """Serve: the hidden state of verified slots, aux [S, A] -> [S, H]."""
         prepare = prepare_aux(self.config)
         return self.fc(aux if prepare is None else prepare(aux, self._aux_norms()))
 
     def _aux_norms(self) -> list[Tensor]:
-        """The weights that `prepare_aux` takes."""
+        """The weights that `prepare_aux` takes, in the order of `norm_sizes`."""
         before = [self.input_norm.weight] if flag(self.config, "norm_before_fc") else []
         return before + ([norm.weight for norm in self.fc_norm] if flag(self.config, "fc_norm") else [])
 
     def _passed_on(self, hidden: Tensor) -> Tensor:
-        """What the next step reads of a step's output [S, H]."""
+        """What the next step reads of a step's output: [S, H] -> [S, H]."""
         if not flag(self.config, "norm_output"):
             return hidden
         return normed_in_tiles(hidden, self.norm.weight, self.config.rms_norm_eps)
 
     @torch.no_grad()
     def decode(self, embeds: Tensor, hidden: Tensor, positions: Tensor, cache: DraftCache) -> Tensor:
-        """Served: the S newest slots after those in the cache. embeds, hidden [S, H], positions int64 [S] ->
+        """Serve the next S slots after the cached ones: embeds, hidden [S, H], positions int64 [S] ->
         [S, H].
         """
         cos, sin = rotary_frequencies(self.config, positions.device).angles(positions)
@@ -153,14 +152,16 @@ class DraftModel(Draft):
         return hidden
 
     def passed_on(self, hidden: Tensor) -> Tensor:
-        """Served: what the next guess reads of `decode`'s output [S, H]."""
+        """Serve: what the next guess reads of `decode`'s output, [S, H] -> [S, H]."""
         return self._passed_on(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [S, H], before the final norm -> [S, Vd]."""
+        """Final norm and head: hidden [S, H] -> [S, Vd]."""
         return self.lm_head(rms_norm(hidden, self.norm.weight, self.config.rms_norm_eps))
 
 
 def rotary_positions(position: Tensor, step: int) -> Tensor:
-    """RoPE position of q and k at TTT step `step`: a step looks one token further."""
+    """RoPE positions of q and k at TTT step `step`, int64 [S]: at step k slot i stands at position i + k,
+    because that is where a server makes guess k.
+    """
     return position + step

@@ -1,12 +1,12 @@
 """One TTT step of one layer in training, and what it keeps for backward.
 
-`keep` is plain autograd. `recompute` and `offload` are one autograd Function per step: backward repeats, a
-tile of slots at a time, everything but the attention. It keeps the hidden state that came in, the attention's
-output and its log-sum-exp; `offload` moves the first two to pinned host memory. The gradients of the weights
-are summed over the tiles and over the K steps in fp32, and leave with step 0.
+`keep` is plain autograd. `recompute` and `offload` are one autograd Function per step, which keeps the hidden
+state that came in, the attention's output and its log-sum-exp; `offload` moves the first two to pinned host
+memory. Its backward repeats everything but the attention, a tile of slots at a time. The weight gradients are
+summed over the tiles and over the K steps in fp32, and the backward of step 0, the last to run, returns them.
 
-Step 0 takes all slots of this rank in and hands the live ones on: of the rest it needs a key and a value,
-which the projections of the first layer make from the hidden state, and nothing more.
+The input of step 0 is all slots of this rank, its output the live ones only: of the others it needs just a
+key and a value.
 
 Legend: S slots of this rank, the first Q of them live; from step 1 on there are these only. H hidden size, Hq
 / Hkv heads, D head size, I width of the MLP.
@@ -38,8 +38,8 @@ class StepConstants:
     """What a step reads beside the hidden state.
 
     Attributes:
-        tokens: int64 [S] ([Q] from step 1 on), the token that each slot sees at this step.
-        positions: int64, as many, the rotary positions of this step.
+        tokens: int64 [S] ([Q] from step 1 on), the token that each slot reads at this step.
+        positions: int64 [S] ([Q] from step 1 on), the rotary positions of this step.
         embedding: [V, H], the target's, frozen.
         rotary: the draft's frequencies.
     """
@@ -51,11 +51,12 @@ class StepConstants:
 
 
 class LayerUnroll(UnrollKV):
-    """What a layer remembers over the steps of one unroll.
+    """`UnrollKV`, plus what the recomputing modes keep of one layer over the steps of one unroll.
 
     Attributes:
-        dweights: fp32 (fp64 for fp64) sums of the weights' gradients over the backward of the steps.
-        stash: where `offload` puts what a step keeps; shared by all layers, None for the other modes.
+        dweights: fp32 (fp64 for fp64) sums of the weights' gradients over the backward of the steps; empty
+            before the first of these.
+        stash: where `offload` puts what a step keeps, shared by all layers; None in the other modes.
     """
 
     def __init__(self, *place: Any, stash: HostStash | None = None) -> None:
@@ -72,9 +73,21 @@ def ttt_step(
     activation: Activation,
     tile_bytes: int,
 ) -> Tensor:
-    """hidden [S, H] ([Q, H] from step 1 on) -> the layer's output [Q, H].
+    """Run one layer for the TTT step `unroll.next_step`.
 
-    The step is how often `unroll` has been here before.
+    Args:
+        layer: with patched attention.
+        hidden: [S, H] ([Q, H] from step 1 on).
+        constants: of the step.
+        unroll: of the layer; the step's keys and values are added to it.
+        activation: what is kept for backward.
+        tile_bytes: budget of a tile of slots; `keep` ignores it.
+
+    Returns:
+        The layer's output [Q, H].
+
+    Raises:
+        ValueError: `tile_bytes` does not hold one slot.
     """
     step = _Step(layer, constants, unroll, unroll.next_step)
     num_live = unroll.plan.live_per_rank
@@ -90,7 +103,7 @@ def ttt_step(
         hidden.shape[1], layer.mlp.gate_proj.out_features, hidden.element_size(), tile_bytes
     )
     tiles = Tiles.cut(num_live, len(hidden), size)
-    # The weights are inputs of step 0 alone, whose backward comes last and hands out the sums.
+    # The weights are inputs of step 0 only: its backward runs last and returns the sums over all steps.
     weights = step.weights() if step.number == 0 else ()
     output, unroll.ticket = _RecomputedStep.apply(step, tiles, hidden, unroll.ticket, *weights)
     return output
@@ -98,7 +111,12 @@ def ttt_step(
 
 @dataclass(frozen=True)
 class _Step:
-    """The arithmetic of one step on a tile of slots."""
+    """The arithmetic of one step before the attention, on a tile of slots.
+
+    Attributes:
+        layer, constants, unroll: as in `ttt_step`.
+        number: of the step.
+    """
 
     layer: DraftLayer
     constants: StepConstants
@@ -122,7 +140,7 @@ class _Step:
     def all_before(
         self, hidden: Tensor, tiles: Tiles, weights: BeforeWeights
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [S, H] -> rotated q [Q, Hq, D], rotated k and v [S, Hkv, D]."""
+        """`before` for all slots: hidden [S, H] -> rotated q [Q, Hq, D], rotated k and v [S, Hkv, D]."""
         q, k, v = map_tiles(lambda tile: self.before(hidden[tile], tile, weights), tiles.live)
         if tiles.rest:
             rest_k, rest_v = map_tiles(
@@ -134,8 +152,8 @@ class _Step:
     def before(
         self, hidden: Tensor, tile: slice, weights: BeforeWeights, live: bool = True
     ) -> tuple[Tensor, ...]:
-        """hidden [t, H] of the tile's slots -> rotated q [t, Hq, D] where they are live, rotated k and v [t,
-        Hkv, D].
+        """Norms, projections and rotation of a tile: hidden [t, H] -> rotated q [t, Hq, D] (if `live`),
+        rotated k and v [t, Hkv, D].
         """
         x = attention_input(self.embeds(tile), hidden, weights, self.layer.eps)
         cos, sin = self.angles(tile)
@@ -144,12 +162,14 @@ class _Step:
         return *query, rotate(k, cos, sin), v
 
     def query(self, hidden: Tensor, tile: slice, weights: BeforeWeights) -> Tensor:
-        """The q of `before` alone."""
+        """Only q of `before`: hidden [t, H] -> [t, Hq, D]."""
         x = attention_input(self.embeds(tile), hidden, weights, self.layer.eps)
         return rotate(project(x, weights.q, self.layer.head_dim), *self.angles(tile))
 
     def sums(self) -> tuple[BeforeWeights, AfterWeights]:
-        """The sums of the weights' gradients, made by the first backward that asks."""
+        """The sums of the weights' gradients, of the weights' shapes; the first call of a backward makes
+        them.
+        """
         before, after = self.layer.before_weights(), self.layer.after_weights()
         if not self.unroll.dweights:
             dtype = torch.float64 if before.q.dtype == torch.float64 else torch.float32
@@ -159,7 +179,9 @@ class _Step:
 
 
 class _RecomputedStep(torch.autograd.Function):
-    """Forward: one layer at one TTT step. Backward: repeats it tile by tile, all but the attention."""
+    """Forward: one layer at one TTT step, and a new ticket (see `UnrollKV`).
+    Backward: repeats it tile by tile, except the attention; step 0 also returns the weights' gradients.
+    """
 
     @staticmethod
     def forward(
@@ -203,8 +225,10 @@ class _RecomputedStep(torch.autograd.Function):
 def _backward_after(
     step: _Step, tiles: Tiles, hidden: Tensor, out: Tensor, doutput: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Through what follows the attention: dhidden [S, H], but for what comes through the attention, and dout
-    [Q, Hq, D].
+    """Backward of what follows the attention, tile by tile.
+
+    hidden [S, H], out [Q, Hq, D] and doutput [Q, H] -> dhidden [S, H], only the part that comes through the
+    residual, and dout [Q, Hq, D].
     """
     layer = step.layer
     weights, (before, sums) = layer.after_weights(), step.sums()
@@ -231,7 +255,7 @@ def _backward_after(
 
 
 def _query(step: _Step, tiles: Sequence[slice], hidden: Tensor) -> Tensor:
-    """q [Q, Hq, D] again."""
+    """Repeat q [Q, Hq, D], which forward has not kept."""
     weights = step.layer.before_weights()
     (q,) = map_tiles(lambda tile: (step.query(hidden[tile], tile, weights),), tiles)
     return q
@@ -240,12 +264,15 @@ def _query(step: _Step, tiles: Sequence[slice], hidden: Tensor) -> Tensor:
 def _backward_before(
     step: _Step, tiles: Tiles, hidden: Tensor, dqkv: tuple[Tensor, Tensor, Tensor], dhidden: Tensor
 ) -> None:
-    """Through what precedes the attention, added to `dhidden`."""
+    """Backward of what precedes the attention, tile by tile; adds its part to dhidden [S, H].
+
+    dqkv: gradients of q [Q, Hq, D], k and v [S, Hkv, D].
+    """
     layer = step.layer
     weights, (sums, _) = layer.before_weights(), step.sums()
     dq, dk, dv = dqkv
     for tile in (*tiles.live, *tiles.rest):
-        # The rest has no query: dq ends where it begins.
+        # dq has no rows of slots that are not live, so dq[tile] is empty for their tiles.
         gradients, angles = (dq[tile], dk[tile], dv[tile]), step.angles(tile)
         dhidden[tile] += project_backward(
             step.embeds(tile), hidden[tile], gradients, angles, weights, sums, layer.eps

@@ -1,4 +1,4 @@
-"""Which slots the unroll of EAGLE-3 learns from (docs/semantics.md)."""
+"""Which slots of EAGLE-3's unroll are supervised (docs/semantics.md)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from eagle3_ds.layout import IntArray
 
 @dataclass(frozen=True)
 class TTTSupervision:
-    """Slot i counts at TTT step k when slot i + 1 + k lies in its document and the aligned mask is set.
+    """The rule: slot i is supervised at TTT step k if slot i + 1 + k is in the same document and the loss
+    mask is true at the aligned token.
 
     Attributes:
         ttt_steps: K.
-        alignment: `served` reads the mask at i + 1 + k, the token after which a server would draft first;
-            `reference` at i + k, as the paper's code does.
+        alignment: `served` reads the mask at i + 1 + k, the last token that a server has when it makes the
+            guess; `reference` reads it at i + k, as the paper's code does.
     """
 
     ttt_steps: int
@@ -30,13 +31,15 @@ class TTTSupervision:
 
     @property
     def halo(self) -> int:
-        """Step k reads row i + 1 + k, the last one row i + K."""
+        """K: step k reads row i + 1 + k, so the last step reads row i + K."""
         return self.ttt_steps
 
     def __call__(
         self, document: IntArray, slots: IntArray, loss_mask: NDArray[np.bool_]
     ) -> NDArray[np.bool_]:
-        """bool [K, len(slots)]; see `layout.Supervision`."""
+        """As `layout.Supervision`: document int64 [padded length], slots int64 [n], loss_mask bool [L] ->
+        bool [K, n].
+        """
         beyond = np.concatenate((document, np.full(self.ttt_steps + 1, -1, dtype=np.int64)))
         mask = np.zeros(len(beyond), dtype=np.bool_)
         mask[: len(loss_mask)] = loss_mask

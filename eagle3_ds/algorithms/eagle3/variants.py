@@ -1,9 +1,9 @@
-"""The norms that variants of EAGLE-3 add, by the names that servers read in a config.
+"""The norms that variants of EAGLE-3 add, by the names of the flags that servers read in a config.
 
-    fc_norm               an RMSNorm per captured layer before `fc` (EAGLE-3.1), tensors `fc_norm.i.weight`
-    [Ht] norm_before_fc        one RMSNorm over all of them, tensor `input_norm.weight` [A], before those
-    norm_before_residual  the first layer's residual is hidden_norm(hidden) norm_output           the next
-    step reads norm(hidden), what the head reads
+    fc_norm               before `fc`, an RMSNorm per captured layer (EAGLE-3.1): `fc_norm.i.weight` [Ht]
+    norm_before_fc        before those, one RMSNorm over all captured layers: `input_norm.weight` [A]
+    norm_before_residual  the residual of the first layer is hidden_norm(hidden) instead of hidden
+    norm_output           the next step reads norm(hidden), as the head does, instead of hidden
 
 Legend: t rows, Ht hidden size of the target, A = layers * Ht.
 """
@@ -25,19 +25,21 @@ FLAGS = ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output")
 
 
 def flag(config: Any, name: str) -> bool:
-    """Whether a draft's config has one of FLAGS; absent is false."""
+    """Whether the flag `name`, one of FLAGS, is set in a draft's config; an absent flag is not set."""
     return bool(getattr(config, name, False))
 
 
 def norm_sizes(config: Any) -> tuple[int, ...]:
-    """Entries of each norm before `fc`: that over all layers first."""
+    """Entries of each norm before `fc`, in the order in which they are applied."""
     layers = num_aux_layers(config)
     whole = (aux_size(config),) if flag(config, "norm_before_fc") else ()
     return (*whole, *([aux_size(config) // layers] * layers if flag(config, "fc_norm") else ()))
 
 
 def prepare_aux(config: Any) -> Prepare | None:
-    """What is done to captured rows [t, A] before `fc`; the weights come in the order of `norm_sizes`."""
+    """The function that norms captured rows [t, A] -> [t, A] before `fc`, or None if the config has no such
+    norm. It takes the norms' weights in the order of `norm_sizes`.
+    """
     if not norm_sizes(config):
         return None
     return partial(
