@@ -62,6 +62,7 @@ def merge_diagonals(
     lse = torch.empty_like(lse0, memory_format=torch.contiguous_format)
     for rows in _blocks(q):
         q_BNGD, out_BNGD = (_grouped(x[rows], keys[0]) for x in (q, out0))
+        # z_0 first, then the scores of the diagonals.
         scores = [lse0[rows].unflatten(1, q_BNGD.shape[1:3])]
         scores += [(q_BNGD * _wide(key[rows])).sum(-1).mul_(scale) for key in keys]
         scores_KBNG = torch.stack(scores)
@@ -108,6 +109,7 @@ def merge_diagonals_backward(
         for key, value, dkey, dvalue in zip(keys, values, dkeys, dvalues, strict=True):
             k_BN1D, v_BN1D = _wide(key[rows]), _wide(value[rows])
             p_BNG = (q_BNGD * k_BN1D).sum(-1).mul_(scale).sub_(lse_BNG).exp_()
+            # scale * dz: both dq and dk carry the factor.
             ds_BNG = (dout_BNGD * v_BN1D).sum(-1).sub_(delta_BNG).mul_(p_BNG).mul_(scale)
             dq_BNGD.addcmul_(ds_BNG[..., None], k_BN1D)
             _add_over_group(dkey[rows], ds_BNG, q_BNGD)

@@ -29,7 +29,9 @@ _PROGRAM_ELEMENTS = 2048
 def fused_merge(
     out0: Tensor, lse0: Tensor, q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`merge.merge_diagonals` for at least one diagonal and tensors on a CUDA device; same shapes."""
+    """`merge.merge_diagonals` on a CUDA device, for at least one diagonal: out0, q [S, Hq, D], lse0 [S, Hq],
+    keys, values [S, N, D] -> out [S, Hq, D], lse [S, Hq].
+    """
     q, out0, lse0 = q.contiguous(), out0.contiguous(), lse0.contiguous()
     out, lse = torch.empty_like(q), torch.empty_like(lse0)
     grid, sizes = _launch(q, keys[0])
@@ -50,7 +52,9 @@ def fused_merge_backward(
     dkeys: Sequence[Tensor],
     dvalues: Sequence[Tensor],
 ) -> Tensor:
-    """`merge.merge_diagonals_backward` for tensors on a CUDA device; same shapes, contiguous accumulators."""
+    """`merge.merge_diagonals_backward` on a CUDA device: dout, q [S, Hq, D], keys, values, dkeys, dvalues
+    [S, N, D], lse, delta [S, Hq] -> dq [S, Hq, D]. dkeys and dvalues are contiguous.
+    """
     assert all(x.is_contiguous() for x in (*dkeys, *dvalues))
     dout, q, lse, delta = (x.contiguous() for x in (dout, q, lse, delta))
     dq = torch.empty_like(q)

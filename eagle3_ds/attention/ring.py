@@ -82,7 +82,7 @@ class RingKV:
         self.gradients: list[Block] = []
 
     def attend(self, q_heads: Tensor, scale: float, step: int = 0) -> tuple[Tensor, Tensor]:
-        """As `KVExchange.attend`; out in fp32 (fp64 for fp64)."""
+        """As `KVExchange.attend`; out [Lq, Hq, D] is fp32 (fp64 for fp64)."""
         return ring_attention_hybrid_masked(q_heads, self._blocks(), self.tiles.at(step), self.kernel, scale)
 
     def attend_backward(

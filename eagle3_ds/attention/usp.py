@@ -155,7 +155,7 @@ class LlamaUSPFlashAttention(nn.Module):
         return out.flatten(1)
 
     def attend_forward(self, q: Tensor, k: Tensor, v: Tensor, unroll: UnrollKV) -> Attended:
-        """`attend` without autograd; q, k, v as there -> out and lse of all keys, merged.
+        """`attend` without autograd: q [Q, Hq, D], k, v [S or Q, Hkv, D] -> out [Q, Hq, D], lse [Q, Hq].
 
         Step 0 exchanges k and v; a later step appends them to `unroll` as a diagonal.
         """
@@ -194,6 +194,7 @@ class LlamaUSPFlashAttention(nn.Module):
             unroll.dkeys = [torch.zeros_like(key) for key in unroll.keys]
             unroll.dvalues = [torch.zeros_like(value) for value in unroll.values]
         dtype = accumulation_dtype(out.dtype)
+        # From the merged output, here where all keys' parts meet: no rank's kernel could compute it.
         delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
         # This exchange runs while the diagonals are computed.
         pending = (

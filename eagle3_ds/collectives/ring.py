@@ -55,7 +55,7 @@ class RingExchange:
             self._next, self._previous = ranks[(place + 1) % self.size], ranks[(place - 1) % self.size]
 
     def start(self, tensors: Sequence[Tensor]) -> RingTransfer:
-        """Send `tensors` to the next rank and receive the previous rank's, of the same shapes and dtypes.
+        """Send `tensors`, of any shapes, to the next rank and receive the previous rank's, of the same ones.
 
         Collective over the ring: every rank makes the same calls in the same order. The tensors are copied
         into one buffer per dtype, so the caller may change them at once, and a hop costs one message per

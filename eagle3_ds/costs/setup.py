@@ -218,6 +218,7 @@ class Setup:
 
     @property
     def world_size(self) -> int:
+        """Ranks in all."""
         return self.draft_dp * self.sp
 
     @property

@@ -83,9 +83,11 @@ def after_attention_backward(
     accumulate_product(sums.down, doutput.T, activated * up)
     dgated = doutput @ weights.down
     dgate = torch.ops.aten.silu_backward(dgated * up, gate)
+    # In place: dm is not needed any more.
     dup = dgated.mul_(activated)
     accumulate_product(sums.gate, dgate.T, x)
     accumulate_product(sums.up, dup.T, x)
+    # h reaches the output twice: through the residual, and through the norm and the MLP.
     dhidden = doutput + norm.backward(torch.addmm(dgate @ weights.gate, dup, weights.up), sums.norm)
     accumulate_product(sums.o, dhidden.T, attended)
     return dhidden, dhidden @ weights.o

@@ -305,6 +305,7 @@ class _Tally:
         contributing = self.inputs.contributing[k, columns]
         self.step_loss[k] += torch.where(contributing, terms.value, 0.0).sum()
         if self.needs_grad:
+            # dz = w_k c_k d(loss) / dz. It is rounded to the head's dtype, so that both products run in it.
             dlogits = terms.dlogits.mul_(self.weight[k, columns, None]).to(self.head.dtype)
             if self.dhead.dtype == dlogits.dtype:
                 self.dhead.addmm_(dlogits.T, x)

@@ -39,6 +39,7 @@ class Tiles(NamedTuple):
 
     @staticmethod
     def cut(num_live: int, num_slots: int, size: int) -> Tiles:
+        """Cut `num_slots` slots, the first `num_live` of them live, into tiles of at most `size` slots."""
         ranges = ((0, num_live), (num_live, num_slots))
         return Tiles(
             *([slice(a, min(a + size, stop)) for a in range(start, stop, size)] for start, stop in ranges)

@@ -64,10 +64,12 @@ class VocabularyMap:
         return torch.equal(self.d2t, other.d2t) and torch.equal(self.t2d, other.t2d)
 
     def save(self, path: str | Path) -> None:
+        """Write d2t and t2d to a safetensors file."""
         save_file({"d2t": self.d2t, "t2d": self.t2d}, str(path))
-        Path(path).chmod(0o644)  # safetensors leaves it to its owner alone
+        Path(path).chmod(0o644)  # safetensors makes files that only their owner can read
 
     @staticmethod
     def load(path: str | Path) -> VocabularyMap:
+        """Read what `save` has written."""
         tensors = load_file(str(path))
         return VocabularyMap(tensors["d2t"], tensors["t2d"])

@@ -233,6 +233,7 @@ class TileKernel(AttentionKernel):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float
     ) -> tuple[Tensor, Tensor]:
+        """As `AttentionKernel.forward`: computes the calls and merges their results row by row."""
         calls = self.calls(_nonempty(tiles))
         dtype = accumulation_dtype(q.dtype)
         if len(calls) == 1 and calls[0].rows == [slice(0, len(q))]:
@@ -262,6 +263,7 @@ class TileKernel(AttentionKernel):
         dk_accum: Tensor,
         dv_accum: Tensor,
     ) -> Tensor:
+        """As `AttentionKernel.backward`: cuts tiles to `backward_block` and adds up the calls' gradients."""
         dq = torch.zeros_like(q, dtype=accumulation_dtype(q.dtype), memory_format=torch.contiguous_format)
         delta = self.delta_form(dout, delta)
         blocks = (block for tile in _nonempty(tiles) for block in cut_into_blocks(tile, self.backward_block))

@@ -34,6 +34,8 @@ _KEY_BLOCK = 256
 
 
 class BlockwiseKernel(TileKernel):
+    """FlashAttention-2's loops in plain torch; one call is one tile."""
+
     name = "blockwise"
 
     def unavailable_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -92,11 +94,13 @@ class BlockwiseKernel(TileKernel):
                 k_NBD, v_NBD = _wide(k[keys], dtype), _wide(v[keys], dtype)
                 s_NRB = q_NRD @ k_NBD.mT
                 _mask(s_NRB, rows, keys, reach)
+                # The lse of the whole softmax, so p is final and needs no rescaling by later blocks.
                 p_NRB = s_NRB.sub_(lse_NR1).exp_()
                 dv[keys] += (p_NRB.mT @ dout_NRD).transpose(0, 1)
                 ds_NRB = (dout_NRD @ v_NBD.mT).sub_(delta_NR1).mul_(p_NRB)
                 dk[keys] += (ds_NRB.mT @ q_NRD).transpose(0, 1)
                 dq_NRD.baddbmm_(ds_NRB, k_NBD)
+            # q carries `scale` already, so only dq needs it here; dk has it from q.
             dq[rows] = _unfold(dq_NRD.mul_(scale), q.shape[1])
         return dq, dk, dv
 

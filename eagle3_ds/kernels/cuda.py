@@ -16,6 +16,8 @@ from eagle3_ds.kernels.varlen import Lengths, VarlenKernel
 
 
 class CudaKernel(VarlenKernel):
+    """torch's FlashAttention 2 for bf16 and fp16 on GPUs of compute capability 8.0 and higher."""
+
     name = "cuda"
 
     def unavailable_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

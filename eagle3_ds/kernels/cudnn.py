@@ -22,6 +22,8 @@ _OLDEST_CUDNN = 90501
 
 
 class CudnnKernel(SquareKernel):
+    """cuDNN for tiles of `_SMALLEST` rows and keys or more, `CudaKernel` for smaller ones."""
+
     name = "cudnn"
 
     def __init__(self) -> None:

@@ -20,6 +20,8 @@ from eagle3_ds.kernels.varlen import Lengths, VarlenKernel
 
 
 class FlashAttn2Kernel(VarlenKernel):
+    """The package flash-attn (2.8 or newer)."""
+
     name = "flash_attn2"
 
     def unavailable_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -81,8 +83,8 @@ class FlashAttn2Kernel(VarlenKernel):
 
 
 class FlashAttn3Kernel(VarlenKernel):
-    """Calls the operators that the package registers with torch, because their arguments are the same in all
-    its releases and those of its Python functions are not.
+    """The package flash-attn-3, for Hopper GPUs. The kernel calls the operators that the package registers
+    with torch: their arguments are the same in all releases, those of the Python functions are not.
     """
 
     name = "flash_attn3"
@@ -139,6 +141,8 @@ class FlashAttn3Kernel(VarlenKernel):
 
 
 class FlashAttn4Kernel(VarlenKernel):
+    """The package flash-attn-4, for Hopper and newer GPUs."""
+
     name = "flash_attn4"
 
     def unavailable_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

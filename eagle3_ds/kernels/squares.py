@@ -43,9 +43,11 @@ class SquareKernel(TileKernel):
         """
 
     def calls(self, tiles: Iterable[Tile], most: int | None = None) -> list[Call]:
+        """One call per rectangle or square; none of them is joined, so `most` has no effect."""
         return [Call((part,)) for tile in tiles for part in cut_into_squares(tile)]
 
     def delta_form(self, dout: Tensor, delta: Tensor) -> Tensor:
+        """delta [L, H] -> the stand-in output [L, H, D] of `out_with_delta`."""
         return out_with_delta(dout, delta)
 
     def call_forward(

@@ -71,6 +71,7 @@ class VarlenKernel(TileKernel):
         """
 
     def calls(self, tiles: Iterable[Tile], most: int | None = None) -> list[Call]:
+        """Join tiles greedily: each goes into the first call of the same mask that ends before it."""
         groups: list[list[Tile]] = []
         for tile in sorted(tiles, key=lambda tile: tile[:4]):
             open_groups = (group for group in groups if most is None or _have_room(group, tile, most))
@@ -82,6 +83,7 @@ class VarlenKernel(TileKernel):
         return [Call(tuple(group)) for group in groups]
 
     def delta_form(self, dout: Tensor, delta: Tensor) -> Tensor:
+        """delta [L, H] -> the stand-in output [L, H, D] of `out_with_delta`."""
         return out_with_delta(dout, delta)
 
     def call_forward(

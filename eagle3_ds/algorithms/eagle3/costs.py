@@ -148,7 +148,8 @@ def _saved_by_step(setup: Setup) -> tuple[int, int]:
     # The norm's output, gate, up, silu(gate) and their product.
     after = S * (H + 4 * inner) * item
     if setup.device == "cuda":
-        # A fused norm keeps its input: embedding and hidden state before the attention, the latter after it.
+        # A fused norm keeps its input: before the attention the embedding and the hidden state, after it the
+        # hidden state.
         return before + 2 * S * H * item, after + S * H * item
     # A norm composed of elementwise operators keeps, in fp32, its input (not that of the embedding, which has
     # no gradient) and the normalised input.
@@ -247,8 +248,7 @@ def _passing_gradients(setup: Setup) -> int:
 
 
 def _tile_before_attention(setup: Setup) -> int:
-    """Bytes of one tile in `project_backward`: the repeated norms, and the gradients of q and k rotated back.
-    """
+    """Bytes of one tile in `project_backward`: the repeated norms, and the rotated gradients of q and k."""
     shape, item = setup.shape, setup.itemsize
     turned = shape.query_size + shape.kv_size
     # The embedding, the concatenated norms [t, 2H], their gradient, and the backward of one norm.

@@ -51,6 +51,7 @@ def project_backward(
     cos, sin = angles
     dq, dk, dv = gradients
     turned_q = rotate(dq, cos, -sin) if len(dq) else dq
+    # gq, gk and gv.
     columns = (turned_q.flatten(1), rotate(dk, cos, -sin).flatten(1), dv.flatten(1))
     if weights.hidden_norm is None:
         norms = [(NormTile(hidden, weights.input_norm, eps), sums.input_norm)]
