@@ -194,7 +194,7 @@ class LlamaUSPFlashAttention(nn.Module):
             unroll.dkeys = [torch.zeros_like(key) for key in unroll.keys]
             unroll.dvalues = [torch.zeros_like(value) for value in unroll.values]
         dtype = accumulation_dtype(out.dtype)
-        # From the merged output, here where all keys' parts meet: no rank's kernel could compute it.
+        # delta needs the merged output, which exists only here: the kernel has seen the step-0 keys alone.
         delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
         # This exchange runs while the diagonals are computed.
         pending = (

@@ -233,7 +233,7 @@ class Setup:
 
     @property
     def slots(self) -> int:
-        """Slots of one rank."""
+        """Slots of one rank, padding included."""
         return self._slots[1]
 
     @property

@@ -123,7 +123,7 @@ def _blocks(length: int, size: int) -> Iterator[slice]:
 
 
 def _visible_blocks(rows: slice, reach: _Reach, num_keys: int) -> Iterator[slice]:
-    """The blocks of keys that any of `rows` sees any of."""
+    """The blocks of keys of which some row in `rows` sees at least one key."""
     first = max(0, rows.start + reach.first) // _KEY_BLOCK
     return islice(_blocks(min(num_keys, rows.stop + reach.last), _KEY_BLOCK), first, None)
 

@@ -2,8 +2,8 @@
 
 cuDNN builds a plan for every new shape of a tile, which costs too much when a pack holds many documents of
 any length; torch's operator for several sequences even builds one in every call. So `auto` never chooses
-this kernel. Tiles of fewer than `_SMALLEST` rows or keys go to torch's flash kernel, because cuDNN refuses a
-tile of a single key.
+this kernel. Tiles of fewer than `_SMALLEST` rows or keys go to torch's flash kernel: they have many shapes,
+each of which would need a plan, and cuDNN refuses a tile of a single key.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class CudnnKernel(SquareKernel):
 
 def _statistics(lse: Tensor, q: Tensor) -> Tensor:
     """lse [Lq, Hq] in the shape that the backward takes: [1, Hq, Lq] or [1, Hq, Lq, 1], depending on the
-    version of torch. A small forward shows which, because the operators agree with each other.
+    version of torch. A small forward is run to see which of them this version returns.
     """
     x = q.new_zeros(1, 1, _SMALLEST, q.shape[-1])
     _, given, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(

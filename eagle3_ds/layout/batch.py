@@ -52,7 +52,7 @@ class Supervision(Protocol):
 
     @property
     def num_guesses(self) -> int:
-        """K."""
+        """K: how many guesses a slot makes."""
 
     @property
     def halo(self) -> int:

@@ -15,7 +15,7 @@ from eagle3_ds.draft.tile_loss import TileTerms
 
 
 class KL:
-    """The loss of the EAGLE-3 paper."""
+    """Soft cross entropy, the loss of the EAGLE-3 paper."""
 
     temporaries = 0
 
