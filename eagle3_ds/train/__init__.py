@@ -1,4 +1,5 @@
-"""Training: the DeepSpeed engine, the step, the loop. The only room that imports deepspeed.
+"""Training: the DeepSpeed engine, the optimizer step, the loop. No other package imports deepspeed.
 
-Nothing is imported here: the command line reads checkpoints without waiting for deepspeed.
+This file imports nothing, so that the command line reads checkpoints without the seconds that importing
+deepspeed takes.
 """

@@ -1,8 +1,8 @@
-"""What each rank runs in a capture: `python -m eagle3_ds.train.capture --recipe OUTPUT/recipe.resolved.yaml`.
+"""Capture with all ranks: `python -m eagle3_ds.train.capture --recipe OUTPUT/recipe.resolved.yaml`.
 
-The draft_dp groups take different packs; within a group each rank runs its own spans and writes the rows that
-it computed, so that no hidden state travels and no device holds more than its share. It reads
-`prepared.json`, as training does, and goes on after what an interrupted capture left, on any number of ranks.
+Each sp group takes its own packs. A rank runs the target over its spans of the pack and writes the rows that
+it computed: no hidden state is sent to another rank, and no device holds more than its share. Like training,
+it reads `prepared.json`. After an interruption it captures what is missing, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ from eagle3_ds.train.target_engine import SpanStates, TargetEngine
 
 
 class Stretch(NamedTuple):
-    """Rows [first, last) of a rank's slots that are rows `start` and following of a document of the pack."""
+    """A run of one document's tokens in a rank's slots.
+
+    Attributes:
+        first, last: it is rows [first, last) of the rank's slots.
+        document: number of the document in the pack.
+        start: the row of the document that row `first` is.
+    """
 
     first: int
     last: int
@@ -40,7 +46,7 @@ class Stretch(NamedTuple):
 
 
 def stretches(states: SpanStates) -> Iterator[Stretch]:
-    """A rank's slots, without padding, as runs of consecutive rows of one document each."""
+    """Cut a rank's slots, padding left out, into runs of consecutive rows of one document."""
     slots, plan = states.slots[states.slots < states.plan.length], states.plan
     documents = plan.document[slots]
     breaks = np.flatnonzero((np.diff(slots) != 1) | (np.diff(documents) != 0)) + 1
@@ -51,7 +57,11 @@ def stretches(states: SpanStates) -> Iterator[Stretch]:
 
 
 def capture(recipe: Recipe, heart: Heart) -> None:
-    """This rank's part of the capture. Collective."""
+    """Capture this rank's rows of all missing documents into the hidden-state store. Collective.
+
+    Raises:
+        ValueError: the target cannot run over spans, or the store cannot be written.
+    """
     parallel = recipe.parallel
     topology = maybe_setup_distributed(parallel.ulysses, parallel.ring, parallel.draft_dp)
     prepared: dict[str, Any] = json.loads((Path(recipe.output_dir) / "prepared.json").read_text())
@@ -77,8 +87,8 @@ def capture(recipe: Recipe, heart: Heart) -> None:
     for turn in range(0, len(packs), topology.draft_dp):
         heart.at("capturing", turn)
         place = turn + topology.place.dp_rank
-        # A group that has no pack left repeats the first one: it takes part in the gathers of ZeRO-3, and
-        # writes nothing.
+        # An sp group without a pack in the last turn runs the first pack again and writes nothing: the other
+        # groups would wait for it in ZeRO-3's gathers.
         documents = packs[place] if place < len(packs) else packs[0]
         token_ids = [tokens.of(document) for document in documents]
         states = engine.run(torch.cat(token_ids), [len(ids) for ids in token_ids])
@@ -98,24 +108,26 @@ def capture(recipe: Recipe, heart: Heart) -> None:
     if rank == 0:
         writer.finish()
     if topology.world_group is not None:
-        # Nobody leaves before the store has its name.
+        # No rank returns before rank 0 has given the store its final name.
         dist.barrier()
 
 
 class _Tokens:
-    """Token ids of a document by its number, training and held-out alike."""
+    """Token ids of training and held-out documents, by document id."""
 
     def __init__(self, data: PreparedData) -> None:
         self._rows = datasets.concatenate_datasets([data.train, data.heldout]).with_format("numpy")
         self._row_of = {int(document): row for row, document in enumerate(self._rows["document_id"])}
 
     def of(self, document: int) -> torch.Tensor:
-        """int64 [L]."""
+        """The token ids of a document, int64 [L], whole."""
         return torch.from_numpy(self._rows[self._row_of[document]]["input_ids"]).long()
 
 
 def _agreed(missing: list[int], topology: Topology) -> list[int]:
-    """Rank 0's list, for everybody, once all ranks have looked at what is there: nobody writes before."""
+    """Rank 0's list on all ranks. Collective. After the barrier every rank has read the store, so that none
+    finds rows that another rank has written in this run.
+    """
     if topology.world_group is None:
         return missing
     shared: list[Any] = [missing]
@@ -127,7 +139,8 @@ def _agreed(missing: list[int], topology: Topology) -> list[int]:
 def _write(writer: HiddenStateWriter, states: SpanStates, documents: Sequence[int]) -> None:
     for stretch in stretches(states):
         document, rows = documents[stretch.document], slice(stretch.first, stretch.last)
-        # What an interrupted capture on another mesh left may complete the document before its last stretch.
+        # An interrupted capture on another mesh may have left rows that complete a document before its last
+        # stretch here.
         if not writer.holds(document):
             writer.append(
                 document, states.aux[rows], states.teacher[rows], states.teacher_token[rows], stretch.start

@@ -1,5 +1,5 @@
-"""DeepSpeed's own judgement of a configuration, without a process group: in one process, before any rank
-starts.
+"""Checking a configuration with DeepSpeed itself, in one process without a process group, before the ranks
+start.
 """
 
 from __future__ import annotations
@@ -12,9 +12,14 @@ from pydantic import ValidationError
 
 
 def deepspeed_complaints(filled: Mapping[str, Any], keys: Collection[str]) -> list[str]:
-    """What the installed DeepSpeed says against a filled configuration, each line with its key and the fix.
+    """The errors that the installed DeepSpeed raises for a configuration.
 
-    `keys` are the user's. Empty when DeepSpeed takes all of it.
+    Args:
+        filled: the complete configuration (`fill_deepspeed_config`).
+        keys: the top-level keys that the user's JSON has.
+
+    Returns:
+        One line for each error, with its key and what to do; empty when DeepSpeed accepts the configuration.
     """
     error = _refusal(filled)
     if error is None:
@@ -30,13 +35,14 @@ def deepspeed_complaints(filled: Mapping[str, Any], keys: Collection[str]) -> li
 
 
 def _refusal(filled: Mapping[str, Any]) -> Exception | None:
-    """The error that DeepSpeed raises when it reads a configuration; None when it takes it."""
-    # Without a process group DeepSpeed counts one rank, and checks the batch against that.
+    """The error that DeepSpeed raises for a configuration; None when it accepts it."""
+    # Without a process group DeepSpeed assumes one rank, and checks train_batch_size against that.
     alone = {**filled, "train_batch_size": filled["gradient_accumulation_steps"]}
     try:
         DeepSpeedConfig(alone)
     except Exception as error:
-        # Whatever it is: DeepSpeed asserts, looks up and divides where a user's value is not what it expects.
+        # Any exception: for a value that it does not expect, DeepSpeed may fail an assertion, a look-up or a
+        # division.
         return error
     return None
 

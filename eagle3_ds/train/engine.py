@@ -1,9 +1,15 @@
-"""What DeepSpeed is handed, and how the gradient keeps its scale.
+"""Building the draft's DeepSpeed engine, and keeping the gradient at its scale.
 
-`zero_group: all`: DeepSpeed sees every rank as data parallel and averages over all W of them, so the loss
-share is multiplied by W. `zero_group: draft_dp`: DeepSpeed sees draft_dp only, averages over it, and a hook
-on each parameter sums the gradient over the sequence-parallel replicas first. Either way the result is the
-sum of all ranks' shares, at every ZeRO stage.
+Each rank computes its own share of the loss; the gradient wanted is the sum of all ranks' gradients, but
+DeepSpeed averages over what it takes for data-parallel ranks. `parallel.zero_group` says which ranks those
+are, and so which ranks ZeRO shards over:
+
+- `all`: all W ranks of the world. DeepSpeed averages over W, so each share is multiplied by W.
+- `draft_dp`: the ranks at the same place in different sequences. DeepSpeed averages over these, so each share
+  is multiplied by draft_dp; a hook on each parameter first sums its gradient over the sp ranks, which hold
+  replicas of it.
+
+Both give the same gradient at every ZeRO stage.
 """
 
 from __future__ import annotations
@@ -32,19 +38,23 @@ class DraftWithLoss(nn.Module):
     def __init__(self, draft: Draft, embedding: Tensor, settings: Any) -> None:
         super().__init__()
         self.draft = draft
-        # A plain attribute in a list, not a buffer: frozen, and none of DeepSpeed's business.
+        # In a list, so that nn.Module does not register it: DeepSpeed would broadcast, shard or cast it.
         self.frozen = [embedding]
         self.settings = settings
 
     def use_embedding(self, embedding: Tensor) -> None:
-        """From now on; on the device and in the dtype of the one before."""
+        """Use another embedding [V, H] from now on: whole, of the same device and dtype as the one before."""
         self.frozen[0] = embedding
 
     def forward(self, batch: LocalBatch, inputs: LossInputs) -> LossSum:
+        """This rank's share of the loss and of the counts, summed over its live slots. Collective over the sp
+        group: attention exchanges keys and values.
+        """
         embedding, taps = self.frozen[0], LossTaps()
         finish = partial(tiled_loss, taps, inputs=inputs)
-        # DeepSpeed reduces the gradients of a leaf module (see build_engine) once those of its inputs are
-        # known. No other input has one.
+        # DeepSpeed starts reducing the gradients of a leaf module (see build_engine) when the gradients of
+        # the module's inputs are computed. The draft's real inputs are frozen and have no gradients, so the
+        # reduction would start before the backward has run. This input has one, and it is computed last.
         anchor = torch.zeros((), dtype=embedding.dtype, device=embedding.device, requires_grad=True)
         return LossSum(*self.draft(batch, embedding, self.settings, taps.add, finish, anchor))
 
@@ -52,7 +62,11 @@ class DraftWithLoss(nn.Module):
 def build_engine(
     recipe: Recipe, deepspeed_config: dict[str, Any], topology: Topology, model: DraftWithLoss
 ) -> tuple[Any, float]:
-    """Initialise DeepSpeed.
+    """Initialise DeepSpeed. Collective over the world.
+
+    Args:
+        deepspeed_config: complete settings, as `fill_deepspeed_config` returns them.
+        model: on every rank with the same whole fp32 weights.
 
     Returns:
         The engine, and the factor that each rank's share of the loss is multiplied by before backward.
@@ -60,10 +74,11 @@ def build_engine(
     by_draft_dp = recipe.parallel.zero_group == "draft_dp"
     if by_draft_dp and topology.sp_group is not None:
         for parameter in model.parameters():
-            # A tensor hook sees each incoming gradient, so accumulation over micro-batches stays right.
+            # A tensor hook sees the gradient of one micro-batch, before it is added to `grad`: no
+            # micro-batch is summed over the group twice.
             parameter.register_hook(partial(_sum_over_group, topology.sp_group))
-    # One gather of the draft in forward and one in backward, where ZeRO-3 would else gather each matrix K
-    # times.
+    # As a leaf module the draft is gathered once in the forward and once in the backward. Without this,
+    # ZeRO-3 gathers every matrix once per TTT step.
     set_z3_leaf_modules(model, [type(model.draft)])
     train = recipe.train
     optimizer = torch.optim.AdamW(
@@ -74,8 +89,8 @@ def build_engine(
         weight_decay=train.weight_decay,
     )
     mpu = ZeroGroupMpu.create(topology) if by_draft_dp else None
-    # DeepSpeed keeps the mpu of the last engine that had one for those that have none: a second trainer in
-    # one process would reduce its gradients over the first one's groups.
+    # DeepSpeed keeps the mpu in a global, and an engine without one takes what is there: a second trainer in
+    # one process would reduce its gradients over the groups of the first.
     groups.mpu = mpu
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config, mpu=mpu)
     unname_segment(topology)
@@ -85,11 +100,11 @@ def build_engine(
 
 
 def _undo_synthetic_step(wrapper: FP16_UnfusedOptimizer) -> None:
-    """Bring the optimizer of stage 0 in bf16 back to where it was before DeepSpeed stepped it.
+    """Undo the step that DeepSpeed takes while it builds the stage-0 optimizer of a bf16 model.
 
-    The wrapper takes a step on zero gradients to allocate the state (DeepSpeed 0.19.8,
-    `initialize_optimizer_states`). Adam counts it, so that the bias correction makes the first real update
-    1.4 times too small, and weight decay acts on the masters.
+    It steps on zero gradients to allocate the state (DeepSpeed 0.19.8, `initialize_optimizer_states`). Adam
+    counts that step, so the bias correction makes the first real update 1.4 times too small, and the step
+    applies weight decay to the fp32 master weights.
     """
     wrapper.optimizer.state.clear()
     with torch.no_grad():
@@ -105,23 +120,27 @@ def _sum_over_group(group: dist.ProcessGroup, gradient: Tensor) -> Tensor:
 
 
 def step_and_norm(engine: Any) -> float:
-    """Take the optimizer step of the last micro-batch; returns the global gradient norm before clipping.
+    """Take the optimizer step after the last micro-batch. Collective over the world.
 
-    Where the norm is not finite, on any rank and so on all, nothing is updated. DeepSpeed's optimizers do so
-    by themselves.
+    When the norm is not finite, which is so on all ranks or on none, weights and moments stay as they are.
+    DeepSpeed's own optimizers already skip such a step; plain AdamW is made to skip it here.
+
+    Returns:
+        The norm of the whole gradient before clipping.
     """
     if hasattr(engine.optimizer, "_global_grad_norm"):
         engine.step()
         return float(engine.get_global_grad_norm())
-    # DeepSpeed reports no norm for a plain fp32 optimizer (stage 0). Its gradients are reduced by now, and
-    # whole.
+    # Stage 0 in fp32: DeepSpeed steps AdamW itself and reports no norm. Every rank holds whole gradients
+    # here, reduced already.
     gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients))
     if math.isfinite(norm):
         engine.step()
     else:
-        # AdamW passes over a parameter without a gradient: weights, moments and step count stay. DeepSpeed's
-        # clipping, which comes before, does not bear that.
+        # AdamW leaves a parameter without a gradient alone: its weights, moments and step count. The
+        # gradients are dropped in a hook because DeepSpeed clips before it steps, and clipping fails on
+        # parameters without gradients.
         hook = engine.optimizer.register_step_pre_hook(
             lambda optimizer, *_: optimizer.zero_grad(set_to_none=True)
         )
@@ -131,7 +150,9 @@ def step_and_norm(engine: Any) -> float:
 
 
 def full_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter whole, on the CPU, by its name in `model`. Under ZeRO-3 all ranks must call it."""
+    """A CPU copy of every whole parameter, by its name in `model`, on every rank. Collective under ZeRO-3,
+    which gathers one parameter at a time.
+    """
     whole = {}
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):

@@ -30,7 +30,9 @@ logger = logging.getLogger(__name__)
 
 
 class StepSource(Protocol):
-    """What the loop needs of the data: pure functions, all of them."""
+    """What the loop needs of the data. All methods are pure functions, so that a resumed run sees the same
+    packs.
+    """
 
     def steps_in(self, epochs: int) -> int: ...
 
@@ -59,15 +61,21 @@ def run_training(
     heart: Heart,
     resumed: Manifest | None = None,
 ) -> None:
-    """Train until the end or a request to stop; then the last checkpoint, or the final weights, are in place.
-    Collective.
+    """Train to the end of the run, or until a request to stop. Collective.
 
-    `heldout` holds the packs of this draft_dp rank, equally many on every rank. `resumed` is the checkpoint
-    that the trainer was put to. Files are written by rank 0 alone, but for checkpoints.
+    At the end rank 0 writes the final weights; after a request to stop, all ranks write a checkpoint.
+
+    Args:
+        heldout: held-out packs of this draft_dp rank, equally many on every rank.
+        stop: the requests to stop that this rank has received.
+        heart: reports to the supervisor what this rank does.
+        resumed: manifest of the checkpoint that was loaded into the trainer; None for a new run.
 
     Raises:
-        ValueError: the checkpoint is from beyond the end of the run.
+        ValueError: the checkpoint has done more steps than the run has.
         CheckpointError: a checkpoint could not be written.
+        FloatingPointError: too many steps in a row were not finite.
+        RuntimeError: ranks that must hold equal tensors hold different ones.
     """
     recipe, is_first = trainer.recipe, trainer.topology.place.rank == 0
     last, done = total_steps(recipe, loader), resumed.step if resumed else 0
@@ -78,7 +86,7 @@ def run_training(
         )
     metrics = MetricsFile(output_dir / "metrics.jsonl", done) if is_first else None
     if is_first:
-        # Of an earlier, shorter run: this one has not come to its end.
+        # Final weights of an earlier, shorter run: while this one has not ended, they must not look like its.
         (output_dir / FINAL_WEIGHTS).unlink(missing_ok=True)
     saver = CheckpointSaver(EngineState(trainer), output_dir / CHECKPOINTS)
     saved, reason = resumed.step if resumed else None, ""
@@ -126,8 +134,11 @@ def run_training(
 
 
 def _between_steps(stop: StopRequest, saver: CheckpointSaver, trainer: DraftTrainer) -> str:
-    """Why all ranks stop here, or an empty text; and a checkpoint that all ranks have written gets its name.
-    Collective.
+    """Agree whether to stop, and finish a checkpoint once the threads of all ranks have written it.
+    Collective: ranks that decided alone would leave the others in the next step's collectives.
+
+    Returns:
+        Why all ranks stop here; an empty text when they go on.
     """
     reason, writing = max_over_ranks([stop.reason, saver.state], trainer.topology.device)
     if saver.is_pending and writing != WRITING:
@@ -138,7 +149,7 @@ def _between_steps(stop: StopRequest, saver: CheckpointSaver, trainer: DraftTrai
 def _step(
     trainer: DraftTrainer, loader: StepSource, guard: DivergenceGuard, index: int, last: int
 ) -> dict[str, Any]:
-    """Optimizer step `index` (from 0) and what metrics.jsonl says about it."""
+    """Take optimizer step `index` (from 0), and return its record for metrics.jsonl."""
     rate = learning_rate_at(trainer.recipe, index, last)
     started = time.perf_counter()
     report = trainer.step(loader.step(index), rate)
@@ -154,7 +165,7 @@ def _step(
 
 
 def save_weights(trainer: DraftTrainer, path: Path) -> None:
-    """The draft's weights whole, in one file by rank 0. Collective."""
+    """Gather the draft's whole weights, and write them to one file by rank 0. Collective."""
     weights = trainer.state_dict()
     if trainer.topology.place.rank == 0:
         aside = path.with_name(f".{path.name}")

@@ -1,7 +1,7 @@
-"""What each rank runs: `python -m eagle3_ds.train.main --recipe OUTPUT/recipe.resolved.yaml [--resume
-step-N]`.
+"""What each rank runs in training:
+`python -m eagle3_ds.train.main --recipe OUTPUT/recipe.resolved.yaml [--resume step-N]`.
 
-It reads `prepared.json` in the recipe's output folder, which the prepare stage wrote:
+It reads `prepared.json`, which the prepare stage wrote into the recipe's output folder:
 `{"data": folder, "data_fingerprint": str, "store": folder or null, "store_fingerprint": {...}}`.
 """
 
@@ -40,13 +40,13 @@ from eagle3_ds.train.state import EngineState
 from eagle3_ds.train.target_engine import TargetEngine
 from eagle3_ds.train.trainer import DraftTrainer
 
-# By its full name: a rank runs this file as __main__, which is no child of the package's logger.
+# Not __name__: a rank runs this file as __main__, whose logger is no child of the package's logger.
 logger = logging.getLogger("eagle3_ds.train.main")
 
 
 def build_trainer(recipe: Recipe, topology: Topology) -> DraftTrainer:
-    """A trainer with a fresh draft, the same on all ranks because all seed alike, or with the one of
-    `train.init_from`.
+    """A trainer of a new draft, or of the draft that `train.init_from` names. Collective. The same seed on
+    all ranks gives a new draft the same weights everywhere.
     """
     torch.manual_seed(recipe.train.seed)
     folder = resolve_path(recipe.target.path)
@@ -63,10 +63,14 @@ def build_trainer(recipe: Recipe, topology: Topology) -> DraftTrainer:
 
 
 def open_states(recipe: Recipe, topology: Topology) -> HiddenStates:
-    """The hidden-state store, or the target itself.
+    """The hidden-state store, or the online target. Collective for the target.
 
-    Opened before the draft's engine is built, while the device is empty: the target passes through it layer
-    by layer.
+    Called before the draft's engine is built, while the device is empty: sharding takes the target's weights
+    through the device layer by layer.
+
+    Raises:
+        ValueError: the store is missing or was made from something else, or the target cannot run over
+            spans.
     """
     if recipe.data.hidden_states == "online":
         return OnlineStates(TargetEngine(recipe, topology))
@@ -81,8 +85,13 @@ def read_prepared(recipe: Recipe) -> dict[str, Any]:
 def build_loaders(
     recipe: Recipe, topology: Topology, states: HiddenStates, resumed: tuple[int, int] = (0, 0)
 ) -> tuple[PackedLoader, Sequence[PackedSequence]]:
-    """The training loader, and the held-out packs of this draft_dp rank. `resumed`: steps done and packs
-    seen.
+    """The training loader, and the held-out packs of this draft_dp rank.
+
+    Args:
+        resumed: optimizer steps and packs that the checkpoint has done.
+
+    Raises:
+        ValueError: the prepared data are missing, or were made from something else.
     """
     prepared = read_prepared(recipe)
     data = PreparedData.open(Path(prepared["data"]), prepared["data_fingerprint"])
@@ -121,7 +130,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def train(recipe: Recipe, resume: str | None, heart: Heart) -> None:
-    """This rank's part of the run. Collective."""
+    """Build the trainer, load a checkpoint if one is named, and train. Collective.
+
+    Args:
+        resume: name of a checkpoint's folder, or `latest`; None starts at step 0.
+
+    Raises:
+        ValueError: ranks differ in what they run or read, or the checkpoint or the data do not fit the
+            recipe.
+    """
     parallel, output_dir = recipe.parallel, Path(recipe.output_dir)
     topology = maybe_setup_distributed(parallel.ulysses, parallel.ring, parallel.draft_dp)
     is_first = topology.place.rank == 0

@@ -14,17 +14,18 @@ from eagle3_ds.checkpoint.format import sync_file, write_durably
 
 
 class MetricsFile:
-    """Appends lines; a resumed run drops the lines of steps it is about to repeat, so each step stands once.
+    """Appends to metrics.jsonl. Opening it drops the lines after `first_step`: a resumed run takes those
+    steps again, and each step is to have one line.
 
     Raises:
-        ValueError: an earlier line is not one of ours.
+        ValueError: a line is not the metrics of a step.
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
         self.path = path
         lines = path.read_text().split("\n") if path.exists() else [""]
-        # The part after the last line break is empty, or a line that a crash has cut short: its step is
-        # repeated.
+        # What follows the last line break is empty, or a line that a crash cut short; a resumed run takes
+        # its step again.
         kept = [line for number, line in enumerate(lines[:-1], 1) if self._step(line, number) <= first_step]
         write_durably(path, "".join(f"{line}\n" for line in kept))
 
@@ -37,7 +38,9 @@ class MetricsFile:
             ) from error
 
     def write(self, record: dict[str, Any], durably: bool) -> None:
-        """`durably` before a checkpoint, which must not outlive the metrics of its steps."""
+        """Append one line. `durably` syncs it to disk: used before a checkpoint, so that no power cut leaves
+        the checkpoint without the metrics of its steps.
+        """
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         if durably:
@@ -45,8 +48,8 @@ class MetricsFile:
 
 
 def peak_memory_bytes(device: torch.device) -> list[int]:
-    """Peak bytes of every rank: allocated device memory, or the resident set of the process on a CPU.
-    Collective.
+    """Peak memory of each rank in bytes: allocated device memory, or on a CPU the resident set of the
+    process. Collective over the world.
     """
     if device.type == "cpu":
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,7 +1,7 @@
-"""Hidden states of a target that runs beside the draft: one forward per packed sequence, nothing on disk.
+"""Hidden states from an online target: one target forward per packed sequence, nothing on disk.
 
-Every rank runs the target over the very slots that it trains on, so that only the halo of the teacher and its
-tokens travel.
+Each rank runs the target over the same slots that it trains on. So the ranks exchange only the teacher's halo
+(the rows that follow a span, which its TTT steps are taught with) and the teacher's tokens.
 """
 
 from __future__ import annotations
@@ -21,21 +21,30 @@ from eagle3_ds.train.target_engine import TargetEngine
 
 
 class OnlineStates:
-    """Takes the place of a hidden-state store. `states` is collective over the world, as the target's forward
-    is.
+    """Has the methods of a hidden-state store, and computes what a store would read. `states` is collective
+    over the world, because the target's forward is.
     """
 
     def __init__(self, engine: TargetEngine) -> None:
         self.engine = engine
 
     def require_documents(self, lengths: Mapping[int, int]) -> None:
-        """Any document will do: its hidden states are computed when it is trained on."""
+        """Accept any documents: their hidden states are computed when they are trained on."""
 
     def states(
         self, documents: Sequence[int], token_ids: Tensor, loss_mask: Tensor, lengths: Sequence[int]
     ) -> tuple[Tensor, Rows, Rows]:
-        """`teacher_token` whole, `aux` for this rank's slots, `teacher` where live slots read it; all in host
-        memory.
+        """Run the target over a packed sequence. Collective over the world.
+
+        Args:
+            documents: document ids; not used.
+            token_ids: int64 [L], whole on every rank of the sp group.
+            loss_mask: bool [L], whole on every rank of the sp group.
+            lengths: the tokens of each document.
+
+        Returns:
+            In host memory: `teacher_token` int64 [L], whole; `aux`, this rank's slots of rows
+            [L, layers * Ht]; `teacher`, those rows of [L, Ht] that this rank's live slots read.
         """
         topology, recipe = self.engine.topology, self.engine.recipe
         halo = algorithm_of(recipe).supervision(recipe).halo
@@ -59,7 +68,12 @@ class OnlineStates:
 
 
 class HeldRows:
-    """Rows of a packed sequence, asked for by their place in it; this rank holds those of `slots`."""
+    """The rows of a packed sequence that this rank holds, indexed by their slots in the whole sequence.
+
+    Args:
+        slots: int64 [n], the slots held, in any order.
+        rows: [n, width], their rows.
+    """
 
     def __init__(self, slots: IntArray, rows: Tensor) -> None:
         assert len(slots) == len(rows), (len(slots), len(rows))

@@ -1,4 +1,4 @@
-"""Training on hidden states that come from anywhere, such as the rollout engine of an RL loop.
+"""Training on hidden states that the caller supplies, for example from the rollout engine of an RL loop.
 
 Legend: L tokens of a packed sequence, Ht hidden size of the target, V its vocabulary.
 """
@@ -30,22 +30,23 @@ from eagle3_ds.train.state import EngineState
 from eagle3_ds.train.trainer import DraftTrainer, StepReport
 
 ROWS_AT_ONCE = 4096
-"""Rows whose copies exist at a time while a rollout is checked."""
+"""How many rows are copied to the host at a time while a rollout is checked."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Documents laid end to end, prompt and answer each, with what the target computed on the way.
+    """A packed sequence: documents (prompt and answer) laid end to end, with the target's hidden states.
 
     Attributes:
-        token_ids: integers [L].
-        loss_mask: bool [L], true for the tokens that the target wrote.
-        lengths: of the documents in tokens, sum L.
-        aux: rows [L, layers * Ht], the inputs of the captured layers side by side: a tensor, or anything
-            that gives its rows by slices.
-        teacher: rows [L, Ht], the last hidden state behind the final norm.
-        teacher_token: integers [L], the target's argmax over its whole vocabulary; None has it computed from
-            `teacher`.
+        token_ids: integers [L], whole on every rank.
+        loss_mask: bool [L], whole on every rank; true for the tokens that the target wrote.
+        lengths: the tokens of each document; their sum is L.
+        aux: rows [L, layers * Ht]: the inputs of the captured layers, concatenated. A tensor, or an object
+            whose `[start:stop]` returns those rows. A rank reads only the rows of its own slots.
+        teacher: rows [L, Ht]: the target's output after the final norm, as a tensor or such an object. A rank
+            reads the rows of its own slots and of the halo after each of its spans.
+        teacher_token: integers [L], whole on every rank: the target's argmax over its vocabulary. None
+            computes it from `teacher`.
     """
 
     token_ids: Tensor
@@ -57,20 +58,20 @@ class Rollout:
 
 
 class RolloutTrainer:
-    """A `DraftTrainer` that is fed with `Rollout`s instead of a recipe's data.
+    """A `DraftTrainer` that takes `Rollout`s instead of a recipe's data.
 
-    Every method is collective: all ranks call it alike, sequence-parallel peers with the same rollouts.
-    Without a launcher it is a world of one rank.
+    The constructor and every method are collective over the world: all ranks call them in the same order, the
+    ranks of one sp group with the same rollouts. Without a launcher the world is this one process.
 
     Args:
-        recipe: a recipe or the path of one; its sections `data` and `eval` are not used. overrides: as on the
-            command line.
-        vocabulary: the draft's; None takes vocabulary.safetensors from `output_dir`, or all tokens when
-            `draft.vocab_size` is the target's.
-        weights: of a draft to go on with, by the names of `state_dict`; None starts a fresh one.
+        recipe: a recipe, or the path of one. Its sections `data` and `eval` are not used.
+        overrides: for a path: `section.key=value`, as on the command line.
+        vocabulary: the draft vocabulary. None reads vocabulary.safetensors in `output_dir`; without that
+            file, the draft has all tokens if `draft.vocab_size` equals the target's.
+        weights: whole weights of a draft to continue from, named as in `state_dict`; None starts a new draft.
 
     Raises:
-        ValueError: a mistake in the recipe, or no vocabulary.
+        ValueError: the recipe has a mistake, or no vocabulary was found.
     """
 
     def __init__(
@@ -100,11 +101,14 @@ class RolloutTrainer:
         self.steps = 0
 
     def step(self, rollouts: Rollout | Sequence[Rollout], learning_rate: float | None = None) -> StepReport:
-        """One optimizer step over `train.accumulation` rollouts of this draft_dp rank.
+        """Take one optimizer step. Collective.
+
+        Args:
+            rollouts: `train.accumulation` of them, those of this draft_dp rank.
+            learning_rate: of this step; None keeps the last one.
 
         Raises:
-            ValueError: a rollout that cannot be trained on, here or on another rank; then no rank takes the
-                step.
+            ValueError: this rank or another got a rollout that cannot be trained on; no rank takes the step.
         """
         given = [rollouts] if isinstance(rollouts, Rollout) else list(rollouts)
         report = self.trainer.step(self._packs(given, self.recipe.train.accumulation), learning_rate)
@@ -112,13 +116,23 @@ class RolloutTrainer:
         return report
 
     def evaluate(self, rollouts: Sequence[Rollout]) -> StepReport:
-        """Loss and accuracy over rollouts of this draft_dp rank, equally many on every rank. Raises
-        ValueError as `step`.
+        """Loss and accuracy over the rollouts of all draft_dp ranks; each rank passes its own, equally many.
+        Collective.
+
+        Raises:
+            ValueError: this rank or another got a rollout that cannot be evaluated.
         """
         return self.trainer.evaluate(self._packs(rollouts, len(rollouts)))
 
     def update_target(self, embedding: Tensor, head: Tensor) -> None:
-        """Tell of a target that was trained meanwhile: its embedding [V, H] and head [V, Ht]."""
+        """Replace the target's embedding [V, H] and head [V, Ht], for example after the policy was updated.
+
+        Args:
+            embedding, head: whole, the same on every rank.
+
+        Raises:
+            ValueError: a shape differs from the target's.
+        """
         for name, tensor in (("embedding", embedding), ("head", head)):
             if tensor.shape != self._head.shape:
                 raise ValueError(
@@ -128,17 +142,19 @@ class RolloutTrainer:
         self.trainer.update_target(embedding, head)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The draft's weights, whole, on the CPU, on every rank. `export.vllm_tensors` gives them the names
-        that servers know.
+        """The draft's whole weights on the CPU of every rank. Collective. `export.vllm_tensors` renames them
+        to the names that servers load.
         """
         return self.trainer.state_dict()
 
     def save(self, folder: str | Path) -> Path:
-        """Write a checkpoint with the optimizer's state under `folder`; returns its own folder, which `load`
-        goes on from.
+        """Write a checkpoint, optimizer state included, into a new folder under `folder`. Collective.
+
+        Returns:
+            The checkpoint's own folder, for `load`.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: the checkpoint could not be written.
         """
         saver = CheckpointSaver(EngineState(self.trainer), Path(folder))
         packs = self.steps * self.recipe.train.accumulation * self.trainer.topology.draft_dp
@@ -147,17 +163,20 @@ class RolloutTrainer:
         return Path(folder) / folder_name(self.steps)
 
     def load(self, folder: str | Path) -> int:
-        """Go on from a checkpoint of `save`, of any mesh and ZeRO stage; returns the steps it had done.
+        """Continue from a checkpoint that `save` wrote, on any mesh and at any ZeRO stage. Collective.
+
+        Returns:
+            The optimizer steps that the checkpoint has done.
 
         Raises:
-            ValueError: it is missing, damaged, or of another draft.
+            ValueError: the checkpoint is missing, damaged, or of another draft.
         """
         self.steps = load_checkpoint(EngineState(self.trainer), Path(folder)).step
         return self.steps
 
     def _packs(self, rollouts: Sequence[Rollout], number: int) -> list[PackedSequence]:
-        """The rollouts as packs. A mistake on one rank is an error on all of them: the others would wait for
-        it for ever.
+        """Turn rollouts into packs. Collective: a mistake on one rank is raised on all, because the others
+        would wait for ever in the collectives of a step that this rank does not take.
         """
         packs, mistake = [], None
         try:
@@ -180,8 +199,8 @@ class RolloutTrainer:
         return packs
 
     def _pack(self, rollout: Rollout) -> PackedSequence:
-        """Checked as far as this rank reads it; the teacher's tokens are those of its own rows, and 0
-        elsewhere.
+        """Check the rows that this rank reads, and make a pack. Teacher tokens that are computed here are
+        computed for those rows only, and are 0 elsewhere.
         """
         length = _check_tokens(rollout, len(self._head))
         place, loss_mask = self.trainer.topology.place, rollout.loss_mask.cpu().bool()
@@ -209,13 +228,15 @@ class RolloutTrainer:
         )
 
     def _greedy_tokens(self, teacher: Tensor) -> Tensor:
-        """int64 [n] of hidden states [n, Ht], as capture finds them: in the target's precision."""
+        """The target's tokens int64 [n] for its hidden states [n, Ht], in the target's dtype as capture
+        computes them.
+        """
         device, dtype = self.trainer.topology.device, getattr(torch, self.recipe.target.dtype)
         return teacher_tokens(teacher.to(device, dtype), self._head.to(device, dtype)).cpu()
 
 
 class _HostRows:
-    """Rows that are handed over on the CPU, wherever they lie: the trainer moves them on, tile by tile."""
+    """Rows on any device, copied to the CPU as they are read: the trainer copies each tile to its device."""
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
@@ -225,8 +246,10 @@ class _HostRows:
 
 
 def _check_tokens(rollout: Rollout, vocab_size: int) -> int:
-    """The number of tokens. Raises ValueError for columns that disagree, and for tokens that the target does
-    not have.
+    """Check the columns [L] of a rollout, and return L.
+
+    Raises:
+        ValueError: columns of different lengths, or a token that the target does not have.
     """
     length = len(rollout.token_ids)
     if not rollout.lengths or min(rollout.lengths) < 1 or sum(rollout.lengths) != length:
@@ -272,10 +295,11 @@ def _check_supervised(lengths: Sequence[int], loss_mask: Tensor, supervision: Su
 def _checked_rows(
     name: str, rows: Rows, slots: NDArray[np.int64], length: int, width: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(slots int64 [n], rows [n, width]) of those of `slots` that hold a token, a few thousand at a time.
+    """Yield (slots int64 [n], rows [n, width]) for the slots that hold a token, up to `ROWS_AT_ONCE` at a
+    time. Slots of `length` and above are padding.
 
     Raises:
-        ValueError: rows of another shape or dtype, or an infinity or a NaN among them.
+        ValueError: rows have another shape or dtype, or hold an infinity or a NaN.
     """
     if isinstance(rows, Tensor) and rows.shape != (length, width):
         raise ValueError(
@@ -317,8 +341,8 @@ def _topology(recipe: Recipe) -> Topology:
     parallel = recipe.parallel
     topology = maybe_setup_distributed(parallel.ulysses, parallel.ring, parallel.draft_dp)
     if not dist.is_initialized():
-        # No launcher: DeepSpeed wants a process group and LOCAL_RANK all the same. A world of one needs no
-        # address.
+        # Without a launcher DeepSpeed still needs a process group and LOCAL_RANK. A HashStore needs no
+        # address or port.
         os.environ.setdefault("LOCAL_RANK", "0")
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     return topology

@@ -1,5 +1,6 @@
-"""Rows that one sp rank computed, handed to the sp ranks that want them: one all-to-all, planned from the
-span plan alone.
+"""Sending rows from the sp ranks that computed them to the sp ranks that want them, in one all-to-all.
+
+Every rank derives all message sizes from the span plan, so that no sizes are exchanged.
 
 Legend: S slots of this rank, L padded length.
 """
@@ -20,11 +21,13 @@ IntArray = NDArray[np.int64]
 
 
 class RowExchange:
-    """Who sends which rows to whom. Every sp rank builds it from the same `plan` and `wanted`.
+    """Which rows each sp rank sends to which other one. Every sp rank builds it from the same `plan` and
+    `wanted`; building is not collective.
 
     Args:
-        wanted: for each sp rank the slots that it wants, ascending and below the padded length; several ranks
-            may want one.
+        wanted: for each sp rank, the slots that it wants: int64, ascending, below the padded length. Several
+            ranks may want the same slot.
+        sp_rank: this rank's.
         sp_group: the ranks that share the sequence, in the order of sp_rank; None for one rank.
     """
 
@@ -39,12 +42,18 @@ class RowExchange:
         self.send_sizes = [len(slots) for slots in held]
         mine = wanted[sp_rank]
         self.receive_sizes = np.bincount(holder[mine], minlength=len(wanted)).tolist()
-        # Rows arrive by sender, ascending within one: a stable sort by sender tells where each belongs.
+        # Rows arrive ordered by sender, and ascending from each sender. The inverse of a stable sort by
+        # sender puts them in the order of `wanted`.
         self.arrival = torch.from_numpy(np.argsort(np.argsort(holder[mine], kind="stable"), kind="stable"))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [S, ...], this rank's slots -> the wanted slots' rows, in their order. Collective over the sp
-        group.
+        """Exchange rows. Collective over the sp group.
+
+        Args:
+            x: [S, ...], the rows of this rank's slots, in the order of the plan.
+
+        Returns:
+            [n, ...], the rows of the n slots that this rank wants, in the order of `wanted`.
         """
         sent = x[self.rows.to(x.device)]
         if self.group is None:
@@ -55,7 +64,7 @@ class RowExchange:
 
 
 def _holders(plan: SpanPlan) -> tuple[IntArray, IntArray]:
-    """The sp rank that holds each slot, and the slot's row there. [L] each."""
+    """For every slot, the sp rank that holds it and the slot's row on that rank: int64 [L] each."""
     by_rank = plan.ring_slots.reshape(plan.ring * plan.ulysses, plan.slots_per_rank)
     holder, row = np.empty(plan.padded_length, np.int64), np.empty(plan.padded_length, np.int64)
     holder[by_rank] = np.arange(len(by_rank))[:, None]

@@ -1,4 +1,6 @@
-"""What DeepSpeed 0.19.8 leaves behind on CPUs: 69 MB of shared memory per rank and run, for ever."""
+"""Freeing the shared memory that DeepSpeed 0.19.8 leaves on CPU machines: 69 MB per rank and run, until the
+machine is restarted.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from eagle3_ds.topology import Topology
 
 
 def segment(rank: int) -> Path:
-    """Where this run's rank has the buffer through which DeepSpeed reduces between ranks of one host
+    """The file of a rank's buffer, through which DeepSpeed reduces between the ranks of one host
     (`comm/shm.cpp`).
     """
     run = f"{os.environ.get('MASTER_ADDR', '')}_{os.environ.get('MASTER_PORT', '')}"
@@ -19,9 +21,11 @@ def segment(rank: int) -> Path:
 
 
 def unname_segment(topology: Topology) -> None:
-    """Take the buffer's name away, which DeepSpeed never does. Collective; after `deepspeed.initialize`.
+    """Unlink this rank's buffer, which DeepSpeed never does. Collective; call it after
+    `deepspeed.initialize`.
 
-    All ranks have it mapped by then, and keep it until they end, however they end.
+    By then all ranks of the host have mapped it. The kernel frees it when the last of them ends, even by a
+    crash.
     """
     if topology.device.type == "cpu" and dist.is_initialized():
         dist.barrier()

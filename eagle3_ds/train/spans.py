@@ -1,5 +1,5 @@
-"""The cut of a packed sequence, as the recipe says: the same for the draft and for a target that runs beside
-it.
+"""Cutting a packed sequence into the spans of the ranks, as the recipe says. The draft and an online target
+use the same cut.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from eagle3_ds.layout import SpanPlan, live_slots
 
 
 def plan_spans(recipe: Recipe, lengths: Sequence[int], loss_mask: Tensor) -> SpanPlan:
-    """The same plan on all ranks. loss_mask: bool [L], true for assistant tokens of the documents end to
-    end.
+    """Cut a packed sequence into spans. Pure: the same arguments give the same plan on all ranks.
+
+    Args:
+        lengths: the tokens of each document.
+        loss_mask: bool [L], whole: true for assistant tokens of the documents laid end to end.
     """
     algorithm, live = algorithm_of(recipe), None
     if algorithm.live_slots_alone(recipe):

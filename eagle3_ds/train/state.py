@@ -1,10 +1,14 @@
-"""Where DeepSpeed keeps this rank's share of the training state, at every ZeRO stage, as fragments of whole
-parameters.
+"""Reading and writing the training state of a DeepSpeed engine at any ZeRO stage.
 
-torch's AdamW steps fp32 tensors, the *masters*, and keeps two moments of each in the same layout. What a
-master is depends on the stage: one whole parameter (stage 0), this rank's part of all parameters laid end to
-end (1 and 2), or its parts of some of them (3). `find_masters` says which elements of which parameter lie
-where, and nothing else needs to know the stage.
+A *master* is an fp32 tensor that torch's AdamW steps; its two moments have the same layout. A *fragment* is a
+run of consecutive elements of one flattened parameter, together with where they lie in a master. What one
+master holds depends on the ZeRO stage:
+
+- stage 0: one whole parameter;
+- stages 1 and 2: this rank's partition of all parameters of a param group, laid end to end;
+- stage 3: this rank's partition of each parameter of a sub-group, laid end to end.
+
+`find_masters` lists the fragments of each master, so that no other code depends on the stage.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from eagle3_ds.topology import Topology
 
 
 class Trained(Protocol):
-    """What is asked of a trainer."""
+    """What `EngineState` needs of a trainer."""
 
     engine: Any
     recipe: Recipe
@@ -36,11 +40,10 @@ class Trained(Protocol):
 
 
 class EngineState:
-    """The training state of a DeepSpeed engine, as checkpoints read and write it
-    (`checkpoint.state.TrainingState`).
+    """The `checkpoint.state.TrainingState` of a trainer's DeepSpeed engine.
 
     Raises:
-        ValueError: DeepSpeed chose an optimizer whose layout is not known here.
+        ValueError: DeepSpeed chose an optimizer whose layout `find_masters` does not know.
     """
 
     def __init__(self, trainer: Trained) -> None:
@@ -54,7 +57,9 @@ class EngineState:
 
     @property
     def replica(self) -> tuple[int, int]:
-        """Which of how many equal copies of the sharded state this rank is."""
+        """(index, count): `count` ranks hold an equal copy of this rank's masters, and this is number
+        `index` of them.
+        """
         topology = self.topology
         if self.zero_stage == 0:
             return topology.place.rank, topology.mesh.world_size
@@ -66,7 +71,7 @@ class EngineState:
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Whole shapes by name. A parameter that ZeRO-3 has taken apart remembers its own."""
+        """Whole shapes by parameter name; ZeRO-3 keeps them in `ds_shape`."""
         named = _named(self._engine.module)
         return {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in named}
 
@@ -87,7 +92,9 @@ class EngineState:
         return {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
 
     def read(self, master: FlatMaster) -> dict[str, Tensor]:
-        """The flat master and its moments: views. Moments are zeros before AdamW's first step."""
+        """Views of a master and its moments, by kind, each fp32 [n]: the elements that this rank holds.
+        Before AdamW's first step the moments are new tensors of zeros.
+        """
         state = self._engine.basic_optimizer.state.get(master.tensor, {})
         flat = {MASTER: master.tensor.detach().view(-1)}
         return flat | {
@@ -96,8 +103,12 @@ class EngineState:
 
     @torch.no_grad()
     def write(self, adam_steps: int, read: Callable[[str, Fragment], Tensor]) -> None:
-        """Fill masters and moments from `read(kind, fragment)`, fp32 [numel], then the weights from the
-        masters. Collective.
+        """Fill this rank's masters and moments, then copy the masters into the weights. Collective: ZeRO
+        gathers the updated weights.
+
+        Args:
+            adam_steps: the updates that AdamW has made.
+            read: returns the elements of a fragment, fp32 [fragment.numel], of the kind given.
         """
         for master in self.masters:
             state = self._engine.basic_optimizer.state[master.tensor]
@@ -110,7 +121,7 @@ class EngineState:
         _weights_from_masters(self._engine.optimizer)
 
     def count_steps(self, steps: int, skipped_steps: int) -> None:
-        """Set the counters that DeepSpeed keeps beside its optimizer."""
+        """Set the counters that the DeepSpeed engine keeps besides the optimizer's state."""
         engine = self._engine
         engine.global_steps, engine.skipped_steps = steps, skipped_steps
         engine.micro_steps = steps * engine.gradient_accumulation_steps()
@@ -118,10 +129,11 @@ class EngineState:
 
 
 def find_masters(engine: Any) -> list[FlatMaster]:
-    """This rank's masters. Together, the ranks that ZeRO shards over hold every parameter exactly once.
+    """The masters that this rank holds. The masters of all ranks that ZeRO shards over hold every element of
+    every parameter exactly once.
 
     Raises:
-        ValueError: DeepSpeed chose an optimizer whose layout is not known here.
+        ValueError: DeepSpeed chose an optimizer of another type than those known here.
     """
     wrapper = engine.optimizer
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
@@ -162,7 +174,7 @@ def _of_stage_3(wrapper: Any, module: nn.Module) -> list[FlatMaster]:
     for name, parameter in _named(module):
         group, offset, numel = wrapper.grad_position[wrapper.get_param_id(parameter)]
         start = numel * parameter.ds_zero_partition_rank
-        # The last partitions are padded, some may be padding alone.
+        # ZeRO-3 pads a parameter to equal partitions: the last ones hold some padding, or nothing else.
         numel = min(numel, parameter.ds_numel - start)
         if numel > 0:
             fragments[group].append(Fragment(name, start, offset, numel))
@@ -173,7 +185,7 @@ def _of_stage_3(wrapper: Any, module: nn.Module) -> list[FlatMaster]:
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Parameters by their names in the draft."""
+    """(name in the draft, parameter) for every parameter of the engine's module."""
     return ((name.removeprefix("draft."), parameter) for name, parameter in module.named_parameters())
 
 
@@ -184,7 +196,8 @@ def _weights_from_masters(wrapper: Any) -> None:
             wrapper.fp16_partitioned_groups_flat, wrapper.fp32_partitioned_groups_flat, strict=True
         ):
             weights.data.copy_(master)
-        # Gathers again what every rank holds whole, and forgets ZeRO++'s secondary copies.
+        # Gathers again the parameters that ZeRO-3 keeps whole on every rank, and drops ZeRO++'s secondary
+        # copies, which still have the old weights.
         wrapper.checkpoint_event_epilogue()
     elif isinstance(wrapper, DeepSpeedZeroOptimizer):
         wrapper.update_lp_params()

@@ -1,7 +1,7 @@
-"""The target in a training job: its weights sharded by ZeRO-3 over all ranks, its forward cut into the
-draft's spans.
+"""Running the target on the ranks of a training job: ZeRO-3 shards its weights over all ranks, and each rank
+runs its forward over the same spans that the draft trains on.
 
-Legend: S slots of this rank, L tokens, Ht hidden size, V vocabulary.
+Legend: S slots of this rank, L tokens of a packed sequence, Ht hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -38,16 +38,21 @@ from eagle3_ds.train.shared_memory import unname_segment
 
 PROBE_LENGTHS = (37, 11)
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-1}
-"""Largest relative error of the probe's median row. A wrong mask or position gives errors around 1."""
+"""By dtype, the largest relative error of the probe's median row that rounding explains. A wrong mask or
+position gives an error around 1.
+"""
 
 
 @dataclass(frozen=True)
 class SpanStates:
-    """What the target's forward leaves on one rank: the rows of its own slots, padding among them.
+    """The target's hidden states at this rank's slots, padding slots included, on this rank's device.
 
     Attributes:
-        slots: int64 [S], in the order of the plan, padding last.
-        aux: [S, layers * Ht]; teacher: [S, Ht]; teacher_token: int64 [S]; on this rank's device.
+        plan: the cut of the packed sequence, the same on all ranks of the sp group.
+        slots: int64 [S], this rank's slots in the order of the plan, padding last.
+        aux: [S, layers * Ht], the inputs of the captured layers, concatenated.
+        teacher: [S, Ht], the output after the final norm.
+        teacher_token: int64 [S], the target's argmax.
     """
 
     plan: SpanPlan
@@ -58,11 +63,12 @@ class SpanStates:
 
 
 class TargetEngine:
-    """The frozen target. Every method is collective over the world; sp peers pass the same sequence.
+    """The frozen target. The constructor and `run` are collective over the world; the ranks of one sp group
+    pass the same packed sequence.
 
     Raises:
-        ValueError: a target that cannot run over spans, or whose hidden states then differ from those of its
-            plain forward.
+        ValueError: the target cannot run over spans, or gives other hidden states then than in a plain
+            forward.
     """
 
     def __init__(self, recipe: Recipe, topology: Topology) -> None:
@@ -84,10 +90,13 @@ class TargetEngine:
 
     @torch.no_grad()
     def run(self, token_ids: Tensor, lengths: Sequence[int], plan: SpanPlan | None = None) -> SpanStates:
-        """Run over this rank's spans of a packed sequence.
+        """Run the target over this rank's spans of a packed sequence. Collective over the world: ZeRO-3
+        gathers the weights of each layer.
 
-        token_ids: int64 [L], whole, of all documents end to end. plan: of these documents; None cuts them
-        alike all along.
+        Args:
+            token_ids: int64 [L], whole on every rank of the sp group: all documents laid end to end.
+            lengths: the tokens of each document.
+            plan: the cut of these documents; None balances all slots, live or not.
         """
         parallel, place, device = self.recipe.parallel, self.topology.place, self.topology.device
         plan = plan or SpanPlan.make(lengths, parallel.ring, parallel.ulysses, parallel.chunks_per_rank)
@@ -105,8 +114,11 @@ class TargetEngine:
         return SpanStates(plan, slots, aux, teacher, tokens)
 
     def _probe(self) -> None:
-        """Hold two short documents, cut and packed, against each one's forward as transformers computes it on
-        rank 0.
+        """Compare the hidden states of two short packed documents with those of rank 0's plain forward of
+        each document in transformers. Collective.
+
+        Raises:
+            ValueError: they differ by more than rounding.
         """
         generator = torch.Generator().manual_seed(0)
         token_ids = torch.randint(self.vocab_size, (sum(PROBE_LENGTHS),), generator=generator)
@@ -137,11 +149,10 @@ class TargetEngine:
 
 
 def _load_sharded(section: TargetSection, topology: Topology) -> Target:
-    """The target with its decoder and head partitioned over the world. Rank 0 alone reads them, into its host
-    memory.
+    """The target with its decoder and head partitioned over the world. Collective.
 
-    One decoder layer is partitioned at a time, the embedding and the head last: a device never holds more
-    than the larger of the two whole.
+    Rank 0 alone reads the weights, into host memory. Each decoder layer is then partitioned by itself, and
+    last the rest, embedding and head: a device holds at most one layer whole, or that rest.
     """
     if topology.world_group is None:
         return load_target(section, device=topology.device)
@@ -151,7 +162,8 @@ def _load_sharded(section: TargetSection, topology: Topology) -> Target:
     dtypes: list[Any] = [{name: tensor.dtype for name, tensor in _tensors(used)}]
     dist.broadcast_object_list(dtypes, src=0, device=topology.device)
     for name, tensor in _tensors(used):
-        # A few modules of some families are kept in fp32 when weights are read, and only then.
+        # Some families keep a few modules in fp32, but only where weights are read, as on rank 0. The
+        # broadcast of `zero.Init` needs the same dtypes on all ranks.
         tensor.data = tensor.data.to(dtypes[0][name])
     for block in (*target.base.layers, used):
         for module in block.modules():
@@ -172,7 +184,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _share_buffers(model: nn.Module, device: torch.device) -> None:
-    """Everybody gets rank 0's buffers, on the device: ZeRO-3 looks after parameters only."""
+    """Broadcast rank 0's buffers to all devices; ZeRO-3 does this for parameters only. Collective."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -182,7 +194,10 @@ def _share_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def _hook_up(forward: SpanForward, topology: Topology) -> Any:
-    """DeepSpeed fetches each layer's parameters when its turn comes, an MLP's at once for all its tiles."""
+    """Wrap the forward in a DeepSpeed engine, which gathers each layer's weights just before they are used.
+
+    An MLP runs in tiles; as a leaf module its weights are gathered once for all of them. Collective.
+    """
     if topology.world_group is None:
         return forward
     mlps = {type(layer.mlp) for layer in forward.decoder.layers if hasattr(layer, "mlp")}
@@ -195,8 +210,8 @@ def _hook_up(forward: SpanForward, topology: Topology) -> Any:
 
 
 def _settings() -> dict[str, Any]:
-    """ZeRO-3 for parameters that never change; without a precision section DeepSpeed leaves their dtypes
-    alone.
+    """DeepSpeed settings for frozen weights. They have no bf16 or fp16 section, so that DeepSpeed keeps the
+    dtypes of the weights.
     """
     return {
         "train_micro_batch_size_per_gpu": 1,

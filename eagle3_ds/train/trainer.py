@@ -1,6 +1,10 @@
-"""DraftTrainer: packed sequences in, optimizer steps out.
+"""DraftTrainer: takes optimizer steps on packed sequences.
 
-Legend: K TTT steps, Q live slots of this rank, E rows of its extended buffers.
+A *pack* is one packed sequence: documents laid end to end, at most data.max_length tokens. A *live slot* is a
+slot with at least one supervised TTT step; the loss is computed at live slots only.
+
+Legend: K TTT steps, Q live slots of this rank, V target vocabulary, Vd draft vocabulary, H hidden size of the
+draft, Ht hidden size of the target.
 """
 
 from __future__ import annotations
@@ -31,16 +35,17 @@ from eagle3_ds.train.spans import plan_spans
 
 @dataclass(frozen=True)
 class StepReport:
-    """Sums over all ranks, divided: the same numbers on every rank.
+    """Means over all ranks; every rank has the same numbers.
 
     Attributes:
         loss: sum over k of decay**k * step_loss[k].
         step_loss, step_accuracy: one number per TTT step.
-        tau: 1 + sum over k of the probability that the steps 0..k are all right.
-        acceptance_length: the same for a server that samples: 1 + sum over k of the chance that it accepts
-            the guesses 0..k, simulated from both distributions (within the draft vocabulary).
-        grad_norm: as DeepSpeed reports it, before clipping; None for an evaluation.
-        tokens: real tokens of the step, all draft_dp ranks.
+        tau: acceptance length of greedy decoding: 1 + sum over k of the share of slots at which the guesses
+            of TTT steps 0..k are all right.
+        acceptance_length: acceptance length of a server that samples: 1 + sum over k of the probability that
+            it accepts the guesses 0..k, computed from both distributions over the draft vocabulary.
+        grad_norm: norm of the whole gradient before clipping; None for an evaluation.
+        tokens: tokens of all draft_dp ranks, padding not counted.
     """
 
     loss: float
@@ -56,15 +61,20 @@ class StepReport:
 
 
 class DraftTrainer:
-    """Trains one draft. Every method is collective: all ranks call it alike, SP peers with the same packs.
+    """Trains one draft. The constructor and every method are collective over the world unless they say
+    otherwise: all ranks call them in the same order, the ranks of one sp group with the same packs.
 
     Args:
         recipe: the run.
         deepspeed_config: complete DeepSpeed settings (`fill_deepspeed_config`).
-        topology: this rank's place.
-        draft: fresh or loaded weights, the same on all ranks, in fp32 (DeepSpeed keeps the masters).
-        embedding: [V, H], the target's. head: [V, Ht], the target's.
+        topology: this rank's place in the mesh, and its process groups.
+        draft: whole fp32 weights, the same on all ranks; DeepSpeed makes its fp32 master copies from them.
+        embedding: the target's [V, H], whole on every rank.
+        head: the target's [V, Ht], whole on every rank.
         vocabulary: the draft vocabulary.
+
+    Raises:
+        ValueError: the attention kernel cannot run on this device, or not with this dtype and head size.
     """
 
     def __init__(
@@ -107,10 +117,14 @@ class DraftTrainer:
         self._decay = recipe.loss.decay ** torch.arange(self.supervision.num_guesses, dtype=torch.float64)
 
     def step(self, packs: Sequence[PackedSequence], learning_rate: float | None = None) -> StepReport:
-        """One optimizer step over `train.accumulation` packs of this draft_dp rank.
+        """Take one optimizer step. Collective.
+
+        Args:
+            packs: `train.accumulation` packs, those of this draft_dp rank.
+            learning_rate: of this step; None keeps the last one.
 
         Raises:
-            ValueError: another number of packs than `train.accumulation`.
+            ValueError: the number of packs is not `train.accumulation`.
         """
         if len(packs) != self.recipe.train.accumulation:
             raise ValueError(
@@ -125,11 +139,12 @@ class DraftTrainer:
         sums = []
         for micro, (batch, constants) in enumerate(zip(batches, inputs, strict=True), start=1):
             loss: LossSum = self.engine(batch, constants)
-            # The gradients of a loss that is not finite are made NaN, so that no rank takes the step.
+            # The gradients of a loss that is not finite may be finite. They are made NaN, which makes the
+            # reduced norm NaN on every rank, so that all ranks skip the step.
             scale = torch.where(loss.total.isfinite(), self.loss_scale, math.nan)
             self.engine.backward(loss.total * scale, scale_wrt_gas=False)
-            # Without its graph, which would hold the keys and values of every micro-batch until the step is
-            # over.
+            # Keep the sums without their graph, which would hold the keys and values of every micro-batch
+            # until the step is over.
             sums.append(LossSum(*(value.detach() for value in loss)))
             del loss
             if micro < len(batches):
@@ -140,10 +155,10 @@ class DraftTrainer:
 
     @torch.no_grad()
     def evaluate(self, packs: Sequence[PackedSequence]) -> StepReport:
-        """Loss and accuracy over `packs` of this draft_dp rank; every rank brings the same number of them.
+        """Loss and accuracy over the packs of all draft_dp ranks. Collective: each rank passes its own packs,
+        equally many on every rank.
 
-        One pack at a time: where the target runs beside the draft, its hidden states exist only while they
-        are in use.
+        Packs are read one at a time, so that with an online target only one pack's hidden states exist.
         """
         self.engine.eval()
         sums, tokens = [], 0
@@ -156,20 +171,24 @@ class DraftTrainer:
         return self._report(sums, normalizer, tokens)
 
     def update_target(self, embedding: Tensor, head: Tensor) -> None:
-        """Go on with the embedding [V, H] and head [V, Ht] of a target that was trained meanwhile, as a
-        policy is in RL.
+        """Replace the target's embedding [V, H] and head [V, Ht], whole on every rank, for example after an
+        RL policy was updated. Not collective.
         """
         self.engine.module.use_embedding(embedding.detach().to(self.topology.device, self.dtype, copy=True))
         self._teacher_head = self._draft_rows(head.detach())
 
     def _draft_rows(self, head: Tensor) -> Tensor:
-        """The rows of the target's head that the draft vocabulary has, [Vd, Ht]."""
+        """The rows [Vd, Ht] of the draft vocabulary in the target's head [V, Ht], on this rank's device."""
         return head[self._draft_to_target.to(head.device)].to(self.topology.device, self.dtype)
 
     @torch.no_grad()
     def own_losses(self, pack: PackedSequence) -> tuple[Tensor, bool]:
-        """This rank's share of the summed loss of each TTT step, fp32 [K] on the host, and whether the hidden
-        states that it was computed from are finite. Shows which documents are to blame."""
+        """The loss of one pack on this rank, to find the documents that made a step not finite. Collective.
+
+        Returns:
+            The loss of each TTT step summed over this rank's live slots, fp32 [K] on the host; and whether
+            all hidden states that this rank read are finite.
+        """
         self.engine.eval()
         (batch,), (inputs,), _ = self._prepare([pack])
         loss: LossSum = self.engine(batch, inputs)
@@ -177,13 +196,13 @@ class DraftTrainer:
         return loss.step_loss.cpu(), all(bool(rows.isfinite().all()) for rows in read)
 
     def frozen_tensors(self) -> list[Tensor]:
-        """What is not trained and the same on every rank: the target's embedding, and its head's rows of the
-        draft vocabulary.
+        """The frozen tensors, equal on every rank: the target's embedding [V, H], and its head's rows of the
+        draft vocabulary [Vd, Ht]. Not collective.
         """
         return [*self.engine.module.frozen, self._teacher_head]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The draft's weights, whole, on the CPU, by their names in the draft."""
+        """The draft's whole weights, on the CPU of every rank, by their names in the draft. Collective."""
         return {
             name.removeprefix("draft."): tensor
             for name, tensor in full_parameters(self.engine.module).items()
@@ -207,12 +226,16 @@ class DraftTrainer:
         return batches, inputs, normalizer
 
     def _contributing(self, batch: LocalBatch) -> Tensor:
-        """bool [K, Q] on the host: supervised, and the teacher's token lies in the draft vocabulary."""
+        """Which guesses enter the loss, bool [K, Q] on the host for this rank's live slots: those that are
+        supervised and whose teacher token is in the draft vocabulary.
+        """
         read = batch.live_row[None, :] + 1 + torch.arange(len(batch.supervised))[:, None]
         return batch.supervised & self._in_vocabulary[batch.teacher_token][read]
 
     def _normalizer(self, batches: Sequence[LocalBatch], contributing: Sequence[Tensor]) -> Tensor:
-        """N_k over the whole optimizer step and all ranks, float64 [K] on the host."""
+        """What the loss of each TTT step is divided by, float64 [K] on the host: the contributing guesses, or
+        all slots, of the whole optimizer step on all ranks. Collective over the world.
+        """
         if self.recipe.loss.reduction == "slots":
             counts = torch.full(
                 (self.supervision.num_guesses,), sum(batch.num_own_slots for batch in batches)
@@ -268,8 +291,8 @@ class DraftTrainer:
 
 
 def learning_rate_at(recipe: Recipe, step: int, total_steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0): linear warm-up, then the schedule down to
-    min_lr_ratio.
+    """Learning rate of optimizer step `step` (from 0): a linear warm-up, then `train.schedule` down to
+    `min_lr_ratio` of the peak.
     """
     train = recipe.train
     if step < train.warmup_steps:
