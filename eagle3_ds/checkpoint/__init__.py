@@ -1,3 +1,3 @@
-"""Checkpoints that any mesh and any ZeRO stage resumes: their format, and writing and reading them with all
-ranks.
+"""Checkpoints that can be resumed on any mesh and at any ZeRO stage: their format on disk, and how all ranks
+write and read them.
 """

@@ -1,15 +1,17 @@
-"""A checkpoint on disk: whole fp32 masters and Adam moments in fragments, readable by any other mesh, ZeRO
-stage or zero_group.
+"""A checkpoint on disk: the fp32 masters and Adam moments of all parameters, cut into fragments that a run on
+any other mesh, ZeRO stage or zero_group can read.
 
-    checkpoints/latest.json               {"folder": "step-000120", "step": 120}, moved last
+    checkpoints/latest.json             {"folder": "step-000120", "step": 120}, written last
     checkpoints/step-000120/
-        rank-00000.safetensors ...        fragments `KIND/PARAMETER/START`, fp32 [numel], and this rank's
-        random states `rng/...` vocabulary.safetensors            d2t, t2d manifest.json
-        what else a run goes on from, and size and sha256 of every other file
+        rank-00000.safetensors ...      fragments `KIND/PARAMETER/START`, fp32 [numel], and that rank's
+                                        random states `rng/...`
+        vocabulary.safetensors          the draft vocabulary: d2t, t2d
+        manifest.json                   steps, recipe and shapes; size and sha256 of every other file
 
-A folder is written aside under a hidden name, made durable, and renamed: whatever is called `step-...` was
-whole once. This file knows no ranks and no DeepSpeed, so that the command line can judge a checkpoint before
-anything starts.
+For example `exp_avg/fc.weight/4096` holds the first Adam moment of `fc.weight` from its flattened element
+4096 on. A folder is written under a hidden name, synced to disk and then renamed: one that is called
+`step-...` was complete when it got its name. This module uses neither torch.distributed nor DeepSpeed, so
+that the command line can check a checkpoint before any rank starts.
 """
 
 from __future__ import annotations
@@ -35,25 +37,25 @@ from eagle3_ds.config import BestBy
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 KINDS = (MASTER, *MOMENTS)
 CHECKPOINTS = "checkpoints"
-# The draft before the first and after the last step, beside the checkpoints. The second stands for a run that
-# came to its end.
+# The draft's weights before the first and after the last step, next to the checkpoints. The second file
+# exists only when the run came to its end.
 INITIAL_WEIGHTS, FINAL_WEIGHTS = "draft-initial.safetensors", "draft-final.safetensors"
 LATEST, MANIFEST, VOCABULARY = "latest.json", "manifest.json", "vocabulary.safetensors"
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
-# A plain name: no separator and no leading dot, so that nothing a manifest says can lead out of its folder.
+# A plain name without separators or a leading dot: a manifest cannot name a file outside its folder.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}$")]
 Count = Annotated[int, Field(ge=0)]
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; the one before it is untouched."""
+    """A checkpoint could not be written. Earlier ones are untouched."""
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements `start` to `start + numel` of the flattened parameter `name`, from element `offset` of a flat
-    master on.
+    """A run of consecutive elements of one parameter: elements [start, start + numel) of the flattened
+    parameter `name`, which lie from element `offset` on in the flattened master that holds them.
     """
 
     name: str
@@ -62,16 +64,16 @@ class Fragment:
     numel: int
 
     def share(self, index: int, count: int) -> Fragment:
-        """The `index`-th of `count` nearly equal cuts."""
+        """The `index`-th of `count` nearly equal cuts of this fragment."""
         first, last = (self.numel * end // count for end in (index, index + 1))
         return Fragment(self.name, self.start + first, self.offset + first, last - first)
 
     def of(self, flat: Tensor) -> Tensor:
-        """This fragment in a flat master or moment: a view, fp32 [numel]."""
+        """This fragment's elements in a flattened master or moment [n]: a view [numel]."""
         return flat.narrow(0, self.offset, self.numel)
 
     def key(self, kind: str) -> str:
-        """Its name in a file."""
+        """The tensor's name in a checkpoint file, for example `master/fc.weight/0`."""
         return f"{kind}/{self.name}/{self.start}"
 
 
@@ -80,29 +82,28 @@ class _Strict(BaseModel):
 
 
 class FileEntry(_Strict):
-    """Attributes: size in bytes, and the digest in hexadecimal."""
+    """A file of a checkpoint: its size, and its sha256 in hexadecimal."""
 
     bytes: Count
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Manifest(_Strict):
-    """What a checkpoint says about itself.
+    """What a run needs to know of a checkpoint besides its tensors.
 
     Attributes:
-        step: optimizer steps done; the learning rate is a function of it.
-        packs: packed sequences that all draft_dp ranks together have taken: the loader's position.
-        adam_steps: updates that AdamW made, without the skipped ones.
-        skipped_steps: as DeepSpeed counts them.
-        skipped_in_a_row: steps up to this one that were not finite and skipped, without one between them that
-            was taken.
-        heldout_loss, heldout_acceptance: loss and simulated acceptance length of the held-out packs at this
-            very step, when they were evaluated.
+        step: optimizer steps done, skipped ones included; the learning rate depends on it.
+        packs: packed sequences trained on, over all draft_dp ranks: the loader's position.
+        adam_steps: updates that AdamW made, skipped steps not included.
+        skipped_steps: DeepSpeed's count of skipped steps.
+        skipped_in_a_row: how many steps in a row, ending with this one, were skipped as not finite.
+        heldout_loss, heldout_acceptance: loss and simulated acceptance length on the held-out packs; null
+            when they were not evaluated at this step.
         recipe: the resolved recipe, as JSON.
-        mesh: draft_dp, ring, ulysses and ZeRO stage it was written by; for people, nothing depends on it.
-        parameters: shape by name, as the draft names its parameters.
-        versions: of the packages that wrote it; for people.
-        files: every file but the manifest.
+        mesh: draft_dp, ring, ulysses and ZeRO stage of the run that wrote it. For people: no code reads it.
+        parameters: whole shapes, by the draft's parameter names.
+        versions: versions of the packages that wrote it, for people.
+        files: all files but the manifest itself.
     """
 
     format: Literal[1] = 1
@@ -110,7 +111,7 @@ class Manifest(_Strict):
     packs: Count
     adam_steps: Count
     skipped_steps: Count
-    # Checkpoints of earlier versions do not say it.
+    # Has a default because checkpoints of earlier versions lack it.
     skipped_in_a_row: Count = 0
     heldout_loss: float | None
     heldout_acceptance: float | None = None
@@ -122,8 +123,8 @@ class Manifest(_Strict):
 
 
 class _Sealed(_Strict):
-    """The manifest file. `sha256` is of the canonical JSON of `manifest`, so that a flipped digit is noticed
-    there too.
+    """The content of manifest.json. `sha256` is the digest of `manifest` as JSON with sorted keys, by which a
+    changed digit in the manifest itself is noticed.
     """
 
     sha256: str
@@ -151,7 +152,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises ValueError when the file is missing, altered, or not one of this format."""
+    """The manifest of a checkpoint's folder.
+
+    Raises:
+        ValueError: the file is missing, was altered, or has another format.
+    """
     path = folder / MANIFEST
     try:
         sealed = _Sealed.model_validate_json(path.read_bytes())
@@ -171,7 +176,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Size and digest of a file as it is on disk."""
+    """Size and sha256 of a file on disk."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**22):
@@ -180,8 +185,12 @@ def file_entry(path: Path) -> FileEntry:
 
 
 def damage(folder: Path, manifest: Manifest, names: Collection[str] | None = None) -> str | None:
-    """What is wrong with the files of a checkpoint (only `names`, if given), or None. Sizes first, they are
-    cheap.
+    """What is wrong with the files of a checkpoint, or None.
+
+    All sizes are checked before the first digest: that finds a missing or short file without reading any.
+
+    Args:
+        names: the files to check; None checks all.
     """
     entries = {name: entry for name, entry in manifest.files.items() if names is None or name in names}
     for name, entry in entries.items():
@@ -197,7 +206,7 @@ def damage(folder: Path, manifest: Manifest, names: Collection[str] | None = Non
 
 
 def step_folders(root: Path) -> list[Path]:
-    """Everything in `root` that was once a whole checkpoint, newest first."""
+    """The folders of all checkpoints in `root`, newest first. They may have been damaged since."""
     found = [
         (int(match[1]), path) for path in root.glob("step-*") if (match := _STEP_FOLDER.fullmatch(path.name))
     ]
@@ -205,7 +214,9 @@ def step_folders(root: Path) -> list[Path]:
 
 
 def newest_intact(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every file is as its manifest says, and what is wrong with newer ones."""
+    """The newest checkpoint whose files all have the sizes and digests of its manifest (None without one),
+    and what is wrong with each newer one.
+    """
     problems: list[str] = []
     for folder in step_folders(root):
         try:
@@ -219,7 +230,11 @@ def newest_intact(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def latest(root: Path) -> Path:
-    """The folder that latest.json names. Raises ValueError when that file is missing or damaged."""
+    """The folder that latest.json names.
+
+    Raises:
+        ValueError: latest.json is missing or damaged.
+    """
     path = root / LATEST
     if not path.is_file():
         raise ValueError(
@@ -234,8 +249,10 @@ def latest(root: Path) -> Path:
 
 
 def require_intact(root: Path) -> Path:
-    """The newest checkpoint, checked in full. Raises ValueError that names what is damaged and the newest
-    intact one.
+    """The newest checkpoint, with all its files checked.
+
+    Raises:
+        ValueError: it is damaged. The message says how, and names the newest intact checkpoint.
     """
     folder = latest(root)
     try:
@@ -254,7 +271,9 @@ def require_intact(root: Path) -> Path:
 
 
 def publish(aside: Path, folder: Path, step: int) -> None:
-    """Give a finished folder its name, then let latest.json name it. A damaged one of that name goes."""
+    """Rename the finished folder `aside` to `folder`, then write latest.json. An existing `folder`, left by a
+    run that was resumed from before it, is hidden first.
+    """
     root = folder.parent
     sync_folder(aside)
     if folder.exists():
@@ -265,9 +284,10 @@ def publish(aside: Path, folder: Path, step: int) -> None:
 
 
 def rotate(root: Path, newest: Path, keep: int | None, best_by: BestBy = "heldout_loss") -> None:
-    """Remove all but `newest`, the `keep - 1` before it, and the best; None keeps all of these.
+    """Remove old checkpoints: keep `newest`, the `keep - 1` before it, and the best one by `best_by`. With
+    `keep` None, none before `newest` is removed.
 
-    Folders newer than `newest` go too: the run was resumed from before them, because they were damaged.
+    Folders newer than `newest` are removed too: they were damaged, and the run was resumed from before them.
     """
     folders = step_folders(root)
     own = folders[folders.index(newest) :]
@@ -281,11 +301,11 @@ def rotate(root: Path, newest: Path, keep: int | None, best_by: BestBy = "heldou
 
 
 def _heldout(folder: Path, best_by: BestBy) -> tuple[float, Path] | None:
-    """The lower the better, and the folder; None where nothing was evaluated."""
+    """(score, folder), a lower score being better; None for a checkpoint without an evaluation."""
     try:
         manifest = read_manifest(folder)
     except ValueError:
-        # A damaged one is nobody's best; resuming names the damage, rotation need not.
+        # A damaged checkpoint is not the best one. Resuming reports the damage.
         return None
     if best_by == "heldout_loss":
         return None if manifest.heldout_loss is None else (manifest.heldout_loss, folder)
@@ -293,25 +313,27 @@ def _heldout(folder: Path, best_by: BestBy) -> tuple[float, Path] | None:
 
 
 def hide(folder: Path) -> None:
-    """Take a checkpoint's name away at once, so that a removal which is cut short leaves no damaged one
-    behind.
+    """Rename a checkpoint to a hidden name, in one step. If its removal is then interrupted, no folder called
+    `step-...` is left with files missing.
     """
     os.rename(folder, folder.with_name(f".{folder.name}.{os.getpid()}.old"))
 
 
 def remove_hidden(root: Path) -> None:
-    """Remove what an interrupted writing or removing left."""
+    """Remove the hidden folders that `hide`, or a write that was interrupted, left."""
     for path in root.glob(".step-*"):
         shutil.rmtree(path)
 
 
 def aside_folder(root: Path, step: int) -> Path:
-    """Where a checkpoint is written before it has its name."""
+    """The hidden folder that a checkpoint is written to before it is renamed."""
     return root / f".{folder_name(step)}.new"
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replace a small file whole: written aside, synced, renamed."""
+    """Write a small file under a hidden name, sync it and rename it: readers see the old content or the new
+    one, also after a power cut.
+    """
     aside = path.with_name(f".{path.name}")
     aside.write_text(text, encoding="utf-8")
     sync_file(aside)
@@ -343,11 +365,11 @@ def sync_folder(path: Path) -> None:
 
 
 class FragmentReader:
-    """Reads any slice of any parameter's state, however the ranks that wrote it had cut it.
+    """Reads any run of elements of a parameter's state from the files of all ranks, whichever way those had
+    cut it.
 
     Raises:
-        ValueError: the files are not safetensors, or their fragments do not cover every parameter exactly
-            once.
+        ValueError: a file is not safetensors, or the fragments do not cover every parameter exactly once.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -384,7 +406,7 @@ class FragmentReader:
             raise ValueError(f"{folder}: {kind} of {parameter} has {end} elements instead of {numel}.")
 
     def read(self, kind: str, fragment: Fragment) -> Tensor:
-        """fp32 [fragment.numel] on the CPU."""
+        """The elements of a fragment, fp32 [fragment.numel] on the CPU, of one of `KINDS`."""
         out = torch.empty(fragment.numel)
         last = fragment.start + fragment.numel
         for start, size, file, key in self._fragments[kind, fragment.name]:
@@ -397,13 +419,13 @@ class FragmentReader:
 
 
 def read_prefix(path: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a file whose names begin with `prefix`."""
+    """The tensors of a safetensors file whose names begin with `prefix`, whole, on the CPU."""
     with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118 - not a dict
+        return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
 
 
 def differing_shapes(manifest: Manifest, shapes: Mapping[str, Sequence[int]]) -> list[str]:
-    """Parameters that the checkpoint has otherwise than the model, as text."""
+    """One text for each parameter that only one of checkpoint and model has, or that has another shape."""
     saved = {name: list(shape) for name, shape in manifest.parameters.items()}
     wanted = {name: list(shape) for name, shape in shapes.items()}
     return [

@@ -1,6 +1,4 @@
-"""Reading a checkpoint with all ranks, of whatever shape they are: each reads the share of the state that it
-holds.
-"""
+"""Reading a checkpoint with all ranks, on any mesh: each rank reads the share of the state that it holds."""
 
 from __future__ import annotations
 
@@ -24,15 +22,14 @@ from eagle3_ds.draft import VocabularyMap
 
 
 def load_checkpoint(training: TrainingState, folder: Path) -> Manifest:
-    """Put a training state of any shape where a checkpoint was. Collective; files are checked before any
-    tensor is read.
+    """Load a checkpoint into a training state on any mesh and at any ZeRO stage. Collective.
 
-    A rank takes the random states of the rank of its number, counted round when the checkpoint had fewer
-    ranks.
+    Each rank checks the sha256 of some of the files, and no rank reads a tensor before all are checked. A
+    rank takes the random states of rank `rank % n` of the n ranks that wrote the checkpoint.
 
     Raises:
-        ValueError: a damaged file, another geometry or vocabulary, or a checkpoint that does not hold every
-            element once.
+        ValueError: a file is damaged, the checkpoint is of a draft with other shapes or another vocabulary,
+            or its fragments do not cover every parameter exactly once.
     """
     manifest, place, device = read_manifest(folder), training.topology.place, training.topology.device
     own_files = sorted(manifest.files)[place.rank :: training.topology.mesh.world_size]

@@ -1,4 +1,4 @@
-"""The random states of a rank as tensors: torch on CPU and device, numpy, Python."""
+"""A rank's random states as tensors: those of torch on CPU and device, numpy and Python."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ PREFIX = "rng/"
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """Every generator's state by name, as integers and floats that safetensors can hold."""
+    """The states of all generators of this rank, by name, in dtypes that safetensors can store."""
     version, words, gauss = random.getstate()
     arrays: dict[str, Any] = dict(np.random.get_state(legacy=False))
     assert (version, arrays["bit_generator"]) == (3, "MT19937")
     states = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(words),
-        # NaN stands for: no second half of a Gaussian pair is waiting.
+        # `gauss` is the second of a pair of Gaussian numbers, kept for the next call. NaN: none is kept.
         "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
         "numpy": torch.from_numpy(arrays["state"]["key"].astype(np.int64)),
         "numpy_position": torch.tensor([arrays["state"]["pos"], arrays["has_gauss"]]),
@@ -32,7 +32,9 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_random_states(states: dict[str, Tensor], device: torch.device) -> None:
-    """The inverse. A state of a device that this rank does not have is left out."""
+    """Set all generators of this rank to what `random_states` returned. Without a device its state is
+    ignored.
+    """
     states = {name.removeprefix(PREFIX): state for name, state in states.items()}
     torch.set_rng_state(states["torch"])
     gauss = states["python_gauss"].item()

@@ -1,4 +1,4 @@
-"""Writing checkpoints with all ranks: each writes the share of the state that it holds."""
+"""Writing checkpoints with all ranks: each rank writes the share of the state that it holds."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ from eagle3_ds.checkpoint.state import FlatMaster, TrainingState, shares
 from eagle3_ds.collectives.agreement import gather_bytes, max_over_ranks, sum_over_ranks
 from eagle3_ds.draft import VocabularyMap
 
-# How the loop stands with the thread that writes; the largest over all ranks counts.
+# State of the thread that writes. The loop takes the maximum over all ranks: one that writes or has failed
+# counts for all.
 IDLE, WRITING, FAILED = range(3)
-# Room for headers, random states, manifest and vocabulary map, per rank.
+# An upper estimate, in bytes per rank, of headers, random states, manifest and vocabulary map.
 _SMALL_FILES = 2**20
 
 
@@ -48,10 +49,10 @@ class Progress:
 
     Attributes:
         step: optimizer steps done.
-        packs: taken by all draft_dp ranks.
-        heldout_loss, heldout_acceptance: loss and simulated acceptance length of the held-out packs, when
-            they were evaluated at this step.
-        skipped_in_a_row: steps up to this one that were skipped one after the other.
+        packs: packed sequences trained on, over all draft_dp ranks.
+        heldout_loss, heldout_acceptance: loss and simulated acceptance length on the held-out packs; None
+            when they were not evaluated at this step.
+        skipped_in_a_row: how many steps in a row, ending with this one, were skipped.
     """
 
     step: int
@@ -63,8 +64,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A checkpoint that is being written. Attributes: its manifest without files, bytes of all ranks, this
-    rank's file.
+    """A checkpoint that is being written.
+
+    Attributes:
+        manifest: its manifest, with no files listed yet.
+        needed: bytes that all ranks together write.
+        written: size and digest of this rank's file, once it is written.
     """
 
     manifest: Manifest
@@ -75,8 +80,9 @@ class _Pending:
 class CheckpointSaver:
     """Writes the checkpoints of a run. `save` and `finish` are collective.
 
-    With `train.save_async` a thread writes a host copy of this rank's state while training goes on; the
-    checkpoint counts once `finish` was called, which the loop does as soon as every rank's thread is done.
+    With `train.save_async`, `save` copies this rank's state to the host, and a thread writes the copy while
+    training goes on. The checkpoint gets its name in `finish`, which the training loop calls when the threads
+    of all ranks are done.
     """
 
     def __init__(self, training: TrainingState, root: Path) -> None:
@@ -92,7 +98,7 @@ class CheckpointSaver:
 
     @property
     def state(self) -> int:
-        """Of this rank's thread."""
+        """State of this rank's thread: IDLE, WRITING or FAILED."""
         if self._pending is None:
             return IDLE
         if not self._pending.written.done():
@@ -100,10 +106,11 @@ class CheckpointSaver:
         return FAILED if self._pending.written.exception() else IDLE
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint; without `train.save_async` it is in place on return.
+        """Write a checkpoint. Collective. Without `train.save_async` it has its name on return.
 
         Raises:
-            CheckpointError: this one, or the one before, could not be written. What was in place stays.
+            CheckpointError: this checkpoint, or the one before that was still being written, could not be
+                written. Earlier ones stay. It is raised on all ranks.
         """
         self.finish()
         own = shares(self._training.masters, *self._training.replica)
@@ -117,10 +124,11 @@ class CheckpointSaver:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written, if any, and put it in its place.
+        """Wait for the checkpoint that is being written, if any, and give it its name. Collective.
 
         Raises:
-            CheckpointError: as `save`.
+            CheckpointError: a rank could not write its file, or rank 0 could not rename the folder. It is
+                raised on all ranks.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -138,7 +146,11 @@ class CheckpointSaver:
             self._give_up(pending, error, failed - 1)
 
     def _require_space(self, step: int, own_bytes: int) -> int:
-        """Bytes that all ranks together are about to write. Raises CheckpointError if they would not fit."""
+        """The bytes that all ranks together will write. Collective.
+
+        Raises:
+            CheckpointError: the file system has less free.
+        """
         if self._rank == 0:
             self._root.mkdir(parents=True, exist_ok=True)
             remove_hidden(self._root)
@@ -209,8 +221,8 @@ def _finite(value: float | None) -> float | None:
 
 
 def _write(aside: Path, rank: int, tensors: dict[str, Tensor], vocabulary: VocabularyMap | None) -> FileEntry:
-    """This rank's file, and the vocabulary map on rank 0."""
-    # By every rank: on shared storage another host may not see a new folder at once.
+    """Write this rank's file, and the vocabulary map if one is given."""
+    # Every rank makes the folder: on shared storage, other hosts may see a new folder late.
     aside.mkdir(exist_ok=True)
     if vocabulary is not None:
         vocabulary.save(aside / VOCABULARY)
@@ -223,7 +235,8 @@ def _write(aside: Path, rank: int, tensors: dict[str, Tensor], vocabulary: Vocab
     return file_entry(path)
 
 
-# A rank's file for the others: 8 bytes of size, 32 of digest; all zeros when it was not written.
+# Bytes by which a rank describes its file to rank 0: 8 of size, 32 of sha256; all zero when it was not
+# written.
 _ROW = 40
 
 

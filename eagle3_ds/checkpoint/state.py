@@ -1,5 +1,7 @@
-"""What a checkpoint is made of: the training state of one rank, whoever keeps it, as fragments of whole
-parameters.
+"""The training state of one rank as checkpoints see it: fragments of whole parameters in fp32 masters.
+
+A *master* is an fp32 tensor that AdamW steps. A *fragment* is a run of consecutive elements of one flattened
+parameter, and the place where they lie in a master.
 """
 
 from __future__ import annotations
@@ -18,8 +20,11 @@ from eagle3_ds.topology import Topology
 
 @dataclass(frozen=True)
 class FlatMaster:
-    """A master, the very fp32 tensor that AdamW steps and keys its state by, and the fragments of parameters
-    in it.
+    """A master and the fragments of parameters in it.
+
+    Attributes:
+        tensor: the tensor object that AdamW steps and keys its state by; fp32, of any shape.
+        fragments: which elements of which parameters lie where in the flattened tensor.
     """
 
     tensor: Tensor
@@ -27,7 +32,7 @@ class FlatMaster:
 
 
 def shares(masters: list[FlatMaster], index: int, count: int) -> list[FlatMaster]:
-    """The `index`-th of `count` equal cuts of every fragment."""
+    """The masters with the `index`-th of `count` nearly equal cuts of every fragment."""
     cuts = ([fragment.share(index, count) for fragment in master.fragments] for master in masters)
     return [
         FlatMaster(master.tensor, tuple(cut for cut in own if cut.numel))
@@ -36,16 +41,17 @@ def shares(masters: list[FlatMaster], index: int, count: int) -> list[FlatMaster
 
 
 class TrainingState(Protocol):
-    """This rank's training state. `train/state.py` reads it out of a DeepSpeed engine.
+    """This rank's training state. `train/state.py` implements it for a DeepSpeed engine.
 
     Attributes:
-        masters: what this rank holds; the ranks that ZeRO shards over together hold every parameter exactly
-            once.
-        replica: which of how many equal copies of that this rank is: copies write a part each.
+        masters: the masters that this rank holds. Those of all ranks that ZeRO shards over hold every element
+            of every parameter exactly once.
+        replica: (index, count): `count` ranks hold equal masters, and this is number `index` of them. In a
+            checkpoint each of them writes one part.
         parameter_shapes: whole shapes, by the draft's parameter names.
-        adam_steps: updates that AdamW has made, which its bias correction depends on.
+        adam_steps: updates that AdamW has made; its bias correction depends on them.
         skipped_steps: steps that were not finite and made no update.
-        versions: of the packages whose state it is.
+        versions: versions of the packages whose state this is, by package.
     """
 
     @property
@@ -79,12 +85,15 @@ class TrainingState(Protocol):
     def versions(self) -> Mapping[str, str]: ...
 
     def read(self, master: FlatMaster) -> dict[str, Tensor]:
-        """The flat master and its two moments by kind, fp32: views."""
+        """Views of a master and its two moments by kind, each flattened to fp32 [n]: what this rank holds."""
 
     def write(self, adam_steps: int, read: Callable[[str, Fragment], Tensor]) -> None:
-        """Fill masters and moments from `read(kind, fragment)`, fp32 [numel], then the weights from the
-        masters. Collective.
+        """Fill this rank's masters and moments, then copy the masters into the weights. Collective.
+
+        Args:
+            adam_steps: the updates that AdamW has made.
+            read: returns the elements of a fragment, fp32 [fragment.numel], of the kind given.
         """
 
     def count_steps(self, steps: int, skipped_steps: int) -> None:
-        """Set the counters of whoever steps: optimizer steps done, and those of them that were skipped."""
+        """Set the engine's counters: the optimizer steps done, and how many of them were skipped."""

@@ -1,3 +1,3 @@
-"""What keeps a run honest: ranks that are alike, replicas that stay alike, steps that are finite, requests to
-stop.
+"""Checks on a training run: all ranks run the same program on the same data, replicas stay equal, and steps
+are finite. Besides, heartbeats to the supervisor, and requests to stop.
 """

@@ -1,5 +1,5 @@
-"""Optimizer steps whose loss or gradient is not finite: skipped, explained, and the end of the run when they
-do not stop.
+"""Optimizer steps whose loss or gradient is not finite. Each is skipped and the documents that caused it are
+saved; too many in a row end the run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FOLDER = "divergence"
 
 
 class DocumentsOfStep(Protocol):
-    """What is asked of the data: pure functions of the step, counted from 0."""
+    """What the guard needs of the data: pure functions of the step, counted from 0."""
 
     def documents(self, step: int) -> list[int]: ...
 
@@ -34,7 +34,7 @@ class DocumentsOfStep(Protocol):
 
 @dataclass(frozen=True)
 class Blame:
-    """What is not finite about a document: its hidden states, and its loss at these TTT steps."""
+    """What is not finite in one document: its hidden states, its loss at these TTT steps, or both."""
 
     hidden_states: bool = False
     steps: frozenset[int] = frozenset()
@@ -49,12 +49,12 @@ class Blame:
 
 
 class DivergenceGuard:
-    """Judges each step that the trainer has taken. No weight was touched by a step that is not finite, see
+    """Judges each step after the trainer took it. A step that is not finite has changed no weight, see
     `step_and_norm`.
 
     Args:
-        max_skipped: so many such steps in a row are let pass; the next one ends the run.
-        in_a_row: how many of them came last before the checkpoint that the run goes on from.
+        max_skipped: how many steps in a row may be skipped; one more ends the run.
+        in_a_row: for a resumed run, how many steps in a row were skipped right before its checkpoint.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class DivergenceGuard:
         self.in_a_row = in_a_row
 
     def skipped(self, index: int, report: StepFigures) -> bool:
-        """Whether step `index` (from 0) was skipped. Collective when it was: the documents to blame are found
-        and saved.
+        """Whether step `index` (from 0) was skipped. If it was, this is collective: the ranks find and save
+        the documents that caused it.
 
         Raises:
-            FloatingPointError: too many in a row.
+            FloatingPointError: more than `max_skipped` steps in a row were skipped.
         """
         assert report.grad_norm is not None
         if math.isfinite(report.loss) and math.isfinite(report.grad_norm):
@@ -93,21 +93,26 @@ class DivergenceGuard:
         return True
 
     def _blamed(self, index: int, num_guesses: int) -> dict[int, Blame]:
-        """By document, over all ranks; documents that are well are left out.
+        """Find the documents of step `index`, on all ranks, that are not finite. Collective.
 
-        Each document is run by itself, equally many on every rank. Those of this draft_dp rank are saved by
-        its first sp rank.
+        Each document is run by itself. The forward is collective over the sp group, and over the world under
+        ZeRO-3, so every rank runs the same number of documents. The first rank of each sp group saves its
+        group's documents.
+
+        Returns:
+            {document id: what is not finite}, the same on all ranks.
         """
         topology = self.trainer.topology
         numbers = self.loader.documents(index)
         turns = int(_over_ranks(torch.tensor([len(numbers)], device=topology.device), dist.ReduceOp.MAX))
-        # Per rank and turn: 1 + the document's number, whether its hidden states are bad, and which TTT steps
-        # are.
+        # One row per rank and turn: 1 + the document's id (0 for no document), whether its hidden states are
+        # not finite, and for each TTT step whether its loss is not finite.
         width = 2 + num_guesses
         table = torch.zeros(topology.mesh.world_size, turns, width, dtype=torch.int64, device=topology.device)
         documents: dict[int, dict[str, Tensor]] = {}
         for turn in range(turns):
-            # A rank that has none left repeats its first: it takes part in the others' collectives.
+            # A rank without a document left runs its first one again: the others would wait for it in their
+            # collectives.
             pack = self.loader.document(index, turn if turn < len(numbers) else 0)
             losses, finite = self.trainer.own_losses(pack)
             if turn < len(numbers):
@@ -126,7 +131,7 @@ class DivergenceGuard:
     def _save(
         self, index: int, documents: Mapping[int, dict[str, Tensor]], blamed: Mapping[int, Blame]
     ) -> None:
-        """The blamed ones among these documents, or all when nobody is to blame, one file each."""
+        """Write one file for each blamed document among these, or for all of them when none is blamed."""
         self.folder.mkdir(exist_ok=True)
         for number, tensors in documents.items():
             if number in blamed or not blamed:

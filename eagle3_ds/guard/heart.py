@@ -1,4 +1,6 @@
-"""What a rank tells its supervisor: once a second where it is, and at the end which exception ended it."""
+"""What a rank sends to its supervisor: once a second a heartbeat with its phase, step and last collective,
+and at the end the exception that ended it.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,10 @@ from torch._C import _distributed_c10d
 from eagle3_ds.launch.logs import Status
 
 BEAT_SECONDS = 1.0
-# torch keeps the record of NCCL's collectives apart from the others'.
+# torch's flight recorder: one record for NCCL's collectives, another for those of other backends.
 _RECORDERS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
-# What the libraries below say when a peer has gone; torch's own errors are told by their type.
+# Parts of the error messages by which gloo, NCCL and HCCL report that a peer has gone. Errors that torch
+# raises for it are recognised by their type.
 _OF_A_PEER = (
     "gloo/transport",
     "Connection closed by peer",
@@ -33,9 +36,8 @@ _OF_A_PEER = (
 
 
 class Heart:
-    """A thread that beats: it writes a `Status` once a second, as long as Python runs at all.
-
-    Without a supervisor (`stream` is None) nothing is written.
+    """A thread that writes a `Status` to `stream` once a second. It stops beating only when the whole
+    interpreter hangs. Without a supervisor (`stream` is None) nothing is written.
     """
 
     def __init__(self, stream: BinaryIO | None) -> None:
@@ -47,7 +49,8 @@ class Heart:
 
     def start(self) -> None:
         if self._stream is not None:
-            # The supervisor asks by this signal where every thread is, before it ends a rank that hangs.
+            # Before the supervisor kills a rank that hangs, it sends this signal: the stacks of all threads
+            # then get into the rank's log.
             faulthandler.register(signal.SIGUSR2, all_threads=True)
             self._thread.start()
 
@@ -58,12 +61,14 @@ class Heart:
             self._stream.close()
 
     def at(self, phase: str, step: int) -> None:
-        """This rank now does `phase`, and has done `step` optimizer steps."""
+        """Report that this rank now does `phase` (for example "training"), after `step` optimizer steps."""
         self._place = phase, step
         self._say(self._status())
 
     def report(self, error: BaseException) -> None:
-        """Tell of the exception that ends this rank, before the peers notice that it has gone."""
+        """Report the exception that ends this rank. It is sent before the rank closes its connections, so
+        that the supervisor hears of it before the peers fail.
+        """
         self._say(
             {
                 "error": {
@@ -89,15 +94,17 @@ class Heart:
             with self._writing:
                 self._stream.write(json.dumps(message).encode() + b"\n")
         except BrokenPipeError:
-            # The supervisor has been killed. A rank must not train on unseen, and its peers will notice that
-            # it has gone.
+            # The supervisor was killed: nobody would end this rank or see it fail. Its end makes the peers
+            # fail too.
             os._exit(1)
 
 
 @contextmanager
 def beating(status_fd: int | None) -> Iterator[Heart]:
-    """A heart for the time of training. An exception that leaves the block is told to the supervisor, and
-    raised on.
+    """Run a heart during the block. An exception that leaves the block is reported and raised again.
+
+    Args:
+        status_fd: file descriptor of the pipe to the supervisor; None without a supervisor.
     """
     heart = Heart(None if status_fd is None else os.fdopen(status_fd, "wb", buffering=0))
     heart.start()
@@ -112,11 +119,13 @@ def beating(status_fd: int | None) -> Iterator[Heart]:
 
 
 def last_collective() -> tuple[str, bool, int]:
-    """The collective that this rank waits for, else the one that it issued last; whether it waits; when it
-    was issued, in ns.
+    """The first collective that this rank still waits for, or else the last one that it issued.
 
-    From torch's flight recorder, which records when TORCH_FR_BUFFER_SIZE is set. Without a record: ("",
-    False, 0).
+    torch's flight recorder is read, which needs TORCH_FR_BUFFER_SIZE to be set.
+
+    Returns:
+        (its description, whether this rank waits for it, when it was issued in ns); ("", False, 0) without a
+        record.
     """
     entries = []
     for name in _RECORDERS:

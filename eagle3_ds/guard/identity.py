@@ -1,4 +1,4 @@
-"""Whether all ranks run the same program on the same data: compared once, before the first weight is made."""
+"""Checking that all ranks run the same program on the same data, once, before any weight is made."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ _FIX = {
 
 
 def require_same_identity(recipe: Recipe, topology: Topology) -> None:
-    """Collective.
+    """Compare code, packages, recipe, DeepSpeed JSON and data of all ranks. Collective.
 
     Raises:
-        ValueError: on all ranks, naming everything that differs and on which ranks and hosts.
+        ValueError: something differs. It is raised on all ranks, and names what differs on which ranks and
+            hosts.
     """
     texts = _gather([f"{key}\n{value}" for key, value in own_identity(recipe).items()], topology.device)
     different = differences([dict(line.split("\n", 1) for line in lines) for lines in texts])
@@ -41,7 +42,7 @@ def require_same_identity(recipe: Recipe, topology: Topology) -> None:
 
 
 def own_identity(recipe: Recipe) -> dict[str, str]:
-    """What must be the same on every rank, and `host`, which says where this one is."""
+    """The facts that must be the same on every rank, and this rank's `host`, which may differ."""
     output_dir = Path(recipe.output_dir)
     return {
         "host": socket.gethostname(),
@@ -57,7 +58,9 @@ def own_identity(recipe: Recipe) -> dict[str, str]:
 
 
 def differences(identities: Sequence[Mapping[str, str]]) -> list[str]:
-    """One line for each fact that is not the same on all ranks: every value, and who has it."""
+    """One line for each fact that differs between ranks, with every value and the ranks and hosts that have
+    it.
+    """
     lines = []
     for key in identities[0]:
         holders: dict[str, list[int]] = {}
@@ -82,7 +85,9 @@ def _digest(content: bytes) -> str:
 
 
 def _gather(lines: Sequence[str], device: torch.device) -> list[list[str]]:
-    """Every rank's lines, by rank. Sent as numbers, so that nothing is unpickled."""
+    """The lines of every rank, by rank. Collective. They are sent as bytes in a tensor, because
+    `all_gather_object` unpickles what it receives.
+    """
     if not dist.is_initialized():
         return [list(lines)]
     own = "\0".join(lines).encode()

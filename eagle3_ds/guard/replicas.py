@@ -1,7 +1,7 @@
-"""Whether the ranks still hold the same of what each of them holds: cheap enough to ask every hundred steps.
+"""Checking that tensors which several ranks hold copies of are still equal, every `faults.check_every` steps.
 
-A rank whose copy has drifted (a flipped bit, a collective that one rank missed) trains on without any error,
-and wrongly.
+A copy can drift, for example by a flipped bit or by a collective that one rank missed. Training then goes on
+without an error, and gives a wrong draft.
 """
 
 from __future__ import annotations
@@ -17,34 +17,42 @@ from torch import Tensor
 
 from eagle3_ds.guard.trained import Trained
 
-# {(what, whether sp peers alone hold the same): digest}; what a rank holds alone is left out.
+# {(what, among_peers): digest}. With `among_peers` it must be equal within each sp group, else on all ranks.
+# What only one rank holds is left out.
 Digests = Mapping[tuple[str, bool], int]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class PacksOfStep(Protocol):
-    """What is asked of the data: a pure function of the step, counted from 0."""
+    """What the check needs of the data: a pure function of the step, counted from 0."""
 
     def pack_indices(self, step: int) -> list[int]: ...
 
 
 def require_same_replicas(trainer: Trained, loader: PacksOfStep, step: int) -> None:
-    """Compare what must be equal after `step` optimizer steps. Collective; one small all-reduce.
+    """Compare weights, frozen tensors, random states and places in the data after `step` optimizer steps.
+    Collective over the world: one all-reduce of a few digests per rank.
 
     Raises:
-        RuntimeError: on all ranks, naming what differs and which ranks hold which state.
+        RuntimeError: something differs. It is raised on all ranks, and names what differs between which
+            ranks.
     """
     _require_same(trainer, {**_digests(trainer, loader, step), **_weights(trainer)}, step)
 
 
 @contextmanager
 def weights_compared_before_update(trainer: Trained, step: int) -> Iterator[None]:
-    """The first update in here, after `step` optimizer steps, compares the weights that its gradients were
-    computed with.
+    """During the block, compare the ranks' weights right before the first optimizer update. The comparison is
+    collective over the world.
 
-    At ZeRO 1 and 2 an update writes every rank's weights anew from the masters: what was wrong with one
-    rank's is gone, and its gradients are in the masters of all. Raises RuntimeError before that, as
-    `require_same_replicas`.
+    It cannot wait until after the update: at ZeRO 1 and 2 the update rewrites all weights from the fp32
+    masters. A wrong weight on one rank has disappeared then, but its wrong gradients are in the masters.
+
+    Args:
+        step: optimizer steps done before the block; for the message.
+
+    Raises:
+        RuntimeError: the weights of two ranks differ.
     """
 
     def compare(*_: Any) -> None:
@@ -102,8 +110,8 @@ def _weights(trainer: Trained) -> Digests:
 
 
 def _sum_of_bits(tensors: Iterable[Tensor]) -> int:
-    """A number that changes when any one bit does: the tensors' words as integers, summed, each tensor
-    weighed by its place.
+    """An int64 that changes when any single bit of the tensors does: the sum of all elements, read as
+    integers, each tensor weighted by an odd number that depends on its place.
     """
     total = 0
     for place, tensor in enumerate(tensors):
@@ -117,5 +125,5 @@ def _number(content: bytes) -> int:
 
 
 def _wrapped(number: int) -> int:
-    """Into int64."""
+    """`number` modulo 2**64, as an int64."""
     return (number + 2**63) % 2**64 - 2**63

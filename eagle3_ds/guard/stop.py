@@ -9,18 +9,17 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TIMEOUT = "train.timeout_minutes"
-# What ranks tell each other is a position in here; 0 is no request.
+# Ranks exchange an index into this tuple; 0 means no request.
 REASONS = ("", *(one.name for one in SIGNALS), TIMEOUT)
 
 
 class StopRequest:
-    """Notes a request while it is entered; the loop asks for it between steps, where all ranks agree.
-
-    The first SIGINT is noted, a second one ends the process at once.
+    """Inside its `with` block, notes SIGINT, SIGTERM and SIGUSR1 instead of ending the process. Between steps
+    the loop reads `reason`, and all ranks agree on it. A second SIGINT ends the process at once.
 
     Args:
-        timeout_minutes: the time limit, counted from now; None for none, and on all ranks but one, because
-            clocks differ.
+        timeout_minutes: time limit, counted from now; None for no limit. Only rank 0 gets it: clocks differ,
+            and one rank's request stops all.
     """
 
     def __init__(self, timeout_minutes: float | None = None) -> None:
@@ -39,13 +38,13 @@ class StopRequest:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._noted = self._noted or REASONS.index(signal.Signals(number).name)
         if number == signal.SIGINT:
-            # Left to the system: a handler of ours would not run while the main thread waits inside a
-            # collective.
+            # The default action ends the process at any time. A Python handler would not run while the main
+            # thread waits inside a collective.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     @property
     def reason(self) -> int:
-        """What this rank knows, as a position in `REASONS`."""
+        """The request that this rank has noted, as an index into `REASONS`; 0 for none."""
         if not self._noted and self._deadline is not None and time.monotonic() >= self._deadline:
             self._noted = REASONS.index(TIMEOUT)
         return self._noted

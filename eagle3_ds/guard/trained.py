@@ -1,4 +1,4 @@
-"""What the guards ask of the trainer that they watch."""
+"""The parts of a trainer that the guards use."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from eagle3_ds.topology import Topology
 
 
 class StepFigures(Protocol):
-    """Of one optimizer step, the same on every rank: the loss, the loss of each TTT step, and the gradient's
-    norm.
-    """
+    """Loss, loss of each TTT step, and gradient norm of one optimizer step; the same on every rank."""
 
     @property
     def loss(self) -> float: ...
@@ -35,9 +33,12 @@ class Trained(Protocol):
     engine: Any
 
     def frozen_tensors(self) -> list[Tensor]:
-        """What is not trained and the same on every rank."""
+        """The tensors that are not trained, whole and equal on every rank."""
 
     def own_losses(self, pack: PackedSequence) -> tuple[Tensor, bool]:
-        """This rank's share of the summed loss of each TTT step, fp32 [K], and whether its hidden states are
-        finite.
+        """Run one pack without gradients. Collective.
+
+        Returns:
+            The loss of each of the K TTT steps summed over this rank's slots, fp32 [K], and whether the
+            hidden states that this rank read are finite.
         """

@@ -1,4 +1,4 @@
-"""The frozen target model: building a small one, loading any, and capturing what the draft learns from."""
+"""The frozen target model: building a small one, loading any, and capturing its hidden states."""
 
 from eagle3_ds.targets.build import build_target
 from eagle3_ds.targets.capture import AuxCapture, capture_hidden_states, teacher_tokens

@@ -1,5 +1,4 @@
-"""A small Llama and its tokenizer, trained from scratch on the texts handed in, for machines without a real
-target.
+"""Training a small Llama and its tokenizer from scratch on given texts, for machines without a real target.
 
 Legend: B rows of a batch, T tokens of a row, V vocabulary.
 """
@@ -31,7 +30,8 @@ Messages = list[dict[str, str]]
 RECORD = "build.json"
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHARACTERS_PER_TOKEN = 4
-"""An upper estimate for a byte-level BPE of a few thousand tokens on code: sets how much text is asked for.
+"""Characters of text to gather per training token: an upper estimate for code and a byte-level BPE of a few
+thousand tokens.
 """
 WARMUP_SHARE = 0.1
 CHAT_TEMPLATE = (
@@ -44,7 +44,9 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""ChatML. The assistant's mask covers its content and the token that ends its turn, not the newline after."""
+"""ChatML. `generation` marks what the loss mask covers: the assistant's content and the token that ends its
+turn, without the newline that follows.
+"""
 
 
 def build_target(
@@ -56,16 +58,17 @@ def build_target(
     """Train the target of `section.build` and save it at `section.path`, unless it is there already.
 
     Args:
-        texts: plain documents; read only as far as the training needs them.
-        conversations: lists of messages (role, content), rendered with the chat template; half of the
-            training.
+        texts: plain documents; no more are read than the training needs.
+        conversations: lists of messages (role, content), rendered with the chat template. They make up half
+            of the training text.
 
     Returns:
-        The folder, as `save_pretrained` writes it, with the weights in fp32 and the build in build.json.
+        The folder, as `save_pretrained` writes it, with fp32 weights, and with the values of `section.build`
+        in build.json.
 
     Raises:
-        ValueError: a folder built from other values, or no build; no section to build from; too little text;
-            sizes without a meaning.
+        ValueError: `section.build` is null; the folder exists and was not built, or from other values; there
+            is too little text; or `target.aux_layers` or the vocabulary size do not fit the model.
     """
     if section.build is None:
         raise ValueError(
@@ -75,9 +78,9 @@ def build_target(
     if folder.exists():
         _check_same_build(folder, build)
         return folder
-    choose_aux_layers(build.num_layers, section.aux_layers)  # refused before minutes are spent
+    choose_aux_layers(build.num_layers, section.aux_layers)  # raises before minutes of training are spent
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # written aside and renamed: a build that was interrupted leaves no folder that looks whole
+    # Written under another name and renamed: an interrupted build leaves no folder that looks complete.
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         aside.chmod(0o755)
@@ -87,7 +90,7 @@ def build_target(
         model, losses = _train_model(build, tokenizer, rows, progress)
         model.save_pretrained(aside)
         for weights in aside.glob("*.safetensors"):
-            weights.chmod(0o644)  # safetensors leaves them to their owner
+            weights.chmod(0o644)  # safetensors writes them readable by their owner only
         tokenizer.save_pretrained(aside)
         record = {
             "build": build.model_dump(),
@@ -104,7 +107,9 @@ def build_target(
 
 
 def unigram_loss(rows: Tensor) -> float:
-    """Cross entropy, in nats per token, of the best prediction that looks at no context."""
+    """Cross entropy, in nats per token, of always predicting the token frequencies of `rows` (integers of any
+    shape): the best loss that a model without context reaches.
+    """
     counts = torch.bincount(rows.flatten()).double()
     share = counts[counts > 0] / counts.sum()
     return float(-(share * share.log()).sum())
@@ -134,15 +139,15 @@ def _check_same_build(folder: Path, build: TargetBuild) -> None:
 def _gather(
     build: TargetBuild, texts: Iterable[str], conversations: Iterable[Messages]
 ) -> list[str | Messages]:
-    """As many documents as the training reads once, half of the characters plain and half chat while both
-    last.
+    """Gather as much text as the training reads once: half of the characters from plain texts and half from
+    conversations, until one of them has no more.
     """
     wanted = max(1, build.steps) * build.batch_size * (build.sequence_length + 1) * CHARACTERS_PER_TOKEN
     plain, chat = iter(texts), iter(conversations)
     sizes = {"plain": 0, "chat": 0}
     documents: list[str | Messages] = []
     while sum(sizes.values()) < wanted:
-        # past its half a kind is asked only when the other has run out
+        # The kind that has fewer characters so far is next.
         kind = "plain" if sizes["plain"] <= sizes["chat"] else "chat"
         document: str | Messages | None = next(plain, None) if kind == "plain" else next(chat, None)
         if document is None:
@@ -160,7 +165,7 @@ def _gather(
 def _train_tokenizer(
     build: TargetBuild, documents: list[str | Messages]
 ) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE, so that any text has tokens, with the chat's special tokens and template."""
+    """A byte-level BPE, which can encode any text, with the special tokens and template of the chat."""
     special = [END_OF_TEXT, TURN_START, TURN_END]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if build.vocab_size < len(alphabet) + len(special):
@@ -195,7 +200,9 @@ def _train_tokenizer(
 def _tokenise(
     build: TargetBuild, tokenizer: transformers.PreTrainedTokenizerFast, documents: list[str | Messages]
 ) -> Tensor:
-    """All documents in one stream, cut into rows: int64 [N, sequence_length + 1]."""
+    """Join the tokens of all documents, separated by the padding token, and cut them into rows: int64
+    [N, sequence_length + 1].
+    """
     rendered = [
         tokenizer.apply_chat_template(doc, tokenize=False) if isinstance(doc, list) else doc
         for doc in documents
@@ -218,8 +225,14 @@ def _tokenise(
 def _train_model(
     build: TargetBuild, tokenizer: transformers.PreTrainedTokenizerFast, rows: Tensor, progress: bool
 ) -> tuple[transformers.LlamaForCausalLM, list[float]]:
-    """AdamW with a short warm-up and a cosine to zero, gradients clipped at 1; the seed leaves the caller's
-    alone.
+    """Train with AdamW, a short warm-up, a cosine schedule to zero, and gradients clipped at norm 1. The
+    caller's random state does not change.
+
+    Args:
+        rows: int64 [N, sequence_length + 1].
+
+    Returns:
+        The model in eval mode, and the loss of each step.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(build.seed)
@@ -261,7 +274,7 @@ def _model_config(build: TargetBuild, tokenizer: Any) -> transformers.LlamaConfi
         num_key_value_heads=build.num_kv_heads,
         max_position_embeddings=build.max_positions,
         initializer_range=build.hidden_size
-        ** -0.5,  # the usual 0.02 is too small for narrow layers: learning starts late
+        ** -0.5,  # with the usual 0.02 narrow layers take many steps before the loss falls
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -270,7 +283,9 @@ def _model_config(build: TargetBuild, tokenizer: Any) -> transformers.LlamaConfi
 
 
 def _batches(build: TargetBuild, rows: Tensor) -> Iterator[Tensor]:
-    """`steps` batches int64 [B, T + 1], every row once per pass, passes shuffled by the seed."""
+    """Yield `steps` batches int64 [B, T + 1]. Each pass takes every row once, in an order that depends on
+    `build.seed`.
+    """
     rng, order = random.Random(build.seed), list[int]()
     for _ in range(build.steps):
         while len(order) < build.batch_size:

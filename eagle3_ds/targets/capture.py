@@ -1,7 +1,8 @@
-"""What the draft is taught with: hidden states of three target layers, of its final norm, and its choice of
-token.
+"""Capturing what the draft is taught with: the inputs of some target layers (aux), the output of the target's
+final norm (teacher), and the target's greedy token at every position.
 
-Legend: L tokens, Ht hidden size of the target, V vocabulary.
+Legend: L tokens of a document, S tokens of a forward, A = layers * Ht, Ht hidden size of the target, V its
+vocabulary.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from eagle3_ds.targets.load import Target
 
 
 class AuxCapture:
-    """While open, every forward of the target leaves the inputs of the three aux layers behind.
+    """Inside its `with` block, keeps the inputs of the aux layers of the last forward.
 
     Args:
-        model: the base model (without the head), with `layers`.
-        aux_layers: three layer numbers.
+        model: the decoder without its head; it has `layers`.
+        aux_layers: the numbers of the layers, ascending.
     """
 
     def __init__(self, model: nn.Module, aux_layers: Sequence[int]) -> None:
@@ -49,7 +50,9 @@ class AuxCapture:
         return hook
 
     def take(self) -> Tensor:
-        """g [S, 3 * Ht] of the last forward over S tokens, lowest layer first; each is taken once."""
+        """The inputs of the aux layers in the last forward, concatenated from the lowest layer up: [S, A], of
+        the S tokens of that forward's only sequence. They are kept no longer.
+        """
         assert len(self._found) == len(self._layers), "no forward since the last take"
         taken = torch.cat([self._found.pop(place) for place in range(len(self._layers))], dim=-1)
         return taken
@@ -57,14 +60,14 @@ class AuxCapture:
 
 @torch.no_grad()
 def capture_hidden_states(target: Target, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Run the target over one document; its head is not evaluated.
+    """Run the target without its head over one whole document. Not collective.
 
     Args:
         input_ids: int64 [L], on any device.
 
     Returns:
-        aux [L, 3 * Ht]: the concatenated inputs of the aux layers; teacher [L, Ht]: the output of the final
-        norm, which the head applies to directly. Both in the target's dtype, on its device.
+        aux [L, A], the concatenated inputs of the aux layers; and teacher [L, Ht], the output of the final
+        norm, which is the head's input. Both in the target's dtype, on its device.
     """
     base = target.base
     with AuxCapture(base, target.aux_layers) as capture:
@@ -74,13 +77,12 @@ def capture_hidden_states(target: Target, input_ids: Tensor) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def teacher_tokens(hidden: Tensor, head: Tensor, chunk: int = 8192, rows: int = 4096) -> Tensor:
-    """The target's greedy token at every position: argmax over the whole vocabulary, ties to the lowest id.
-
-    At most `rows` x `chunk` logits exist at a time.
+    """The target's greedy token at every position: the argmax over the whole vocabulary, of equal logits the
+    lowest id. At most `rows` x `chunk` logits exist at a time.
 
     Args:
-        hidden: [L, Ht], after the final norm.
-        head: [V, Ht].
+        hidden: [L, Ht], outputs of the final norm; any rows, for example those of one rank.
+        head: [V, Ht], whole, of the same dtype and device.
 
     Returns:
         int64 [L].
@@ -94,7 +96,7 @@ def _best_tokens(hidden: Tensor, head: Tensor, chunk: int) -> Tensor:
     best, token = (hidden @ head[:chunk].T).max(dim=-1)
     for start in range(chunk, len(head), chunk):
         value, index = (hidden @ head[start : start + chunk].T).max(dim=-1)
-        higher = value > best  # not >=: an equal logit later in the vocabulary loses
+        higher = value > best  # not >=, so that of equal logits the lowest id wins
         best = torch.where(higher, value, best)
         token = torch.where(higher, index + start, token)
     return token

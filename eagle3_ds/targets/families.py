@@ -1,8 +1,8 @@
-"""Which targets a draft can be taught by, and which can run cut into spans: judged from the config, refused
-by name.
+"""Which targets a draft can learn from, and which of them can run cut into spans. Both are decided from the
+config alone.
 
-Any causal LM of transformers is taken that passes; docs/targets.md lists the families that the tests hold to
-the plain forward.
+Any causal LM of transformers that passes these checks is accepted. docs/targets.md lists the families whose
+hidden states the tests compare with the plain forward.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ NEEDED = (
 """What the draft takes over from the target's config."""
 LAYER_KINDS = ("full_attention", "sliding_attention")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-"""Rotary scalings whose angles depend on the longest position of the tensor they are handed."""
+"""Rotary scalings whose angles depend on the largest position in the forward, which on a rank is not the
+document's length.
+"""
 
 
 def head_size(config: Any) -> int:
-    """Channels of one attention head. `config`: a text config."""
+    """Channels of one attention head of a text config."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -61,7 +63,11 @@ def beyond_positions(longest: int, known: int) -> str | None:
 
 
 def check_supported(config: Any, path: str) -> None:
-    """Refuse what the draft cannot learn from or mirror. `config`: the target's text config.
+    """Check that a draft can learn from the target.
+
+    Args:
+        config: the target's text config.
+        path: `target.path`, for messages.
 
     Raises:
         ValueError: an encoder-decoder, a config without the sizes that the draft takes over, or a
@@ -92,13 +98,18 @@ def check_supported(config: Any, path: str) -> None:
 
 
 def check_parallel(full_config: Any, path: str, ulysses: int, longest: int) -> None:
-    """Refuse what cannot run cut over ranks. `full_config`: as AutoConfig reads it; `longest`:
-    data.max_length.
+    """Check that the target can run cut into spans over several ranks.
+
+    Args:
+        full_config: the config as AutoConfig reads it.
+        path: `target.path`, for messages.
+        ulysses: `parallel.ulysses`.
+        longest: `data.max_length`.
 
     Raises:
-        ValueError: attention that does not go through transformers' attention interface, or that the kernels
-            cannot compute; layers that are not attention; heads that `ulysses` does not divide; packed or
-            quantized in a way not understood.
+        ValueError: the attention does not go through transformers' attention interface, is capped or
+            bidirectional; a layer is neither full nor sliding attention; the weights are quantized;
+            `ulysses` does not divide the query heads; or the rotary angles depend on the document's length.
     """
     config = full_config.get_text_config()
     named = f"target.path = {path!r} ({config.model_type}) cannot run on several ranks"
@@ -180,7 +191,7 @@ def _check_rope(config: Any, longest: int, named: str, fix: str) -> None:
 
 
 def _ropes(config: Any) -> list[Mapping[str, Any]]:
-    """The rotary settings: one for all layers, or one for each kind of layer."""
+    """The rotary settings of a config: one for all layers, or one for each kind of layer."""
     parameters = config.rope_parameters
     return [parameters] if "rope_type" in parameters else [part for part in parameters.values() if part]
 

@@ -1,4 +1,4 @@
-"""The frozen target: which models are supported, and loading one."""
+"""Finding and loading the frozen target."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from eagle3_ds.targets.structure import check_logits, check_modules, find_decode
 from eagle3_ds.targets.weights import load_full_config, load_text_config, weight_files
 
 FEWEST_LAYERS = 7
-"""From here on 2, n // 2 and n - 3 are three different layers."""
+"""The smallest n for which 2, n // 2 and n - 3 are three different layers."""
 SAMPLE_BYTES = 2**20
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
@@ -41,12 +41,12 @@ class Target:
 
     @property
     def embedding(self) -> Tensor:
-        """[V, H], on the model's device."""
+        """The token embedding [V, H], on the model's device."""
         return self.model.get_input_embeddings().weight
 
     @property
     def head(self) -> Tensor:
-        """[V, H], on the model's device."""
+        """The head [V, H], on the model's device."""
         return self.model.get_output_embeddings().weight
 
     @property
@@ -57,7 +57,10 @@ class Target:
 def load_target(
     section: TargetSection, dtype: str | None = None, device: torch.device | str = "cpu"
 ) -> Target:
-    """Load the target frozen, in eval mode, in `dtype` (null: the section's).
+    """Load the whole target, frozen and in eval mode. Not collective.
+
+    Args:
+        dtype: name of a torch dtype; None takes `section.dtype`.
 
     Raises:
         ValueError: a missing folder, one that is no Hugging Face model, an unsupported family, too few
@@ -68,7 +71,7 @@ def load_target(
     config = load_text_config(path)
     check_supported(config, section.path)
     aux_layers = choose_aux_layers(config.num_hidden_layers, section.aux_layers)
-    weight_files(path)  # its errors tell more than those of transformers
+    weight_files(path)  # for missing files its errors say more than those of transformers
     settings = {"dtype": getattr(torch, dtype or section.dtype), "trust_remote_code": False}
     model = transformers.AutoModelForCausalLM.from_pretrained(str(path), **settings)
     check_modules(model, config, section.path)
@@ -78,10 +81,11 @@ def load_target(
 
 
 def empty_target(section: TargetSection) -> Target:
-    """The target without its weights: parameters and buffers on the meta device, for ranks that receive them.
+    """The target with parameters and buffers on the meta device, for ranks that receive its weights from
+    rank 0.
 
     Raises:
-        ValueError: as `load_target`.
+        ValueError: the folder is missing or holds no Hugging Face model, has too few layers, or no tokenizer.
     """
     path = resolve_path(section.path, section.build is not None)
     config = load_full_config(path)
@@ -100,10 +104,10 @@ def empty_target(section: TargetSection) -> Target:
 
 
 def load_tokenizer(section: TargetSection) -> Any:
-    """The target's tokenizer, without its weights.
+    """The target's tokenizer. Its weights are not loaded.
 
     Raises:
-        ValueError: a missing folder, or no tokenizer in it.
+        ValueError: the folder is missing, or holds no tokenizer.
     """
     path = resolve_path(section.path, section.build is not None)
     try:
@@ -119,11 +123,11 @@ def resolve_path(path: str, is_built: bool = False) -> Path:
     """The local folder of a target: `path` itself, or the downloaded snapshot of a hub name.
 
     Args:
-        is_built: the recipe builds the target (`target.build`), which is what a missing folder then waits
-            for.
+        is_built: whether the recipe has `target.build`; the message for a missing folder then says how to
+            build it.
 
     Raises:
-        ValueError: no such folder, and no such name on the hub.
+        ValueError: there is neither such a folder nor such a model on the hub.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -132,7 +136,7 @@ def resolve_path(path: str, is_built: bool = False) -> Path:
         raise ValueError(
             f"target.path = {path!r} is not built yet: `eagle3-ds prepare` with this recipe builds it."
         )
-    # "output/target" looks like a hub name too: an existing first part tells that a folder was meant
+    # "output/target" has the form of a hub name too. If the folder `output` exists, a folder was meant.
     if not HUB_NAME.fullmatch(path) or folder.parent.is_dir():
         raise ValueError(
             f"target.path = {path!r} is not a folder: the target must exist before the run. Correct the "
@@ -150,10 +154,12 @@ def resolve_path(path: str, is_built: bool = False) -> Path:
 
 
 def choose_aux_layers(num_layers: int, wanted: Sequence[int] | None = None) -> tuple[int, ...]:
-    """The layers whose inputs are captured: `wanted`, or the EAGLE-3 rule (2, n // 2, n - 3).
+    """The layers whose inputs are captured: `wanted`, or without it those of the EAGLE-3 rule
+    (2, n // 2, n - 3).
 
     Raises:
-        ValueError: too few layers for the rule, or layers that do not ascend or are not the target's.
+        ValueError: the target has too few layers for the rule, or `wanted` does not ascend or names layers
+            that the target lacks.
     """
     if wanted is None:
         if num_layers < FEWEST_LAYERS:
@@ -163,7 +169,7 @@ def choose_aux_layers(num_layers: int, wanted: Sequence[int] | None = None) -> t
             )
         return (2, num_layers // 2, num_layers - 3)
     ascending = all(low < high for low, high in zip(wanted, wanted[1:], strict=False))
-    # Servers collect the layers in ascending order and each once, whatever order the config has.
+    # Servers collect the layers in ascending order and each once, whatever order the config names them in.
     if not wanted or not ascending or not 0 <= wanted[0] <= wanted[-1] < num_layers:
         raise ValueError(
             f"target.aux_layers = {list(wanted)}: they must ascend, each once, and lie in "
@@ -173,10 +179,13 @@ def choose_aux_layers(num_layers: int, wanted: Sequence[int] | None = None) -> t
 
 
 def target_fingerprint(path: str | Path, aux_layers: Sequence[int], dtype: str) -> dict[str, str]:
-    """What hidden states depend on: weights, tokenizer, aux layers and the dtype they are computed in.
+    """What captured hidden states depend on: digests of weights and tokenizer, the aux layers, the dtype.
 
-    The weights are known by the config, file names and sizes, the safetensors headers and a few MiB of each
-    file, so that a target of hundreds of GB is known in seconds.
+    The digest of the weights covers the config, the files' names and sizes, their safetensors headers and
+    3 MiB of each: it takes seconds for a target of hundreds of GB.
+
+    Raises:
+        ValueError: the folder is missing, or holds no safetensors weights.
     """
     folder = resolve_path(str(path))
     weights = hashlib.sha256((folder / "config.json").read_bytes())
@@ -205,7 +214,7 @@ def target_fingerprint(path: str | Path, aux_layers: Sequence[int], dtype: str) 
 
 
 def _sample(file: Path) -> Iterable[bytes]:
-    """The header of a safetensors file, and the start, middle and end of its data."""
+    """The header of a safetensors file, then up to `SAMPLE_BYTES` from start, middle and end of its data."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         header = int.from_bytes(stream.read(8), "little")

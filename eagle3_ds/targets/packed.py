@@ -1,11 +1,11 @@
-"""The target over one rank's spans of a packed sequence: its own code, with our attention in transformers'
-interface.
+"""Running the target over one rank's spans of a packed sequence. The model's own code runs; only its
+attention is replaced, through transformers' attention interface.
 
-Every layer but the attention looks at one slot at a time, so a rank runs them on its spans alone. The
-attention function is registered without a mask function, upon which transformers builds no mask; who sees
-whom is said by the span plan.
+All layers but the attention work on each slot by itself, so a rank runs them on its own slots. The attention
+function is registered without a mask function: transformers then builds no mask, and the span plan says which
+slots each slot attends to.
 
-Legend: S slots of this rank, Hq / Hkv heads, D head size, Ht hidden size.
+Legend: S slots of this rank, Hq query heads, Hkv key/value heads, D head size, Ht hidden size, A layers * Ht.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 INTERFACE_NAME = "eagle3_ds_packed"
 MLP_ROWS = 8192
-"""Slots that an MLP sees at a time: bounds its transient memory to a few rows x intermediate size."""
+"""Slots that go through an MLP at a time. This bounds its transient memory to a few MLP_ROWS x intermediate
+size.
+"""
 WITHOUT_EFFECT = frozenset(
     (
         "position_ids",
@@ -39,7 +41,9 @@ WITHOUT_EFFECT = frozenset(
         "output_hidden_states",
     )
 )
-"""What models hand to their attention besides, and which changes nothing in a forward without a cache."""
+"""Further keyword arguments that models pass to their attention. They have no effect in a forward without a
+cache.
+"""
 
 _SINGLE = "Capture this target with target.capture: single, which runs it as transformers does."
 
@@ -58,12 +62,22 @@ def packed_attention(
     packed: PackedAttention | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls for each layer. query [1, Hq, S, D]; key, value [1, Hkv, S, D] -> [1, S, Hq,
-    D].
+    """The attention function that transformers calls in each layer. Collective over the sp group of `packed`.
+
+    Args:
+        query: [1, Hq, S, D], of this rank's slots with all heads.
+        key, value: [1, Hkv, S, D], likewise.
+        scaling: factor of the scores; None is D ** -0.5.
+        s_aux: the logits of attention sinks, if the layer has them.
+        packed: the attention over the span plan; `SpanForward` passes it through the model's keyword
+            arguments.
+
+    Returns:
+        [1, S, Hq, D], and None for the attention weights.
 
     Raises:
-        ValueError: the layer asks for something that the kernels do not compute, or `packed` did not reach
-            it.
+        ValueError: the layer asks for something that the kernels do not compute, or the model did not pass
+            `packed` on.
     """
     layer = type(module).__name__
     if packed is None:
@@ -127,7 +141,7 @@ def check_spans(full_config: Any, path: str) -> None:
 
 
 class SpanForward(nn.Module):
-    """The decoder of a target, without its head, over the slots of one rank."""
+    """The decoder of a target, without its head, as a module that runs over the slots of one rank."""
 
     def __init__(self, target: Target) -> None:
         super().__init__()
@@ -142,18 +156,19 @@ class SpanForward(nn.Module):
     def forward(
         self, token_ids: Tensor, positions: Tensor, packed: PackedAttention | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Collective over the sp group of `packed`.
+        """Run the decoder over this rank's slots. Collective over the sp group of `packed`.
 
         Args:
-            token_ids, positions: int64 [S], those of this rank's slots; padding may hold any token.
-            packed: a fresh attention over the plan of the sequence; None: the slots are one whole document,
-                and the attention is transformers' own, to compare with.
+            token_ids: int64 [S], the tokens of this rank's slots; any token in padding.
+            positions: int64 [S], their positions in their documents.
+            packed: a new attention over the plan of this packed sequence. None: the slots are one whole
+                document, and transformers' eager attention runs, for comparison.
 
         Returns:
-            aux [S, 3 * Ht] and teacher [S, Ht], as `capture_hidden_states` gives them.
+            aux [S, A] and teacher [S, Ht] of this rank's slots, as `capture_hidden_states` returns them.
 
         Raises:
-            ValueError: a layer without attention, or with one that the kernels do not compute.
+            ValueError: a layer has no attention, or one that the kernels do not compute.
         """
         self.decoder.set_attn_implementation("eager" if packed is None else INTERFACE_NAME)
         options = {} if packed is None else {"packed": packed}
@@ -172,7 +187,9 @@ class SpanForward(nn.Module):
 
 
 def _tiled(forward: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    """The forward of an MLP, dense or of experts, a few rows at a time: no row looks at another one."""
+    """The forward of an MLP, dense or of experts, on `MLP_ROWS` slots at a time. The result is the same,
+    because an MLP works on each slot by itself.
+    """
 
     def tiled(hidden: Tensor) -> Tensor:
         if hidden.shape[1] <= MLP_ROWS:

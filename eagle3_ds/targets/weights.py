@@ -1,4 +1,4 @@
-"""Reading parts of a target folder without loading the model.
+"""Reading the config and single tensors of a target's folder, without loading the model.
 
 Legend: V vocabulary, H hidden size.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-# The second and third names are those of the language model inside a vision-language checkpoint.
+# The second and third names are of the language model in a vision-language checkpoint.
 EMBEDDINGS = (
     "model.embed_tokens.weight",
     "model.language_model.embed_tokens.weight",
@@ -31,16 +31,17 @@ def load_text_config(path: str | Path) -> Any:
     """The transformers config of the language model in `path`.
 
     Raises:
-        ValueError: no readable config.json, or the config of no causal language model.
+        ValueError: config.json is missing or cannot be read, or is not of a causal language model.
     """
     return load_full_config(path).get_text_config()
 
 
 def load_full_config(path: str | Path) -> Any:
-    """The transformers config in `path`, whole: that of a vision-language model holds the language model's.
+    """The transformers config in `path` as AutoConfig reads it. That of a vision-language model contains the
+    language model's.
 
     Raises:
-        ValueError: no readable config.json, or the config of no causal language model.
+        ValueError: config.json is missing or cannot be read, or is not of a causal language model.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
@@ -65,12 +66,16 @@ def load_full_config(path: str | Path) -> Any:
 
 
 def load_embedding_and_head(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """The token embedding and the head, [V, H] each, and nothing else of the weights.
+    """Read the token embedding and the head, and no other weights. Not collective.
 
-    A target with tied weights gives the same tensor twice. `dtype` None keeps the stored one.
+    Args:
+        dtype: None keeps the stored dtype.
+
+    Returns:
+        Embedding and head, [V, H] each, whole, on the CPU. For tied weights both are the same tensor.
 
     Raises:
-        ValueError: no safetensors weights, or a tensor is missing from them.
+        ValueError: there are no safetensors weights, or a tensor is missing from them.
     """
     files = weight_files(path)
     embedding = _read_tensor(path, files, EMBEDDINGS, dtype)
@@ -93,10 +98,10 @@ def check_weight_names(path: str | Path) -> None:
 
 
 def weight_files(path: str | Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it, from the index or the single file.
+    """{tensor name: safetensors file that holds it}, from the index or from the single file.
 
     Raises:
-        ValueError: no safetensors weights, or an indexed file is missing.
+        ValueError: there are no safetensors weights, or a file that the index names is missing.
     """
     folder = Path(path)
     if (folder / INDEX).is_file():
@@ -120,7 +125,7 @@ def weight_files(path: str | Path) -> dict[str, Path]:
 def _read_tensor(
     path: str | Path, files: dict[str, Path], names: Sequence[str], dtype: torch.dtype | None
 ) -> Tensor:
-    """The tensor that has one of `names`."""
+    """The tensor with the first of `names` that the files have."""
     name = next((name for name in names if name in files), None)
     if name is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The mesh draft_dp x ring x ulysses, its process groups, and what DeepSpeed is told about them."""
+"""The mesh draft_dp x ring x ulysses, its process groups, and the `mpu` that tells DeepSpeed about them."""
 
 from eagle3_ds.topology.groups import Topology, detect_accelerator, maybe_setup_distributed
 from eagle3_ds.topology.mesh import Mesh, Place, check_heads

@@ -1,4 +1,4 @@
-"""Process groups of the mesh, as one frozen object that is passed on as an argument."""
+"""The process groups of the mesh. They are one frozen object, passed as an argument; there is no global."""
 
 from __future__ import annotations
 
@@ -16,9 +16,15 @@ _BACKEND = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place in the mesh and its groups; a group is None when its axis has one rank.
+    """This rank's place in the mesh, its device and its process groups.
 
-    `sp_ring_degree`, `sp_ulysses_degree`, `sp_world_size` and `sp_rank` are the names RFC 338 uses.
+    Attributes:
+        ulysses_group, ring_group: the ranks along one sequence-parallel axis.
+        sp_group: the ranks that share one packed sequence, in the order of sp_rank.
+        dp_group: the ranks with the same sp_rank, which hold the same part of different sequences.
+        world_group: all ranks.
+
+    A group of one rank is None. The properties have the names of RFC 338.
     """
 
     mesh: Mesh
@@ -52,8 +58,11 @@ class Topology:
 
 
 def detect_accelerator() -> str:
-    """`cuda`, `npu` or `cpu`: what this machine's ranks run on. DS_ACCELERATOR, DeepSpeed's own switch,
-    decides.
+    """The accelerator of this machine's ranks: `cuda`, `npu` or `cpu`. DeepSpeed's environment variable
+    DS_ACCELERATOR overrides what torch finds.
+
+    Raises:
+        ValueError: DS_ACCELERATOR names another accelerator.
     """
     forced = os.environ.get("DS_ACCELERATOR")
     if forced:
@@ -71,28 +80,29 @@ def detect_accelerator() -> str:
 def maybe_setup_distributed(
     ulysses: int = 1, ring: int = 1, draft_dp: int | None = None, backend: str | None = None
 ) -> Topology:
-    """Join the world that the launcher announces through RANK, and make the groups of the mesh.
+    """Initialise torch.distributed from the launcher's environment, and make the groups of the mesh.
 
-    Without RANK this is a single process: no process group is made and every group is None. A process group
-    that exists already is used. Collective: all ranks must call it with the same arguments.
+    Collective: all ranks must call it with the same arguments. A default process group that exists already is
+    used. Without one and without RANK in the environment the world is this process, and every group is None.
 
     Args:
         ulysses, ring: sequence-parallel degrees.
-        draft_dp: data-parallel degree; None takes what the world leaves.
-        backend: torch.distributed backend; None picks the one of the device (gloo, nccl, hccl).
+        draft_dp: data-parallel degree: how many packed sequences are trained on side by side. None divides
+            the world size by ulysses x ring.
+        backend: torch.distributed backend; None picks the device's (gloo, nccl, hccl).
 
     Raises:
-        ValueError: the world size is not draft_dp x ring x ulysses.
+        ValueError: the world size is not draft_dp x ring x ulysses, or DS_ACCELERATOR is not supported.
     """
     kind = detect_accelerator()
-    # What torch and DeepSpeed read, where MPI or Slurm say it otherwise; the launch exported MASTER_ADDR and
-    # _PORT.
+    # mpirun and srun give rank and world size by other names than RANK and WORLD_SIZE, which torch and
+    # DeepSpeed read. The launch has exported MASTER_ADDR and MASTER_PORT.
     os.environ.update(announcement(os.environ))
     if not dist.is_initialized() and "RANK" not in os.environ:
         mesh = Mesh.from_world(1, ring, ulysses, draft_dp)
         return Topology(mesh, mesh.place(0), torch.device(kind))
-    # Judged from the environment when possible, so that a wrong world fails before anybody waits for a
-    # rendezvous.
+    # From the environment where possible: a wrong world size then fails before the ranks wait for each other
+    # in the rendezvous.
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
     mesh = Mesh.from_world(world_size, ring, ulysses, draft_dp)
     device = _set_device(kind)
@@ -107,7 +117,7 @@ def maybe_setup_distributed(
         device=device,
         ulysses_group=ulysses_group,
         ring_group=ring_group,
-        # One communicator less where sp is a single axis.
+        # When one of the two axes has size 1, the other's group is the sp group: this saves a communicator.
         sp_group=_make_group(mesh.sp_groups(), place.rank)
         if min(ring, ulysses) > 1
         else ulysses_group or ring_group,
@@ -117,7 +127,7 @@ def maybe_setup_distributed(
 
 
 def _set_device(kind: str) -> torch.device:
-    """Select this rank's accelerator, so that collectives and allocations use it."""
+    """Make LOCAL_RANK's device the current one, on which NCCL and new tensors are put."""
     if kind == "cpu":
         return torch.device("cpu")
     index = int(os.environ.get("LOCAL_RANK", "0"))
@@ -126,7 +136,11 @@ def _set_device(kind: str) -> torch.device:
 
 
 def _make_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:
-    """Every rank makes every group, in the same order: new_group waits for all ranks of the world."""
+    """This rank's group of `groups`; None for groups of one rank. Collective over the world.
+
+    Every rank makes every group in the same order: `new_group` waits for all ranks, also for those that are
+    not in the group.
+    """
     if len(groups[0]) == 1:
         return None
     made = [dist.new_group(ranks) for ranks in groups]

@@ -1,7 +1,8 @@
-"""The mesh draft_dp x ring x ulysses as integers: pure functions of rank and sizes, testable without
-processes.
+"""The mesh draft_dp x ring x ulysses as integers: pure functions of rank and sizes, without processes.
 
-Ulysses runs fastest, so that Ulysses peers are neighbours (one node, NVLink) and the ring crosses nodes.
+`draft_dp` is the draft's data-parallel degree: how many packed sequences are trained on side by side. The
+ring x ulysses ranks of one sp group share one sequence. The ulysses rank varies fastest with the global rank:
+the ranks of a ulysses group are neighbours, on one node with NVLink, and the ring crosses nodes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Place:
-    """Where one rank sits. `sp_rank` = ring_rank * ulysses + ulysses_rank."""
+    """Coordinates of one rank in the mesh: sp_rank = ring_rank * ulysses + ulysses_rank."""
 
     rank: int
     dp_rank: int
@@ -23,7 +24,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes of the three axes. rank = (dp_rank * ring + ring_rank) * ulysses + ulysses_rank."""
+    """Sizes of the three axes: rank = (dp_rank * ring + ring_rank) * ulysses + ulysses_rank.
+
+    Raises:
+        ValueError: a size is below 1.
+    """
 
     draft_dp: int = 1
     ring: int = 1
@@ -40,10 +45,11 @@ class Mesh:
     def from_world(
         cls, world_size: int, ring: int = 1, ulysses: int = 1, draft_dp: int | None = None
     ) -> Mesh:
-        """The mesh of `world_size` ranks; draft_dp is what ring and ulysses leave, unless given.
+        """The mesh of `world_size` ranks; without `draft_dp` it is world_size / (ring * ulysses).
 
         Raises:
-            ValueError: the world does not divide, or is not the product of the three axes.
+            ValueError: ring * ulysses does not divide the world size, or the product of the three axes is
+                another number.
         """
         sp = cls(1, ring, ulysses).sp
         product = f"ulysses {ulysses} x ring {ring}"
@@ -82,7 +88,7 @@ class Mesh:
         return (dp_rank * self.ring + ring_rank) * self.ulysses + ulysses_rank
 
     def ulysses_groups(self) -> list[list[int]]:
-        """Rank lists that exchange heads for sequence: neighbours."""
+        """The ranks of each ulysses group, which exchange parts of the sequence for attention heads."""
         return [
             [self.rank(dp, ring, ulysses) for ulysses in range(self.ulysses)]
             for dp in range(self.draft_dp)
@@ -90,7 +96,7 @@ class Mesh:
         ]
 
     def ring_groups(self) -> list[list[int]]:
-        """Rank lists that hold the same heads of different parts of one sequence."""
+        """The ranks of each ring group, which hold the same heads of different parts of one sequence."""
         return [
             [self.rank(dp, ring, ulysses) for ring in range(self.ring)]
             for dp in range(self.draft_dp)
@@ -98,16 +104,16 @@ class Mesh:
         ]
 
     def sp_groups(self) -> list[list[int]]:
-        """Rank lists that share one sequence, in the order of sp_rank."""
+        """The ranks of each sp group, which share one sequence, in the order of sp_rank."""
         return [list(range(dp * self.sp, (dp + 1) * self.sp)) for dp in range(self.draft_dp)]
 
     def dp_groups(self) -> list[list[int]]:
-        """Rank lists that hold the same part of different sequences."""
+        """The ranks of each data-parallel group, which hold the same part of different sequences."""
         return [list(range(sp_rank, self.world_size, self.sp)) for sp_rank in range(self.sp)]
 
 
 def check_heads(ulysses: int, num_heads: int, num_kv_heads: int) -> None:
-    """Refuse a Ulysses degree that cannot give every rank whole heads.
+    """Check that every rank of a ulysses group gets whole query and key/value heads.
 
     Raises:
         ValueError: `ulysses` does not divide gcd(num_heads, num_kv_heads).

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told when ZeRO shards over draft_dp only (`zero_group: draft_dp`)."""
+"""The `mpu` that DeepSpeed gets when ZeRO shards over draft_dp only (`parallel.zero_group: draft_dp`)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from eagle3_ds.topology.groups import Topology
 
 @dataclass(frozen=True)
 class ZeroGroupMpu:
-    """DeepSpeed's `mpu`: data parallel = draft_dp, model parallel = this rank alone.
+    """An `mpu` whose data-parallel group is this rank's `dp_group`, and whose model-parallel group is this
+    rank alone.
 
-    It deliberately has no sequence-parallel methods: they make DeepSpeed rescale gradients by stage.
+    It has no sequence-parallel methods: with them DeepSpeed rescales gradients, differently at each ZeRO
+    stage.
     """
 
     data_parallel_group: dist.ProcessGroup
@@ -22,7 +24,9 @@ class ZeroGroupMpu:
 
     @classmethod
     def create(cls, topology: Topology) -> ZeroGroupMpu:
-        """Make the groups, real ones even of size 1. Collective: every rank of the world must call it."""
+        """Make the groups. Collective over the world. DeepSpeed needs a process group even for one rank, so
+        these are never None.
+        """
         rank, world_size = topology.place.rank, topology.mesh.world_size
         solo = [dist.new_group([other]) for other in range(world_size)][rank]
         ranks = next(group for group in topology.mesh.dp_groups() if rank in group)
