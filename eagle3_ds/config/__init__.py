@@ -1,5 +1,5 @@
-"""What a run is: the recipe (YAML) and the DeepSpeed JSON beside it, both refused early when they cannot be
-meant.
+"""The configuration of a run: the recipe (YAML) and its DeepSpeed JSON. Mistakes in both are reported before
+anything starts.
 """
 
 from eagle3_ds.config.deepspeed import fill_deepspeed_config, load_deepspeed_config, missing_packages

@@ -1,5 +1,5 @@
-"""The user's DeepSpeed JSON: passed through but for the keys that the recipe owns or that would break
-exactness.
+"""The user's DeepSpeed JSON. It is passed on to DeepSpeed, except that keys which the recipe sets, or which
+would make gradients inexact, are refused.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _DTYPES: Mapping[str, tuple[str, ...]] = {
 
 
 def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
-    """Read a DeepSpeed JSON as the user wrote it.
+    """Read and check a DeepSpeed JSON; returned as the user wrote it.
 
     Raises:
-        ValueError: no such file, not a JSON object, a key given twice, or keys that are refused, unknown or
-            in the wrong place, or whose values are none of theirs (all of them are named).
+        ValueError: the file is missing or no JSON object, a key is given twice, or keys are refused, unknown,
+            in the wrong place, or have values of the wrong kind. The message lists all these keys.
     """
     path = Path(path)
     if not path.is_file():
@@ -62,8 +62,8 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
 
 
 def deepspeed_problems(config: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a DeepSpeed JSON by itself, whatever the recipe says; each names its key and the
-    fix.
+    """What is wrong with a DeepSpeed JSON, as far as that does not depend on the recipe: one line for each
+    problem, with its key and the fix.
     """
     zero = config.get("zero_optimization", {})
     inner = zero if isinstance(zero, Mapping) else {}
@@ -82,12 +82,12 @@ def deepspeed_problems(config: Mapping[str, Any]) -> list[str]:
         if isinstance(part, Mapping):
             problems += [*_wrong_keys(part, prefix, kinds, refused), *_wrong_values(part, prefix, kinds)]
     problems += _autos(config, "")
-    # What a stage has can be said only where all else is in order.
+    # The check for the ZeRO stage needs keys and values that are of the right kind.
     return problems or _wrong_for_stage(zero)
 
 
 def missing_packages(config: Mapping[str, Any]) -> list[str]:
-    """Monitors that are switched on and whose package is not installed here; each line names the fix."""
+    """One line, with the fix, for each monitor that is enabled but whose package is not installed here."""
     return [
         f"`{name}.enabled` is true, but the package {package} is not installed here. Install it "
         f"(pip install {package}), or set it to false."
@@ -101,7 +101,7 @@ def missing_packages(config: Mapping[str, Any]) -> list[str]:
 def _wrong_keys(
     part: Mapping[str, Any], prefix: str, allowed: Collection[str], refused: Mapping[str, Refusal]
 ) -> list[str]:
-    """The keys of one part of the JSON that may not be there."""
+    """Problems with the keys of one section of the JSON: those that are refused or unknown."""
     problems = []
     for key, value in part.items():
         if key in refused:
@@ -117,12 +117,12 @@ def _wrong_keys(
 
 
 def _is_same(value: Any, other: object) -> bool:
-    """As JSON sees it, where true is not 1 but 1.0 is."""
+    """Whether two values are equal in JSON, where 1.0 is 1 but true is not."""
     return isinstance(value, bool) == isinstance(other, bool) and value == other
 
 
 def _suggestion(key: str, allowed: Collection[str]) -> str:
-    """Where the key belongs, or which one may have been meant."""
+    """In which section the key belongs, or which similar key may have been meant."""
     places: dict[str, Collection[str]] = {
         "zero_optimization": ZERO_KINDS,
         **{f"zero_optimization.{name}": kinds for name, kinds in OFFLOAD_KINDS.items()},
@@ -160,7 +160,9 @@ _KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def _wrong_values(part: Mapping[str, Any], prefix: str, kinds: Mapping[str, str]) -> list[str]:
-    """The values of one part that are none of their keys'; `auto` has a message of its own."""
+    """Problems with the values of one section of the JSON: those of the wrong kind, but not `auto`, which
+    `_autos` reports.
+    """
     problems = []
     for key, value in part.items():
         if key in kinds and value != "auto":
@@ -173,7 +175,7 @@ def _wrong_values(part: Mapping[str, Any], prefix: str, kinds: Mapping[str, str]
 
 
 def _autos(value: Any, path: str) -> list[str]:
-    """Every key whose value is `auto`."""
+    """Problems with every key, however deep, whose value is `auto`."""
     if value == "auto":
         return [
             f'`{path}` is "auto", which only Hugging Face\'s Trainer fills in. Write a value, or remove it '
@@ -185,7 +187,7 @@ def _autos(value: Any, path: str) -> list[str]:
 
 
 def _wrong_for_stage(zero: Mapping[str, Any]) -> list[str]:
-    """What DeepSpeed would pass over at this ZeRO stage, without a word."""
+    """Problems with settings that DeepSpeed would silently ignore at this ZeRO stage."""
     stage = zero.get("stage", 0)
     if stage not in range(4):
         return [f"`zero_optimization.stage` is {stage}: there are 0, 1, 2 and 3. Write one."]
@@ -217,15 +219,19 @@ def _no_object(key: str, value: Any) -> str:
 def fill_deepspeed_config(
     user: Mapping[str, Any], recipe: Recipe, world: int, draft_dp: int
 ) -> dict[str, Any]:
-    """The configuration handed to `deepspeed.initialize`: the user's, and what the recipe says.
+    """The complete configuration for `deepspeed.initialize`: the user's JSON with the settings of the recipe.
 
-    DeepSpeed checks train_batch_size against the data-parallel world it believes in: all ranks when no mpu is
-    given (`zero_group: all`), the draft_dp group otherwise.
+    DeepSpeed checks train_batch_size against the number of ranks that it takes for data-parallel: all ranks
+    when it gets no mpu (`zero_group: all`), else those of the draft_dp group.
+
+    Args:
+        user: the user's JSON, from `load_deepspeed_config`.
+        world: number of ranks.
+        draft_dp: the draft's data-parallel degree.
 
     Raises:
-        ValueError: ZeRO++ secondary partitions (`zero_hpz_partition_size`) that do not fit the ranks, an
-            optimizer on NVMe, or gradients accumulated in a dtype (`data_types.grad_accum_dtype`) that the
-            ZeRO stage cannot have.
+        ValueError: `zero_hpz_partition_size` (ZeRO++) does not fit the ranks, the optimizer is offloaded to
+            NVMe, or `data_types.grad_accum_dtype` is not possible at this ZeRO stage.
     """
     config = copy.deepcopy(dict(user))
     _check_secondary_partition(config, recipe, world)
@@ -237,8 +243,8 @@ def fill_deepspeed_config(
     config["train_batch_size"] = recipe.train.accumulation * data_parallel
     config["gradient_clipping"] = recipe.train.gradient_clipping
     config["bf16"] = {"enabled": recipe.train.dtype == "bfloat16"}
-    # The optimizer is torch's AdamW, which DeepSpeed has not listed as tested, and must not be swapped under
-    # offload.
+    # torch's AdamW is not in DeepSpeed's list of tested ZeRO optimizers; with offload, DeepSpeed would
+    # replace it by its own CPU Adam.
     config.setdefault("zero_allow_untested_optimizer", True)
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     return config
@@ -253,8 +259,8 @@ def _check_offload(config: Mapping[str, Any]) -> None:
 
 
 def _check_grad_accum_dtype(config: Mapping[str, Any], recipe: Recipe) -> None:
-    """DeepSpeed refuses some of these only once the ranks run; others get an optimizer whose state no
-    checkpoint can hold.
+    """Refuse accumulation dtypes that DeepSpeed itself refuses only once the ranks run, and those for which
+    it takes an optimizer whose state our checkpoints cannot hold.
     """
     asked, train = _object(config, "data_types").get("grad_accum_dtype"), recipe.train.dtype
     if asked is None:
@@ -290,7 +296,11 @@ def _offload_device(config: Mapping[str, Any]) -> Any:
 
 
 def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A part of the JSON, empty when it is not there. Raises ValueError when it is no object."""
+    """A section of the JSON; empty when it is missing.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
     value = config.get(key, {})
     if not isinstance(value, Mapping):
         raise ValueError(_no_object(key, value))

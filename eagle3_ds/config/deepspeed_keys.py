@@ -1,6 +1,7 @@
-"""Which keys a DeepSpeed JSON may have, and why the others are refused.
+"""Which keys a DeepSpeed JSON may have, and why others are refused.
 
-DeepSpeed ignores a key that it does not know at the top level, so every key it reads is written down here.
+DeepSpeed silently ignores top-level keys that it does not know. To report misspelt keys, this module lists
+all keys that DeepSpeed reads.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 Refusal = tuple[str, str]
-"""A reason, and what to do."""
+"""(why the key is refused, what to do instead)."""
 
 _BATCH = (
     "batch sizes follow from the packing and the mesh",
@@ -125,7 +126,7 @@ ALLOWED: Mapping[str, str] = {
     "steps_per_print": "count",
     "vocabulary_size": "count",
 }  # fmt: skip
-"""What may stand at the top, and as what."""
+"""{top-level key: the kind of its value}."""
 
 SECTIONS: Mapping[str, Mapping[str, str]] = {
     "flops_profiler": {
@@ -143,7 +144,7 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
     },
     "timers": {"throughput": "object"},
 }
-"""Sections whose unknown keys and values DeepSpeed takes without looking at them."""
+"""{section: {key: the kind of its value}} for sections whose keys and values DeepSpeed does not check."""
 
 DATA_TYPES_REFUSED: Mapping[str, Refusal] = {
     "param_dtype": _PRECISION,
@@ -151,9 +152,9 @@ DATA_TYPES_REFUSED: Mapping[str, Refusal] = {
     "keep_in_fp32_modules": _PRECISION,
 }
 MONITORS: Mapping[str, str] = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
-"""The package that each monitor's first rank imports when it starts."""
+"""{monitor: the package that rank 0 imports for it at the start}."""
 
-# Its value is judged beside the recipe.
+# `fill_deepspeed_config` checks its value, which depends on the recipe.
 DATA_TYPES_ALLOWED: Mapping[str, str] = {"grad_accum_dtype": "any"}
 
 
@@ -195,7 +196,7 @@ _SWITCHES = (
 _SIZES = (
     "stage", "reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "zero_hpz_partition_size",
 )  # fmt: skip
-# DeepSpeed takes these with and without `stage3_`.
+# DeepSpeed accepts these keys with and without the prefix `stage3_`.
 _STAGE3_SWITCHES = (
     "gather_16bit_weights_on_model_save", "use_all_reduce_for_fetch_params", "allgather_sequential",
 )  # fmt: skip
@@ -212,7 +213,7 @@ ZERO_KINDS: Mapping[str, str] = {
     **{prefix + name: "size" for prefix in ("", "stage3_") for name in _STAGE3_SIZES},
     **dict.fromkeys(("offload_optimizer", "offload_param", "leaf_module"), "object"),
 }
-"""What may stand in `zero_optimization`, and as what."""
+"""{key of `zero_optimization`: the kind of its value}."""
 
 _HYBRID = (
     "DeepSpeed then demands an optimizer of its own, and the recipe owns the optimizer",
@@ -244,4 +245,4 @@ ALREADY_SO: Mapping[str, object] = {
     "ratio": 1,
     "super_offload": False,
 }
-"""Refused keys with the value that changes nothing, which may stay."""
+"""{refused key: the value that changes nothing, with which the key is accepted}."""

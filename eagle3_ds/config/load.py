@@ -1,4 +1,4 @@
-"""From a YAML file and dotted overrides to a frozen `Recipe`, or to one error that names every mistake."""
+"""Reading a YAML file and `section.key=value` overrides into a `Recipe`. An error lists all mistakes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from eagle3_ds.config.yaml_strict import parse_yaml, read_text
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe.
+    """Read and check a recipe.
 
     Args:
         path: the YAML file.
-        overrides: `section.key=value` each, the value written as in YAML; later ones win.
+        overrides: `section.key=value` each, the value written as in YAML. Later ones win.
 
     Raises:
-        ValueError: everything that is wrong with the recipe, each with its key path, value, rule and fix.
+        ValueError: the recipe has mistakes. The message lists each with its key, value, rule and fix.
     """
     path = Path(path)
     if not path.is_file():
@@ -39,7 +39,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply_override(tree, override)
     try:
-        # Through JSON: strict validation takes a list for a tuple only there.
+        # Validated as JSON, because pydantic's strict mode accepts a list for a tuple only in JSON.
         return Recipe.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         problems = [_explain(detail) for detail in error.errors()]
@@ -48,17 +48,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def as_recipe(recipe: Recipe | str | Path) -> Recipe:
-    """A recipe as it is, or the one at a path. Raises ValueError as `load_recipe`."""
+    """`recipe` itself, or for a path the recipe that `load_recipe` reads there.
+
+    Raises:
+        ValueError: the recipe at the path has mistakes.
+    """
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, every key written out; `load_recipe` reads it back to an equal recipe."""
+    """The recipe as YAML with every key written out. `load_recipe` reads an equal recipe from it."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one dotted key in place. Raises ValueError when it is not `a.b=value` or runs through a value."""
+    """Set the key of an override, for example `parallel.ulysses=4`, in `tree`.
+
+    Raises:
+        ValueError: the override has another form, or a part of its path is a value and not a section.
+    """
     dotted, equals, text = override.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
@@ -77,7 +85,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(detail: ErrorDetails) -> str:
-    """One line for one pydantic error: key path, value, rule and fix."""
+    """Describe a pydantic error in one line: key, value, rule and fix."""
     path = ".".join(str(part) for part in detail["loc"]) or "recipe"
     if detail["type"] == "extra_forbidden":
         fields = _section_fields(detail["loc"][:-1])
@@ -94,7 +102,7 @@ def _explain(detail: ErrorDetails) -> str:
 
 
 def _section_fields(location: Sequence[int | str]) -> list[str]:
-    """Names of the keys that the section at `location` knows."""
+    """The keys of the recipe's section at `location`."""
     section: type[BaseModel] = Recipe
     for part in location:
         field = section.model_fields[str(part)]
@@ -104,7 +112,7 @@ def _section_fields(location: Sequence[int | str]) -> list[str]:
 
 
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
-    """Dotted keys whose values differ, as `key: old -> new`."""
+    """One line `section.key: old -> new` for each key whose value differs."""
     return _differences(old.model_dump(mode="json"), new.model_dump(mode="json"), "")
 
 

@@ -1,7 +1,7 @@
-"""The recipe: one frozen object that says everything about a run.
+"""The recipe: one frozen object with all settings of a run.
 
-Every section forbids unknown keys and is strict about types; what needs no other file to be judged is judged
-here. The meaning of every key is told in docs/recipe.md.
+Every section forbids unknown keys and checks types strictly. Here are the checks that need no other file.
+docs/recipe.md explains every key.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Section(BaseModel):
 
 
 class TargetBuild(Section):
-    """A small Llama trained on the running Python's standard library, for the quickstart and the tests."""
+    """Sizes and training of a small Llama, for the quickstart and the tests. Its text is the running Python's
+    standard library.
+    """
 
     vocab_size: Positive = 4096
     hidden_size: Positive = 192
@@ -61,21 +63,21 @@ class TargetSection(Section):
     path: Text
     """Folder of a Hugging Face causal LM, or a hub name."""
     build: TargetBuild | None = None
-    """Build the target at `path` when it is not there yet; one built from other values is refused, not
-    replaced.
+    """Build the target at `path` if there is none. One that was built from other values is an error, and is
+    not replaced.
     """
     aux_layers: Annotated[tuple[NonNegative, ...], Field(min_length=1, max_length=8)] | None = None
-    """Layers whose inputs are captured, 1 to 8; null is the EAGLE-3 rule (2, n // 2, n - 3)."""
+    """Layers whose inputs are captured, 1 to 8 of them. Null: the EAGLE-3 rule (2, n // 2, n - 3)."""
     dtype: FloatDtype = "bfloat16"
     capture: Literal["single", "parallel"] = "single"
-    """Who captures hidden states before training: one process, document by document, or all ranks, cut as
-    training is.
+    """How hidden states are captured before training. `single`: one process runs the target document by
+    document. `parallel`: all ranks run it over their spans of packed documents.
     """
 
 
 class DraftSection(Section):
     algorithm: Literal["eagle3"] = "eagle3"
-    """How the draft guesses: a folder of eagle3_ds/algorithms."""
+    """Name of a folder in eagle3_ds/algorithms."""
     vocab_size: Positive = 32000
     ttt_steps: Annotated[int, Field(ge=1, le=16)] = 7
     num_layers: Positive = 1
@@ -83,15 +85,15 @@ class DraftSection(Section):
     num_heads: Positive | None = None
     num_kv_heads: Positive | None = None
     aux_norm: bool = False
-    """An RMSNorm of its own for each captured layer, before `fc` (EAGLE-3.1)."""
+    """Apply a separate RMSNorm to each captured layer before `fc` (EAGLE-3.1)."""
     norm_before_fc: bool = False
-    """One RMSNorm over all captured layers side by side, before `fc` and before `aux_norm`."""
+    """Apply one RMSNorm to the concatenated captured layers, before `aux_norm` and `fc`."""
     norm_before_residual: bool = False
-    """The first layer's residual is the normed hidden state instead of the hidden state."""
+    """The first layer's residual is the hidden state after its norm instead of before it."""
     norm_output: bool = False
-    """The next guess reads the output behind the final norm instead of before it (EAGLE-3.1)."""
+    """The next TTT step reads the draft's output after the final norm instead of before it (EAGLE-3.1)."""
     sliding_window: Positive | None = None
-    """Keys that a position of the draft sees at most, its own among them; null: all before it."""
+    """How many keys a position of the draft attends to, its own included. Null: all up to its own."""
 
     @model_validator(mode="after")
     def _window_holds_the_unroll(self) -> DraftSection:
@@ -116,36 +118,33 @@ class DataSection(Section):
     Python's standard library).
     """
     shape: Literal["auto", "messages", "sharegpt", "prompt_response", "alpaca", "tokenized"] = "auto"
-    """Of the rows; `auto` recognises it by the first row of each file."""
+    """Format of the rows. `auto` recognises it from the first row of each file."""
     supervise: Literal["all", "last"] = "all"
-    """Learn from every turn of the assistant, or from the last one alone."""
+    """Supervise all turns of the assistant, or only the last one."""
     heldout: tuple[Text, ...] = ()
-    """Same as `train`; empty means `heldout_fraction` of the training conversations, split by conversation.
-    """
+    """Held-out data, named as in `train`. Empty: `heldout_fraction` of the training conversations."""
     heldout_fraction: BelowOne = 0.02
     max_length: Positive = 4096
-    """Packing length in tokens."""
+    """The most tokens of a pack: documents are laid end to end up to this length."""
     max_conversations: Positive | None = None
     on_too_long: Literal["error", "drop", "truncate", "split"] = "error"
-    """What to do with a conversation longer than `max_length`; counted and reported."""
+    """What to do with conversations longer than `max_length`; they are counted and reported."""
     on_bad_row: Literal["error", "drop"] = "error"
-    """Refuse the data with a list of all bad rows, or leave them out, counted and reported."""
+    """`error`: stop with a list of all bad rows. `drop`: leave them out, counted and reported."""
     chat_template: str | None = None
     """A Jinja file used instead of the tokenizer's own template."""
     chat_template_arguments: dict[str, bool | int | float | str] = {}
-    """What the template is rendered with besides the messages, as a server does: enable_thinking,
-    date_string.
-    """
+    """What the template gets besides the messages, as from a server; for example enable_thinking."""
     workers: Positive | None = None
-    """Processes that tokenise; null: the cores. The documents do not depend on it."""
+    """How many processes tokenise; null: one per core. The documents are the same for any number."""
     cache_dir: str = "output/cache"
-    """Tokenised conversations and hidden-state stores, keyed by content."""
+    """Folder of tokenised conversations and hidden-state stores, which are found again by their content."""
     hidden_states: Literal["offline", "online"] = "offline"
-    """Captured before training into a store, or computed in each step by the target, which then lives beside
-    the draft.
+    """`offline`: captured into a store before training. `online`: computed in each step by the target, which
+    is then on the same devices as the draft.
     """
     hidden_dtype: Literal["float32", "bfloat16", "float16", "float8"] = "bfloat16"
-    """float8 has an exponent per hidden state and takes half the disk of bfloat16."""
+    """Dtype of the store. float8 has one exponent per hidden state and takes half the disk of bfloat16."""
     seed: int = 0
 
 
@@ -157,11 +156,11 @@ class ParallelSection(Section):
     zero_group: ZeroGroup = "all"
     kv_exchange: Literal["auto"] | ExchangeName = "auto"
     kv_bytes: NonNegative = 2**33
-    """Bytes of other ranks' step-0 keys and values, and of their gradients, that a rank may hold in each
-    layer.
+    """How many bytes a rank may hold, per draft layer, of other ranks' keys and values of TTT step 0 and of
+    their gradients.
     """
     chunks_per_rank: Positive = 8
-    """Pieces a ring rank's share of the sequence is cut into for balance."""
+    """How many spans a ring rank's share of the sequence is cut into, to balance attention between ranks."""
 
 
 class AttentionSection(Section):
@@ -172,22 +171,22 @@ class AttentionSection(Section):
 
 class LossSection(Section):
     kind: Literal["kl", "tv", "lk_alpha", "lk_lambda"] = "kl"
-    """Of a guess against the teacher: a file of eagle3_ds/losses."""
+    """The loss between the draft's and the teacher's distribution: name of a file in eagle3_ds/losses."""
     lk_eta: Annotated[float, Field(ge=0.0)] = 3.0
-    """For `lk_lambda`: how soon total variation takes over from KL as a guess gets accepted."""
+    """For `lk_lambda`: how fast the loss changes from KL to total variation as acceptance grows."""
     decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     """Weight of TTT step k is decay**k, not renormalised."""
     mask_alignment: MaskAlignment = "served"
     reduction: Literal["supervised", "slots"] = "supervised"
     tile_bytes: Positive = 2**28
-    """Byte budget of the transient logits of one loss tile."""
+    """Bytes that the logits of one tile of the loss may take."""
 
 
 class TrainSection(Section):
     steps: Positive | None = None
     epochs: Positive | None = None
     accumulation: Positive = 1
-    """Packed sequences per draft_dp rank and optimizer step."""
+    """How many packs each draft_dp rank trains on in an optimizer step."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -200,7 +199,7 @@ class TrainSection(Section):
     """Largest global gradient norm; 0 turns clipping off."""
     activation: Activation = "recompute"
     tile_bytes: Positive = 2**30
-    """Byte budget of the transient tensors of one tile of slots in a draft layer."""
+    """Bytes that the intermediate tensors of one tile of slots may take in a draft layer."""
     eval_every: NonNegative = 0
     """Optimizer steps between held-out evaluations; 0: only at the end."""
     save_every: NonNegative = 0
@@ -210,9 +209,9 @@ class TrainSection(Section):
     best_by: BestBy = "heldout_loss"
     """Which checkpoint is the best: of the lowest held-out loss, or the longest simulated acceptance."""
     keep_checkpoints: Positive | None = 2
-    """The newest so many, and the best (`best_by`) besides; null: all."""
+    """How many of the newest checkpoints are kept; the best one is kept besides. Null: all."""
     timeout_minutes: Annotated[float, Field(gt=0)] | None = None
-    """Stop with a checkpoint after so many minutes of training."""
+    """Stop with a checkpoint after this many minutes of training."""
     init_from: Text | None = None
     """Folder of an exported draft to start from, in either layout of the export section."""
     seed: int = 0
@@ -234,13 +233,13 @@ class TrainSection(Section):
 
 class FaultsSection(Section):
     watchdog_seconds: Annotated[float, Field(gt=0)] = 600.0
-    """A rank that is silent, or in one collective, for longer has failed, and with it the run."""
+    """The run fails when a rank sends no heartbeat, or waits in one collective, for longer than this."""
     max_skipped: NonNegative = 3
-    """Optimizer steps in a row that may be skipped because loss or gradient is not finite."""
+    """How many optimizer steps in a row may be skipped because loss or gradient is not finite."""
     max_restarts: NonNegative = 0
-    """How often the launch starts a failed run again by itself, from the newest intact checkpoint."""
+    """How often the launch restarts a failed run, from the newest intact checkpoint."""
     check_every: NonNegative = 100
-    """Optimizer steps between checks that all ranks hold the same; 0: only before checkpoints."""
+    """Optimizer steps between checks that replicas are equal on all ranks; 0: only before checkpoints."""
 
 
 class EvalSection(Section):
@@ -249,7 +248,7 @@ class EvalSection(Section):
     max_new_tokens: Positive = 128
     draft_tokens: Positive = 7
     context_buckets: Annotated[tuple[Positive, ...], Field(min_length=1)] = (512, 2048, 8192, 32768, 131072)
-    """Upper ends, in tokens of context, of the buckets that acceptance is reported by."""
+    """Acceptance is reported by tokens of context; these are the upper ends of the buckets."""
     dtype: FloatDtype = "float32"
 
     @model_validator(mode="after")
@@ -268,12 +267,12 @@ class ExportSection(Section):
 
 class LoggingSection(Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least important lines that are told, on the terminal and in the logs of the ranks."""
+    """The lowest level that is logged, on the terminal and in the logs of the ranks."""
 
 
 class Recipe(Section):
-    """One run. `deepspeed` is the path of a DeepSpeed JSON, passed through but for the keys we fill in or
-    refuse.
+    """All settings of a run. `deepspeed` is the path of a DeepSpeed JSON, which may have all keys but those
+    that the recipe sets or this project refuses.
     """
 
     target: TargetSection

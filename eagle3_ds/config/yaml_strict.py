@@ -1,6 +1,6 @@
-"""YAML read strictly: duplicate keys are refused with their lines, and scalars follow YAML 1.2.
+"""Reading YAML strictly: a key given twice is an error that names the lines, and scalars follow YAML 1.2.
 
-PyYAML follows YAML 1.1, where `1e-4` is a string, `no` is false and `1:30` is ninety.
+PyYAML follows YAML 1.1, in which `1e-4` is a string, `no` is false and `1:30` is the number 90.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ class StrictLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Build a mapping. Raises ValueError on a key that is not text or that appears twice."""
+        """Build a mapping.
+
+        Raises:
+            ValueError: a key is not text, or is given twice.
+        """
         first_line: dict[str, int] = {}
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -36,7 +40,7 @@ class StrictLoader(yaml.SafeLoader):
 
 
 def _construct_int(loader: StrictLoader, node: yaml.ScalarNode) -> int:
-    """Decimal, as YAML 1.2 reads it; 010 is ten."""
+    """A decimal integer, as in YAML 1.2: 010 is ten."""
     return int(loader.construct_scalar(node), 10)
 
 
@@ -61,7 +65,11 @@ StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 def read_text(path: Path) -> str:
-    """The text of a file that people write. Raises ValueError when it is not UTF-8."""
+    """The text of a file that a person wrote.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -73,8 +81,11 @@ def read_text(path: Path) -> str:
 def parse_yaml(text: str, source: str) -> Any:
     """Parse one YAML document.
 
+    Args:
+        source: where the text comes from; messages start with it.
+
     Raises:
-        ValueError: not YAML, or a key given twice; the message starts with `source`.
+        ValueError: the text is not YAML, is nested too deeply, or has a key twice.
     """
     try:
         return yaml.load(text, Loader=StrictLoader)  # noqa: S506 (a SafeLoader)

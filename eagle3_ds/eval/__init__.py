@@ -1,4 +1,4 @@
-"""What a draft is worth: real speculative decoding with its target, and the picture of a run."""
+"""Evaluating a draft by speculative decoding with its target, and plotting a run."""
 
 from eagle3_ds.eval.evaluate import evaluate_draft, loop_warning
 from eagle3_ds.eval.report import draw_report

@@ -1,5 +1,5 @@
-"""The numbers of eval.json: acceptance of a trained draft and of the same draft untrained, by position and by
-context.
+"""Computing eval.json: the acceptance of the trained and of the untrained draft, in total, by guess and by
+context length.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ def evaluate_draft(
     prompts: Sequence[Sequence[int]],
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Decode every prompt three times: the target alone, with the draft, with the untrained draft.
+    """Decode every prompt three times: with the target alone, with the draft, and with the untrained draft.
+    Runs in one process, without collectives.
 
     Args:
         target: loaded in `eval.dtype`.
-        draft, untrained_draft: served drafts (attention not patched), moved to the target's device and
-            `eval.dtype`.
-        prompts: token ids up to where the assistant speaks.
+        draft, untrained_draft: served drafts, whose attention is not patched. They are moved to the target's
+            device and `eval.dtype`.
+        prompts: token ids, each up to where the assistant's answer begins.
 
     Returns:
         What eval.json holds. Acceptance length: tokens per forward of the target, its own included. By
@@ -43,8 +44,8 @@ def evaluate_draft(
         given without them too.
 
     Raises:
-        ValueError: no prompt, an empty one, or a target in another dtype.
-        NotLosslessError: an output differs from the target's own.
+        ValueError: there is no prompt, a prompt is empty, or the target has another dtype.
+        NotLosslessError: an output differs from that of the target alone.
     """
     settings = recipe.eval
     dtype: torch.dtype = getattr(torch, settings.dtype)
@@ -118,7 +119,7 @@ def loop_warning(result: dict[str, Any]) -> str | None:
 
 
 def _figures(trained: Sequence[Round], untrained: Sequence[Round], settings: EvalSection) -> dict[str, Any]:
-    """What is counted over rounds, and the settings that it depends on."""
+    """The part of eval.json that is computed from the rounds, and the settings that it depends on."""
     return {
         "acceptance_length": _acceptance_length(trained),
         "acceptance_length_untrained": _acceptance_length(untrained),
@@ -134,7 +135,7 @@ def _figures(trained: Sequence[Round], untrained: Sequence[Round], settings: Eva
 
 
 def _acceptance_length(rounds: Sequence[Round]) -> float | None:
-    """Mean of the emitted tokens; None when there was no round."""
+    """Mean number of tokens that a round emits; None without rounds."""
     return sum(each.emitted for each in rounds) / len(rounds) if rounds else None
 
 

@@ -1,5 +1,5 @@
-"""The picture of a run: loss, accuracy per TTT step, and, after an evaluation, acceptance against the
-untrained draft.
+"""Plotting a run: its loss, its accuracy per TTT step, and after an evaluation the acceptance of the trained
+and the untrained draft.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def draw_report(
     """Draw `png` from a run's metrics and, if there is one, its eval.json; `warnings` stand below.
 
     Raises:
-        ValueError: no metrics to draw.
+        ValueError: the metrics file has no line.
     """
     lines = Path(metrics_jsonl).read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines if line.strip()]
@@ -136,7 +136,7 @@ def _number(value: float | None) -> str:
 
 
 def _marker(records: Sequence[dict[str, Any]]) -> str:
-    """A line through one point cannot be seen."""
+    """With a single record, the marker that makes its point visible: a line through one point is not."""
     return "o" if len(records) == 1 else ""
 
 

@@ -1,9 +1,10 @@
-"""Greedy chain speculation, batch 1: the draft proposes some tokens, the target checks them in one forward.
+"""Greedy speculative decoding of one text with a chain of guesses: in each round the draft proposes some
+tokens, and the target checks them in one forward.
 
-Slots are those of training: slot i holds the target's hidden states g_i and the token x_{i+1}; its output
-predicts x_{i+2}. How a draft makes its guesses is its algorithm's affair (`DraftAlgorithm.guesser`).
+Slots are those of training: slot i has the target's aux hidden states g_i and the token x_{i+1}, and its
+output predicts x_{i+2}. The draft's algorithm makes the guesses (`DraftAlgorithm.guesser`).
 
-Legend: P prompt tokens, S new slots, n known tokens, Ht hidden size of the target.
+Legend: S tokens of a forward, V vocabulary of the target, A = layers * hidden size of the target.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _CUTS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 class NotLosslessError(RuntimeError):
-    """Speculative decoding gave another token than the target alone."""
+    """Speculative decoding gave other tokens than the target alone."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class Round:
 
     Attributes:
         context: tokens known before the round.
-        reached: guesses that mattered: all up to the first wrong one, or up to the end of the text.
-        accepted: guesses that were right.
-        emitted: new tokens, the target's own token included; fewer when the text ended.
+        reached: guesses that were compared: up to the first wrong one, or up to the end of the text.
+        accepted: guesses that were right, before the first wrong one.
+        emitted: new tokens: the accepted guesses, and the target's own token unless the text ended before.
     """
 
     context: int
@@ -69,8 +70,8 @@ class TargetStream:
     def __init__(self, target: Target, rereads: bool | None = None) -> None:
         """`rereads`: whether the text is read again each time; None finds out, once per target."""
         self._target = target
-        # Without the config: a layer with a sliding window would keep only the window, and could not be cut
-        # back.
+        # Made without the model's config: with it, a layer with a sliding window would keep only the window,
+        # and the cache could not be cropped.
         self._cache = DynamicCache()
         self._cache_name = cache_name(target.base)
         self._rereads = not cache_can_be_cut(target) if rereads is None else rereads
@@ -147,7 +148,9 @@ def _forgets(target: Target) -> bool:
 def greedy_decode(
     target: Target, prompt: Sequence[int], max_new_tokens: int, eos_token_id: int | None
 ) -> list[int]:
-    """The target alone: up to `max_new_tokens` tokens after the prompt, the end token included."""
+    """Decode with the target alone: the tokens that follow the prompt, up to `max_new_tokens` or to the end
+    token, which is included.
+    """
     stream, output = TargetStream(target), list[int]()
     tokens = list(prompt)
     while len(output) < max_new_tokens and (not output or output[-1] != eos_token_id):
@@ -167,17 +170,18 @@ def speculative_decode(
     eos_token_id: int | None,
     expected: Sequence[int] | None = None,
 ) -> tuple[list[int], list[Round]]:
-    """Decode after the prompt with the draft's help.
+    """Decode with draft and target: the tokens that follow the prompt, up to `max_new_tokens` or to the end
+    token.
 
-    The last round counts whole, even when it goes past `max_new_tokens`: the output is cut, the acceptance is
-    not.
+    A last round that goes past `max_new_tokens` counts with all its tokens, but the output is cut.
 
     Args:
         guesser: the draft, at the start of a text.
-        expected: the target's own greedy output; when given, the result must equal it.
+        draft_tokens: guesses in each round.
+        expected: the output of the target alone, to compare with; None compares nothing.
 
     Returns:
-        The new tokens and the rounds.
+        The new tokens, and the rounds.
 
     Raises:
         NotLosslessError: the output differs from `expected`.
@@ -201,7 +205,13 @@ def speculative_decode(
 
 
 def _judge(guesses: list[int], choices: list[int], eos: int | None, context: int) -> tuple[list[int], Round]:
-    """The tokens of a round. `choices` are the target's, one per guess and one more after the last guess."""
+    """The new tokens of a round, and its figures.
+
+    Args:
+        guesses: the draft's tokens.
+        choices: the target's: one in place of each guess, and one that follows the last guess.
+        context: tokens known before the round.
+    """
     right = 0
     while right < len(guesses) and guesses[right] == choices[right]:
         right += 1
@@ -209,13 +219,13 @@ def _judge(guesses: list[int], choices: list[int], eos: int | None, context: int
     if eos in fresh:
         fresh = fresh[: fresh.index(eos) + 1]
     accepted = min(right, len(fresh))
-    # a wrong guess was reached only when the text went on to where it stood
+    # The first wrong guess was reached unless the text ended before its place.
     reached = accepted + int(accepted < len(guesses) and len(fresh) > accepted)
     return fresh, Round(context, reached, accepted, len(fresh))
 
 
 def _difference(target: Target, prompt: Sequence[int], output: Sequence[int], expected: Sequence[int]) -> str:
-    """Where the two part, and by how much the target prefers its own token."""
+    """Describe where the two outputs first differ, and by how much the target's logits prefer its token."""
     shorter = min(len(output), len(expected))
     place = next((i for i in range(shorter) if output[i] != expected[i]), shorter)
     if place == shorter:

@@ -1,4 +1,6 @@
-"""Drafts on disk as servers read them: the vLLM / SGLang layout and the speculators layout."""
+"""Writing and reading drafts in the layouts that servers load: that of vLLM and SGLang, and that of
+speculators.
+"""
 
 from eagle3_ds.export.speculators import export_speculators, load_speculators
 from eagle3_ds.export.verify import load_export, verify_export

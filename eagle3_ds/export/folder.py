@@ -1,5 +1,5 @@
-"""What both layouts share: names and shapes of a whole draft, its geometry as config keys, and writing a
-folder at once.
+"""What both export layouts share: the draft's geometry as config keys, the check that names and shapes are
+those of the draft, and writing and reading a folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def geometry(config: LlamaConfig, max_position: int | None) -> dict[str, Any]:
-    """The draft's decoder as config keys, without an architecture.
+    """The draft's decoder as the keys of a config.json, without `architectures`.
 
     Servers read the rotary settings from `rope_theta` and `rope_scaling` (transformers 4) or from
     `rope_parameters` (transformers 5): both are written and say the same. `max_position` raises
@@ -83,11 +83,12 @@ def _length_keys(config: LlamaConfig) -> dict[str, int]:
 def draft_config(
     keys: Mapping[str, Any], draft_vocab_size: int, more: Mapping[str, Any] | None = None
 ) -> LlamaConfig:
-    """The config that `geometry` was taken from, or that another program wrote in its way, with `more` of its
-    algorithm's.
+    """The draft's config from the keys of a config.json that `geometry` or another program made.
 
-    The rotary settings are read from `rope_parameters`; where transformers 4 wrote `rope_theta` and
-    `rope_scaling`, from those.
+    The rotary settings are read from `rope_parameters`, or without it from `rope_theta` and `rope_scaling`.
+
+    Args:
+        more: further fields, of the draft's algorithm.
     """
     doubled = {"rope_theta", "rope_scaling"} if keys.get("rope_parameters") else set()
     kept = {key: value for key, value in keys.items() if key not in {"model_type", *doubled}}
@@ -95,7 +96,7 @@ def draft_config(
 
 
 def algorithm_of_layout(layout: str, architectures: Any) -> DraftAlgorithm | None:
-    """The algorithm whose drafts this layout calls by these `architectures`; None for nobody's."""
+    """The algorithm whose drafts have these `architectures` in a layout's config.json; None if none has."""
     found = (a for a in ALGORITHMS.values() if [a.layouts[layout].architecture] == architectures)
     return next(found, None)
 
@@ -103,8 +104,10 @@ def algorithm_of_layout(layout: str, architectures: Any) -> DraftAlgorithm | Non
 def own_keys(
     form: LayoutForm, folder: str | Path, keys: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """What the layout says about the draft beside its geometry, as keys of our config. Raises ValueError that
-    names the folder.
+    """What an export says about the draft besides its geometry, as fields of the draft's config.
+
+    Raises:
+        ValueError: the export has settings that this draft cannot have. The message names the folder.
     """
     try:
         return form.config_keys(keys, tensors)
@@ -115,7 +118,15 @@ def own_keys(
 def check_complete(
     algorithm: DraftAlgorithm, state: Mapping[str, Tensor], config: LlamaConfig, vocabulary: VocabularyMap
 ) -> None:
-    """Raises ValueError when `state` is not exactly the draft of `config`, or the vocabulary is another's."""
+    """Check that weights, config and vocabulary belong to one draft.
+
+    Args:
+        state: whole weights, by the draft's names.
+
+    Raises:
+        ValueError: `state` lacks a tensor, has an unknown one or one of another shape, or the vocabulary map
+            has other sizes than the config.
+    """
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in algorithm.build(config).state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -139,10 +150,10 @@ def check_complete(
 
 
 def write_folder(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Write config and weights aside and rename: `folder` is whole or absent.
+    """Write config and weights under a hidden name, then rename: `folder` appears complete or not at all.
 
     Raises:
-        ValueError: the folder exists.
+        ValueError: the folder exists already.
     """
     folder = Path(folder)
     if folder.exists():
@@ -157,7 +168,7 @@ def write_folder(folder: str | Path, config: Mapping[str, Any], tensors: Mapping
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()}, aside / WEIGHTS, {"format": "pt"}
         )
-        (aside / WEIGHTS).chmod(0o644)  # safetensors leaves it to its owner, and a server may be another user
+        (aside / WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner; servers run as others
         os.rename(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -166,7 +177,7 @@ def write_folder(folder: str | Path, config: Mapping[str, Any], tensors: Mapping
 
 
 def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and all tensors of an export.
+    """The config.json and all tensors of an export, whole, on the CPU.
 
     Raises:
         ValueError: one of the two files is missing.
@@ -180,5 +191,5 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def cast(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """Copies in `dtype`, on the CPU."""
+    """The tensors of `state` on the CPU and in `dtype`, of the same shapes."""
     return {name: tensor.detach().to("cpu", getattr(torch, dtype)) for name, tensor in state.items()}

@@ -43,7 +43,8 @@ def export_speculators(
     draft_tokens: int = 5,
     algorithm: str = "eagle3",
 ) -> Path:
-    """Write the draft in the speculators layout.
+    """Write the draft in the speculators layout; returns the folder. The other arguments are those of
+    `export_vllm`.
 
     Args:
         embedding: [V, H], the target's.
@@ -86,10 +87,11 @@ def export_speculators(
 
 
 def load_speculators(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], VocabularyMap, Tensor]:
-    """The config, the weights in our names, the vocabulary map and the embedding of an export.
+    """The config of an export, its whole weights by the draft's names, its vocabulary map, and its embedding
+    [V, H], on the CPU.
 
     Raises:
-        ValueError: not such an export, or one that is incomplete.
+        ValueError: the folder is no export in this layout, or it is incomplete.
     """
     keys, tensors = read_folder(folder)
     algorithm = ALGORITHMS.get(str(keys.get("speculators_model_type")))

@@ -1,4 +1,4 @@
-"""An export is believed only after it was read back and gave the same logits."""
+"""Verifying an export: it is read back, and must give the same logits as the draft."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def verify_export(
     tolerance: float | None = None,
     algorithm: str = "eagle3",
 ) -> float:
-    """Reload either layout, and compare its logits on a fixed random input with those of `model`, the served
-    draft.
+    """Read an export in either layout, and compare its logits on a fixed random input with the draft's.
 
-    Both run in fp32 on the CPU, so that float32 exports must agree exactly and others up to the rounding of
-    their weights.
+    Both run in fp32 on the CPU: a float32 export must agree exactly, another one up to the rounding of its
+    weights.
 
     Args:
-        tolerance: largest relative error allowed; null is 0 for float32 exports, and 16 times the epsilon of
-            others.
+        model: the served draft, with whole weights.
+        tolerance: the largest relative error allowed. None: 0 for a float32 export, else 16 times the epsilon
+            of its dtype.
 
     Returns:
         The relative L2 error of the logits.
@@ -71,10 +71,11 @@ def verify_export(
 
 
 def load_export(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], VocabularyMap]:
-    """The config, the weights in our names, and the vocabulary map of an export in either layout.
+    """The config of an export in either layout, its whole weights by the draft's names, and its vocabulary
+    map, on the CPU.
 
     Raises:
-        ValueError: neither layout, or incomplete.
+        ValueError: the folder is no export in either layout, or it is incomplete.
     """
     keys, _ = read_folder(folder)
     return load_speculators(folder)[:3] if "speculators_model_type" in keys else load_vllm(folder)

@@ -1,5 +1,5 @@
-"""The layout that vLLM and SGLang load: the first layer is called `midlayer`, the token map goes along as
-`d2t` and `t2d`.
+"""The layout that vLLM and SGLang load: the first layer is called `midlayer`, and the tensors `d2t` and `t2d`
+map between the draft's and the target's vocabulary.
 
 The embedding is left out: both servers share the target's, which is what the draft was trained with.
 
@@ -46,7 +46,7 @@ def export_vllm(
     aux_layers: Sequence[int] | None = None,
     algorithm: str = "eagle3",
 ) -> Path:
-    """Write the draft in the vLLM / SGLang layout.
+    """Write the draft in the layout of vLLM and SGLang; returns the folder.
 
     Args:
         model_state: the draft's weights, in our names.
@@ -118,8 +118,14 @@ def vllm_tensors(
     dtype: str = "bfloat16",
     algorithm: str = "eagle3",
 ) -> dict[str, Tensor]:
-    """The draft's weights under the names that vLLM and SGLang load, on the CPU: what a running server is
-    handed.
+    """The draft's weights, cast to `dtype`, and its vocabulary map under the names that vLLM and SGLang load,
+    for example to update a running server.
+
+    Args:
+        model_state: the draft's whole weights, by its own names.
+
+    Returns:
+        Tensors of the same shapes, on the CPU.
     """
     form = ALGORITHMS[algorithm].layouts["vllm"]
     tensors = {form.name_there(name): tensor for name, tensor in cast(model_state, dtype).items()}
@@ -127,10 +133,10 @@ def vllm_tensors(
 
 
 def load_vllm(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], VocabularyMap]:
-    """The config, the weights in our names, and the vocabulary map of an export.
+    """The config of an export, its whole weights by the draft's names, and its vocabulary map, on the CPU.
 
     Raises:
-        ValueError: not such an export, or one that is incomplete.
+        ValueError: the folder is no export in this layout, or it is incomplete.
     """
     keys, tensors = read_folder(folder)
     algorithm = algorithm_of_layout("vllm", keys.get("architectures"))

@@ -1,1 +1,1 @@
-"""The stages of a run as plain functions of a recipe; none of them needs a console."""
+"""The stages of a run as functions of a recipe, which the command line and Python programs call."""

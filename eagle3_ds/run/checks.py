@@ -1,6 +1,4 @@
-"""What can be judged before any process starts: DeepSpeed JSON, mesh, target, kernel, data files, output
-folder.
-"""
+"""Checks before any process starts: DeepSpeed JSON, hosts, target, kernel, data files, output folder."""
 
 from __future__ import annotations
 
@@ -53,7 +51,7 @@ from eagle3_ds.targets import (
 from eagle3_ds.topology import Mesh, check_heads, detect_accelerator
 
 RESOLVED = "recipe.resolved.yaml"
-# What only a run that got as far as training leaves behind, then what goes with it when it is overwritten.
+# Files that only a run which has begun to train leaves, and further files that --overwrite removes with them.
 RESULTS = ("metrics.jsonl", CHECKPOINTS, FINAL_WEIGHTS, "eval.json", "report.png", "draft")
 BYPRODUCTS = (
     RESOLVED,
@@ -64,14 +62,14 @@ BYPRODUCTS = (
     "deepspeed.env",
     "logs",
 )
-# A checkpoint is of these keys' making; the others may change between the parts of a run.
+# Keys that must not change when a run is resumed. All other keys may.
 FIXED_ON_RESUME = ("target.", "draft.", "data.", "loss.", "train.seed", "train.init_from")
 FREE_ON_RESUME = ("data.workers",)
 
 
 @dataclass(frozen=True)
 class TargetShape:
-    """What the draft's checks need of the target's config."""
+    """The parts of the target's config that the checks need."""
 
     vocab_size: int
     hidden_size: int
@@ -83,10 +81,10 @@ class TargetShape:
 
 
 def check_deepspeed(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
-    """The filled DeepSpeed configuration, which the installed DeepSpeed takes.
+    """The complete DeepSpeed configuration, after the installed DeepSpeed has accepted it.
 
     Raises:
-        ValueError: keys or values that the recipe, this project or DeepSpeed refuses, with the file.
+        ValueError: the recipe, this project or DeepSpeed refuses keys or values. The message names the file.
     """
     user = load_deepspeed_config(recipe.deepspeed)
     try:
@@ -94,9 +92,9 @@ def check_deepspeed(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{recipe.deepspeed}: {error}") from error
     if detect_accelerator() == "cpu":
-        # Told beforehand, DeepSpeed does not warn that it finds no other.
+        # Without this variable DeepSpeed warns that it finds no accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed takes seconds to import, which `--help` and `plan` shall not wait for.
+    # Importing DeepSpeed takes seconds, for which `--help` and `plan` should not wait.
     judge = importlib.import_module("eagle3_ds.train.deepspeed_config")
     complaints = [*judge.deepspeed_complaints(filled, user.keys()), *missing_packages(user)]
     if complaints:
@@ -105,20 +103,23 @@ def check_deepspeed(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
 
 
 def check_places(recipe: Recipe, plan: LaunchPlan, launcher: str | None) -> None:
-    """Raises ValueError when a host of the run cannot be reached, differs from this one or shares too
-    little.
+    """Check the hosts of a run.
+
+    Raises:
+        ValueError: a host cannot be reached, has other packages or code than this one, or lacks a shared
+            folder.
     """
     folders = [Path(recipe.output_dir), Path(recipe.data.cache_dir)]
-    # A target that is still to be built, or to come from the hub, is looked for by the ranks.
+    # A target that is yet to be built, or that comes from the hub, has no folder to look for yet.
     paths = [Path(recipe.deepspeed), *(path for path in [Path(recipe.target.path)] if path.is_dir())]
     hosts.check_places(plan, launcher, folders, paths)
 
 
 def target_shape(recipe: Recipe, dry_run: bool) -> TargetShape | None:
-    """The target's sizes from its config; None when a dry run has no target folder to read.
+    """The target's sizes from its config; None in a dry run without the target's folder.
 
     Raises:
-        ValueError: no target there, not a model folder, or a family without support.
+        ValueError: there is no target, it is no model folder, or its family is not supported.
     """
     build, path = recipe.target.build, Path(recipe.target.path)
     if build is not None and not path.exists():
@@ -137,7 +138,11 @@ def target_shape(recipe: Recipe, dry_run: bool) -> TargetShape | None:
 
 
 def check_target(recipe: Recipe, shape: TargetShape) -> None:
-    """Raises ValueError when draft vocabulary, Ulysses degree or a tile's byte budget misfit the target."""
+    """Check the recipe against the target's sizes.
+
+    Raises:
+        ValueError: the draft vocabulary, the Ulysses degree or the bytes of a tile do not fit the target.
+    """
     if recipe.draft.vocab_size > shape.vocab_size:
         raise ValueError(
             f"draft.vocab_size is {recipe.draft.vocab_size}, larger than the target's vocabulary of "
@@ -178,7 +183,11 @@ def check_target_structure(recipe: Recipe, dry_run: bool = False) -> None:
 
 
 def check_kernel(recipe: Recipe, accelerator: str, shape: TargetShape) -> str:
-    """The attention kernel's name. Raises ValueError when it is not available, naming what is."""
+    """The name of the attention kernel that will run.
+
+    Raises:
+        ValueError: the kernel is not available. The message names those that are.
+    """
     device = torch.device(accelerator)
     if target_runs_on_ranks(recipe):
         select_kernel(recipe.attention.kernel, device, getattr(torch, recipe.target.dtype), shape.head_dim)
@@ -188,13 +197,15 @@ def check_kernel(recipe: Recipe, accelerator: str, shape: TargetShape) -> str:
 
 
 def target_runs_on_ranks(recipe: Recipe) -> bool:
-    """Whether the target runs cut over ranks, before training or during it."""
+    """Whether the target runs cut into spans over all ranks: in a parallel capture, or online."""
     return recipe.target.capture == "parallel" or recipe.data.hidden_states == "online"
 
 
 def check_target_on_ranks(recipe: Recipe) -> None:
-    """Raises ValueError when the target is to run cut over ranks and cannot. One that is still to be built
-    can.
+    """Check a target that is to run cut over ranks. One that is yet to be built can do so.
+
+    Raises:
+        ValueError: the target cannot run cut over ranks.
     """
     path = Path(recipe.target.path)
     if target_runs_on_ranks(recipe) and (recipe.target.build is None or path.exists()):
@@ -204,24 +215,28 @@ def check_target_on_ranks(recipe: Recipe) -> None:
 
 
 def check_data(recipe: Recipe) -> None:
-    """Raises ValueError when a data file does not exist."""
+    """Check that the data files exist.
+
+    Raises:
+        ValueError: one does not.
+    """
     expand_sources(recipe.data.train, "data.train")
     expand_sources(recipe.data.heldout, "data.heldout")
 
 
 def check_output(recipe: Recipe, resume: str | None, overwrite: bool) -> tuple[Path | None, list[str]]:
-    """Refuse to mix two runs in one folder. Changes nothing.
+    """Check that a run does not mix its files with those of another run. Changes nothing.
 
     Args:
-        resume: `latest`, `auto` or None, as `--resume` says.
+        resume: `latest`, `auto` or None, as given by `--resume`.
 
     Returns:
-        The checkpoint to go on from, every file of it checked, or None for a fresh start; and what to tell
-        about the choice.
+        The checkpoint to continue from, with all its files checked, or None for a new run; and notes for the
+        user about the choice.
 
     Raises:
-        ValueError: the folder holds a run and neither flag is given, there is nothing to resume, it is
-            damaged, or it was another experiment.
+        ValueError: the folder holds a run and neither flag is given, or there is no checkpoint to resume, it
+            is damaged, or is of a run with other fixed keys.
     """
     folder = Path(recipe.output_dir)
     if resume and overwrite:
@@ -252,10 +267,10 @@ def check_output(recipe: Recipe, resume: str | None, overwrite: bool) -> tuple[P
 
 
 def _newest_or_none(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint, or None when there never was one, and what is wrong with newer ones.
+    """The newest intact checkpoint, or None if there are no checkpoints; and what is wrong with newer ones.
 
     Raises:
-        ValueError: all of them are damaged.
+        ValueError: there are checkpoints, but all are damaged.
     """
     found, problems = newest_intact(root)
     if found is None and problems:
@@ -267,8 +282,11 @@ def _newest_or_none(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def _check_same_experiment(recipe: Recipe, folder: Path, checkpoint: Path | None) -> None:
-    """Raises ValueError with the keys that differ from those of the checkpoint, or of the run that has none
-    yet.
+    """Compare the keys that must not change with those of the checkpoint, or of the run in `folder` if it has
+    no checkpoint yet.
+
+    Raises:
+        ValueError: some differ. The message lists them.
     """
     if checkpoint is not None:
         before = saved_recipe(checkpoint)
@@ -289,7 +307,11 @@ def _check_same_experiment(recipe: Recipe, folder: Path, checkpoint: Path | None
 
 
 def saved_recipe(checkpoint: Path) -> Recipe:
-    """The recipe a checkpoint was written by. Raises ValueError when this version does not know it."""
+    """The recipe of the run that wrote a checkpoint.
+
+    Raises:
+        ValueError: this version cannot read it.
+    """
     try:
         return Recipe.model_validate_json(json.dumps(read_manifest(checkpoint).recipe))
     except ValidationError as error:
@@ -301,7 +323,7 @@ def saved_recipe(checkpoint: Path) -> Recipe:
 
 
 def clear_output(folder: Path) -> None:
-    """Remove a run's own files, and nothing that it did not write."""
+    """Remove the files that a run writes from its output folder, and no others."""
     for name in (*RESULTS, *BYPRODUCTS):
         path = folder / name
         if path.is_dir() and not path.is_symlink():

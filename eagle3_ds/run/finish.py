@@ -1,4 +1,4 @@
-"""What follows training: the trained draft and its target put together again, evaluated and exported."""
+"""What follows training: evaluating the trained draft with its target, and exporting it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ FOLDERS = {"vllm": "draft", "speculators": "draft-speculators"}
 
 
 def load_draft(recipe: Recipe, weights: str) -> tuple[Draft, VocabularyMap]:
-    """The served draft with the weights of `weights`, a file in the output folder, and its vocabulary.
+    """The served draft and its vocabulary.
+
+    Args:
+        weights: name of the file of its weights in the output folder.
 
     Raises:
-        ValueError: the run has not come as far as that file.
+        ValueError: there is no such file: the run has not come that far.
     """
     folder = Path(recipe.output_dir)
     for name in (weights, "vocabulary.safetensors"):
@@ -45,11 +48,11 @@ def load_draft(recipe: Recipe, weights: str) -> tuple[Draft, VocabularyMap]:
 
 
 def evaluate_run(recipe: Recipe) -> dict[str, Any]:
-    """Speculative decoding with the trained and the untrained draft on held-out prompts; writes eval.json.
+    """Decode held-out prompts speculatively with the trained and the untrained draft, and write eval.json.
 
     Raises:
-        ValueError: no finished training, or no held-out prompt.
-        NotLosslessError: an output differs from the target's own.
+        ValueError: training has not finished, or there is no held-out prompt.
+        NotLosslessError: an output differs from that of the target alone.
     """
     trained, vocabulary = load_draft(recipe, "draft-final.safetensors")
     untrained, _ = load_draft(recipe, "draft-initial.safetensors")
@@ -68,22 +71,20 @@ def evaluate_run(recipe: Recipe) -> dict[str, Any]:
 
 
 def _last_simulated(metrics: Path) -> float | None:
-    """Simulated acceptance length of the last held-out evaluation in training; None where there was none."""
+    """Simulated acceptance length of the last held-out evaluation during training; None without one."""
     records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
     heldout = [record["heldout"] for record in records if "heldout" in record]
     return heldout[-1].get("acceptance_length") if heldout else None
 
 
 def heldout_prompts(data: PreparedData, longest: int, number: int, seed: int) -> list[list[int]]:
-    """Up to `number` prompts of at most `longest` tokens: held-out conversations up to where the assistant
-    speaks.
-
-    Every assistant turn is a candidate, so that contexts are short and long; the seed chooses.
+    """Up to `number` prompts of at most `longest` tokens: held-out conversations up to the beginning of an
+    assistant's turn. Every such turn is a candidate, so contexts are short and long; the seed chooses.
     """
     prompts = []
     for row in data.heldout.with_format("numpy"):
         mask = row["loss_mask"].astype(bool)
-        # The first token of each stretch that the assistant wrote.
+        # The first token of each assistant's turn.
         turns = np.flatnonzero(mask & ~np.concatenate(([False], mask[:-1])))
         prompts += [row["input_ids"][:turn].tolist() for turn in turns if 0 < turn <= longest]
     random.Random(seed).shuffle(prompts)
@@ -91,11 +92,14 @@ def heldout_prompts(data: PreparedData, longest: int, number: int, seed: int) ->
 
 
 def export_draft(recipe: Recipe) -> dict[Path, float]:
-    """Write the recipe's formats; an export takes its name only after it was read back and gave the same
+    """Write the recipe's export formats. Each gets its name only after it was read back and gave the same
     logits.
 
     Returns:
-        Each export's folder and the relative error of its logits.
+        {folder of an export: relative error of its logits}.
+
+    Raises:
+        ValueError: training has not finished, or an export gives other logits.
     """
     draft, vocabulary = load_draft(recipe, "draft-final.safetensors")
     errors = {}
@@ -115,8 +119,8 @@ def _write(recipe: Recipe, layout: str, draft: Draft, vocabulary: VocabularyMap,
     path = resolve_path(recipe.target.path)
     target = load_text_config(path)
     num_layers, aux_layers = target.num_hidden_layers, recipe.target.aux_layers
-    # Servers know the rule; SGLang counts explicit ids differently from vLLM, so they are written only when
-    # needed.
+    # Layer ids of the EAGLE-3 rule are left out: servers know the rule, and SGLang counts explicit ids
+    # differently from vLLM.
     if aux_layers == (2, num_layers // 2, num_layers - 3):
         aux_layers = None
     state, dtype = draft.state_dict(), recipe.export.dtype

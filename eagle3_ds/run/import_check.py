@@ -1,4 +1,5 @@
-"""What imported hidden states are, found out by running the target over the beginning of a few samples.
+"""Checking imported hidden states: the target runs over the beginning of a few samples, and its states are
+compared with the imported ones.
 
 Legend: n rows that are compared, Ht hidden size of the target.
 """
@@ -16,16 +17,17 @@ from eagle3_ds.targets import Target
 COMPARED_SAMPLES = 3
 COMPARED_ROWS = 512
 FAR = 0.1
-"""Relative error above which hidden states are another model's. Other kernels in bfloat16 differ by a
-hundredth or so.
+"""Relative error above which hidden states are taken to be of another model. Different kernels in bfloat16
+give errors of about 0.01.
 """
 
 
 def compare_with_target(files: ForeignFiles, target: Target) -> Iterator[str]:
-    """A line for each sample that was compared, spread over the files.
+    """Compare a few samples, spread over the files; yields a line about each.
 
     Raises:
-        ValueError: states of another model, of other layers, or on the other side of the final norm.
+        ValueError: the states are of another model or of other layers, or the last state is before the final
+            norm where it should be after it, or the other way round.
     """
     places = {round(part * (len(files) - 1) / (COMPARED_SAMPLES - 1)) for part in range(COMPARED_SAMPLES)}
     for index in sorted(places):
@@ -36,8 +38,10 @@ def compare_with_target(files: ForeignFiles, target: Target) -> Iterator[str]:
 
 
 def _compare(sample: Sample, last_is_normed: bool, target: Target) -> float:
-    """The largest of the relative errors of the three aux states and the last one, each a median over the
-    rows.
+    """The largest relative error of a sample's aux states and last state, each a median over the rows.
+
+    Raises:
+        ValueError: the states are not those of this target.
     """
     length = min(len(sample.token_ids), COMPARED_ROWS)
     token_ids = sample.token_ids[:length]
@@ -69,21 +73,32 @@ def _compare(sample: Sample, last_is_normed: bool, target: Target) -> float:
 
 @torch.no_grad()
 def _run(target: Target, token_ids: Tensor) -> tuple[list[Tensor], dict[bool, Tensor]]:
-    """The inputs of all layers, and the last hidden state before (False) and behind (True) the final norm;
-    [n, Ht] each.
+    """Run the target over token_ids int64 [n].
+
+    Returns:
+        The inputs of all layers, and the last hidden state before (False) and after (True) the final norm:
+        [n, Ht] each.
     """
     base = target.model.model
     before_norm: list[Tensor] = []
     hook = base.norm.register_forward_pre_hook(lambda _module, inputs: before_norm.append(inputs[0][0]))
     output = base(input_ids=token_ids[None].to(target.device), output_hidden_states=True, use_cache=False)
     hook.remove()
-    # The last one that transformers collects is behind the norm, and no layer's input.
+    # The last state that transformers collects is the output of the norm, not the input of a layer.
     inputs = [hidden[0] for hidden in output.hidden_states[:-1]]
     return inputs, {False: before_norm[0], True: output.last_hidden_state[0]}
 
 
 def _require_layers(place: str, distances: Sequence[Sequence[float]], wanted: Sequence[int]) -> None:
-    """Judge the distance of each aux state from the input of every layer."""
+    """Check that each aux state is closest to the input of the layer that it should be.
+
+    Args:
+        distances: for each aux state, its distance from the input of every layer.
+        wanted: for each aux state, its layer.
+
+    Raises:
+        ValueError: an aux state is of another layer.
+    """
     nearest = [min(range(len(errors)), key=errors.__getitem__) for errors in distances]
     least = [errors[layer] for errors, layer in zip(distances, nearest, strict=True)]
     if max(least) > FAR:
@@ -92,7 +107,7 @@ def _require_layers(place: str, distances: Sequence[Sequence[float]], wanted: Se
             f"nearest layers {nearest} (relative error). Name the model that computed them in target.path, "
             "with the weights it had then"
         )
-    # Twice the least: neighbouring layers may be closer to each other than bfloat16 tells apart.
+    # Up to twice the least distance passes: bfloat16 may not tell neighbouring layers apart.
     if any(errors[layer] > 2 * low for errors, layer, low in zip(distances, wanted, least, strict=True)):
         raise ValueError(
             f"{place} holds the inputs of layers {nearest} of the target, and the recipe wants those of "
@@ -101,6 +116,6 @@ def _require_layers(place: str, distances: Sequence[Sequence[float]], wanted: Se
 
 
 def _distance(rows: Tensor, reference: Tensor) -> float:
-    """Median over the rows of the relative error of `rows`, both [n, Ht]."""
+    """The median over the rows of the relative error of `rows` against `reference`, both [n, Ht]."""
     rows, reference = rows.float().cpu(), reference.float().cpu()
     return float(((rows - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=1e-30)).median())

@@ -1,4 +1,4 @@
-"""The draft that training starts from, where the recipe names one: `train.init_from`."""
+"""The draft that training starts from, if the recipe names one (`train.init_from`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eagle3_ds.draft import VocabularyMap, sliding_window
 from eagle3_ds.export import load_export
 from eagle3_ds.targets import load_text_config, resolve_path
 
-# What must be equal for the weights to mean the same in this run.
+# Fields of the draft's config that must be equal, so that the weights compute the same in this run.
 GEOMETRY = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "vocab_size", "draft_vocab_size", "hidden_act", "rms_norm_eps", "rope_parameters",
@@ -22,10 +22,13 @@ GEOMETRY = (
 
 
 def load_initial_draft(recipe: Recipe) -> tuple[dict[str, Tensor], VocabularyMap]:
-    """Weights in fp32, by our names, and the vocabulary map of the export that `train.init_from` names.
+    """Read the export that `train.init_from` names.
+
+    Returns:
+        Its whole weights in fp32, by the draft's names, and its vocabulary map.
 
     Raises:
-        ValueError: it is no export in a layout of ours, or not of this run's geometry.
+        ValueError: it is no export in a known layout, or of a draft with another geometry.
     """
     folder = recipe.train.init_from
     assert folder is not None
@@ -54,8 +57,10 @@ def load_initial_draft(recipe: Recipe) -> tuple[dict[str, Tensor], VocabularyMap
 
 
 def write_initial_draft(recipe: Recipe) -> VocabularyMap:
-    """Put the weights where every rank reads them, and return the vocabulary map. Raises ValueError as
-    `load_initial_draft`.
+    """Write the weights to the output folder, where every rank reads them; returns the vocabulary map.
+
+    Raises:
+        ValueError: `train.init_from` cannot be used.
     """
     state, vocabulary = load_initial_draft(recipe)
     path = Path(recipe.output_dir) / INITIAL_WEIGHTS

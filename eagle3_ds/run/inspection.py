@@ -1,4 +1,4 @@
-"""A row, or a prepared document, as the draft will learn it."""
+"""Showing a row of data, or a prepared document, with the tokens that the draft learns from."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def inspect_source(
     row: int = 1,
     document: int | None = None,
 ) -> Inspection:
-    """One row of a recipe's data or of a data file, with the tokens that the draft learns from.
+    """Tokenise one row of a recipe's data or of a data file, or look up a prepared document.
 
     Args:
-        source: a recipe's path, or a data file, a folder, a hub data set, or `stdlib`.
-        overrides: `section.key=value` of a recipe.
-        target: folder or hub name of the target, with a data file.
-        row: which row, counted from 1.
-        document: a prepared document of a recipe, by its number; None looks at the row.
+        source: path of a recipe; or a data file, a folder, a hub data set, or `stdlib`.
+        overrides: `section.key=value` each, for a recipe.
+        target: folder or hub name of the target, for anything but a recipe.
+        row: number of the row, counted from 1.
+        document: id of a prepared document of the recipe, instead of a row.
 
     Raises:
-        ValueError: no such row or document, or a source and options that do not fit each other.
+        ValueError: there is no such row or document, or the options do not fit the source.
     """
     if document is not None:
         if not _is_recipe(source):

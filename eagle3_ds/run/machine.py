@@ -1,4 +1,4 @@
-"""What this machine has, and which attention kernels run here, each checked on a small case."""
+"""Describing this machine: its packages, its devices, and which attention kernels compute correctly here."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 
 class CheckedKernel(NamedTuple):
-    """Attributes:
-    name: of the kernel.
-    results: per dtype of `DTYPES`, what it computed, or `no`.
-    why_not: why it does not run here; empty when it does.
-    failures: what is wrong with it, where it says that it runs.
+    """Which dtypes an attention kernel runs with on this machine, and how exactly.
+
+    Attributes:
+        name: name of the kernel.
+        results: for each dtype of `DTYPES`, the error of a small case, or `no`.
+        why_not: why it does not run here; empty when it does.
+        failures: errors of a kernel that claims to run here.
     """
 
     name: str
@@ -33,7 +35,7 @@ class CheckedKernel(NamedTuple):
 
 
 def versions() -> list[tuple[str, str]]:
-    """Python, the packages that matter, and what torch was built with."""
+    """(name, version) of Python, of the packages that this project uses, and of what torch was built with."""
     cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
     return [
         ("python", platform.python_version()),
@@ -51,7 +53,7 @@ def _version(package: str) -> str:
 
 
 def devices(device: torch.device) -> list[tuple[str, str, str]]:
-    """Name, description and memory of each device of this kind."""
+    """(name, description, memory) of each device of this kind."""
     if device.type == "cpu":
         cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
         return [("cpu", f"{cpu}, {torch.get_num_threads()} threads", "")]
@@ -65,10 +67,10 @@ def devices(device: torch.device) -> list[tuple[str, str, str]]:
 
 
 def check_kernels(device: torch.device, head_dim: int) -> list[CheckedKernel]:
-    """Every kernel on this device; one that says it runs here is compared with the reference.
+    """Compare every kernel that claims to run on this device with the reference, on a small case.
 
     Raises:
-        ValueError: `head_dim` is not the size of a head.
+        ValueError: `head_dim` is no possible head size.
     """
     if head_dim < 1:
         raise ValueError(
@@ -114,10 +116,13 @@ def _check(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, he
 
 
 def check_hosts(hostfile: str) -> tuple[list[str], list[str]]:
-    """What each host that can be used is told as, and what is wrong with the others, asked all at once.
+    """Check all hosts of a hostfile at once.
+
+    Returns:
+        A line for each host that can be used, and a line for each problem of another one.
 
     Raises:
-        ValueError: a hostfile that is not one.
+        ValueError: the hostfile is missing or malformed.
     """
     hosts = read_hostfile(hostfile)
     problems = reach(tuple(hosts), [Path()])

@@ -1,6 +1,4 @@
-"""What is told after a rank has run out of memory: what the planner says it needs, and the settings that
-would help most.
-"""
+"""Advice after a rank has run out of memory: what the planner says it needs, and which settings help most."""
 
 from __future__ import annotations
 
@@ -24,10 +22,15 @@ _PERHAPS = "(SIGKILL)"
 
 
 def advise_on_memory(reason: str, recipe: Recipe, ranks_per_host: int) -> str | None:
-    """The planner's advice when a rank ended for `reason`; None when memory has nothing to do with it.
+    """The planner's advice for a run in which a rank has failed.
 
-    `recipe` is the resolved one. The memory that is there is this machine's: of a device, or an equal share
-    of the host's.
+    Args:
+        reason: the error of that rank.
+        recipe: the resolved recipe.
+        ranks_per_host: ranks that share the host's memory on a CPU.
+
+    Returns:
+        None when the rank has not failed for lack of memory.
     """
     if not _SHORTAGE.search(reason) and _PERHAPS not in reason:
         return None
@@ -44,7 +47,7 @@ def advise_on_memory(reason: str, recipe: Recipe, ranks_per_host: int) -> str | 
 
 
 def memory_per_rank(ranks_per_host: int) -> int:
-    """Bytes that a rank may use on this machine: its device's, or its share of the host's."""
+    """Bytes that a rank may use on this machine: its device's memory, or on a CPU its share of the host's."""
     accelerator = detect_accelerator()
     if accelerator == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_per_host
@@ -52,13 +55,11 @@ def memory_per_rank(ranks_per_host: int) -> int:
 
 
 def deepspeed_files(recipe: Recipe, world: int) -> tuple[dict[str, ZeroSettings], list[str]]:
-    """ZeRO settings by file: the recipe's own first, then what lies beside it and would be taken instead of
-    it.
-
-    Other people's JSONs may lie there, so that what is none of ours is passed over.
+    """The ZeRO settings of the recipe's DeepSpeed JSON, and of the other JSONs in its folder, which the
+    planner may propose instead. Files there that cannot be used are skipped.
 
     Returns:
-        The settings, and a note on each file that was passed over.
+        {file: its settings}, the recipe's own first; and a note about each file that was skipped.
 
     Raises:
         ValueError: the recipe's own file is refused.

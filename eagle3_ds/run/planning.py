@@ -1,4 +1,6 @@
-"""What a recipe costs on given devices, how long a sequence may be, and the fastest settings."""
+"""Planning a recipe: its memory and time on given devices, the longest sequence that fits, and the fastest
+settings.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +43,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Machines:
-    """What a run would run on.
+    """The machines that a run is planned for.
 
     Attributes:
         gpus: ranks of the run.
-        gpus_per_node: ranks with fast links between them.
-        gpu_memory: GiB that a rank may use; None takes the device's.
-        reserve: GiB of it for context, NCCL and fragmentation.
-        device: whose peaks predict the time.
+        gpus_per_node: ranks of a node, which have fast links between them.
+        gpu_memory: GiB of a rank's device; None takes the device's own.
+        reserve: GiB of it that are left for the CUDA context, NCCL and fragmentation.
+        device: name of the device whose peak rates predict the time.
     """
 
     gpus: int = 8
@@ -86,18 +88,16 @@ def plan_recipe(
     shape: str | None = None,
     sizes: Mapping[str, int] | None = None,
 ) -> Planned:
-    """Count bytes and seconds of a recipe, and look for faster settings.
+    """Predict memory and time of a recipe, and look for faster settings.
 
     Args:
-        recipe: to be planned.
-        machines: that it would run on.
-        supervised: share of the tokens that are answers.
-        shape: name of a target's sizes, of those that are known.
-        sizes: of a target, by the names in `SIZES`; they win over `shape`.
+        supervised: share of the tokens that are supervised.
+        shape: name of a target in `SHAPES`, whose sizes are used.
+        sizes: the target's sizes, by the names in `SIZES`; they override those of `shape`.
 
     Raises:
-        ValueError: a mesh that cannot be, heads that do not divide, a target without sizes, or nothing that
-            fits.
+        ValueError: the mesh or the Ulysses degree is impossible, the target's sizes are unknown, or no
+            setting fits the memory.
     """
     parallel = recipe.parallel
     mesh = Mesh.from_world(machines.gpus, parallel.ring, parallel.ulysses, parallel.draft_dp)
@@ -130,7 +130,7 @@ def plan_recipe(
 
 
 def _target_config(recipe: Recipe, shape: str | None, given: Mapping[str, int]) -> Any:
-    """The target's text config: from given sizes, its folder or hub name, or from how it will be built."""
+    """The target's text config: from the given sizes, its folder, its hub name, or `target.build`."""
     if shape or given:
         sizes = {**dict(zip(SIZES, SHAPES[shape] if shape else (), strict=False)), **given}
         missing = [f"--{size.replace('_', '-')}" for size in SIZES if size not in sizes]
@@ -167,14 +167,14 @@ def _llama(sizes: Mapping[str, int]) -> LlamaConfig:
 
 
 def _weight_bytes(config: Any, dtype: str) -> int:
-    """Of a whole target, from its config: the model is built without memory."""
+    """Bytes of the weights of the whole target, which is built from its config on the meta device."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return sum(parameter.numel() for parameter in model.parameters()) * getattr(torch, dtype).itemsize
 
 
 def _hub_config(name: str) -> Any:
-    """config.json of a hub name, without the weights."""
+    """The config.json of a hub name; the weights are not downloaded."""
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
     except (OSError, ValueError, KeyError) as error:

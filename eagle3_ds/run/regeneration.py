@@ -1,4 +1,4 @@
-"""The target's own answers to the prompts of a recipe's data."""
+"""Regenerating data: the target answers the prompts of a recipe's data itself."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Answering:
     """How the target answers.
 
     Attributes:
-        batch_size: rows answered at once.
-        max_new_tokens: longest answer, in tokens.
-        temperature: 0 is greedy.
-        top_p: nucleus of sampled answers.
-        seed: of sampled answers.
+        batch_size: rows that are answered at a time.
+        max_new_tokens: tokens of the longest answer.
+        temperature: 0 decodes greedily.
+        top_p: nucleus sampling takes the likeliest tokens up to this probability.
+        seed: random seed of sampling.
 
     Raises:
-        ValueError: a value out of its range, by the name of its option.
+        ValueError: a value is out of range. The message names its option.
     """
 
     batch_size: int = 8
@@ -53,15 +53,11 @@ class Answering:
 
 
 def regenerate(recipe: Recipe, output: Path, options: Answering) -> None:
-    """Write the answers to `output`, as JSONL that a recipe reads; goes on with what is there already.
-
-    Args:
-        recipe: its target answers the prompts of its `data.train`.
-        output: the file to write.
-        options: how answers are chosen.
+    """Write the target's answers to the prompts of `data.train` to a JSONL file that a recipe can name. If
+    the file is there already, the missing answers are added.
 
     Raises:
-        ValueError: answers longer than the target's context, or a file that other settings wrote.
+        ValueError: answers may exceed the target's context, or the file was written with other settings.
     """
     section = recipe.data
     sources = expand_sources(section.train, "data.train")
@@ -95,7 +91,11 @@ def regenerate(recipe: Recipe, output: Path, options: Answering) -> None:
 
 
 def _generator(target: Target, options: Answering) -> tuple[Generate, list[int]]:
-    """The target's answers to prompts, all at once, and the tokens that end an answer."""
+    """A function that answers a batch of prompts, and the tokens that end an answer.
+
+    Raises:
+        ValueError: the target names no such token.
+    """
     model, tokenizer = target.model, target.tokenizer
     ends = model.generation_config.eos_token_id
     stops = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
@@ -113,7 +113,7 @@ def _generator(target: Target, options: Answering) -> tuple[Generate, list[int]]
         torch.manual_seed(options.seed + draw)
         longest = max(map(len, prompts))
         padding = [longest - len(prompt) for prompt in prompts]
-        # padded on the left: the answer follows its prompt at once
+        # Padded on the left, so that each answer directly follows its prompt.
         ids = torch.tensor([[stops[0]] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)])
         mask = torch.tensor(
             [[0] * pad + [1] * len(prompt) for pad, prompt in zip(padding, prompts, strict=True)]

@@ -1,5 +1,5 @@
-"""From a recipe and where to run it to a run that can be started; everything that can be judged before the
-first process starts is judged here.
+"""Turning a recipe and the user's options into a run that can be started, with all checks that are possible
+before the first process starts.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from eagle3_ds.topology import Mesh, detect_accelerator
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What is not the recipe's to say about a run.
+    """The options of a run that are not in its recipe.
 
     Attributes:
         where: hosts, ranks and launcher.
-        resume: `latest` or `auto`, as `--resume` says; None for a fresh start.
+        resume: `latest` or `auto`, as for `--resume`; None for a new run.
         overwrite: replace the run in `output_dir`.
-        dry_run: nothing will be started, so what this machine lacks is noted, not refused.
+        dry_run: nothing will be started. What this machine lacks then gives a note and no error.
     """
 
     where: LaunchOptions = LaunchOptions()
@@ -48,12 +48,12 @@ class ResolvedRun:
     """A recipe that passed every check, and how it will be launched.
 
     Attributes:
-        given: the recipe as it was given; its mesh may depend on the devices of the moment.
-        recipe: with `parallel.draft_dp` filled in.
-        options: that it was resolved with.
-        plan, capture_plan: of the ranks that train, and of those that capture.
-        notes: what the user should know of it.
-        checkpoint: folder of the one to go on from; None for a fresh start.
+        given: the recipe as it was given; without `parallel.draft_dp` its mesh depends on the devices found.
+        recipe: the same with `parallel.draft_dp` filled in.
+        options: the options that it was resolved with.
+        plan, capture_plan: how to launch the ranks that train, and those that capture.
+        notes: messages for the user.
+        checkpoint: folder of the checkpoint to continue from; None for a new run.
     """
 
     given: Recipe
@@ -74,7 +74,7 @@ def resolve_run(recipe: Recipe, options: RunOptions | None = None) -> ResolvedRu
     """Judge everything that can be judged before a process starts; changes nothing.
 
     Raises:
-        ValueError: a mistake in the recipe or the options, with the fix.
+        ValueError: there is a mistake in the recipe or the options. The message says how to correct it.
     """
     options = options or RunOptions()
     accelerator = detect_accelerator()
@@ -99,7 +99,9 @@ def resolve_run(recipe: Recipe, options: RunOptions | None = None) -> ResolvedRu
 
 
 def _check_rest(recipe: Recipe, accelerator: str, options: RunOptions) -> list[str]:
-    """Target, kernel, data and the draft to start from; a dry run only notes what this machine lacks."""
+    """Check target, kernel, data and the draft to start from; returns notes. In a dry run, what this machine
+    lacks gives a note and no error.
+    """
     notes = []
     shape = target_shape(recipe, options.dry_run)
     if shape is None:
@@ -121,7 +123,7 @@ def _check_rest(recipe: Recipe, accelerator: str, options: RunOptions) -> list[s
     if not options.dry_run:
         check_data(recipe)
         if recipe.train.init_from is not None and Path(recipe.target.path).is_dir() and not options.resume:
-            # Imported here, because it needs the rooms that a dry run does not wait for.
+            # Imported only here: a dry run should not wait for torch and transformers.
             from eagle3_ds.run.initial_draft import load_initial_draft
 
             load_initial_draft(recipe)
@@ -129,5 +131,5 @@ def _check_rest(recipe: Recipe, accelerator: str, options: RunOptions) -> list[s
 
 
 def _device_count(accelerator: str) -> int:
-    """Accelerators of this machine; 0 on a CPU, where any number of ranks may run."""
+    """The number of accelerators of this machine; 0 on a CPU, which can run any number of ranks."""
     return 0 if accelerator == "cpu" else int(getattr(torch, accelerator).device_count())

@@ -1,5 +1,5 @@
-"""The stages of a run, in order; each reads what the one before left in the output folder, so each can run
-alone. What they have to say goes through `logging`.
+"""The stages of a run. Each reads the files that the one before wrote to the output folder, so each can be
+run alone. Messages go through `logging`.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ class Documents:
 
 
 def prepare(recipe: Recipe | str | Path, checkpoint: Path | None = None) -> None:
-    """Make what training reads: target, documents, hidden states, draft vocabulary; writes
-    recipe.resolved.yaml, vocabulary.safetensors and prepared.json to `output_dir`.
+    """Make what training reads: the target if it is to be built, documents, hidden states and the draft
+    vocabulary. Writes recipe.resolved.yaml, vocabulary.safetensors and prepared.json to `output_dir`.
 
-    What earlier runs left in the cache folder is used again when it was made from the same inputs. Weights to
-    start from, of a checkpoint or of `train.init_from`, bring the vocabulary that they were trained with.
-    With `target.capture: parallel` the hidden states are left to the ranks of `train`.
+    Documents and hidden states in the cache folder are used again if they were made from the same inputs. If
+    training starts from a checkpoint or from `train.init_from`, the draft vocabulary is taken from there.
+    With `target.capture: parallel`, the ranks of `train` capture the hidden states instead.
 
     Args:
         recipe: a recipe, or the path of one.
-        checkpoint: folder of the one that training will go on from; None for a fresh start.
+        checkpoint: folder of the checkpoint that training will continue from; None for a new run.
 
     Raises:
-        ValueError: a target, data or a draft that the recipe does not fit, or a disk that is too small.
+        ValueError: target, data or initial draft do not fit the recipe, or the disk is too small.
     """
     recipe = as_recipe(recipe)
     check_data(recipe)
@@ -99,7 +99,12 @@ def prepare(recipe: Recipe | str | Path, checkpoint: Path | None = None) -> None
 
 
 def tokenise(recipe: Recipe) -> Documents:
-    """The documents of the recipe's data, made now or by an earlier run. The target must be there."""
+    """The documents of the recipe's data, made now or by an earlier run. A target that is to be built must
+    have been built.
+
+    Raises:
+        ValueError: the target is missing, or the data are not usable.
+    """
     section = recipe.target
     folder = resolve_path(section.path)
     config = load_text_config(folder)
@@ -119,15 +124,17 @@ def tokenise(recipe: Recipe) -> Documents:
 
 
 def save_resolved(recipe: Recipe) -> None:
-    """Write recipe.resolved.yaml to the output folder, which is made when it is not there."""
+    """Write recipe.resolved.yaml to the output folder, and make the folder if necessary."""
     folder = Path(recipe.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESOLVED).write_text(dump_recipe(recipe), encoding="utf-8")
 
 
 def capture(recipe: Recipe, plan: LaunchPlan) -> int:
-    """Run the ranks that capture, unless all hidden states are there or none are wanted; returns their exit
-    status.
+    """Run the ranks that capture hidden states, unless they are complete already or not wanted.
+
+    Returns:
+        The exit status of the ranks; 0 when nothing was run.
     """
     store = json.loads((Path(recipe.output_dir) / "prepared.json").read_text())["store"]
     if store is None or Path(store).is_dir():
@@ -149,17 +156,17 @@ def _vocabulary(recipe: Recipe, data: PreparedData, checkpoint: Path | None) -> 
 
 
 def evaluate(recipe: Recipe | str | Path) -> dict[str, Any]:
-    """Decode held-out prompts speculatively, with the trained and the untrained draft; writes eval.json.
+    """Decode held-out prompts speculatively with the trained and the untrained draft, and write eval.json.
 
     Args:
-        recipe: of a finished run, or the path of one.
+        recipe: the recipe of a run whose training has finished, or its path.
 
     Returns:
-        What eval.json holds; empty when the recipe asks for no prompt (`eval.num_prompts` 0).
+        The content of eval.json; empty when `eval.num_prompts` is 0.
 
     Raises:
-        ValueError: no finished training, or no held-out prompt.
-        NotLosslessError: an output differs from the target's own.
+        ValueError: training has not finished, or there is no held-out prompt.
+        NotLosslessError: an output differs from that of the target alone.
     """
     recipe = as_recipe(recipe)
     if recipe.eval.num_prompts == 0:
@@ -178,18 +185,18 @@ def _warn_of_loops(stage: str, result: dict[str, Any]) -> None:
 
 
 def export(recipe: Recipe | str | Path) -> list[Path]:
-    """Write the trained draft in the recipe's formats: `draft/` for vLLM and SGLang, `draft-speculators/`.
-
-    Each is read back, and takes its name only when it gives the same logits.
+    """Write the trained draft in the formats of `export.formats`: `draft/` for vLLM and SGLang,
+    `draft-speculators/` for speculators. Each gets its name only after it was read back and gave the same
+    logits.
 
     Args:
-        recipe: of a finished run, or the path of one.
+        recipe: the recipe of a run whose training has finished, or its path.
 
     Returns:
-        The folders, one per format.
+        The folders, one for each format.
 
     Raises:
-        ValueError: no finished training, or an export that gives other logits.
+        ValueError: training has not finished, or an export gives other logits.
     """
     errors = export_draft(as_recipe(recipe))
     for folder, error in errors.items():
@@ -198,7 +205,7 @@ def export(recipe: Recipe | str | Path) -> list[Path]:
 
 
 def report(recipe: Recipe) -> Path:
-    """Draw report.png from metrics.jsonl and, when the draft was evaluated, eval.json; returns its path.
+    """Draw report.png from metrics.jsonl, and from eval.json if there is one; returns its path.
 
     Raises:
         ValueError: nothing was trained in `output_dir`.
@@ -223,13 +230,13 @@ def report(recipe: Recipe) -> Path:
 
 @dataclass(frozen=True)
 class Summary:
-    """A finished run in a few numbers.
+    """The main figures of a finished run.
 
     Attributes:
-        steps: optimizer steps.
-        first, last: their records in metrics.jsonl.
-        peak_bytes: of memory, of the rank that needed most.
-        evaluation: what eval.json holds; None when the draft was not evaluated.
+        steps: optimizer steps done.
+        first, last: records of the first and the last step in metrics.jsonl.
+        peak_bytes: peak memory of the rank that needed most.
+        evaluation: the content of eval.json; None when the draft was not evaluated.
     """
 
     steps: int
@@ -240,7 +247,7 @@ class Summary:
 
 
 def summary(recipe: Recipe) -> Summary:
-    """What metrics.jsonl and eval.json say of a run, in short."""
+    """The main figures of a run, from metrics.jsonl and eval.json."""
     folder = Path(recipe.output_dir)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluation = folder / "eval.json"

@@ -1,4 +1,4 @@
-"""Hidden states before training: where they are kept, and their capture by this process alone."""
+"""The hidden-state store that a run trains from: its folder, and its capture by a single process."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ logger = logging.getLogger(__name__)
 def place_of_states(
     recipe: Recipe, data: PreparedData, layout: RowFormat, fingerprint: Fingerprint
 ) -> Path | None:
-    """The folder with every document's hidden states, captured now where this process is to do it; None when
-    they are online.
+    """The folder of the run's hidden-state store; None with an online target.
 
-    With `target.capture: parallel` the folder may still be missing: the ranks of `run.stages.capture`
-    fill it.
+    With `target.capture: single` the store is complete on return. With `parallel` the folder may still be
+    missing: the ranks that `run.stages.capture` starts fill it.
 
     Raises:
-        ValueError: a damaged store, one of other documents, or a disk that cannot hold what is missing.
+        ValueError: the store is damaged or of other documents, or the disk is too small.
     """
     if recipe.data.hidden_states == "online":
         logger.info("hidden states: computed by the target while the draft is trained")
@@ -61,5 +60,5 @@ def _capture_alone(recipe: Recipe, data: PreparedData, writer: HiddenStateWriter
                 writer.append(int(row["document_id"]), aux, teacher, teacher_tokens(teacher, target.head))
                 bar.update(len(row["input_ids"]))
     finally:
-        writer.flush()  # what is done before an error, or Ctrl-C, need not be done again
+        writer.flush()  # after an error or Ctrl-C, the next run continues after the documents done so far
     writer.finish()

@@ -1,7 +1,7 @@
-"""Importing the offline hidden states of another trainer, checked against the target as far as that can be
-done.
+"""Importing the offline hidden states of another trainer, with the checks against the target that are
+possible.
 
-Legend: L rows, Ht hidden size of the target.
+Legend: n rows, V vocabulary and Ht hidden size of the target.
 """
 
 from __future__ import annotations
@@ -41,36 +41,36 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TargetEnd:
-    """What follows the last layer of the target: its final norm, and the head [V, Ht]."""
+    """The part of the target that follows its last layer: the final norm and the head [V, Ht], whole."""
 
     norm: nn.Module
     head: Tensor
 
     @torch.no_grad()
     def finish(self, last: Tensor, is_normed: bool) -> tuple[Tensor, Tensor]:
-        """Last states [n, Ht] -> teacher [n, Ht] behind the norm, and its tokens int64 [n]."""
+        """Turn last hidden states [n, Ht], before or after the norm, into teacher [n, Ht] after it, and the
+        target's tokens int64 [n].
+        """
         last = last.to(self.head.device, self.head.dtype)
         teacher = last if is_normed else self.norm(last)
         return teacher, teacher_tokens(teacher, self.head)
 
 
 def import_store(recipe: Recipe, source: Path, hidden_states: Path | None = None, check: bool = True) -> Path:
-    """Write the rows of tokens to `data.train`, and the hidden states to where `prepare` looks for them.
-
-    An interrupted import continues when it is run again.
+    """Write the rows of tokens to `data.train`, and a hidden-state store to the folder where `prepare` looks
+    for it. An interrupted import continues when it is run again.
 
     Args:
-        recipe: whose `data.train` names the .jsonl file of the rows.
+        recipe: its `data.train` names the .jsonl file to write.
         source: the folder that the other trainer wrote.
-        hidden_states: the folder of `hs_*.safetensors` where it is not inside the data set of speculators.
-        check: load the target and compare some samples with what it computes.
+        hidden_states: the folder of `hs_*.safetensors`; None: it is inside the data set of speculators.
+        check: load the target, and compare some samples with the hidden states that it computes.
 
     Returns:
-        The folder of the hidden states.
+        The folder of the store.
 
     Raises:
-        ValueError: files that are damaged or of another target or other layers, or a recipe that they do not
-            fit.
+        ValueError: the files are damaged or of another target or other layers, or do not fit the recipe.
     """
     rows_file = _rows_file(recipe)
     files = open_foreign(source, hidden_states)
@@ -138,7 +138,11 @@ def _rows_file(recipe: Recipe) -> Path:
 
 
 def _check_shape(files: ForeignFiles, source: Path, config: Any) -> None:
-    """The first sample's width, before anything is loaded or written."""
+    """Check the width of the first sample, before the target is loaded or anything is written.
+
+    Raises:
+        ValueError: it is not that of the target.
+    """
     sample = next(
         (sample for index in range(len(files)) if (sample := files.sample(index)) is not None), None
     )
@@ -155,7 +159,11 @@ def _check_shape(files: ForeignFiles, source: Path, config: Any) -> None:
 
 
 def _check_layers(files: ForeignFiles, aux_layers: Sequence[int], num_layers: int) -> None:
-    """Without the target, what the files' writer does by default is all there is to know."""
+    """Check the captured layers by what the files record or their writer's default is.
+
+    Raises:
+        ValueError: they are not the layers of the recipe.
+    """
     written = files.aux_layers(num_layers)
     if tuple(aux_layers) != written:
         raise ValueError(
@@ -166,8 +174,10 @@ def _check_layers(files: ForeignFiles, aux_layers: Sequence[int], num_layers: in
 
 
 def load_target_end(folder: Path, config: Any, dtype: torch.dtype) -> TargetEnd:
-    """The target's final norm and head, and nothing else of its weights. Raises ValueError when its norm is
-    not found.
+    """Load the target's final norm and head, and no other weights.
+
+    Raises:
+        ValueError: the norm or the head is not found.
     """
     with torch.device("meta"):
         norm = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).model.norm
@@ -187,7 +197,7 @@ def load_target_end(folder: Path, config: Any, dtype: torch.dtype) -> TargetEnd:
 
 
 def _on_trust(files: ForeignFiles, aux_layers: Sequence[int], checked: bool) -> list[str]:
-    """What could not be checked."""
+    """Notes about what could not be checked."""
     lines = [f"the tokens and masks, as {files.writer} wrote them: no template or tokenizer was applied"]
     if checked:
         return [

@@ -1,4 +1,4 @@
-"""Sizes of targets that are known by name, for a plan of a target that is not here. Imports nothing heavy."""
+"""Sizes of well-known targets, for planning with a target that is not on this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIZES = (
     "vocab_size",
     "num_layers",
 )
-# Sizes of targets in the order of SIZES, as their config.json gives them.
+# Sizes in the order of SIZES, from the target's config.json.
 SHAPES: Mapping[str, tuple[int, ...]] = {
     "llama3.1-8b": (4096, 14336, 32, 8, 128, 128256, 32),
     "llama3.1-70b": (8192, 28672, 64, 8, 128, 128256, 80),

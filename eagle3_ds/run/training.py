@@ -1,4 +1,4 @@
-"""The main job: prepare, capture, train on many ranks, start again what failed."""
+"""Training as a whole: prepare, capture, train on many ranks, and restart a failed run."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Trained:
 
     Attributes:
         status: 0 when no rank failed; else the launcher's exit status.
-        finished: training came to its end; false as well when it was asked to stop before.
-        reason: of the first error; empty without one.
+        finished: whether all steps were done; false also after a request to stop.
+        reason: the first error; empty without one.
     """
 
     status: int
@@ -34,21 +34,22 @@ class Trained:
 
 
 def train(recipe: Recipe | str | Path, options: RunOptions | None = None) -> Path | None:
-    """Train a draft: prepare what is missing, then run the ranks to their end, as `eagle3-ds launch` does.
+    """Train a draft like `eagle3-ds launch`, but without evaluation and export: prepare what is missing,
+    start the ranks, and wait for their end.
 
-    Evaluation and export do not follow. Call it in the main thread: while the ranks run, SIGINT, SIGTERM and
-    SIGUSR1 are passed on to them.
+    Call it in the main thread: it sets handlers for SIGINT, SIGTERM and SIGUSR1, which pass these signals on
+    to the ranks.
 
     Args:
         recipe: a recipe, or the path of one.
-        options: hosts, ranks, resuming and overwriting; None starts afresh on this machine.
+        options: hosts, ranks, resuming and overwriting; None starts a new run on this machine.
 
     Returns:
         The file of the final weights; None when the run was asked to stop before its end.
 
     Raises:
-        ValueError: a mistake in the recipe or the options, before anything is started.
-        RuntimeError: a rank has failed; the message is the reason of the first error.
+        ValueError: the recipe or the options have a mistake; nothing was started.
+        RuntimeError: a rank has failed. The message is the first error.
     """
     trained = train_run(resolve_run(as_recipe(recipe), options))
     if trained.status:
@@ -62,7 +63,7 @@ def train_run(run: ResolvedRun) -> Trained:
     """Prepare, capture and train; a failed run is started again as often as `faults.max_restarts` says.
 
     Raises:
-        ValueError: a host that cannot be reached, or data, target or disk do not do.
+        ValueError: a host cannot be reached, or the data, the target or the disk cannot be used.
     """
     check_places(run.recipe, run.plan, run.options.where.launcher)
     output_dir = Path(run.recipe.output_dir)

@@ -1,4 +1,6 @@
-"""Hidden states of the target on disk: written by any rank, read row by row, imported from other trainers."""
+"""The hidden-state store: the target's hidden states on disk. Any rank writes it; it is read row by row, and
+can be filled from the files of other trainers.
+"""
 
 from eagle3_ds.store.index import RowFormat
 from eagle3_ds.store.reader import HiddenStateStore

@@ -1,4 +1,4 @@
-"""What a hidden-state store was made from, and whether that is what a run wants."""
+"""The fingerprint of a hidden-state store: what it was made from, compared with what a run expects."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 Fingerprint = Mapping[str, str]
-"""Field (target weights, tokenizer, aux layers, chat template, dtype, documents, ...) to its value or digest.
-"""
+"""{field: its value or digest}; fields are for example `target_weights`, `tokenizer` and `aux_layers`."""
 
 
 def require_same(stored: Fingerprint, expected: Fingerprint, where: str, fix: str) -> None:
-    """Raises ValueError that lists every field in which the two differ."""
+    """Check that two fingerprints are equal.
+
+    Raises:
+        ValueError: they differ. The message lists every field that does.
+    """
     fields = sorted(set(stored) | set(expected))
     different = [
         f"{field}: stored {stored.get(field, 'absent')}, expected {expected.get(field, 'absent')}"
@@ -27,6 +30,6 @@ def require_same(stored: Fingerprint, expected: Fingerprint, where: str, fix: st
 
 
 def store_folder(cache_dir: str | Path, fingerprint: Fingerprint, dtype: str) -> Path:
-    """Where a run looks for the hidden states of this fingerprint, and puts them."""
+    """The folder under `cache_dir` of the store with this fingerprint and dtype, whether it exists or not."""
     identity = json.dumps([dict(fingerprint), dtype], sort_keys=True)
     return Path(cache_dir) / f"hidden-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"

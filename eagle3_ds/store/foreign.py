@@ -1,17 +1,21 @@
-"""Offline hidden-state files of other trainers, read as they lie.
+"""Reading the offline hidden-state files of other trainers.
 
-| written by | files | aux states are the inputs of layers | last state | |---|---|---|---| | SpecForge
-`prepare_hidden_states.py` | `rows_0-2000/data_0.ckpt`, `.ckpt.gz` | 2, n // 2, n - 3 | after the final norm |
-| speculators 0.5 on, `generate-offline-data` | a data set, `hidden_states/hs_0.safetensors` | 2, n // 2, n -
-3 | before it | | speculators 0.3 and 0.4 | `data_0.pt`, `data_config.json` | 3, n // 2 + 1, n - 2 | before it
-|
+For a target of n layers, by default:
 
-All hold one row per token, nothing shifted: token, mask and states of a row belong to the same position.
-SpecForge numbers a layer by its output (1, n // 2 - 1, n - 4), and so did speculators 0.3 and 0.4 (2, n // 2,
-n - 3), which makes the latter's states one layer later than everybody else's. Which layers were asked for is
-written down by none but the last.
+| written by | files | aux: inputs of layers | last state |
+|---|---|---|---|
+| SpecForge `prepare_hidden_states.py` | `rows_0-2000/data_0.ckpt[.gz]` | 2, n // 2, n - 3 | after the norm |
+| speculators >= 0.5 `generate-offline-data` | `hidden_states/hs_0.*` | 2, n // 2, n - 3 | before it |
+| speculators 0.3, 0.4 | `data_0.pt`, `data_config.json` | 3, n // 2 + 1, n - 2 | before it |
 
-Pickled files are loaded with `weights_only=True`, which runs no code that they bring.
+All have one row per token, and nothing is shifted: token, mask and states of a row belong to the same
+position. SpecForge counts layers by their outputs: its 1, n // 2 - 1, n - 4 are the inputs above. speculators
+0.3 and 0.4 count likewise, but take 2, n // 2, n - 3, so their states are one layer later. Only they record,
+in data_config.json, which layers were captured.
+
+Pickled files are loaded with `weights_only=True`, so that no code in them runs.
+
+Legend: L tokens of a sample, W width of a part of the aux row, A = layers * Ht, Ht hidden size of the target.
 """
 
 from __future__ import annotations
@@ -43,10 +47,11 @@ class Sample:
 
     Attributes:
         place: the file, for messages.
-        token_ids: int64 [L]. loss_mask: bool [L].
-        aux_parts: tensors [L, W] that side by side are the aux row.
-        last: [L, Ht].
-        padding: rows at the end of the file that were left out as padding.
+        token_ids: int64 [L].
+        loss_mask: bool [L].
+        aux_parts: tensors [L, W]; concatenated they are the aux rows [L, A].
+        last: [L, Ht], the last hidden state, before or after the final norm (`last_is_normed`).
+        padding: how many rows at the end of the file were left out as padding.
     """
 
     place: str
@@ -57,7 +62,7 @@ class Sample:
     padding: int = 0
 
     def states(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Rows [start, stop): aux [n, 3 * Ht] and the last state [n, Ht]."""
+        """Rows [start, stop): aux [stop - start, A] and the last hidden state [stop - start, Ht]."""
         return torch.cat([part[start:stop] for part in self.aux_parts], dim=-1), self.last[start:stop]
 
 
@@ -65,8 +70,8 @@ class ForeignFiles(Protocol):
     """The samples of a folder.
 
     Attributes:
-        writer: who wrote them, for messages.
-        last_is_normed: whether `Sample.last` is behind the target's final norm.
+        writer: which program wrote them, for messages.
+        last_is_normed: whether `Sample.last` is the output of the target's final norm.
     """
 
     writer: str
@@ -75,23 +80,29 @@ class ForeignFiles(Protocol):
     def __len__(self) -> int: ...
 
     def sample(self, index: int) -> Sample | None:
-        """The sample, or None when its hidden states were not written. Raises ValueError for a file that is
-        damaged.
+        """Sample number `index`; None when its hidden states were not written.
+
+        Raises:
+            ValueError: the file is damaged.
         """
 
     def aux_layers(self, num_layers: int) -> AuxLayers:
-        """The layers whose inputs the aux states are, for a target of `num_layers`, as far as the files or
-        their writer's default tell."""
+        """The layers whose inputs the aux states are, for a target of `num_layers`: as the files record them,
+        else their writer's default.
+
+        Raises:
+            ValueError: the record is damaged, or names layers that a draft cannot use.
+        """
 
 
 def open_foreign(folder: Path, hidden_states: Path | None = None) -> ForeignFiles:
-    """The files in `folder`, whoever wrote them.
+    """Recognise which program wrote the files in `folder`, and open them.
 
     Args:
-        hidden_states: the folder of `hs_*.safetensors`, where it is not inside the data set of speculators.
+        hidden_states: the folder of `hs_*.safetensors`; None: it is inside the data set of speculators.
 
     Raises:
-        ValueError: no such folder, or no files of these kinds in it.
+        ValueError: there is no such folder, or it has no files of a known kind.
     """
     if not folder.is_dir():
         raise ValueError(
@@ -118,7 +129,11 @@ def open_foreign(folder: Path, hidden_states: Path | None = None) -> ForeignFile
 
 
 def _numbered(paths: Any, pattern: str) -> list[Path]:
-    """The paths whose names match, by their number. Raises ValueError when a number stands twice."""
+    """The paths whose names match, ordered by the number in the name.
+
+    Raises:
+        ValueError: two paths have the same number.
+    """
     found: dict[int, Path] = {}
     for path in paths:
         match = re.fullmatch(pattern, path.name)
@@ -157,7 +172,7 @@ class SpecForgeFiles:
             _rows_of_batch(content[name], name, path) for name in ("aux_hidden_state", "hidden_state")
         )
         _check_lengths(path, len(token_ids), loss_mask=loss_mask, aux_hidden_state=aux, hidden_state=last)
-        # Batches are padded to their longest sample with zeros, and written with the padding.
+        # SpecForge pads the samples of a batch with zeros to the longest one, and writes the padding too.
         used = (token_ids != 0) | (loss_mask != 0)
         length = int(used.nonzero()[-1]) + 1 if used.any() else 0
         rows = slice(0, length)
@@ -279,7 +294,14 @@ class SpeculatorsPickles:
 
 
 def _load_pickle(path: Path, tensors: Sequence[str]) -> dict[str, Any]:
-    """The dictionary in a file of torch.save, with these tensors in it."""
+    """The dictionary in a file of torch.save.
+
+    Args:
+        tensors: names of the tensors that it must have.
+
+    Raises:
+        ValueError: the file cannot be read, or lacks one of them.
+    """
     try:
         if path.suffix == ".gz":
             with gzip.open(path, "rb") as stream:
@@ -333,7 +355,7 @@ def _scaled(path: Path, hidden: Tensor, scales: Tensor | None) -> Tensor:
 
 
 def _rows_of_batch(tensor: Tensor, name: str, path: Path) -> Tensor:
-    """[1, L, W] or [L, W] -> [L, W]."""
+    """Take the batch dimension off: [1, L, W] or [L, W] -> [L, W]."""
     rows = tensor[0] if tensor.ndim == 3 and len(tensor) == 1 else tensor
     if rows.ndim != 2:
         raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected [1, tokens, width]")
@@ -364,7 +386,12 @@ def _check_lengths(path: Path, length: int, **columns: Tensor) -> None:
 
 
 def _checked(sample: Sample) -> Sample:
-    """The sample with its integers in our dtypes."""
+    """Check a sample's dtypes and widths; returns it with token_ids as int64 and loss_mask as bool.
+
+    Raises:
+        ValueError: token_ids are not integers [L], the mask has other values than 0 and 1, or the aux states
+            are not 1 to `MOST_LAYERS` hidden states wide.
+    """
     if sample.token_ids.ndim != 1 or sample.token_ids.is_floating_point():
         raise ValueError(
             f"{sample.place}: input_ids is {sample.token_ids.dtype} {tuple(sample.token_ids.shape)}, "

@@ -1,5 +1,5 @@
-"""From foreign files to what a recipe trains on: rows of tokens for `data.train`, and a store of their hidden
-states.
+"""Importing the hidden-state files of other trainers: their tokens become rows for `data.train`, their states
+fill a hidden-state store.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from eagle3_ds.store.foreign import ForeignFiles
 from eagle3_ds.store.writer import HiddenStateWriter
 
 ROWS_AT_ONCE = 8192
-"""Rows of a sample whose copies exist at a time."""
+"""How many rows of a sample are copied at a time."""
 Finish = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Last states [n, Ht] as they lie in the files -> teacher [n, Ht] behind the final norm, and teacher_token
-int64 [n].
+"""Turns last hidden states [n, Ht], as the files have them, into teacher [n, Ht] after the final norm, and
+teacher_token int64 [n].
 """
 
 
@@ -32,8 +32,11 @@ class ImportedRows:
     """Which samples became rows, and what was left out.
 
     Attributes:
-        samples: number of the sample in the files, by the digest of the tokens that a document of it has.
-        without_states, unsupervised: samples left out. padding: rows of padding left out.
+        samples: {digest of the tokens of a sample's document: number of the sample in the files}.
+        rows, tokens: how many rows were written, and how many tokens they have.
+        without_states: samples left out because the files lack their hidden states.
+        unsupervised: samples left out because no token is supervised.
+        padding: rows of padding left out.
     """
 
     samples: dict[str, int] = field(default_factory=dict)
@@ -45,7 +48,7 @@ class ImportedRows:
 
     @property
     def text(self) -> str:
-        """What was taken and what was not, for people."""
+        """What was imported and what was left out, for people."""
         left_out = [
             f"{number:,} {what}"
             for number, what in (
@@ -61,14 +64,16 @@ class ImportedRows:
 def write_rows(
     files: ForeignFiles, path: Path, max_length: int, progress: Iterable[int] | None = None
 ) -> ImportedRows:
-    """Write the samples' tokens and masks as JSON lines at `path`, whole or not at all.
+    """Write the samples' tokens and loss masks to `path` as JSON lines. The file appears complete or not at
+    all.
 
     Args:
-        max_length: documents are cut at so many tokens when they are prepared; only the digests depend on it.
+        max_length: `data.max_length`, at which the prepare stage cuts documents. The digests are of the
+            tokens up to there; the rows are written whole.
         progress: the sample numbers, wrapped by a progress bar.
 
     Raises:
-        ValueError: a damaged file, nothing to learn from, or a file with other rows at `path`.
+        ValueError: a file is damaged, no sample can teach the draft, or `path` exists with other rows.
     """
     found = ImportedRows()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,13 +107,21 @@ def write_rows(
 
 
 def token_digest(tokens: np.ndarray) -> str:
-    """Of integers [L]."""
+    """A digest of token ids, integers [L]."""
     return hashlib.blake2b(tokens.astype(np.int64).tobytes(), digest_size=16).hexdigest()
 
 
 def match_documents(sides: Sequence[datasets.Dataset], rows: ImportedRows) -> dict[int, list[int]]:
-    """Sample number -> the documents whose tokens begin it. Raises ValueError for a document that begins no
-    sample.
+    """Find the sample of each prepared document: the one whose first tokens are the document's.
+
+    Args:
+        sides: the prepared data sets, training and held-out.
+
+    Returns:
+        {number of the sample: ids of its documents}.
+
+    Raises:
+        ValueError: a document is not the beginning of any sample.
     """
     documents: dict[int, list[int]] = {}
     for side in sides:
@@ -132,11 +145,14 @@ def fill_store(
     finish: Finish,
     progress: Iterable[int] | None = None,
 ) -> None:
-    """Put the hidden states of the samples in `documents` (from `match_documents`) into the store, but for
-    what it has.
+    """Write the hidden states of all documents that the store does not have yet.
+
+    Args:
+        documents: {number of the sample: ids of its documents}, from `match_documents`.
+        progress: the sample numbers, wrapped by a progress bar.
 
     Raises:
-        ValueError: a damaged file, states that are not finite, or a full disk.
+        ValueError: a file is damaged or has gone, states are not finite, or the disk is full.
     """
     missing = set(writer.missing())
     for index in progress or documents:

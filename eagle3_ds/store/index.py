@@ -1,7 +1,7 @@
-"""What a hidden-state store is on disk: the tensors of a piece, the shards, and the index that names them.
+"""The format of a hidden-state store: the tensors of a piece, the shards, and the index that lists them.
 
-Everything read here may have been damaged, or written by somebody else: nothing of it is used before it was
-checked.
+A *piece* is a run of rows of one document that are stored together, a *shard* a safetensors file of pieces.
+What is read here may be damaged or come from somebody else; it is checked before it is used.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pydantic_core import from_json
 INDEX_FILE = "index.json"
 STORE_FORMAT: Final = 2
 LARGEST_INDEX = 2**30
-"""Bytes. A piece takes about 40 in the index, so this is far above any store."""
+"""Bytes of index.json. A piece takes about 40 of them, so no real store comes near this."""
 LARGEST_HEADER = 100_000_000
-"""Bytes, the limit of safetensors itself."""
+"""Bytes of a shard's header; safetensors has the same limit."""
 FLOAT8 = "float8"
 DTYPES = {
     "float32": torch.float32,
@@ -66,22 +66,24 @@ class RowFormat:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one token in a shard, its checksums included."""
+        """Bytes that one token takes in a shard, checksums included."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors(1).values())
 
     @property
     def read_dtype(self) -> torch.dtype:
-        """Dtype that hidden states are read in: the stored one, and bfloat16 for float8, which it holds
-        exactly.
+        """Dtype of hidden states as they are read: the stored dtype, but bfloat16 for float8, whose values it
+        holds exactly.
         """
         return torch.bfloat16 if self.dtype == FLOAT8 else DTYPES[self.dtype]
 
     def width(self, name: ColumnName) -> tuple[int, ...]:
-        """Shape of one row."""
+        """Shape of one row of a column."""
         return {"aux": (self.aux_width,), "teacher": (self.teacher_width,), "teacher_token": ()}[name]
 
     def tensors(self, length: int) -> dict[str, TensorSpec]:
-        """The tensors of a piece of `length` rows, the checksums of all others last."""
+        """Shapes and dtypes of the tensors of a piece of `length` rows, by name. The last tensor holds the
+        row checksums of the others, one column for each.
+        """
         specs: dict[str, TensorSpec] = {}
         for name in HIDDEN:
             specs[name] = TensorSpec((length, *self.width(name)), DTYPES[self.dtype])
@@ -100,8 +102,8 @@ def exponent_of(name: str) -> str:
 
 
 class Piece(NamedTuple):
-    """Rows [start, start + length) of a document, stored together. `checksum_crc32` is that of its checksum
-    tensor.
+    """Rows [start, start + length) of a document, stored together in one shard. `checksum_crc32` is the crc32
+    of the piece's checksum tensor.
     """
 
     document: Index
@@ -114,7 +116,7 @@ class Piece(NamedTuple):
         return self.start + self.length
 
     def key(self, name: str) -> str:
-        """Name of one of its tensors in the shard."""
+        """Name of one of the piece's tensors in the shard, for example `aux.17.0`."""
         return f"{name}.{self.document}.{self.start}"
 
 
@@ -123,11 +125,13 @@ IDENTITY = TypeAdapter(dict[str, str])
 
 
 class Shard(BaseModel):
-    """One file. Every byte is covered: the header by `header_crc32`, the rest by the pieces' checksums."""
+    """One safetensors file. A checksum covers each of its bytes: `header_crc32` the header, the pieces' row
+    checksums the rest.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    # A plain name, so that no index can lead out of its folder.
+    # A plain name without separators: an index cannot name a file outside its folder.
     file: Annotated[str, Field(pattern=r"^shard-[0-9]{4,9}-[0-9]{6,9}\.safetensors$")]
     bytes: Count
     header_crc32: Crc32
@@ -135,7 +139,7 @@ class Shard(BaseModel):
 
 
 class StoreIndex(BaseModel):
-    """Contents of index.json. `origin` says who computed the hidden states."""
+    """The content of index.json. `origin` says which program computed the hidden states."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -165,7 +169,7 @@ class StoreIndex(BaseModel):
 
 
 def pieces_by_document(shards: Sequence[Shard]) -> dict[int, list[tuple[Piece, Shard]]]:
-    """Every piece with its shard, by document."""
+    """{document id: its pieces, each with the shard that holds it}."""
     found: dict[int, list[tuple[Piece, Shard]]] = {}
     for shard in shards:
         for piece in shard.pieces:
@@ -174,7 +178,7 @@ def pieces_by_document(shards: Sequence[Shard]) -> dict[int, list[tuple[Piece, S
 
 
 def covers(spans: Iterable[tuple[int, int]], length: int) -> bool:
-    """Whether the [start, stop) spans together hold every row of [0, length); they may overlap."""
+    """Whether the spans [start, stop), which may overlap, cover every row of [0, length)."""
     reached = 0
     for start, stop in sorted(spans):
         if start > reached:
@@ -184,10 +188,10 @@ def covers(spans: Iterable[tuple[int, int]], length: int) -> bool:
 
 
 def read_index(folder: Path) -> StoreIndex:
-    """The checked index of the store in `folder`.
+    """Read and check the index of the store in `folder`.
 
     Raises:
-        ValueError: none there, of another format, or one that cannot be a store's.
+        ValueError: there is no index, it has another format, or its content is inconsistent.
     """
     file = folder / INDEX_FILE
     if not file.is_file():
@@ -216,10 +220,10 @@ def read_index(folder: Path) -> StoreIndex:
 
 
 def shard_header(path: Path) -> bytes:
-    """The header of a safetensors file: its length in 8 bytes, then the JSON.
+    """The header of a safetensors file: 8 bytes with its length, then the JSON.
 
     Raises:
-        ValueError: too short, or a length that no header has.
+        ValueError: the file is shorter than its header, or the length is above `LARGEST_HEADER`.
     """
     with open(path, "rb") as stream:
         prefix = stream.read(8)
@@ -231,5 +235,9 @@ def shard_header(path: Path) -> bytes:
 
 
 def header_crc32(path: Path) -> int:
-    """Checksum of `shard_header`. Raises ValueError as it does."""
+    """The crc32 of `shard_header`.
+
+    Raises:
+        ValueError: the file has no safetensors header.
+    """
     return zlib.crc32(shard_header(path))

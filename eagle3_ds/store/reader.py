@@ -1,12 +1,11 @@
-"""Hidden states of the target on disk, read row by row.
+"""Reading the target's hidden states from a store, row by row.
 
-A store is a folder with `index.json` and safetensors shards. A document of length L has three columns:
-    aux            [L, aux_width]       inputs of the auxiliary target layers, concatenated
-    teacher        [L, teacher_width]   last hidden state after the target's final norm
+A store is a folder with `index.json` and safetensors shards. A document of L tokens has three columns:
+    aux            [L, aux_width]       inputs of the captured target layers, concatenated
+    teacher        [L, teacher_width]   output of the target's final norm
     teacher_token  int32 [L]            argmax of the target's logits over its full vocabulary
-It is stored as one or more pieces, each a run of its rows in one shard; pieces may overlap where an
-interrupted capture was continued on another mesh, and then hold the same rows. `store_writer.py` writes it,
-`store_index.py` says how it looks.
+It is stored as one or more pieces, each a run of its rows in one shard. Where an interrupted capture was
+continued on another mesh, pieces may overlap; both then hold the same rows. The format is in `index.py`.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ from eagle3_ds.store.index import (
 from eagle3_ds.store.rows import ROWS_AT_ONCE, crc32, decode_float8, row_checksums
 
 OPEN_SHARDS = 64
-"""Shards kept mapped at a time, far below the usual limit of open files."""
+"""How many shards are mapped at a time; the usual limit of open files is 1024."""
 NAMED_DAMAGES = 20
-"""Damages that one error message spells out."""
+"""How many damaged tensors, or damaged rows of one, an error message lists."""
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Rows [start, stop) of a document, read from this piece."""
+    """Rows [start, stop) of a document, which are read from this piece."""
 
     start: int
     stop: int
@@ -56,7 +55,13 @@ class _Run:
 
 
 class HiddenStateStore:
-    """A complete store, opened for reading. `lengths` is {document_id: tokens}."""
+    """A complete store, opened for reading. Each rank opens it for itself and reads only the rows that it
+    needs; nothing is collective.
+
+    Attributes:
+        lengths: {document id: tokens}.
+        origin: which program computed the hidden states.
+    """
 
     def __init__(self, path: Path, index: StoreIndex) -> None:
         self.path = path
@@ -72,11 +77,15 @@ class HiddenStateStore:
 
     @classmethod
     def open(cls, path: str | Path, expect: Fingerprint | None = None) -> HiddenStateStore:
-        """Open the store at `path`; every shard must be there in full size, and the fingerprint must equal
-        `expect`.
+        """Open the store at `path`. The size of every shard is checked here, because reading past the end of
+        a mapped file kills the process.
 
-        A short file must be found here: reading past the end of a mapped file kills the process. Raises
-        ValueError.
+        Args:
+            expect: the fingerprint that the store must have; None accepts any.
+
+        Raises:
+            ValueError: there is no store, its index is damaged, a shard is missing or has another size, or
+                the fingerprint differs.
         """
         path = Path(path)
         index = read_index(path)
@@ -93,10 +102,13 @@ class HiddenStateStore:
         return sum(shard.bytes for shard in self.shards.values())
 
     def rows(self, document_id: int, name: ColumnName, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of one column of one document; only these are read from the disk.
+        """Read rows [start, stop) of one column of a document, and no others, from the disk.
 
-        Hidden states come in `layout.read_dtype`. Raises ValueError when the store lacks the document or a
-        file is damaged.
+        Returns:
+            [stop - start, width] in `layout.read_dtype`, or int32 [stop - start] for teacher_token.
+
+        Raises:
+            ValueError: the store lacks the document, or a file is damaged.
         """
         if document_id not in self._runs:
             raise ValueError(
@@ -114,13 +126,19 @@ class HiddenStateStore:
         return self._join(parts, name)
 
     def view(self, documents: Sequence[int], name: ColumnName) -> PackedRows:
-        """The rows of several documents end to end, read only when sliced."""
+        """One column of several documents laid end to end; rows are read when they are sliced."""
         return PackedRows(self, documents, name)
 
     def states(
         self, documents: Sequence[int], token_ids: Tensor, loss_mask: Tensor, lengths: Sequence[int]
     ) -> tuple[Tensor, Rows, Rows]:
-        """`teacher_token`, `aux` and `teacher` of `PackedSequence` for these documents end to end."""
+        """The target's part of a `PackedSequence` of these documents, laid end to end: `teacher_token` int64
+        [L], whole; `aux` and `teacher` as rows [L, width] that are read when they are sliced. The other
+        arguments are for `OnlineStates`, which has the same method.
+
+        Raises:
+            ValueError: a file is damaged.
+        """
         return (
             self.view(documents, "teacher_token")[:].long(),
             self.view(documents, "aux"),
@@ -128,7 +146,12 @@ class HiddenStateStore:
         )
 
     def require_documents(self, lengths: Mapping[int, int]) -> None:
-        """Raises ValueError unless the store holds every document of `lengths` with that many tokens."""
+        """Check that the store has every document of `lengths` ({document id: tokens}), and with that many
+        tokens.
+
+        Raises:
+            ValueError: a document is missing or has another length.
+        """
         wrong = [document for document, length in lengths.items() if self.lengths.get(document) != length]
         if wrong:
             raise ValueError(
@@ -138,13 +161,13 @@ class HiddenStateStore:
             )
 
     def verify(self, progress: Iterable[Shard] | None = None) -> None:
-        """Recompute every checksum; each byte of each shard is covered by one.
+        """Recompute all checksums, which together cover every byte of every shard.
 
         Args:
-            progress: the shards, wrapped by a progress bar; default `shards.values()`.
+            progress: the shards, wrapped by a progress bar; None checks `shards.values()`.
 
         Raises:
-            ValueError: names the damaged files, the tensors in them and the rows of these.
+            ValueError: something is damaged. The message lists files, tensors and rows.
         """
         damages = [damage for shard in progress or self.shards.values() for damage in self._damages(shard)]
         if damages:
@@ -155,7 +178,7 @@ class HiddenStateStore:
             )
 
     def _damages(self, shard: Shard) -> Iterator[str]:
-        """Each damaged tensor of a shard, in words."""
+        """Yield a description of each damaged tensor of a shard."""
         try:
             self._open_shard(shard)
         except ValueError as error:
@@ -180,7 +203,11 @@ class HiddenStateStore:
         return decode_float8(rows, self._slice(run.shard, run.piece, exponent_of(name))[first:last])
 
     def _slice(self, shard: Shard, piece: Piece, name: str) -> Any:
-        """A stored tensor, read only when sliced. Raises ValueError when it is not what the index says."""
+        """A stored tensor of a piece; its rows are read when they are sliced.
+
+        Raises:
+            ValueError: it is missing, or its shape or dtype is not that of the index.
+        """
         key = piece.key(name)
         wanted = self.layout.tensors(piece.length)[name]
         try:
@@ -195,8 +222,10 @@ class HiddenStateStore:
         return stored
 
     def _open_shard(self, shard: Shard) -> Any:
-        """The mapped shard. Raises ValueError when the file vanished, changed its size, or has a damaged
-        header.
+        """The mapped shard.
+
+        Raises:
+            ValueError: the file has gone, has another size, or a damaged header.
         """
         if shard.file in self._opened:
             self._opened.move_to_end(shard.file)
@@ -226,8 +255,8 @@ class HiddenStateStore:
 
 
 def _runs(pieces: Sequence[tuple[Piece, Shard]]) -> tuple[_Run, ...]:
-    """Which piece serves which rows, in order and without overlap. The pieces leave no gap (the index was
-    checked).
+    """Choose from which piece each row of a document is read: runs in order, without overlap. The pieces of a
+    checked index leave no gap.
     """
     runs: list[_Run] = []
     reached, last = 0, max(piece.stop for piece, _ in pieces)
@@ -256,7 +285,7 @@ def _check_file(path: Path, expected: int) -> None:
 
 
 def _damaged_rows(piece: Any, checksums: Tensor) -> list[int]:
-    """Rows of a stored tensor whose checksum differs, read a few thousand at a time."""
+    """The rows of a stored tensor whose checksums differ. `ROWS_AT_ONCE` rows are read at a time."""
     damaged: list[int] = []
     for start in range(0, len(checksums), ROWS_AT_ONCE):
         expected = checksums[start : start + ROWS_AT_ONCE]
@@ -272,8 +301,8 @@ def _say_rows(rows: Sequence[int], offset: int) -> str:
 
 
 class PackedRows:
-    """The rows of several documents end to end, [L, width] or [L]; `rows[a:b]` reads just rows a to b, across
-    documents.
+    """One column of several documents laid end to end, [L, width] or [L]. `rows[a:b]` reads rows [a, b) and
+    no others, from as many documents as they span.
     """
 
     def __init__(self, store: HiddenStateStore, documents: Sequence[int], name: ColumnName) -> None:

@@ -1,8 +1,8 @@
-"""Writing a hidden-state store so that a crash loses at most one shard.
+"""Writing a hidden-state store so that a crash loses at most the shard that is being written.
 
-The store grows in the folder `<path>.partial`. A shard is written under a hidden name, flushed and renamed,
-and carries the list of its pieces in its own header: what has its final name is whole. The index comes last,
-then the folder gets its name.
+The store grows in the folder `<path>.partial`. A shard is written under a hidden name, synced to disk and
+renamed, so a shard with its final name is complete; its header lists its pieces. The index is written last,
+and then the folder is renamed to `path`.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from eagle3_ds.store.reader import HiddenStateStore
 from eagle3_ds.store.rows import LARGEST_FLOAT8, crc32, encode_float8, first_beyond, row_checksums
 
 CAPTURED = "capture"
-"""Origin of hidden states that this program computed."""
+"""The `origin` of hidden states that this program computed."""
 SHARD_BYTES = 2**30
 OVERHEAD = 4096
-"""Bytes of headers and index per document, rounded up generously."""
+"""An upper estimate of the bytes that a document takes in headers and index."""
 
 
 def required_bytes(lengths: Mapping[int, int], layout: RowFormat) -> int:
@@ -54,20 +54,25 @@ def required_bytes(lengths: Mapping[int, int], layout: RowFormat) -> int:
 
 
 class HiddenStateWriter:
-    """Fills the store at `path` with the documents of `lengths` ({document_id: tokens}), in any order.
-    `origin` says who computed their hidden states.
+    """Writes the store at `path`. Documents may come in any order.
 
-    Continues an interrupted capture: `missing()` lists what is still to do. Several processes may write at
-    once, each with its own `rank`: whole documents, or the rows of each document that the rank holds. All are
-    made before any of them writes; after all have called `flush()`, one of them calls `finish()`. Making one
-    writes nothing.
+    An interrupted capture is continued: `missing()` lists the documents that are still to be written. Several
+    processes may write at once, each with its own `rank`, either whole documents or those rows of each
+    document that the rank holds. The writers of all ranks must be made before any of them writes. After all
+    have called `flush()`, one of them calls `finish()`. The constructor writes nothing.
+
+    Args:
+        lengths: the documents of the store, {document id: tokens}.
+        fingerprint: what the hidden states are computed from.
+        shard_bytes: a shard is written once this many bytes wait in memory.
+        origin: which program computed the hidden states.
 
     Attributes:
         required: bytes that the missing documents take.
         free: bytes free on the file system of `path`.
 
     Raises:
-        ValueError: the disk is too small, or there is a store already, or the interrupted capture there is
+        ValueError: the disk is too small, there is a complete store already, or the interrupted capture is
             damaged or was made from something else.
     """
 
@@ -116,7 +121,7 @@ class HiddenStateWriter:
 
     @property
     def size_text(self) -> str:
-        """What will be written and where, for people."""
+        """How much will be written and where, for people."""
         missing = self.missing()
         tokens = sum(self.lengths[document] for document in missing)
         done = (
@@ -130,21 +135,26 @@ class HiddenStateWriter:
         )
 
     def missing(self) -> list[int]:
-        """Documents with rows neither on disk nor waiting in this process, in the order of `lengths`."""
+        """The documents that `holds` denies, in the order of `lengths`."""
         return [document for document in self.lengths if not self.holds(document)]
 
     def holds(self, document_id: int) -> bool:
-        """Whether all rows of the document are on disk or wait in this process."""
+        """Whether every row of the document was on disk when this writer was made, or was appended since."""
         return covers(self._spans[document_id], self.lengths[document_id])
 
     def append(
         self, document_id: int, aux: Tensor, teacher: Tensor, teacher_token: Tensor, start: int | None = None
     ) -> None:
-        """Add a document, or as many rows of it from row `start` on: aux [n, aux_width], teacher [n,
-        teacher_width], teacher_token [n]; cast to the store's dtypes.
+        """Add a document, or some rows of it. They are copied to the host, cast to the store's dtypes.
 
-        Raises ValueError for wrong shapes, for values that are not finite in the store's dtype, and when the
-        disk is full.
+        Args:
+            aux: [n, aux_width], the inputs of the captured layers, on any device.
+            teacher: [n, teacher_width], the output of the final norm.
+            teacher_token: integers [n], the target's argmax.
+            start: the row of the document that the first of these is; None: they are the whole document.
+
+        Raises:
+            ValueError: a shape is wrong, a value is not finite in the store's dtype, or the disk is full.
         """
         length = self.lengths[document_id]
         assert not self.holds(document_id), f"document {document_id} is in the store already"
@@ -160,7 +170,11 @@ class HiddenStateWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write the pieces that wait in memory as one shard. Raises ValueError when the disk is full."""
+        """Write the pieces that wait in memory as one shard.
+
+        Raises:
+            ValueError: the disk is full.
+        """
         if not self._pending:
             return
         self.partial.mkdir(parents=True, exist_ok=True)
@@ -170,18 +184,17 @@ class HiddenStateWriter:
         metadata = {"pieces": json.dumps(self._pending), "identity": json.dumps(self._identity)}
         with self._full_disk_told(aside):
             save_file(self._tensors, aside, metadata=metadata)
-            aside.chmod(
-                0o644
-            )  # safetensors leaves it to its owner; other users may train from the same cache
+            aside.chmod(0o644)  # safetensors makes it readable by its owner only, but users may share a cache
             _sync(aside)
         os.rename(aside, self.partial / name)
         _sync(self.partial)
         self._tensors, self._pending, self._pending_bytes = {}, [], 0
 
     def finish(self) -> HiddenStateStore:
-        """Write the last shard and the index, give the folder its name, and open the store.
+        """Write the last shard and the index, rename the folder, and open the store.
 
-        Raises ValueError when rows are missing or the disk is full.
+        Raises:
+            ValueError: rows are missing, or the disk is full.
         """
         self.flush()
         shards = [self._describe(file) for file in self._shard_files()]
@@ -218,7 +231,7 @@ class HiddenStateWriter:
 
     @contextlib.contextmanager
     def _full_disk_told(self, aside: Path) -> Iterator[None]:
-        """Remove the file that could not be written, and say what that means."""
+        """Turn an error of writing `aside` into a ValueError with what to do, and remove the file."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -229,7 +242,11 @@ class HiddenStateWriter:
             ) from error
 
     def _encode(self, piece: Piece, given: Mapping[ColumnName, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a piece as they are stored, on the CPU, sharing no memory with the given ones."""
+        """The tensors of a piece as they are stored, by name: copies on the CPU.
+
+        Raises:
+            ValueError: a shape is wrong, or a value is not finite in the store's dtype.
+        """
         encoded: dict[str, Tensor] = {}
         for name, tensor in given.items():
             where = f"{name} of document {piece.document}"
@@ -272,8 +289,10 @@ class HiddenStateWriter:
         return sorted(self.partial.glob(f"shard-{'*' if rank is None else f'{rank:04d}'}-*.safetensors"))
 
     def _read_pieces(self, file: Path) -> list[Piece]:
-        """Pieces of a shard that an earlier run left. Raises ValueError when it is damaged or made from
-        something else.
+        """The pieces of a shard, from its header.
+
+        Raises:
+            ValueError: the shard is damaged, or was made from something else.
         """
         try:
             with safe_open(file, framework="pt") as shard:
@@ -304,7 +323,7 @@ class HiddenStateWriter:
 
 
 def _decimal(size: int) -> str:
-    """Bytes for people, in units of 1000 as disks are sold: 1500 is 1.5 kB."""
+    """Bytes for people, in powers of 1000 like the sizes of disks: 1500 is "1.5 kB"."""
     if size < 1000:
         return f"{size} bytes"
     units = ("kB", "MB", "GB", "TB", "PB")
@@ -313,12 +332,12 @@ def _decimal(size: int) -> str:
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder on the way to `path` that exists."""
+    """`path`, or its nearest parent, that exists and is a folder."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
 
 
 def _sync(path: Path) -> None:
-    """Have the system write a file or a folder's names to the disk before anything is built on it."""
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
