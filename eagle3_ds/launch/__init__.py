@@ -1,5 +1,5 @@
-"""Ranks from outside: the command that starts them, a supervisor beside each, their logs, restarts.
+"""Launching ranks: the command that starts them, a supervisor for each, their logs, restarts.
 
-The supervisor imports nothing but the standard library, so that it weighs little and outlives what breaks its
-rank: this file stays empty of imports.
+The supervisor imports only the standard library, so that it needs little memory and keeps running when its
+rank breaks. Therefore this file imports nothing.
 """

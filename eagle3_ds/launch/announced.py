@@ -1,22 +1,22 @@
-"""How a launcher tells a process which rank it is."""
+"""Reading from the environment which rank a launcher has started this process as."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-# What torch's own launchers call RANK, WORLD_SIZE and LOCAL_RANK, by MPI and Slurm.
+# The names that MPI and Slurm give to torch's RANK, WORLD_SIZE and LOCAL_RANK.
 _ANNOUNCED = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    # Of a step, not of the job: a batch script itself has SLURM_PROCID 0 and is no rank.
+    # The size of an srun step, not of the job: a batch script has SLURM_PROCID 0 too, but is no rank.
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
 
 
 def announcement(environ: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE and LOCAL_RANK as MPI or Slurm announce them; empty when nobody does, or they are set
-    already.
+    """RANK, WORLD_SIZE and LOCAL_RANK from the variables of MPI or Slurm; empty when there are none, or when
+    RANK is set already.
     """
     if "RANK" in environ:
         return {}

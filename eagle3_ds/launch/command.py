@@ -1,4 +1,6 @@
-"""From a launch's options to hosts, ranks, the launcher's command and its environment. Starts nothing."""
+"""Turning the options of a launch into hosts, ranks, the launcher's command and its environment. Starts
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +20,24 @@ SUPERVISOR_FILE = Path(__file__).parent / "supervisor.py"
 TRAIN_MODULE, CAPTURE_MODULE = "eagle3_ds.train.main", "eagle3_ds.train.capture"
 LAUNCHERS = ("pdsh", "openmpi", "mpich", "impi", "mvapich", "slurm", "torchrun")
 MPI_LAUNCHERS = ("openmpi", "mpich", "impi", "mvapich")
-# What a rank on another host needs to behave as on this one. Secrets (tokens) stay out: pdsh shows its
-# command line.
+# Prefixes of the variables that ranks on other hosts get. Secrets such as tokens are left out, because they
+# would appear on pdsh's command line.
 EXPORTED = (
     "ASCEND", "CUDA_DEVICE", "CUDA_HOME", "CUDNN", "DS_ACCELERATOR", "FI_", "GLOO_", "HCCL_", "HF_DATASETS",
     "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "LD_LIBRARY_PATH", "MASTER_", "NCCL_", "NVIDIA_", "OMP_",
     "PATH", "PYTORCH_", "TORCH_", "TRANSFORMERS_", "TRITON_", "UCX_",
 )  # fmt: skip
-# Goes on the command lines of ssh and pdsh, which take a leading dash for an option and brackets for a list
-# of hosts.
+# Host names go on the command lines of ssh and pdsh, which take a leading dash for an option and brackets for
+# a list of hosts.
 HOST_LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._:-]*)\s+slots=([0-9]{1,9})")
 MOST_SLOTS = 1024
 NO_HOSTFILE = os.devnull
-"""Not a regular file, so DeepSpeed takes this machine and does not look at /job/hostfile."""
+"""A path that is no regular file: with it, DeepSpeed uses this machine and does not read /job/hostfile."""
 
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """What the user said about where to run. None: not said."""
+    """The user's options about where to run; None: not given."""
 
     hostfile: str | None = None
     num_ranks: int | None = None
@@ -52,15 +54,15 @@ class LaunchPlan:
     """What will be started.
 
     Attributes:
-        hosts: host -> device slots, in rank order.
-        command: the launcher, as an argument list.
-        logs: folder of what the ranks say.
-        environment: variables set for the launcher on top of the current ones.
-        exported: variables handed to every host through DS_ENV_FILE; None on a single machine, which inherits
-            them.
-        port: where rank 0 listens; None: not known.
+        hosts: {host: device slots}, in the order of ranks.
+        command: the launcher's argument list.
+        logs: folder of the ranks' logs.
+        environment: variables for the launcher, in addition to the current ones.
+        exported: variables that every host gets through DS_ENV_FILE; None on a single machine, where ranks
+            inherit them.
+        port: the port on which rank 0 listens; None: not known.
         by_ssh: hosts that ssh must reach.
-        address: of the first host, where the user has given one.
+        address: address of the first host, if the user has given one.
     """
 
     hosts: Mapping[str, tuple[int, ...]]
@@ -84,16 +86,16 @@ def resolve_hosts(
     wanted: int,
     environ: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Hosts and slots, as DeepSpeed will see them.
+    """The hosts and slots of a run, as DeepSpeed will see them.
 
     Args:
-        devices: accelerators of this machine; 0 when it has none, or when that does not matter (a dry run).
-        wanted: ranks to start on this machine when nothing else says so.
-        environ: whose CUDA_VISIBLE_DEVICES, or what other vendors call it, counts; None: this process's.
+        devices: number of accelerators of this machine; 0 when it has none, or in a dry run.
+        wanted: ranks to start on this machine when the options do not say how many.
+        environ: the environment with CUDA_VISIBLE_DEVICES or its like; None: that of this process.
 
     Raises:
-        ValueError: contradicting options, a hostfile that is not one, hosts or slots that do not exist or
-            that the environment hides.
+        ValueError: options contradict each other, the hostfile is malformed, or hosts or slots do not exist
+            or are hidden by the environment.
     """
     _check_options(options)
     visible = _visible(options, accelerator, os.environ if environ is None else environ)
@@ -118,12 +120,14 @@ def resolve_hosts(
 
 
 def _visible(options: LaunchOptions, accelerator: str, environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    """The devices of this machine that the environment leaves; None: all, or it is left to the launcher."""
+    """The devices of this machine that CUDA_VISIBLE_DEVICES or its like names. None: all of them, or the
+    launcher decides.
+    """
     if options.launcher == "torchrun" and not (options.include or options.exclude):
-        # Its ranks inherit the variable and count within it, whatever it names them by.
+        # Ranks of this launcher inherit the variable, and count devices within it.
         return None
     if options.launcher in ("slurm", *MPI_LAUNCHERS):
-        # The variable is this process's; these give each rank one of its own.
+        # These launchers set the variable for each rank; this process's value does not count.
         return None
     return visible_devices(accelerator, environ)
 
@@ -131,13 +135,17 @@ def _visible(options: LaunchOptions, accelerator: str, environ: Mapping[str, str
 def _this_machine(
     options: LaunchOptions, accelerator: str, devices: int, wanted: int, visible: tuple[int, ...] | None
 ) -> dict[str, tuple[int, ...]]:
-    """The slots of this machine alone."""
+    """The slots of a run on this machine only.
+
+    Raises:
+        ValueError: the options ask for more devices than there are.
+    """
     if (options.num_nodes or 1) > 1:
         raise ValueError(
             f"--num_nodes is {options.num_nodes}, but without --hostfile there is only this machine."
         )
     if visible is not None:
-        # A device that is not there ends the list, as it does for CUDA.
+        # As in CUDA, the list ends at the first device that does not exist.
         visible = visible[: devices or len(visible)]
         devices = len(visible)
     count = options.num_ranks or ((devices or wanted) if options.include or options.exclude else wanted)
@@ -162,8 +170,10 @@ def _check_slots(
     hosts: Mapping[str, tuple[int, ...]],
     visible: tuple[int, ...] | None,
 ) -> None:
-    """Raises ValueError for slots that the launcher cannot give, or that the environment hides on this
-    machine.
+    """Check the slots of the hosts.
+
+    Raises:
+        ValueError: the launcher cannot use these slots, or the environment hides them on this machine.
     """
     if options.launcher == "slurm":
         uneven = len({len(slots) for slots in hosts.values()}) > 1
@@ -213,7 +223,11 @@ def _check_options(options: LaunchOptions) -> None:
 
 
 def read_hostfile(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Read `host slots=N` lines. Raises ValueError that names the line."""
+    """Read the `host slots=N` lines of a hostfile into {host: slots}.
+
+    Raises:
+        ValueError: the file is missing, or a line is malformed. The message names the line.
+    """
     if not Path(path).is_file():
         raise ValueError(f"--hostfile: {path} is not a file. Write one line per host: `worker-0 slots=8`.")
     hosts: dict[str, tuple[int, ...]] = {}
@@ -262,7 +276,8 @@ def _filter(hosts: dict[str, tuple[int, ...]], options: LaunchOptions) -> dict[s
             raise ValueError(
                 f"{flag}: {host} has no slot {unknown[0]}; it has {','.join(map(str, hosts[host]))}."
             )
-        # As DeepSpeed does: what is said about one host adds up, and its name alone means all only by itself.
+        # As in DeepSpeed: several parts about one host add up, and a host without slots means all its slots
+        # only if no other part names some of them.
         named.setdefault(host, set()).update(chosen)
     named = {host: chosen or set(hosts[host]) for host, chosen in named.items()}
     keep = bool(options.include)
@@ -287,7 +302,12 @@ def plan_launch(
 ) -> LaunchPlan:
     """The launcher's command line and environment for these hosts.
 
-    `resume` names the checkpoint to go on from; `module` is what each rank runs.
+    Args:
+        resume: name of the checkpoint to continue from; None for a new run.
+        module: the Python module that each rank runs.
+
+    Raises:
+        ValueError: the hosts do not fit the rendezvous address, or a variable cannot be exported.
     """
     output_dir = Path(recipe.output_dir).resolve()
     local = _starts_here(options, hosts)
@@ -319,8 +339,8 @@ def plan_launch(
         )
     rendezvous = {"MASTER_ADDR": options.master_addr or next(iter(hosts)), "MASTER_PORT": str(port)}
     if options.launcher == "slurm":
-        # srun hands the whole environment over; on its command line, DeepSpeed would break values at
-        # their commas.
+        # srun passes the whole environment on. DeepSpeed would put variables on srun's command line, where
+        # their values are split at commas.
         exported = rendezvous
     else:
         exported = _exported(
@@ -333,10 +353,10 @@ def plan_launch(
 
 
 def _starts_here(options: LaunchOptions, hosts: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether all ranks run on this machine, started by nothing but a local launcher.
+    """Whether all ranks run on this machine and a local launcher starts them.
 
     Raises:
-        ValueError: they do, but are to meet at another machine's address.
+        ValueError: they do, but the rendezvous address is another machine's.
     """
     if options.hostfile is None:
         return True
@@ -357,8 +377,8 @@ def _local_command(
     if options.launcher == "torchrun":
         head = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={len(slots)}"]
         return (sys.executable, *head, "--master_addr=127.0.0.1", f"--master_port={port}", "-m", *script)
-    # --num_gpus means the first ones, whatever CUDA_VISIBLE_DEVICES says. On a CPU slots are but a number,
-    # and DeepSpeed would look for them among the NUMA nodes.
+    # --num_gpus takes the first devices, whatever CUDA_VISIBLE_DEVICES says. On a CPU a slot is only a
+    # number, and with --include DeepSpeed would look for NUMA nodes of these numbers.
     if accelerator == "cpu" or slots == tuple(range(len(slots))):
         which = f"--num_gpus={len(slots)}"
     else:
@@ -380,7 +400,7 @@ def _command(
         if options.num_ranks is not None:
             command.append(f"--num_gpus={options.num_ranks}")
     if len(hosts) == 1:
-        # Else DeepSpeed starts the ranks of one host left on the machine that it runs on, whichever that is.
+        # Without it, if only one host is left, DeepSpeed starts its ranks on the machine that it runs on.
         command.append("--force_multi")
     if options.master_addr or options.launcher == "slurm":
         command.append(f"--master_addr={options.master_addr or next(iter(hosts))}")
@@ -389,18 +409,21 @@ def _command(
         command.append(f"--launcher={options.launcher}")
     command += ["--log_level=warning", "--no_local_rank"]
     if options.launcher == "slurm":
-        # No ssh where srun starts the ranks. And this backend runs a file, whatever --module says (DeepSpeed
-        # 0.19.8).
+        # srun needs no ssh. DeepSpeed 0.19.8 ignores --module with this launcher, so a file is named.
         return (*command, "--no_ssh_check", str(SUPERVISOR_FILE), *script[1:])
     return (*command, "--module", *script)
 
 
 def _exported(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that go to every host. Raises ValueError for one that the file's format cannot carry."""
+    """The variables that every host gets.
+
+    Raises:
+        ValueError: the format of DS_ENV_FILE cannot hold one of them.
+    """
     chosen = {
         name: value
         for name, value in sorted(environ.items())
-        # The numbers of one machine's devices are not another's.
+        # CUDA_VISIBLE_DEVICES and its like hold for this machine only.
         if name.startswith(EXPORTED) and name not in VISIBLE.values() and value.strip()
     }
     for name, value in chosen.items():
@@ -413,7 +436,9 @@ def _exported(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def write_environment_file(plan: LaunchPlan) -> None:
-    """Write the file that DS_ENV_FILE names: only NAME=value lines, for a blank one crashes its reader."""
+    """Write the file that DS_ENV_FILE names. It has only NAME=value lines, because DeepSpeed's reader fails
+    on a blank one.
+    """
     if plan.exported is not None:
         path = Path(plan.environment["DS_ENV_FILE"])
         path.write_text("".join(f"{name}={value}\n" for name, value in plan.exported.items()))

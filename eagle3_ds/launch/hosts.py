@@ -1,4 +1,4 @@
-"""Every host is reached before anything starts: by ssh, all at once, within seconds."""
+"""Checking all hosts by ssh before anything starts: at the same time, within seconds."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from eagle3_ds.launch.probe import is_free
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy", "pydantic")
 CONNECT_SECONDS = 5
-# A host that is there may still have to read Python from a slow file system.
+# How long a host may take to answer; it may have to read Python from a slow file system.
 ANSWER_SECONDS = 20.0
 _MOST_AT_ONCE = 64
-# Without these a Python may not start there, or find its packages.
+# Variables without which Python may not start on a host, or not find its packages.
 _CARRIED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
-# What DeepSpeed looks for when it is to start ranks by a launcher.
+# {launcher: the program that DeepSpeed looks for when it uses it}.
 _PROGRAMS: Mapping[str, str] = {
     "pdsh": "pdsh",
     "slurm": "sinfo",
@@ -40,11 +40,11 @@ _PROGRAMS: Mapping[str, str] = {
 def check_places(
     plan: LaunchPlan, launcher: str | None, folders: Sequence[Path], paths: Sequence[Path]
 ) -> None:
-    """Judge what a run needs of its hosts: the launcher's program, a free port, and each host as `reach`
-    does.
+    """Check what a run needs of its hosts: the launcher's program, a free port, and for each host what
+    `reach` checks.
 
     Raises:
-        ValueError: all that is wrong, each with its host and the fix.
+        ValueError: something is wrong. The message lists each problem with its host and the fix.
     """
     problems = []
     if plan.exported is None:
@@ -70,16 +70,17 @@ def reach(
     port: int | None = None,
     address: str | None = None,
 ) -> list[str]:
-    """Ask every host at once: does ssh get there, is the environment the same, are the folders shared?
+    """Ask all hosts at the same time: whether ssh reaches them, whether their packages and code are those of
+    this machine, and whether the folders are shared.
 
     Args:
-        folders: must be shared; each gets a file for as long as this takes.
-        paths: must be there.
-        port: must be free on the first host.
-        address: must be the first host's.
+        folders: folders that all hosts must share. Each gets a file while this runs.
+        paths: files or folders that must exist on all hosts.
+        port: a port that must be free on the first host.
+        address: an address that the first host must have.
 
     Returns:
-        What is wrong, one line for each host that cannot be used as it is; empty when all can.
+        The problems, one line each; empty when all hosts can be used.
     """
     if not hosts:
         return []
@@ -109,7 +110,7 @@ def reach(
 
 @contextmanager
 def _marked(folders: Sequence[Path]) -> Iterator[Mapping[str, Path]]:
-    """A file in each folder by whose name other hosts know that it is the same folder; gone afterwards."""
+    """During the block, each folder has a file with a unique name, by which other hosts recognise it."""
     with ExitStack() as stack:
         marks = {}
         for folder in folders:
@@ -136,12 +137,12 @@ def _ask(host: str, question: Mapping[str, Any]) -> dict[str, Any] | str:
         )
     except subprocess.TimeoutExpired:
         return f"{host}: no answer within {ANSWER_SECONDS:.0f} s. See whether `ssh {host} true` ends."
-    # A shell's greeting may stand before it.
+    # A login shell's greeting may come before the answer.
     last = done.stdout.strip().rpartition("\n")[2]
     if done.returncode == 0 and last.startswith("{"):
         return dict(json.loads(last))
     said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    # This status is ssh's own; any other is of what it started there.
+    # 255 is ssh's own exit status; any other is that of the command on the host.
     if done.returncode == 255:
         return (
             f"{host}: ssh does not get there ({said}). `ssh {host} true` must end without a question: check "
@@ -156,7 +157,7 @@ def _ask(host: str, question: Mapping[str, Any]) -> dict[str, Any] | str:
 def _judge(
     host: str, found: Mapping[str, Any], own: Mapping[str, str], marks: Mapping[str, Path], port: int | None
 ) -> list[str]:
-    """What is wrong with a host that has answered."""
+    """The problems of a host that has answered."""
     lines = []
     different = [
         f"{what} is {found['versions'].get(what)} there and {value} here"

@@ -1,9 +1,9 @@
-"""What the processes of one run leave for each other, in `output_dir/logs` on storage that all hosts share.
+"""The folder `output_dir/logs`, through which the processes of a run communicate. All hosts must share it.
 
-`rank_N.log` is what rank N said. `rank_N.end.json` says how it ended. `control` is one file that every
-supervisor reads once a second: by it a failure reaches all hosts within seconds, whatever the ranks are
-waiting for. It is made before the run and opened anew for each look, because NFS shows changes of a file at
-its opening, but a new file in a folder only much later.
+`rank_N.log` has the output of rank N, `rank_N.end.json` how it ended. Every supervisor reads the file
+`control` once a second: a failure so reaches all hosts within seconds, even if their ranks wait in a
+collective. The file is made before the run and opened again for each read, because NFS shows changes of a
+file when it is opened, but a new file in a folder much later.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from pathlib import Path
 from typing import Literal
 
 How = Literal["finished", "raised", "killed", "silent", "hung", "ended"]
-"""Well; by an exception; by a signal; alive but mute; waiting in a collective that did not end; because
-another rank failed.
+"""How a rank ended: without an error; by an exception; by a signal; alive but without heartbeats; in a
+collective that did not end; or because another rank failed.
 """
 
 
-# The bars of transformers and datasets would fill a log file with what they write over their line.
+# Progress bars of transformers and datasets redraw their line, and would fill a log file.
 NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 
 @dataclass(frozen=True)
 class Status:
-    """What a rank says about itself once a second.
+    """A rank's heartbeat.
 
     Attributes:
-        phase: what it is doing, in a word.
+        phase: what the rank is doing, in a word.
         step: optimizer steps done.
-        collective: the one it waits for, else the last one, in words; empty when there was none or torch does
-            not record it.
-        waiting: that collective has not ended.
-        mark: another number with every collective.
+        collective: description of the collective that it waits for, or else of the last one; empty when there
+            was none, or torch records none.
+        waiting: whether the rank waits for that collective.
+        mark: when that collective was issued, so a different number for every collective.
     """
 
     phase: str = "starting"
@@ -49,10 +49,10 @@ class RankEnd:
     """How a rank ended.
 
     Attributes:
-        reason: one line.
-        traceback: of the exception, or the last lines of the log when the rank died without one.
-        follows: the error speaks of a peer that has gone, so it is a consequence and not the cause.
-        time: seconds since the epoch, by the clock of its host.
+        reason: why, in one line.
+        traceback: the exception's traceback, or the last lines of the log when there was no exception.
+        follows: whether the error says that a peer has gone, and so is a consequence of another failure.
+        time: seconds since the epoch, by the clock of the rank's host.
     """
 
     rank: int
@@ -68,8 +68,8 @@ class RankEnd:
 
     @property
     def precedence(self) -> tuple[int, float]:
-        """Sorts causes before consequences: of a peer that vanished, the others hear as a broken or an
-        endless collective.
+        """A sort key that puts causes before consequences: when a rank has gone, its peers fail in a
+        collective or wait in it without end.
         """
         order = {
             "killed": 0,
@@ -84,7 +84,7 @@ class RankEnd:
 
 @dataclass(frozen=True)
 class Logs:
-    """The folder, with a name for everything in it."""
+    """The folder of a run's logs, and the files in it."""
 
     folder: Path
 
@@ -99,21 +99,21 @@ class Logs:
         return self.folder / f"rank_{rank}.end.json"
 
     def prepare(self) -> None:
-        """Make the folder ready for a run, before any process of it starts. What earlier runs said stays."""
+        """Prepare the folder before any process of a run starts. The logs of earlier runs are kept."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob("rank_*.end.json"):
             path.unlink()
         self.control.write_text("")
 
     def order(self, line: str) -> None:
-        """Tell every supervisor: `signal NAME` for a signal that each rank shall get, `end REASON` for its
-        end, `kill REASON` for an end at once, whatever the rank is about to do by itself.
+        """Send an order to all supervisors: `signal NAME` sends a signal to each rank, `end REASON` ends the
+        ranks, and `kill REASON` ends them at once, even those that are ending by themselves.
         """
         with self.control.open("a") as file:
             file.write(f"{line}\n")
 
     def orders(self) -> list[str]:
-        """All orders so far; a line that is still being written is left for the next look."""
+        """All orders so far. A line that is still being written is left out."""
         text = self.control.read_text()
         return text[: text.rfind("\n") + 1].splitlines()
 
@@ -123,7 +123,7 @@ class Logs:
         os.replace(aside, self.end(end.rank))
 
     def ends(self, world_size: int) -> dict[int, RankEnd]:
-        """How the ranks ended, by rank; a rank that could not tell is missing."""
+        """{rank: how it ended}, without the ranks whose end was not written."""
         paths = {rank: self.end(rank) for rank in range(world_size)}
         return {
             rank: RankEnd(**json.loads(path.read_text())) for rank, path in paths.items() if path.is_file()

@@ -1,6 +1,4 @@
-"""What is known about a place before anything starts there: is it this machine, which devices may be used,
-which port is free.
-"""
+"""This machine before anything starts on it: which devices are visible, and which port is free."""
 
 from __future__ import annotations
 
@@ -10,9 +8,9 @@ from collections.abc import Mapping
 
 from eagle3_ds.launch.probe import is_free
 
-# The variable by which each accelerator's DeepSpeed says which devices a process sees. ROCm's
-# HIP_VISIBLE_DEVICES and ROCR_VISIBLE_DEVICES are not here: they renumber beneath, DeepSpeed leaves them
-# alone, and so the ranks get what they name.
+# {accelerator: the variable by which DeepSpeed gives devices to a rank}. ROCm's HIP_VISIBLE_DEVICES and
+# ROCR_VISIBLE_DEVICES are left out: DeepSpeed does not set them, so ranks inherit them, and the devices that
+# they name are counted from 0.
 VISIBLE: Mapping[str, str] = {
     "cuda": "CUDA_VISIBLE_DEVICES",
     "npu": "ASCEND_RT_VISIBLE_DEVICES",
@@ -21,17 +19,17 @@ VISIBLE: Mapping[str, str] = {
     "sdaa": "SDAA_VISIBLE_DEVICES",
     "supa": "SUPA_VISIBLE_DEVICES",
 }
-# Below the ports that systems give to outgoing connections, so that none of these takes it while states are
-# captured.
+# Below the ports that operating systems give to outgoing connections: such a connection could take the port
+# before the ranks start, which may be long after it was chosen.
 _PORTS = range(20_000, 30_000)
 _TRIES = 100
 
 
 def visible_devices(accelerator: str, environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    """The devices that the environment leaves, in its order; None when it says nothing.
+    """The devices that the environment makes visible, in its order; None when it does not restrict them.
 
     Raises:
-        ValueError: devices by another name than their number, or one twice.
+        ValueError: a device is not named by its number, or twice.
     """
     name = VISIBLE.get(accelerator, "")
     text = environ.get(name, "").strip()
@@ -50,7 +48,7 @@ def visible_devices(accelerator: str, environ: Mapping[str, str]) -> tuple[int, 
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now, so that runs on one machine do not meet."""
+    """A TCP port on which nobody listens now, so that two runs on one machine have different ones."""
     for port in random.SystemRandom().sample(_PORTS, _TRIES):
         if is_free(port):
             return port

@@ -1,5 +1,5 @@
-"""What a host says of itself before ranks start there. Sent to it through ssh and run by its Python, so that
-it needs nothing of this project there: only the standard library is imported.
+"""The program that checks a host before ranks start there. Its text is sent through ssh and run by the host's
+Python, on which this project may not be installed: only the standard library is imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def code_digest(folder: Path) -> str:
-    """Of every Python source below a folder, by its name and contents."""
+    """A digest of the names and contents of all Python files below a folder."""
     value = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         value.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
@@ -23,12 +23,15 @@ def code_digest(folder: Path) -> str:
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
-    """What is asked: packages, where the code is, files that must be there, and of the first host the port
-    that must be free and the address that must be its own, or null.
+    """Answer a question about this host.
+
+    Args:
+        question: the packages, the folder of the code, files that must exist, and for the first host a port
+            that must be free and an address that must be its own, else null.
 
     Returns:
-        `versions` by what has them, the files that are `missing`, whether the port is `free` and the address
-            `own`.
+        `versions` of the packages and the code, the files that are `missing`, whether the port is `free`, and
+        whether the address is its `own`.
     """
     code = Path(question["code"])
     versions = {"Python": platform.python_version()}
@@ -50,7 +53,7 @@ def _version(package: str) -> str:
 def is_free(port: int) -> bool:
     """Whether nobody on this machine listens on a TCP port."""
     with socket.socket() as probe:
-        # What an ended run leaves behind for a minute does not count; one who listens does.
+        # Ignores connections of an ended run in TIME_WAIT, but not a process that listens.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
@@ -60,7 +63,7 @@ def is_free(port: int) -> bool:
 
 
 def is_here(host: str) -> bool:
-    """Whether a host's name or address is this machine's: one of its addresses can be listened on."""
+    """Whether a host's name or address is this machine's: whether one of its addresses can be bound here."""
     if host in ("localhost", socket.gethostname()):
         return True
     try:

@@ -1,5 +1,5 @@
-"""The ranks of a stage from outside: start the launcher, pass signals on, end it when a rank has failed, and
-say why last.
+"""Running the ranks of a stage: start the launcher, pass signals on, end it when a rank has failed, and log
+the first error last.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from eagle3_ds.launch.logs import Logs, RankEnd
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
-# After a failure the supervisors end their ranks within seconds; a launcher that still waits then waits for a
-# lost host.
+# After a failure the supervisors end their ranks within seconds. A launcher that runs longer than this waits
+# for a host that is lost.
 END_SECONDS = 15.0
-# How long the last rank's words may take over a shared file system.
+# How long the file with a rank's end may take to appear on a shared file system.
 LATE_SECONDS = 3.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Outcome(NamedTuple):
-    """Attributes:
-    status: 0 when every rank has finished; else the launcher's status, or 1 where it had none.
-    signalled: somebody asked the run to stop.
-    reason: of the first error; empty without one.
+    """How the ranks of a stage ended.
+
+    Attributes:
+        status: 0 when every rank has finished; else the launcher's exit status, or 1 if that was 0.
+        signalled: whether the run was asked to stop.
+        reason: the first error; empty without one.
     """
 
     status: int
@@ -41,12 +43,12 @@ class Outcome(NamedTuple):
 
 
 def run_ranks(plan: LaunchPlan, what: str = "training") -> Outcome:
-    """Run the launcher to its end. When a rank fails, the first error is logged, last of all."""
+    """Run the launcher to its end. When a rank fails, the first error is the last message that is logged."""
     logger.info("%s on %d ranks; what each says: %s/rank_N.log", what, plan.world_size, plan.logs)
     logs = Logs(plan.logs)
     logs.prepare()
-    # In a session of its own: a signal of the terminal comes to us, and from us to the ranks on all hosts.
-    # DeepSpeed's launcher would answer it by killing them after 30 s.
+    # The launcher gets its own session, so that a terminal's SIGINT reaches only this process, which passes
+    # it on to the ranks of all hosts. DeepSpeed's launcher would kill its ranks 30 s after the signal.
     process = subprocess.Popen(plan.command, env={**os.environ, **plan.environment}, start_new_session=True)
     with _signals_passed_on(logs) as received:
         _wait(process, logs)
@@ -65,10 +67,14 @@ def run_ranks(plan: LaunchPlan, what: str = "training") -> Outcome:
 
 
 def run_with_restarts(plan: LaunchPlan, again: Callable[[], LaunchPlan], most: int) -> Outcome:
-    """Run the launcher, and when the run fails, start it again up to `most` times by the plan that `again`
-    makes.
+    """Run the launcher, and after a failure run it again, up to `most` times. A run that was asked to stop is
+    not restarted.
 
-    A run that was asked to stop is not started again. Returns how the last one ended.
+    Args:
+        again: makes the plan of each restart.
+
+    Returns:
+        How the last run ended.
     """
     outcome = run_ranks(plan)
     for restart in range(1, most + 1):
@@ -93,8 +99,8 @@ def _wait(process: subprocess.Popen[bytes], logs: Logs) -> None:
 
 @contextmanager
 def _signals_passed_on(logs: Logs) -> Iterator[list[int]]:
-    """SIGINT, SIGTERM and SIGUSR1 go to every rank; a second SIGINT ends them at once. Yields those that have
-    come.
+    """During the block, pass SIGINT, SIGTERM and SIGUSR1 on to every rank; a second SIGINT ends the ranks at
+    once. Yields the list of the signals that have come.
     """
     received: list[int] = []
 
@@ -112,10 +118,10 @@ def _signals_passed_on(logs: Logs) -> Iterator[list[int]]:
 
 
 def _ends(logs: Logs, world_size: int) -> Mapping[int, RankEnd]:
-    """How the ranks ended; a missing one is waited for a little, because another host may have written it
-    just now.
+    """How the ranks ended. Ends that are missing are waited for, because those of other hosts appear late on
+    a shared file system.
 
-    One that has lost its launcher is ended: it must not train on beside the ranks of a restart.
+    Ranks that have lost their launcher are ended: they must not train on beside those of a restart.
     """
     deadline = time.monotonic() + LATE_SECONDS
     ends = logs.ends(world_size)
@@ -128,7 +134,7 @@ def _ends(logs: Logs, world_size: int) -> Mapping[int, RankEnd]:
 
 
 def first_error(ends: Mapping[int, RankEnd]) -> RankEnd | None:
-    """The end that caused the others; None when no rank has told of one."""
+    """The end that caused the others; None when no rank has reported an error."""
     return min(
         (end for end in ends.values() if end.how != "finished"), key=lambda end: end.precedence, default=None
     )
@@ -137,7 +143,7 @@ def first_error(ends: Mapping[int, RankEnd]) -> RankEnd | None:
 def describe_failure(
     ends: Mapping[int, RankEnd], world_size: int, status: int, logs: Logs, what: str = "training"
 ) -> str:
-    """Where every rank was and how it ended, and the first error as the last words."""
+    """Describe where every rank was and how it ended; the first error comes last."""
     lines = [f"{what} failed, the launcher's exit status is {status}; the ranks:"]
     lines += [_line(rank, ends.get(rank)) for rank in range(world_size)]
     first = first_error(ends)

@@ -1,10 +1,10 @@
-"""The process beside each rank: `python -m eagle3_ds.launch.supervisor --log_folder DIR --limit SECONDS
-MODULE ARGUMENTS`.
+"""The supervisor of one rank:
+`python -m eagle3_ds.launch.supervisor --log_folder DIR --limit SECONDS MODULE ARGUMENTS`.
 
-It starts `python -m MODULE ARGUMENTS` as the rank, keeps what the rank says in a log, and notices when it
-dies, falls silent or waits too long in a collective, even where the rank itself cannot: stopped, or stuck
-with Python's lock held. The first supervisor that notices tells the others through the control file, and all
-end their ranks, on every host.
+It starts `python -m MODULE ARGUMENTS` as the rank and writes the rank's output to a log. It notices when the
+rank dies, sends no heartbeats or waits too long in a collective. As a process of its own it can do so even
+when the rank is stopped, or hangs while it holds the GIL. The first supervisor that notices a failure tells
+the others through the control file, and all of them end their ranks.
 """
 
 from __future__ import annotations
@@ -28,29 +28,30 @@ from eagle3_ds.launch.announced import announcement
 from eagle3_ds.launch.logs import NO_BARS, How, Logs, RankEnd, Status
 
 TICK_SECONDS = 0.5
-# Between a rank's last word about an exception and its end, which may hang in the farewell to a broken
-# process group.
+# How long a rank may take to exit after it has reported an exception. It may hang there while it destroys a
+# broken process group.
 EXIT_SECONDS = 5.0
-# A rank that dies is heard of by its peers before the system has done away with it, which takes long with
-# much memory.
+# How long a dying rank may take to end. Its peers notice at once that it has gone, but the system takes long
+# to free much memory.
 DYING_SECONDS = 1.0
-# Before its first word a rank imports its packages, which takes minutes where they lie on a busy file system.
+# How long a rank may take to its first heartbeat. It imports its packages before, which takes minutes on a
+# busy file system.
 START_SECONDS = 300.0
-# More than two beats: a rank that says nothing for so long when another one fails is mute.
+# More than two heartbeats: when another rank fails, a rank that has been silent for so long counts as mute.
 SUSPECT_SECONDS = 2.5
 TAIL_LINES = 30
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# Entries of torch's record of collectives: the newest one is read once a second, all are copied for it.
+# How many collectives torch's flight recorder keeps. Once a second all are copied to read the newest, so few.
 RECORDED = {"TORCH_FR_BUFFER_SIZE": "32"}
 
 
 @dataclass
 class Rank:
-    """What the supervisor knows of its rank. Times are of the monotonic clock.
+    """What the supervisor knows about its rank. Times are of the monotonic clock.
 
     Attributes:
-        heard: when it last said something; None before its first word.
-        moved: when its phase, step or collective last changed.
+        heard: when the last heartbeat came; None before the first one.
+        moved: when phase, step or collective last changed.
     """
 
     started: float
@@ -64,8 +65,8 @@ class Rank:
         self.status, self.heard = status, now
 
     def trouble(self, now: float, limit: float) -> tuple[How, float] | None:
-        """Whether it has been silent, or in one collective, for longer than `limit` seconds, and for how
-        long.
+        """(how, seconds) when the rank has been silent, or in one collective, for longer than `limit`
+        seconds; else None.
         """
         silent = now - self.heard if self.heard is not None else now - self.started - START_SECONDS
         if silent > limit:
@@ -99,7 +100,7 @@ class Supervisor:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             pass_fds=[saying],
-            # A session of its own: what the rank has started ends with it.
+            # With its own session, the rank and all processes that it started can be killed together.
             start_new_session=True,
             env={**RECORDED, **NO_BARS, **os.environ, **announcement(os.environ)},
         )
@@ -112,7 +113,7 @@ class Supervisor:
             self.selector.register(fd, selectors.EVENT_READ, reader)
 
     def run(self) -> int:
-        """The exit status: the rank's own, or 1 when a signal ended it."""
+        """Run the rank to its end. Returns its exit status, or 1 when a signal ended it."""
         for number in FORWARDED:
             signal.signal(number, self._forward)
         while self.child.poll() is None:
@@ -132,7 +133,7 @@ class Supervisor:
             key.data(key.fd)
 
     def _look(self) -> None:
-        """Judge the rank, and follow what the other supervisors and the launcher ask for."""
+        """Check the rank, and follow the orders of the other supervisors and of the launcher."""
         now = time.monotonic()
         if self.end is not None:
             if now - self.concluded > EXIT_SECONDS:
@@ -140,7 +141,7 @@ class Supervisor:
             return
         orders = self.logs.orders()
         if self.child.poll() is not None:
-            # It died before it was told to end: its death may be what the order is about.
+            # The rank died before it was told to end, so its death may be the reason for the order.
             return
         for order in orders[self.obeyed :]:
             word, _, rest = order.partition(" ")
@@ -159,8 +160,8 @@ class Supervisor:
             self._stop("killed", "the launcher that started this rank is gone")
 
     def _is_dying(self) -> bool:
-        """Whether the rank ends by itself within a moment, so that its death may be what the order to end is
-        about.
+        """Whether the rank ends by itself within `DYING_SECONDS`, so that its death may be the reason for the
+        order to end.
         """
         try:
             self.child.wait(DYING_SECONDS)
@@ -169,10 +170,10 @@ class Supervisor:
         return True
 
     def _why_ended(self, now: float, order: str) -> tuple[How, str]:
-        """Why the rank is ended when another supervisor asks for it: because it was asked, unless this rank
-        was mute already.
+        """Why this rank is ended on another supervisor's order: because of the order, unless this rank was
+        mute already.
 
-        Those that wait for a mute rank in a collective may lose patience first, and are not the cause.
+        Ranks that wait for a mute rank in a collective may reach their limit first, but are not the cause.
         """
         trouble = self.state.trouble(now, SUSPECT_SECONDS)
         if trouble is not None and trouble[0] == "silent":
@@ -186,7 +187,7 @@ class Supervisor:
         return f"waited {seconds:.0f} s in {self.state.status.collective}"
 
     def _stop(self, how: How, reason: str) -> None:
-        """End the rank, after it has written to its log where each of its threads is."""
+        """End the rank, after it was made to write the stacks of its threads to its log."""
         if how != "ended":
             self.child.send_signal(signal.SIGUSR2)
             time.sleep(TICK_SECONDS)
@@ -195,7 +196,7 @@ class Supervisor:
         self._kill()
 
     def _conclude(self, how: How, reason: str, traceback: str = "", follows: bool = False) -> None:
-        """Write how the rank ended; when it was not well and not asked for, tell the other supervisors."""
+        """Write how the rank ended. If it failed by itself, tell the other supervisors."""
         status = self.state.status
         if how in ("killed", "silent", "hung", "raised") and not traceback:
             traceback = self._tail()
@@ -209,7 +210,7 @@ class Supervisor:
             if how not in ("finished", "ended"):
                 self.logs.order(f"end rank {self.rank} on {self.end.host} failed")
         except OSError as error:
-            # A full disk: the terminal is what is left. The launcher ends the other ranks when this one has
+            # The disk is full, so print to the terminal. The launcher ends the other ranks once this one has
             # gone.
             print(f"rank {self.rank}: {reason}\n{traceback}\n{error}", file=sys.stderr, flush=True)
 
@@ -220,7 +221,7 @@ class Supervisor:
                 stream.write(chunk)
                 stream.flush()
             except OSError:
-                # The terminal has gone, or the disk is full. A rank does not fail because nobody can hear it.
+                # The terminal has gone, or the disk is full. The rank need not fail for lost output.
                 self.streams.remove(stream)
 
     def _listen(self, fd: int) -> None:
@@ -233,7 +234,7 @@ class Supervisor:
                 self.state.hear(Status(**message), time.monotonic())
 
     def _take(self, fd: int) -> bytes:
-        """What is there to be read, all of it; a stream that has ended is no longer looked at."""
+        """Read all that is available; a stream that has ended is watched no longer."""
         chunks = []
         while True:
             try:
@@ -250,7 +251,7 @@ class Supervisor:
         with self.logs.output(self.rank).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 2**14))
             text = file.read().decode(errors="replace")
-        # A progress bar writes over its line: only what it showed last counts.
+        # A progress bar overwrites its line: keep only what it showed last.
         lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
         return "\n".join(lines[-TAIL_LINES:])
 
@@ -266,7 +267,7 @@ class Supervisor:
 
 
 def _outcome(code: int) -> tuple[How, str]:
-    """What an exit code says about a rank that said nothing itself."""
+    """How a rank ended that reported nothing itself, from its exit code."""
     if code == 0:
         return "finished", "exit code 0"
     if code > 0:
@@ -281,7 +282,7 @@ def _outcome(code: int) -> tuple[How, str]:
 
 
 def _process_state(pid: int) -> str:
-    """What Linux says the process is doing, as an addition to a sentence."""
+    """The state of a process in Linux, worded to be appended to a sentence."""
     path = Path(f"/proc/{pid}/status")
     if not path.is_file():
         return ""
