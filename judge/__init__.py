@@ -1,3 +1,3 @@
-"""What tests and benchmarks judge the product with: dense references, exactness matrix, mutations, ranks,
-counters, faults.
+"""Tools by which tests and benchmarks check the product (the package eagle3_ds): dense references, the
+exactness matrix, mutations, ranks, counters, fault injection.
 """

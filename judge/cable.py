@@ -1,7 +1,7 @@
-"""A cable between two network namespaces whose faults are ours: delay, loss, a cut.
+"""A simulated network cable between two network namespaces, with delay, loss, or a cut.
 
-Linux's own means for this, netem, is a kernel module that many machines lack; a TUN device is not. Each end
-of the cable is such a device, and a thread carries the packets from one to the other.
+Linux's netem does the same, but is a kernel module that many machines lack. Here each end of the cable is a
+TUN device, and a thread carries packets from one to the other.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _TUN_WITHOUT_HEADER = 0x0001 | 0x1000
 
 @dataclass
 class Cable:
-    """Carries packets between the devices `names` until it is closed. The faults may be changed at any time.
+    """Carries packets between the devices `names` until it is closed. Its faults may change at any time.
 
     Attributes:
-        delay: seconds that a packet takes, one way.
-        loss: share of packets that vanish, by chance.
-        cut: every packet vanishes.
+        delay: seconds that a packet takes in one direction.
+        loss: share of the packets that are dropped at random.
+        cut: whether all packets are dropped.
     """
 
     names: tuple[str, str]
@@ -83,5 +83,5 @@ def _deliver(fd: int, packet: bytes) -> None:
     try:
         os.write(fd, packet)
     except OSError:
-        # The host at this end is not up yet, or no longer: what comes for it is lost, as on a real cable.
+        # The host at this end is not up: its packets are lost, as on a real cable.
         return

@@ -1,4 +1,7 @@
-"""The exactness matrix as data: every pair of values of any two factors, and the inputs of each case."""
+"""The exactness matrix: cases that together have every pair of values of any two factors, and their inputs.
+
+Legend: L tokens of a micro-batch, H hidden size, A = layers * H.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from transformers import LlamaConfig
 from judge.dense_reference import Frozen, LossRules, MicroBatch, Optimization
 
 Value = tuple[str, Any]
-# Order matters: the generator fills earlier factors first. `topology` is (draft_dp, ring, ulysses),
-# `deepspeed` a file of ds_configs/
+# The generator of cases fills earlier factors first. `topology` is (draft_dp, ring, ulysses), `deepspeed` a
+# file of ds_configs/
 FACTORS: Mapping[str, tuple[Any, ...]] = {
     "topology": (
         (1, 1, 1), (1, 1, 2), (1, 2, 1), (1, 2, 2), (2, 1, 2), (2, 2, 1), (1, 4, 1), (1, 1, 4), (2, 2, 2),
@@ -65,14 +68,14 @@ ROPE: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 HIDDEN, INTERMEDIATE, VOCABULARY, DRAFT_VOCABULARY = 64, 96, 160, 128
 NUM_STEPS = 3
-# A large epsilon keeps Adam's step proportional to small gradients, so that a wrong scale shows in the
-# weights too.
+# With a large epsilon Adam's step is proportional to small gradients, so that a wrong scale of the gradient
+# changes the weights too.
 OPTIMIZATION = Optimization(lr=2e-3, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.1, clip=1.0)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the matrix; the defaults are an ordinary one."""
+    """One row of the matrix: a value for each factor."""
 
     draft_dp: int = 1
     ring: int = 1
@@ -103,7 +106,7 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        """Largest relative error of anything compared."""
+        """The largest relative error that is allowed."""
         return 1e-5 if self.dtype == "float32" else 2e-2
 
     @property
@@ -127,7 +130,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything a case reads. `steps[s][r]` are the micro-batches of draft_dp rank r at optimizer step s."""
+    """All inputs of a case. `steps[s][r]` are the micro-batches of draft_dp rank r at optimizer step s."""
 
     config: LlamaConfig
     weights: dict[str, Tensor]
@@ -135,7 +138,7 @@ class Inputs:
     steps: list[list[list[MicroBatch]]]
 
     def step_batches(self) -> list[list[MicroBatch]]:
-        """Micro-batches of all ranks, step by step."""
+        """For each optimizer step, the micro-batches of all draft_dp ranks."""
         return [[batch for of_rank in step for batch in of_rank] for step in self.steps]
 
 
@@ -151,12 +154,12 @@ def is_allowed(values: Mapping[str, Any]) -> bool:
         return True
     if "heads" in values and HEADS[values["heads"]][1] % mesh[2]:
         return False  # Ulysses must divide the key heads.
-    # One rank alone cannot be the one without supervision.
+    # With one rank there is no other rank that could be supervised.
     return not (values.get("documents") == "unsupervised_rank" and mesh == (1, 1, 1))
 
 
 def allowed_pairs() -> set[tuple[Value, Value]]:
-    """Every pair of values of two factors that can stand together."""
+    """All pairs of values of two factors that one case can have."""
     return {
         ((a, x), (b, y))
         for a, b in itertools.combinations(FACTORS, 2)
@@ -166,13 +169,15 @@ def allowed_pairs() -> set[tuple[Value, Value]]:
 
 
 def covered_pairs(case: Case) -> set[tuple[Value, Value]]:
-    """The pairs of values that a case shows."""
+    """The pairs of values of two factors that a case has."""
     values = case.factors()
     return set(itertools.combinations([(name, values[name]) for name in FACTORS], 2))
 
 
 def full_matrix() -> list[Case]:
-    """Cases that cover every allowed pair: greedy, each built around the first pair that is still missing."""
+    """Cases that together have every allowed pair. They are found greedily: each is built from the first pair
+    that no case has yet.
+    """
     missing = allowed_pairs()
     cases = []
     while missing:
@@ -184,8 +189,8 @@ def full_matrix() -> list[Case]:
 
 
 def short_matrix(max_world: int = 4) -> list[Case]:
-    """A few cases of the full matrix that together show every value of every factor which fits `max_world`
-    ranks.
+    """A few cases of the full matrix, of at most `max_world` ranks, that together have every value of every
+    factor that is possible there.
     """
     cases = [case for case in full_matrix() if case.world_size <= max_world]
     missing = {value for case in cases for value in _values(case)}
@@ -207,8 +212,8 @@ def _rank(value: Value) -> tuple[int, int]:
 
 
 def _build_case(chosen: dict[str, Any], missing: set[Any]) -> Case:
-    """Fill the other factors one by one with the value that covers most missing pairs with those already
-    chosen.
+    """Choose the other factors one after the other: each gets the value that forms the most missing pairs
+    with the values chosen so far.
     """
     for name in FACTORS:
         if name in chosen:
@@ -227,8 +232,8 @@ def _gain(name: str, value: Any, chosen: Mapping[str, Any], missing: set[Any]) -
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Inputs of a case, fp32 (values that bf16 holds too, where the case is bf16); a pure function of (case,
-    seed).
+    """The inputs of a case in fp32; for a bf16 case their values are exact in bf16. A pure function of case
+    and seed.
     """
     generator = torch.Generator().manual_seed(seed)
     config = _config(case)
@@ -305,10 +310,10 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _weights(config: LlamaConfig, draft_head: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """A draft that is already half right (fc passes a noisy teacher on, the head is the target's), so that
-    accuracies are well away from zero and argmaxes well away from ties; yet not so right that gradients are
-    differences of almost equal probabilities, which bf16 could not hold to the tolerance in any
-    implementation."""
+    """Weights of a draft that guesses about half of the tokens: fc passes a noisy teacher on, and the head is
+    the target's. So accuracies are not near zero and argmaxes not near ties. A better draft would have
+    gradients that are differences of almost equal probabilities, which no bf16 implementation can compute
+    within the tolerance."""
     weights = {}
     for name, shape in parameter_shapes(config).items():
         noise = torch.randn(shape, generator=generator)
@@ -320,7 +325,9 @@ def _weights(config: LlamaConfig, draft_head: Tensor, generator: torch.Generator
 
 
 def document_lengths(kind: str, index: int) -> tuple[int, ...]:
-    """Lengths of the `index`-th micro-batch of a step; neighbours differ where the kind leaves room."""
+    """Document lengths of the `index`-th micro-batch of a step. Where the kind allows it, consecutive ones
+    differ.
+    """
     choices: Mapping[str, Sequence[tuple[int, ...]]] = {
         "one": [(128,), (96,)],
         "many_unaligned": [(37, 5, 61, 1, 24), (2, 45, 29, 52)],
@@ -340,8 +347,8 @@ def _micro_batch(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    # The teacher favours one token for a while, and the aux features of a slot hold a noisy copy of the
-    # teacher ahead.
+    # The teacher favours the same token for some slots. The aux states of a slot are a noisy copy of the
+    # teacher at later slots, so that the draft can guess.
     favourite = torch.randint(0, VOCABULARY, (length,), generator=generator)
     changes = torch.rand(length, generator=generator) < 0.25
     changes[0] = True

@@ -1,4 +1,4 @@
-"""Counts every torch.distributed call of this rank by group and kind, whether ours or DeepSpeed's."""
+"""Counting all torch.distributed calls of this rank, those of DeepSpeed included, by group and kind."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# c10d operator -> kind, and the argument that holds what this rank hands in. A receive is counted by its
-# sender.
+# {c10d operator: (kind of call, index of the argument with the tensors that this rank sends)}. Point-to-point
+# messages are counted by their sender, not by their receiver.
 OPERATORS = {
     "alltoall_base_": ("all_to_all", 1),
     "_allgather_base_": ("all_gather", 1),
@@ -32,7 +32,7 @@ UNCOUNTED = ("recv_", "barrier", "monitored_barrier_")
 
 @dataclass
 class Count:
-    """Alike calls: how many, the bytes handed in, and the size of the group."""
+    """Calls of one kind over one group: their number, the bytes that this rank sent, and the group's size."""
 
     calls: int = 0
     payload: int = 0
@@ -40,14 +40,14 @@ class Count:
 
 
 class CollectiveCalls(TorchDispatchMode):
-    """While entered, counts this rank's calls, in forward and backward.
+    """Inside its `with` block, counts this rank's calls, in forward and backward.
 
     Attributes:
-        counts: by (axis, kind); an axis is a key of `groups`, or "world" for any other group.
+        counts: {(axis, kind): count}; an axis is a key of `groups`, or "world" for any other group.
     """
 
     def __init__(self, groups: Mapping[str, dist.ProcessGroup | None]) -> None:
-        """`groups` names the groups whose calls are told apart; None stands for an axis without a group."""
+        """`groups` are the groups whose calls are counted apart, by axis; None: the axis has no group."""
         super().__init__()
         self.counts: dict[tuple[str, str], Count] = {}
         self._axis = {group.group_name: axis for axis, group in groups.items() if group is not None}

@@ -1,9 +1,9 @@
-"""The plain way to train an EAGLE-3 draft, written well: what the product is measured against.
+"""The dense baseline: an efficient but plain EAGLE-3 training step, with whose speed and memory benchmarks
+compare the product.
 
-One process, plain autograd. Every TTT step has its whole attention matrix, diagonals included, in one
-softmax; its whole draft-vocabulary logits; and the teacher's logits over the full vocabulary are computed
-once. What torch fuses is used fused, constants are shifted by slicing and not copied, and nothing is computed
-but the loss.
+It runs in one process with plain autograd. Each TTT step has the whole attention matrix, diagonals included,
+in one softmax, and all draft logits. The teacher's logits over the full vocabulary are computed once. It uses
+torch's fused operators, shifts constants by slicing instead of copying, and computes only the loss.
 
 Legend: L slots, K TTT steps, H hidden size, N query heads, D head size, V target vocabulary, Vd draft
 vocabulary.
@@ -27,8 +27,8 @@ from judge.dense_reference import Frozen, LossRules, MicroBatch, rotary_frequenc
 from judge.result_file import now
 from judge.step_inputs import TimedStep, as_batch
 
-# Attention of one TTT step: q [N, L, D], the keys and the values of the steps so far, [N, L, D] each, and the
-# mask.
+# Attention of one TTT step: (q [N, L, D], keys and values of all steps so far, [N, L, D] each, mask) ->
+# [N, L, D].
 Attention = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], "Mask"], Tensor]
 
 
@@ -36,7 +36,7 @@ class DenseDraft:
     """A draft and its training step.
 
     Attributes:
-        parameters: by the names of DraftModel, in the dtype and on the device of the step.
+        parameters: the weights by the names of DraftModel, in the dtype and on the device of the step.
     """
 
     def __init__(
@@ -81,8 +81,10 @@ class DenseDraft:
         self._attend = ATTENTION_FORMS[attention]
 
     def step(self, batch: MicroBatch) -> tuple[float, float]:
-        """Forward and backward of one packed sequence: the loss and the gradients' norm; they replace those
-        there were.
+        """Forward and backward of one whole packed sequence; the gradients replace those of the last step.
+
+        Returns:
+            The loss, and the norm of the gradient.
         """
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -92,14 +94,14 @@ class DenseDraft:
         return loss.item(), norm.item()
 
     def run(self, pack: PackedSequence) -> TimedStep:
-        """`step`, timed. It has no optimizer."""
+        """Time a `step`, without an optimizer."""
         device = self._head.device
         started = now(device)
         loss, norm = self.step(as_batch(pack))
         return TimedStep(loss, norm, now(device) - started)
 
     def gradients(self) -> dict[str, Tensor]:
-        """The gradients of the last step, flat, fp64, on the host."""
+        """The gradients of the last step by parameter, flattened, in fp64 on the host."""
         return {
             name: p.grad.detach().double().cpu().reshape(-1)
             for name, p in self.parameters.items()
@@ -136,8 +138,8 @@ class DenseDraft:
         position = torch.arange(length, device=device) - start.to(device)[document]
         logits = functional.linear(batch.teacher.to(device, self._head.dtype), self._head)
         covered = torch.isin(logits.argmax(-1), self._draft_to_target)
-        # K more rows than slots, so that what a step reads is a slice; a slot that reads outside its document
-        # weighs nothing.
+        # With K more rows than slots, each TTT step reads a slice. A slot that reads outside its document has
+        # the weight 0.
         wide = torch.promote_types(self._head.dtype, torch.float32)
         teacher = logits.new_zeros(length + steps + 1, len(self._draft_to_target), dtype=wide)
         torch.softmax(logits[:, self._draft_to_target], -1, dtype=wide, out=teacher[:length])
@@ -163,7 +165,7 @@ class DenseDraft:
         values: list[Tensor],
         mask: Mask,
     ) -> Tensor:
-        """One TTT step of the layer; appends its keys and values."""
+        """The decoder layer at one TTT step: [L, H] -> [L, H]. Appends the step's keys and values."""
         x = torch.cat(
             (self._norm(embeds, "layers.0.input_layernorm"), self._norm(hidden, "layers.0.hidden_norm")),
             dim=-1,
@@ -175,7 +177,7 @@ class DenseDraft:
         angle = torch.cat((angle, angle), -1)[:, None]
         wide = torch.promote_types(x.dtype, torch.float32)
         cos, sin = angle.cos().to(wide), angle.sin().to(wide)
-        # Repeating keys for the query heads that share them costs little beside L x L scores.
+        # Repeated keys for grouped query heads take little memory compared with L x L scores.
         group = q.shape[1] // k.shape[1]
         keys.append(_heads_first(_rotate(k, cos, sin), group))
         values.append(_heads_first(v, group))
@@ -197,11 +199,12 @@ class DenseDraft:
 
 @dataclass(frozen=True)
 class Mask:
-    """What a slot may attend to.
+    """Additive attention masks.
 
     Attributes:
-        causal: [L, L], zero where row may see column (earlier, same document), else -inf.
-        wide: [L, K * L], `causal` and K - 1 diagonal blocks beside it; made only for the form that reads it.
+        causal: [L, L]: 0 where the slot of the row may attend to that of the column (not later, and in the
+            same document), else -inf.
+        wide: [L, K * L]: `causal`, followed by K - 1 diagonal blocks; made only when it is used.
     """
 
     causal: Tensor
@@ -223,12 +226,13 @@ class Mask:
 
 @dataclass(frozen=True)
 class _Constants:
-    """What the K steps read, shifted by slicing.
+    """What the K TTT steps read; step k reads a slice that is shifted by k.
 
     Attributes:
-        token_ids: int64 [L + K + 1]; angle: [L, D / 2] of step 0; teacher: probabilities [L + K + 1, Vd],
-            fp32 (fp64 for fp64).
-        weight: [K, L], decay**k / N_k for slots in the loss, else 0.
+        token_ids: int64 [L + K + 1].
+        angle: [L, D / 2], rotary angles of step 0.
+        teacher: probabilities [L + K + 1, Vd], in fp32, or in fp64 if the step is.
+        weight: [K, L]: decay**k / N_k for slots in the loss, else 0.
     """
 
     token_ids: Tensor
@@ -239,7 +243,9 @@ class _Constants:
 
 
 def eager_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Mask) -> Tensor:
-    """Two matrix products around one softmax over step-0 scores and diagonal ones. Returns [N, L, D]."""
+    """Attention as two matrix products, with one softmax over the scores of step 0 and the diagonals of later
+    steps: q [N, L, D], keys and values [N, L, D] for each step -> [N, L, D].
+    """
     (k0, *later_keys), (v0, *later_values) = keys, values
     num_heads, length, head_dim = q.shape
     scale = head_dim**-0.5
@@ -257,8 +263,8 @@ def eager_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor],
 
 
 def fused_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Mask) -> Tensor:
-    """torch's fused attention over the keys of all steps side by side, the later ones masked to a diagonal.
-    [N, L, D].
+    """torch's fused attention over the concatenated keys of all steps, those of later steps masked to a
+    diagonal: q [N, L, D], keys and values [N, L, D] for each step -> [N, L, D].
     """
     k, v = (torch.cat(tuple(parts), dim=1) for parts in (keys, values))
     return functional.scaled_dot_product_attention(
@@ -281,6 +287,8 @@ def _heads_first(x_LHD: Tensor, repeats: int) -> Tensor:
 
 
 def _rotate(x_LHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Llama's rotary embedding, computed in the dtype of cos: channel c pairs with channel c + D / 2."""
+    """Llama's rotary embedding [L, H, D] -> [L, H, D], computed in the dtype of cos. Channel c is rotated
+    with channel c + D / 2.
+    """
     first, second = x_LHD.chunk(2, dim=-1)
     return (x_LHD * cos + torch.cat((-second, first), dim=-1) * sin).to(x_LHD.dtype)

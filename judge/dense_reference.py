@@ -1,8 +1,8 @@
-"""An EAGLE-3 TTT training step, dense and in one process: the judge of the product.
+"""The dense reference: an EAGLE-3 training step in one process, with whose results the product must agree.
 
-Written from docs/semantics.md alone. It shares no code with the product: full attention matrices, full
-logits, its own rotary code and its own vocabulary, mask and accuracy rules, plain autograd. Slow and large on
-purpose; use it in fp64.
+It was written from docs/semantics.md alone and shares no code with the product. It has full attention
+matrices, full logits, plain autograd, and its own code for rotary embedding, vocabulary, masks and accuracy.
+It is slow and needs much memory; use it in fp64.
 
 Legend: L tokens of one micro-batch, K TTT steps, H hidden size, D head size, Hq / Hkv heads, V target
 vocabulary, Vd draft vocabulary.
@@ -24,8 +24,8 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One packed sequence. token_ids int64 [L], loss_mask bool [L], lengths sum L, aux [L, 3H], teacher [L,
-    H].
+    """One whole packed sequence: token_ids int64 [L], loss_mask bool [L], document lengths with the sum L,
+    aux [L, layers * H], teacher [L, H].
     """
 
     token_ids: Tensor
@@ -37,7 +37,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class LossRules:
-    """What the recipe's loss section and `draft.ttt_steps` say."""
+    """The settings of the recipe's loss section, and `draft.ttt_steps`."""
 
     ttt_steps: int
     decay: float = 0.8
@@ -49,8 +49,8 @@ class LossRules:
 
 @dataclass(frozen=True)
 class Frozen:
-    """The target's embedding [V, H] and head [V, H], and d2t, int64 [Vd]: offsets (target id = draft id +
-    d2t).
+    """The target's embedding [V, H] and head [V, H], and d2t int64 [Vd], where the target's id of draft token
+    i is i + d2t[i].
     """
 
     embedding: Tensor
@@ -60,7 +60,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW with clipping by the global norm, as DeepSpeed clips; `clip` 0 turns clipping off."""
+    """Settings of AdamW, and of clipping by the global norm as in DeepSpeed; `clip` 0 turns clipping off."""
 
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.95)
@@ -71,7 +71,7 @@ class Optimization:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step before the optimizer: numbers, and every parameter's gradient by its name.
+    """The figures of one optimizer step, and every parameter's gradient before clipping.
 
     `accuracy_slack` and `tau_slack` say how far rounding may move `step_accuracy` and `tau`: the share of
     slots whose two largest draft logits are nearly equal, one of them being right, so that rounding decides
@@ -113,10 +113,12 @@ def reference_step(
     rules: LossRules,
     rounding: float = 0.0,
 ) -> StepResult:
-    """Loss, accuracies and gradients of one optimizer step over the micro-batches of all draft_dp ranks.
+    """Loss, accuracies and gradients of one optimizer step.
 
-    The dtype of `weights` is the dtype of everything. Logits closer than `rounding` times their largest are
-    ties.
+    Args:
+        weights: whole, by the draft's parameter names; all computations are in their dtype.
+        batches: the whole micro-batches of all draft_dp ranks.
+        rounding: logits that differ by less than this share of the largest count as ties.
     """
     leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
     sums = [_micro_batch(leaves, config, frozen, batch, rules, rounding) for batch in batches]
@@ -163,13 +165,13 @@ def reference_train(
     rounding: float = 0.0,
     held_in: torch.dtype | None = None,
 ) -> tuple[list[StepResult], dict[str, Tensor]]:
-    """Optimizer steps one after the other, over `steps` of micro-batches.
+    """Take optimizer steps; `steps` has the micro-batches of each.
 
     `held_in` is the dtype that a step reads its weights in, where the optimizer's own are finer: each step's
     gradient is taken at the weights so rounded. None reads those of the optimizer.
 
     Returns:
-        The result of each step, and the weights after the last.
+        The result of each step, and the weights after the last one.
     """
     masters = {name: torch.nn.Parameter(weight.detach().clone()) for name, weight in weights.items()}
     optimizer = torch.optim.AdamW(
@@ -193,7 +195,7 @@ def reference_train(
 
 
 def rotary_frequencies(config: LlamaConfig) -> Tensor:
-    """Angle per position of each pair of channels, fp64 [D / 2].
+    """The angle by which each pair of channels is rotated per position, fp64 [D / 2].
 
     Scalings that depend on a length take `config.rotary_length`, the longest that the draft is made for;
     where it is absent, `max_position_embeddings`.
@@ -226,7 +228,7 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
             f"rope_type = {kind!r}: the reference knows default, linear, llama3, dynamic and longrope. Use "
             "one of them."
         )
-    # Llama 3.1: long waves are slowed by `factor`, short ones kept, and those between blended.
+    # Llama 3.1: low frequencies are divided by `factor`, high ones kept, and those between interpolated.
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -282,10 +284,11 @@ def _micro_batch(
 
 
 def _of_guesses(logits: Tensor, teacher: Tensor, rules: LossRules) -> tuple[Tensor, Tensor]:
-    """The loss of each slot's guess [L], and the chance that it is accepted [L]. logits, teacher [L, Vd].
+    """The loss of each slot's guess [L] and the probability that it is accepted [L], from the draft's logits
+    and the teacher's probabilities, [L, Vd] each.
 
     Raises:
-        ValueError: a kind of loss that the semantics page does not know.
+        ValueError: docs/semantics.md does not define this kind of loss.
     """
     log_draft = logits.log_softmax(-1)
     cross_entropy = -(teacher * log_draft).sum(-1)
@@ -304,8 +307,8 @@ def _of_guesses(logits: Tensor, teacher: Tensor, rules: LossRules) -> tuple[Tens
 
 
 def _is_decided_by_rounding(logits: Tensor, target_of: Tensor, best: Tensor, rounding: float) -> Tensor:
-    """bool [L]: the two largest logits are closer than `rounding` times the largest, and one of them is the
-    teacher's.
+    """bool [L]: whether the two largest logits differ by less than `rounding` times the largest, and one of
+    them is the teacher's token.
     """
     value, draft_id = logits.topk(2)
     close = value[:, 0] - value[:, 1] < rounding * value[:, 0].abs()
@@ -313,8 +316,8 @@ def _is_decided_by_rounding(logits: Tensor, target_of: Tensor, best: Tensor, rou
 
 
 def _read(document: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
-    """The index `ahead` of each slot, and whether it is still in the slot's document; outside it is the slot
-    itself.
+    """For each slot, the index of the slot `ahead` of it, and whether that is in the same document; if not,
+    the index is the slot's own. [L] each.
     """
     index = torch.arange(len(document))
     read = (index + ahead).clamp(max=len(document) - 1)
@@ -341,10 +344,10 @@ def _unroll(
     logits = []
     for k in range(steps):
         read, inside = _read(document, 1 + k)
-        # What lies outside the document is never read: such a slot is blank, and supervised nowhere.
+        # A slot that would read outside its document reads zeros, and is not supervised.
         embeds = frozen.embedding.to(dtype)[batch.token_ids[read]] * inside[:, None]
         angle = ((index - first + k)[:, None] * frequency).to(dtype)
-        # The diagonals are the newest k keys of a window.
+        # The k diagonals count as the newest k keys of the window.
         near = index[:, None] + k - index[None, :] < (
             getattr(config, "sliding_window", None) or len(index) + steps
         )
@@ -358,7 +361,7 @@ def _unroll(
 
 
 def _normed_aux(weights: Weights, config: LlamaConfig, aux: Tensor) -> Tensor:
-    """The captured hidden states behind the norms that come before fc: [L, A] -> [L, A]."""
+    """Apply the norms that come before `fc` to the captured hidden states [L, layers * H]; same shape."""
     if getattr(config, "norm_before_fc", False):
         aux = _rms_norm(aux, weights["input_norm.weight"], config)
     if getattr(config, "fc_norm", False):
@@ -378,7 +381,7 @@ def _layer(
     may_attend: Tensor,
     keys_values: list[tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """One decoder layer at one TTT step; appends this step's keys and values."""
+    """One decoder layer at one TTT step: [L, H] -> [L, H]. Appends this step's keys and values."""
 
     def weight(name: str) -> Tensor:
         return weights[f"layers.{layer}.{name}.weight"]
@@ -408,7 +411,9 @@ def _layer(
 
 
 def _attention(q: Tensor, keys_values: list[tuple[Tensor, Tensor]], may_attend: Tensor) -> Tensor:
-    """One softmax over the L step-0 keys and each later step's own-slot keys: [Hq, L, D] -> [Hq, L, D]."""
+    """Attention with one softmax over the keys of step 0 and, of each later step, the key of the same slot:
+    [Hq, L, D] -> [Hq, L, D].
+    """
     scale = q.shape[-1] ** -0.5
     (k0, v0), *later = keys_values
     scores = (q @ k0.transpose(1, 2) * scale).masked_fill(~may_attend, -math.inf)
@@ -422,7 +427,7 @@ def _attention(q: Tensor, keys_values: list[tuple[Tensor, Tensor]], may_attend: 
 
 
 def _rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """Llama's rotary embedding: channel c pairs with channel c + D / 2. x [heads, L, D], angle [L, D / 2]."""
+    """Llama's rotary embedding of x [heads, L, D] by angle [L, D / 2]: pairs channels c and c + D / 2."""
     first, second = x.chunk(2, dim=-1)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,8 +1,8 @@
-"""`python -m judge.exactness`: is the parallel product equal to the dense single-process reference?
+"""`python -m judge.exactness`: compares the parallel product with the dense reference in one process.
 
-Each case trains NUM_STEPS optimizer steps with both, on CPU ranks. A line per case with the relative errors,
-all of them in benchmarks/results/exactness.json, exit status 1 when any case is over its tolerance (fp32
-1e-5, bf16 2e-2).
+Each case trains NUM_STEPS optimizer steps with both, the product on CPU ranks. It prints the relative errors
+of each case, and writes them to benchmarks/results/exactness.json. The exit status is 1 when any case exceeds
+its tolerance (fp32 1e-5, bf16 2e-2).
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """One case, judged.
+    """The result of one case.
 
     Attributes:
-        errors: largest relative error of each of COMPARED, over the steps and (relative L2 each) over the
-            parameters.
-        worst: the parameter with the largest gradient error, and the one with the largest weight error.
-        ranks_agree: reports and the bits of the weights are the same on all ranks.
-        failure: traceback when the product did not run.
+        errors: for each of COMPARED the largest relative error over all steps; of gradients and weights, the
+            largest relative L2 error of a parameter.
+        worst: the parameters with the largest gradient error and with the largest weight error.
+        ranks_agree: whether all ranks have the same reports and bitwise the same weights.
+        failure: the traceback when the product failed to run.
     """
 
     case: Case
@@ -78,8 +78,10 @@ class Verdict:
 
 
 def judge(case: Case, seed: int = 0, mutation: str | None = None, device: str = "cpu") -> Verdict:
-    """Run one case with the product (broken by `mutation`, when given) on `device` and with the reference,
-    and compare.
+    """Run one case with the product on `device` and with the reference, and compare.
+
+    Args:
+        mutation: a deliberate fault in the product (`judge.mutations`); None for none.
     """
     started = time.perf_counter()
     try:
@@ -107,7 +109,7 @@ def judge(case: Case, seed: int = 0, mutation: str | None = None, device: str = 
 def compare(
     product: ProductResult, expected: Sequence[StepResult], trained: Mapping[str, Tensor]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Relative errors by the names of COMPARED, and the worst parameters."""
+    """The relative errors by the names of COMPARED, and the parameters with the largest ones."""
 
     pairs = list(zip(product.reports, expected, strict=True))
 
@@ -125,7 +127,7 @@ def compare(
     errors = {
         "loss": over_steps(lambda r: r.loss, lambda r: r.loss),
         "step_loss": over_steps(lambda r: r.step_loss, lambda r: r.step_loss),
-        # Counts of argmaxes: near-ties apart, which the reference counts, they must be equal.
+        # Accuracies count argmaxes, so they must be equal except for near-ties, which the reference counts.
         "accuracy": _largest(
             relative_error(a, b, slack)
             for report, result in pairs
@@ -144,9 +146,8 @@ def compare(
 
 
 def relative_error(value: Any, reference: Any, slack: float = 0.0) -> float:
-    """|value - reference| / |reference| in L2; 0 when both are zero, infinite when the reference alone is.
-
-    A difference up to `slack` counts as none, and a larger one only by its excess.
+    """|value - reference| / |reference| in L2. It is 0 when both are zero, and infinite when only the
+    reference is. `slack` is subtracted from the difference before.
     """
     a, b = (torch.as_tensor(x).detach().double().reshape(-1) for x in (value, reference))
     if a.shape != b.shape:
@@ -174,7 +175,7 @@ def _same_names(product: Mapping[str, Tensor], reference: Mapping[str, Tensor]) 
 
 
 def _largest(errors: Any) -> float:
-    """The maximum; NaN counts as infinite, which `max` would overlook."""
+    """The maximum, with NaN as infinity; `max` may pass over a NaN."""
     return max(math.inf if math.isnan(error) else error for error in errors)
 
 
@@ -183,8 +184,10 @@ def _worst(errors: Mapping[str, float]) -> str:
 
 
 def run_matrix(cases: Sequence[Case], seed: int, path: Path, command: str) -> bool:
-    """Judge all cases, printing and writing as it goes. Returns whether all passed. `command` goes into the
-    result.
+    """Run all cases, and print and write the result of each. Returns whether all passed.
+
+    Args:
+        command: the command line, for the file of results.
     """
     verdicts = []
     for number, case in enumerate(cases, 1):

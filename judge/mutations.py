@@ -1,4 +1,4 @@
-"""Deliberate faults, to prove that the comparison can reject. Applied inside the ranks of one case."""
+"""Deliberate faults in the product, which the comparison must detect. The ranks of a case apply them."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ MUTATIONS = (
 
 @contextmanager
 def mutate(name: str | None, case: Case) -> Iterator[None]:
-    """Patch the product while a case runs; `scale_by_sp` is applied by `mutate_trainer`.
+    """Patch the product during the block, in which a case runs. `mutate_trainer` applies `scale_by_sp`.
 
     Raises:
-        ValueError: an unknown mutation, or one that cannot show in this case.
+        ValueError: the mutation is unknown, or changes nothing in this case.
     """
     if name is None or name == "scale_by_sp":
         yield
@@ -62,7 +62,7 @@ def mutate(name: str | None, case: Case) -> Iterator[None]:
         with mock.patch.object(prefix_kv, "gathered_tiles", _leaking(prefix_kv.gathered_tiles)):
             yield
     elif name == "rope_off_by_one":
-        # From the second step on. All of them one behind would be no fault: RoPE is relative.
+        # Wrong from the second TTT step on only: RoPE is relative, so shifting all steps changes nothing.
         with mock.patch.object(model, "rotary_positions", lambda position, step: position + max(step - 1, 0)):
             yield
     elif name == "lost_tap":
@@ -114,7 +114,7 @@ def mutate(name: str | None, case: Case) -> Iterator[None]:
 
 
 def mutate_trainer(name: str | None, trainer: trainer_module.DraftTrainer) -> None:
-    """`scale_by_sp`: the factor that the loss share is multiplied by forgets the sequence-parallel ranks."""
+    """Apply `scale_by_sp`: the factor of the loss shares leaves out the sequence-parallel ranks."""
     if name == "scale_by_sp":
         trainer.loss_scale /= trainer.topology.sp_world_size
 
@@ -143,7 +143,7 @@ def _without_step_1(backward: Any) -> Any:
 
 
 def _into_nowhere(backward: Any) -> Any:
-    """What a step finds for the diagonals of earlier steps is not added to their gradients."""
+    """The gradients of a TTT step for the diagonals of earlier steps are dropped."""
 
     def into_nowhere(*args: Any) -> Any:
         *constants, dkeys, dvalues = args
@@ -162,7 +162,7 @@ def _of_live_slots(backward: Any) -> Any:
 
 
 def _of_own_block(take: Any) -> Any:
-    """What a rank found for the blocks that it kept of others stays with it."""
+    """A rank does not return the gradients of the other ranks' blocks that it kept."""
 
     def of_own_block(ring: RingKV) -> Any:
         ring.gradients = ring.gradients[:1]
@@ -172,17 +172,17 @@ def _of_own_block(take: Any) -> Any:
 
 
 def _of_step_0(at: Any) -> Any:
-    """Every step sees the step-0 keys that step 0 sees, its diagonals beside them."""
+    """The window does not move: every TTT step attends to the same step-0 keys as step 0."""
     return lambda tiles, _step: at(tiles, 0)
 
 
 def _rolled(rows_of: Any, num_layers: int) -> Any:
-    """The captured layers lie side by side in another order."""
+    """The captured layers are concatenated in another order."""
     return lambda *args: (rows.roll(rows.shape[1] // num_layers, dims=1) for rows in rows_of(*args))
 
 
 def _unnormalised(overlap: Any) -> Any:
-    """The gradient of the overlap forgets that the draft's probabilities sum to one."""
+    """The gradient of the overlap leaves out that the draft's probabilities sum to one."""
 
     def unnormalised_overlap(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         alpha, _, q = overlap(logits, target)
@@ -192,7 +192,7 @@ def _unnormalised(overlap: Any) -> Any:
 
 
 def _leaking(tiles: Any) -> Any:
-    """Every slot attends to the documents before its own, too."""
+    """Every slot also attends to the documents that come before its own in the pack."""
 
     def leaking_tiles(plan: SpanPlan, ring_rank: int, window: int | None) -> tuple[Tile, ...]:
         return tuple(tile._replace(k_start=0) for tile in tiles(plan, ring_rank, window))

@@ -1,8 +1,4 @@
-"""The product's side of a case: documents -> plan -> local batch -> patched draft -> loss -> DeepSpeed
-engine.
-
-Runs on every rank of the case's world.
-"""
+"""Running a case with the product's trainer and DeepSpeed engine, on every rank of the case's world."""
 
 from __future__ import annotations
 
@@ -27,19 +23,20 @@ from judge.dense_reference import Frozen, MicroBatch
 from judge.mutations import mutate, mutate_trainer
 
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
-# About ten slots of the loss, about twenty of a layer, and the whole ring.
+# So small that a tile of the loss has about ten slots, one of a layer about twenty; and so large that all
+# blocks of the ring are kept.
 LOSS_TILE_BYTES, TILE_BYTES, KEPT_BYTES = 40_000, 120_000, 2**30
 
 
 @dataclass(frozen=True)
 class ProductResult:
-    """One rank's view after NUM_STEPS optimizer steps.
+    """The result of NUM_STEPS optimizer steps on one rank.
 
     Attributes:
-        reports: what the trainer reported, step by step.
-        gradients: every parameter's whole gradient at each step, before clipping. On rank 0 only, else empty.
-        weights: after the last step. On rank 0 only, else empty.
-        weights_digest: of this rank's own weights.
+        reports: the trainer's report of each step.
+        gradients: for each step, every parameter's whole gradient before clipping; empty except on rank 0.
+        weights: the whole weights after the last step; empty except on rank 0.
+        weights_digest: digest of this rank's weights.
     """
 
     reports: list[StepReport]
@@ -49,7 +46,7 @@ class ProductResult:
 
 
 def run_case(case: Case, seed: int, mutation: str | None) -> ProductResult:
-    """What each rank calls."""
+    """Make the inputs of a case and run it; every rank calls this. Collective over the case's world."""
     with mutate(mutation, case):
         return run_product(case, make_inputs(case, seed), mutation)
 
@@ -84,7 +81,7 @@ def make_trainer(case: Case, inputs: Inputs) -> DraftTrainer:
 
 
 def make_recipe(case: Case) -> Recipe:
-    """The recipe of a case; `target` and `data` are there because a recipe has them, and are never opened."""
+    """The recipe of a case. Nothing opens what its required sections `target` and `data` name."""
     optimization = OPTIMIZATION
     sections: dict[str, Any] = {
         "target": {"path": "none"},
@@ -126,7 +123,7 @@ def make_recipe(case: Case) -> Recipe:
 
 
 def as_pack(batch: MicroBatch, frozen: Frozen) -> PackedSequence:
-    """A micro-batch as the loader hands it over; the teacher's tokens are found here, as capture does."""
+    """A whole micro-batch as the loader's pack, with the teacher's tokens computed as in a capture."""
     token = (batch.teacher.double() @ frozen.head.double().T).argmax(-1)
     return PackedSequence(batch.token_ids, batch.loss_mask, batch.lengths, token, batch.aux, batch.teacher)
 
@@ -138,7 +135,7 @@ def vocabulary_map(frozen: Frozen) -> VocabularyMap:
 
 
 def digest(weights: dict[str, Tensor]) -> str:
-    """Bits of all weights, as a hash."""
+    """A hash of the bits of all weights."""
     value = hashlib.sha256()
     for name in sorted(weights):
         value.update(name.encode() + weights[name].float().contiguous().numpy().tobytes())
@@ -146,8 +143,8 @@ def digest(weights: dict[str, Tensor]) -> str:
 
 
 def record_gradients(trainer: DraftTrainer, found: list[dict[str, Tensor]]) -> None:
-    """Read every whole gradient between the last backward of an optimizer step and the step itself.
-    Collective.
+    """Make the trainer append every parameter's whole gradient to `found` before each optimizer step; reading
+    it is collective.
     """
     engine, step = trainer.engine, trainer.engine.step
 

@@ -1,4 +1,4 @@
-"""The product's training step at world size 1, with its optimizer timed apart."""
+"""The product's training step on one rank, with the time of its optimizer measured separately."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from judge.step_inputs import StepModel, TimedStep
 
 
 class ProductStep:
-    """A trainer whose learning rate is zero, so that every step starts from the same weights."""
+    """A trainer with the learning rate 0, so that every step starts from the same weights."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class ProductStep:
         settings = fill_deepspeed_config(self._deepspeed_config, recipe, world=1, draft_dp=1)
         with torch.device(
             "meta"
-        ):  # Initial values of an 8B-shaped draft take longer than its step, and are not wanted.
+        ):  # Initialising the draft of an 8B target takes longer than a step, and its values are replaced.
             draft = DraftModel(model.shape.config())
         draft.load_state_dict({name: weight.clone() for name, weight in model.weights.items()}, assign=True)
         frozen = model.frozen
@@ -54,9 +54,8 @@ class ProductStep:
         self._time_the_optimizer()
 
     def run(self, pack: PackedSequence) -> TimedStep:
-        """One training step, timed: cutting the pack, forward, backward, gradient norm, report.
-
-        The optimizer's part is what `engine.step` does: clip, AdamW, zero the gradients.
+        """Time one training step: cutting the pack, forward, backward, gradient norm, report. `engine.step`
+        (clipping, AdamW, zeroing the gradients) is timed separately.
         """
         self._optimizer_seconds = 0.0
         started = now(self.device)
@@ -68,14 +67,14 @@ class ProductStep:
         )
 
     def setup(self, length: int) -> Setup:
-        """The step over a pack of `length` tokens, as the planner sees it."""
+        """The planner's description of a step over a pack of `length` tokens."""
         kind: Literal["cuda", "cpu"] = "cuda" if self.device.type == "cuda" else "cpu"
         return replace(
             Setup.of(self.trainer.recipe, self._deepspeed_config, self._shape, 1, kind), length=length
         )
 
     def gradients(self, pack: PackedSequence) -> dict[str, Tensor]:
-        """Every parameter's whole gradient, flat, fp64, on the host."""
+        """Every parameter's whole gradient, flattened, in fp64 on the host."""
         timed = self.trainer.engine.step
         found: list[dict[str, Tensor]] = []
         record_gradients(self.trainer, found)

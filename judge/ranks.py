@@ -1,13 +1,13 @@
-"""Ranks on this machine, on its CPU (gloo) or its GPUs (NCCL): fresh ones for a call, or a pool that many
-calls share.
+"""Starting ranks on this machine, on its CPU (gloo) or its GPUs (NCCL): new ones for each call, or a pool for
+many calls.
 
-`run_ranks` starts fresh ranks, because DeepSpeed keeps module-level state that one case must not hand to the
-next. On the CPU they are forked from a server that has torch and DeepSpeed imported already, because
-importing takes seconds and forking does not; on GPUs they are spawned, because CUDA does not survive a fork.
-`RankPools` keeps ranks for calls that leave nothing behind: attention and collectives, hundreds of cases.
+`run_ranks` starts new ranks, because DeepSpeed keeps module-level state that must not pass from one case to
+the next. CPU ranks are forked from a server that has imported torch and DeepSpeed, which takes seconds; GPU
+ranks are spawned, because CUDA does not work after a fork. `RankPools` keeps ranks for hundreds of calls that
+leave no state, such as tests of attention and collectives.
 
-Arguments and results travel as plain pickle: tensors are copied, not shared through descriptors that die with
-a process.
+Arguments and results are pickled, so that tensors are copied: a tensor in shared memory is lost when the
+process that made it ends.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-# The last one DeepSpeed imports while it makes an optimizer, and torch's whole compiler with it: seconds for
-# each rank.
+# DeepSpeed imports the last one when it makes an optimizer, and with it torch's compiler: seconds per rank.
 PRELOADED = ["judge.product", "eagle3_ds.train.main", "deepspeed.runtime.zero.muon.original_muon"]
 
 
@@ -54,8 +53,7 @@ def run_ranks(
     context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
     if device == "cpu":
         context.set_forkserver_preload(PRELOADED)
-    # Read by DeepSpeed and by OpenMP while they are imported, so it must stand before the server or a rank
-    # starts.
+    # DeepSpeed and OpenMP read these on import: set them before the server or a rank starts.
     os.environ.update(DS_ACCELERATOR=device, OMP_NUM_THREADS="1")
     _own_ninja_first()
     world = _World(context, world_size, device, threads)
@@ -65,7 +63,7 @@ def run_ranks(
         grace = 10.0
         return results
     finally:
-        # After a failure the others may wait for ever in a collective; after success they are about to leave.
+        # After a failure, ranks may wait for ever in a collective; after success they end by themselves.
         world.close(grace)
 
 
@@ -91,7 +89,7 @@ class RankPools:
         try:
             return self._worlds[world_size].call(function, args, timeout)
         except BaseException:
-            # The other ranks may wait for ever in a collective that this one never reached.
+            # Other ranks may wait for ever in a collective that the failed rank never reached.
             self._worlds.pop(world_size).close(grace=0.0)
             raise
 
@@ -152,7 +150,7 @@ class _World:
         )
 
     def close(self, grace: float) -> None:
-        """End the ranks: the idle ones leave by themselves within `grace` seconds, the others are killed."""
+        """End the ranks. Those that have not ended by themselves within `grace` seconds are killed."""
         for connection in self._connections:
             connection.close()
         for process in self._processes:
@@ -164,20 +162,20 @@ class _World:
 
 
 def _serve(rank: int, world_size: int, store: str, connection: Connection, device: str, threads: int) -> None:
-    """What a rank does: join, then answer calls until the connection closes."""
+    """The main function of a rank: join the process group, then answer calls until the connection closes."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
     )
     # Read by DeepSpeed, which asks for them although the world exists when it is initialised.
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", DS_ACCELERATOR=device)
-    # Without a resolvable host name gloo finds no interface; the ranks are all on this machine anyway.
+    # Without a resolvable host name gloo finds no network interface. All ranks are on this machine.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(threads)
-    # A file instead of a port: nothing to collide with.
+    # The rendezvous is a file, because a port could be taken by another process.
     backend = "gloo" if device == "cpu" else "nccl"
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
     while True:
@@ -187,13 +185,13 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection, devic
             break
         connection.send_bytes(_answer(message))
     dist.destroy_process_group()
-    # Nothing is left to save, and the interpreter's own farewell to torch takes seconds per rank.
+    # Exit without the interpreter's shutdown, which takes seconds per rank with torch; nothing is unsaved.
     os._exit(0)
 
 
 def _leave_with_parent() -> None:
-    """A rank that waits in a collective never sees its connection close: end it when a killed caller leaves
-    it behind.
+    """In a thread, wait for the end of the caller and then end this rank. A rank that waits in a collective
+    does not notice that its connection is closed.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -202,7 +200,7 @@ def _leave_with_parent() -> None:
 
 
 def _answer(message: bytes) -> bytes:
-    """Run one call. What it raises travels as text: not every exception can be pickled."""
+    """Run one call. An exception is returned as text, because not every exception can be pickled."""
     try:
         path, call = pickle.loads(message)
         sys.path[:] = path
@@ -213,7 +211,7 @@ def _answer(message: bytes) -> bytes:
 
 
 def _own_ninja_first() -> None:
-    """One ninja for all that build DeepSpeed's extension: another version would compile it anew."""
+    """Put this environment's ninja first on PATH: another version would rebuild DeepSpeed's extension."""
     beside_python = str(Path(sys.executable).parent)
     if os.environ["PATH"].split(os.pathsep)[0] != beside_python:
         os.environ["PATH"] = os.pathsep.join((beside_python, os.environ["PATH"]))
