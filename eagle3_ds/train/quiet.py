@@ -10,8 +10,8 @@ _RENAMED = ("all_gather_into_tensor", "reduce_scatter_tensor")
 
 
 def ignore_renamed_collectives() -> None:
-    """Silence these two warnings, and no others, for the rest of this process. Whatever builds an engine calls
-    it.
+    """Silence these two warnings, and no others, for the rest of this process. Whatever builds an engine
+    calls it.
     """
     for name in _RENAMED:
         warnings.filterwarnings(
