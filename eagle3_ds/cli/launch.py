@@ -189,7 +189,6 @@ def _show_summary(recipe: Recipe) -> None:
     """The run in a few lines."""
     from rich.table import Table
 
-    from eagle3_ds.eval import loop_warning
     from eagle3_ds.run.stages import summary
 
     console, told = terminal(), summary(recipe)
@@ -208,7 +207,6 @@ def _show_summary(recipe: Recipe) -> None:
             f"acceptance length {trained} tokens per forward of the target, untrained {untrained}; "
             f"lossless: {result['lossless']}",
         )
-        warning = loop_warning(result)
-        if warning is not None:
-            write(console, f"warning: {warning}")
+        if told.warning is not None:
+            write(console, f"warning: {told.warning}")
     write(console, f"everything is in {recipe.output_dir}")

@@ -237,6 +237,7 @@ class Summary:
         first, last: records of the first and the last step in metrics.jsonl.
         peak_bytes: peak memory of the rank that needed most.
         evaluation: the content of eval.json; None when the draft was not evaluated.
+        warning: what to say of an evaluation whose target repeats itself, or None.
     """
 
     steps: int
@@ -244,6 +245,7 @@ class Summary:
     last: dict[str, Any]
     peak_bytes: int
     evaluation: dict[str, Any] | None
+    warning: str | None
 
 
 def summary(recipe: Recipe) -> Summary:
@@ -252,4 +254,6 @@ def summary(recipe: Recipe) -> Summary:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluation = folder / "eval.json"
     result = json.loads(evaluation.read_text()) if evaluation.is_file() else None
-    return Summary(len(records), records[0], records[-1], max(records[-1]["peak_memory_bytes"]), result)
+    peak = max(records[-1]["peak_memory_bytes"])
+    warning = None if result is None else loop_warning(result)
+    return Summary(len(records), records[0], records[-1], peak, result, warning)

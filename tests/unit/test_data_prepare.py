@@ -21,6 +21,13 @@ from eagle3_ds.draft import VocabularyMap
 from tests.unit.data_samples import TEMPLATE, chat, data_recipe, tiny_tokenizer, write_jsonl
 
 
+@pytest.fixture
+def children_left():
+    """Lists the processes started by a test and still alive; pools that other tests share do not count."""
+    before = set(multiprocessing.active_children())
+    return lambda: set(multiprocessing.active_children()) - before
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny_tokenizer()
@@ -87,7 +94,7 @@ def test_a_second_run_opens_the_cache(tmp_path, tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_an_interrupted_run_leaves_nothing(tmp_path, tokenizer, monkeypatch, workers):
+def test_an_interrupted_run_leaves_nothing(tmp_path, tokenizer, monkeypatch, workers, children_left):
     recipe = data_recipe(
         tmp_path, train=(write_jsonl(tmp_path / "a.jsonl", conversations(200)),), workers=workers
     )
@@ -104,7 +111,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, tokenizer, monkeypatch, wor
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare._Builder, "_write_batch", interrupted)
         run(recipe, tokenizer)
-    assert list((tmp_path / "cache").iterdir()) == [] and not multiprocessing.active_children()
+    assert list((tmp_path / "cache").iterdir()) == [] and not children_left()
     assert len(run(recipe, tokenizer).train) == 196
 
 
@@ -126,7 +133,9 @@ def test_a_killed_run_leaves_nothing_that_is_taken_for_a_cache(tmp_path, tokeniz
     assert not left.exists()
 
 
-def test_the_documents_do_not_depend_on_the_number_of_processes(tmp_path, tokenizer, monkeypatch):
+def test_the_documents_do_not_depend_on_the_number_of_processes(
+    tmp_path, tokenizer, monkeypatch, children_left
+):
     monkeypatch.setattr(prepare, "BATCH", 8)
     files = tuple(
         write_jsonl(tmp_path / f"{name}.jsonl", conversations(90 + len(name))) for name in ("a", "bb", "ccc")
@@ -145,7 +154,7 @@ def test_the_documents_do_not_depend_on_the_number_of_processes(tmp_path, tokeni
     for workers in (1, 2, 3):
         with pytest.raises(ValueError, match="d.jsonl, line 151: no assistant message"):
             run(data_recipe(tmp_path, train=(bad,), workers=workers), tokenizer)
-    assert not multiprocessing.active_children()
+    assert not children_left()
 
 
 def test_every_shape_in_one_run(tmp_path, tokenizer):

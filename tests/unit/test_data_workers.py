@@ -13,6 +13,13 @@ import pytest
 from eagle3_ds.data.workers import AHEAD, map_batches, usable_cores
 
 
+@pytest.fixture
+def children_left():
+    """Lists the processes started by a test and still alive; pools that other tests share do not count."""
+    before = set(multiprocessing.active_children())
+    return lambda: set(multiprocessing.active_children()) - before
+
+
 def square(number):
     if number < 0:
         raise ValueError(f"{number} is negative")
@@ -21,26 +28,26 @@ def square(number):
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 50])
-def test_results_come_in_order(workers, count):
+def test_results_come_in_order(workers, count, children_left):
     results = list(map_batches(square, iter(range(count)), workers))
     assert [result for result, _ in results] == [number * number for number in range(count)]
     elsewhere = {process for _, process in results} - {os.getpid()}
     assert len(elsewhere) <= (min(workers, count) if workers > 1 and count > 1 else 0)
     assert bool(elsewhere) == (workers > 1 and count > 1)
-    assert not multiprocessing.active_children()
+    assert not children_left()
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_the_first_error_in_order_is_raised(workers):
+def test_the_first_error_in_order_is_raised(workers, children_left):
     batches = [*range(5), -3, 5, -1]
     results = map_batches(square, batches, workers)
     assert [next(results)[0] for _ in range(5)] == [number * number for number in range(5)]
     with pytest.raises(ValueError, match="^-3 is negative$"):
         next(results)
-    assert not multiprocessing.active_children()
+    assert not children_left()
 
 
-def test_batches_are_read_only_as_results_are_taken():
+def test_batches_are_read_only_as_results_are_taken(children_left):
     taken = []
 
     def numbers():
@@ -52,7 +59,7 @@ def test_batches_are_read_only_as_results_are_taken():
     next(results)
     assert len(taken) <= 2 * (1 + AHEAD)
     results.close()
-    assert not multiprocessing.active_children()
+    assert not children_left()
 
 
 def sleep(seconds):
@@ -75,12 +82,12 @@ def die(number):
     return number
 
 
-def test_a_killed_process_is_reported():
+def test_a_killed_process_is_reported(children_left):
     with pytest.raises(
         ValueError, match="one of 2 processes that read the data was killed, .*: lower data.workers"
     ):
         list(map_batches(die, range(2 * 5), 2))
-    assert not multiprocessing.active_children()
+    assert not children_left()
 
 
 def work_for_ever(numbers):

@@ -49,6 +49,8 @@ def evaluates_text(name: str, keywords: dict[str, ast.expr]) -> bool:
 def trusts_a_model_folder(name: str, keywords: dict[str, ast.expr]) -> bool:
     if not (name.endswith((".from_pretrained", ".from_config")) and "Auto" in name):
         return False
+    if name == "AutoHfQuantizer.from_config":  # chooses among classes of transformers, and reads no folder
+        return False
     return "**" not in keywords and not is_constant(keywords.get("trust_remote_code"), False)
 
 
