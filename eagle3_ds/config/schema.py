@@ -289,6 +289,16 @@ class Recipe(Section):
     deepspeed: Text
     output_dir: Text
 
+    @model_validator(mode="after")
+    def _norms_that_the_layout_takes(self) -> Recipe:
+        if self.draft.aux_norm and self.draft.norm_before_fc and "speculators" in self.export.formats:
+            raise ValueError(
+                f"draft.aux_norm and draft.norm_before_fc are both true and export.formats is "
+                f"{list(self.export.formats)}: speculators 0.9 loads drafts with one of the two norms. Set "
+                "export.formats to [vllm], or one of the norms to false."
+            )
+        return self
+
 
 def _check_grouping(num_heads: int, num_kv_heads: int) -> None:
     if num_heads % num_kv_heads:

@@ -82,6 +82,10 @@ def test_overrides(tmp_path: Path) -> None:
             "draft={ttt_steps: 7, sliding_window: 6}",
             ["sliding_window = 6 is less than ttt_steps = 7", "or null"],
         ),
+        (
+            "draft={aux_norm: true, norm_before_fc: true}",
+            ["draft.aux_norm and draft.norm_before_fc", "['vllm', 'speculators']", "speculators 0.9"],
+        ),
         ("target.build={hidden_size: 190}", ["hidden_size is 190", "num_heads"]),
         ("parallel.ulysses", ["'parallel.ulysses'", "section.key=value"]),
         ("output_dir.name=x", ["output_dir is a value", "not a section"]),
