@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from eagle3_ds.targets import Target, capture_hidden_states, load_target
 from tests.unit.tiny_families import AUX_LAYERS, family_config, other_config, random_model
 from tests.unit.tiny_target import build_tiny_target
 
+ROOT = Path(__file__).parents[2]
 PROMPT_97 = [60, 70, 80, 90, 3, 5, 7, 11, 13]
 PROMPT = [260, 70, 80, 90, 100, 3, 5, 7, 11, 13]
 
@@ -315,6 +317,8 @@ def test_evaluation_and_picture(
         recipe, target, draft, untrained, vocabulary, [PROMPT, PROMPT[:3]], progress=False
     )
     assert result["lossless"] is True and result["prompts"] == 2
+    documented = (ROOT / "docs/recipe.md").read_text().partition("What `eval.json`")[2].partition("\n## ")[0]
+    assert set(result) <= set(re.findall(r"`(\w+)`", documented))
     assert 1.0 <= result["acceptance_length"] <= 4.0 and 1.0 <= result["acceptance_length_untrained"] <= 4.0
     assert [row["position"] for row in result["acceptance_by_position"]] == [1, 2, 3]
     (tmp_path / "eval.json").write_text(json.dumps(result))
