@@ -6,7 +6,8 @@ Legend: V vocabulary, H hidden size.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,22 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-# The second and third names are of the language model in a vision-language checkpoint.
+# The last parts of the names that families give to the two tensors, the most frequent first.
 EMBEDDINGS = (
-    "model.embed_tokens.weight",
-    "model.language_model.embed_tokens.weight",
-    "language_model.model.embed_tokens.weight",
+    "embed_tokens.weight",
+    "embed.weight",
+    "embeddings.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+    "embed_in.weight",
+    "wte.weight",
 )
-HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "head.weight")
+# Embeddings and heads of other parts than the language model's own: of the layers of a target that guess
+# further tokens (DeepSeek-V3 writes them behind its decoder's layers), or of the parts that see and hear.
+OTHER_PARTS = re.compile(r"(^|\.)(layers|h|blocks|mtp|visual|vision\w*|audio\w*)\.")
+PLAIN = {"F64", "F32", "F16", "BF16"}
+"""The dtypes, in the names of safetensors, of weights that are not quantized."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -66,7 +76,8 @@ def load_full_config(path: str | Path) -> Any:
 
 
 def load_embedding_and_head(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Read the token embedding and the head, and no other weights. Not collective.
+    """Read the token embedding and the head, and no other weights. Not collective. The body of the target may
+    be quantized.
 
     Args:
         dtype: None keeps the stored dtype.
@@ -75,26 +86,92 @@ def load_embedding_and_head(path: str | Path, dtype: torch.dtype | None = None) 
         Embedding and head, [V, H] each, whole, on the CPU. For tied weights both are the same tensor.
 
     Raises:
-        ValueError: there are no safetensors weights, or a tensor is missing from them.
+        ValueError: there are no safetensors weights, a tensor is missing from them, quantized, or not [V, H].
     """
     files = weight_files(path)
-    embedding = _read_tensor(path, files, EMBEDDINGS, dtype)
-    if not set(HEADS) & set(files) and load_text_config(path).tie_word_embeddings:
+    embedding_name, head_name = _end_names(path, files)
+    embedding = _read_tensor(files[embedding_name], embedding_name, dtype)
+    if head_name == embedding_name:
         return embedding, embedding
-    return embedding, _read_tensor(path, files, HEADS, dtype)
+    return embedding, _read_tensor(files[head_name], head_name, dtype)
 
 
 def check_weight_names(path: str | Path) -> None:
-    """Raises ValueError when the files in `path` have no embedding or no head, judged by names alone."""
-    names = set(weight_files(path))
-    is_tied = load_text_config(path).tie_word_embeddings
-    for what, wanted in (("embedding", EMBEDDINGS), ("head", () if is_tied else HEADS)):
-        if wanted and not names & set(wanted):
+    """Raises ValueError when `load_embedding_and_head` would. Reads names, dtypes and sizes alone."""
+    _end_names(path, weight_files(path))
+
+
+def _end_names(path: str | Path, files: Mapping[str, Path]) -> tuple[str, str]:
+    """The names of embedding and head in `files`; the same one for tied weights."""
+    config = load_text_config(path)
+    wanted = (config.vocab_size, config.hidden_size)
+    embedding = _find(path, files, "embedding", EMBEDDINGS, wanted)
+    if embedding is None:
+        raise _missing(path, files, "embedding", EMBEDDINGS)
+    head = _find(path, files, "head", HEADS, wanted)
+    if head is None and not config.tie_word_embeddings:
+        raise _missing(path, files, "head", HEADS)
+    bias = (head or "").removesuffix("weight") + "bias"
+    if head and bias in files:
+        raise ValueError(
+            f"target.path = {str(path)!r} has a bias in its head ({bias}): the draft is taught from the "
+            "product of head and hidden state alone. Choose a target without one."
+        )
+    return embedding, head or embedding
+
+
+def _find(
+    path: str | Path, files: Mapping[str, Path], what: str, endings: Sequence[str], wanted: tuple[int, int]
+) -> str | None:
+    """The first name with one of `endings`, held against the shape; None when there is none.
+
+    Raises:
+        ValueError: it is quantized, of another shape, or there are several that differ.
+    """
+    own = [name for name in files if not OTHER_PARTS.search(name)]
+    for ending in endings:
+        found = [name for name in own if name == ending or name.endswith(f".{ending}")]
+        if len(found) > 1:
             raise ValueError(
-                f"target.path = {str(path)!r}: none of its {len(names)} tensors is the {what}, which was "
-                f"looked for as {', '.join(wanted)}. Save the model by transformers' save_pretrained, or "
-                "name another target."
+                f"target.path = {str(path)!r} has several tensors that may be the {what}: "
+                f"{', '.join(sorted(found))}. Save its language model alone by save_pretrained, and name it."
             )
+        if found:
+            _check_end(path, files[found[0]], found[0], what, wanted)
+            return found[0]
+        packed = re.compile(rf"(^|\.){re.escape(ending.removesuffix('weight'))}(qweight|weight_|weight\.)")
+        if of_it := sorted(filter(packed.search, own)):
+            raise _quantized(path, what, of_it[0])
+    return None
+
+
+def _check_end(path: str | Path, file: Path, name: str, what: str, wanted: tuple[int, int]) -> None:
+    with safe_open(file, framework="pt") as opened:
+        tensor = opened.get_slice(name)
+        shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+    if dtype not in PLAIN:
+        raise _quantized(path, what, f"{name} of {dtype}")
+    if shape != wanted:
+        raise ValueError(
+            f"target.path = {str(path)!r}: its {what} {name} is {list(shape)}, and config.json says "
+            f"{list(wanted)} (vocab_size, hidden_size). Name a folder whose config.json belongs to its "
+            "weights."
+        )
+
+
+def _quantized(path: str | Path, what: str, found: str) -> ValueError:
+    return ValueError(
+        f"target.path = {str(path)!r}: its {what} is quantized ({found}), and the draft is taught from a "
+        f"plain one. Name a checkpoint whose {what} is not quantized; the rest of it may be."
+    )
+
+
+def _missing(path: str | Path, files: Mapping[str, Path], what: str, endings: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"target.path = {str(path)!r}: none of its {len(files)} tensors is the {what}; looked for were names "
+        f"that end in {', '.join(endings)}. Save the model by transformers' save_pretrained, or name another "
+        "target."
+    )
 
 
 def weight_files(path: str | Path) -> dict[str, Path]:
@@ -122,15 +199,6 @@ def weight_files(path: str | Path) -> dict[str, Path]:
     )
 
 
-def _read_tensor(
-    path: str | Path, files: dict[str, Path], names: Sequence[str], dtype: torch.dtype | None
-) -> Tensor:
-    """The tensor with the first of `names` that the files have."""
-    name = next((name for name in names if name in files), None)
-    if name is None:
-        raise ValueError(
-            f"target.path = {str(path)!r} has no tensor {names[0]}: a decoder-only Llama-like model has one. "
-            "Name such a model."
-        )
-    with safe_open(files[name], framework="pt") as file:
-        return file.get_tensor(name).to(dtype)
+def _read_tensor(file: Path, name: str, dtype: torch.dtype | None) -> Tensor:
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name).to(dtype)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from eagle3_ds.algorithms.eagle3 import build_draft_config
 from eagle3_ds.config import DraftSection, TargetSection
@@ -23,6 +24,7 @@ from eagle3_ds.targets import (
     check_quantization,
     check_spans,
     check_weight_names,
+    load_embedding_and_head,
     load_full_config,
     load_target,
 )
@@ -179,15 +181,82 @@ def test_a_config_without_special_tokens_gives_a_draft(missing: str) -> None:
     assert build_draft_config(config, DraftSection(vocab_size=64)).draft_vocab_size == 64
 
 
-@pytest.mark.parametrize("name", ["model.word_embeddings.weight", "transformer.wte.weight", "embed.weight"])
-def test_weights_of_other_names(name: str, tmp_path: Path) -> None:
-    folder = shutil.copytree(build_tiny_target(tmp_path / "tiny"), tmp_path / "other")
+def renamed(folder: Path, renames: dict[str, str], extra: dict[str, Tensor] | None = None) -> Path:
+    """A copy of a target's folder whose tensors have other names, and some more."""
+    copy = shutil.copytree(build_tiny_target(folder / "tiny"), folder / "other")
+    tensors = load_file(copy / "model.safetensors")
+    tensors = {renames.get(name, name): tensor for name, tensor in tensors.items()} | (extra or {})
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("embedding", "head"),
+    [
+        ("model.word_embeddings.weight", HEAD),
+        ("transformer.wte.weight", HEAD),
+        ("gpt_neox.embed_in.weight", "embed_out.weight"),
+        ("backbone.embeddings.weight", HEAD),
+        ("model.language_model.embed_tokens.weight", HEAD),
+        ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
+        ("embed.weight", "head.weight"),
+    ],
+)
+def test_embedding_and_head_are_found_by_the_ends_of_their_names(
+    embedding: str, head: str, tmp_path: Path
+) -> None:
+    """Neither the weights of further guesses, as DeepSeek-V3 has them, nor a tower's are taken for them."""
+    others = ("model.layers.8.embed_tokens.weight", "model.layers.8.shared_head.head.weight")
+    extra = {
+        name: torch.ones(4, 4) for name in (*others, "vision_tower.embeddings.weight", "mtp.lm_head.weight")
+    }
+    folder = renamed(tmp_path, {EMBEDDING: embedding, HEAD: head}, extra)
     check_weight_names(folder)
-    tensors = load_file(folder / "model.safetensors")
-    tensors[name] = tensors.pop("model.embed_tokens.weight")
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="tensors is the embedding, which was looked for as model.embed_tok"):
-        check_weight_names(folder)
+    expected = load_embedding_and_head(tmp_path / "tiny")
+    for found, wanted in zip(load_embedding_and_head(folder), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("renames", "extra", "message"),
+    [
+        ({EMBEDDING: "model.strange.weight"}, {}, "is the embedding; looked for .* embed_tokens.weight"),
+        ({HEAD: "model.strange.weight"}, {}, "is the head; looked for were names that end in lm_head.weight"),
+        ({HEAD: "lm_head.qweight"}, {}, r"its head is quantized \(lm_head.qweight\)"),
+        ({HEAD: "lm_head.weight_packed"}, {}, r"its head is quantized \(lm_head.weight_packed\)"),
+        (
+            {},
+            {HEAD: torch.zeros(97, 64).to(torch.float8_e4m3fn)},
+            r"head is quantized \(lm_head.weight of F8_E4M3",
+        ),
+        ({}, {EMBEDDING: torch.zeros(97, 64, dtype=torch.uint8)}, "embedding is quantized .* of U8"),
+        ({}, {HEAD: torch.zeros(3, 4)}, r"lm_head.weight is \[3, 4\], and config.json says"),
+        ({}, {"lm_head.bias": torch.zeros(97)}, r"has a bias in its head \(lm_head.bias\)"),
+        ({}, {"draft.embed_tokens.weight": torch.zeros(3, 4)}, "several tensors that may be the embedding"),
+    ],
+)
+def test_weights_that_are_refused_by_name(
+    renames: dict[str, str], extra: dict[str, Tensor], message: str, tmp_path: Path
+) -> None:
+    folder = renamed(tmp_path, renames, extra)
+    for judge in (check_weight_names, load_embedding_and_head):
+        with pytest.raises(ValueError, match=message):
+            judge(folder)
+
+
+@pytest.mark.parametrize("packed", [torch.uint8, torch.int32, torch.float8_e4m3fn])
+def test_a_quantized_body_is_not_looked_at(packed: torch.dtype, tmp_path: Path) -> None:
+    body = "model.layers.0.mlp.down_proj."
+    extra = {
+        body + name: torch.zeros(4, 4).to(packed) for name in ("qweight", "weight_packed", "weight_scale_inv")
+    }
+    folder = renamed(tmp_path, {}, extra)
+    expected = load_embedding_and_head(tmp_path / "tiny")
+    for found, wanted in zip(load_embedding_and_head(folder), expected, strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_a_scaled_target_is_not_loaded(tmp_path: Path) -> None:
