@@ -243,8 +243,8 @@ def fill_deepspeed_config(
     config["train_batch_size"] = recipe.train.accumulation * data_parallel
     config["gradient_clipping"] = recipe.train.gradient_clipping
     config["bf16"] = {"enabled": recipe.train.dtype == "bfloat16"}
-    # torch's AdamW is not in DeepSpeed's list of tested ZeRO optimizers; with offload, DeepSpeed would
-    # replace it by its own CPU Adam.
+    # torch's AdamW is not in DeepSpeed's list of tested ZeRO optimizers, and with offload DeepSpeed refuses
+    # every optimizer but its own CPU Adam unless it is told not to.
     config.setdefault("zero_allow_untested_optimizer", True)
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     return config
