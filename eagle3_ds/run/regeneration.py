@@ -130,7 +130,7 @@ def regenerate_by_server(recipe: Recipe, output: Path, serving: Serving) -> None
     seed = recipe.sampling.seed
 
     def generate(prompts: list[list[int]], draw: int) -> list[list[int]]:
-        return [server.answer(prompt, None if seed is None else seed + draw) for prompt in prompts]
+        return [server.answer(prompt, None if seed is None else (seed + draw) % 2**31) for prompt in prompts]
 
     regenerator = Regenerator(
         tokenizer, template, generate, stops, longest, recipe.sampling.max_new_tokens, output, settings

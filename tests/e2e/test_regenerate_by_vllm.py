@@ -1,5 +1,5 @@
-"""A real vLLM answers the prompts of a data set: token for token what the target answers in this process, also
-when the server is killed on the way.
+"""A real vLLM answers the prompts of a data set: token for token what the target answers in this process,
+also when the server is killed on the way.
 
 vLLM wants an environment of its own: name its Python in EAGLE3_DS_VLLM_PYTHON.
 """
@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -111,10 +111,8 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> N
 
 def kill(process: subprocess.Popen[bytes]) -> None:
     """The server and the processes it has started."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -132,9 +130,7 @@ def test_greedy_answers_are_those_of_this_process_and_a_killed_server_costs_no_r
         line = command(folder, "resumed.jsonl", "--server", url, "--concurrency", "1")
         with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
             output = folder / "resumed.jsonl"
-            while run.poll() is None and not (
-                output.is_file() and len(output.read_bytes().splitlines()) >= 5
-            ):
+            while run.poll() is None and (not output.is_file() or output.read_bytes().count(b"\n") < 5):
                 time.sleep(0.01)
             kill(process)
             _, said = run.communicate(timeout=120)
@@ -148,11 +144,11 @@ def test_greedy_answers_are_those_of_this_process_and_a_killed_server_costs_no_r
 
         # And a run that is killed itself.
         line = command(folder, "killed.jsonl", "--server", url, "--concurrency", "2")
-        with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as other:
             output = folder / "killed.jsonl"
-            while run.poll() is None and not (output.is_file() and output.read_bytes()):
+            while other.poll() is None and not (output.is_file() and output.read_bytes()):
                 time.sleep(0.01)
-            run.kill()
+            other.kill()
         assert 0 < len(output.read_bytes().splitlines()) < len(learnt)
         done = regenerate(folder, "killed.jsonl", "--server", url, "--concurrency", "8")
         assert done.returncode == 0, done.stderr
