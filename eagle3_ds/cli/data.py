@@ -5,16 +5,24 @@ anew.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from eagle3_ds.cli.words import Commands, log_level, recipe_words, telling_recipe, terminal, write
+from eagle3_ds.cli.words import Commands, Function, log_level, recipe_words, telling_recipe, terminal, write
 
 if TYPE_CHECKING:
     from rich.text import Text
 
     from eagle3_ds.data.inspect import Inspection
+
+SAMPLING = (
+    ("max_new_tokens", int, "longest answer, e.g. --max_new_tokens 4096"),
+    ("temperature", float, "0 is greedy, e.g. --temperature 0.7"),
+    ("top_p", float, "nucleus of sampled answers, e.g. --top_p 0.9"),
+    ("top_k", int, "draw from the likeliest so many tokens; 0: from all, e.g. --top_k 20"),
+    ("seed", int, "of sampled answers, e.g. --seed 1"),
+)
 
 
 @click.group(
@@ -66,6 +74,16 @@ def inspect(
     write(console, found.summary)
 
 
+def sampling_options(function: Function) -> Function:
+    """The recipe's `sampling` section as options, which win over it."""
+    for name, kind, meaning in reversed(SAMPLING):
+        option = click.option(
+            f"--{name}", type=kind, metavar=name[0].upper(), help=f"{meaning} (else sampling.{name})"
+        )
+        function = option(function)
+    return function
+
+
 @data.command()
 @recipe_words
 @click.option(
@@ -75,36 +93,63 @@ def inspect(
     help="JSONL file to write or to go on with, e.g. --output answers.jsonl",
 )
 @click.option(
-    "--batch_size", type=int, default=8, metavar="N", help="rows answered at once, e.g. --batch_size 32"
+    "--batch_size", type=int, metavar="N", help="rows answered at once, e.g. --batch_size 32 (else 8)"
 )
 @click.option(
-    "--max_new_tokens", type=int, default=1024, metavar="N", help="longest answer, e.g. --max_new_tokens 4096"
+    "--server",
+    metavar="URL",
+    help="an OpenAI-compatible server that runs the target, e.g. --server http://host:8000 (its key, if it "
+    "wants one: the environment variable OPENAI_API_KEY)",
 )
 @click.option(
-    "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy, e.g. --temperature 0.7"
+    "--model",
+    metavar="NAME",
+    help="the server's name of the target, if it is not target.path, e.g. --model qwen",
 )
 @click.option(
-    "--top_p", type=float, default=1.0, metavar="P", help="nucleus of sampled answers, e.g. --top_p 0.9"
+    "--concurrency",
+    type=int,
+    metavar="N",
+    help="rows that the server is asked for at a time, e.g. --concurrency 128 (else 32)",
 )
-@click.option("--seed", type=int, default=0, metavar="S", help="of sampled answers, e.g. --seed 1")
+@click.option(
+    "--timeout",
+    type=float,
+    metavar="S",
+    help="seconds to wait for an answer, e.g. --timeout 7200 (else 1800)",
+)
+@sampling_options
 @log_level
 def regenerate(
     recipe: str,
     overrides: tuple[str, ...],
     output: str,
-    batch_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
+    batch_size: int | None,
+    server: str | None,
+    model: str | None,
+    concurrency: int | None,
+    timeout: float | None,
     log_level: str | None,
+    **sampling: float | None,
 ) -> None:
     """write the target's own answers to the prompts of a recipe's data, as JSONL that a recipe reads"""
-    with telling_recipe(recipe, overrides, log_level) as loaded:
-        from eagle3_ds.run.regeneration import Answering
-        from eagle3_ds.run.regeneration import regenerate as answer
+    for_server: dict[str, Any] = {"model": model, "concurrency": concurrency, "timeout": timeout}
+    given = {name: value for name, value in for_server.items() if value is not None}
+    if server is None and given:
+        raise ValueError(
+            f"--{next(iter(given))} is for a server. Name it by --server URL, or leave this out."
+        )
+    if server is not None and batch_size is not None:
+        raise ValueError("--batch_size is for answers without a server. With --server, set --concurrency.")
+    more = [f"sampling.{name}={value}" for name, value in sampling.items() if value is not None]
+    with telling_recipe(recipe, overrides, log_level, *more) as loaded:
+        from eagle3_ds.run import regeneration
 
-        answer(loaded, Path(output), Answering(batch_size, max_new_tokens, temperature, top_p, seed))
+        if server is None:
+            regeneration.regenerate(loaded, Path(output), 8 if batch_size is None else batch_size)
+        else:
+            serving = regeneration.Serving(url=server, **given)
+            regeneration.regenerate_by_server(loaded, Path(output), serving)
 
 
 def as_text(inspection: Inspection, colour: bool) -> Text:

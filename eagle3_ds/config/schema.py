@@ -148,6 +148,19 @@ class DataSection(Section):
     seed: int = 0
 
 
+class SamplingSection(Section):
+    """How `data regenerate` draws answers. Null, where it may be: the server's own setting (`--server`)."""
+
+    max_new_tokens: Positive = 1024
+    """Tokens of the longest answer."""
+    temperature: Annotated[float, Field(ge=0)] | None = 0.0
+    """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
+    top_k: NonNegative | None = 0
+    """Only the likeliest so many tokens are drawn from; 0: from all."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = 0
+
+
 class ParallelSection(Section):
     ulysses: Positive = 1
     ring: Positive = 1
@@ -278,6 +291,7 @@ class Recipe(Section):
     target: TargetSection
     draft: DraftSection = DraftSection()
     data: DataSection
+    sampling: SamplingSection = SamplingSection()
     parallel: ParallelSection = ParallelSection()
     attention: AttentionSection = AttentionSection()
     loss: LossSection = LossSection()

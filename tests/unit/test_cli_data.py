@@ -129,9 +129,12 @@ def test_sampled_answers_follow_the_seed(
     ("arguments", "message"),
     [
         (("--batch_size", 0), "--batch_size is 0, but must be at least 1"),
-        (("--temperature", -1), "--temperature is -1.0, but must be at least 0"),
-        (("--top_p", 0), "--top_p is 0.0, but must be above 0"),
-        (("--max_new_tokens", 512), "--max_new_tokens is 512, but the target's context is 512"),
+        (
+            ("--temperature", -1),
+            "sampling.temperature: the value is -1.0, but it should be greater than or equal to 0",
+        ),
+        (("--top_p", 0), "sampling.top_p: the value is 0.0, but it should be greater than 0"),
+        (("--max_new_tokens", 512), "sampling.max_new_tokens is 512, but the target's context is 512"),
     ],
 )
 def test_bad_options(
