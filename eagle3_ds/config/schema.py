@@ -83,6 +83,8 @@ class ServerSection(Section):
     """How long a server that the run starts may take to load the target."""
     retries: NonNegative = 5
     """How often a document is asked for again after a failure that may pass."""
+    buffer_gib: Annotated[float, Field(gt=0)] = 8.0
+    """GiB of `folder` that each draft_dp group fills ahead of training with `data.hidden_states: stream`."""
 
     @model_validator(mode="after")
     def _no_credentials(self) -> ServerSection:
@@ -226,9 +228,9 @@ class DataSection(Section):
     """How many processes tokenise; null: one per core. The documents are the same for any number."""
     cache_dir: str = "output/cache"
     """Folder of tokenised conversations and hidden-state stores, which are found again by their content."""
-    hidden_states: Literal["offline", "online"] = "offline"
+    hidden_states: Literal["offline", "online", "stream"] = "offline"
     """`offline`: captured into a store before training. `online`: computed in each step by the target, which
-    is then on the same devices as the draft.
+    is then on the same devices as the draft. `stream`: asked of `target.server` while the draft is trained.
     """
     hidden_dtype: Literal["float32", "bfloat16", "float16", "float8"] = "bfloat16"
     """Dtype of the store. float8 has one exponent per hidden state and takes half the disk of bfloat16."""
@@ -377,12 +379,18 @@ class Recipe(Section):
     output_dir: Text
 
     @model_validator(mode="after")
-    def _server_fills_a_store(self) -> Recipe:
-        if self.target.capture == "server" and self.data.hidden_states == "online":
+    def _one_who_runs_the_target(self) -> Recipe:
+        capture, states = self.target.capture, self.data.hidden_states
+        if capture == "server" and states == "online":
             raise ValueError(
-                "target.capture is server and data.hidden_states is online: a server fills a store before "
-                "the "
-                "training. Set data.hidden_states to offline, or target.capture to single."
+                "target.capture is server and data.hidden_states is online, which is the target on the "
+                "ranks. Set data.hidden_states to stream (rows while the draft is trained) or offline (a "
+                "store before), or target.capture to single."
+            )
+        if states == "stream" and capture != "server":
+            raise ValueError(
+                f"data.hidden_states is stream and target.capture is {capture}: the rows of a stream come "
+                "from a server. Set target.capture to server, or data.hidden_states to offline or online."
             )
         return self
 

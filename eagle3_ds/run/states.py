@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 def place_of_states(
     recipe: Recipe, data: PreparedData, layout: RowFormat, fingerprint: Fingerprint
 ) -> Path | None:
-    """The folder of the run's hidden-state store; None with an online target.
+    """The folder of the run's hidden-state store; None with an online target or a
+    stream.
 
     With `target.capture: single` or `server` the store is complete on return. With `parallel` the folder may
     still be missing: the ranks that `run.stages.capture` starts fill it.
@@ -35,6 +36,9 @@ def place_of_states(
     """
     if recipe.data.hidden_states == "online":
         logger.info("hidden states: computed by the target while the draft is trained")
+        return None
+    if recipe.data.hidden_states == "stream":
+        logger.info("hidden states: asked of a server while the draft is trained")
         return None
     path = store_folder(recipe.data.cache_dir, fingerprint, layout.dtype)
     if path.is_dir():

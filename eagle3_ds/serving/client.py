@@ -9,15 +9,18 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from eagle3_ds.serving.rows import DamagedRowsError, Expected, ServedRows, read_rows
+from eagle3_ds.serving.rows import DamagedRowsError, Expected, RowFile, ServedRows, read_rows
+
+Result = TypeVar("Result")
 
 PREFIX = "eagle3_ds_prefix"
 ROWS_FILE = "eagle3_ds_rows"
@@ -112,10 +115,32 @@ class ServerClient:
                 fails at every try.
             StoppedError: `stop` was called.
         """
+
+        def take(path: Path, chosen: int | None) -> ServedRows:
+            return ServedRows(read_rows(path, token_ids, expected), chosen)
+
+        return self._ask(token_ids, take)
+
+    def file(self, token_ids: Sequence[int], expected: Expected, place: Path) -> None:
+        """Have the hidden states of a document put to `place`, in `folder`, whole or not at all. Their rows
+        are not read here.
+
+        Raises:
+            As `rows`; a damaged row is found by those who read it.
+        """
+
+        def take(path: Path, _: int | None) -> None:
+            RowFile(path, expected).require_tokens(token_ids)
+            path.replace(place)
+
+        self._ask(token_ids, take)
+
+    def _ask(self, token_ids: Sequence[int], take: Callable[[Path, int | None], Result]) -> Result:
+        """What `take` makes of the document's file and of the token that the server chose after it."""
         delay = FIRST_DELAY
         for left in range(self.retries, -1, -1):
             try:
-                return self._try(token_ids, expected)
+                return self._try(token_ids, take)
             except (_TryAgainError, DamagedRowsError) as error:
                 reason = str(error)
             if self._stopped.is_set():
@@ -139,7 +164,7 @@ class ServerClient:
             with contextlib.suppress(OSError, AttributeError):
                 connection.sock.shutdown(2)
 
-    def _try(self, token_ids: Sequence[int], expected: Expected) -> ServedRows:
+    def _try(self, token_ids: Sequence[int], take: Callable[[Path, int | None], Result]) -> Result:
         deadline = time.monotonic() + self.timeout
         body = {
             "model": self._model,
@@ -158,12 +183,11 @@ class ServerClient:
                 "connector. Start it as docs/hidden-states.md shows, or set target.server.url to null."
             )
         path = self._wait_for(name, deadline)
+        chosen = (answer.get("choices") or [{}])[0].get("token_ids")
         try:
-            hidden = read_rows(path, token_ids, expected)
+            return take(path, int(chosen[0]) if chosen else None)
         finally:
             path.unlink(missing_ok=True)
-        chosen = (answer.get("choices") or [{}])[0].get("token_ids")
-        return ServedRows(hidden, int(chosen[0]) if chosen else None)
 
     def _wait_for(self, name: str, deadline: float) -> Path:
         """The path of the file of this name, once it is complete."""
@@ -238,6 +262,23 @@ class ServerClient:
             connection.close()
             self._open.discard(connection)
             self._own.connection = None
+
+
+def api_key(variable: str | None) -> str | None:
+    """The value of the environment variable of this name.
+
+    Raises:
+        ValueError: it is not set.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if not key:
+        raise ValueError(
+            f"target.server.key_variable = {variable!r}: this environment variable is not set. Set it to the "
+            "server's API key, or remove key_variable."
+        )
+    return key
 
 
 def _json_object(text: bytes) -> dict[str, Any]:

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from eagle3_ds.config import TargetSection
 from eagle3_ds.store.rows import row_checksums
+from eagle3_ds.targets import choose_aux_layers
 
 ROWS_FORMAT = "eagle3_ds rows 1"
 
@@ -38,6 +41,18 @@ class Expected:
     dtype: str
     weights: str
 
+    @classmethod
+    def of(cls, section: TargetSection, config: Any, weights: str) -> Expected:
+        """Of the recipe's target with this text config."""
+        layers = choose_aux_layers(config.num_hidden_layers, section.aux_layers)
+        return cls(
+            layer_ids=(*layers, config.num_hidden_layers),
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            dtype=section.dtype,
+            weights=weights,
+        )
+
 
 @dataclass(frozen=True)
 class ServedRows:
@@ -58,6 +73,53 @@ class ServedRows:
         return self.hidden[:, -1]
 
 
+class RowFile:
+    """One file of hidden states, whose rows are read when they are asked for, and then checked.
+
+    Raises:
+        DamagedRowsError: the file is cut short.
+        ValueError: the rows are of another target or of other layers.
+    """
+
+    def __init__(self, path: Path, expected: Expected) -> None:
+        self.path, self.expected = path, expected
+        try:
+            self._file = safe_open(path, framework="pt").__enter__()
+            about = self._file.metadata() or {}
+            names = ("hidden_states", "token_ids", "row_crc32")
+            self._hidden, self._tokens, self._sums = (self._file.get_slice(name) for name in names)
+        except (SafetensorError, OSError) as error:
+            raise DamagedRowsError(f"{path} cannot be read ({error})") from error
+        check_about(about, expected)
+        shape = tuple(self._hidden.get_shape())
+        if shape[1:] != (len(expected.layer_ids), expected.hidden_size):
+            raise ValueError(
+                f"{path} holds rows of shape {shape}, expected [tokens, {len(expected.layer_ids)}, "
+                f"{expected.hidden_size}] (layers, hidden size): the server runs another model. Serve the "
+                "model of target.path."
+            )
+
+    def require_tokens(self, token_ids: Sequence[int]) -> None:
+        """Raises ValueError when the rows are those of another text."""
+        _check_tokens(self._tokens[:].tolist(), token_ids)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Hidden states [stop - start, S, H]; no other rows are read.
+
+        Raises:
+            DamagedRowsError: a row has another checksum than was written.
+            ValueError: a row is not finite.
+        """
+        hidden = self._hidden[start:stop]
+        wrong = (row_checksums(hidden.flatten(1)) != self._sums[start:stop]).nonzero()
+        if len(wrong):
+            raise DamagedRowsError(
+                f"{self.path}: row {start + int(wrong[0])} has another checksum than was written"
+            )
+        _check_finite(hidden, start, self.expected)
+        return hidden
+
+
 def read_rows(path: Path, token_ids: Sequence[int], expected: Expected) -> Tensor:
     """The hidden states [n, S, H] in a file, which must be those of these tokens.
 
@@ -65,27 +127,9 @@ def read_rows(path: Path, token_ids: Sequence[int], expected: Expected) -> Tenso
         DamagedRowsError: the file is cut short, or a row has another checksum.
         ValueError: the rows are of other tokens, of another target, of other layers, or not finite.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            names = ("hidden_states", "token_ids", "row_crc32")
-            hidden, found, sums = (file.get_tensor(name) for name in names)
-    except (SafetensorError, OSError) as error:
-        raise DamagedRowsError(f"{path} cannot be read ({error})") from error
-    check_about(about, expected)
-    _check_tokens(found.tolist(), token_ids)
-    shape = (len(token_ids), len(expected.layer_ids), expected.hidden_size)
-    if tuple(hidden.shape) != shape:
-        raise ValueError(
-            f"{path} holds rows of shape {tuple(hidden.shape)}, expected {shape} (tokens, layers, hidden "
-            "size):"
-            " the server runs another model. Serve the model of target.path."
-        )
-    wrong = (row_checksums(hidden.flatten(1)) != sums).nonzero()
-    if len(wrong):
-        raise DamagedRowsError(f"{path}: row {int(wrong[0])} has another checksum than was written")
-    _check_finite(hidden, expected)
-    return hidden
+    file = RowFile(path, expected)
+    file.require_tokens(token_ids)
+    return file.rows(0, len(token_ids))
 
 
 def check_about(about: dict[str, str], expected: Expected) -> None:
@@ -141,13 +185,13 @@ def _check_tokens(found: Sequence[int], sent: Sequence[int]) -> None:
         )
 
 
-def _check_finite(hidden: Tensor, expected: Expected) -> None:
-    """Raises ValueError naming the first row with a NaN or an infinity."""
+def _check_finite(hidden: Tensor, first: int, expected: Expected) -> None:
+    """Raises ValueError naming the first row with a NaN or an infinity. `first`: the number of row 0."""
     finite = hidden.isfinite().all(-1)
     if not finite.all():
         row, state = finite.logical_not().nonzero()[0].tolist()
         raise ValueError(
-            f"row {row} is not finite in the hidden state of layer {expected.layer_ids[state]}: the target "
-            f"overflows in {expected.dtype}, or the server is broken. Serve it with another --dtype "
+            f"row {first + row} is not finite in the hidden state of layer {expected.layer_ids[state]}: the "
+            f"target overflows in {expected.dtype}, or the server is broken. Serve it with another --dtype "
             "(and target.dtype), or another attention backend."
         )

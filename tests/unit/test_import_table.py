@@ -24,14 +24,14 @@ TABLE: dict[str, set[str]] = {
     "targets": {"config", "layout", "attention"},
     "store": {"layout"},
     "data": {"config", "layout"},
-    "serving": {"config", "store"},
+    "serving": {"config", "store", "targets"},
     "checkpoint": {"config", "topology", "collectives", "draft"},
     "guard": {"config", "topology", "layout", "collectives", "launch"},
     "export": {"config", "attention", "draft", "algorithms"},
     "eval": {"config", "data", "draft", "algorithms", "targets"},
     "train": {
         "config", "topology", "layout", "collectives", "kernels", "costs", "attention", "draft", "algorithms",
-        "losses", "targets", "store", "data", "checkpoint", "guard",
+        "losses", "targets", "store", "data", "serving", "checkpoint", "guard",
     },
     "run": {
         "config", "topology", "layout", "kernels", "costs", "attention", "draft", "algorithms", "targets",
