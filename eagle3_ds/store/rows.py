@@ -70,9 +70,10 @@ def as_stored(rows: Tensor, dtype: str, hidden_size: int) -> Tensor:
     limit = LARGEST_FLOAT8 if dtype == "float8" else torch.finfo(wanted).max
     row = first_beyond(stored, limit)
     if row is not None:
+        largest = rows[row].abs().max().item()
         raise ValueError(
-            f"a hidden state of {rows[row].abs().max().item():.4g} does not fit data.hidden_dtype {dtype}: set "
-            "it to bfloat16 or float32"
+            f"a hidden state of {largest:.4g} does not fit data.hidden_dtype {dtype}: set it to bfloat16 or "
+            "float32"
         )
     return decode_float8(*encode_float8(stored, hidden_size)) if dtype == "float8" else stored
 
