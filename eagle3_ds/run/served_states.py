@@ -26,6 +26,7 @@ from eagle3_ds.store import HiddenStateWriter
 from eagle3_ds.targets import load_text_config, resolve_path
 from eagle3_ds.targets.end import load_target_end
 from eagle3_ds.topology import detect_accelerator
+from eagle3_ds.train.streamed import files_of
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def streaming(recipe: Recipe, num_hosts: int) -> Iterator[None]:
     folder = resolve_path(recipe.target.path)
     config = load_text_config(folder)
     expected = Expected.of(recipe.target, config, prepared["store_fingerprint"]["target_weights"])
-    with _client(recipe, folder, expected, "stream-probe", max(lengths.values())) as client:
+    with _client(recipe, folder, expected, f"{files_of(recipe)}-tried", max(lengths.values())) as client:
         require_lengths(lengths.values(), client.connect(), client.url)
         dtype = getattr(torch, recipe.target.dtype)
         end = load_target_end(folder, config, dtype, detect_accelerator())

@@ -38,6 +38,11 @@ ROWS_AT_ONCE = 8192
 """How many last hidden states are normed at a time, as where a store is filled."""
 
 
+def files_of(recipe: Recipe) -> str:
+    """How the names of a run's files in the server's folder begin; runs may share the folder."""
+    return "stream-" + hashlib.sha256(str(Path(recipe.output_dir).resolve()).encode()).hexdigest()[:12]
+
+
 class StreamedStates:
     """Has the methods of a hidden-state store, and gives the rows that a store filled by the same server
     would give. The constructor and `states` are collective over the sp group.
@@ -59,8 +64,7 @@ class StreamedStates:
         self.layout = RowFormat(aux_width, config.hidden_size, recipe.data.hidden_dtype)
         self._end = load_target_end(path, config, getattr(torch, section.dtype), topology.device)
         self._turn = 0
-        run = hashlib.sha256(str(Path(recipe.output_dir).resolve()).encode()).hexdigest()[:12]
-        self._prefix = f"stream-{run}-{topology.place.dp_rank}"
+        self._prefix = f"{files_of(recipe)}-{topology.place.dp_rank}"
         self._ahead: LookAhead | None = None
         if topology.sp_rank == 0:
             self._ahead = self._look_ahead(url)

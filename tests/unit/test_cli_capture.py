@@ -5,7 +5,6 @@ again.
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,13 @@ import pytest
 import torch
 
 from eagle3_ds.cli.main import main
-from eagle3_ds.config import TargetSection, load_recipe
+from eagle3_ds.config import load_recipe
 from eagle3_ds.data import PreparedData
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.run import states
 from eagle3_ds.store import HiddenStateStore
-from eagle3_ds.targets import capture_hidden_states, load_target, target_fingerprint, teacher_tokens
 from tests.unit.data_samples import write_jsonl
-from tests.unit.fake_server import FakeServer
+from tests.unit.served_target import server_of_target
 from tests.unit.tiny_target import CONVERSATIONS, build_tiny_target
 
 COUNT = 8
@@ -98,35 +96,10 @@ def test_an_interrupted_capture_goes_on_with_the_document_it_stopped_at(
 def test_a_server_gives_the_store_that_the_target_gives_here(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = load_target(TargetSection(path=str(tmp_path / "target"), dtype="float32"))
-
-    one_at_a_time = threading.Lock()
-
-    def served(token_ids: list[int]) -> tuple[torch.Tensor, int]:
-        """As a server gives them: the last state is the one before the final norm."""
-        last: list[torch.Tensor] = []
-        with one_at_a_time:  # the hooks are the model's, not a thread's
-            hook = target.base.norm.register_forward_pre_hook(lambda module, given: last.append(given[0][0]))
-            aux, teacher = capture_hidden_states(target, torch.tensor(token_ids))
-            hook.remove()
-        states = torch.cat([aux.unflatten(1, (3, -1)), last[0][:, None]], dim=1)
-        return states, int(teacher_tokens(teacher[-1:], target.head))
-
-    layers = target.config.num_hidden_layers
-    about = {
-        "format": "eagle3_ds rows 1",
-        "layer_ids": ",".join(map(str, (*target.aux_layers, layers))),
-        "vocab_size": str(target.config.vocab_size),
-        "dtype": "float32",
-        "target_weights": target_fingerprint(tmp_path / "target", target.aux_layers, "float32")[
-            "target_weights"
-        ],
-    }
     places = [f"data.cache_dir={tmp_path / 'other'}", "data.hidden_dtype=float32"]
     assert main(["prepare", recipe, "data.hidden_dtype=float32"]) == 0
-    (tmp_path / "rows").mkdir()
     monkeypatch.setenv("SERVERS_KEY", "a-secret")
-    with FakeServer(tmp_path / "rows", served, about, key="a-secret").running() as fake:
+    with server_of_target(tmp_path / "target", tmp_path / "rows", key="a-secret").running() as fake:
         words = ["target.capture=server", f"target.server.url={fake.url}"]
         words += [f"target.server.folder={tmp_path / 'rows'}", "target.server.key_variable=SERVERS_KEY"]
         assert main(["prepare", recipe, *places, *words]) == 0
