@@ -7,6 +7,7 @@ docs/recipe.md explains every key.
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -59,6 +60,82 @@ class TargetBuild(Section):
         return self
 
 
+class ServerSection(Section):
+    """A vLLM server that gives the hidden states, with `target.capture: server`."""
+
+    url: Text | None = None
+    """URL of a running server. Null: the run starts one on this host and stops it."""
+    folder: Text | None = None
+    """Where the server writes hidden states and the run reads them. Null: a temporary folder, for a server
+    that the run starts.
+    """
+    python: Text | None = None
+    """The Python that has vLLM. Null: the `vllm` on PATH."""
+    arguments: tuple[Text, ...] = ()
+    """Further words for `vllm serve`, for example --tensor-parallel-size, 8."""
+    key_variable: Text | None = None
+    """Name of the environment variable that holds the API key of the server at `url`."""
+    concurrency: Positive = 16
+    """How many documents are asked for at once."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """How long one document may take."""
+    start_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    """How long a server that the run starts may take to load the target."""
+    retries: NonNegative = 5
+    """How often a document is asked for again after a failure that may pass."""
+    buffer_gib: Annotated[float, Field(gt=0)] = 8.0
+    """GiB of `folder` that each draft_dp group fills ahead of training with `data.hidden_states: stream`."""
+
+    @model_validator(mode="after")
+    def _no_credentials(self) -> ServerSection:
+        if self.url is not None and not _is_plain_url(self.url):
+            raise ValueError(
+                "url must be http://HOST:PORT or https://..., without user, password or query: a recipe is "
+                "logged and saved. Put an API key into an environment variable, and its name into "
+                "key_variable."
+            )
+        keys = [word for word in self.arguments if word.partition("=")[0] in ("--api-key", "--hf-token")]
+        if keys:
+            raise ValueError(
+                f"arguments has {keys[0].partition('=')[0]}: a recipe is logged and saved. A server that "
+                "the run "
+                "starts needs no key; put a token for the hub into the environment variable HF_TOKEN."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_server(self) -> ServerSection:
+        if self.url is not None and self.folder is None:
+            raise ValueError(
+                f"url is {self.url!r} and folder is null: name the folder that the server's connector "
+                "writes to, on "
+                "a file system that both hosts share."
+            )
+        own = {"python": self.python, "arguments": self.arguments}
+        given = [name for name, value in own.items() if value]
+        if self.url is not None and given:
+            raise ValueError(
+                f"url is {self.url!r}, and {' and '.join(given)} say how to start a server: remove one of "
+                "them."
+            )
+        if self.url is None and self.key_variable is not None:
+            raise ValueError(
+                f"key_variable is {self.key_variable!r} and url is null: a server that the run starts has "
+                "no key. "
+                "Remove key_variable."
+            )
+        return self
+
+
+def _is_plain_url(url: str) -> bool:
+    parts = urlsplit(url)
+    return (
+        parts.scheme in ("http", "https")
+        and bool(parts.hostname)
+        and not (parts.username or parts.password or parts.query or parts.fragment)
+    )
+
+
 class TargetSection(Section):
     path: Text
     """Folder of a Hugging Face causal LM, or a hub name."""
@@ -69,10 +146,22 @@ class TargetSection(Section):
     aux_layers: Annotated[tuple[NonNegative, ...], Field(min_length=1, max_length=8)] | None = None
     """Layers whose inputs are captured, 1 to 8 of them. Null: the EAGLE-3 rule (2, n // 2, n - 3)."""
     dtype: FloatDtype = "bfloat16"
-    capture: Literal["single", "parallel"] = "single"
+    capture: Literal["single", "parallel", "server"] = "single"
     """How hidden states are captured before training. `single`: one process runs the target document by
-    document. `parallel`: all ranks run it over their spans of packed documents.
+    document. `parallel`: all ranks run it over their spans of packed documents. `server`: a vLLM server runs
+    it.
     """
+    server: ServerSection = ServerSection()
+
+    @model_validator(mode="after")
+    def _server_is_asked(self) -> TargetSection:
+        if self.capture != "server" and self.server != ServerSection():
+            raise ValueError(
+                f"server has settings and capture is {self.capture!r}: no server would be asked. Set "
+                "capture to "
+                "server, or remove the section."
+            )
+        return self
 
 
 class DraftSection(Section):
@@ -139,9 +228,9 @@ class DataSection(Section):
     """How many processes tokenise; null: one per core. The documents are the same for any number."""
     cache_dir: str = "output/cache"
     """Folder of tokenised conversations and hidden-state stores, which are found again by their content."""
-    hidden_states: Literal["offline", "online"] = "offline"
+    hidden_states: Literal["offline", "online", "stream"] = "offline"
     """`offline`: captured into a store before training. `online`: computed in each step by the target, which
-    is then on the same devices as the draft.
+    is then on the same devices as the draft. `stream`: asked of `target.server` while the draft is trained.
     """
     hidden_dtype: Literal["float32", "bfloat16", "float16", "float8"] = "bfloat16"
     """Dtype of the store. float8 has one exponent per hidden state and takes half the disk of bfloat16."""
@@ -302,6 +391,22 @@ class Recipe(Section):
     logging: LoggingSection = LoggingSection()
     deepspeed: Text
     output_dir: Text
+
+    @model_validator(mode="after")
+    def _one_who_runs_the_target(self) -> Recipe:
+        capture, states = self.target.capture, self.data.hidden_states
+        if capture == "server" and states == "online":
+            raise ValueError(
+                "target.capture is server and data.hidden_states is online, which is the target on the "
+                "ranks. Set data.hidden_states to stream (rows while the draft is trained) or offline (a "
+                "store before), or target.capture to single."
+            )
+        if states == "stream" and capture != "server":
+            raise ValueError(
+                f"data.hidden_states is stream and target.capture is {capture}: the rows of a stream come "
+                "from a server. Set target.capture to server, or data.hidden_states to offline or online."
+            )
+        return self
 
     @model_validator(mode="after")
     def _norms_that_the_layout_takes(self) -> Recipe:

@@ -4,8 +4,9 @@ group.
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import datasets
@@ -33,6 +34,12 @@ class HiddenStates(Protocol):
 
         token_ids: int64 [L]. loss_mask: bool [L], which decides who will read what.
         """
+
+    def announce(self, packs: Iterator[Sequence[tuple[int, Sequence[int]]]]) -> None:
+        """Say what training will ask for, in order: packs of (document id, token ids), without end."""
+
+    def close(self) -> None:
+        """End what runs in the background. Not collective."""
 
 
 class SequenceSource:
@@ -111,6 +118,7 @@ class PackedLoader:
         self.accumulation = accumulation
         self.seed = seed
         self.resumed = resumed
+        self._announced = False
 
     @property
     def num_packs(self) -> int:
@@ -136,7 +144,17 @@ class PackedLoader:
 
     def step(self, step: int) -> list[PackedSequence]:
         """The `accumulation` packed sequences of optimizer step `step` (from 0) for this dp rank."""
+        if not self._announced:
+            self._announced = True
+            self.source.store.announce(self._following(step))
         return [self.source.sequence(self.packs[index]) for index in self.pack_indices(step)]
+
+    def _following(self, step: int) -> Iterator[Sequence[tuple[int, Sequence[int]]]]:
+        """The packs of this dp rank from `step` on, as (document id, token ids)."""
+        for later in itertools.count(step):
+            for index in self.pack_indices(later):
+                rows = [self.source.dataset[row] for row in self.packs[index]]
+                yield [(int(row["document_id"]), row["input_ids"].tolist()) for row in rows]
 
     def documents(self, step: int) -> list[int]:
         """The ids of the documents in `step(step)`, in their order."""

@@ -1,4 +1,6 @@
-"""The hidden-state store that a run trains from: its folder, and its capture by a single process."""
+"""The hidden-state store that a run trains from: its folder, and its capture by a single process or a
+server.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,11 @@ import torch
 
 from eagle3_ds.config import Recipe
 from eagle3_ds.data import PreparedData
+from eagle3_ds.run.served_states import SERVED, capture_from_server
 from eagle3_ds.say import progress_bar
 from eagle3_ds.store import HiddenStateStore, HiddenStateWriter, RowFormat
 from eagle3_ds.store.fingerprint import Fingerprint, store_folder
+from eagle3_ds.store.writer import CAPTURED
 from eagle3_ds.targets import capture_hidden_states, load_target, teacher_tokens
 from eagle3_ds.topology import detect_accelerator
 
@@ -21,10 +25,11 @@ logger = logging.getLogger(__name__)
 def place_of_states(
     recipe: Recipe, data: PreparedData, layout: RowFormat, fingerprint: Fingerprint
 ) -> Path | None:
-    """The folder of the run's hidden-state store; None with an online target.
+    """The folder of the run's hidden-state store; None with an online target or a
+    stream.
 
-    With `target.capture: single` the store is complete on return. With `parallel` the folder may still be
-    missing: the ranks that `run.stages.capture` starts fill it.
+    With `target.capture: single` or `server` the store is complete on return. With `parallel` the folder may
+    still be missing: the ranks that `run.stages.capture` starts fill it.
 
     Raises:
         ValueError: the store is damaged or of other documents, or the disk is too small.
@@ -32,16 +37,21 @@ def place_of_states(
     if recipe.data.hidden_states == "online":
         logger.info("hidden states: computed by the target while the draft is trained")
         return None
+    if recipe.data.hidden_states == "stream":
+        logger.info("hidden states: asked of a server while the draft is trained")
+        return None
     path = store_folder(recipe.data.cache_dir, fingerprint, layout.dtype)
     if path.is_dir():
         HiddenStateStore.open(path, fingerprint).require_documents(data.lengths())
     else:
-        writer = HiddenStateWriter(path, data.lengths(), layout, fingerprint)
+        origin = SERVED if recipe.target.capture == "server" else CAPTURED
+        writer = HiddenStateWriter(path, data.lengths(), layout, fingerprint, origin=origin)
         logger.info("hidden states: %s", writer.size_text)
         if recipe.target.capture == "parallel":
             logger.info("hidden states: many ranks write %s (launch, or eagle3-ds capture)", path)
             return path
-        _capture_alone(recipe, data, writer)
+        capture = capture_from_server if recipe.target.capture == "server" else _capture_alone
+        capture(recipe, data, writer)
     logger.info("hidden states: %s", path)
     return path
 

@@ -1,21 +1,15 @@
 """Importing the offline hidden states of another trainer, with the checks against the target that are
 possible.
-
-Legend: n rows, V vocabulary and Ht hidden size of the target.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors import safe_open
-from torch import Tensor, nn
 
 from eagle3_ds.config import Recipe
 from eagle3_ds.run.import_check import COMPARED_SAMPLES, compare_with_target
@@ -27,33 +21,14 @@ from eagle3_ds.store.foreign import ForeignFiles, open_foreign
 from eagle3_ds.store.importer import fill_store, match_documents, write_rows
 from eagle3_ds.targets import (
     choose_aux_layers,
-    load_embedding_and_head,
     load_target,
     load_text_config,
     resolve_path,
-    teacher_tokens,
 )
-from eagle3_ds.targets.weights import weight_files
+from eagle3_ds.targets.end import TargetEnd, load_target_end
 from eagle3_ds.topology import detect_accelerator
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TargetEnd:
-    """The part of the target that follows its last layer: the final norm and the head [V, Ht], whole."""
-
-    norm: nn.Module
-    head: Tensor
-
-    @torch.no_grad()
-    def finish(self, last: Tensor, is_normed: bool) -> tuple[Tensor, Tensor]:
-        """Turn last hidden states [n, Ht], before or after the norm, into teacher [n, Ht] after it, and the
-        target's tokens int64 [n].
-        """
-        last = last.to(self.head.device, self.head.dtype)
-        teacher = last if is_normed else self.norm(last)
-        return teacher, teacher_tokens(teacher, self.head)
 
 
 def import_store(recipe: Recipe, source: Path, hidden_states: Path | None = None, check: bool = True) -> Path:
@@ -87,7 +62,7 @@ def import_store(recipe: Recipe, source: Path, hidden_states: Path | None = None
         del target
     else:
         _check_layers(files, aux_layers, config.num_hidden_layers)
-        end = load_target_end(folder, config, getattr(torch, recipe.target.dtype))
+        end = load_target_end(folder, config, getattr(torch, recipe.target.dtype), detect_accelerator())
     rows = write_rows(files, rows_file, recipe.data.max_length, _progress(range(len(files)), "tokens"))
     logger.info("rows: %s; in %s", rows.text, rows_file)
     documents = tokenise(recipe)
@@ -171,29 +146,6 @@ def _check_layers(files: ForeignFiles, aux_layers: Sequence[int], num_layers: in
             f"and the recipe wants those of {list(aux_layers)}. Set target.aux_layers='{list(written)}', or "
             "leave --skip-check out, so that the layers are looked for."
         )
-
-
-def load_target_end(folder: Path, config: Any, dtype: torch.dtype) -> TargetEnd:
-    """Load the target's final norm and head, and no other weights.
-
-    Raises:
-        ValueError: the norm or the head is not found.
-    """
-    with torch.device("meta"):
-        norm = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).model.norm
-    files = weight_files(folder)
-    names = {name.removeprefix("model.norm."): name for name in files if name.startswith("model.norm.")}
-    if set(names) != set(norm.state_dict()):
-        raise ValueError(
-            f"{folder} has no weights {', '.join(f'model.norm.{name}' for name in norm.state_dict())}"
-        )
-    weights = {}
-    for key, name in names.items():
-        with safe_open(files[name], framework="pt") as file:
-            weights[key] = file.get_tensor(name).to(dtype)
-    norm.load_state_dict(weights, assign=True)
-    device = detect_accelerator()
-    return TargetEnd(norm.to(device), load_embedding_and_head(folder, dtype)[1].to(device))
 
 
 def _on_trust(files: ForeignFiles, aux_layers: Sequence[int], checked: bool) -> list[str]:

@@ -13,6 +13,7 @@ from eagle3_ds.launch.ranks import Outcome, run_with_restarts
 from eagle3_ds.run.checks import check_places, clear_output
 from eagle3_ds.run.memory_advice import advise_on_memory
 from eagle3_ds.run.resolve import ResolvedRun, RunOptions, resolve_run
+from eagle3_ds.run.served_states import streaming
 from eagle3_ds.run.stages import capture, evaluate, export, prepare, report
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,8 @@ def train_run(run: ResolvedRun) -> Trained:
     if status:
         return Trained(status, finished=False)
     write_environment_file(run.plan)
-    outcome = run_with_restarts(run.plan, lambda: _plan_again(run), run.recipe.faults.max_restarts)
+    with streaming(run.recipe, len(run.plan.hosts)):
+        outcome = run_with_restarts(run.plan, lambda: _plan_again(run), run.recipe.faults.max_restarts)
     if outcome.status:
         _advise(run, outcome)
         return Trained(outcome.status, False, outcome.reason)

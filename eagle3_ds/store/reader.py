@@ -145,6 +145,12 @@ class HiddenStateStore:
             self.view(documents, "teacher"),
         )
 
+    def close(self) -> None:
+        """Nothing is running that must end."""
+
+    def announce(self, packs: Iterator[Sequence[tuple[int, Sequence[int]]]]) -> None:
+        """Nothing is fetched ahead."""
+
     def require_documents(self, lengths: Mapping[int, int]) -> None:
         """Check that the store has every document of `lengths` ({document id: tokens}), and with that many
         tokens.

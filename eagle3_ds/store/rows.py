@@ -56,6 +56,28 @@ def decode_float8(codes: Tensor, exponents: Tensor) -> Tensor:
     return (codes.bfloat16().unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
 
 
+def as_stored(rows: Tensor, dtype: str, hidden_size: int) -> Tensor:
+    """What a store of `data.hidden_dtype: dtype` gives back for rows [L, W].
+
+    Args:
+        hidden_size: H, for float8.
+
+    Raises:
+        ValueError: a value is too large for the dtype.
+    """
+    wanted = torch.bfloat16 if dtype == "float8" else getattr(torch, dtype)
+    stored = rows if dtype == "float8" else rows.to(wanted)
+    limit = LARGEST_FLOAT8 if dtype == "float8" else torch.finfo(wanted).max
+    row = first_beyond(stored, limit)
+    if row is not None:
+        largest = rows[row].abs().max().item()
+        raise ValueError(
+            f"a hidden state of {largest:.4g} does not fit data.hidden_dtype {dtype}: set it to bfloat16 or "
+            "float32"
+        )
+    return decode_float8(*encode_float8(stored, hidden_size)) if dtype == "float8" else stored
+
+
 def power_of_two(exponent: Tensor) -> Tensor:
     """2**exponent in fp32, of the same shape, for int32 exponents in [-126, 127]. It is made from its bits,
     because a vectorised exp2 may round.

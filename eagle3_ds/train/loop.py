@@ -152,7 +152,9 @@ def _step(
     """Take optimizer step `index` (from 0), and return its record for metrics.jsonl."""
     rate = learning_rate_at(trainer.recipe, index, last)
     started = time.perf_counter()
-    report = trainer.step(loader.step(index), rate)
+    packs = loader.step(index)
+    waited = time.perf_counter() - started
+    report = trainer.step(packs, rate)
     seconds = time.perf_counter() - started
     return {
         "step": index + 1,
@@ -160,6 +162,7 @@ def _step(
         **report.as_dict(),
         **({"skipped": True} if guard.skipped(index, report) else {}),
         "tokens_per_s": report.tokens / seconds,
+        "wait_s": waited,
         "peak_memory_bytes": peak_memory_bytes(trainer.topology.device),
     }
 

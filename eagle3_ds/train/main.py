@@ -2,7 +2,8 @@
 `python -m eagle3_ds.train.main --recipe OUTPUT/recipe.resolved.yaml [--resume step-N]`.
 
 It reads `prepared.json`, which the prepare stage wrote into the recipe's output folder:
-`{"data": folder, "data_fingerprint": str, "store": folder or null, "store_fingerprint": {...}}`.
+`{"data": folder, "data_fingerprint": str, "store": folder or null, "store_fingerprint": {...}}`, and with
+`data.hidden_states: stream` `"server": {"url", "folder"}`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.loop import run_training, save_weights
 from eagle3_ds.train.online import OnlineStates
 from eagle3_ds.train.state import EngineState
+from eagle3_ds.train.streamed import StreamedStates
 from eagle3_ds.train.target_engine import TargetEngine
 from eagle3_ds.train.trainer import DraftTrainer
 
@@ -63,7 +66,7 @@ def build_trainer(recipe: Recipe, topology: Topology) -> DraftTrainer:
 
 
 def open_states(recipe: Recipe, topology: Topology) -> HiddenStates:
-    """The hidden-state store, or the online target. Collective for the target.
+    """The hidden-state store, the online target, or the server. Collective for the last two.
 
     Called before the draft's engine is built, while the device is empty: sharding takes the target's weights
     through the device layer by layer.
@@ -75,6 +78,9 @@ def open_states(recipe: Recipe, topology: Topology) -> HiddenStates:
     if recipe.data.hidden_states == "online":
         return OnlineStates(TargetEngine(recipe, topology))
     prepared = read_prepared(recipe)
+    if recipe.data.hidden_states == "stream":
+        server, weights = prepared["server"], prepared["store_fingerprint"]["target_weights"]
+        return StreamedStates(recipe, topology, server["url"], Path(server["folder"]), weights)
     return HiddenStateStore.open(prepared["store"], prepared["store_fingerprint"])
 
 
@@ -143,8 +149,11 @@ def train(recipe: Recipe, resume: str | None, heart: Heart) -> None:
     topology = maybe_setup_distributed(parallel.ulysses, parallel.ring, parallel.draft_dp)
     is_first = topology.place.rank == 0
     require_same_identity(recipe, topology)
-    with StopRequest(recipe.train.timeout_minutes if is_first else None) as stop:
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest(recipe.train.timeout_minutes if is_first else None))
         states = open_states(recipe, topology)
+        # After an error too, no thread that waits for a server keeps this rank from ending.
+        stack.callback(states.close)
         trainer = build_trainer(recipe, topology)
         checkpoints = output_dir / CHECKPOINTS
         resumed = None

@@ -6,7 +6,7 @@ Each rank runs the target over the same slots that it trains on. So the ranks ex
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -27,6 +27,12 @@ class OnlineStates:
 
     def __init__(self, engine: TargetEngine) -> None:
         self.engine = engine
+
+    def close(self) -> None:
+        """Nothing is running that must end."""
+
+    def announce(self, packs: Iterator[Sequence[tuple[int, Sequence[int]]]]) -> None:
+        """Nothing is fetched ahead."""
 
     def require_documents(self, lengths: Mapping[int, int]) -> None:
         """Accept any documents: their hidden states are computed when they are trained on."""

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from eagle3_ds.cli.main import main
+from eagle3_ds.config import load_recipe
 from eagle3_ds.data import PreparedData
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.run import states
 from eagle3_ds.store import HiddenStateStore
 from tests.unit.data_samples import write_jsonl
+from tests.unit.served_target import server_of_target
 from tests.unit.tiny_target import CONVERSATIONS, build_tiny_target
 
 COUNT = 8
@@ -89,3 +91,34 @@ def test_an_interrupted_capture_goes_on_with_the_document_it_stopped_at(
     store.verify()
     assert len(store.lengths) == COUNT
     assert main(["prepare", recipe]) == 0 and len(calls) == 4 + COUNT - 3
+
+
+def test_a_server_gives_the_store_that_the_target_gives_here(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = [f"data.cache_dir={tmp_path / 'other'}", "data.hidden_dtype=float32"]
+    assert main(["prepare", recipe, "data.hidden_dtype=float32"]) == 0
+    monkeypatch.setenv("SERVERS_KEY", "a-secret")
+    with server_of_target(tmp_path / "target", tmp_path / "rows", key="a-secret").running() as fake:
+        words = ["target.capture=server", f"target.server.url={fake.url}"]
+        words += [f"target.server.folder={tmp_path / 'rows'}", "target.server.key_variable=SERVERS_KEY"]
+        assert main(["prepare", recipe, *places, *words]) == 0
+    (folder,) = (tmp_path / "cache").glob("hidden-*")
+    (other,) = (tmp_path / "other").glob("hidden-*")
+    expected, found = HiddenStateStore.open(folder), HiddenStateStore.open(other)
+    assert found.origin == "vLLM extract_hidden_states"
+    assert found.lengths == expected.lengths
+    for document, length in found.lengths.items():
+        for name in ("aux", "teacher", "teacher_token"):
+            wanted = expected.rows(document, name, 0, length)
+            torch.testing.assert_close(found.rows(document, name, 0, length), wanted)
+    told = capsys.readouterr()
+    written = "".join(
+        path.read_text() for path in (tmp_path / "output").glob("*.*") if path.suffix != ".safetensors"
+    )
+    assert "a-secret" not in told.out + told.err + written + (other / "index.json").read_text()
+
+
+def test_a_server_fills_a_store_and_is_not_asked_in_training(recipe: str) -> None:
+    with pytest.raises(ValueError, match="target.capture is server and data.hidden_states is online"):
+        load_recipe(recipe, ["target.capture=server", "data.hidden_states=online"])

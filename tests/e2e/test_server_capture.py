@@ -1,0 +1,137 @@
+"""Hidden states from a real vLLM: the store is the one that transformers gives, and so is the training from
+it; a server that is killed midway costs nothing but its last documents.
+
+vLLM wants an environment of its own: name its Python in EAGLE3_DS_VLLM_PYTHON.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from eagle3_ds.serving import process
+from eagle3_ds.store import HiddenStateStore, HiddenStateWriter
+from tests.e2e.small_quickstart import Job, small_job
+
+PYTHON = os.environ.get("EAGLE3_DS_VLLM_PYTHON")
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(PYTHON is None, reason="EAGLE3_DS_VLLM_PYTHON names no Python with vLLM"),
+]
+# Heads of 32 are vLLM's least. Long documents of the quickstart are cut into chunks of 64 tokens.
+OVERRIDES = (
+    "target.build.hidden_size=128",
+    "parallel.ulysses=1",
+    "parallel.ring=1",
+    "train.steps=3",
+    "train.eval_every=0",
+    "eval.num_prompts=0",
+)
+SERVED = (
+    "target.capture=server",
+    f"target.server.python={PYTHON}",
+    "target.server.arguments=[--enforce-eager, --max-num-seqs=8, --max-num-batched-tokens=64]",
+    "target.server.concurrency=4",
+)
+ON_CPU = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in ON_CPU.items():
+        monkeypatch.setenv(name, value)
+
+
+def job(places: Path, name: str, *more: str) -> Job:
+    """A run with a cache of its own and the target that all share."""
+    own = (f"data.cache_dir={places / name / 'cache'}", *OVERRIDES, *more)
+    return small_job(places, places / name / "output", *own)
+
+
+def store_of(places: Path, name: str) -> HiddenStateStore:
+    (folder,) = (places / name / "cache").glob("hidden-*")
+    return HiddenStateStore.open(folder)
+
+
+@pytest.fixture(scope="module")
+def by_transformers(places: Path) -> Job:
+    run = job(places, "transformers")
+    status, output = run.call("launch", "--num_ranks", "1")
+    assert status == 0, output
+    return run
+
+
+def require_same(found: HiddenStateStore, expected: HiddenStateStore) -> None:
+    assert found.lengths == expected.lengths
+    assert max(found.lengths.values()) > 64, "no document was cut into chunks"
+    found.verify()
+    for document, length in found.lengths.items():
+        for name in ("aux", "teacher"):
+            wanted = expected.rows(document, name, 0, length)
+            errors = (found.rows(document, name, 0, length) - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+            assert errors.max() <= 1e-5, f"{name} of document {document}: relative error {errors.max():.2e}"
+        tokens = [store.rows(document, "teacher_token", 0, length) for store in (found, expected)]
+        assert torch.equal(*tokens), document
+
+
+def test_the_store_and_the_training_are_those_of_transformers(by_transformers: Job, places: Path) -> None:
+    run = job(places, "server", *SERVED)
+    status, output = run.call("launch", "--num_ranks", "1")
+    assert status == 0, output
+    require_same(store_of(places, "server"), store_of(places, "transformers"))
+    losses = [[step["loss"] for step in each.metrics()] for each in (run, by_transformers)]
+    assert len(losses[0]) == 3
+    for found, expected in zip(*losses, strict=True):
+        assert abs(found - expected) <= 1e-4, losses
+
+
+def test_a_killed_server_is_told_and_the_next_run_goes_on(
+    by_transformers: Job, places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, written = job(places, "killed", *SERVED), 0
+    started: list[int] = []
+    real_append, real_popen = HiddenStateWriter.append, process.subprocess.Popen
+
+    def popen(*arguments, **options):
+        server = real_popen(*arguments, **options)
+        started.append(server.pid)
+        return server
+
+    def append(self, *arguments, **options):
+        nonlocal written
+        real_append(self, *arguments, **options)
+        written += 1
+        if written == 10:
+            os.kill(started[0], signal.SIGKILL)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(process.subprocess, "Popen", popen)
+        patched.setattr(HiddenStateWriter, "append", append)
+        status, output = run.call("prepare")
+    assert status == 2, output
+    assert "ended by signal 9" in output and "last lines" in output, output
+    with pytest.raises(ProcessLookupError):
+        os.killpg(started[0], 0)
+    done = written
+    status, output = run.call("prepare")
+    assert status == 0, output
+    assert f"{done} documents are there already" in output
+    store = store_of(places, "killed")
+    require_same(store, store_of(places, "transformers"))
+    pieces = [piece for shard in store.shards.values() for piece in shard.pieces]
+    assert sum(piece.length for piece in pieces) == sum(store.lengths.values())
