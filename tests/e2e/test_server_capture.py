@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ pytestmark = [
 # Heads of 32 are vLLM's least. Long documents of the quickstart are cut into chunks of 64 tokens.
 OVERRIDES = (
     "target.build.hidden_size=128",
+    "target.build.intermediate_size=128",
+    "target.build.vocab_size=512",
+    "target.build.steps=2",
+    "target.build.sequence_length=128",
+    "draft.vocab_size=256",
+    "data.max_conversations=16",
+    "data.max_length=1024",
+    "data.workers=1",
     "parallel.ulysses=1",
     "parallel.ring=1",
     "train.steps=3",
@@ -135,3 +144,45 @@ def test_a_killed_server_is_told_and_the_next_run_goes_on(
     require_same(store, store_of(places, "transformers"))
     pieces = [piece for shard in store.shards.values() for piece in shard.pieces]
     assert sum(piece.length for piece in pieces) == sum(store.lengths.values())
+
+
+SPOILED = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace as Some
+from eagle3_ds_connector import RowsConnector
+connector = RowsConnector.__new__(RowsConnector)
+connector.folder, connector._saves, connector._spoiled = Path(sys.argv[1]), [], set()
+connector._vllm_config = Some(model_config=Some(max_model_len=100))
+def step(**tokens):
+    new = [Some(req_id=name, num_computed_tokens=50) for name in tokens]
+    cached = Some(req_ids=[], num_computed_tokens=[])
+    connector.build_connector_meta(
+        Some(scheduled_new_reqs=new, scheduled_cached_reqs=cached, num_scheduled_tokens=tokens))
+def finish(name, prefix="run", status="FINISHED_LENGTH_CAPPED"):
+    asked = {"eagle3_ds_prefix": prefix} if prefix else None
+    ended = Some(name=status)
+    request = Some(request_id=name, kv_transfer_params=asked, prompt_token_ids=[1, 2], status=ended)
+    return connector.request_finished(request, [3])
+step(a=49)
+assert finish("a") == (True, {"eagle3_ds_rows": "run-a"}), "49 + 50 tokens and the answer fit into 100"
+step(b=10, c=50)
+assert finish("b") == (False, {"eagle3_ds_rows": "run-b"}), "c reaches 100 in the step of b"
+step(d=10)
+assert finish("d")[0] and not finish("e", prefix=None)[0] and not finish("f", status="FINISHED_ABORTED")[0]
+assert [save.name for save in connector._saves] == ["run-d"], connector._saves
+"""
+
+
+def test_rows_of_a_step_that_vllm_left_out_are_not_given(tmp_path: Path) -> None:
+    (tmp_path / "eagle3_ds_connector.py").write_text(process.CONNECTOR.read_text())
+    done = subprocess.run(
+        [str(PYTHON), "-c", SPOILED, str(tmp_path)],
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [file.name for file in tmp_path.glob("*.failed")] == ["run-b.failed"]
+    assert "--max-model-len" in (tmp_path / "run-b.failed").read_text()
