@@ -1,6 +1,6 @@
 """The exactness matrix: cases that together have every pair of values of any two factors, and their inputs.
 
-Legend: L tokens of a micro-batch, H hidden size, A = layers * H.
+Legend: L tokens of a micro-batch, H hidden size of the draft, A = layers * the target's.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ FACTORS: Mapping[str, tuple[Any, ...]] = {
     "activation": ("recompute", "keep", "offload"),
     "tiles": ("one", "many"),
     "kernel": ("auto", "blockwise"),
-    "rope": ("default", "llama3", "linear", "dynamic", "longrope"),
+    "rope": ("default", "llama3", "linear", "dynamic", "longrope", "partial"),
+    "shape": ("target", "head_dim", "mlp", "narrow", "wide"),
     "window": (None, 24),
     "loss": ("kl", "tv", "lk_alpha", "lk_lambda"),
     "aux_layers": (3, 1, 5),
@@ -51,22 +52,29 @@ NORMS: Mapping[str, tuple[str, ...]] = {
     "all": ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual"),
 }
 HEADS = {"gqa": (4, 2), "mha": (4, 4)}
-# The original length is short, so that the test's documents reach all three of llama3's ranges.
-ROPE: Mapping[str, Mapping[str, Any]] = {
-    "default": {},
-    "linear": {"factor": 4.0},
-    "dynamic": {"factor": 2.0},
-    "longrope": {
-        "short_factor": [1.0] * 8, "long_factor": [1.0, 1.1, 1.3, 1.7, 2.5, 4.0, 6.0, 9.0],
-        # Scores grow by 1.2, as they do for Phi-3.
-        "original_max_position_embeddings": 1024,
-    },
-    "llama3": {
-        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    },
+# The draft's hidden size, its MLP width, and the channels of a head beyond its equal part of the hidden size.
+SHAPE = {
+    "target": (64, 96, 0), "head_dim": (64, 96, 8),
+    "mlp": (64, 160, 0), "narrow": (48, 96, 0), "wide": (80, 96, 0),
 }  # fmt: skip
-HIDDEN, INTERMEDIATE, VOCABULARY, DRAFT_VOCABULARY = 64, 96, 160, 128
+# The original length is short, so that the test's documents reach all three of llama3's ranges.
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+ROPE: Mapping[str, Mapping[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    # Scores grow by 1.2, as they do for Phi-3.
+    "longrope": {"rope_type": "longrope", "original_max_position_embeddings": 1024},
+    "llama3": LLAMA3,
+    # A theta of its own, half of each head, and a scaling.
+    "partial": {**LLAMA3, "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+}
+LONG_FACTORS = (1.0, 1.1, 1.3, 1.7, 2.5, 4.0, 6.0, 9.0)
+"""Of longrope, for the pairs of channels, again and again."""
+HIDDEN, VOCABULARY, DRAFT_VOCABULARY = 64, 160, 128
 NUM_STEPS = 3
 # With a large epsilon Adam's step is proportional to small gradients, so that a wrong scale of the gradient
 # changes the weights too.
@@ -95,6 +103,7 @@ class Case:
     tiles: str = "many"
     kernel: str = "auto"
     rope: str = "llama3"
+    shape: str = "target"
     window: int | None = None
     loss: str = "kl"
     aux_layers: int = 3
@@ -124,7 +133,7 @@ class Case:
             f"{mesh} {self.deepspeed}/{self.zero_group} acc{self.accumulation} {self.documents} {self.heads} "
             f"{self.kv_exchange} K{self.ttt_steps} {self.dtype} {self.alignment} {self.reduction} "
             f"layers{self.layers} {self.activation} tiles-{self.tiles} {self.kernel} rope-{self.rope} "
-            f"window-{self.window} {self.loss} aux{self.aux_layers} norms-{self.norms}"
+            f"shape-{self.shape} window-{self.window} {self.loss} aux{self.aux_layers} norms-{self.norms}"
         )
 
 
@@ -239,7 +248,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     config = _config(case)
     round_to = getattr(torch, case.dtype)
     head = torch.randn(VOCABULARY, HIDDEN, generator=generator).to(round_to).float()
-    embedding = torch.randn(VOCABULARY, HIDDEN, generator=generator).to(round_to).float()
+    embedding = torch.randn(VOCABULARY, config.hidden_size, generator=generator).to(round_to).float()
     kept = torch.randperm(VOCABULARY, generator=generator)[:DRAFT_VOCABULARY].sort().values
     frozen = Frozen(embedding, head, kept - torch.arange(DRAFT_VOCABULARY))
     weights = {name: w.to(round_to).float() for name, w in _weights(config, head[kept], generator).items()}
@@ -255,20 +264,22 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
 
 def _config(case: Case) -> LlamaConfig:
     num_heads, num_kv_heads = HEADS[case.heads]
+    hidden, inner, more = SHAPE[case.shape]
+    head_dim = hidden // num_heads + more
     return LlamaConfig(
         vocab_size=VOCABULARY,
         draft_vocab_size=DRAFT_VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
+        hidden_size=hidden,
+        intermediate_size=inner,
         num_hidden_layers=case.layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
-        head_dim=HIDDEN // num_heads,
+        head_dim=head_dim,
         max_position_embeddings=4096,
         # Longer than the positions, and than any document: what a pack holds must not matter.
         rotary_length=10_000,
         rms_norm_eps=1e-5,
-        rope_parameters={"rope_theta": 10000.0, "rope_type": case.rope, **ROPE[case.rope]},
+        rope_parameters=_rope_parameters(case.rope, head_dim),
         tie_word_embeddings=False,
         num_aux_layers=case.aux_layers,
         target_hidden_size=HIDDEN,
@@ -281,17 +292,26 @@ def _config(case: Case) -> LlamaConfig:
     )
 
 
+def _rope_parameters(kind: str, head_dim: int) -> dict[str, Any]:
+    parameters = {"rope_theta": 10000.0, **ROPE[kind]}
+    if kind == "longrope":
+        factors = itertools.islice(itertools.cycle(LONG_FACTORS), head_dim // 2)
+        parameters |= {"short_factor": [1.0] * (head_dim // 2), "long_factor": list(factors)}
+    return parameters
+
+
 def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the draft's parameters."""
     hidden, inner = config.hidden_size, config.intermediate_size
     q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    target = getattr(config, "target_hidden_size", hidden)
     shapes: dict[str, tuple[int, ...]] = {
-        "fc.weight": (hidden, getattr(config, "num_aux_layers", 3) * hidden)
+        "fc.weight": (hidden, getattr(config, "num_aux_layers", 3) * target)
     }
     if getattr(config, "norm_before_fc", False):
         shapes["input_norm.weight"] = shapes["fc.weight"][1:]
     if getattr(config, "fc_norm", False):
-        shapes |= {f"fc_norm.{i}.weight": (hidden,) for i in range(config.num_aux_layers)}
+        shapes |= {f"fc_norm.{i}.weight": (target,) for i in range(config.num_aux_layers)}
     for layer in range(config.num_hidden_layers):
         wide = hidden * (2 if layer == 0 else 1)
         norms = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
@@ -319,8 +339,11 @@ def _weights(config: LlamaConfig, draft_head: Tensor, generator: torch.Generator
         noise = torch.randn(shape, generator=generator)
         weights[name] = 1.0 + 0.1 * noise if len(shape) == 1 else noise * 0.3 * shape[1] ** -0.5
     weights["fc.weight"] = weights["fc.weight"] * 0.3
-    weights["fc.weight"][:, -config.hidden_size :] += torch.eye(config.hidden_size)
-    weights["lm_head.weight"] = 0.05 * (draft_head + 0.1 * weights["lm_head.weight"])
+    weights["fc.weight"][:, -HIDDEN:] += torch.eye(config.hidden_size, HIDDEN)
+    # A wider draft has channels that no column of the target's head meets; a narrower one lacks the last.
+    common = min(HIDDEN, config.hidden_size)
+    weights["lm_head.weight"] = 0.05 * 0.1 * weights["lm_head.weight"]
+    weights["lm_head.weight"][:, :common] += 0.05 * draft_head[:, :common]
     return weights
 
 

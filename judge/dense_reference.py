@@ -4,8 +4,8 @@ It was written from docs/semantics.md alone and shares no code with the product.
 matrices, full logits, plain autograd, and its own code for rotary embedding, vocabulary, masks and accuracy.
 It is slow and needs much memory; use it in fp64.
 
-Legend: L tokens of one micro-batch, K TTT steps, H hidden size, D head size, Hq / Hkv heads, V target
-vocabulary, Vd draft vocabulary.
+Legend: L tokens of one micro-batch, K TTT steps, H hidden size of the draft, Ht the target's, D head
+size, R channels of it that turn, Hq / Hkv heads, V target vocabulary, Vd draft vocabulary.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class LossRules:
 
 @dataclass(frozen=True)
 class Frozen:
-    """The target's embedding [V, H] and head [V, H], and d2t int64 [Vd], where the target's id of draft token
-    i is i + d2t[i].
+    """The draft's frozen embedding [V, H], the target's head [V, Ht], and d2t int64 [Vd], where
+    the target's id of draft token i is i + d2t[i].
     """
 
     embedding: Tensor
@@ -195,7 +195,7 @@ def reference_train(
 
 
 def rotary_frequencies(config: LlamaConfig) -> Tensor:
-    """The angle by which each pair of channels is rotated per position, fp64 [D / 2].
+    """The angle by which each pair of channels is rotated per position, fp64 [R / 2].
 
     Scalings that depend on a length take `config.rotary_length`, the longest that the draft is made for;
     where it is absent, `max_position_embeddings`.
@@ -205,8 +205,9 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
     """
     rope = config.rope_parameters
     kind = rope["rope_type"]
-    pair = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
-    frequency = 1.0 / rope["rope_theta"] ** (pair / config.head_dim)
+    turning = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
+    pair = torch.arange(0, turning, 2, dtype=torch.float64)
+    frequency = 1.0 / rope["rope_theta"] ** (pair / turning)
     if kind == "default":
         return frequency
     if kind == "linear":
@@ -216,8 +217,8 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
         # NTK: the base grows with the length beyond the original one.
         stretch = max(longest, config.max_position_embeddings) / config.max_position_embeddings
         grown = rope["factor"] * stretch - (rope["factor"] - 1)
-        base = rope["rope_theta"] * grown ** (config.head_dim / (config.head_dim - 2))
-        return 1.0 / base ** (pair / config.head_dim)
+        base = rope["rope_theta"] * grown ** (turning / (turning - 2))
+        return 1.0 / base ** (pair / turning)
     if kind == "longrope":
         is_long = longest > rope["original_max_position_embeddings"]
         return frequency / torch.tensor(
@@ -236,7 +237,7 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
 
 
 def rotary_factor(config: LlamaConfig) -> float:
-    """What rotated queries and keys are multiplied by; one but for longrope."""
+    """What the channels that turn are multiplied by, of queries and keys; one but for longrope."""
     rope = config.rope_parameters
     if rope["rope_type"] != "longrope":
         return 1.0
@@ -399,7 +400,7 @@ def _layer(
         for name in "qkv"
     )
     group = config.num_attention_heads // config.num_key_value_heads
-    q, k = (_rotate(x, angle) * rotary_factor(config) for x in (q, k))
+    q, k = (_rotate(x, angle, rotary_factor(config)) for x in (q, k))
     keys_values.append((k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)))
     attended = _attention(q, keys_values, may_attend).transpose(0, 1).flatten(1)
     if layer == 0 and getattr(config, "norm_before_residual", False):
@@ -426,11 +427,14 @@ def _attention(q: Tensor, keys_values: list[tuple[Tensor, Tensor]], may_attend: 
     return out
 
 
-def _rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """Llama's rotary embedding of x [heads, L, D] by angle [L, D / 2]: pairs channels c and c + D / 2."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+def _rotate(x: Tensor, angle: Tensor, factor: float) -> Tensor:
+    """Llama's rotary embedding of the first R channels of x [heads, L, D] by angle [L, R / 2]: pairs
+    channels c and c + R / 2; the channels after R stay as they are.
+    """
+    half = angle.shape[-1]
+    first, second, still = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = angle.cos() * factor, angle.sin() * factor
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, still), dim=-1)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, config: LlamaConfig) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from eagle3_ds.algorithms.eagle3 import model, step
 from eagle3_ds.attention import prefix_kv, usp
@@ -22,7 +24,7 @@ from eagle3_ds.kernels import Tile
 from eagle3_ds.layout import LocalBatch, LocalRows, SpanPlan
 from eagle3_ds.losses import lk_alpha, lk_lambda, tv
 from eagle3_ds.train import trainer as trainer_module
-from judge.cases import NORMS, Case
+from judge.cases import NORMS, SHAPE, Case
 
 MUTATIONS = (
     "scale_by_sp",
@@ -37,18 +39,38 @@ MUTATIONS = (
     "unnormalised_overlap",
     "swapped_layers",
     "lost_output_norm",
+    "whole_rotary",
+    "targets_theta",
+    "scale_of_width",
+    "lost_width",
+    "narrow_teacher",
 )
+OF_TRAINER = ("scale_by_sp", "scale_of_width", "narrow_teacher")
+"""Applied to the trainer, once it is made."""
+SHAPES = {"scale_of_width": "head_dim", "lost_width": "mlp", "narrow_teacher": "narrow"}
+"""The shape of a draft that shows a mutation."""
 
 
 @contextmanager
 def mutate(name: str | None, case: Case) -> Iterator[None]:
-    """Patch the product during the block, in which a case runs. `mutate_trainer` applies `scale_by_sp`.
+    """Patch the product during the block, in which a case runs. `mutate_trainer` applies OF_TRAINER.
 
     Raises:
         ValueError: the mutation is unknown, or changes nothing in this case.
     """
-    if name is None or name == "scale_by_sp":
+    if case.shape != SHAPES.get(str(name), case.shape):
+        raise ValueError(f"{name} needs another shape. Use a case with shape {SHAPES[str(name)]}.")
+    if name is None or name in OF_TRAINER:
         yield
+    elif name in ("whole_rotary", "targets_theta"):
+        if case.rope != "partial":
+            raise ValueError(f"{name} needs a rotary embedding of its own. Use a case with rope partial.")
+        with mock.patch.object(model, "rotary_frequencies", _with_rope(model.rotary_frequencies, name)):
+            yield
+    elif name == "lost_width":
+        lost = _of_target_width(step.after_attention_backward)
+        with mock.patch.object(step, "after_attention_backward", lost):
+            yield
     elif name == "dropped_halo":
         with mock.patch.object(
             trainer_module, "prepare_usp_input", _without_halo(trainer_module.prepare_usp_input)
@@ -114,9 +136,49 @@ def mutate(name: str | None, case: Case) -> Iterator[None]:
 
 
 def mutate_trainer(name: str | None, trainer: trainer_module.DraftTrainer) -> None:
-    """Apply `scale_by_sp`: the factor of the loss shares leaves out the sequence-parallel ranks."""
+    """Apply a mutation of OF_TRAINER.
+
+    `scale_by_sp`: the factor of the loss shares leaves out the sequence-parallel ranks. `scale_of_width`:
+    scores are scaled as if the heads together were as wide as the hidden state. `narrow_teacher`: only as
+    much of the teacher's hidden state is read as the draft's has.
+    """
+    config = trainer.draft.config
     if name == "scale_by_sp":
         trainer.loss_scale /= trainer.topology.sp_world_size
+    elif name == "scale_of_width":
+        for module in trainer.draft.modules():
+            if isinstance(module, usp.LlamaUSPFlashAttention):
+                module.scale = (config.hidden_size // config.num_attention_heads) ** -0.5
+    elif name == "narrow_teacher":
+        trainer._teacher_head[:, config.hidden_size :] = 0
+
+
+def _with_rope(frequencies: Any, name: str) -> Any:
+    """`whole_rotary`: a rotary embedding of part of the head turns all of it. `targets_theta`: the target's
+    theta.
+    """
+
+    def with_rope(config: LlamaConfig, device: torch.device) -> Any:
+        changed = copy.copy(config)
+        changes = {"partial_rotary_factor": 1.0} if name == "whole_rotary" else {"rope_theta": 10000.0}
+        changed.rope_parameters = {**config.rope_parameters, **changes}
+        return frequencies(changed, device)
+
+    return with_rope
+
+
+def _of_target_width(backward: Any) -> Any:
+    """Columns of the MLP beyond the target's width get no gradient."""
+
+    def of_target_width(*arguments: Any) -> Any:
+        sums, width = arguments[4], SHAPE["target"][1]
+        before = [total.clone() for total in (sums.gate, sums.up)]
+        result = backward(*arguments)
+        for total, old in zip((sums.gate, sums.up), before, strict=True):
+            total[width:] = old[width:]
+        return result
+
+    return of_target_width
 
 
 def _without_halo(cut: Any) -> Any:

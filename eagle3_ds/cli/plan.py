@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from eagle3_ds.plan import Candidate, Device
     from eagle3_ds.run.planning import Planned
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
+CACHE_ITEMSIZE = 2  # bfloat16, which servers keep a cache in unless told otherwise
 SHOWN = 6
 # The planner's own table says more of each; it waits for torch, which `--help` does not.
 DEVICES = ("A100", "Ascend910B", "H100", "H200")
@@ -109,6 +110,8 @@ def plan(
 def _show(planned: Planned, console: Console) -> None:
     setup, device, budget = planned.setup, planned.device, planned.budget
     _show_setup(setup, device, budget, console)
+    for note in planned.notes:
+        write(console, f"draft: {note}")
     _show_memory(setup, budget, console)
     _show_lengths(setup, budget, console)
     _show_time(setup, device, planned.ranks_per_node, console)
@@ -126,6 +129,14 @@ def _show_setup(setup: Setup, device: Device, budget: int, console: Console) -> 
         f"draft: {shape.num_parameters / 1e6:.0f} M trained parameters, hidden {shape.hidden_size}, "
         f"{shape.num_heads}/{shape.num_kv_heads} heads of {shape.head_dim}, draft vocabulary "
         f"{shape.draft_vocab_size}, K {setup.ttt_steps}",
+    )
+    per_token = shape.cache_bytes(CACHE_ITEMSIZE)  # keys and values
+    served = setup.length if setup.window is None else min(setup.length, setup.window)
+    write(
+        console,
+        f"the draft's cache when served in bfloat16: {per_token} bytes per token, "
+        f"{per_token * served / MIB:.1f} MiB per sequence of {setup.length} tokens (data.max_length)"
+        + ("" if setup.window is None else f", of which a window keeps {served}"),
     )
     write(
         console,

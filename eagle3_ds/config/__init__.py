@@ -4,6 +4,7 @@ anything starts.
 
 from eagle3_ds.config.deepspeed import fill_deepspeed_config, load_deepspeed_config, missing_packages
 from eagle3_ds.config.load import as_recipe, dump_recipe, load_recipe, recipe_differences
+from eagle3_ds.config.rope import PER_PAIR, SCALINGS, RopeSection, check_rotated, rotated_size
 from eagle3_ds.config.schema import (
     Activation,
     AttentionSection,
@@ -27,6 +28,8 @@ from eagle3_ds.config.schema import (
 from eagle3_ds.config.yaml_strict import read_text
 
 __all__ = [
+    "PER_PAIR",
+    "SCALINGS",
     "Activation",
     "BestBy",
     "ExchangeName",
@@ -41,11 +44,13 @@ __all__ = [
     "LossSection",
     "ParallelSection",
     "Recipe",
+    "RopeSection",
     "SamplingSection",
     "TargetBuild",
     "TargetSection",
     "TrainSection",
     "as_recipe",
+    "check_rotated",
     "dump_recipe",
     "fill_deepspeed_config",
     "load_deepspeed_config",
@@ -53,4 +58,5 @@ __all__ = [
     "missing_packages",
     "read_text",
     "recipe_differences",
+    "rotated_size",
 ]

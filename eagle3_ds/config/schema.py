@@ -9,7 +9,10 @@ from __future__ import annotations
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from eagle3_ds.config.rope import RopeSection, check_rotated
+from eagle3_ds.config.section import Section
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -23,12 +26,6 @@ ExchangeName = Literal["gather", "ring"]
 ZeroGroup = Literal["all", "draft_dp"]
 MaskAlignment = Literal["served", "reference"]
 BestBy = Literal["heldout_loss", "acceptance_length"]
-
-
-class Section(BaseModel):
-    """Base of every recipe section: immutable, strict, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class TargetBuild(Section):
@@ -170,9 +167,16 @@ class DraftSection(Section):
     vocab_size: Positive = 32000
     ttt_steps: Annotated[int, Field(ge=1, le=16)] = 7
     num_layers: Positive = 1
+    hidden_size: Positive | None = None
+    """Null: the target's. Another one gives the draft an embedding of its own, made from the target's."""
     intermediate_size: Positive | None = None
+    """Null: the target's; three times `hidden_size` if the target has only experts, or no single width."""
     num_heads: Positive | None = None
     num_kv_heads: Positive | None = None
+    head_dim: Positive | None = None
+    """Channels of a head. Null: the target's if it is ordinary, else 128."""
+    rope: RopeSection | None = None
+    """Null: rotate whole heads, with the target's theta, and its scaling if servers have it for drafts."""
     aux_norm: bool = False
     """Apply a separate RMSNorm to each captured layer before `fc` (EAGLE-3.1)."""
     norm_before_fc: bool = False
@@ -198,6 +202,17 @@ class DraftSection(Section):
     def _whole_groups(self) -> DraftSection:
         if self.num_heads is not None and self.num_kv_heads is not None:
             _check_grouping(self.num_heads, self.num_kv_heads)
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_of_channels(self) -> DraftSection:
+        if self.head_dim is not None and self.head_dim % 2:
+            raise ValueError(
+                f"head_dim is {self.head_dim}, but it should be even: a rotary embedding turns pairs of "
+                f"channels. Use {self.head_dim + 1}."
+            )
+        if self.head_dim is not None and self.rope is not None:
+            check_rotated(self.head_dim, self.rope)
         return self
 
 

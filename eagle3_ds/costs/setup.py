@@ -18,6 +18,10 @@ class DraftShape:
     """Sizes of a draft; its algorithm derives a class from this one that says what they cost.
 
     `vocab_size` is the target's, `draft_vocab_size` the draft's own.
+
+    Attributes:
+        target_size: the target's hidden size; None for the draft's.
+        rotated_size: channels of a head that turn; None for all.
     """
 
     hidden_size: int
@@ -28,6 +32,22 @@ class DraftShape:
     vocab_size: int
     draft_vocab_size: int
     num_layers: int = 1
+    target_size: int | None = None
+    rotated_size: int | None = None
+
+    @property
+    def target_hidden_size(self) -> int:
+        """The target's hidden size."""
+        return self.target_size or self.hidden_size
+
+    @property
+    def angle_size(self) -> int:
+        """Entries of the cosines, and of the sines, of one slot."""
+        return self.rotated_size or self.head_dim
+
+    def cache_bytes(self, itemsize: int) -> int:
+        """Bytes of keys and values that a server keeps of one token, over all layers."""
+        return 2 * self.num_layers * self.kv_size * itemsize
 
     @property
     def query_size(self) -> int:

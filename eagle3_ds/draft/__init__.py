@@ -3,7 +3,20 @@ with its backward, tiles, offload and the tiled loss.
 """
 
 from eagle3_ds.draft.contract import Draft, DraftAlgorithm, Guesser, LayoutForm
-from eagle3_ds.draft.geometry import aux_keys, aux_size, sliding_window, window_keys
+from eagle3_ds.draft.embedding import (
+    DRAFT_EMBEDDING,
+    load_draft_embedding,
+    project_embedding,
+    save_draft_embedding,
+)
+from eagle3_ds.draft.geometry import (
+    aux_keys,
+    aux_size,
+    has_own_embedding,
+    sliding_window,
+    target_hidden_size,
+    window_keys,
+)
 from eagle3_ds.draft.served import DraftCache
 from eagle3_ds.draft.taps import LossTaps
 from eagle3_ds.draft.tiled_loss import (
@@ -18,6 +31,7 @@ from eagle3_ds.draft.tiles import slots_per_tile
 from eagle3_ds.draft.vocabulary import VocabularyMap
 
 __all__ = [
+    "DRAFT_EMBEDDING",
     "Draft",
     "DraftAlgorithm",
     "DraftCache",
@@ -31,9 +45,14 @@ __all__ = [
     "aux_keys",
     "aux_size",
     "check_tile_bytes",
+    "has_own_embedding",
+    "load_draft_embedding",
     "loss_tiles",
+    "project_embedding",
+    "save_draft_embedding",
     "sliding_window",
     "slots_per_tile",
+    "target_hidden_size",
     "tiled_loss",
     "window_keys",
 ]

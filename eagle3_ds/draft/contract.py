@@ -27,7 +27,8 @@ class Draft(nn.Module):
     """The weights of a draft, and the pass over a packed sequence that trains them.
 
     Its attention layers are modules with `q_proj`, `k_proj`, `v_proj`, `o_proj` and `head_dim`, by which
-    `patch_attention` finds them. The token embedding is the target's and frozen. It is an argument instead of
+    `patch_attention` finds them. The token embedding is frozen: the target's, or the draft's own where its
+    hidden size is another (draft/embedding.py). It is an argument instead of
     a parameter, so that it stays out of checkpoints, optimizer and ZeRO.
 
     Attributes:
@@ -58,7 +59,7 @@ class Draft(nn.Module):
 
         Args:
             batch: this rank's slots.
-            embedding: [V, H], the target's, on the device of the model.
+            embedding: [V, H], frozen, on the device of the model.
             settings: the result of `DraftAlgorithm.settings`.
             on_guess: called for k = 0 .. K - 1 with the hidden state of guess k, [Q, H], before the final
                 norm. The draft must go on with what it returns, because the loss adds its gradient there.
@@ -133,6 +134,9 @@ class DraftAlgorithm(Protocol):
             ValueError: sizes do not fit each other.
         """
 
+    def notes(self, target_config: Any, recipe: Recipe) -> list[str]:
+        """What of the draft's shape is neither the recipe's nor plainly the target's, a line each."""
+
     def build(self, config: LlamaConfig) -> Draft:
         """A draft with fresh weights, drawn from torch's default generator."""
 
@@ -149,7 +153,7 @@ class DraftAlgorithm(Protocol):
         """The draft's sizes and costs, for the planner."""
 
     def guesser(self, draft: Any, embedding: Tensor, vocabulary: VocabularyMap) -> Guesser:
-        """The draft as a server runs it, at the start of a text. `embedding` [V, H] is the target's."""
+        """The draft as a server runs it, at the start of a text. `embedding` [V, H] is that of the draft."""
 
     def probe(self, draft: Any, seed: int) -> Tensor:
         """Logits [n, Vd] of the served draft for an input made from `seed`, in the draft's dtype, on the CPU.

@@ -57,8 +57,9 @@ def loss_parts(setup: Setup, columns: int) -> Parts:
     head = shape.draft_vocab_size * shape.hidden_size
     if setup.dtype != "float32":
         tile += tile_columns * shape.draft_vocab_size * item + head * item
-    # [t, H] tensors: teacher rows, the draft's hidden states, their norm and their gradient.
-    tile += tile_columns * shape.hidden_size * (4 * item + norm_entries(setup))
+    # Teacher rows [t, Ht]; the draft's hidden states, their norm and their gradient [t, H].
+    tile += tile_columns * shape.target_hidden_size * item
+    tile += tile_columns * shape.hidden_size * (3 * item + norm_entries(setup))
     return {
         "loss gradients": K * columns * shape.hidden_size * item,
         "weight-gradient sums": head * FP32,

@@ -44,7 +44,17 @@ def aux_size(config: Any) -> int:
     """A: entries of a slot's captured hidden states, concatenated. Configs of other programs do not have
     these keys; they mean three layers of the draft's own width.
     """
-    return num_aux_layers(config) * int(getattr(config, "target_hidden_size", None) or config.hidden_size)
+    return num_aux_layers(config) * target_hidden_size(config)
+
+
+def target_hidden_size(config: Any) -> int:
+    """Ht, the target's hidden size; the draft's own if the config does not say."""
+    return int(getattr(config, "target_hidden_size", None) or config.hidden_size)
+
+
+def has_own_embedding(config: Any) -> bool:
+    """Whether the draft has another hidden size than the target, whose embedding it then cannot share."""
+    return target_hidden_size(config) != config.hidden_size
 
 
 def num_aux_layers(config: Any) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.config import EvalSection, Recipe
@@ -26,6 +27,7 @@ def evaluate_draft(
     vocabulary: VocabularyMap,
     prompts: Sequence[Sequence[int]],
     progress: bool = True,
+    embedding: Tensor | None = None,
 ) -> dict[str, Any]:
     """Decode every prompt three times: with the target alone, with the draft, and with the untrained draft.
     Runs in one process, without collectives.
@@ -35,6 +37,7 @@ def evaluate_draft(
         draft, untrained_draft: served drafts, whose attention is not patched. They are moved to the target's
             device and `eval.dtype`.
         prompts: token ids, each up to where the assistant's answer begins.
+        embedding: [V, H], the drafts' own; None: they share the target's.
 
     Returns:
         What eval.json holds. Acceptance length: tokens per forward of the target, its own included. By
@@ -63,13 +66,14 @@ def evaluate_draft(
     rounds: dict[str, list[list[Round]]] = {name: [] for name in drafts}
     answers: list[list[int]] = []
     eos = target.tokenizer.eos_token_id
+    shared = target.embedding if embedding is None else embedding.to(target.device, dtype)
     for model in drafts.values():
         model.to(target.device, dtype).eval()
     for prompt in progress_bar(prompts, desc="speculative decoding", disable=not progress, unit="prompt"):
         expected = greedy_decode(target, prompt, settings.max_new_tokens, eos)
         answers.append(expected)
         for name, model in drafts.items():
-            guesser = algorithm_of(recipe).guesser(model, target.embedding, vocabulary)
+            guesser = algorithm_of(recipe).guesser(model, shared, vocabulary)
             _, more = speculative_decode(
                 target,
                 guesser,

@@ -3,12 +3,13 @@ speculators.
 """
 
 from eagle3_ds.export.speculators import export_speculators, load_speculators
-from eagle3_ds.export.verify import load_export, verify_export
+from eagle3_ds.export.verify import load_embedding, load_export, verify_export
 from eagle3_ds.export.vllm import export_vllm, load_vllm, vllm_tensors
 
 __all__ = [
     "export_speculators",
     "export_vllm",
+    "load_embedding",
     "load_export",
     "load_speculators",
     "load_vllm",

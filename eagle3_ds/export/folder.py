@@ -22,6 +22,8 @@ from eagle3_ds.attention.rotary import rotary_frequencies, rotary_length
 from eagle3_ds.draft import DraftAlgorithm, LayoutForm, VocabularyMap, sliding_window, window_keys
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+EMBEDDING = "embed_tokens.weight"
+PARTIAL = "partial_rotary_factor"
 
 
 def geometry(config: LlamaConfig, max_position: int | None) -> dict[str, Any]:
@@ -32,7 +34,9 @@ def geometry(config: LlamaConfig, max_position: int | None) -> dict[str, Any]:
     `max_position_embeddings` to the length the draft is served at, where that does not change the rotation.
     """
     rope = dict(config.rope_parameters)
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", PARTIAL)}
+    # Where a part of each head turns, vLLM and transformers 5 read it in rope_parameters, others beside them.
+    partial = {PARTIAL: rope[PARTIAL]} if PARTIAL in rope else {}
     return {
         "model_type": "llama",
         "hidden_size": config.hidden_size,
@@ -50,6 +54,7 @@ def geometry(config: LlamaConfig, max_position: int | None) -> dict[str, Any]:
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None if rope["rope_type"] == "default" else scaling,
         "rope_parameters": rope,
+        **partial,
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
@@ -90,9 +95,19 @@ def draft_config(
     Args:
         more: further fields, of the draft's algorithm.
     """
-    doubled = {"rope_theta", "rope_scaling"} if keys.get("rope_parameters") else set()
+    doubled = {"rope_theta", "rope_scaling", PARTIAL} if keys.get("rope_parameters") else set()
     kept = {key: value for key, value in keys.items() if key not in {"model_type", *doubled}}
     return LlamaConfig(**kept | {"draft_vocab_size": draft_vocab_size} | dict(more or {}))
+
+
+def check_embedding(embedding: Tensor, config: LlamaConfig) -> None:
+    """Raises ValueError when it is not the embedding of a draft of this config."""
+    wanted = (config.vocab_size, config.hidden_size)
+    if tuple(embedding.shape) != wanted:
+        raise ValueError(
+            f"the embedding is {list(embedding.shape)}, the draft's config wants {list(wanted)}. Use the "
+            "target's, or the draft's own if its hidden size is another."
+        )
 
 
 def algorithm_of_layout(layout: str, architectures: Any) -> DraftAlgorithm | None:

@@ -16,8 +16,10 @@ from transformers import LlamaConfig
 from eagle3_ds.algorithms import ALGORITHMS
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.export.folder import (
+    EMBEDDING,
     cast,
     check_complete,
+    check_embedding,
     draft_config,
     geometry,
     own_keys,
@@ -25,7 +27,6 @@ from eagle3_ds.export.folder import (
     write_folder,
 )
 
-EMBEDDING = "embed_tokens.weight"
 AUTO_MAP = {"": "config.Eagle3SpeculatorConfig"}
 
 
@@ -47,7 +48,7 @@ def export_speculators(
     `export_vllm`.
 
     Args:
-        embedding: [V, H], the target's.
+        embedding: [V, H], the target's, or the draft's own if its hidden size is another.
         verifier: name or path of the target; servers fetch it from there. A folder here is written as an
             absolute path, a hub name as it is.
         verifier_architectures: as in the target's config.
@@ -59,7 +60,7 @@ def export_speculators(
     """
     form = ALGORITHMS[algorithm].layouts["speculators"]
     check_complete(ALGORITHMS[algorithm], model_state, config, vocabulary)
-    _check_embedding(embedding, config)
+    check_embedding(embedding, config)
     keys = {
         "architectures": [form.architecture],
         "auto_map": AUTO_MAP,
@@ -108,7 +109,7 @@ def load_speculators(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor]
     config = draft_config(keys["transformer_layer_config"], keys["draft_vocab_size"], own)
     state = {form.name_here(name): tensor for name, tensor in tensors.items()}
     check_complete(algorithm, state, config, vocabulary)
-    _check_embedding(embedding, config)
+    check_embedding(embedding, config)
     return config, state, vocabulary, embedding
 
 
@@ -116,12 +117,3 @@ def _whole_name(verifier: str) -> str:
     """A name that loaders find from any working directory."""
     folder = Path(verifier).expanduser()
     return str(folder.resolve()) if folder.is_dir() else verifier
-
-
-def _check_embedding(embedding: Tensor, config: LlamaConfig) -> None:
-    wanted = (config.vocab_size, config.hidden_size)
-    if tuple(embedding.shape) != wanted:
-        raise ValueError(
-            f"the embedding is {list(embedding.shape)}, the draft's config wants {list(wanted)}. Use the "
-            "target's."
-        )

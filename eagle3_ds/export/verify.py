@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from eagle3_ds.algorithms import ALGORITHMS
-from eagle3_ds.draft import Draft, VocabularyMap
-from eagle3_ds.export.folder import read_folder
+from eagle3_ds.draft import Draft, VocabularyMap, has_own_embedding
+from eagle3_ds.export.folder import EMBEDDING, read_folder
 from eagle3_ds.export.speculators import load_speculators
 from eagle3_ds.export.vllm import load_vllm
 
@@ -24,6 +24,7 @@ def verify_export(
     vocabulary: VocabularyMap,
     tolerance: float | None = None,
     algorithm: str = "eagle3",
+    embedding: Tensor | None = None,
 ) -> float:
     """Read an export in either layout, and compare its logits on a fixed random input with the draft's.
 
@@ -34,18 +35,21 @@ def verify_export(
         model: the served draft, with whole weights.
         tolerance: the largest relative error allowed. None: 0 for a float32 export, else 16 times the epsilon
             of its dtype.
+        embedding: [V, H], the draft's own, if it has one.
 
     Returns:
         The relative L2 error of the logits.
 
     Raises:
-        ValueError: the logits, the sizes or the vocabulary map differ.
+        ValueError: the logits, the sizes, the vocabulary map or the draft's own embedding differ.
     """
     config, state, stored = load_export(folder)
     if not (torch.equal(stored.d2t, vocabulary.d2t.cpu()) and torch.equal(stored.t2d, vocabulary.t2d.cpu())):
         raise ValueError(
             f"the export {str(folder)!r} has another vocabulary map than the draft. Export it again."
         )
+    if has_own_embedding(config):
+        _check_same_embedding(folder, embedding)
     known = ALGORITHMS[algorithm]
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     original = known.build(model.config)
@@ -68,6 +72,20 @@ def verify_export(
             "draft do not belong together."
         )
     return error
+
+
+def load_embedding(folder: str | Path) -> Tensor:
+    """The embedding [V, H] of an export that holds one, on the CPU."""
+    return read_folder(folder)[1][EMBEDDING]
+
+
+def _check_same_embedding(folder: str | Path, embedding: Tensor | None) -> None:
+    stored = load_embedding(folder)
+    if embedding is None or not torch.equal(stored, embedding.to("cpu", stored.dtype)):
+        raise ValueError(
+            f"the export {str(folder)!r} has another embedding than the draft was trained with. Export it "
+            "again."
+        )
 
 
 def load_export(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], VocabularyMap]:

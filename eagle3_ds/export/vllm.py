@@ -1,7 +1,8 @@
 """The layout that vLLM and SGLang load: the first layer is called `midlayer`, and the tensors `d2t` and `t2d`
 map between the draft's and the target's vocabulary.
 
-The embedding is left out: both servers share the target's, which is what the draft was trained with.
+The embedding is left out: both servers share the target's, which is what the draft was trained with. A draft
+of another hidden size than the target's brings its own.
 
 The two servers count captured layers differently, and each reads its own key (docs/targets.md): vLLM the one
 at the top, the layers whose inputs are taken; SGLang the one in `eagle_config`, the layers whose outputs are.
@@ -18,11 +19,13 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from eagle3_ds.algorithms import ALGORITHMS
-from eagle3_ds.draft import VocabularyMap
+from eagle3_ds.draft import VocabularyMap, has_own_embedding, target_hidden_size
 from eagle3_ds.export.folder import (
+    EMBEDDING,
     algorithm_of_layout,
     cast,
     check_complete,
+    check_embedding,
     draft_config,
     geometry,
     own_keys,
@@ -45,6 +48,7 @@ def export_vllm(
     max_position: int | None = None,
     aux_layers: Sequence[int] | None = None,
     algorithm: str = "eagle3",
+    embedding: Tensor | None = None,
 ) -> Path:
     """Write the draft in the layout of vLLM and SGLang; returns the folder.
 
@@ -56,12 +60,14 @@ def export_vllm(
         aux_layers: the layers whose inputs the draft takes; only when they are not the rule's
             (2, n // 2, n - 3): the servers know the rule.
         algorithm: the draft's, as the recipe calls it.
+        embedding: [V, H] of a draft whose hidden size is not the target's; None for others.
 
     Raises:
-        ValueError: weights, config and vocabulary do not belong together, or the folder exists.
+        ValueError: weights, config, vocabulary and embedding do not belong together, or the folder exists.
     """
     form = ALGORITHMS[algorithm].layouts["vllm"]
     check_complete(ALGORITHMS[algorithm], model_state, config, vocabulary)
+    own = _own_embedding(embedding, config)
     keys = geometry(config, max_position) | {
         "architectures": [form.architecture],
         "draft_vocab_size": config.draft_vocab_size,
@@ -73,7 +79,22 @@ def export_vllm(
         keys[AUX_LAYERS] = list(aux_layers)
         keys["eagle_config"] = {"use_aux_hidden_state": True, AUX_LAYERS: sglang_layers(aux_layers)}
         tell_layers(aux_layers)
-    return write_folder(folder, keys, vllm_tensors(model_state, vocabulary, dtype, algorithm))
+    tensors = vllm_tensors(model_state, vocabulary, dtype, algorithm)
+    return write_folder(folder, keys, tensors | cast(own, dtype))
+
+
+def _own_embedding(embedding: Tensor | None, config: LlamaConfig) -> dict[str, Tensor]:
+    """The embedding by its name, if the draft has one of its own."""
+    if has_own_embedding(config) != (embedding is not None):
+        raise ValueError(
+            f"the draft's hidden size is {config.hidden_size}, the target's {target_hidden_size(config)}: a "
+            "draft brings an embedding of its own where they differ, and only there. "
+            + ("Give it." if embedding is None else "Leave it out.")
+        )
+    if embedding is None:
+        return {}
+    check_embedding(embedding, config)
+    return {EMBEDDING: embedding}
 
 
 def sglang_layers(aux_layers: Sequence[int]) -> list[int]:
@@ -134,6 +155,7 @@ def vllm_tensors(
 
 def load_vllm(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], VocabularyMap]:
     """The config of an export, its whole weights by the draft's names, and its vocabulary map, on the CPU.
+    `load_embedding` reads the embedding of a draft that has its own.
 
     Raises:
         ValueError: the folder is no export in this layout, or it is incomplete.
@@ -149,6 +171,13 @@ def load_vllm(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], Vocab
     form = algorithm.layouts["vllm"]
     vocabulary = VocabularyMap(tensors.pop("d2t"), tensors.pop("t2d"))
     config = draft_config(keys, keys["draft_vocab_size"], own_keys(form, folder, keys, tensors))
+    if has_own_embedding(config):
+        if EMBEDDING not in tensors:
+            raise ValueError(
+                f"{str(folder)!r} is a draft of another hidden size than its target and has no {EMBEDDING}. "
+                "Export it again."
+            )
+        check_embedding(tensors.pop(EMBEDDING), config)
     state = {form.name_here(name): tensor for name, tensor in tensors.items()}
     check_complete(algorithm, state, config, vocabulary)
     return config, state, vocabulary

@@ -29,7 +29,7 @@ def model_states(setup: Setup) -> tuple[Parts, Parts]:
     }
     frozen = {
         "frozen embedding": shape.vocab_size * shape.hidden_size * item,
-        "teacher's head": shape.draft_vocab_size * shape.hidden_size * item,
+        "teacher's head": shape.draft_vocab_size * shape.target_hidden_size * item,
         "target beside": setup.target_bytes // setup.world_size,
     }
     # ZeRO-3 also keeps its bucket. Stages 1 and 2 allocate theirs at the first gradient of a backward.

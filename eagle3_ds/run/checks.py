@@ -6,13 +6,14 @@ import importlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
+from transformers import LlamaConfig
 
+from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.checkpoint.format import (
     CHECKPOINTS,
     FINAL_WEIGHTS,
@@ -30,10 +31,11 @@ from eagle3_ds.config import (
     recipe_differences,
 )
 from eagle3_ds.data.sources import expand_sources
-from eagle3_ds.draft import check_tile_bytes, slots_per_tile
+from eagle3_ds.draft import DRAFT_EMBEDDING, check_tile_bytes, slots_per_tile
 from eagle3_ds.kernels import select_kernel
 from eagle3_ds.launch import hosts
 from eagle3_ds.launch.command import LaunchPlan
+from eagle3_ds.run.target_config import built_config
 from eagle3_ds.targets import (
     check_config_structure,
     check_parallel,
@@ -45,7 +47,6 @@ from eagle3_ds.targets import (
     head_size,
     load_full_config,
     load_text_config,
-    positions,
     resolve_path,
 )
 from eagle3_ds.topology import Mesh, check_heads, detect_accelerator
@@ -57,6 +58,7 @@ BYPRODUCTS = (
     RESOLVED,
     "prepared.json",
     "vocabulary.safetensors",
+    DRAFT_EMBEDDING,
     INITIAL_WEIGHTS,
     "draft-speculators",
     "deepspeed.env",
@@ -65,19 +67,6 @@ BYPRODUCTS = (
 # Keys that must not change when a run is resumed. All other keys may.
 FIXED_ON_RESUME = ("target.", "draft.", "data.", "loss.", "train.seed", "train.init_from")
 FREE_ON_RESUME = ("data.workers",)
-
-
-@dataclass(frozen=True)
-class TargetShape:
-    """The parts of the target's config that the checks need."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    positions: int
 
 
 def check_deepspeed(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
@@ -115,55 +104,36 @@ def check_places(recipe: Recipe, plan: LaunchPlan, launcher: str | None) -> None
     hosts.check_places(plan, launcher, folders, paths)
 
 
-def target_shape(recipe: Recipe, dry_run: bool) -> TargetShape | None:
-    """The target's sizes from its config; None in a dry run without the target's folder.
+def target_config(recipe: Recipe, dry_run: bool) -> Any:
+    """The target's text config; None in a dry run without the target's folder.
 
     Raises:
         ValueError: there is no target, it is no model folder, or its family is not supported.
     """
     build, path = recipe.target.build, Path(recipe.target.path)
     if build is not None and not path.exists():
-        head_dim = build.hidden_size // build.num_heads
-        widths = (build.vocab_size, build.hidden_size, build.intermediate_size)
-        return TargetShape(*widths, build.num_heads, build.num_kv_heads, head_dim, build.max_positions)
+        return built_config(build)
     if dry_run and not path.is_dir():
         return None
     config = load_text_config(resolve_path(recipe.target.path))
     check_supported(config, recipe.target.path)
     choose_aux_layers(config.num_hidden_layers, recipe.target.aux_layers)
-    num_heads = config.num_attention_heads
-    widths = (config.vocab_size, config.hidden_size, config.intermediate_size)
-    kv_heads, head_dim = config.num_key_value_heads, head_size(config)
-    return TargetShape(*widths, num_heads, kv_heads, head_dim, positions(config))
+    return config
 
 
-def check_target(recipe: Recipe, shape: TargetShape) -> None:
-    """Check the recipe against the target's sizes.
+def check_draft(recipe: Recipe, target: Any) -> LlamaConfig:
+    """The draft's config, checked against the target's config and the recipe.
 
     Raises:
-        ValueError: the draft vocabulary, the Ulysses degree or the bytes of a tile do not fit the target.
+        ValueError: the target does not allow such a draft, or the Ulysses degree or the bytes of a tile do
+            not fit it.
     """
-    if recipe.draft.vocab_size > shape.vocab_size:
-        raise ValueError(
-            f"draft.vocab_size is {recipe.draft.vocab_size}, larger than the target's vocabulary of "
-            f"{shape.vocab_size}: the draft predicts a subset of the target's tokens. Set it to that at most."
-        )
-    num_heads = recipe.draft.num_heads or shape.num_heads
-    num_kv_heads = recipe.draft.num_kv_heads or shape.num_kv_heads
-    if num_heads % num_kv_heads:
-        raise ValueError(
-            f"The draft would have {num_heads} query heads and {num_kv_heads} key/value heads: each "
-            "key/value head must serve equally many query heads. Set draft.num_heads and draft.num_kv_heads."
-        )
-    check_heads(recipe.parallel.ulysses, num_heads, num_kv_heads)
+    config = algorithm_of(recipe).build_config(target, recipe)
+    check_heads(recipe.parallel.ulysses, config.num_attention_heads, config.num_key_value_heads)
     itemsize = getattr(torch, recipe.train.dtype).itemsize
     check_tile_bytes(recipe.loss.tile_bytes, recipe.draft.vocab_size, recipe.draft.ttt_steps, itemsize)
-    slots_per_tile(
-        shape.hidden_size,
-        recipe.draft.intermediate_size or shape.intermediate_size,
-        itemsize,
-        recipe.train.tile_bytes,
-    )
+    slots_per_tile(config.hidden_size, config.intermediate_size, itemsize, recipe.train.tile_bytes)
+    return config
 
 
 def check_target_structure(recipe: Recipe, dry_run: bool = False) -> None:
@@ -182,17 +152,17 @@ def check_target_structure(recipe: Recipe, dry_run: bool = False) -> None:
         check_weight_names(path)
 
 
-def check_kernel(recipe: Recipe, accelerator: str, shape: TargetShape) -> str:
-    """The name of the attention kernel that will run.
+def check_kernel(recipe: Recipe, accelerator: str, target: Any, draft: LlamaConfig) -> str:
+    """The name of the attention kernel that will run the draft of config `draft`.
 
     Raises:
         ValueError: the kernel is not available. The message names those that are.
     """
     device = torch.device(accelerator)
     if target_runs_on_ranks(recipe):
-        select_kernel(recipe.attention.kernel, device, getattr(torch, recipe.target.dtype), shape.head_dim)
+        select_kernel(recipe.attention.kernel, device, getattr(torch, recipe.target.dtype), head_size(target))
     return select_kernel(
-        recipe.attention.kernel, device, getattr(torch, recipe.train.dtype), shape.head_dim
+        recipe.attention.kernel, device, getattr(torch, recipe.train.dtype), draft.head_dim
     ).name
 
 

@@ -18,6 +18,7 @@ from eagle3_ds.data import PreparedData
 from eagle3_ds.draft import Draft, VocabularyMap
 from eagle3_ds.eval import evaluate_draft
 from eagle3_ds.export import export_speculators, export_vllm, verify_export
+from eagle3_ds.run.draft_embedding import own_embedding
 from eagle3_ds.targets import load_embedding_and_head, load_target, load_text_config, resolve_path
 from eagle3_ds.topology import detect_accelerator
 
@@ -62,7 +63,9 @@ def evaluate_run(recipe: Recipe) -> dict[str, Any]:
     target = load_target(recipe.target, recipe.eval.dtype, detect_accelerator())
     longest = target.config.max_position_embeddings - recipe.eval.max_new_tokens - recipe.eval.draft_tokens
     prompts = heldout_prompts(data, longest, recipe.eval.num_prompts, recipe.data.seed)
-    result = evaluate_draft(recipe, target, trained, untrained, vocabulary, prompts)
+    result = evaluate_draft(
+        recipe, target, trained, untrained, vocabulary, prompts, embedding=own_embedding(recipe)
+    )
     result |= {"simulated_acceptance_length": _last_simulated(folder / "metrics.jsonl")}
     aside = folder / ".eval.json"
     aside.write_text(json.dumps(result, indent=2) + "\n")
@@ -108,7 +111,9 @@ def export_draft(recipe: Recipe) -> dict[Path, float]:
         aside = folder.with_name(f".{folder.name}.unverified")
         shutil.rmtree(aside, ignore_errors=True)
         _write(recipe, layout, draft, vocabulary, aside)
-        error = verify_export(aside, draft, vocabulary, algorithm=recipe.draft.algorithm)
+        error = verify_export(
+            aside, draft, vocabulary, algorithm=recipe.draft.algorithm, embedding=own_embedding(recipe)
+        )
         if folder.exists():
             shutil.rmtree(folder)
         errors[aside.rename(folder)] = error
@@ -123,7 +128,7 @@ def _write(recipe: Recipe, layout: str, draft: Draft, vocabulary: VocabularyMap,
     # differently from vLLM.
     if aux_layers == (2, num_layers // 2, num_layers - 3):
         aux_layers = None
-    state, dtype = draft.state_dict(), recipe.export.dtype
+    state, dtype, own = draft.state_dict(), recipe.export.dtype, own_embedding(recipe)
     if layout == "vllm":
         export_vllm(
             state,
@@ -134,9 +139,10 @@ def _write(recipe: Recipe, layout: str, draft: Draft, vocabulary: VocabularyMap,
             recipe.data.max_length,
             aux_layers,
             recipe.draft.algorithm,
+            own,
         )
         return
-    embedding, _ = load_embedding_and_head(path)
+    embedding = load_embedding_and_head(path)[0] if own is None else own
     export_speculators(
         state,
         draft.config,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.attention.costs import choose_kv_exchange
@@ -26,6 +26,7 @@ from eagle3_ds.plan import (
     predict_memory,
 )
 from eagle3_ds.run.memory_advice import deepspeed_files
+from eagle3_ds.run.target_config import built_config, llama_config
 from eagle3_ds.run.target_sizes import SHAPES, SIZES
 from eagle3_ds.targets import (
     beyond_positions,
@@ -69,6 +70,7 @@ class Planned:
     budget: bytes per rank for tensors.
     candidates: settings that fit, the fastest first.
     warnings: about the recipe and the target.
+    notes: what of the draft's shape is neither the recipe's nor plainly the target's.
     shortage: what is missing and would help; None where the recipe fits as it stands.
     """
 
@@ -79,6 +81,7 @@ class Planned:
     candidates: Sequence[Candidate] = field(default_factory=tuple)
     shortage: str | None = None
     warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 def plan_recipe(
@@ -104,6 +107,7 @@ def plan_recipe(
     target = _target_config(recipe, shape, sizes or {})
     algorithm = algorithm_of(recipe)
     draft = algorithm.shape(algorithm.build_config(target, recipe))
+    shape_notes = algorithm.notes(target, recipe)
     check_heads(parallel.ulysses, draft.num_heads, draft.num_kv_heads)
     device = DEVICES[machines.device]
     budget = int(((machines.gpu_memory or device.memory) - machines.reserve) * GIB)
@@ -126,7 +130,7 @@ def plan_recipe(
     # Sizes that are given say nothing of positions.
     warning = None if shape or sizes else beyond_positions(recipe.data.max_length, positions(target))
     warnings = () if warning is None else (warning,)
-    return Planned(setup, device, machines.gpus_per_node, budget, candidates, shortage, warnings)
+    return Planned(setup, device, machines.gpus_per_node, budget, candidates, shortage, warnings, shape_notes)
 
 
 def _target_config(recipe: Recipe, shape: str | None, given: Mapping[str, int]) -> Any:
@@ -138,32 +142,18 @@ def _target_config(recipe: Recipe, shape: str | None, given: Mapping[str, int]) 
             raise ValueError(
                 f"{', '.join(missing)}: not given. Give every size of the target, or a --shape to start from."
             )
-        return _llama(sizes)
+        return llama_config(sizes)
     path, build = Path(recipe.target.path).expanduser(), recipe.target.build
     if path.is_dir():
         config = load_text_config(path)
     elif build is not None:
-        built = _llama({**build.model_dump(), "head_dim": build.hidden_size // build.num_heads})
-        built.max_position_embeddings = build.max_positions
-        return built
+        return built_config(build)
     else:
         config = _hub_config(recipe.target.path)
     check_supported(config, recipe.target.path)
     if path.is_dir():
         check_config_structure(load_full_config(path), recipe.target.path)
     return config
-
-
-def _llama(sizes: Mapping[str, int]) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=sizes["vocab_size"],
-        hidden_size=sizes["hidden_size"],
-        intermediate_size=sizes["intermediate_size"],
-        num_attention_heads=sizes["num_heads"],
-        num_key_value_heads=sizes["num_kv_heads"],
-        head_dim=sizes["head_dim"],
-        num_hidden_layers=sizes["num_layers"],
-    )
 
 
 def _weight_bytes(config: Any, dtype: str) -> int:

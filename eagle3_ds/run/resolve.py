@@ -15,14 +15,14 @@ from eagle3_ds.launch.command import CAPTURE_MODULE, LaunchOptions, LaunchPlan, 
 from eagle3_ds.run.checks import (
     check_data,
     check_deepspeed,
+    check_draft,
     check_kernel,
     check_output,
-    check_target,
     check_target_on_ranks,
     check_target_structure,
-    target_shape,
+    target_config,
 )
-from eagle3_ds.targets import beyond_positions
+from eagle3_ds.targets import beyond_positions, positions
 from eagle3_ds.topology import Mesh, detect_accelerator
 
 
@@ -103,19 +103,19 @@ def _check_rest(recipe: Recipe, accelerator: str, options: RunOptions) -> list[s
     lacks gives a note and no error.
     """
     notes = []
-    shape = target_shape(recipe, options.dry_run)
-    if shape is None:
+    target = target_config(recipe, options.dry_run)
+    if target is None:
         notes.append(
             f"target {recipe.target.path} is not a folder here: its heads and vocabulary were not checked"
         )
     else:
-        check_target(recipe, shape)
-        warning = beyond_positions(recipe.data.max_length, shape.positions)
+        draft = check_draft(recipe, target)
+        warning = beyond_positions(recipe.data.max_length, positions(target))
         notes += [] if warning is None else [f"warning: {warning}"]
         check_target_on_ranks(recipe)
         check_target_structure(recipe, options.dry_run)
         try:
-            notes.append(f"attention kernel {check_kernel(recipe, accelerator, shape)}")
+            notes.append(f"attention kernel {check_kernel(recipe, accelerator, target, draft)}")
         except ValueError as error:
             if not options.dry_run:
                 raise

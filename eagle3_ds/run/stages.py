@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.checkpoint.format import VOCABULARY
 from eagle3_ds.config import Recipe, as_recipe, dump_recipe
 from eagle3_ds.data import PreparedData, prepare_data
@@ -19,6 +20,7 @@ from eagle3_ds.eval import draw_report, loop_warning
 from eagle3_ds.launch.command import LaunchPlan, write_environment_file
 from eagle3_ds.launch.ranks import run_ranks
 from eagle3_ds.run.checks import RESOLVED, check_data, check_target_structure
+from eagle3_ds.run.draft_embedding import write_draft_embedding
 from eagle3_ds.run.finish import evaluate_run, export_draft
 from eagle3_ds.run.initial_draft import write_initial_draft
 from eagle3_ds.run.states import place_of_states
@@ -51,7 +53,8 @@ class Documents:
 
 def prepare(recipe: Recipe | str | Path, checkpoint: Path | None = None) -> None:
     """Make what training reads: the target if it is to be built, documents, hidden states and the draft
-    vocabulary. Writes recipe.resolved.yaml, vocabulary.safetensors and prepared.json to `output_dir`.
+    vocabulary. Writes recipe.resolved.yaml, vocabulary.safetensors, prepared.json and, for a draft of another
+    hidden size than the target's, draft-embedding.safetensors to `output_dir`.
 
     Documents and hidden states in the cache folder are used again if they were made from the same inputs. If
     training starts from a checkpoint or from `train.init_from`, the draft vocabulary is taken from there.
@@ -84,6 +87,7 @@ def prepare(recipe: Recipe | str | Path, checkpoint: Path | None = None) -> None
     output_dir = Path(recipe.output_dir)
     vocabulary = _vocabulary(recipe, data, checkpoint)
     vocabulary.save(output_dir / VOCABULARY)
+    write_draft_embedding(recipe, goes_on=checkpoint is not None)
     covered = data.supervised_counts[vocabulary.t2d].sum() / data.supervised_counts.sum()
     logger.info(
         "draft vocabulary: %d tokens, %s of the supervised ones", recipe.draft.vocab_size, f"{covered:.1%}"
@@ -109,6 +113,8 @@ def tokenise(recipe: Recipe) -> Documents:
     folder = resolve_path(section.path)
     config = load_text_config(folder)
     check_supported(config, section.path)
+    for note in algorithm_of(recipe).notes(config, recipe):
+        logger.info("draft: %s", note)
     warning = beyond_positions(recipe.data.max_length, positions(config))
     warnings = () if warning is None else (warning,)
     for line in warnings:

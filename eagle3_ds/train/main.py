@@ -27,7 +27,7 @@ from eagle3_ds.checkpoint.restore import load_checkpoint
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
 from eagle3_ds.data.documents import PreparedData
 from eagle3_ds.data.loader import HeldoutPacks, HiddenStates, PackedLoader
-from eagle3_ds.draft import VocabularyMap
+from eagle3_ds.draft import VocabularyMap, has_own_embedding, load_draft_embedding
 from eagle3_ds.guard.heart import Heart, beating
 from eagle3_ds.guard.identity import require_same_identity
 from eagle3_ds.guard.stop import StopRequest
@@ -58,6 +58,8 @@ def build_trainer(recipe: Recipe, topology: Topology) -> DraftTrainer:
     if recipe.train.init_from is not None:
         draft.load_state_dict(load_file(Path(recipe.output_dir) / INITIAL_WEIGHTS))
     embedding, head = load_embedding_and_head(folder)
+    if has_own_embedding(draft.config):
+        embedding = load_draft_embedding(recipe.output_dir, (len(embedding), draft.config.hidden_size))
     vocabulary = VocabularyMap.load(Path(recipe.output_dir) / "vocabulary.safetensors")
     settings = fill_deepspeed_config(
         load_deepspeed_config(recipe.deepspeed), recipe, topology.mesh.world_size, topology.draft_dp

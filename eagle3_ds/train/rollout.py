@@ -21,7 +21,7 @@ from eagle3_ds.checkpoint.format import folder_name
 from eagle3_ds.checkpoint.restore import load_checkpoint
 from eagle3_ds.checkpoint.saver import CheckpointSaver, Progress
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
-from eagle3_ds.draft import VocabularyMap, aux_size
+from eagle3_ds.draft import VocabularyMap, aux_size, has_own_embedding
 from eagle3_ds.layout import LocalRows, PackedSequence, Rows, Supervision, live_slots, row_tiles
 from eagle3_ds.targets import load_embedding_and_head, load_text_config, resolve_path, teacher_tokens
 from eagle3_ds.topology import Topology, maybe_setup_distributed
@@ -88,7 +88,14 @@ class RolloutTrainer:
         topology = _topology(self.recipe)
         torch.manual_seed(self.recipe.train.seed)
         algorithm = algorithm_of(self.recipe)
-        draft = algorithm.build(algorithm.build_config(config, self.recipe))
+        draft_config = algorithm.build_config(config, self.recipe)
+        if has_own_embedding(draft_config):
+            raise ValueError(
+                f"draft.hidden_size is {draft_config.hidden_size}, the target's {config.hidden_size}: beside "
+                "a target that goes on training a draft shares its embedding, which needs the same width. "
+                "Set it to null."
+            )
+        draft = algorithm.build(draft_config)
         if weights is not None:
             draft.load_state_dict(dict(weights))
         embedding, self._head = load_embedding_and_head(folder)

@@ -35,6 +35,11 @@ SHOWN_BY = {
     "fixed_window": Case(ulysses=2, window=24),
     "unnormalised_overlap": Case(ulysses=2, loss="lk_lambda"),
     "lost_output_norm": Case(ulysses=2, norms="eagle3.1"),
+    "whole_rotary": Case(ulysses=2, rope="partial"),
+    "targets_theta": Case(ring=2, rope="partial"),
+    "scale_of_width": Case(ulysses=2, shape="head_dim"),
+    "lost_width": Case(ulysses=2, shape="mlp"),
+    "narrow_teacher": Case(ulysses=2, shape="narrow"),
 }
 MUTATED = [(mutation, SHOWN_BY.get(mutation, TWO_RANKS)) for mutation in MUTATIONS]
 # A cut with slots that are not live has halos, documents and a scale of its own.

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import (
-    CohereConfig,
+    BloomConfig,
     FalconH1Config,
-    Glm4Config,
-    GPT2Config,
     Llama4TextConfig,
     LlamaConfig,
     Qwen3NextConfig,
@@ -38,7 +35,6 @@ from tests.unit.tiny_families import (
     AUX_LAYERS,
     FAMILIES,
     SIZES,
-    SLIDE,
     family_config,
     random_model,
     vision_language_config,
@@ -63,22 +59,8 @@ def test_vision_language_configs_pass_by_their_text() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (
-            GPT2Config(),
-            (
-                "family 'gpt2', whose config lacks intermediate_size, num_key_value_heads, rms_norm_eps, "
-                "rope_parameters"
-            ),
-        ),
-        (CohereConfig(), "lacks rms_norm_eps"),
-        (Glm4Config(), "rotates 0.5 of each head"),
+        (BloomConfig(), "family 'bloom', whose config lacks max_position_embeddings"),
         (family_config("llama", is_encoder_decoder=True), "an encoder-decoder"),
-        (
-            SimpleNamespace(
-                **SIZES, model_type="m", rms_norm_eps=1e-6, rope_parameters={SLIDE: {"rope_type": "default"}}
-            ),
-            "name no full attention",
-        ),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import LlamaConfig
 
-from eagle3_ds.algorithms.eagle3.config import build_draft_config
+from eagle3_ds.algorithms.eagle3.config import build_draft_config, draft_notes
 from eagle3_ds.algorithms.eagle3.costs import Eagle3Shape
 from eagle3_ds.algorithms.eagle3.decoding import Eagle3Guesser, probe_logits
 from eagle3_ds.algorithms.eagle3.exported import ServerForm, SpeculatorsForm
@@ -30,6 +30,9 @@ class Eagle3:
         # `target.aux_layers: null` captures three layers.
         num_layers = 3 if captured is None else len(captured)
         return build_draft_config(target_config, recipe.draft, num_layers, recipe.data.max_length)
+
+    def notes(self, target_config: Any, recipe: Recipe) -> list[str]:
+        return draft_notes(target_config, recipe.draft)
 
     def build(self, config: LlamaConfig) -> DraftModel:
         return DraftModel(config)

@@ -12,9 +12,10 @@ from typing import Any
 
 from eagle3_ds.algorithms.eagle3.variants import flag, norm_sizes
 from eagle3_ds.attention.costs import attention_backward, keys_and_values, unroll_traffic
+from eagle3_ds.attention.rotary import rotated_channels
 from eagle3_ds.costs import FP32, INT64, DraftShape, Flops, Parts, SequenceBytes, Setup, Traffic
 from eagle3_ds.draft.costs import loss_parts, norm_entries, tile_after_attention, tile_slots
-from eagle3_ds.draft.geometry import aux_size
+from eagle3_ds.draft.geometry import aux_size, has_own_embedding, target_hidden_size
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Eagle3Shape(DraftShape):
     @classmethod
     def of(cls, config: Any) -> Eagle3Shape:
         """From the draft's transformers config (`build_draft_config`)."""
+        rotated = rotated_channels(config)
         return cls(
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -46,6 +48,8 @@ class Eagle3Shape(DraftShape):
             draft_vocab_size=config.draft_vocab_size,
             num_layers=config.num_hidden_layers,
             aux_size=aux_size(config),
+            target_size=target_hidden_size(config) if has_own_embedding(config) else None,
+            rotated_size=None if rotated == config.head_dim else rotated,
             norms_before_fc=norm_sizes(config),
             norm_output=flag(config, "norm_output"),
         )
@@ -144,7 +148,7 @@ def _saved_by_step(setup: Setup) -> tuple[int, int]:
     if setup.activation != "keep":
         return S * (H + A) * item, 0
     # The concatenated norms [S, 2H], q before and out after the attention, and cos and sin in fp32.
-    before = S * ((2 * H + 2 * A) * item + 2 * shape.head_dim * FP32)
+    before = S * ((2 * H + 2 * A) * item + 2 * shape.angle_size * FP32)
     # The norm's output, gate, up, silu(gate) and their product.
     after = S * (H + 4 * inner) * item
     if setup.device == "cuda":
@@ -165,7 +169,7 @@ def _saved_of_rest(setup: Setup) -> int:
     if setup.activation != "keep":
         return rest * H * item
     norms = 2 * H * item if setup.device == "cuda" else 3 * H * FP32
-    return rest * (2 * H * item + norms + 2 * shape.head_dim * FP32)
+    return rest * (2 * H * item + norms + 2 * shape.angle_size * FP32)
 
 
 def _statistics(setup: Setup) -> int:
@@ -315,6 +319,7 @@ def _step_flops(setup: Setup, shape: Eagle3Shape, pairs: int) -> Flops:
         )
     attention = 2 * pairs * shape.query_size // setup.ulysses * steps * shape.num_layers
     head = 2 * slots * shape.hidden_size * shape.draft_vocab_size
+    teacher = 2 * slots * shape.target_hidden_size * shape.draft_vocab_size
     return Flops(
         layers=matmul,
         recompute=recompute,
@@ -322,7 +327,7 @@ def _step_flops(setup: Setup, shape: Eagle3Shape, pairs: int) -> Flops:
         attention_forward=2 * attention,
         attention_backward=5 * attention,
         # The teacher's logits once; in each step the draft's logits and two gradients.
-        loss=head * (1 + 3 * steps),
+        loss=teacher + head * 3 * steps,
     )
 
 

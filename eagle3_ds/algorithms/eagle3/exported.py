@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from eagle3_ds.algorithms.eagle3.variants import FLAGS, flag
-from eagle3_ds.draft.geometry import aux_keys, num_aux_layers
+from eagle3_ds.draft.geometry import aux_keys, has_own_embedding, num_aux_layers, target_hidden_size
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +25,12 @@ class ServerForm:
     architecture = "LlamaForCausalLMEagle3"
 
     def keys(self, config: LlamaConfig) -> dict[str, Any]:
-        """The flags, and the number of captured layers if it is not three, which vLLM assumes."""
+        """The flags, the number of captured layers if it is not three, which vLLM assumes, and the target's
+        hidden size if it is not the draft's.
+        """
         num_layers = num_aux_layers(config)
         counted = {} if num_layers == 3 else {"num_aux_hidden_states": num_layers}
-        return counted | {name: True for name in FLAGS if flag(config, name)}
+        return counted | _target_size(config) | {name: True for name in FLAGS if flag(config, name)}
 
     def config_keys(self, keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return _captured(keys["hidden_size"], keys, tensors) | _flags(keys, tensors)
@@ -46,13 +48,15 @@ class SpeculatorsForm:
     architecture = "Eagle3DraftModel"
 
     def keys(self, config: LlamaConfig) -> dict[str, Any]:
-        """All flags, also the false ones: a server takes an absent `norm_before_residual` as true."""
+        """All flags, also the false ones: a server takes an absent `norm_before_residual` as true; and the
+        target's hidden size if it is not the draft's.
+        """
         if num_aux_layers(config) != 3:
             logger.warning(
                 "speculators layout: vLLM 0.32 takes drafts of three captured layers only from it; the vLLM "
                 "layout says how many this one has"
             )
-        return {name: flag(config, name) for name in FLAGS}
+        return _target_size(config) | {name: flag(config, name) for name in FLAGS}
 
     def config_keys(self, keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return _captured(keys["transformer_layer_config"]["hidden_size"], keys, tensors) | _flags(
@@ -64,6 +68,11 @@ class SpeculatorsForm:
 
     def name_here(self, name: str) -> str:
         return name
+
+
+def _target_size(config: LlamaConfig) -> dict[str, int]:
+    """The key from which servers know the width of the target's hidden states, if it is not the draft's."""
+    return {"target_hidden_size": target_hidden_size(config)} if has_own_embedding(config) else {}
 
 
 def _captured(hidden_size: int, keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:

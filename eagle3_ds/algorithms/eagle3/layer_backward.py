@@ -40,7 +40,7 @@ def project_backward(
         embeds, hidden: [t, H], the inputs of the norms.
         gradients: of rotated q [t, Hq, D] ([0, Hq, D] for slots that are not live), rotated k and v
             [t, Hkv, D].
-        angles: cos and sin [t, D] of the rotation.
+        angles: cos and sin [t, R] of the rotation, of the R channels of a head that turn.
         weights: of the layer.
         sums: the weights' gradients are added to these, of the weights' shapes.
         eps: of the norms.

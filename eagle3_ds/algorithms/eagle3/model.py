@@ -84,7 +84,7 @@ class DraftModel(Draft):
 
         Args:
             batch: this rank's slots.
-            embedding: [V, H], the target's, on the device of the model.
+            embedding: [V, H], frozen, on the device of the model.
             settings: how the steps are run.
             on_guess: called with each step's output, [Q, H], before the final norm; the next step reads what
                 it returns.
