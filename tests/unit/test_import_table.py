@@ -24,6 +24,7 @@ TABLE: dict[str, set[str]] = {
     "targets": {"config", "layout", "attention"},
     "store": {"layout"},
     "data": {"config", "layout"},
+    "serving": {"config", "store"},
     "checkpoint": {"config", "topology", "collectives", "draft"},
     "guard": {"config", "topology", "layout", "collectives", "launch"},
     "export": {"config", "attention", "draft", "algorithms"},
@@ -34,7 +35,7 @@ TABLE: dict[str, set[str]] = {
     },
     "run": {
         "config", "topology", "layout", "kernels", "costs", "attention", "draft", "algorithms", "targets",
-        "store", "data", "plan", "checkpoint", "launch", "eval", "export", "train",
+        "store", "data", "serving", "plan", "checkpoint", "launch", "eval", "export", "train",
     },
     "cli": {
         "config", "topology", "layout", "kernels", "costs", "attention", "draft", "algorithms", "targets",
@@ -43,7 +44,7 @@ TABLE: dict[str, set[str]] = {
 }  # fmt: skip
 
 # Packages of others that one room alone imports: what a user sees is the command line's to choose.
-ROOM_OF = {"deepspeed": "train", "click": "cli", "rich": "cli"}
+ROOM_OF = {"deepspeed": "train", "click": "cli", "rich": "cli", "vllm": "serving"}
 
 
 def imported_modules(source: str) -> set[str]:

@@ -1,0 +1,1 @@
+"""A target that a server runs: what runs inside the server (`connector`), and asking it for hidden states."""
