@@ -22,6 +22,7 @@ from eagle3_ds import serving
 from eagle3_ds.algorithms import ALGORITHMS
 from eagle3_ds.config import Recipe, TargetSection
 from eagle3_ds.data.stdlib_corpus import stdlib_conversations
+from eagle3_ds.draft.geometry import aux_size
 from eagle3_ds.eval import Round, greedy_decode, speculative_decode
 from eagle3_ds.export import load_export
 from eagle3_ds.export.folder import read_folder
@@ -221,6 +222,12 @@ def _rounds(
     keys, _ = read_folder(folder)
     algorithm = ALGORITHMS[str(keys.get("speculators_model_type", "eagle3"))]
     config, state, vocabulary = load_export(folder)
+    if aux_size(config) != len(target.aux_layers) * target.config.hidden_size:
+        raise ValueError(
+            f"the draft in {folder} reads {aux_size(config)} hidden states of a slot, layers "
+            f"{list(target.aux_layers)} of the target have {len(target.aux_layers)} x "
+            f"{target.config.hidden_size}. Set target.aux_layers as in the run that trained it."
+        )
     draft = algorithm.build(config)
     draft.load_state_dict(state)
     draft.to(target.device, target.head.dtype).eval().requires_grad_(False)
