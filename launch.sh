@@ -8,6 +8,7 @@ usage() {
 usage: ./launch.sh RECIPE [OPTIONS] [section.key=value ...]   the main job, e.g. ./launch.sh recipes/quickstart.yaml
        ./launch.sh test [PYTEST OPTIONS]                      lint, types and tests, e.g. ./launch.sh test -k topology
        ./launch.sh prepare|evaluate|export|report RECIPE      one stage alone, e.g. ./launch.sh report recipes/quickstart.yaml
+       ./launch.sh serve-check RECIPE --python P              does a real vLLM serve the exports as they were trained
        ./launch.sh capture RECIPE [OPTIONS]                   hidden states by all ranks, e.g. ./launch.sh capture RECIPE --num_gpus 8
        ./launch.sh data inspect|regenerate ...                look at rows, let the target answer, e.g. ./launch.sh data inspect RECIPE
        ./launch.sh plan RECIPE [--gpus N --gpu-memory GIB]    what it costs, how long it may be, e.g. ./launch.sh plan RECIPE --gpus 8
@@ -104,6 +105,6 @@ if [ "$mode" = test ]; then
   exec "$python" -m pytest tests "$@"
 fi
 case "$1" in
-  prepare | capture | evaluate | export | report | plan | data | doctor | store) exec "$python" -m eagle3_ds.cli "$@" ;;
+  prepare | capture | evaluate | export | serve-check | report | plan | data | doctor | store) exec "$python" -m eagle3_ds.cli "$@" ;;
   *) exec "$python" -m eagle3_ds.cli launch "$@" ;;
 esac

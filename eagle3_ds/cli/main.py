@@ -15,6 +15,7 @@ from eagle3_ds.cli.data import data
 from eagle3_ds.cli.doctor import doctor
 from eagle3_ds.cli.launch import capture, launch
 from eagle3_ds.cli.plan import plan
+from eagle3_ds.cli.serve_check import serve_check
 from eagle3_ds.cli.stages import evaluate, export, prepare, report
 from eagle3_ds.cli.store import store
 from eagle3_ds.cli.words import Commands
@@ -29,7 +30,19 @@ def commands() -> None:
     """Train EAGLE-3 drafts at long context. `eagle3-ds COMMAND --help` tells a command's options."""
 
 
-for command in (launch, prepare, capture, evaluate, export, report, doctor, data, plan, store):
+for command in (
+    launch,
+    prepare,
+    capture,
+    evaluate,
+    export,
+    serve_check,
+    report,
+    doctor,
+    data,
+    plan,
+    store,
+):
     commands.add_command(command)
 
 

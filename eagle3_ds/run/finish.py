@@ -58,11 +58,8 @@ def evaluate_run(recipe: Recipe) -> dict[str, Any]:
     trained, vocabulary = load_draft(recipe, "draft-final.safetensors")
     untrained, _ = load_draft(recipe, "draft-initial.safetensors")
     folder = Path(recipe.output_dir)
-    prepared = json.loads((folder / "prepared.json").read_text())
-    data = PreparedData.open(Path(prepared["data"]), prepared["data_fingerprint"])
     target = load_target(recipe.target, recipe.eval.dtype, detect_accelerator())
-    longest = target.config.max_position_embeddings - recipe.eval.max_new_tokens - recipe.eval.draft_tokens
-    prompts = heldout_prompts(data, longest, recipe.eval.num_prompts, recipe.data.seed)
+    prompts = prompts_of_run(recipe, target.config.max_position_embeddings)
     result = evaluate_draft(
         recipe, target, trained, untrained, vocabulary, prompts, embedding=own_embedding(recipe)
     )
@@ -71,6 +68,14 @@ def evaluate_run(recipe: Recipe) -> dict[str, Any]:
     aside.write_text(json.dumps(result, indent=2) + "\n")
     os.replace(aside, folder / "eval.json")
     return result
+
+
+def prompts_of_run(recipe: Recipe, max_positions: int) -> list[list[int]]:
+    """The held-out prompts of a run that was prepared, those that its evaluation decodes."""
+    prepared = json.loads((Path(recipe.output_dir) / "prepared.json").read_text())
+    data = PreparedData.open(Path(prepared["data"]), prepared["data_fingerprint"])
+    longest = max_positions - recipe.eval.max_new_tokens - recipe.eval.draft_tokens
+    return heldout_prompts(data, longest, recipe.eval.num_prompts, recipe.data.seed)
 
 
 def _last_simulated(metrics: Path) -> float | None:

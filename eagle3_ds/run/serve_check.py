@@ -1,0 +1,338 @@
+"""Whether an exported draft serves as it was trained: a real vLLM loads it, answers with it and without it,
+and what it accepts is compared with what our own decoding accepts of the same export.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eagle3_ds import serving
+from eagle3_ds.algorithms import ALGORITHMS
+from eagle3_ds.config import Recipe, TargetSection
+from eagle3_ds.data.stdlib_corpus import stdlib_conversations
+from eagle3_ds.draft.geometry import aux_size
+from eagle3_ds.eval import Round, greedy_decode, speculative_decode
+from eagle3_ds.export import load_export
+from eagle3_ds.export.folder import read_folder
+from eagle3_ds.export.vllm import AUX_LAYERS
+from eagle3_ds.run.finish import FOLDERS, prompts_of_run
+from eagle3_ds.targets import Target, load_target, load_text_config, load_tokenizer, resolve_path
+from eagle3_ds.topology import detect_accelerator
+
+ALONE, WITHOUT = "speculators layout alone", "the target alone"
+NAMES = {"vllm": "vLLM layout", "speculators": "speculators layout"}
+STDLIB_PROMPTS = 8
+# A server's line that tells of a trouble, behind the time and place that it begins with.
+WARNING = re.compile(r"\b(?:WARNING|ERROR) [\d-]+ [\d:]+ \[[^\]]*\] (.*)")
+
+
+@dataclass(frozen=True)
+class Check:
+    """What is to be served.
+
+    Attributes:
+        target: section of the target; a draft's own layers are read from its export.
+        drafts: {layout: folder of an export}.
+        prompts: token ids. The rest as in the recipe's section `eval`.
+        recorded: acceptance length in the run's eval.json, whose texts may end early; None without one.
+    """
+
+    target: TargetSection
+    drafts: Mapping[str, Path]
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    draft_tokens: int
+    dtype: str
+    recorded: float | None = None
+
+
+@dataclass(frozen=True)
+class Served:
+    """One way of serving, and what went wrong with it.
+
+    Attributes:
+        acceptance_length: tokens per forward of the target, of the server and of our decoding; `accepted`: by
+            position, the share of rounds in which that guess was accepted. None where it was not loaded.
+        tokens_per_second: one prompt at a time.
+    """
+
+    way: str
+    failures: tuple[str, ...]
+    tokens_per_second: float | None = None
+    acceptance_length: tuple[float, float] | None = None
+    accepted: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """All ways, the server's warnings, and where its whole log is."""
+
+    ways: tuple[Served, ...]
+    warnings: tuple[str, ...]
+    log: Path
+
+    @property
+    def failures(self) -> list[str]:
+        return [f"{served.way}: {failure}" for served in self.ways for failure in served.failures]
+
+
+def check_of_run(recipe: Recipe) -> Check:
+    """The exports of a finished run with its held-out prompts.
+
+    Raises:
+        ValueError: no export is there, or `eval.num_prompts` is 0.
+    """
+    folder = Path(recipe.output_dir)
+    drafts = {layout: folder / FOLDERS[layout] for layout in FOLDERS if (folder / FOLDERS[layout]).is_dir()}
+    if not drafts:
+        raise ValueError(
+            f"output_dir: {folder} has neither {' nor '.join(FOLDERS.values())}: nothing was exported. Run "
+            "`launch` or `export` first."
+        )
+    config = load_text_config(resolve_path(recipe.target.path))
+    prompts = prompts_of_run(recipe, config.max_position_embeddings)
+    recorded = folder / "eval.json"
+    length = json.loads(recorded.read_text())["acceptance_length"] if recorded.is_file() else None
+    settings = recipe.eval
+    sizes = (settings.max_new_tokens, settings.draft_tokens, settings.dtype)
+    return Check(recipe.target, drafts, _some(prompts), *sizes, recorded=length)
+
+
+def check_of_folders(
+    target: str, draft: str, prompts: str | None, max_new_tokens: int, draft_tokens: int, dtype: str
+) -> Check:
+    """An export with its target.
+
+    Args:
+        prompts: a JSONL file with `messages`, `prompt` or `input_ids` in each row; None takes questions about
+            Python's standard library.
+
+    Raises:
+        ValueError: the export, the target or a row cannot be read.
+    """
+    keys, _ = read_folder(draft)
+    layout = "speculators" if "speculators_model_type" in keys else "vllm"
+    section = TargetSection(path=target, aux_layers=keys.get(AUX_LAYERS))
+    tokenizer = load_tokenizer(section)
+    if prompts is None:
+        conversations = itertools.islice(stdlib_conversations(), STDLIB_PROMPTS)
+        rows = [{"messages": row["messages"][:1]} for row in conversations]
+    else:
+        rows = [json.loads(line) for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line]
+    tokens = [_tokens(tokenizer, row, f"{prompts}, row {n}") for n, row in enumerate(rows, 1)]
+    return Check(section, {layout: Path(draft)}, _some(tokens), max_new_tokens, draft_tokens, dtype)
+
+
+def _tokens(tokenizer: Any, row: Mapping[str, Any], place: str) -> list[int]:
+    if "input_ids" in row:
+        return list(row["input_ids"])
+    if "messages" in row and tokenizer.chat_template:
+        rendered = tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    text = row.get("prompt", row["messages"][-1]["content"] if row.get("messages") else None)
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{place}: has none of messages, prompt and input_ids, but {sorted(row)}. Give one of them."
+        )
+    return list(tokenizer(text)["input_ids"])
+
+
+def _some(prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+    if not prompts or not all(prompts):
+        raise ValueError(
+            f"there are {len(prompts)} prompts, or one is empty: nothing can be decoded. Raise "
+            "eval.num_prompts, hold out more data, or name other prompts."
+        )
+    return prompts
+
+
+def server_python(named: str | None) -> str:
+    """A Python that has vLLM: the one named, or this one.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if named is None:
+        if importlib.util.find_spec("vllm") is not None:
+            return sys.executable
+        raise ValueError(
+            "--python: the Python that runs this has no vLLM. Name one that has; on a machine without a GPU, "
+            "tests/served/make_environment.sh makes one."
+        )
+    command = [named, "-c", "import importlib.util as u; raise SystemExit(u.find_spec('vllm') is None)"]
+    if shutil.which(named) is None or subprocess.run(command, check=False, env=_environment()).returncode:
+        raise ValueError(f"--python: {named} is no Python that has vLLM. Name one that has.")
+    return named
+
+
+def run_check(check: Check, python: str, tolerance: float, folder: Path) -> Report:
+    """Serve all ways, and compare.
+
+    Args:
+        tolerance: how far the server's acceptance length may be from ours, relative.
+        folder: where the server's log goes; made when it is not there.
+    """
+    expected, rounds = _decode_here(check)
+    answers, log = _decode_there(check, python, folder)
+    texts = log.read_text(encoding="utf-8", errors="replace")
+    warnings = dict.fromkeys(match[1] for match in WARNING.finditer(texts))
+    missing = {"error": f"the server ended before it came so far; the end of its log: {texts[-600:]}"}
+    ways = [_judge(WITHOUT, answers.get(WITHOUT, missing), expected, None, tolerance)]
+    for layout in check.drafts:
+        for way in _ways(layout):
+            found = answers.get(way, missing)
+            ways.append(_judge(way, found, expected, rounds[way], tolerance))
+    return Report(tuple(ways), tuple(warnings), log)
+
+
+def _ways(layout: str) -> tuple[str, ...]:
+    return (NAMES[layout], ALONE) if layout == "speculators" else (NAMES[layout],)
+
+
+def _decode_here(check: Check) -> tuple[list[list[int]], dict[str, list[Round]]]:
+    """The target's own answers, to the full length, and the rounds of each way."""
+    target: Target = load_target(check.target, check.dtype, detect_accelerator())
+    expected = [greedy_decode(target, prompt, check.max_new_tokens, None) for prompt in check.prompts]
+    rounds: dict[str, list[Round]] = {}
+    for layout, folder in check.drafts.items():
+        rounds[NAMES[layout]] = _rounds(check, target, folder, expected, check.draft_tokens)
+        if layout == "speculators":
+            own = own_draft_tokens(folder)
+            same = own == check.draft_tokens
+            rounds[ALONE] = rounds[NAMES[layout]] if same else _rounds(check, target, folder, expected, own)
+    return expected, rounds
+
+
+def _rounds(
+    check: Check, target: Target, folder: Path, expected: Sequence[Sequence[int]], draft_tokens: int
+) -> list[Round]:
+    """Of an export, which is read as others read it: from its folder."""
+    keys, _ = read_folder(folder)
+    algorithm = ALGORITHMS[str(keys.get("speculators_model_type", "eagle3"))]
+    config, state, vocabulary = load_export(folder)
+    if aux_size(config) != len(target.aux_layers) * target.config.hidden_size:
+        raise ValueError(
+            f"the draft in {folder} reads {aux_size(config)} hidden states of a slot, layers "
+            f"{list(target.aux_layers)} of the target have {len(target.aux_layers)} x "
+            f"{target.config.hidden_size}. Set target.aux_layers as in the run that trained it."
+        )
+    draft = algorithm.build(config)
+    draft.load_state_dict(state)
+    draft.to(target.device, target.head.dtype).eval().requires_grad_(False)
+    rounds = []
+    for prompt, answer in zip(check.prompts, expected, strict=True):
+        guesser = algorithm.guesser(draft, target.embedding, vocabulary)
+        sizes = (check.max_new_tokens, draft_tokens, None, answer)
+        rounds += speculative_decode(target, guesser, prompt, *sizes)[1]
+    return rounds
+
+
+def own_draft_tokens(folder: str | Path) -> int:
+    """How many tokens a server guesses at a time that is given an export of the speculators layout alone."""
+    keys, _ = read_folder(folder)
+    return int(keys["speculators_config"]["proposal_methods"][0]["speculative_tokens"])
+
+
+def _decode_there(check: Check, python: str, folder: Path) -> tuple[dict[str, Any], Path]:
+    """The answers of serving/decode.py, run by the server's Python, and the log of the server."""
+    target = str(resolve_path(check.target.path).resolve())
+    engines = [{"name": WITHOUT, "model": target, "draft": None}]
+    for layout, draft in check.drafts.items():
+        engines.append({"name": NAMES[layout], "model": target, "draft": str(draft.resolve())})
+        if layout == "speculators":
+            engines.append({"name": ALONE, "model": str(draft.resolve()), "draft": None})
+    guesses = [check.draft_tokens, *map(own_draft_tokens, _speculators(check))]
+    longest = max(map(len, check.prompts)) + check.max_new_tokens + max(guesses) + 1
+    jobs = {
+        "prompts": [list(prompt) for prompt in check.prompts],
+        "max_new_tokens": check.max_new_tokens,
+        "draft_tokens": check.draft_tokens,
+        "dtype": check.dtype,
+        "max_model_len": longest,
+        "engines": engines,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    script, log = Path(serving.__file__).with_name("decode.py"), folder / "serve-check.log"
+    with tempfile.TemporaryDirectory() as work, log.open("w", encoding="utf-8") as lines:
+        jobs_file, answers_file = Path(work) / "jobs.json", Path(work) / "answers.json"
+        jobs_file.write_text(json.dumps(jobs))
+        command = [python, str(script), str(jobs_file), str(answers_file)]
+        subprocess.run(command, check=False, env=_environment(), stdout=lines, stderr=subprocess.STDOUT)
+        return (json.loads(answers_file.read_text()) if answers_file.is_file() else {}), log
+
+
+def _speculators(check: Check) -> list[Path]:
+    return [folder for layout, folder in check.drafts.items() if layout == "speculators"]
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without what points Python at our packages."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+
+
+def _judge(
+    way: str,
+    found: Mapping[str, Any],
+    expected: Sequence[Sequence[int]],
+    rounds: Sequence[Round] | None,
+    tolerance: float,
+) -> Served:
+    if "error" in found:
+        return Served(way, (f"does not load: {found['error']}",))
+    failures = _differences(found["answers"], expected)
+    speed = sum(map(len, found["answers"])) / sum(found["seconds"])
+    if rounds is None:
+        return Served(way, tuple(failures), speed)
+    counts = [count for count in found["counts"] if count is not None and count["rounds"]]
+    total = sum(count["rounds"] for count in counts)
+    if not total:
+        return Served(way, (*failures, "the server never asked the draft"), speed)
+    places = zip(*(count["accepted_by_position"] for count in counts), strict=True)
+    theirs = [sum(place) / total for place in places]
+    ours = [sum(each.accepted > k for each in rounds) / len(rounds) for k in range(len(theirs))]
+    lengths = (1 + sum(theirs), 1 + sum(ours))
+    if not abs(lengths[0] - lengths[1]) <= tolerance * lengths[1]:
+        failures.append(
+            f"acceptance length {lengths[0]:.3f}, our decoding of the same export has {lengths[1]:.3f} "
+            f"(more than {tolerance:.1%} away): the server runs another draft than was trained"
+        )
+    return Served(way, tuple(failures), speed, lengths, tuple(zip(theirs, ours, strict=True)))
+
+
+def _differences(answers: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> list[str]:
+    """Where the first answer that is not the target's own leaves it."""
+    wrong = [
+        n for n, (one, other) in enumerate(zip(answers, expected, strict=True)) if list(one) != list(other)
+    ]
+    if not wrong:
+        return []
+    one, other = answers[wrong[0]], expected[wrong[0]]
+    pairs = zip(one, other, strict=False)
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    return [
+        f"{len(wrong)} of {len(expected)} answers are not the target's own; prompt {wrong[0] + 1} differs "
+        f"from new token {place + 1} on. In a 16-bit dtype rounding alone may do that: try eval.dtype float32"
+    ]
+
+
+def sglang_command(check: Check) -> str | None:
+    """How SGLang serves the vLLM layout; None when there is none of it."""
+    if "vllm" not in check.drafts:
+        return None
+    return (
+        f"python -m sglang.launch_server --model-path {check.target.path} --speculative-algorithm EAGLE3 "
+        f"--speculative-draft-model-path {check.drafts['vllm']} --speculative-num-steps {check.draft_tokens} "
+        f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {check.draft_tokens + 1}"
+    )

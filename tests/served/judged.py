@@ -1,0 +1,104 @@
+"""What is judged: which drafts of which targets, and in which ways each is given to a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.served.pairs import DRAFT_TOKENS, LLAMA3, NEW_TOKENS, Pair, make_pair, random_target
+
+Serve = Callable[[Mapping[str, Any], Path], dict[str, Any]]
+DRAFT, SPECULATORS, ALONE = "vLLM layout", "speculators layout", "speculators layout alone"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Settings of a draft, and the ways in which vLLM gets it."""
+
+    ways: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    aux_layers: tuple[int, ...] | None = None
+
+
+TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"rope_parameters": LLAMA3}),
+    "tied": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "gpt_oss": ("gpt_oss", {}),
+}
+VARIANTS: dict[tuple[str, str], Variant] = {
+    ("llama", "plain"): Variant((DRAFT, SPECULATORS, ALONE)),
+    ("llama", "two layers"): Variant((DRAFT, SPECULATORS), {"num_layers": 2}),
+    ("llama", "window"): Variant((DRAFT, SPECULATORS), {"sliding_window": 8}),
+    ("llama", "eagle 3.1"): Variant((DRAFT, SPECULATORS), {"aux_norm": True, "norm_output": True}),
+    ("llama", "other layers"): Variant((DRAFT, SPECULATORS), {}, (1, 3, 6)),
+    # The speculators layout cannot say how many layers there are; the export warns of it.
+    ("llama", "five layers"): Variant((DRAFT,), {}, (1, 2, 4, 5, 7)),
+    ("tied", "plain"): Variant((DRAFT, ALONE)),
+    ("qwen3", "plain"): Variant((DRAFT, SPECULATORS, ALONE)),
+    ("qwen3_moe", "plain"): Variant((DRAFT, ALONE)),
+    ("gpt_oss", "plain"): Variant((DRAFT, ALONE)),
+}
+CASES = [(target, draft, way) for (target, draft), variant in VARIANTS.items() for way in variant.ways]
+
+
+class Bench:
+    """Makes each target with its drafts once, and lets one server process judge all that belong to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._pairs: dict[str, dict[str, Pair]] = {}
+        self._answers: dict[str, Future[dict[str, Any]]] = {}
+
+    def pairs(self, target: str) -> dict[str, Pair]:
+        """The drafts of a target, by the names of `VARIANTS`."""
+        if target not in self._pairs:
+            path = self._folder / target
+            family, changes = TARGETS[target]
+            model = random_target(path, family, **changes)
+            self._pairs[target] = {
+                draft: make_pair(
+                    model, path, self._folder / f"{target} {draft}", variant.settings, variant.aux_layers
+                )
+                for (of, draft), variant in VARIANTS.items()
+                if of == target
+            }
+        return self._pairs[target]
+
+    def answers(self, target: str, serve: Serve) -> dict[str, Any]:
+        """What vLLM found, by "draft, way". The first call starts the servers of all targets, two at a time:
+        each has one thread.
+        """
+        if not self._answers:
+            pool = ThreadPoolExecutor(2)
+            for name in TARGETS:
+                folder = self._folder / f"{name} served"
+                folder.mkdir()
+                self._answers[name] = pool.submit(serve, self._jobs(name), folder)
+            pool.shutdown(wait=False)
+        return self._answers[target].result()
+
+    def _jobs(self, target: str) -> dict[str, Any]:
+        pairs = self.pairs(target)
+        engines = []
+        for (of, draft), variant in VARIANTS.items():
+            for way in variant.ways if of == target else ():
+                pair = pairs[draft]
+                model, given = {
+                    DRAFT: (pair.target, str(pair.vllm)),
+                    SPECULATORS: (pair.target, str(pair.speculators)),
+                    ALONE: (pair.speculators, None),
+                }[way]
+                engines.append({"name": f"{draft}, {way}", "model": str(model), "draft": given})
+        return {
+            "prompts": next(iter(pairs.values())).prompts,
+            "max_new_tokens": NEW_TOKENS,
+            "draft_tokens": DRAFT_TOKENS,
+            "dtype": "float32",
+            "max_model_len": 256,
+            "engines": engines,
+        }

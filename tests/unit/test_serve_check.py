@@ -1,0 +1,114 @@
+"""What serve-check concludes from answers and counts, and what it refuses before a server starts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eagle3_ds.cli.main import main
+from eagle3_ds.config import TargetSection
+from eagle3_ds.eval import Round
+from eagle3_ds.run.serve_check import (
+    WARNING,
+    Check,
+    _judge,
+    _tokens,
+    run_check,
+    server_python,
+    sglang_command,
+)
+from eagle3_ds.serving.decode import difference
+
+CHECK = Check(
+    TargetSection(path="target"), {"vllm": Path("draft")}, [[1, 2], [3]], 4, 2, "float32", recorded=None
+)
+EXPECTED = [[5, 6, 7, 8], [9, 9, 9, 9]]
+ROUNDS = [Round(3, 2, 1, 2), Round(5, 2, 2, 3), Round(2, 1, 0, 1), Round(3, 2, 1, 2)]
+COUNTS = [
+    {"rounds": 2, "guessed": 4, "accepted": 3, "accepted_by_position": [2, 1]},
+    {"rounds": 2, "guessed": 4, "accepted": 1, "accepted_by_position": [1, 0]},
+]
+
+
+def found(**changes: Any) -> dict[str, Any]:
+    return {"answers": EXPECTED, "seconds": [1.0, 3.0], "counts": COUNTS, **changes}
+
+
+def test_equal_answers_and_counts_serve_as_trained() -> None:
+    served = _judge("vLLM layout", found(), EXPECTED, ROUNDS, 0.0)
+    assert not served.failures
+    assert served.acceptance_length == (2.0, 2.0) and served.tokens_per_second == 2.0
+    assert served.accepted == ((0.75, 0.75), (0.25, 0.25))
+
+
+def test_each_failure_is_named() -> None:
+    other = _judge("w", found(answers=[[5, 6, 1, 8], EXPECTED[1]]), EXPECTED, ROUNDS, 0.0)
+    assert "1 of 2 answers are not the target's own; prompt 1 differs from new token 3" in other.failures[0]
+    short = _judge("w", found(answers=[EXPECTED[0], [9]]), EXPECTED, ROUNDS, 0.0)
+    assert "prompt 2 differs from new token 2" in short.failures[0]
+    worse = [{"rounds": 4, "guessed": 8, "accepted": 1, "accepted_by_position": [1, 0]}, COUNTS[1]]
+    low = _judge("w", found(counts=worse), EXPECTED, ROUNDS, 0.02)
+    assert low.failures[0].startswith("acceptance length 1.333, our decoding of the same export has 2.000")
+    assert not _judge("w", found(counts=worse), EXPECTED, ROUNDS, 0.5).failures
+    refused = _judge("w", {"error": "ValueError: no such layer"}, EXPECTED, ROUNDS, 0.0)
+    assert refused.failures == ("does not load: ValueError: no such layer",)
+    asleep = _judge("w", found(counts=[None, None]), EXPECTED, ROUNDS, 1.0)
+    assert asleep.failures == ("the server never asked the draft",)
+
+
+def test_a_server_that_dies_fails_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "eagle3_ds.run.serve_check._decode_here", lambda check: (EXPECTED, {"vLLM layout": ROUNDS})
+    )
+    monkeypatch.setattr("eagle3_ds.run.serve_check.resolve_path", lambda path: tmp_path)
+    report = run_check(CHECK, sys.executable, 0.0, tmp_path / "out")  # this Python has no vLLM
+    assert len(report.failures) == 2 and all("does not load" in failure for failure in report.failures)
+    assert "No module named 'vllm'" in report.log.read_text()
+
+
+def test_counters_are_taken_from_one_prompt_to_the_next() -> None:
+    before, after = ({"rounds": 3, "by": [2, 1]}, {"rounds": 5, "by": [4, 1]})
+    assert difference(before, after) == {"rounds": 2, "by": [2, 0]}
+    assert difference({}, after) == after
+    assert difference({}, {}) is None
+
+
+def test_warnings_are_found_in_the_log() -> None:
+    lines = (
+        "(EngineCore pid=1) WARNING 11-26 00:37:15 [cpu.py:140] no memory\nINFO 11-26 00:37:15 [a.py:1] x\n"
+    )
+    assert [match[1] for match in WARNING.finditer(lines)] == ["no memory"]
+
+
+def test_rows_of_prompts() -> None:
+    class Tokenizer:
+        chat_template = None
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": list(text.encode())}
+
+    assert _tokens(Tokenizer(), {"input_ids": [4, 5]}, "row 1") == [4, 5]
+    assert _tokens(Tokenizer(), {"prompt": "ab"}, "row 1") == [97, 98]
+    assert _tokens(Tokenizer(), {"messages": [{"role": "user", "content": "a"}]}, "row 1") == [97]
+    with pytest.raises(ValueError, match=r"p.jsonl, row 3: has none of messages, prompt and input_ids"):
+        _tokens(Tokenizer(), {"text": "a"}, "p.jsonl, row 3")
+
+
+def test_what_is_refused_before_a_server_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="--python: .*absent is no Python that has vLLM"):
+        server_python(str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match="is no Python that has vLLM"):
+        server_python(sys.executable)
+    assert main(["serve-check"]) == 2
+    assert main(["serve-check", "recipe.yaml", "--target", "t", "--draft", "d"]) == 2
+    assert main(["serve-check", "--target", "t"]) == 2
+    assert "give a RECIPE, or --target T and --draft D" in capsys.readouterr().err
+
+
+def test_sglang_command() -> None:
+    assert "--speculative-num-steps 2 --speculative-eagle-topk 1 --speculative-num-draft-tokens 3" in str(
+        sglang_command(CHECK)
+    )
