@@ -21,10 +21,10 @@ from tests.unit.fake_server import FakeServer
 from tests.unit.served_target import server_of_target
 
 pytestmark = pytest.mark.ranks
-MESHES = {
-    "ring2-ulysses2": (4, "parallel.ring=2", "parallel.ulysses=2"),
-    "dp2-ring2": (4, "parallel.ring=2", "parallel.draft_dp=2", "train.accumulation=2"),
-    "one": (1,),
+MESHES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "ring2-ulysses2": (4, ("parallel.ring=2", "parallel.ulysses=2")),
+    "dp2-ring2": (4, ("parallel.ring=2", "parallel.draft_dp=2", "train.accumulation=2")),
+    "one": (1, ()),
 }
 
 
@@ -65,8 +65,8 @@ def rank_of_training(path: str) -> list[tuple[Any, ...]]:
 def test_a_stream_trains_as_its_store_does_to_the_bit(
     job: Job, server: FakeServer, run_ranks: Any, mesh: str, dtype: str
 ) -> None:
-    ranks, *words = MESHES[mesh]
-    words += [f"data.hidden_dtype={dtype}", "target.capture=server", f"target.server.url={server.url}"]
+    ranks, cut = MESHES[mesh]
+    words = [*cut, f"data.hidden_dtype={dtype}", "target.capture=server", f"target.server.url={server.url}"]
     words += [f"target.server.folder={server.folder}", "target.server.buffer_gib=0.001"]
     offline = job.recipe(
         *words, f"data.cache_dir={job.root / 'filled'}", f"output_dir={job.root / 'offline'}"
