@@ -92,11 +92,11 @@ class RowFile:
             raise DamagedRowsError(f"{path} cannot be read ({error})") from error
         check_about(about, expected)
         shape = tuple(self._hidden.get_shape())
-        if shape[1:] != (len(expected.layer_ids), expected.hidden_size):
+        wanted = (self._tokens.get_shape()[0], len(expected.layer_ids), expected.hidden_size)
+        if shape != wanted:
             raise ValueError(
-                f"{path} holds rows of shape {shape}, expected [tokens, {len(expected.layer_ids)}, "
-                f"{expected.hidden_size}] (layers, hidden size): the server runs another model. Serve the "
-                "model of target.path."
+                f"{path} holds rows of shape {shape}, expected {wanted} (tokens, layers, hidden size): the "
+                "server runs another model. Serve the model of target.path."
             )
 
     def require_tokens(self, token_ids: Sequence[int]) -> None:
