@@ -2,6 +2,7 @@
 
 from eagle3_ds.targets.build import build_target
 from eagle3_ds.targets.capture import AuxCapture, capture_hidden_states, teacher_tokens
+from eagle3_ds.targets.end import check_target_end, load_target_end
 from eagle3_ds.targets.families import (
     beyond_positions,
     check_parallel,
@@ -40,6 +41,7 @@ __all__ = [
     "check_quantization",
     "check_spans",
     "check_supported",
+    "check_target_end",
     "check_weight_names",
     "choose_aux_layers",
     "empty_target",
@@ -47,6 +49,7 @@ __all__ = [
     "load_embedding_and_head",
     "load_full_config",
     "load_target",
+    "load_target_end",
     "load_text_config",
     "load_tokenizer",
     "positions",
