@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ SERVED = (
     "target.capture=server",
     f"target.server.python={PYTHON}",
     "target.server.arguments=[--enforce-eager, --max-num-seqs=8, --max-num-batched-tokens=64]",
-    "target.server.concurrency=4",
+    "target.server.concurrency=2",
 )
 ON_CPU = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -80,9 +81,15 @@ def store_of(places: Path, name: str) -> HiddenStateStore:
 @pytest.fixture(scope="module")
 def by_transformers(places: Path) -> Job:
     run = job(places, "transformers")
-    status, output = run.call("launch", "--num_ranks", "1")
+    status, output = run.call("prepare")
     assert status == 0, output
     return run
+
+
+def left_of(group: int) -> list[str]:
+    """The processes of a group that still run; a dead one that nobody has waited for does not."""
+    stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
+    return [state for state, _, of, *_ in stats if int(of) == group and state not in "ZX"]
 
 
 def require_same(found: HiddenStateStore, expected: HiddenStateStore) -> None:
@@ -100,8 +107,9 @@ def require_same(found: HiddenStateStore, expected: HiddenStateStore) -> None:
 
 def test_the_store_and_the_training_are_those_of_transformers(by_transformers: Job, places: Path) -> None:
     run = job(places, "server", *SERVED)
-    status, output = run.call("launch", "--num_ranks", "1")
-    assert status == 0, output
+    for each in (run, by_transformers):
+        status, output = each.call("launch", "--num_ranks", "1")
+        assert status == 0, output
     require_same(store_of(places, "server"), store_of(places, "transformers"))
     losses = [[step["loss"] for step in each.metrics()] for each in (run, by_transformers)]
     assert len(losses[0]) == 3
@@ -118,14 +126,15 @@ def test_a_killed_server_is_told_and_the_next_run_goes_on(
 
     def popen(*arguments, **options):
         server = real_popen(*arguments, **options)
-        started.append(server.pid)
+        if any("vllm.entrypoints" in word for word in arguments[0]):
+            started.append(server.pid)
         return server
 
     def append(self, *arguments, **options):
         nonlocal written
         real_append(self, *arguments, **options)
         written += 1
-        if written == 10:
+        if written == 2:
             os.kill(started[0], signal.SIGKILL)
 
     with monkeypatch.context() as patched:
@@ -134,8 +143,10 @@ def test_a_killed_server_is_told_and_the_next_run_goes_on(
         status, output = run.call("prepare")
     assert status == 2, output
     assert "ended by signal 9" in output and "last lines" in output, output
-    with pytest.raises(ProcessLookupError):
-        os.killpg(started[0], 0)
+    deadline = time.monotonic() + 20  # on a busy machine a killed process takes a while to go
+    while left_of(started[0]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left_of(started[0])
     done = written
     status, output = run.call("prepare")
     assert status == 0, output
