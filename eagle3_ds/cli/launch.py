@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from eagle3_ds.cli.words import Function, log_level, recipe_words, telling_recipe, terminal, write
-from eagle3_ds.config import Recipe, dump_recipe
+from eagle3_ds.config import Recipe, dump_recipe, load_recipe
 from eagle3_ds.launch.command import LAUNCHERS, LaunchOptions
 
 if TYPE_CHECKING:
@@ -145,9 +145,18 @@ def launch(
 def capture(
     recipe: str, overrides: tuple[str, ...], dry_run: bool, log_level: str | None, **places: Any
 ) -> int:
-    """capture hidden states by many ranks, each its spans; goes on where it was interrupted"""
-    more = ("target.capture=parallel", "data.hidden_states=offline")
+    """capture hidden states by many ranks, each its spans, or by the recipe's server; goes on where it was
+    interrupted
+    """
+    more = ["data.hidden_states=offline"]
+    by_server = load_recipe(recipe, [*overrides, *more]).target.capture == "server"
+    more += [] if by_server else ["target.capture=parallel"]
     with telling_recipe(recipe, overrides, log_level, *more) as loaded:
+        if by_server and not dry_run:
+            from eagle3_ds.run.stages import prepare
+
+            prepare(loaded)
+            return 0
         from eagle3_ds.run.resolve import RunOptions, resolve_run
 
         run = resolve_run(loaded, RunOptions(LaunchOptions(**places), dry_run=dry_run))

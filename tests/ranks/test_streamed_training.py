@@ -60,8 +60,7 @@ def rank_of_training(path: str) -> list[tuple[Any, ...]]:
         states.close()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float8"])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(("mesh", "dtype"), [*((mesh, "float32") for mesh in MESHES), ("one", "float8")])
 def test_a_stream_trains_as_its_store_does_to_the_bit(
     job: Job, server: FakeServer, run_ranks: Any, mesh: str, dtype: str
 ) -> None:

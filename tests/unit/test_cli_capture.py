@@ -102,7 +102,8 @@ def test_a_server_gives_the_store_that_the_target_gives_here(
     with server_of_target(tmp_path / "target", tmp_path / "rows", key="a-secret").running() as fake:
         words = ["target.capture=server", f"target.server.url={fake.url}"]
         words += [f"target.server.folder={tmp_path / 'rows'}", "target.server.key_variable=SERVERS_KEY"]
-        assert main(["prepare", recipe, *places, *words]) == 0
+        # A recipe that streams fills a store by this command all the same.
+        assert main(["capture", recipe, *places, *words, "data.hidden_states=stream"]) == 0
     (folder,) = (tmp_path / "cache").glob("hidden-*")
     (other,) = (tmp_path / "other").glob("hidden-*")
     expected, found = HiddenStateStore.open(folder), HiddenStateStore.open(other)
@@ -119,6 +120,17 @@ def test_a_server_gives_the_store_that_the_target_gives_here(
     assert "a-secret" not in told.out + told.err + written + (other / "index.json").read_text()
 
 
-def test_a_server_fills_a_store_and_is_not_asked_in_training(recipe: str) -> None:
-    with pytest.raises(ValueError, match="target.capture is server and data.hidden_states is online"):
-        load_recipe(recipe, ["target.capture=server", "data.hidden_states=online"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["target.capture=server", "data.hidden_states=online"], "target.capture is server and .* is online"),
+        (["data.hidden_states=stream"], "hidden_states is stream and target.capture is single"),
+        (["target.capture=parallel", "data.hidden_states=stream"], "Set target.capture to server"),
+        (["target.capture=server", "target.server.buffer_gib=0"], "target.server.buffer_gib"),
+    ],
+)
+def test_who_runs_the_target_and_where_its_rows_go_must_fit(
+    recipe: str, words: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(recipe, words)
