@@ -45,6 +45,7 @@ from eagle3_ds.targets import (
     head_size,
     load_full_config,
     load_text_config,
+    no_known_server,
     positions,
     resolve_path,
 )
@@ -180,6 +181,14 @@ def check_target_structure(recipe: Recipe, dry_run: bool = False) -> None:
     if not dry_run:
         check_quantization(config, recipe.target.path)
         check_weight_names(path)
+
+
+def server_warning(recipe: Recipe) -> str | None:
+    """What to warn of when no server is known for drafts of the target. One that the recipe builds is a
+    Llama.
+    """
+    path = Path(recipe.target.path).expanduser()
+    return no_known_server(load_full_config(path)) if path.is_dir() else None
 
 
 def check_kernel(recipe: Recipe, accelerator: str, shape: TargetShape) -> str:
