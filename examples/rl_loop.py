@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         answers = [answer(policy, prompt) for prompt in islice(prompts, PROMPTS_PER_ITERATION)]
         report = trainer.step(pack(policy, answers))
         improve(policy, optimizer, answers)
-        trainer.update_target(policy.embedding, policy.head)
+        trainer.update_target(policy.embedding, policy.model.get_output_embeddings().weight)
         weights = vllm_tensors(trainer.state_dict(), trainer.vocabulary)
         taus.append(report.tau)
         print(

@@ -37,6 +37,7 @@ from eagle3_ds.launch import hosts
 from eagle3_ds.launch.command import LaunchPlan
 from eagle3_ds.run.target_config import built_config
 from eagle3_ds.targets import (
+    attention_size,
     check_config_structure,
     check_parallel,
     check_quantization,
@@ -45,9 +46,9 @@ from eagle3_ds.targets import (
     check_target_end,
     check_weight_names,
     choose_aux_layers,
-    head_size,
     load_full_config,
     load_text_config,
+    no_known_server,
     resolve_path,
 )
 from eagle3_ds.topology import Mesh, check_heads, detect_accelerator
@@ -158,6 +159,14 @@ def check_target_structure(recipe: Recipe, dry_run: bool = False) -> None:
         check_weight_names(path)
 
 
+def server_warning(recipe: Recipe) -> str | None:
+    """What to warn of when no server is known for drafts of the target. One that the recipe builds is a
+    Llama.
+    """
+    path = Path(recipe.target.path).expanduser()
+    return no_known_server(load_full_config(path)) if path.is_dir() else None
+
+
 def check_kernel(recipe: Recipe, accelerator: str, target: Any, draft: LlamaConfig) -> str:
     """The name of the attention kernel that will run the draft of config `draft`.
 
@@ -166,7 +175,9 @@ def check_kernel(recipe: Recipe, accelerator: str, target: Any, draft: LlamaConf
     """
     device = torch.device(accelerator)
     if target_runs_on_ranks(recipe):
-        select_kernel(recipe.attention.kernel, device, getattr(torch, recipe.target.dtype), head_size(target))
+        select_kernel(
+            recipe.attention.kernel, device, getattr(torch, recipe.target.dtype), attention_size(target)
+        )
     return select_kernel(
         recipe.attention.kernel, device, getattr(torch, recipe.train.dtype), draft.head_dim
     ).name

@@ -25,6 +25,7 @@ from eagle3_ds.plan import (
     fastest,
     predict_memory,
 )
+from eagle3_ds.run.checks import server_warning
 from eagle3_ds.run.memory_advice import deepspeed_files
 from eagle3_ds.run.target_config import built_config, llama_config
 from eagle3_ds.run.target_sizes import SHAPES, SIZES
@@ -129,7 +130,8 @@ def plan_recipe(
         raise ValueError(f"data.max_length = {setup.length} fits no mesh and no setting.\n{shortage}")
     # Sizes that are given say nothing of positions.
     warning = None if shape or sizes else beyond_positions(recipe.data.max_length, positions(target))
-    warnings = () if warning is None else (warning,)
+    server = None if shape or sizes else server_warning(recipe)
+    warnings = tuple(told for told in (warning, server) if told)
     return Planned(setup, device, machines.gpus_per_node, budget, candidates, shortage, warnings, shape_notes)
 
 

@@ -20,6 +20,7 @@ from eagle3_ds.run.checks import (
     check_output,
     check_target_on_ranks,
     check_target_structure,
+    server_warning,
     target_config,
 )
 from eagle3_ds.targets import beyond_positions, positions
@@ -111,7 +112,7 @@ def _check_rest(recipe: Recipe, accelerator: str, options: RunOptions) -> list[s
     else:
         draft = check_draft(recipe, target)
         warning = beyond_positions(recipe.data.max_length, positions(target))
-        notes += [] if warning is None else [f"warning: {warning}"]
+        notes += [f"warning: {told}" for told in (warning, server_warning(recipe)) if told]
         check_target_on_ranks(recipe)
         check_target_structure(recipe, options.dry_run)
         try:

@@ -31,8 +31,10 @@ from eagle3_ds.targets import (
     build_target,
     check_supported,
     choose_aux_layers,
+    load_full_config,
     load_text_config,
     load_tokenizer,
+    no_known_server,
     positions,
     resolve_path,
     target_fingerprint,
@@ -116,7 +118,7 @@ def tokenise(recipe: Recipe) -> Documents:
     for note in algorithm_of(recipe).notes(config, recipe):
         logger.info("draft: %s", note)
     warning = beyond_positions(recipe.data.max_length, positions(config))
-    warnings = () if warning is None else (warning,)
+    warnings = tuple(told for told in (warning, no_known_server(load_full_config(folder))) if told)
     for line in warnings:
         logger.warning("%s", line)
     aux_layers = choose_aux_layers(config.num_hidden_layers, section.aux_layers)

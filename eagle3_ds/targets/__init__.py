@@ -4,6 +4,7 @@ from eagle3_ds.targets.build import build_target
 from eagle3_ds.targets.capture import AuxCapture, capture_hidden_states, teacher_tokens
 from eagle3_ds.targets.end import check_target_end, load_target_end
 from eagle3_ds.targets.families import (
+    attention_size,
     beyond_positions,
     check_parallel,
     check_quantization,
@@ -15,13 +16,15 @@ from eagle3_ds.targets.load import (
     Target,
     choose_aux_layers,
     empty_target,
+    load_model,
     load_target,
     load_tokenizer,
     resolve_path,
     target_fingerprint,
 )
 from eagle3_ds.targets.packed import SpanForward, check_spans
-from eagle3_ds.targets.structure import check_config_structure
+from eagle3_ds.targets.servers import no_known_server
+from eagle3_ds.targets.structure import check_config_structure, fold_factor, logits_factor
 from eagle3_ds.targets.weights import (
     check_weight_names,
     load_embedding_and_head,
@@ -33,6 +36,7 @@ __all__ = [
     "AuxCapture",
     "SpanForward",
     "Target",
+    "attention_size",
     "beyond_positions",
     "build_target",
     "capture_hidden_states",
@@ -45,13 +49,17 @@ __all__ = [
     "check_weight_names",
     "choose_aux_layers",
     "empty_target",
+    "fold_factor",
     "head_size",
     "load_embedding_and_head",
     "load_full_config",
+    "load_model",
     "load_target",
     "load_target_end",
     "load_text_config",
     "load_tokenizer",
+    "logits_factor",
+    "no_known_server",
     "positions",
     "resolve_path",
     "target_fingerprint",

@@ -29,6 +29,12 @@ def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def attention_size(config: Any) -> int:
+    """Channels of a head as the kernels see it: of keys or values, whichever has more."""
+    keys = (getattr(config, "qk_nope_head_dim", None) or 0) + (getattr(config, "qk_rope_head_dim", None) or 0)
+    return max(keys, getattr(config, "v_head_dim", None) or 0) or head_size(config)
+
+
 def positions(config: Any) -> int:
     """Tokens that the target was made for, as servers count them. `config`: a text config.
 

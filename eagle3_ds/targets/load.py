@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,13 @@ from torch import Tensor
 
 from eagle3_ds.config import TargetSection
 from eagle3_ds.targets.families import check_supported
-from eagle3_ds.targets.structure import check_logits, check_modules, find_decoder
+from eagle3_ds.targets.structure import (
+    check_logits,
+    check_modules,
+    find_decoder,
+    fold_factor,
+    logits_factor,
+)
 from eagle3_ds.targets.weights import load_full_config, load_text_config, weight_files
 
 FEWEST_LAYERS = 7
@@ -33,6 +40,7 @@ class Target:
     tokenizer: Any
     config: Any
     aux_layers: tuple[int, ...]
+    logits_factor: float = 1.0
 
     @property
     def base(self) -> Any:
@@ -44,10 +52,12 @@ class Target:
         """The token embedding [V, H], on the model's device."""
         return self.model.get_input_embeddings().weight
 
-    @property
+    @cached_property
     def head(self) -> Tensor:
-        """The head [V, H], on the model's device."""
-        return self.model.get_output_embeddings().weight
+        """The head [V, H], on the model's device, such that head x hidden state is the model's logits: times
+        `logits_factor`, in a tensor of its own where that is not 1. Made once: the target is frozen.
+        """
+        return fold_factor(self.model.get_output_embeddings().weight, self.logits_factor)
 
     @property
     def device(self) -> torch.device:
@@ -64,20 +74,33 @@ def load_target(
 
     Raises:
         ValueError: a missing folder, one that is no Hugging Face model, an unsupported family, too few
-            layers, modules that are not where a capture looks, a head with a bias, logits that are more than
-            head x hidden state, or no tokenizer.
+            layers, modules that are not where a capture looks, a head with a bias, logits that are no
+            constant positive number times head x hidden state, or no tokenizer.
     """
     path = resolve_path(section.path, section.build is not None)
     config = load_text_config(path)
     check_supported(config, section.path)
     aux_layers = choose_aux_layers(config.num_hidden_layers, section.aux_layers)
-    weight_files(path)  # for missing files its errors say more than those of transformers
-    settings = {"dtype": getattr(torch, dtype or section.dtype), "trust_remote_code": False}
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(path), **settings)
-    check_modules(model, config, section.path)
+    model, factor = load_model(path, section.path, dtype or section.dtype, device)
+    return Target(model, load_tokenizer(section), config, aux_layers, factor)
+
+
+def load_model(folder: Path, path: str, dtype: str, device: torch.device | str = "cpu") -> tuple[Any, float]:
+    """The causal LM in `folder`, frozen and in eval mode, after its modules and logits were checked, and the
+    factor of its logits. `path`: `target.path`, for messages.
+
+    Raises:
+        ValueError: as `load_target`, but for its config and tokenizer.
+    """
+    full_config = load_full_config(folder)
+    config, factor = full_config.get_text_config(), logits_factor(full_config, path)
+    weight_files(folder)  # for missing files its errors say more than those of transformers
+    settings = {"dtype": getattr(torch, dtype), "trust_remote_code": False}
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), **settings)
+    check_modules(model, config, path)
     model.requires_grad_(False).eval().to(device)
-    check_logits(model, config, section.path)
-    return Target(model, load_tokenizer(section), config, aux_layers)
+    check_logits(model, config, path, factor)
+    return model, factor
 
 
 def empty_target(section: TargetSection) -> Target:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface
 
 from eagle3_ds.attention import PackedAttention
@@ -66,14 +67,15 @@ def packed_attention(
 
     Args:
         query: [1, Hq, S, D], of this rank's slots with all heads.
-        key, value: [1, Hkv, S, D], likewise.
+        key: [1, Hkv, S, D], likewise.
+        value: [1, Hkv, S, Dv], likewise. In multi-head latent attention Dv differs from D.
         scaling: factor of the scores; None is D ** -0.5.
         s_aux: the logits of attention sinks, if the layer has them.
         packed: the attention over the span plan; `SpanForward` passes it through the model's keyword
             arguments.
 
     Returns:
-        [1, S, Hq, D], and None for the attention weights.
+        [1, S, Hq, Dv], and None for the attention weights.
 
     Raises:
         ValueError: the layer asks for something that the kernels do not compute, or the model did not pass
@@ -93,20 +95,17 @@ def packed_attention(
         raise ValueError(
             f"{layer} asks its attention for {', '.join(asked)}, which the kernels do not compute. {_SINGLE}"
         )
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    return packed.attend(q, k, v, scale, sliding_window, s_aux)[None], None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # The kernels take one size. Zero columns change no score and give zero columns, which are cut off.
+    size, kept = max(key.shape[-1], value.shape[-1]), value.shape[-1]
+    q, k, v = (functional.pad(x[0].transpose(0, 1), (0, size - x.shape[-1])) for x in (query, key, value))
+    return packed.attend(q, k, v, scale, sliding_window, s_aux)[None, ..., :kept], None
 
 
 class _Rehearsal:
-    """In place of a `PackedAttention`, on tensors without values: refuses what that one refuses."""
+    """In place of a `PackedAttention`, on tensors without values."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *_others: Any) -> Tensor:
-        if v.shape != k.shape:
-            raise ValueError(
-                f"its values are {tuple(v.shape[1:])} and its keys {tuple(k.shape[1:])} (heads, size), as in "
-                f"multi-head latent attention, and the attention kernels take one head size. {_SINGLE}"
-            )
+    def attend(self, q: Tensor, *_others: Any) -> Tensor:
         return q
 
 

@@ -1,5 +1,5 @@
 """Whether a target's modules are where a capture looks for them, and whether its logits are the product of
-head and hidden state: found out from what the model does, not from names of families.
+head and hidden state, or a constant times it: found out from what the model does, not from names of families.
 
 From the config alone, before a run starts: the model is built without weights (meta device), and small
 tensors are sent through what lies around its decoder. After loading: by its own weights, on a short text.
@@ -13,7 +13,7 @@ import copy
 import logging
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -33,7 +33,7 @@ UNMASKED = "eagle3_ds_unmasked"
 TRIED_TOKENS, TRIED_VOCABULARY = 12, 32
 _FIX = (
     "The draft is taught from the softmax of head x hidden state: choose a target whose logits are that "
-    "product."
+    "product, or a constant positive number times it."
 )
 
 
@@ -92,22 +92,55 @@ def check_config_structure(full_config: Any, path: str) -> None:
 
     Raises:
         ValueError: as `check_modules`; layers that pass on another tensor than one hidden state per token;
-            logits that are more than head x hidden state.
+            logits that are no constant positive number times head x hidden state.
     """
     config = full_config.get_text_config()
     model = build_empty(full_config, path)
     check_modules(model, config, path)
     _check_layer_inputs(model, config, path)
+    factor = _factor_of(model, config, path)
+    if factor != 1.0:
+        logger.info("%s: logits are %g times head x hidden state; the head is read so", path, factor)
+
+
+def logits_factor(full_config: Any, path: str) -> float:
+    """The constant that stands between a target's logits and head x hidden state: 1 for most families,
+    1 / `logits_scaling` for Granite. `full_config`: as AutoConfig reads it.
+
+    It is measured without weights: a stand-in for the decoder hands the family's own code hidden states and a
+    small head. 1 where that code needs more than those; `check_logits` then compares after loading.
+
+    Raises:
+        ValueError: the model cannot be built, or no constant positive number stands between them.
+    """
+    config = full_config.get_text_config()
+    model = build_empty(full_config, path)
+    return _factor_of(model, config, path)
+
+
+def fold_factor(head: Tensor, factor: float) -> Tensor:
+    """The head with which head x hidden state is the target's logits, in the dtype of `head`: exact for a
+    power of two, rounded once per weight for another factor.
+    """
+    return head if factor == 1.0 else (head.float() * factor).to(head.dtype)
+
+
+def _factor_of(model: Any, config: Any, path: str) -> float:
+    """Spends the model: its decoder and head are stand-ins afterwards."""
     try:
         found, expected = _stand_in_logits(model, config.hidden_size)
     except Exception as error:  # a family's own code around the decoder, which may ask for anything
         logger.debug("%s: its logits are judged after loading (%s)", path, error)
-        return
-    _check_product(found, expected, config, path)
+        return 1.0
+    factor = constant_factor(found, expected, TOLERANCE[torch.float32])
+    if factor is None or factor <= 0:
+        _refuse_logits(found, expected, config, path)
+    # The nearest fp32 number takes back the rounding of the comparison: 0.0625 is then 0.0625.
+    return float(torch.tensor(factor, dtype=torch.float32))
 
 
-def check_logits(model: Any, config: Any, path: str) -> None:
-    """Hold the logits of a loaded target against head x hidden state, on one short document.
+def check_logits(model: Any, config: Any, path: str, factor: float = 1.0) -> None:
+    """Hold the logits of a loaded target against `factor` times head x hidden state, on one short document.
 
     Raises:
         ValueError: they differ by more than rounding.
@@ -119,7 +152,8 @@ def check_logits(model: Any, config: Any, path: str) -> None:
     with torch.no_grad():
         hidden = find_decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
         expected = functional.linear(hidden, head.weight)
-        _check_product(model(input_ids=ids, use_cache=False).logits, expected, config, path)
+        logits = model(input_ids=ids, use_cache=False).logits
+        _check_product(logits, expected * factor, config, path)
         loud = _Louder(LOUD / max(float(expected.float().std()), 1e-6))
         handle = head.register_forward_hook(loud)
         try:
@@ -127,7 +161,7 @@ def check_logits(model: Any, config: Any, path: str) -> None:
         finally:
             handle.remove()
     if loud.calls == 1:
-        _check_product(found, expected * loud.factor, config, path)
+        _check_product(found, expected * loud.factor * factor, config, path)
 
 
 def build_empty(full_config: Any, path: str) -> Any:
@@ -220,9 +254,12 @@ def _always(output: Any) -> Callable[..., Any]:
 
 def _check_product(found: Tensor, expected: Tensor, config: Any, path: str) -> None:
     """Raises ValueError when the logits `found` are not `expected`, head x hidden state."""
+    if product_problem(found, expected, TOLERANCE[expected.dtype]) is not None:
+        _refuse_logits(found, expected, config, path)
+
+
+def _refuse_logits(found: Tensor, expected: Tensor, config: Any, path: str) -> NoReturn:
     problem = product_problem(found, expected, TOLERANCE[expected.dtype])
-    if problem is None:
-        return
     settings = [f"{key} = {value}" for key, value in sorted(config.to_dict().items()) if _may_be(key, value)]
     told = f" (config.json has {', '.join(settings)})" if settings else ""
     raise ValueError(f"{_named(config, path)}, whose logits are {problem}{told}. {_FIX}")
@@ -236,11 +273,21 @@ def product_problem(found: Tensor, expected: Tensor, tolerance: float) -> str | 
     difference = float((found - expected).norm() / expected.norm())
     if difference <= tolerance:
         return None
-    factor = float((found * expected).sum() / (expected * expected).sum())
-    if float((found - factor * expected).norm()) <= tolerance * float(found.norm()):
+    factor = constant_factor(found, expected, tolerance)
+    if factor is not None:
         kind, times = ("sharp", 1 / factor) if abs(factor) < 1 else ("flat", factor)
         return f"{factor:.4g} times head x hidden state: the teacher would be {times:.4g} times too {kind}"
     return f"not head x hidden state (a relative difference of {difference:.2g}, no constant factor)"
+
+
+def constant_factor(found: Tensor, expected: Tensor, tolerance: float) -> float | None:
+    """The number that `found` is times `expected`, to rounding; None where there is none."""
+    if found.shape != expected.shape:
+        return None
+    found, expected = found.double(), expected.double()
+    factor = float((found * expected).sum() / (expected * expected).sum())
+    rest = float((found - factor * expected).norm())
+    return factor if rest <= tolerance * float(found.norm()) else None
 
 
 def _may_be(key: str, value: Any) -> bool:

@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from eagle3_ds.targets.structure import fold_factor, logits_factor
+
 # The last parts of the names that families give to the two tensors, the most frequent first.
 EMBEDDINGS = (
     "embed_tokens.weight",
@@ -83,17 +85,20 @@ def load_embedding_and_head(path: str | Path, dtype: torch.dtype | None = None) 
         dtype: None keeps the stored dtype.
 
     Returns:
-        Embedding and head, [V, H] each, whole, on the CPU. For tied weights both are the same tensor.
+        Embedding and head, [V, H] each, whole, on the CPU. For tied weights both are the same tensor. Where
+        the target's logits are a constant times head x hidden state, the head is times that constant.
 
     Raises:
-        ValueError: there are no safetensors weights, a tensor is missing from them, quantized, or not [V, H].
+        ValueError: there are no safetensors weights; a tensor is missing from them, quantized, or not [V, H];
+            or the logits are no constant times head x hidden state.
     """
     files = weight_files(path)
     embedding_name, head_name = _end_names(path, files)
+    factor = logits_factor(load_full_config(path), str(path))
     embedding = _read_tensor(files[embedding_name], embedding_name, dtype)
     if head_name == embedding_name:
-        return embedding, embedding
-    return embedding, _read_tensor(files[head_name], head_name, dtype)
+        return embedding, fold_factor(embedding, factor)
+    return embedding, fold_factor(_read_tensor(files[head_name], head_name, dtype), factor)
 
 
 def check_weight_names(path: str | Path) -> None:
@@ -103,13 +108,14 @@ def check_weight_names(path: str | Path) -> None:
 
 def _end_names(path: str | Path, files: Mapping[str, Path]) -> tuple[str, str]:
     """The names of embedding and head in `files`; the same one for tied weights."""
-    config = load_text_config(path)
+    full_config = load_full_config(path)
+    config = full_config.get_text_config()
     wanted = (config.vocab_size, config.hidden_size)
     embedding = _find(path, files, "embedding", EMBEDDINGS, wanted)
     if embedding is None:
         raise _missing(path, files, "embedding", EMBEDDINGS)
     head = _find(path, files, "head", HEADS, wanted)
-    if head is None and not config.tie_word_embeddings:
+    if head is None and not (config.tie_word_embeddings or full_config.tie_word_embeddings):
         raise _missing(path, files, "head", HEADS)
     bias = (head or "").removesuffix("weight") + "bias"
     if head and bias in files:

@@ -23,7 +23,14 @@ from eagle3_ds.checkpoint.saver import CheckpointSaver, Progress
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
 from eagle3_ds.draft import VocabularyMap, aux_size, has_own_embedding
 from eagle3_ds.layout import LocalRows, PackedSequence, Rows, Supervision, live_slots, row_tiles
-from eagle3_ds.targets import load_embedding_and_head, load_text_config, resolve_path, teacher_tokens
+from eagle3_ds.targets import (
+    fold_factor,
+    load_embedding_and_head,
+    load_full_config,
+    logits_factor,
+    resolve_path,
+    teacher_tokens,
+)
 from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.spans import plan_spans
 from eagle3_ds.train.state import EngineState
@@ -83,7 +90,9 @@ class RolloutTrainer:
     ) -> None:
         self.recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
         folder = resolve_path(self.recipe.target.path)
-        config = load_text_config(folder)
+        full_config = load_full_config(folder)
+        config = full_config.get_text_config()
+        self._logits_factor = logits_factor(full_config, self.recipe.target.path)
         self.vocabulary = vocabulary or _vocabulary(self.recipe, config.vocab_size)
         topology = _topology(self.recipe)
         torch.manual_seed(self.recipe.train.seed)
@@ -135,7 +144,8 @@ class RolloutTrainer:
         """Replace the target's embedding [V, H] and head [V, Ht], for example after the policy was updated.
 
         Args:
-            embedding, head: whole, the same on every rank.
+            embedding, head: whole, the same on every rank, as the target's model holds them: a constant
+                factor of its logits is applied here.
 
         Raises:
             ValueError: a shape differs from the target's.
@@ -145,7 +155,8 @@ class RolloutTrainer:
                 raise ValueError(
                     f"{name} has shape {tuple(tensor.shape)}, the target's is {tuple(self._head.shape)}"
                 )
-        self._head = head.detach().cpu().clone()
+        head = fold_factor(head.detach(), self._logits_factor)
+        self._head = head.cpu().clone()
         self.trainer.update_target(embedding, head)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -24,9 +24,9 @@ from eagle3_ds.layout import SpanPlan
 from eagle3_ds.targets import (
     SpanForward,
     Target,
+    attention_size,
     check_parallel,
     empty_target,
-    head_size,
     load_full_config,
     load_target,
     resolve_path,
@@ -82,7 +82,7 @@ class TargetEngine:
         self.dtype = getattr(torch, recipe.target.dtype)
         self.vocab_size: int = target.config.vocab_size
         self.kernel = checked_kernel(
-            recipe.attention.kernel, topology.device, self.dtype, head_size(target.config)
+            recipe.attention.kernel, topology.device, self.dtype, attention_size(target.config)
         )
         self._head: nn.Parameter = target.model.get_output_embeddings().weight
         self._forward: Any = _hook_up(SpanForward(target), topology)

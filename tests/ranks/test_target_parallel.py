@@ -15,17 +15,33 @@ from eagle3_ds.kernels import select_kernel
 from eagle3_ds.layout import SpanPlan
 from eagle3_ds.targets import SpanForward, Target, capture_hidden_states
 from eagle3_ds.topology import maybe_setup_distributed
-from tests.unit.tiny_families import AUX_LAYERS, FAMILIES, family_config, random_model, vision_language_config
+from tests.unit.tiny_families import (
+    AUX_LAYERS,
+    FAMILIES,
+    family_config,
+    other_config,
+    random_model,
+    vision_language_config,
+)
 
 LENGTHS = (19, 3, 26, 7, 1)
 CHUNKS = 3
 VISION_LANGUAGE = "gemma3"
+LATENT = "deepseek_v3"
+"""Its keys have 12 channels and its values 8."""
 # Two key heads: with four Ulysses ranks each of them is repeated.
-CASES = [*((family, 2, 2) for family in (*FAMILIES, VISION_LANGUAGE)), ("llama", 1, 4), ("gpt_oss", 1, 4)]
+CASES = [
+    *((family, 2, 2) for family in (*FAMILIES, VISION_LANGUAGE, LATENT)),
+    ("llama", 1, 4),
+    ("gpt_oss", 1, 4),
+]
 
 
 def tiny_target(family: str) -> Target:
-    config = vision_language_config() if family == VISION_LANGUAGE else family_config(family)
+    if family == VISION_LANGUAGE:
+        config = vision_language_config()
+    else:
+        config = other_config(family) if family == LATENT else family_config(family)
     return Target(random_model(config), None, config.get_text_config(), AUX_LAYERS)
 
 

@@ -164,7 +164,6 @@ def run(
         ({"dropout": 0.1}, "dropout"),
         ({"is_causal": False}, "without a causal mask"),
         ({"packed": None}, "does not hand the model's keyword arguments on"),
-        ({"value": torch.zeros(1, 2, 3, 4)}, r"values are \(2, 4\) and its keys \(2, 8\)"),
     ],
 )
 def test_what_a_layer_asks_for_and_no_kernel_does(asked: dict[str, Any], words: str) -> None:
