@@ -114,6 +114,7 @@ def _show(planned: Planned, console: Console) -> None:
         write(console, f"draft: {note}")
     _show_memory(setup, budget, console)
     _show_lengths(setup, budget, console)
+    write(console, planned.disk)
     _show_time(setup, device, planned.ranks_per_node, console)
     _show_candidates(planned.candidates, budget, console)
     for warning in planned.warnings:

@@ -48,7 +48,11 @@ class PreparedData:
 
     @classmethod
     def open(cls, path: Path, fingerprint: str) -> PreparedData:
-        """Read a folder that `prepare_data` wrote; the documents stay memory-mapped."""
+        """Read a folder that `prepare_data` wrote; the documents stay memory-mapped.
+
+        Raises:
+            ValueError: a file is missing, damaged, or of another version.
+        """
         for name in (DOCUMENTS_FILE, TABLES_FILE, STATISTICS_FILE):
             if not (path / name).is_file():
                 raise ValueError(
@@ -56,7 +60,13 @@ class PreparedData:
                 )
         documents = datasets.Dataset.from_file(str(path / DOCUMENTS_FILE))
         tables = load_file(path / TABLES_FILE)
-        statistics = DataStatistics(**json.loads((path / STATISTICS_FILE).read_text()))
+        try:
+            statistics = DataStatistics(**json.loads((path / STATISTICS_FILE).read_text()))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path / STATISTICS_FILE} was written by another version of this program, or is damaged "
+                f"({error}): remove the folder {path} and run again"
+            ) from error
         train, heldout = (documents.select(tables[name].numpy()) for name in ("train", "heldout"))
         counts, required = tables["supervised_counts"], tables["required_tokens"]
         return cls(train, heldout, statistics, counts, required, fingerprint, path)

@@ -4,6 +4,7 @@ settings.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.attention.costs import choose_kv_exchange
 from eagle3_ds.config import Recipe, load_deepspeed_config
 from eagle3_ds.costs import Setup
+from eagle3_ds.data import PreparedData
+from eagle3_ds.draft import aux_size
+from eagle3_ds.draft.geometry import target_hidden_size
 from eagle3_ds.plan import (
     DEVICES,
     Candidate,
@@ -29,6 +33,8 @@ from eagle3_ds.run.checks import server_warning
 from eagle3_ds.run.memory_advice import deepspeed_files
 from eagle3_ds.run.target_config import built_config, llama_config
 from eagle3_ds.run.target_sizes import SHAPES, SIZES
+from eagle3_ds.store import RowFormat
+from eagle3_ds.store.index import DTYPES
 from eagle3_ds.targets import (
     beyond_positions,
     check_config_structure,
@@ -72,6 +78,7 @@ class Planned:
     candidates: settings that fit, the fastest first.
     warnings: about the recipe and the target.
     notes: what of the draft's shape is neither the recipe's nor plainly the target's.
+    disk: what a store of hidden states takes, in words.
     shortage: what is missing and would help; None where the recipe fits as it stands.
     """
 
@@ -83,6 +90,7 @@ class Planned:
     shortage: str | None = None
     warnings: Sequence[str] = ()
     notes: Sequence[str] = ()
+    disk: str = ""
 
 
 def plan_recipe(
@@ -107,7 +115,8 @@ def plan_recipe(
     mesh = Mesh.from_world(machines.gpus, parallel.ring, parallel.ulysses, parallel.draft_dp)
     target = _target_config(recipe, shape, sizes or {})
     algorithm = algorithm_of(recipe)
-    draft = algorithm.shape(algorithm.build_config(target, recipe))
+    config = algorithm.build_config(target, recipe)
+    draft = algorithm.shape(config)
     shape_notes = algorithm.notes(target, recipe)
     check_heads(parallel.ulysses, draft.num_heads, draft.num_kv_heads)
     device = DEVICES[machines.device]
@@ -132,7 +141,37 @@ def plan_recipe(
     warning = None if shape or sizes else beyond_positions(recipe.data.max_length, positions(target))
     server = None if shape or sizes else server_warning(recipe)
     warnings = tuple(told for told in (warning, server) if told)
-    return Planned(setup, device, machines.gpus_per_node, budget, candidates, shortage, warnings, shape_notes)
+    where = (setup, device, machines.gpus_per_node, budget)
+    return Planned(*where, candidates, shortage, warnings, shape_notes, _disk_text(recipe, config))
+
+
+def _disk_text(recipe: Recipe, draft: LlamaConfig) -> str:
+    """What a hidden-state store takes, for each `data.hidden_dtype`: for a token, and for the documents where
+    they are prepared.
+    """
+    tokens, aux_width = _prepared_tokens(recipe), aux_size(draft)
+    parts = []
+    for dtype in DTYPES:
+        row_bytes = RowFormat(aux_width, target_hidden_size(draft), dtype).row_bytes
+        whole = "" if tokens is None else f" ({tokens * row_bytes / GIB:.1f} GiB)"
+        parts.append(f"{dtype} {row_bytes / 1024:.1f} KiB{whole}")
+    of = "" if tokens is None else f", in brackets for the {tokens} tokens that are prepared"
+    return (
+        f"hidden states on disk, per token{of}: {', '.join(parts)}; data.hidden_dtype is "
+        f"{recipe.data.hidden_dtype}. No disk: data.hidden_states=stream (from a server) or online"
+    )
+
+
+def _prepared_tokens(recipe: Recipe) -> int | None:
+    """Tokens of the documents that an earlier `prepare` of this output folder made; None without."""
+    file = Path(recipe.output_dir) / "prepared.json"
+    if not file.is_file():
+        return None
+    prepared = json.loads(file.read_text())
+    folder = Path(prepared["data"])
+    if not folder.is_dir():
+        return None
+    return sum(PreparedData.open(folder, prepared["data_fingerprint"]).lengths().values())
 
 
 def _target_config(recipe: Recipe, shape: str | None, given: Mapping[str, int]) -> Any:

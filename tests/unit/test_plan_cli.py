@@ -11,6 +11,9 @@ from eagle3_ds.cli import plan as plan_command
 from eagle3_ds.cli.main import main
 from eagle3_ds.config import load_recipe
 from eagle3_ds.plan import DEVICES
+from eagle3_ds.store import HiddenStateStore
+from tests.unit.data_samples import write_jsonl
+from tests.unit.tiny_target import CONVERSATIONS, build_tiny_target
 
 ROOT = Path(__file__).parents[2]
 LLAMA = ("recipes/llama3.1-8b_128k_usp.yaml", "--shape", "llama3.1-8b")
@@ -70,6 +73,34 @@ def test_a_target_that_will_be_built_and_one_of_which_only_the_config_is_here(
         capsys, "recipes/quickstart.yaml", "--gpus", "4", f"target.path={tmp_path}", "target.build=null"
     )
     assert "hidden 192, 4/2 heads of 48" in here
+
+
+def test_the_disk_of_a_store_is_told_for_each_dtype_and_for_documents_that_are_prepared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = planned(capsys, *LLAMA)
+    # Four hidden states of 4096 numbers, the teacher's token, and a checksum for each of the three.
+    told = ", ".join(
+        f"{dtype} {(4 * 4096 * size + 4 + more) / 1024:.1f} KiB"
+        for dtype, size, more in (
+            ("float32", 4, 12),
+            ("bfloat16", 2, 12),
+            ("float16", 2, 12),
+            ("float8", 1, 24),
+        )
+    )
+    assert f"hidden states on disk, per token: {told}; data.hidden_dtype is bfloat16" in text
+    assert "data.hidden_states=stream" in text
+    rows = write_jsonl(tmp_path / "rows.jsonl", CONVERSATIONS)
+    target = build_tiny_target(tmp_path / "target")
+    here = [f"data.train=[{rows}]", f"target.path={target}", "target.build=null", "draft.vocab_size=128"]
+    here += [f"output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}", "eval.num_prompts=0"]
+    assert main(["prepare", "recipes/quickstart.yaml", *here]) == 0
+    capsys.readouterr()
+    (folder,) = (tmp_path / "cache").glob("hidden-*")
+    tokens = sum(HiddenStateStore.open(folder).lengths.values())
+    text = planned(capsys, "recipes/quickstart.yaml", "--gpus", "4", *here)
+    assert f"in brackets for the {tokens} tokens that are prepared: float32 0.5 KiB (0.0 GiB)" in text
 
 
 def test_sizes_over_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
