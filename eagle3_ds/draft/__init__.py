@@ -2,9 +2,9 @@
 with its backward, tiles, offload and the tiled loss.
 """
 
-from eagle3_ds.draft.contract import Draft, DraftAlgorithm, Guesser, LayoutForm
+from eagle3_ds.draft.contract import BatchGuesser, Draft, DraftAlgorithm, Guesser, LayoutForm
 from eagle3_ds.draft.geometry import aux_keys, aux_size, sliding_window, window_keys
-from eagle3_ds.draft.served import DraftCache
+from eagle3_ds.draft.served import DraftBatchCache, DraftCache, OneByOne
 from eagle3_ds.draft.taps import LossTaps
 from eagle3_ds.draft.tiled_loss import (
     LossInputs,
@@ -18,8 +18,10 @@ from eagle3_ds.draft.tiles import slots_per_tile
 from eagle3_ds.draft.vocabulary import VocabularyMap
 
 __all__ = [
+    "BatchGuesser",
     "Draft",
     "DraftAlgorithm",
+    "DraftBatchCache",
     "DraftCache",
     "Guesser",
     "LayoutForm",
@@ -27,6 +29,7 @@ __all__ = [
     "LossSum",
     "LossTaps",
     "LossTile",
+    "OneByOne",
     "VocabularyMap",
     "aux_keys",
     "aux_size",

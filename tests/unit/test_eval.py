@@ -25,7 +25,7 @@ from eagle3_ds.eval import (
     speculative_decode,
 )
 from eagle3_ds.eval.evaluate import _by_context, _by_position
-from eagle3_ds.eval.speculative import TargetStream, _judge, cache_can_be_cut, cache_name
+from eagle3_ds.eval.speculative import TargetStream, cache_can_be_cut, cache_name, judge
 from eagle3_ds.targets import Target, capture_hidden_states, load_target
 from tests.unit.tiny_families import AUX_LAYERS, family_config, other_config, random_model
 from tests.unit.tiny_target import build_tiny_target
@@ -284,7 +284,7 @@ def test_a_difference_is_told_with_its_place_and_gap(
 def test_judging_a_round(
     guesses: list[int], choices: list[int], eos: int | None, fresh: list[int], reached: int, accepted: int
 ) -> None:
-    assert _judge(guesses, choices, eos, 20) == (fresh, Round(20, reached, accepted, len(fresh)))
+    assert judge(guesses, choices, eos, 20) == (fresh, Round(20, reached, accepted, len(fresh)))
 
 
 def test_counts_by_position_and_context() -> None:
@@ -293,7 +293,8 @@ def test_counts_by_position_and_context() -> None:
     assert (first["reached"], first["accepted_when_reached"], first["accepted"]) == (4, 0.75, 0.75)
     assert (second["reached"], second["accepted_when_reached"], second["accepted"]) == (2, 0.5, 0.25)
     assert [
-        (row["up_to"], row["rounds"], row["acceptance_length"]) for row in _by_context(rounds, (20, 40))
+        (row["up_to"], row["rounds"], row["acceptance_length"])
+        for row in _by_context([rounds[:1], rounds[1:]], (20, 40))
     ] == [
         (20, 2, 2.0),
         (40, 1, 2.0),
