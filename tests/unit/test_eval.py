@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.text import Text
 from torch import nn
 
 from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
@@ -25,6 +26,7 @@ from eagle3_ds.eval import (
     speculative_decode,
 )
 from eagle3_ds.eval.evaluate import _by_context, _by_position
+from eagle3_ds.eval.report import _figure, _mean
 from eagle3_ds.eval.speculative import TargetStream, cache_can_be_cut, cache_name, judge
 from eagle3_ds.targets import Target, capture_hidden_states, load_target
 from tests.unit.tiny_families import AUX_LAYERS, family_config, other_config, random_model
@@ -330,6 +332,17 @@ def test_evaluation_and_picture(
     with_eval = draw_report(tmp_path / "metrics.jsonl", tmp_path / "eval.json", tmp_path / "a.png")
     without = draw_report(tmp_path / "metrics.jsonl", None, tmp_path / "b.png")
     assert with_eval.stat().st_size > without.stat().st_size > 1000
+    drawn = _figure([json.loads(line) for line in lines], result, "a title")
+    words = {text.get_text() for text in drawn.findobj(Text)}
+    context = result["acceptance_by_context"][0]
+    assert f"up to 16\nn = 2 prompts, {context['rounds']} rounds" in words and "0" in words
+    assert any(word.startswith("a title\nevaluated on 2 held-out prompts, ") for word in words)
+    assert {f"n-gram look-up {_mean(result, '_ngram')}", f"trained {_mean(result, '')}"} <= words
+    # An eval.json of an earlier version has no look-up and no interval, and is drawn all the same.
+    older = {key: value for key, value in result.items() if not re.search("ngram|interval|speed", key)}
+    assert not any(
+        "look-up" in text.get_text() for text in _figure([record | {"step": 1}], older).findobj(Text)
+    )
     warned = draw_report(tmp_path / "metrics.jsonl", None, tmp_path / "w.png", ["too long " * 40, "too many"])
     assert warned.stat().st_size > without.stat().st_size
     (tmp_path / "metrics.jsonl").write_text("")
