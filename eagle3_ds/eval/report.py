@@ -138,10 +138,13 @@ def _draw_contexts(axis: Axes, evaluation: dict[str, Any]) -> None:
         for index, row in enumerate(rows):
             place = index + (number - (len(drafts) - 1) / 2) * width
             _draw_length(axis, place, width, found[row["above"]], color, hatch, name if not index else "")
-    axis.set_xticks(range(len(rows)), [_bucket(row) for row in rows])
+    axis.set_xticks(range(len(rows)), [_bucket(row) for row in rows], fontsize="small")
     axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
     axis.set_title(f"Tokens per target forward{_without_loops(evaluation)}", pad=ABOVE)
-    axis.set(xlabel="tokens of context (dotted: no guess right)", ylabel="tokens per target forward")
+    axis.set(
+        xlabel="tokens of context, and n of the trained draft (dotted: no guess right)",
+        ylabel="tokens per target forward",
+    )
     axis.margins(y=0.15)
     axis.set_ylim(bottom=0)
     _legend_above(axis, len(drafts))
@@ -173,9 +176,9 @@ def _drafts(evaluation: dict[str, Any], key: str) -> list[tuple[str, str, str, s
 
 def _bucket(row: dict[str, Any]) -> str:
     """A bucket's name, and how much it rests on."""
-    name = f"up to {row['up_to']:,}" if row["up_to"] else f"above {row['above']:,}"
-    prompts = f"{row['prompts']} prompts, " if "prompts" in row else ""
-    return f"{name}\nn = {prompts}{row['rounds']:,} rounds"
+    name = f"≤ {row['up_to']:,}" if row["up_to"] else f"> {row['above']:,}"
+    prompts = f"{row['prompts']} prompts\n" if "prompts" in row else ""
+    return f"{name}\n{prompts}{row['rounds']:,} rounds"
 
 
 def _mean(evaluation: dict[str, Any], suffix: str) -> str:

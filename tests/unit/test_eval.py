@@ -335,7 +335,7 @@ def test_evaluation_and_picture(
     drawn = _figure([json.loads(line) for line in lines], result, "a title")
     words = {text.get_text() for text in drawn.findobj(Text)}
     context = result["acceptance_by_context"][0]
-    assert f"up to 16\nn = 2 prompts, {context['rounds']} rounds" in words and "0" in words
+    assert f"≤ 16\n2 prompts\n{context['rounds']} rounds" in words and "0" in words
     assert any(word.startswith("a title\nevaluated on 2 held-out prompts, ") for word in words)
     assert {f"n-gram look-up {_mean(result, '_ngram')}", f"trained {_mean(result, '')}"} <= words
     # An eval.json of an earlier version has no look-up and no interval, and is drawn all the same.
