@@ -2,7 +2,7 @@
 with its backward, tiles, offload and the tiled loss.
 """
 
-from eagle3_ds.draft.contract import Draft, DraftAlgorithm, Guesser, LayoutForm
+from eagle3_ds.draft.contract import BatchGuesser, Draft, DraftAlgorithm, Guesser, LayoutForm
 from eagle3_ds.draft.embedding import (
     DRAFT_EMBEDDING,
     load_draft_embedding,
@@ -17,7 +17,7 @@ from eagle3_ds.draft.geometry import (
     target_hidden_size,
     window_keys,
 )
-from eagle3_ds.draft.served import DraftCache
+from eagle3_ds.draft.served import DraftBatchCache, DraftCache, OneByOne
 from eagle3_ds.draft.taps import LossTaps
 from eagle3_ds.draft.tiled_loss import (
     LossInputs,
@@ -32,8 +32,10 @@ from eagle3_ds.draft.vocabulary import VocabularyMap
 
 __all__ = [
     "DRAFT_EMBEDDING",
+    "BatchGuesser",
     "Draft",
     "DraftAlgorithm",
+    "DraftBatchCache",
     "DraftCache",
     "Guesser",
     "LayoutForm",
@@ -41,6 +43,7 @@ __all__ = [
     "LossSum",
     "LossTaps",
     "LossTile",
+    "OneByOne",
     "VocabularyMap",
     "aux_keys",
     "aux_size",

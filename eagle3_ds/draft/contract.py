@@ -90,6 +90,19 @@ class Guesser(Protocol):
         """
 
 
+class BatchGuesser(Protocol):
+    """A served draft in the middle of several texts, each with a number."""
+
+    def propose(
+        self, aux: Mapping[int, Tensor], tokens: Mapping[int, Sequence[int]], count: int
+    ) -> dict[int, list[int]]:
+        """As `Guesser.propose`, for those texts that `tokens` names; the others wait, or have ended.
+
+        Returns:
+            {text: its `count` guesses}.
+        """
+
+
 class LayoutForm(Protocol):
     """How one layout of exported checkpoints (e.g. vLLM's) names the config keys and the tensors of a draft
     of this algorithm.
@@ -154,6 +167,13 @@ class DraftAlgorithm(Protocol):
 
     def guesser(self, draft: Any, embedding: Tensor, vocabulary: VocabularyMap) -> Guesser:
         """The draft as a server runs it, at the start of a text. `embedding` [V, H] is that of the draft."""
+
+    def batch_guesser(
+        self, draft: Any, embedding: Tensor, vocabulary: VocabularyMap, num_texts: int
+    ) -> BatchGuesser:
+        """The same at the start of texts 0 .. `num_texts` - 1. `draft.served.OneByOne` makes it of `guesser`
+        where an algorithm has no faster way.
+        """
 
     def probe(self, draft: Any, seed: int) -> Tensor:
         """Logits [n, Vd] of the served draft for an input made from `seed`, in the draft's dtype, on the CPU.

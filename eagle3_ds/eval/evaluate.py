@@ -4,7 +4,8 @@ context length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +14,26 @@ from torch import Tensor
 from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.config import EvalSection, Recipe
 from eagle3_ds.data.loops import loops, repeated_share
-from eagle3_ds.draft import Draft, VocabularyMap
-from eagle3_ds.eval.speculative import Round, greedy_decode, speculative_decode
+from eagle3_ds.draft import BatchGuesser, Draft, OneByOne, VocabularyMap
+from eagle3_ds.eval.batch import batches, texts_can_be_batched
+from eagle3_ds.eval.intervals import interval
+from eagle3_ds.eval.lockstep import (
+    Clock,
+    Limits,
+    greedy_alone,
+    greedy_batch,
+    judged_by_answers,
+    read_prompts,
+    speculative_alone,
+    speculative_batch,
+)
+from eagle3_ds.eval.ngram import NgramGuesser
+from eagle3_ds.eval.speculative import Round
 from eagle3_ds.say import progress_bar
 from eagle3_ds.targets import Target
+
+NAMES = {"trained": "", "untrained": "_untrained", "ngram": "_ngram"}
+"""What makes guesses, and the suffix of its keys in eval.json."""
 
 
 def evaluate_draft(
@@ -29,8 +46,8 @@ def evaluate_draft(
     progress: bool = True,
     embedding: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Decode every prompt three times: with the target alone, with the draft, and with the untrained draft.
-    Runs in one process, without collectives.
+    """Decode every prompt with the target alone and with the draft, many prompts at once, and judge the
+    untrained draft and n-gram look-up by the target's answers. Runs in one process, without collectives.
 
     Args:
         target: loaded in `eval.dtype`.
@@ -43,12 +60,12 @@ def evaluate_draft(
         What eval.json holds. Acceptance length: tokens per forward of the target, its own included. By
         position: for guess k, the share accepted of those reached (`accepted_when_reached`) and of all rounds
         (`accepted`). By context: buckets of `eval.context_buckets`, upper ends included, null the last
-        without one. Answers of the target that repeat themselves are counted, and the acceptance length is
-        given without them too.
+        without one, each with a 95% interval. Answers of the target that repeat themselves are counted, and
+        the acceptance length is given without them too.
 
     Raises:
         ValueError: there is no prompt, a prompt is empty, or the target has another dtype.
-        NotLosslessError: an output differs from that of the target alone.
+        NotLosslessError: an output with the draft differs from that of the target alone.
     """
     settings = recipe.eval
     dtype: torch.dtype = getattr(torch, settings.dtype)
@@ -62,32 +79,85 @@ def evaluate_draft(
         raise ValueError(
             f"eval.dtype is {settings.dtype}, the target is in {target.head.dtype}. Load it in eval.dtype."
         )
-    drafts = {"trained": draft, "untrained": untrained_draft}
-    rounds: dict[str, list[list[Round]]] = {name: [] for name in drafts}
-    answers: list[list[int]] = []
-    eos = target.tokenizer.eos_token_id
     shared = target.embedding if embedding is None else embedding.to(target.device, dtype)
-    for model in drafts.values():
+    for model in (draft, untrained_draft):
         model.to(target.device, dtype).eval()
-    for prompt in progress_bar(prompts, desc="speculative decoding", disable=not progress, unit="prompt"):
-        expected = greedy_decode(target, prompt, settings.max_new_tokens, eos)
-        answers.append(expected)
-        for name, model in drafts.items():
-            guesser = algorithm_of(recipe).guesser(model, shared, vocabulary)
-            _, more = speculative_decode(
-                target,
-                guesser,
-                prompt,
-                settings.max_new_tokens,
-                settings.draft_tokens,
-                eos,
-                expected,
-            )
-            rounds[name].append(more)
-    # lossless: every output above was compared with the target's own, a difference raises
-    sizes = {"lossless": True, "prompts": len(prompts), "new_tokens": sum(map(len, answers))}
-    trained, untrained = (_joined(rounds[name]) for name in drafts)
-    return _figures(trained, untrained, settings) | sizes | _loop_figures(answers, rounds)
+    limits = Limits(settings.max_new_tokens, settings.draft_tokens, target.tokenizer.eos_token_id)
+    found = _Found([[] for _ in prompts], {name: [[] for _ in prompts] for name in NAMES}, Clock())
+    lengths = [len(prompt) for prompt in prompts]
+    groups = batches(target, lengths, limits.max_new_tokens + limits.draft_tokens)
+    algorithm = algorithm_of(recipe)
+    makers = [
+        lambda count, model=model: algorithm.batch_guesser(model, shared, vocabulary, count)
+        for model in (draft, untrained_draft)
+    ]
+    for group in progress_bar(groups, desc="speculative decoding", disable=not progress, unit="batch"):
+        _decode(target, [list(prompts[index]) for index in group], group, makers, limits, found)
+    answers = [answer[: limits.max_new_tokens] for answer in found.answers]
+    sizes = {
+        # Every output of the trained draft was compared with the target's own: a difference raises.
+        "lossless": True,
+        "prompts": len(prompts),
+        "distinct_prompts": len({tuple(prompt) for prompt in prompts}),
+        "new_tokens": sum(map(len, answers)),
+    }
+    return (
+        _figures(found.rounds, settings) | sizes | _loop_figures(answers, found.rounds) | _times(found.clock)
+    )
+
+
+@dataclass
+class _Found:
+    """What is known of each prompt after its batch: the target's answer, and the rounds of each draft."""
+
+    answers: list[list[int]]
+    rounds: dict[str, list[list[Round]]]
+    clock: Clock
+
+
+def _decode(
+    target: Target,
+    prompts: list[list[int]],
+    places: Sequence[int],
+    makers: Sequence[Callable[[int], BatchGuesser]],
+    limits: Limits,
+    found: _Found,
+) -> None:
+    """Decode one batch, and put what is found at its places.
+
+    Args:
+        makers: of the guessers of the trained and of the untrained draft, for a number of texts.
+    """
+    trained, untrained = (make(len(prompts)) for make in makers)
+    if len(prompts) > 1 or texts_can_be_batched(target):
+        read = read_prompts(target, prompts, found.clock)
+        answers = greedy_batch(target, read, limits, found.clock)
+        rounds = speculative_batch(target, trained, read, answers, limits, found.clock)
+    else:
+        answers = [greedy_alone(target, prompts[0], limits, found.clock)]
+        rounds = [speculative_alone(target, trained, prompts[0], answers[0], limits, found.clock)]
+    by_name = {
+        "trained": rounds,
+        "untrained": judged_by_answers(untrained, prompts, answers, limits),
+        "ngram": judged_by_answers(
+            OneByOne(lambda text: NgramGuesser(prompts[text][0])), prompts, answers, limits
+        ),
+    }
+    for row, place in enumerate(places):
+        found.answers[place] = answers[row].tokens
+        for name, of_draft in by_name.items():
+            found.rounds[name][place] = of_draft[row]
+
+
+def _times(clock: Clock) -> dict[str, Any]:
+    """Seconds with and without the draft; reading the prompts, which both need, is in both."""
+    prompts = clock.seconds.get("prompts", 0.0)
+    alone, speculative = (prompts + clock.seconds[name] for name in ("target", "speculative"))
+    return {
+        "seconds_target_alone": alone,
+        "seconds_speculative": speculative,
+        "speedup": alone / speculative,
+    }
 
 
 def _joined(rounds: Sequence[Sequence[Round]]) -> list[Round]:
@@ -106,6 +176,7 @@ def _loop_figures(answers: Sequence[Sequence[int]], rounds: dict[str, list[list[
         "repeated_ngrams": sum(map(repeated_share, answers)) / len(answers),
         "acceptance_length_without_loops": _acceptance_length(kept["trained"]),
         "acceptance_length_untrained_without_loops": _acceptance_length(kept["untrained"]),
+        "acceptance_length_ngram_without_loops": _acceptance_length(kept["ngram"]),
     }
 
 
@@ -122,16 +193,21 @@ def loop_warning(result: dict[str, Any]) -> str | None:
     )
 
 
-def _figures(trained: Sequence[Round], untrained: Sequence[Round], settings: EvalSection) -> dict[str, Any]:
-    """The part of eval.json that is computed from the rounds, and the settings that it depends on."""
-    return {
-        "acceptance_length": _acceptance_length(trained),
-        "acceptance_length_untrained": _acceptance_length(untrained),
-        "acceptance_by_position": _by_position(trained, settings.draft_tokens),
-        "acceptance_by_position_untrained": _by_position(untrained, settings.draft_tokens),
-        "acceptance_by_context": _by_context(trained, settings.context_buckets),
-        "acceptance_by_context_untrained": _by_context(untrained, settings.context_buckets),
-        "target_forwards": len(trained),
+def _figures(rounds: dict[str, list[list[Round]]], settings: EvalSection) -> dict[str, Any]:
+    """The part of eval.json that is computed from the rounds of each prompt, and the settings that it depends
+    on.
+    """
+    figures: dict[str, Any] = {}
+    for name, suffix in NAMES.items():
+        of_prompts, joined = rounds[name], _joined(rounds[name])
+        figures |= {
+            f"acceptance_length{suffix}": _acceptance_length(joined),
+            f"acceptance_length{suffix}_interval": interval(of_prompts),
+            f"acceptance_by_position{suffix}": _by_position(joined, settings.draft_tokens),
+            f"acceptance_by_context{suffix}": _by_context(of_prompts, settings.context_buckets),
+            f"target_forwards{suffix}": len(joined),
+        }
+    return figures | {
         "draft_tokens": settings.draft_tokens,
         "max_new_tokens": settings.max_new_tokens,
         "dtype": settings.dtype,
@@ -159,19 +235,22 @@ def _by_position(rounds: Sequence[Round], draft_tokens: int) -> list[dict[str, A
     return rows
 
 
-def _by_context(rounds: Sequence[Round], upper_ends: Sequence[int]) -> list[dict[str, Any]]:
+def _by_context(of_prompts: Sequence[Sequence[Round]], upper_ends: Sequence[int]) -> list[dict[str, Any]]:
     rows = []
     lower = 0
     for upper in (*upper_ends, None):
         inside = [
-            each for each in rounds if lower < each.context and (upper is None or each.context <= upper)
+            [each for each in rounds if lower < each.context and (upper is None or each.context <= upper)]
+            for rounds in of_prompts
         ]
         rows.append(
             {
                 "above": lower,
                 "up_to": upper,
-                "rounds": len(inside),
-                "acceptance_length": _acceptance_length(inside),
+                "prompts": sum(map(bool, inside)),
+                "rounds": sum(map(len, inside)),
+                "acceptance_length": _acceptance_length(_joined(inside)),
+                "interval": interval(inside),
             }
         )
         lower = upper or lower

@@ -100,6 +100,10 @@ class TargetStream:
         hidden = output.last_hidden_state[0, -1 if last_only else -len(tokens) :]
         return functional.linear(hidden, self._target.head), aux
 
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer that has a cache of its own, [1, Hkv, T, D] each."""
+        return [(layer.keys, layer.values) for layer in self._cache.layers]
+
     def keep(self, length: int) -> None:
         if length < self.length and not self._rereads:
             self._cache.crop(
@@ -193,27 +197,28 @@ def speculative_decode(
     while len(known) - len(prompt) < max_new_tokens and known[-1] != eos_token_id:
         guesses = guesser.propose(aux, fresh, draft_tokens)
         logits, aux = stream.read([known[-1], *guesses])
-        fresh, result = _judge(guesses, logits.argmax(dim=-1).tolist(), eos_token_id, len(known))
+        fresh, result = judge(guesses, logits.argmax(dim=-1).tolist(), eos_token_id, len(known))
         rounds.append(result)
         stream.keep(len(known) - 1 + len(fresh))
         aux = aux[: len(fresh)]
         known += fresh
     output = known[len(prompt) :][:max_new_tokens]
     if expected is not None and output != list(expected):
-        raise NotLosslessError(_difference(target, prompt, output, expected))
+        raise NotLosslessError(difference(target, prompt, output, expected))
     return output, rounds
 
 
-def _judge(guesses: list[int], choices: list[int], eos: int | None, context: int) -> tuple[list[int], Round]:
+def judge(guesses: list[int], choices: list[int], eos: int | None, context: int) -> tuple[list[int], Round]:
     """The new tokens of a round, and its figures.
 
     Args:
         guesses: the draft's tokens.
-        choices: the target's: one in place of each guess, and one that follows the last guess.
+        choices: the target's: one in place of each guess, and one that follows the last guess; fewer where
+            the text ends before.
         context: tokens known before the round.
     """
     right = 0
-    while right < len(guesses) and guesses[right] == choices[right]:
+    while right < min(len(guesses), len(choices)) and guesses[right] == choices[right]:
         right += 1
     fresh = choices[: right + 1]
     if eos in fresh:
@@ -224,7 +229,7 @@ def _judge(guesses: list[int], choices: list[int], eos: int | None, context: int
     return fresh, Round(context, reached, accepted, len(fresh))
 
 
-def _difference(target: Target, prompt: Sequence[int], output: Sequence[int], expected: Sequence[int]) -> str:
+def difference(target: Target, prompt: Sequence[int], output: Sequence[int], expected: Sequence[int]) -> str:
     """Describe where the two outputs first differ, and by how much the target's logits prefer its token."""
     shorter = min(len(output), len(expected))
     place = next((i for i in range(shorter) if output[i] != expected[i]), shorter)

@@ -212,6 +212,16 @@ def export(recipe: Recipe | str | Path) -> list[Path]:
     return list(errors)
 
 
+def _title(recipe: Recipe) -> str:
+    """A run in one line: its folder, target and mesh."""
+    mesh = recipe.parallel
+    replicas = "" if mesh.draft_dp is None else f"draft_dp {mesh.draft_dp} x "
+    return (
+        f"{Path(recipe.output_dir).name}: {recipe.draft.algorithm} draft of {recipe.target.path}, up to "
+        f"{recipe.data.max_length:,} tokens, mesh {replicas}ring {mesh.ring} x ulysses {mesh.ulysses}"
+    )
+
+
 def report(recipe: Recipe) -> Path:
     """Draw report.png from metrics.jsonl, and from eval.json if there is one; returns its path.
 
@@ -227,7 +237,9 @@ def report(recipe: Recipe) -> Path:
     picture = folder / "report.png"
     prepared = folder / "prepared.json"
     warnings = json.loads(prepared.read_text()).get("warnings", []) if prepared.is_file() else []
-    told = draw_report(metrics, evaluation if evaluation.is_file() else None, picture, warnings)
+    told = draw_report(
+        metrics, evaluation if evaluation.is_file() else None, picture, warnings, _title(recipe)
+    )
     for line in warnings:
         logger.warning("report: %s", line)
     logger.info("report: %s", told)

@@ -45,17 +45,21 @@ class AuxCapture:
     def _keep(self, place: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            self._found[place] = hidden[0].detach()
+            self._found[place] = hidden.detach()
 
         return hook
 
     def take(self) -> Tensor:
-        """The inputs of the aux layers in the last forward, concatenated from the lowest layer up: [S, A], of
-        the S tokens of that forward's only sequence. They are kept no longer.
+        """`take_batch` of a forward with one sequence of S tokens: [S, A]."""
+        (taken,) = self.take_batch()
+        return taken
+
+    def take_batch(self) -> Tensor:
+        """The inputs of the aux layers in the last forward, concatenated from the lowest layer up: [B, S, A],
+        of B sequences of S tokens. They are kept no longer.
         """
         assert len(self._found) == len(self._layers), "no forward since the last take"
-        taken = torch.cat([self._found.pop(place) for place in range(len(self._layers))], dim=-1)
-        return taken
+        return torch.cat([self._found.pop(place) for place in range(len(self._layers))], dim=-1)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.text import Text
 from torch import nn
 
 from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
@@ -25,7 +26,8 @@ from eagle3_ds.eval import (
     speculative_decode,
 )
 from eagle3_ds.eval.evaluate import _by_context, _by_position
-from eagle3_ds.eval.speculative import TargetStream, _judge, cache_can_be_cut, cache_name
+from eagle3_ds.eval.report import _figure, _mean
+from eagle3_ds.eval.speculative import TargetStream, cache_can_be_cut, cache_name, judge
 from eagle3_ds.targets import Target, capture_hidden_states, load_target
 from tests.unit.tiny_families import AUX_LAYERS, family_config, other_config, random_model
 from tests.unit.tiny_target import build_tiny_target
@@ -284,7 +286,7 @@ def test_a_difference_is_told_with_its_place_and_gap(
 def test_judging_a_round(
     guesses: list[int], choices: list[int], eos: int | None, fresh: list[int], reached: int, accepted: int
 ) -> None:
-    assert _judge(guesses, choices, eos, 20) == (fresh, Round(20, reached, accepted, len(fresh)))
+    assert judge(guesses, choices, eos, 20) == (fresh, Round(20, reached, accepted, len(fresh)))
 
 
 def test_counts_by_position_and_context() -> None:
@@ -293,7 +295,8 @@ def test_counts_by_position_and_context() -> None:
     assert (first["reached"], first["accepted_when_reached"], first["accepted"]) == (4, 0.75, 0.75)
     assert (second["reached"], second["accepted_when_reached"], second["accepted"]) == (2, 0.5, 0.25)
     assert [
-        (row["up_to"], row["rounds"], row["acceptance_length"]) for row in _by_context(rounds, (20, 40))
+        (row["up_to"], row["rounds"], row["acceptance_length"])
+        for row in _by_context([rounds[:1], rounds[1:]], (20, 40))
     ] == [
         (20, 2, 2.0),
         (40, 1, 2.0),
@@ -329,6 +332,17 @@ def test_evaluation_and_picture(
     with_eval = draw_report(tmp_path / "metrics.jsonl", tmp_path / "eval.json", tmp_path / "a.png")
     without = draw_report(tmp_path / "metrics.jsonl", None, tmp_path / "b.png")
     assert with_eval.stat().st_size > without.stat().st_size > 1000
+    drawn = _figure([json.loads(line) for line in lines], result, "a title")
+    words = {text.get_text() for text in drawn.findobj(Text)}
+    context = result["acceptance_by_context"][0]
+    assert f"≤ 16\n2 prompts\n{context['rounds']} rounds" in words and "0" in words
+    assert any(word.startswith("a title\nevaluated on 2 held-out prompts, ") for word in words)
+    assert {f"n-gram look-up {_mean(result, '_ngram')}", f"trained {_mean(result, '')}"} <= words
+    # An eval.json of an earlier version has no look-up and no interval, and is drawn all the same.
+    older = {key: value for key, value in result.items() if not re.search("ngram|interval|speed", key)}
+    assert not any(
+        "look-up" in text.get_text() for text in _figure([record | {"step": 1}], older).findobj(Text)
+    )
     warned = draw_report(tmp_path / "metrics.jsonl", None, tmp_path / "w.png", ["too long " * 40, "too many"])
     assert warned.stat().st_size > without.stat().st_size
     (tmp_path / "metrics.jsonl").write_text("")

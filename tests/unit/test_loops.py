@@ -38,7 +38,7 @@ def result(answers: list[list[int]]) -> dict[str, Any]:
     """Four tokens per round in a loop, two in other texts."""
     trained = [[Round(9, 3, 3, 4)] * 5 if loops(answer) else [Round(9, 2, 1, 2)] * 5 for answer in answers]
     untrained = [[Round(9, 1, 0, 1)] * 5 for _ in answers]
-    figures = _loop_figures(answers, {"trained": trained, "untrained": untrained})
+    figures = _loop_figures(answers, {"trained": trained, "untrained": untrained, "ngram": untrained})
     return figures | {"prompts": len(answers)}
 
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from eagle3_ds.algorithms.eagle3.config import build_draft_config, draft_notes
 from eagle3_ds.algorithms.eagle3.costs import Eagle3Shape
-from eagle3_ds.algorithms.eagle3.decoding import Eagle3Guesser, probe_logits
+from eagle3_ds.algorithms.eagle3.decoding import Eagle3BatchGuesser, Eagle3Guesser, probe_logits
 from eagle3_ds.algorithms.eagle3.exported import ServerForm, SpeculatorsForm
 from eagle3_ds.algorithms.eagle3.model import DraftModel, UnrollSettings
 from eagle3_ds.algorithms.eagle3.supervision import TTTSupervision
@@ -52,6 +52,11 @@ class Eagle3:
 
     def guesser(self, draft: DraftModel, embedding: Tensor, vocabulary: VocabularyMap) -> Eagle3Guesser:
         return Eagle3Guesser(draft, embedding, vocabulary)
+
+    def batch_guesser(
+        self, draft: DraftModel, embedding: Tensor, vocabulary: VocabularyMap, num_texts: int
+    ) -> Eagle3BatchGuesser:
+        return Eagle3BatchGuesser(draft, embedding, vocabulary, num_texts)
 
     def probe(self, draft: DraftModel, seed: int) -> Tensor:
         return probe_logits(draft, seed)

@@ -9,7 +9,7 @@ Legend: S new slots, A entries of a slot's captured hidden states, H hidden size
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +17,12 @@ from torch.nn import functional
 
 from eagle3_ds.algorithms.eagle3.model import DraftModel
 from eagle3_ds.draft.geometry import aux_size
-from eagle3_ds.draft.served import DraftCache
+from eagle3_ds.draft.served import DraftBatchCache, DraftCache
 from eagle3_ds.draft.vocabulary import VocabularyMap
 
 PROBE_SLOTS = 12
+PIECE = 512
+"""Slots of a text that are taken in at once, so that a long prompt's attention mask stays small."""
 
 
 class Eagle3Guesser:
@@ -41,9 +43,11 @@ class Eagle3Guesser:
     def propose(self, aux: Tensor, tokens: Sequence[int], count: int) -> list[int]:
         """As `Guesser.propose`: aux [S, A], S tokens, one place later -> `count` ids of the target."""
         verified = len(self._cache) + len(tokens)
-        positions = torch.arange(len(self._cache), verified, device=aux.device)
-        hidden = self._draft.project_aux(aux.to(self._draft.fc.weight.dtype))
-        hidden = self._draft.decode(self._embed(tokens), hidden, positions, self._cache)[-1:]
+        for start in range(0, len(tokens), PIECE):
+            piece = slice(start, start + PIECE)
+            positions = len(self._cache) + torch.arange(len(tokens[piece]), device=aux.device)
+            hidden = self._draft.project_aux(aux[piece].to(self._draft.fc.weight.dtype))
+            hidden = self._draft.decode(self._embed(tokens[piece]), hidden, positions, self._cache)[-1:]
         guesses: list[int] = []
         while True:
             guesses.append(int(self._to_target[self._draft.logits(hidden)[0].argmax()]))
@@ -57,6 +61,58 @@ class Eagle3Guesser:
 
     def _embed(self, tokens: Sequence[int]) -> Tensor:
         ids = torch.tensor(list(tokens), device=self._embedding.device)
+        return functional.embedding(ids, self._embedding).to(self._draft.fc.weight.dtype)
+
+
+class Eagle3BatchGuesser:
+    """The draft with the cache of several texts, a `draft.contract.BatchGuesser`. The arguments are those of
+    `Eagle3Guesser`, and the number of texts.
+    """
+
+    def __init__(
+        self, draft: DraftModel, embedding: Tensor, vocabulary: VocabularyMap, num_texts: int
+    ) -> None:
+        self._draft, self._embedding = draft, embedding
+        self._to_target = vocabulary.draft_to_target.to(embedding.device)
+        self._cache = DraftBatchCache(draft.config.num_hidden_layers, num_texts)
+
+    @torch.no_grad()
+    def propose(
+        self, aux: Mapping[int, Tensor], tokens: Mapping[int, Sequence[int]], count: int
+    ) -> dict[int, list[int]]:
+        """As `BatchGuesser.propose`."""
+        texts, rest = list(tokens), dict[int, tuple[Tensor, Tensor]]()
+        for text in texts:
+            states, ids = aux[text], torch.tensor(list(tokens[text]), device=self._embedding.device)
+            while len(ids) > PIECE:
+                self._take([text], states[:PIECE], ids[:PIECE], [PIECE])
+                states, ids = states[PIECE:], ids[PIECE:]
+            rest[text] = (states, ids)
+        counts = [len(ids) for _, ids in rest.values()]
+        states, ids = (torch.cat(parts) for parts in zip(*rest.values(), strict=True))
+        hidden = self._take(texts, states, ids, counts)
+        hidden = hidden[torch.tensor(counts, device=hidden.device).cumsum(0) - 1]
+        verified = list(self._cache.lengths)
+        guesses = [self._guess(hidden)]
+        while len(guesses) < count:
+            positions = self._cache.open(texts, [1] * len(texts), hidden.device)
+            hidden = self._draft.passed_on(hidden)
+            hidden = self._draft.decode(self._embed(guesses[-1]), hidden, positions, self._cache)
+            guesses.append(self._guess(hidden))
+        self._cache.lengths = verified
+        return dict(zip(texts, torch.stack(guesses, dim=1).tolist(), strict=True))
+
+    def _take(self, texts: list[int], states: Tensor, ids: Tensor, counts: list[int]) -> Tensor:
+        """The draft's output at verified slots: states [S, A], ids int64 [S] -> [S, H]."""
+        positions = self._cache.open(texts, counts, states.device)
+        hidden = self._draft.project_aux(states.to(self._draft.fc.weight.dtype))
+        return self._draft.decode(self._embed(ids), hidden, positions, self._cache)
+
+    def _guess(self, hidden: Tensor) -> Tensor:
+        """The likeliest token of each slot, as ids of the target: hidden [R, H] -> int64 [R]."""
+        return self._to_target[self._draft.logits(hidden).argmax(dim=-1)]
+
+    def _embed(self, ids: Tensor) -> Tensor:
         return functional.embedding(ids, self._embedding).to(self._draft.fc.weight.dtype)
 
 

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from eagle3_ds.algorithms.eagle3.variants import flag
 from eagle3_ds.attention.rotary import rotate
 from eagle3_ds.draft.decoder import AfterWeights, after_attention, project, rms_norm
-from eagle3_ds.draft.served import DraftAttention, DraftCache
+from eagle3_ds.draft.served import DraftAttention, DraftBatchCache, DraftCache
 
 
 class BeforeWeights(NamedTuple):
@@ -93,7 +93,9 @@ class DraftLayer(nn.Module):
             mlp.down_proj.weight,
         )
 
-    def forward(self, embeds: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, cache: DraftCache) -> Tensor:
+    def forward(
+        self, embeds: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, cache: DraftCache | DraftBatchCache
+    ) -> Tensor:
         """Serve the S newest slots: embeds, hidden [S, H], cos, sin [S, D] -> [S, H]. Their keys and values
         are appended to the cache.
         """

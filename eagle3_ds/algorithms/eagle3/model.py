@@ -24,7 +24,7 @@ from eagle3_ds.draft.decoder import rms_norm
 from eagle3_ds.draft.decoder_backward import normed_in_tiles
 from eagle3_ds.draft.geometry import num_aux_layers
 from eagle3_ds.draft.offload import HostStash
-from eagle3_ds.draft.served import DraftCache
+from eagle3_ds.draft.served import DraftBatchCache, DraftCache
 from eagle3_ds.draft.stream import stream_aux
 from eagle3_ds.layout import LocalBatch
 
@@ -142,7 +142,9 @@ class DraftModel(Draft):
         return normed_in_tiles(hidden, self.norm.weight, self.config.rms_norm_eps)
 
     @torch.no_grad()
-    def decode(self, embeds: Tensor, hidden: Tensor, positions: Tensor, cache: DraftCache) -> Tensor:
+    def decode(
+        self, embeds: Tensor, hidden: Tensor, positions: Tensor, cache: DraftCache | DraftBatchCache
+    ) -> Tensor:
         """Serve the next S slots after the cached ones: embeds, hidden [S, H], positions int64 [S] ->
         [S, H].
         """
