@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -23,15 +25,21 @@ from eagle3_ds.checkpoint.saver import CheckpointSaver, Progress
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
 from eagle3_ds.draft import VocabularyMap, aux_size, has_own_embedding
 from eagle3_ds.layout import LocalRows, PackedSequence, Rows, Supervision, live_slots, row_tiles
+from eagle3_ds.serving.client import ServerClient
+from eagle3_ds.serving.rows import Expected, RowFile
 from eagle3_ds.targets import (
+    choose_aux_layers,
     fold_factor,
     load_embedding_and_head,
     load_full_config,
     logits_factor,
     resolve_path,
+    target_fingerprint,
     teacher_tokens,
 )
+from eagle3_ds.targets.end import TargetEnd, load_target_end
 from eagle3_ds.topology import Topology, maybe_setup_distributed
+from eagle3_ds.train.served_spans import SpanReader
 from eagle3_ds.train.spans import plan_spans
 from eagle3_ds.train.state import EngineState
 from eagle3_ds.train.trainer import DraftTrainer, StepReport
@@ -41,13 +49,25 @@ ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """A packed sequence: documents (prompt and answer) laid end to end, with the target's hidden states.
+class Texts:
+    """Documents (prompt and answer) laid end to end.
 
     Attributes:
         token_ids: integers [L], whole on every rank.
         loss_mask: bool [L], whole on every rank; true for the tokens that the target wrote.
         lengths: the tokens of each document; their sum is L.
+    """
+
+    token_ids: Tensor
+    loss_mask: Tensor
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rollout(Texts):
+    """A packed sequence with the target's hidden states.
+
+    Attributes:
         aux: rows [L, layers * Ht]: the inputs of the captured layers, concatenated. A tensor, or an object
             whose `[start:stop]` returns those rows. A rank reads only the rows of its own slots.
         teacher: rows [L, Ht]: the target's output after the final norm, as a tensor or such an object. A rank
@@ -56,12 +76,25 @@ class Rollout:
             computes it from `teacher`.
     """
 
-    token_ids: Tensor
-    loss_mask: Tensor
-    lengths: tuple[int, ...]
     aux: Rows
     teacher: Rows
     teacher_token: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ServedRollout(Texts):
+    """A packed sequence whose hidden states a server wrote to files, by `serving.connector`.
+
+    Attributes:
+        files: of each document, on a file system that this rank sees; its rows are those of the document's
+            tokens. A rank reads the rows of its own slots and of their halo. They are kept: `discard`
+            removes those that `RolloutTrainer.ask` had written.
+    """
+
+    files: tuple[Path, ...]
+
+
+AnyRollout: TypeAlias = Rollout | ServedRollout
 
 
 class RolloutTrainer:
@@ -110,13 +143,20 @@ class RolloutTrainer:
         embedding, self._head = load_embedding_and_head(folder)
         user = load_deepspeed_config(self.recipe.deepspeed)
         settings = fill_deepspeed_config(user, self.recipe, topology.mesh.world_size, topology.draft_dp)
+        self._folder, self._config = folder, config
+        self._reader: SpanReader | None = None
+        self._norm: Mapping[str, Tensor] | None = None
+        self._norm_is_known = True
+        self._asked = 0
         self.trainer = DraftTrainer(
             self.recipe, settings, topology, draft, embedding, self._head, self.vocabulary
         )
         self._aux_size, self._teacher_size = aux_size(draft.config), int(config.hidden_size)
         self.steps = 0
 
-    def step(self, rollouts: Rollout | Sequence[Rollout], learning_rate: float | None = None) -> StepReport:
+    def step(
+        self, rollouts: AnyRollout | Sequence[AnyRollout], learning_rate: float | None = None
+    ) -> StepReport:
         """Take one optimizer step. Collective.
 
         Args:
@@ -126,12 +166,12 @@ class RolloutTrainer:
         Raises:
             ValueError: this rank or another got a rollout that cannot be trained on; no rank takes the step.
         """
-        given = [rollouts] if isinstance(rollouts, Rollout) else list(rollouts)
+        given = [rollouts] if isinstance(rollouts, Texts) else list(rollouts)
         report = self.trainer.step(self._packs(given, self.recipe.train.accumulation), learning_rate)
         self.steps += 1
         return report
 
-    def evaluate(self, rollouts: Sequence[Rollout]) -> StepReport:
+    def evaluate(self, rollouts: Sequence[AnyRollout]) -> StepReport:
         """Loss and accuracy over the rollouts of all draft_dp ranks; each rank passes its own, equally many.
         Collective.
 
@@ -140,12 +180,16 @@ class RolloutTrainer:
         """
         return self.trainer.evaluate(self._packs(rollouts, len(rollouts)))
 
-    def update_target(self, embedding: Tensor, head: Tensor) -> None:
+    def update_target(
+        self, embedding: Tensor, head: Tensor, norm: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Replace the target's embedding [V, H] and head [V, Ht], for example after the policy was updated.
 
         Args:
             embedding, head: whole, the same on every rank, as the target's model holds them: a constant
                 factor of its logits is applied here.
+            norm: the `state_dict` of its final norm. Rows of a server are those before that norm, so that
+                `ServedRollout`s are refused after an update without it.
 
         Raises:
             ValueError: a shape differs from the target's.
@@ -158,6 +202,83 @@ class RolloutTrainer:
         head = fold_factor(head.detach(), self._logits_factor)
         self._head = head.cpu().clone()
         self.trainer.update_target(embedding, head)
+        self._norm_is_known = norm is not None
+        if norm is not None:
+            self._norm = {name: tensor.detach().cpu().clone() for name, tensor in norm.items()}
+        if self._reader is not None:
+            self._reader.use_head(self._head)
+            self._take_norm(self._reader.end)
+
+    def connect(
+        self,
+        url: str,
+        folder: str | Path,
+        name: str = "rollout",
+        timeout: float = 600.0,
+        retries: int = 3,
+        key: str | None = None,
+    ) -> ServerClient:
+        """A client of the rollout engine, for `ask`. Collective: the first rank of each sp group connects.
+
+        Args:
+            url: of a vLLM server that was started with our connector (docs/hidden-states.md).
+            folder: where its connector writes; every rank must see it.
+            name: how the names of this trainer's files begin: letters, digits and dashes. Files with such
+                names that were left there are removed.
+            timeout: seconds for one try of one document.
+            retries: how often a document is tried again.
+            key: the server's API key.
+
+        Raises:
+            ValueError: no server answers, or it is none of vLLM's. On every rank.
+        """
+        topology, mistake = self.trainer.topology, None
+        prefix = f"{name}-{topology.place.dp_rank}"
+        client = ServerClient(url, Path(folder), prefix, timeout, retries, key=key)
+        try:
+            if topology.sp_rank == 0:
+                client.connect()
+        except ValueError as error:
+            mistake = error
+        self._agree(mistake, "could not connect to the server and say why")
+        return client
+
+    def ask(self, client: ServerClient, texts: Texts, concurrency: int = 4) -> ServedRollout:
+        """Have the server write the hidden states of documents. Collective: the first rank of each sp group
+        asks, `concurrency` documents at a time; all its ranks get the paths of the files.
+
+        Raises:
+            ValueError: the server failed, or gave other rows than those of a document. On every rank.
+        """
+        folder, turn, mistake = client.folder, self._asked, None
+        files = tuple(
+            folder / f"{client.prefix}-text-{turn}-{i}.safetensors" for i in range(len(texts.lengths))
+        )
+        self._asked += 1
+        try:
+            _check_tokens(texts, len(self._head))
+            if self.trainer.topology.sp_rank == 0:
+                documents = texts.token_ids.cpu().split(list(texts.lengths))
+                expected = self._served_reader().expected
+                with ThreadPoolExecutor(concurrency, thread_name_prefix="rollout") as threads:
+                    asked = [
+                        threads.submit(client.file, document.tolist(), expected, file)
+                        for document, file in zip(documents, files, strict=True)
+                    ]
+                for future in asked:
+                    future.result()
+        except ValueError as error:
+            mistake = error
+        self._agree(mistake, "got no rows from the server and say why")
+        return ServedRollout(texts.token_ids, texts.loss_mask, texts.lengths, files)
+
+    def discard(self, rollout: ServedRollout) -> None:
+        """Remove the files of a rollout, after the `step` or `evaluate` that used it. Not collective: the
+        first rank of the sp group removes them; all its ranks have read theirs when a step returns.
+        """
+        if self.trainer.topology.sp_rank == 0:
+            for file in rollout.files:
+                file.unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The draft's whole weights on the CPU of every rank. Collective. `export.vllm_tensors` renames them
@@ -192,7 +313,7 @@ class RolloutTrainer:
         self.steps = load_checkpoint(EngineState(self.trainer), Path(folder)).step
         return self.steps
 
-    def _packs(self, rollouts: Sequence[Rollout], number: int) -> list[PackedSequence]:
+    def _packs(self, rollouts: Sequence[AnyRollout], number: int) -> list[PackedSequence]:
         """Turn rollouts into packs. Collective: a mistake on one rank is raised on all, because the others
         would wait for ever in the collectives of a step that this rank does not take.
         """
@@ -206,23 +327,27 @@ class RolloutTrainer:
             packs = [self._pack(rollout) for rollout in rollouts]
         except ValueError as error:
             mistake = error
+        self._agree(mistake, "refused their rollouts and say why: no rank takes this step")
+        return packs
+
+    def _agree(self, mistake: ValueError | None, what: str) -> None:
+        """Raise this rank's mistake, or that of another. Collective over the world."""
         wrong = torch.tensor([mistake is not None], dtype=torch.int32, device=self.trainer.topology.device)
         dist.all_reduce(wrong)
         if mistake is not None:
             raise mistake
         if wrong.item():
-            raise ValueError(
-                f"{wrong.item()} other rank(s) refused their rollouts and say why: no rank takes this step"
-            )
-        return packs
+            raise ValueError(f"{wrong.item()} other rank(s) {what}")
 
-    def _pack(self, rollout: Rollout) -> PackedSequence:
+    def _pack(self, rollout: AnyRollout) -> PackedSequence:
         """Check the rows that this rank reads, and make a pack. Teacher tokens that are computed here are
         computed for those rows only, and are 0 elsewhere.
         """
         length = _check_tokens(rollout, len(self._head))
         place, loss_mask = self.trainer.topology.place, rollout.loss_mask.cpu().bool()
         _check_supervised(rollout.lengths, loss_mask, self.trainer.supervision)
+        if isinstance(rollout, ServedRollout):
+            return self._served_pack(rollout, loss_mask)
         plan = plan_spans(self.recipe, rollout.lengths, loss_mask)
         own = plan.slots(place.ring_rank, place.ulysses_rank)
         read = plan.teacher_slots(place.ring_rank, place.ulysses_rank, self.trainer.supervision.halo)
@@ -245,6 +370,55 @@ class RolloutTrainer:
             teacher=_HostRows(rollout.teacher),
         )
 
+    def _served_pack(self, rollout: ServedRollout, loss_mask: Tensor) -> PackedSequence:
+        """A pack of the rows that a server wrote; this rank's are read, and checked, now."""
+        if not self._norm_is_known:
+            raise ValueError(
+                "the target was updated without its final norm, which the rows of a server need: give "
+                "update_target `norm`, the state_dict of the policy's final norm"
+            )
+        if len(rollout.files) != len(rollout.lengths):
+            raise ValueError(
+                f"files has {len(rollout.files)} paths for {len(rollout.lengths)} documents: give one for "
+                "each"
+            )
+        reader = self._served_reader()
+        token_ids = rollout.token_ids.cpu().long()
+        files = [RowFile(Path(path), reader.expected) for path in rollout.files]
+        for file, tokens in zip(files, token_ids.split(list(rollout.lengths)), strict=True):
+            file.require_tokens(tokens.tolist())
+        rows = reader.read(files, rollout.lengths, loss_mask)
+        token = torch.zeros(len(token_ids), dtype=torch.int64)
+        token[rows.read] = LocalRows(rows.token, rows.read, len(token_ids))[:]
+        return PackedSequence(
+            token_ids,
+            loss_mask,
+            tuple(rollout.lengths),
+            teacher_token=token,
+            aux=rows.aux,
+            teacher=rows.teacher,
+        )
+
+    def _served_reader(self) -> SpanReader:
+        """What reads a server's files; the target's final norm is loaded when the first are read."""
+        if self._reader is None:
+            section, topology = self.recipe.target, self.trainer.topology
+            layers = choose_aux_layers(self._config.num_hidden_layers, section.aux_layers)
+            weights = target_fingerprint(self._folder, layers, section.dtype)["target_weights"]
+            dtype = getattr(torch, section.dtype)
+            end = load_target_end(self._folder, self._config, dtype, topology.device)
+            self._take_norm(end)
+            expected = Expected.of(section, self._config, weights)
+            # Rows are kept in the dtype in which the server computed them.
+            self._reader = SpanReader(self.recipe, topology, expected, end, section.dtype)
+            self._reader.use_head(self._head)
+        return self._reader
+
+    def _take_norm(self, end: TargetEnd) -> None:
+        """Fill the final norm with the weights of the last `update_target`, if it gave some."""
+        if self._norm is not None:
+            end.norm.load_state_dict(self._norm)
+
     def _greedy_tokens(self, teacher: Tensor) -> Tensor:
         """The target's tokens int64 [n] for its hidden states [n, Ht], in the target's dtype as capture
         computes them.
@@ -263,7 +437,7 @@ class _HostRows:
         return self._rows[rows].detach().cpu()
 
 
-def _check_tokens(rollout: Rollout, vocab_size: int) -> int:
+def _check_tokens(rollout: Texts, vocab_size: int) -> int:
     """Check the columns [L] of a rollout, and return L.
 
     Raises:
@@ -278,7 +452,7 @@ def _check_tokens(rollout: Rollout, vocab_size: int) -> int:
     columns = {
         "token_ids": rollout.token_ids,
         "loss_mask": rollout.loss_mask,
-        "teacher_token": rollout.teacher_token,
+        "teacher_token": rollout.teacher_token if isinstance(rollout, Rollout) else None,
     }
     for name, column in columns.items():
         if column is None:
