@@ -39,6 +39,7 @@ from eagle3_ds.targets import (
 )
 from eagle3_ds.targets.end import TargetEnd, load_target_end
 from eagle3_ds.topology import Topology, maybe_setup_distributed
+from eagle3_ds.train.initial_draft import load_initial_draft
 from eagle3_ds.train.served_spans import SpanReader
 from eagle3_ds.train.spans import plan_spans
 from eagle3_ds.train.state import EngineState
@@ -104,21 +105,26 @@ class RolloutTrainer:
     ranks of one sp group with the same rollouts. Without a launcher the world is this one process.
 
     Args:
-        recipe: a recipe, or the path of one. Its sections `data` and `eval` are not used.
+        recipe: a recipe, or the path of one. Of its sections `data` and `eval`, which it need not have,
+            `data.max_length` alone is used: the longest sequence that memory is planned for.
         overrides: for a path: `section.key=value`, as on the command line.
-        vocabulary: the draft vocabulary. None reads vocabulary.safetensors in `output_dir`; without that
-            file, the draft has all tokens if `draft.vocab_size` equals the target's.
-        weights: whole weights of a draft to continue from, named as in `state_dict`; None starts a new draft.
+        vocabulary: the draft vocabulary; or how often each of the target's tokens was answered, int64 [V],
+            of which the `draft.vocab_size` most frequent ones are taken; or the path of a file that a run
+            has written (vocabulary.safetensors). None takes that of `train.init_from`, or else of
+            vocabulary.safetensors in `output_dir`; without that file, the draft has all tokens if
+            `draft.vocab_size` equals the target's.
+        weights: whole weights of a draft to continue from, named as in `state_dict`. None reads those of
+            `train.init_from`, or starts a new draft.
 
     Raises:
-        ValueError: the recipe has a mistake, or no vocabulary was found.
+        ValueError: the recipe has a mistake, `train.init_from` cannot be used, or no vocabulary was found.
     """
 
     def __init__(
         self,
         recipe: Recipe | str | Path,
         overrides: Sequence[str] = (),
-        vocabulary: VocabularyMap | None = None,
+        vocabulary: VocabularyMap | Tensor | str | Path | None = None,
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
@@ -126,7 +132,11 @@ class RolloutTrainer:
         full_config = load_full_config(folder)
         config = full_config.get_text_config()
         self._logits_factor = logits_factor(full_config, self.recipe.target.path)
-        self.vocabulary = vocabulary or _vocabulary(self.recipe, config.vocab_size)
+        if self.recipe.train.init_from is not None:
+            initial, own = load_initial_draft(self.recipe)
+            weights = initial if weights is None else weights
+            vocabulary = own if vocabulary is None else vocabulary
+        self.vocabulary = _vocabulary(self.recipe, vocabulary, config.vocab_size)
         topology = _topology(self.recipe)
         torch.manual_seed(self.recipe.train.seed)
         algorithm = algorithm_of(self.recipe)
@@ -516,17 +526,44 @@ def _checked_rows(
         yield torch.from_numpy(slots[tile]), piece
 
 
-def _vocabulary(recipe: Recipe, vocab_size: int) -> VocabularyMap:
-    file = Path(recipe.output_dir) / "vocabulary.safetensors"
-    if file.is_file():
-        return VocabularyMap.load(file)
-    if recipe.draft.vocab_size == vocab_size:
-        return VocabularyMap.from_counts(torch.zeros(vocab_size, dtype=torch.int64), vocab_size)
-    raise ValueError(
-        f"draft.vocab_size is {recipe.draft.vocab_size} of the target's {vocab_size} tokens, and {file} does "
-        "not say which: pass `vocabulary` (VocabularyMap.from_counts of the tokens in earlier answers), or "
-        f"set draft.vocab_size to {vocab_size}"
-    )
+def _vocabulary(
+    recipe: Recipe, given: VocabularyMap | Tensor | str | Path | None, vocab_size: int
+) -> VocabularyMap:
+    """The draft vocabulary, from what the caller gave or from what lies in the output folder.
+
+    Raises:
+        ValueError: none was found, or it is of another target or another size than the recipe's.
+    """
+    size, file = recipe.draft.vocab_size, Path(recipe.output_dir) / "vocabulary.safetensors"
+    if isinstance(given, str | Path) and not Path(given).is_file():
+        raise ValueError(
+            f"vocabulary is {str(given)!r}, which is no file: name the vocabulary.safetensors of a run"
+        )
+    if given is None and file.is_file():
+        given = file
+    if given is None and size == vocab_size:
+        given = torch.zeros(vocab_size, dtype=torch.int64)
+    if given is None:
+        raise ValueError(
+            f"draft.vocab_size is {size} of the target's {vocab_size} tokens, and {file} does not say which: "
+            "pass `vocabulary`, the path of such a file or how often each token was answered; name a draft "
+            f"in train.init_from; or set draft.vocab_size to {vocab_size}"
+        )
+    if isinstance(given, Tensor):
+        if given.shape != (vocab_size,) or given.dtype != torch.int64 or bool((given < 0).any()):
+            raise ValueError(
+                f"vocabulary is {given.dtype} {tuple(given.shape)}, expected counts, int64 ({vocab_size},) "
+                "and none below 0: torch.bincount(answers, minlength=the target's vocabulary)"
+            )
+        return VocabularyMap.from_counts(given, size)
+    found = VocabularyMap.load(given) if isinstance(given, str | Path) else given
+    if (len(found.d2t), len(found.t2d)) != (size, vocab_size):
+        raise ValueError(
+            f"the vocabulary has {len(found.d2t)} of {len(found.t2d)} tokens, and the recipe "
+            f"{size} (draft.vocab_size) of the target's {vocab_size}: give the one that belongs to this "
+            "target, or set draft.vocab_size to its size"
+        )
+    return found
 
 
 def _topology(recipe: Recipe) -> Topology:
