@@ -6,11 +6,13 @@ Legend: L tokens of a packed sequence, Ht hidden size of the target, V its vocab
 from __future__ import annotations
 
 import os
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -39,14 +41,19 @@ from eagle3_ds.targets import (
 )
 from eagle3_ds.targets.end import TargetEnd, load_target_end
 from eagle3_ds.topology import Topology, maybe_setup_distributed
+from eagle3_ds.train.device_memory import SleepingMemory, tensors_of
 from eagle3_ds.train.initial_draft import load_initial_draft
 from eagle3_ds.train.served_spans import SpanReader
 from eagle3_ds.train.spans import plan_spans
 from eagle3_ds.train.state import EngineState
 from eagle3_ds.train.trainer import DraftTrainer, StepReport
+from eagle3_ds.train.trigger import steps_in
 
 ROWS_AT_ONCE = 4096
 """How many rows are copied to the host at a time while a rollout is checked."""
+
+STEP_TIMES = 5
+"""Of how many steps, the last ones, the longest says how long the next will take."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +158,8 @@ class RolloutTrainer:
         if weights is not None:
             draft.load_state_dict(dict(weights))
         embedding, self._head = load_embedding_and_head(folder)
+        # A copy: on a CPU it would stay a mapped file, whose memory `sleep` could not give back.
+        embedding = embedding.to(topology.device, getattr(torch, self.recipe.train.dtype), copy=True)
         user = load_deepspeed_config(self.recipe.deepspeed)
         settings = fill_deepspeed_config(user, self.recipe, topology.mesh.world_size, topology.draft_dp)
         self._folder, self._config = folder, config
@@ -158,6 +167,8 @@ class RolloutTrainer:
         self._norm: Mapping[str, Tensor] | None = None
         self._norm_is_known = True
         self._asked = 0
+        self._step_seconds: deque[float] = deque(maxlen=STEP_TIMES)
+        self._sleeping: SleepingMemory | None = None
         self.trainer = DraftTrainer(
             self.recipe, settings, topology, draft, embedding, self._head, self.vocabulary
         )
@@ -176,10 +187,71 @@ class RolloutTrainer:
         Raises:
             ValueError: this rank or another got a rollout that cannot be trained on; no rank takes the step.
         """
+        self._require_awake()
+        start = time.monotonic()
         given = [rollouts] if isinstance(rollouts, Texts) else list(rollouts)
         report = self.trainer.step(self._packs(given, self.recipe.train.accumulation), learning_rate)
         self.steps += 1
+        self._step_seconds.append(time.monotonic() - start)
         return report
+
+    def train_for(
+        self,
+        seconds: float,
+        rollouts: Sequence[AnyRollout | Sequence[AnyRollout]],
+        learning_rate: float | None = None,
+    ) -> list[StepReport]:
+        """Take as many whole steps as fit into a time, for example while the policy waits for its rewards.
+        Collective: all ranks take equally many, the fewest that a rank has time and rollouts for.
+
+        How long a step takes is the longest of the last `STEP_TIMES` steps; where none was taken yet, the
+        first one of these measures it. The ranks agree once; in that case once more, before that step.
+
+        Args:
+            seconds: from now. A step that takes longer than those before it may end later.
+            rollouts: what each step gets, as in `step`, in this order.
+            learning_rate: of these steps; None keeps the last one.
+
+        Returns:
+            The reports of the steps taken, of which there may be none: len() says how many rollouts are done.
+
+        Raises:
+            ValueError: as `step`. The steps before it are taken.
+        """
+        self._require_awake()
+        deadline, reports = time.monotonic() + seconds, list[StepReport]()
+
+        def take(number: int) -> None:
+            following = rollouts[len(reports) : len(reports) + self._fewest(number)]
+            reports.extend(self.step(each, learning_rate) for each in following)
+
+        if not self._step_seconds:
+            take(min(1, len(rollouts)) if seconds > 0 else 0)
+        take(steps_in(deadline - time.monotonic(), self._step_seconds, len(rollouts) - len(reports)))
+        return reports
+
+    def sleep(self) -> int:
+        """Give the device memory of the draft, its optimizer and the target's frozen tensors back, for
+        example to the rollout engine; what they hold goes to host memory. `wake` takes it again. Not
+        collective, but no method of a trainer that sleeps may be called on any rank.
+
+        Returns:
+            The bytes of this rank's device that were given back; 0 when it sleeps already.
+        """
+        if self._sleeping is not None:
+            return 0
+        trainer = self.trainer
+        roots: list[Any] = [trainer.engine, trainer.frozen_tensors(), trainer.draft_to_target]
+        if self._reader is not None:
+            roots.append(self._reader.end.head)
+        self._sleeping = SleepingMemory(tensors_of(*roots), trainer.topology.device)
+        return self._sleeping.num_bytes
+
+    def wake(self) -> None:
+        """Take the device memory again: everything is as it was, to the bit. Not collective."""
+        if self._sleeping is not None:
+            self._sleeping.wake()
+            self._sleeping = None
 
     def evaluate(self, rollouts: Sequence[AnyRollout]) -> StepReport:
         """Loss and accuracy over the rollouts of all draft_dp ranks; each rank passes its own, equally many.
@@ -188,6 +260,7 @@ class RolloutTrainer:
         Raises:
             ValueError: this rank or another got a rollout that cannot be evaluated.
         """
+        self._require_awake()
         return self.trainer.evaluate(self._packs(rollouts, len(rollouts)))
 
     def update_target(
@@ -204,6 +277,7 @@ class RolloutTrainer:
         Raises:
             ValueError: a shape differs from the target's.
         """
+        self._require_awake()
         for name, tensor in (("embedding", embedding), ("head", head)):
             if tensor.shape != self._head.shape:
                 raise ValueError(
@@ -260,6 +334,7 @@ class RolloutTrainer:
         Raises:
             ValueError: the server failed, or gave other rows than those of a document. On every rank.
         """
+        self._require_awake()
         folder, turn, mistake = client.folder, self._asked, None
         files = tuple(
             folder / f"{client.prefix}-text-{turn}-{i}.safetensors" for i in range(len(texts.lengths))
@@ -294,6 +369,7 @@ class RolloutTrainer:
         """The draft's whole weights on the CPU of every rank. Collective. `export.vllm_tensors` renames them
         to the names that servers load.
         """
+        self._require_awake()
         return self.trainer.state_dict()
 
     def save(self, folder: str | Path) -> Path:
@@ -305,6 +381,7 @@ class RolloutTrainer:
         Raises:
             CheckpointError: the checkpoint could not be written.
         """
+        self._require_awake()
         saver = CheckpointSaver(EngineState(self.trainer), Path(folder))
         packs = self.steps * self.recipe.train.accumulation * self.trainer.topology.draft_dp
         saver.save(Progress(self.steps, packs))
@@ -320,6 +397,7 @@ class RolloutTrainer:
         Raises:
             ValueError: the checkpoint is missing, damaged, or of another draft.
         """
+        self._require_awake()
         self.steps = load_checkpoint(EngineState(self.trainer), Path(folder)).step
         return self.steps
 
@@ -339,6 +417,17 @@ class RolloutTrainer:
             mistake = error
         self._agree(mistake, "refused their rollouts and say why: no rank takes this step")
         return packs
+
+    def _require_awake(self) -> None:
+        """Raises ValueError while the trainer sleeps; its tensors are empty then."""
+        if self._sleeping is not None:
+            raise ValueError("the trainer sleeps, its device memory is given back: call wake() first")
+
+    def _fewest(self, number: int) -> int:
+        """The smallest of all ranks' numbers. Collective over the world."""
+        fewest = torch.tensor([number], dtype=torch.int64, device=self.trainer.topology.device)
+        dist.all_reduce(fewest, op=dist.ReduceOp.MIN)
+        return int(fewest)
 
     def _agree(self, mistake: ValueError | None, what: str) -> None:
         """Raise this rank's mistake, or that of another. Collective over the world."""

@@ -70,8 +70,9 @@ class SpanReader:
         self.layout = RowFormat(aux_width, expected.hidden_size, dtype)
 
     def use_head(self, head: Tensor) -> None:
-        """Use another head [V, Ht] of the target from now on."""
-        self.end = replace(self.end, head=head.to(self.end.head.device, self.end.head.dtype))
+        """Use a copy of another head [V, Ht] of the target from now on."""
+        old = self.end.head
+        self.end = replace(self.end, head=head.to(old.device, old.dtype, copy=True))
 
     def read(self, files: Sequence[RowFile], lengths: Sequence[int], loss_mask: Tensor) -> SpanRows:
         """Read this rank's rows of the packed sequence. Not collective.

@@ -108,7 +108,7 @@ class DraftTrainer:
             recipe.parallel.kv_bytes,
             window=sliding_window(draft.config),
         )
-        self._draft_to_target = vocabulary.draft_to_target.to(device)
+        self.draft_to_target = vocabulary.draft_to_target.to(device)
         self._in_vocabulary = vocabulary.t2d.cpu()
         self._teacher_head = self._draft_rows(head)
         model = DraftWithLoss(draft, embedding.to(device, self.dtype), self.algorithm.settings(recipe))
@@ -179,7 +179,7 @@ class DraftTrainer:
 
     def _draft_rows(self, head: Tensor) -> Tensor:
         """The rows [Vd, Ht] of the draft vocabulary in the target's head [V, Ht], on this rank's device."""
-        return head[self._draft_to_target.to(head.device)].to(self.topology.device, self.dtype)
+        return head[self.draft_to_target.to(head.device)].to(self.topology.device, self.dtype)
 
     @torch.no_grad()
     def own_losses(self, pack: PackedSequence) -> tuple[Tensor, bool]:
@@ -252,7 +252,7 @@ class DraftTrainer:
             batch.live_row.numpy(),
             batch.supervised.numpy(),
             self.recipe.loss.tile_bytes,
-            len(self._draft_to_target),
+            len(self.draft_to_target),
             self.dtype.itemsize,
         )
         return LossInputs(
@@ -260,7 +260,7 @@ class DraftTrainer:
             teacher=stream_rows(batch.teacher, [tile.rows for tile in tiles], device, self.dtype),
             teacher_head=self._teacher_head,
             teacher_token=batch.teacher_token.to(device),
-            draft_to_target=self._draft_to_target,
+            draft_to_target=self.draft_to_target,
             contributing=contributing.to(device),
             supervised=batch.supervised.to(device),
             step_weight=step_weight.float().to(device),
