@@ -18,16 +18,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle3_ds.algorithms import algorithm_of
-from eagle3_ds.checkpoint.format import folder_name
+from eagle3_ds.checkpoint.format import folder_name, let_others_read
 from eagle3_ds.checkpoint.restore import load_checkpoint
 from eagle3_ds.checkpoint.saver import CheckpointSaver, Progress
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
 from eagle3_ds.draft import VocabularyMap, aux_size, has_own_embedding
+from eagle3_ds.export import vllm_tensors
 from eagle3_ds.layout import LocalRows, PackedSequence, Rows, Supervision, live_slots, row_tiles
 from eagle3_ds.serving.client import ServerClient
+from eagle3_ds.serving.draft_loader import DRAFT_FORMAT
 from eagle3_ds.serving.rows import Expected, RowFile
 from eagle3_ds.targets import (
     choose_aux_layers,
@@ -371,6 +375,43 @@ class RolloutTrainer:
         """
         self._require_awake()
         return self.trainer.state_dict()
+
+    def write_draft(self, folder: str | Path, version: int, dtype: str | None = None) -> Path:
+        """Write the draft to a file that a running vLLM takes over (`serving.draft_loader`, docs/rl.md).
+        Collective; the first rank alone holds the whole draft, and writes it.
+
+        Args:
+            folder: on a disk that the server's workers see.
+            version: a number that rises from draft to draft.
+            dtype: of the weights; None: `export.dtype`.
+
+        Returns:
+            The file's path, on every rank, once it is complete.
+
+        Raises:
+            ValueError: the version is negative, or the file could not be written. On every rank.
+        """
+        self._require_awake()
+        if version < 0:
+            raise ValueError(f"version is {version}: number the drafts from 0 or more, and rising")
+        first, mistake = self.trainer.topology.place.rank == 0, None
+        path = Path(folder) / f"draft-{version}.safetensors"
+        state = self.trainer.state_dict(keep=first)
+        try:
+            if first:
+                about = {"format": DRAFT_FORMAT, "version": str(version)}
+                tensors = vllm_tensors(
+                    state, self.vocabulary, dtype or self.recipe.export.dtype, self.recipe.draft.algorithm
+                )
+                path.parent.mkdir(parents=True, exist_ok=True)
+                aside = path.with_name(f".{path.name}.part")
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, about)
+                let_others_read(aside)
+                aside.replace(path)
+        except (OSError, SafetensorError) as error:
+            mistake = ValueError(f"{path} could not be written: {error}")
+        self._agree(mistake, "could not write the draft and say why")
+        return path
 
     def save(self, folder: str | Path) -> Path:
         """Write a checkpoint, optimizer state included, into a new folder under `folder`. Collective.

@@ -201,11 +201,13 @@ class DraftTrainer:
         """
         return [*self.engine.module.frozen, self._teacher_head]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The draft's whole weights, on the CPU of every rank, by their names in the draft. Collective."""
+    def state_dict(self, keep: bool = True) -> dict[str, Tensor]:
+        """The draft's whole weights, on the CPU of every rank that keeps them, by their names in the draft;
+        nothing on the others. Collective.
+        """
         return {
             name.removeprefix("draft."): tensor
-            for name, tensor in full_parameters(self.engine.module).items()
+            for name, tensor in full_parameters(self.engine.module, keep).items()
         }
 
     def _prepare(self, packs: Sequence[PackedSequence]) -> tuple[list[LocalBatch], list[LossInputs], Tensor]:
