@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from eagle3_ds.run.stages import evaluate, export, prepare
     from eagle3_ds.run.training import train
     from eagle3_ds.topology import maybe_setup_distributed
-    from eagle3_ds.train.rollout import Rollout, RolloutTrainer
+    from eagle3_ds.train.rollout import Rollout, RolloutTrainer, ServedRollout, Texts
 
 __version__ = "0.1.0"
 
@@ -43,7 +43,9 @@ __all__ = [
     "Rollout",
     "RolloutTrainer",
     "SeqAllToAll4D",
+    "ServedRollout",
     "SpanPlan",
+    "Texts",
     "all_gather_tensor",
     "all_to_all_4D",
     "evaluate",
@@ -64,7 +66,9 @@ _HOMES = {
     "Rollout": "train.rollout",
     "RolloutTrainer": "train.rollout",
     "SeqAllToAll4D": "collectives",
+    "ServedRollout": "train.rollout",
     "SpanPlan": "layout",
+    "Texts": "train.rollout",
     "all_gather_tensor": "collectives",
     "all_to_all_4D": "collectives",
     "evaluate": "run.stages",

@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--iterations", type=int, default=12)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args(arguments)
-    recipe = load_recipe("examples/rl_loop.yaml", options.overrides)
+    recipe = load_recipe(Path(__file__).with_suffix(".yaml"), options.overrides)
     build_target(recipe.target, stdlib_text(), (row["messages"] for row in stdlib_conversations()))
     policy = load_target(recipe.target)
     trainer = RolloutTrainer(recipe)

@@ -47,7 +47,9 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(
-            f"deepspeed: {path} is not a file. Give a path from here, for example ds_configs/zero2.json."
+            f"deepspeed: {path} is not a file, neither from the working directory ({Path.cwd()}) nor from "
+            "the recipe's folder or the one above it. Give a path from one of them, for example "
+            "ds_configs/zero2.json."
         )
     try:
         config = json.loads(read_text(path), object_pairs_hook=_no_duplicates)

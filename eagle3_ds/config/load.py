@@ -20,7 +20,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     Args:
-        path: the YAML file.
+        path: the YAML file. A relative `deepspeed` is looked for from the working directory, then from this
+            file's folder, then from the folder above that; the recipe gets the path where it was found.
         overrides: `section.key=value` each, the value written as in YAML. Later ones win.
 
     Raises:
@@ -38,6 +39,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         )
     for override in overrides:
         _apply_override(tree, override)
+    if isinstance(tree.get("deepspeed"), str):
+        tree["deepspeed"] = _found_from(tree["deepspeed"], path.parent)
     try:
         # Validated as JSON, because pydantic's strict mode accepts a list for a tuple only in JSON.
         return Recipe.model_validate_json(json.dumps(tree))
@@ -59,6 +62,15 @@ def as_recipe(recipe: Recipe | str | Path) -> Recipe:
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every key written out. `load_recipe` reads an equal recipe from it."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _found_from(name: str, folder: Path) -> str:
+    """`name` where it is a file: from the working directory, from the recipe's folder, or from the folder
+    above that one. As it is, where there is none: who reads the file says so.
+    """
+    places = [Path(name), folder / name, folder.absolute().parent / name]
+    found = next((place for place in places if place.is_file()), None)
+    return name if found in (None, places[0]) else str(found)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

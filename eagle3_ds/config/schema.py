@@ -217,9 +217,9 @@ class DraftSection(Section):
 
 
 class DataSection(Section):
-    train: Annotated[tuple[Text, ...], Field(min_length=1)]
+    train: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
     """JSON, JSONL or Parquet files, folders of them, saved or hub data sets, or the word `stdlib` (made from
-    Python's standard library).
+    Python's standard library). Null: none, for a `RolloutTrainer`; a run needs some.
     """
     shape: Literal["auto", "messages", "sharegpt", "prompt_response", "alpaca", "tokenized"] = "auto"
     """Format of the rows. `auto` recognises it from the first row of each file."""
@@ -394,7 +394,7 @@ class Recipe(Section):
 
     target: TargetSection
     draft: DraftSection = DraftSection()
-    data: DataSection
+    data: DataSection = DataSection()
     sampling: SamplingSection = SamplingSection()
     parallel: ParallelSection = ParallelSection()
     attention: AttentionSection = AttentionSection()

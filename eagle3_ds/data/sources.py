@@ -65,13 +65,18 @@ class Row(NamedTuple):
             raise ValueError(f"{self.place}: not valid JSON ({error}): {fix}") from error
 
 
-def expand_sources(entries: Sequence[str], field: str) -> list[str]:
+def expand_sources(entries: Sequence[str] | None, field: str) -> list[str]:
     """The sources behind the entries of the recipe's `field`: folders opened in sorted order, the others as
     they stand.
 
-    Raises ValueError for an entry that does not exist, has another suffix, is named twice, or is a folder
-    without data.
+    Raises ValueError for no entries at all (None), and for an entry that does not exist, has another suffix,
+    is named twice, or is a folder without data.
     """
+    if entries is None:
+        raise ValueError(
+            f"{field}: required and not given. Name the conversations to train on: files, folders, data sets "
+            "of the hub or `stdlib` (docs/recipe.md). Only a RolloutTrainer needs none."
+        )
     files: list[str] = []
     for index, entry in enumerate(entries):
         place = f"{field}[{index}] is {entry!r}"

@@ -125,7 +125,7 @@ def _check_rest(recipe: Recipe, accelerator: str, options: RunOptions) -> list[s
         check_data(recipe)
         if recipe.train.init_from is not None and Path(recipe.target.path).is_dir() and not options.resume:
             # Imported only here: a dry run should not wait for torch and transformers.
-            from eagle3_ds.run.initial_draft import load_initial_draft
+            from eagle3_ds.train.initial_draft import load_initial_draft
 
             load_initial_draft(recipe)
     return notes

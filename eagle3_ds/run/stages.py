@@ -22,7 +22,6 @@ from eagle3_ds.launch.ranks import run_ranks
 from eagle3_ds.run.checks import RESOLVED, check_data, check_target_structure
 from eagle3_ds.run.draft_embedding import write_draft_embedding
 from eagle3_ds.run.finish import evaluate_run, export_draft
-from eagle3_ds.run.initial_draft import write_initial_draft
 from eagle3_ds.run.states import place_of_states
 from eagle3_ds.store import RowFormat
 from eagle3_ds.store.fingerprint import Fingerprint
@@ -39,6 +38,7 @@ from eagle3_ds.targets import (
     resolve_path,
     target_fingerprint,
 )
+from eagle3_ds.train.initial_draft import write_initial_draft
 
 logger = logging.getLogger(__name__)
 

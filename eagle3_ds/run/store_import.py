@@ -102,14 +102,14 @@ def _fill(
 
 
 def _rows_file(recipe: Recipe) -> Path:
-    path = Path(recipe.data.train[0])
-    if len(recipe.data.train) != 1 or path.suffix != ".jsonl" or recipe.data.heldout:
+    named = recipe.data.train or ()
+    if len(named) != 1 or not named[0].endswith(".jsonl") or recipe.data.heldout:
         raise ValueError(
-            f"data.train is {list(recipe.data.train)} and data.heldout {list(recipe.data.heldout)}: an "
+            f"data.train is {list(named)} and data.heldout {list(recipe.data.heldout)}: an "
             "import writes its rows of tokens to the one .jsonl file in data.train, and holds out a share "
             "of them. Set data.train='[imported.jsonl]' and data.heldout='[]'"
         )
-    return path
+    return Path(named[0])
 
 
 def _check_shape(files: ForeignFiles, source: Path, config: Any) -> None:

@@ -149,12 +149,16 @@ def step_and_norm(engine: Any) -> float:
     return norm
 
 
-def full_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """A CPU copy of every whole parameter, by its name in `model`, on every rank. Collective under ZeRO-3,
-    which gathers one parameter at a time.
+def full_parameters(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """A CPU copy of every whole parameter, by its name in `model`. Collective under ZeRO-3, which gathers one
+    parameter at a time.
+
+    Args:
+        keep: on this rank; others take part in the gathers and return nothing.
     """
     whole = {}
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            whole[name] = parameter.detach().to("cpu", copy=True)
+            if keep:
+                whole[name] = parameter.detach().to("cpu", copy=True)
     return whole

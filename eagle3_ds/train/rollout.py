@@ -6,48 +6,80 @@ Legend: L tokens of a packed sequence, Ht hidden size of the target, V its vocab
 from __future__ import annotations
 
 import os
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle3_ds.algorithms import algorithm_of
-from eagle3_ds.checkpoint.format import folder_name
+from eagle3_ds.checkpoint.format import folder_name, let_others_read
 from eagle3_ds.checkpoint.restore import load_checkpoint
 from eagle3_ds.checkpoint.saver import CheckpointSaver, Progress
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
 from eagle3_ds.draft import VocabularyMap, aux_size, has_own_embedding
+from eagle3_ds.export import vllm_tensors
 from eagle3_ds.layout import LocalRows, PackedSequence, Rows, Supervision, live_slots, row_tiles
+from eagle3_ds.serving.client import ServerClient
+from eagle3_ds.serving.draft_loader import DRAFT_FORMAT
+from eagle3_ds.serving.rows import Expected, RowFile
 from eagle3_ds.targets import (
+    choose_aux_layers,
     fold_factor,
     load_embedding_and_head,
     load_full_config,
     logits_factor,
     resolve_path,
+    target_fingerprint,
     teacher_tokens,
 )
+from eagle3_ds.targets.end import TargetEnd, load_target_end
 from eagle3_ds.topology import Topology, maybe_setup_distributed
+from eagle3_ds.train.device_memory import SleepingMemory, tensors_of
+from eagle3_ds.train.initial_draft import load_initial_draft
+from eagle3_ds.train.served_spans import SpanReader
 from eagle3_ds.train.spans import plan_spans
 from eagle3_ds.train.state import EngineState
 from eagle3_ds.train.trainer import DraftTrainer, StepReport
+from eagle3_ds.train.trigger import steps_in
 
 ROWS_AT_ONCE = 4096
 """How many rows are copied to the host at a time while a rollout is checked."""
 
+STEP_TIMES = 5
+"""Of how many steps, the last ones, the longest says how long the next will take."""
+
 
 @dataclass(frozen=True)
-class Rollout:
-    """A packed sequence: documents (prompt and answer) laid end to end, with the target's hidden states.
+class Texts:
+    """Documents (prompt and answer) laid end to end.
 
     Attributes:
         token_ids: integers [L], whole on every rank.
         loss_mask: bool [L], whole on every rank; true for the tokens that the target wrote.
         lengths: the tokens of each document; their sum is L.
+    """
+
+    token_ids: Tensor
+    loss_mask: Tensor
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rollout(Texts):
+    """A packed sequence with the target's hidden states.
+
+    Attributes:
         aux: rows [L, layers * Ht]: the inputs of the captured layers, concatenated. A tensor, or an object
             whose `[start:stop]` returns those rows. A rank reads only the rows of its own slots.
         teacher: rows [L, Ht]: the target's output after the final norm, as a tensor or such an object. A rank
@@ -56,12 +88,25 @@ class Rollout:
             computes it from `teacher`.
     """
 
-    token_ids: Tensor
-    loss_mask: Tensor
-    lengths: tuple[int, ...]
     aux: Rows
     teacher: Rows
     teacher_token: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ServedRollout(Texts):
+    """A packed sequence whose hidden states a server wrote to files, by `serving.connector`.
+
+    Attributes:
+        files: of each document, on a file system that this rank sees; its rows are those of the document's
+            tokens. A rank reads the rows of its own slots and of their halo. They are kept: `discard`
+            removes those that `RolloutTrainer.ask` had written.
+    """
+
+    files: tuple[Path, ...]
+
+
+AnyRollout: TypeAlias = Rollout | ServedRollout
 
 
 class RolloutTrainer:
@@ -71,21 +116,26 @@ class RolloutTrainer:
     ranks of one sp group with the same rollouts. Without a launcher the world is this one process.
 
     Args:
-        recipe: a recipe, or the path of one. Its sections `data` and `eval` are not used.
+        recipe: a recipe, or the path of one. Of its sections `data` and `eval`, which it need not have,
+            `data.max_length` alone is used: the longest sequence that memory is planned for.
         overrides: for a path: `section.key=value`, as on the command line.
-        vocabulary: the draft vocabulary. None reads vocabulary.safetensors in `output_dir`; without that
-            file, the draft has all tokens if `draft.vocab_size` equals the target's.
-        weights: whole weights of a draft to continue from, named as in `state_dict`; None starts a new draft.
+        vocabulary: the draft vocabulary; or how often each of the target's tokens was answered, int64 [V],
+            of which the `draft.vocab_size` most frequent ones are taken; or the path of a file that a run
+            has written (vocabulary.safetensors). None takes that of `train.init_from`, or else of
+            vocabulary.safetensors in `output_dir`; without that file, the draft has all tokens if
+            `draft.vocab_size` equals the target's.
+        weights: whole weights of a draft to continue from, named as in `state_dict`. None reads those of
+            `train.init_from`, or starts a new draft.
 
     Raises:
-        ValueError: the recipe has a mistake, or no vocabulary was found.
+        ValueError: the recipe has a mistake, `train.init_from` cannot be used, or no vocabulary was found.
     """
 
     def __init__(
         self,
         recipe: Recipe | str | Path,
         overrides: Sequence[str] = (),
-        vocabulary: VocabularyMap | None = None,
+        vocabulary: VocabularyMap | Tensor | str | Path | None = None,
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
@@ -93,7 +143,11 @@ class RolloutTrainer:
         full_config = load_full_config(folder)
         config = full_config.get_text_config()
         self._logits_factor = logits_factor(full_config, self.recipe.target.path)
-        self.vocabulary = vocabulary or _vocabulary(self.recipe, config.vocab_size)
+        if self.recipe.train.init_from is not None:
+            initial, own = load_initial_draft(self.recipe)
+            weights = initial if weights is None else weights
+            vocabulary = own if vocabulary is None else vocabulary
+        self.vocabulary = _vocabulary(self.recipe, vocabulary, config.vocab_size)
         topology = _topology(self.recipe)
         torch.manual_seed(self.recipe.train.seed)
         algorithm = algorithm_of(self.recipe)
@@ -108,15 +162,26 @@ class RolloutTrainer:
         if weights is not None:
             draft.load_state_dict(dict(weights))
         embedding, self._head = load_embedding_and_head(folder)
+        # A copy: on a CPU it would stay a mapped file, whose memory `sleep` could not give back.
+        embedding = embedding.to(topology.device, getattr(torch, self.recipe.train.dtype), copy=True)
         user = load_deepspeed_config(self.recipe.deepspeed)
         settings = fill_deepspeed_config(user, self.recipe, topology.mesh.world_size, topology.draft_dp)
+        self._folder, self._config = folder, config
+        self._reader: SpanReader | None = None
+        self._norm: Mapping[str, Tensor] | None = None
+        self._norm_is_known = True
+        self._asked = 0
+        self._step_seconds: deque[float] = deque(maxlen=STEP_TIMES)
+        self._sleeping: SleepingMemory | None = None
         self.trainer = DraftTrainer(
             self.recipe, settings, topology, draft, embedding, self._head, self.vocabulary
         )
         self._aux_size, self._teacher_size = aux_size(draft.config), int(config.hidden_size)
         self.steps = 0
 
-    def step(self, rollouts: Rollout | Sequence[Rollout], learning_rate: float | None = None) -> StepReport:
+    def step(
+        self, rollouts: AnyRollout | Sequence[AnyRollout], learning_rate: float | None = None
+    ) -> StepReport:
         """Take one optimizer step. Collective.
 
         Args:
@@ -126,30 +191,97 @@ class RolloutTrainer:
         Raises:
             ValueError: this rank or another got a rollout that cannot be trained on; no rank takes the step.
         """
-        given = [rollouts] if isinstance(rollouts, Rollout) else list(rollouts)
+        self._require_awake()
+        start = time.monotonic()
+        given = [rollouts] if isinstance(rollouts, Texts) else list(rollouts)
         report = self.trainer.step(self._packs(given, self.recipe.train.accumulation), learning_rate)
         self.steps += 1
+        self._step_seconds.append(time.monotonic() - start)
         return report
 
-    def evaluate(self, rollouts: Sequence[Rollout]) -> StepReport:
+    def train_for(
+        self,
+        seconds: float,
+        rollouts: Sequence[AnyRollout | Sequence[AnyRollout]],
+        learning_rate: float | None = None,
+    ) -> list[StepReport]:
+        """Take as many whole steps as fit into a time, for example while the policy waits for its rewards.
+        Collective: all ranks take equally many, the fewest that a rank has time and rollouts for.
+
+        How long a step takes is the longest of the last `STEP_TIMES` steps; where none was taken yet, the
+        first one of these measures it. The ranks agree once; in that case once more, before that step.
+
+        Args:
+            seconds: from now. A step that takes longer than those before it may end later.
+            rollouts: what each step gets, as in `step`, in this order.
+            learning_rate: of these steps; None keeps the last one.
+
+        Returns:
+            The reports of the steps taken, of which there may be none: len() says how many rollouts are done.
+
+        Raises:
+            ValueError: as `step`. The steps before it are taken.
+        """
+        self._require_awake()
+        deadline, reports = time.monotonic() + seconds, list[StepReport]()
+
+        def take(number: int) -> None:
+            following = rollouts[len(reports) : len(reports) + self._fewest(number)]
+            reports.extend(self.step(each, learning_rate) for each in following)
+
+        if not self._step_seconds:
+            take(min(1, len(rollouts)) if seconds > 0 else 0)
+        take(steps_in(deadline - time.monotonic(), self._step_seconds, len(rollouts) - len(reports)))
+        return reports
+
+    def sleep(self) -> int:
+        """Give the device memory of the draft, its optimizer and the target's frozen tensors back, for
+        example to the rollout engine; what they hold goes to host memory. `wake` takes it again. Not
+        collective, but no method of a trainer that sleeps may be called on any rank.
+
+        Returns:
+            The bytes of this rank's device that were given back; 0 when it sleeps already.
+        """
+        if self._sleeping is not None:
+            return 0
+        trainer = self.trainer
+        roots: list[Any] = [trainer.engine, trainer.frozen_tensors(), trainer.draft_to_target]
+        if self._reader is not None:
+            roots.append(self._reader.end.head)
+        self._sleeping = SleepingMemory(tensors_of(*roots), trainer.topology.device)
+        return self._sleeping.num_bytes
+
+    def wake(self) -> None:
+        """Take the device memory again: everything is as it was, to the bit. Not collective."""
+        if self._sleeping is not None:
+            self._sleeping.wake()
+            self._sleeping = None
+
+    def evaluate(self, rollouts: Sequence[AnyRollout]) -> StepReport:
         """Loss and accuracy over the rollouts of all draft_dp ranks; each rank passes its own, equally many.
         Collective.
 
         Raises:
             ValueError: this rank or another got a rollout that cannot be evaluated.
         """
+        self._require_awake()
         return self.trainer.evaluate(self._packs(rollouts, len(rollouts)))
 
-    def update_target(self, embedding: Tensor, head: Tensor) -> None:
+    def update_target(
+        self, embedding: Tensor, head: Tensor, norm: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Replace the target's embedding [V, H] and head [V, Ht], for example after the policy was updated.
 
         Args:
             embedding, head: whole, the same on every rank, as the target's model holds them: a constant
                 factor of its logits is applied here.
+            norm: the `state_dict` of its final norm. Rows of a server are those before that norm, so that
+                `ServedRollout`s are refused after an update without it.
 
         Raises:
             ValueError: a shape differs from the target's.
         """
+        self._require_awake()
         for name, tensor in (("embedding", embedding), ("head", head)):
             if tensor.shape != self._head.shape:
                 raise ValueError(
@@ -158,12 +290,128 @@ class RolloutTrainer:
         head = fold_factor(head.detach(), self._logits_factor)
         self._head = head.cpu().clone()
         self.trainer.update_target(embedding, head)
+        self._norm_is_known = norm is not None
+        if norm is not None:
+            self._norm = {name: tensor.detach().cpu().clone() for name, tensor in norm.items()}
+        if self._reader is not None:
+            self._reader.use_head(self._head)
+            self._take_norm(self._reader.end)
+
+    def connect(
+        self,
+        url: str,
+        folder: str | Path,
+        name: str = "rollout",
+        timeout: float = 600.0,
+        retries: int = 3,
+        key: str | None = None,
+    ) -> ServerClient:
+        """A client of the rollout engine, for `ask`. Collective: the first rank of each sp group connects.
+
+        Args:
+            url: of a vLLM server that was started with our connector (docs/hidden-states.md).
+            folder: where its connector writes; every rank must see it.
+            name: how the names of this trainer's files begin: letters, digits and dashes. Files with such
+                names that were left there are removed.
+            timeout: seconds for one try of one document.
+            retries: how often a document is tried again.
+            key: the server's API key.
+
+        Raises:
+            ValueError: no server answers, or it is none of vLLM's. On every rank.
+        """
+        topology, mistake = self.trainer.topology, None
+        prefix = f"{name}-{topology.place.dp_rank}"
+        client = ServerClient(url, Path(folder), prefix, timeout, retries, key=key)
+        try:
+            if topology.sp_rank == 0:
+                client.connect()
+        except ValueError as error:
+            mistake = error
+        self._agree(mistake, "could not connect to the server and say why")
+        return client
+
+    def ask(self, client: ServerClient, texts: Texts, concurrency: int = 4) -> ServedRollout:
+        """Have the server write the hidden states of documents. Collective: the first rank of each sp group
+        asks, `concurrency` documents at a time; all its ranks get the paths of the files.
+
+        Raises:
+            ValueError: the server failed, or gave other rows than those of a document. On every rank.
+        """
+        self._require_awake()
+        folder, turn, mistake = client.folder, self._asked, None
+        files = tuple(
+            folder / f"{client.prefix}-text-{turn}-{i}.safetensors" for i in range(len(texts.lengths))
+        )
+        self._asked += 1
+        try:
+            _check_tokens(texts, len(self._head))
+            if self.trainer.topology.sp_rank == 0:
+                documents = texts.token_ids.cpu().split(list(texts.lengths))
+                expected = self._served_reader().expected
+                with ThreadPoolExecutor(concurrency, thread_name_prefix="rollout") as threads:
+                    asked = [
+                        threads.submit(client.file, document.tolist(), expected, file)
+                        for document, file in zip(documents, files, strict=True)
+                    ]
+                for future in asked:
+                    future.result()
+        except ValueError as error:
+            mistake = error
+        self._agree(mistake, "got no rows from the server and say why")
+        return ServedRollout(texts.token_ids, texts.loss_mask, texts.lengths, files)
+
+    def discard(self, rollout: ServedRollout) -> None:
+        """Remove the files of a rollout, after the `step` or `evaluate` that used it. Not collective: the
+        first rank of the sp group removes them; all its ranks have read theirs when a step returns.
+        """
+        if self.trainer.topology.sp_rank == 0:
+            for file in rollout.files:
+                file.unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The draft's whole weights on the CPU of every rank. Collective. `export.vllm_tensors` renames them
         to the names that servers load.
         """
+        self._require_awake()
         return self.trainer.state_dict()
+
+    def write_draft(self, folder: str | Path, version: int, dtype: str | None = None) -> Path:
+        """Write the draft to a file that a running vLLM takes over (`serving.draft_loader`, docs/rl.md).
+        Collective; the first rank alone holds the whole draft, and writes it.
+
+        Args:
+            folder: on a disk that the server's workers see.
+            version: a number that rises from draft to draft.
+            dtype: of the weights; None: `export.dtype`.
+
+        Returns:
+            The file's path, on every rank, once it is complete.
+
+        Raises:
+            ValueError: the version is negative, or the file could not be written. On every rank.
+        """
+        self._require_awake()
+        if version < 0:
+            raise ValueError(f"version is {version}: number the drafts from 0 or more, and rising")
+        first, mistake = self.trainer.topology.place.rank == 0, None
+        path = Path(folder) / f"draft-{version}.safetensors"
+        state = self.trainer.state_dict(keep=first)
+        try:
+            if first:
+                about = {"format": DRAFT_FORMAT, "version": str(version)}
+                tensors = vllm_tensors(
+                    state, self.vocabulary, dtype or self.recipe.export.dtype, self.recipe.draft.algorithm
+                )
+                path.parent.mkdir(parents=True, exist_ok=True)
+                aside = path.with_name(f".{path.name}.part")
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, about)
+                let_others_read(aside)
+                aside.replace(path)
+        except (OSError, SafetensorError) as error:
+            mistake = ValueError(f"{path} could not be written: {error}")
+        self._agree(mistake, "could not write the draft and say why")
+        return path
 
     def save(self, folder: str | Path) -> Path:
         """Write a checkpoint, optimizer state included, into a new folder under `folder`. Collective.
@@ -174,6 +422,7 @@ class RolloutTrainer:
         Raises:
             CheckpointError: the checkpoint could not be written.
         """
+        self._require_awake()
         saver = CheckpointSaver(EngineState(self.trainer), Path(folder))
         packs = self.steps * self.recipe.train.accumulation * self.trainer.topology.draft_dp
         saver.save(Progress(self.steps, packs))
@@ -189,10 +438,11 @@ class RolloutTrainer:
         Raises:
             ValueError: the checkpoint is missing, damaged, or of another draft.
         """
+        self._require_awake()
         self.steps = load_checkpoint(EngineState(self.trainer), Path(folder)).step
         return self.steps
 
-    def _packs(self, rollouts: Sequence[Rollout], number: int) -> list[PackedSequence]:
+    def _packs(self, rollouts: Sequence[AnyRollout], number: int) -> list[PackedSequence]:
         """Turn rollouts into packs. Collective: a mistake on one rank is raised on all, because the others
         would wait for ever in the collectives of a step that this rank does not take.
         """
@@ -206,23 +456,38 @@ class RolloutTrainer:
             packs = [self._pack(rollout) for rollout in rollouts]
         except ValueError as error:
             mistake = error
+        self._agree(mistake, "refused their rollouts and say why: no rank takes this step")
+        return packs
+
+    def _require_awake(self) -> None:
+        """Raises ValueError while the trainer sleeps; its tensors are empty then."""
+        if self._sleeping is not None:
+            raise ValueError("the trainer sleeps, its device memory is given back: call wake() first")
+
+    def _fewest(self, number: int) -> int:
+        """The smallest of all ranks' numbers. Collective over the world."""
+        fewest = torch.tensor([number], dtype=torch.int64, device=self.trainer.topology.device)
+        dist.all_reduce(fewest, op=dist.ReduceOp.MIN)
+        return int(fewest)
+
+    def _agree(self, mistake: ValueError | None, what: str) -> None:
+        """Raise this rank's mistake, or that of another. Collective over the world."""
         wrong = torch.tensor([mistake is not None], dtype=torch.int32, device=self.trainer.topology.device)
         dist.all_reduce(wrong)
         if mistake is not None:
             raise mistake
         if wrong.item():
-            raise ValueError(
-                f"{wrong.item()} other rank(s) refused their rollouts and say why: no rank takes this step"
-            )
-        return packs
+            raise ValueError(f"{wrong.item()} other rank(s) {what}")
 
-    def _pack(self, rollout: Rollout) -> PackedSequence:
+    def _pack(self, rollout: AnyRollout) -> PackedSequence:
         """Check the rows that this rank reads, and make a pack. Teacher tokens that are computed here are
         computed for those rows only, and are 0 elsewhere.
         """
         length = _check_tokens(rollout, len(self._head))
         place, loss_mask = self.trainer.topology.place, rollout.loss_mask.cpu().bool()
         _check_supervised(rollout.lengths, loss_mask, self.trainer.supervision)
+        if isinstance(rollout, ServedRollout):
+            return self._served_pack(rollout, loss_mask)
         plan = plan_spans(self.recipe, rollout.lengths, loss_mask)
         own = plan.slots(place.ring_rank, place.ulysses_rank)
         read = plan.teacher_slots(place.ring_rank, place.ulysses_rank, self.trainer.supervision.halo)
@@ -245,6 +510,55 @@ class RolloutTrainer:
             teacher=_HostRows(rollout.teacher),
         )
 
+    def _served_pack(self, rollout: ServedRollout, loss_mask: Tensor) -> PackedSequence:
+        """A pack of the rows that a server wrote; this rank's are read, and checked, now."""
+        if not self._norm_is_known:
+            raise ValueError(
+                "the target was updated without its final norm, which the rows of a server need: give "
+                "update_target `norm`, the state_dict of the policy's final norm"
+            )
+        if len(rollout.files) != len(rollout.lengths):
+            raise ValueError(
+                f"files has {len(rollout.files)} paths for {len(rollout.lengths)} documents: give one for "
+                "each"
+            )
+        reader = self._served_reader()
+        token_ids = rollout.token_ids.cpu().long()
+        files = [RowFile(Path(path), reader.expected) for path in rollout.files]
+        for file, tokens in zip(files, token_ids.split(list(rollout.lengths)), strict=True):
+            file.require_tokens(tokens.tolist())
+        rows = reader.read(files, rollout.lengths, loss_mask)
+        token = torch.zeros(len(token_ids), dtype=torch.int64)
+        token[rows.read] = LocalRows(rows.token, rows.read, len(token_ids))[:]
+        return PackedSequence(
+            token_ids,
+            loss_mask,
+            tuple(rollout.lengths),
+            teacher_token=token,
+            aux=rows.aux,
+            teacher=rows.teacher,
+        )
+
+    def _served_reader(self) -> SpanReader:
+        """What reads a server's files; the target's final norm is loaded when the first are read."""
+        if self._reader is None:
+            section, topology = self.recipe.target, self.trainer.topology
+            layers = choose_aux_layers(self._config.num_hidden_layers, section.aux_layers)
+            weights = target_fingerprint(self._folder, layers, section.dtype)["target_weights"]
+            dtype = getattr(torch, section.dtype)
+            end = load_target_end(self._folder, self._config, dtype, topology.device)
+            self._take_norm(end)
+            expected = Expected.of(section, self._config, weights)
+            # Rows are kept in the dtype in which the server computed them.
+            self._reader = SpanReader(self.recipe, topology, expected, end, section.dtype)
+            self._reader.use_head(self._head)
+        return self._reader
+
+    def _take_norm(self, end: TargetEnd) -> None:
+        """Fill the final norm with the weights of the last `update_target`, if it gave some."""
+        if self._norm is not None:
+            end.norm.load_state_dict(self._norm)
+
     def _greedy_tokens(self, teacher: Tensor) -> Tensor:
         """The target's tokens int64 [n] for its hidden states [n, Ht], in the target's dtype as capture
         computes them.
@@ -263,7 +577,7 @@ class _HostRows:
         return self._rows[rows].detach().cpu()
 
 
-def _check_tokens(rollout: Rollout, vocab_size: int) -> int:
+def _check_tokens(rollout: Texts, vocab_size: int) -> int:
     """Check the columns [L] of a rollout, and return L.
 
     Raises:
@@ -278,7 +592,7 @@ def _check_tokens(rollout: Rollout, vocab_size: int) -> int:
     columns = {
         "token_ids": rollout.token_ids,
         "loss_mask": rollout.loss_mask,
-        "teacher_token": rollout.teacher_token,
+        "teacher_token": rollout.teacher_token if isinstance(rollout, Rollout) else None,
     }
     for name, column in columns.items():
         if column is None:
@@ -342,17 +656,44 @@ def _checked_rows(
         yield torch.from_numpy(slots[tile]), piece
 
 
-def _vocabulary(recipe: Recipe, vocab_size: int) -> VocabularyMap:
-    file = Path(recipe.output_dir) / "vocabulary.safetensors"
-    if file.is_file():
-        return VocabularyMap.load(file)
-    if recipe.draft.vocab_size == vocab_size:
-        return VocabularyMap.from_counts(torch.zeros(vocab_size, dtype=torch.int64), vocab_size)
-    raise ValueError(
-        f"draft.vocab_size is {recipe.draft.vocab_size} of the target's {vocab_size} tokens, and {file} does "
-        "not say which: pass `vocabulary` (VocabularyMap.from_counts of the tokens in earlier answers), or "
-        f"set draft.vocab_size to {vocab_size}"
-    )
+def _vocabulary(
+    recipe: Recipe, given: VocabularyMap | Tensor | str | Path | None, vocab_size: int
+) -> VocabularyMap:
+    """The draft vocabulary, from what the caller gave or from what lies in the output folder.
+
+    Raises:
+        ValueError: none was found, or it is of another target or another size than the recipe's.
+    """
+    size, file = recipe.draft.vocab_size, Path(recipe.output_dir) / "vocabulary.safetensors"
+    if isinstance(given, str | Path) and not Path(given).is_file():
+        raise ValueError(
+            f"vocabulary is {str(given)!r}, which is no file: name the vocabulary.safetensors of a run"
+        )
+    if given is None and file.is_file():
+        given = file
+    if given is None and size == vocab_size:
+        given = torch.zeros(vocab_size, dtype=torch.int64)
+    if given is None:
+        raise ValueError(
+            f"draft.vocab_size is {size} of the target's {vocab_size} tokens, and {file} does not say which: "
+            "pass `vocabulary`, the path of such a file or how often each token was answered; name a draft "
+            f"in train.init_from; or set draft.vocab_size to {vocab_size}"
+        )
+    if isinstance(given, Tensor):
+        if given.shape != (vocab_size,) or given.dtype != torch.int64 or bool((given < 0).any()):
+            raise ValueError(
+                f"vocabulary is {given.dtype} {tuple(given.shape)}, expected counts, int64 ({vocab_size},) "
+                "and none below 0: torch.bincount(answers, minlength=the target's vocabulary)"
+            )
+        return VocabularyMap.from_counts(given, size)
+    found = VocabularyMap.load(given) if isinstance(given, str | Path) else given
+    if (len(found.d2t), len(found.t2d)) != (size, vocab_size):
+        raise ValueError(
+            f"the vocabulary has {len(found.d2t)} of {len(found.t2d)} tokens, and the recipe "
+            f"{size} (draft.vocab_size) of the target's {vocab_size}: give the one that belongs to this "
+            "target, or set draft.vocab_size to its size"
+        )
+    return found
 
 
 def _topology(recipe: Recipe) -> Topology:

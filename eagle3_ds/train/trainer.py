@@ -108,7 +108,7 @@ class DraftTrainer:
             recipe.parallel.kv_bytes,
             window=sliding_window(draft.config),
         )
-        self._draft_to_target = vocabulary.draft_to_target.to(device)
+        self.draft_to_target = vocabulary.draft_to_target.to(device)
         self._in_vocabulary = vocabulary.t2d.cpu()
         self._teacher_head = self._draft_rows(head)
         model = DraftWithLoss(draft, embedding.to(device, self.dtype), self.algorithm.settings(recipe))
@@ -179,7 +179,7 @@ class DraftTrainer:
 
     def _draft_rows(self, head: Tensor) -> Tensor:
         """The rows [Vd, Ht] of the draft vocabulary in the target's head [V, Ht], on this rank's device."""
-        return head[self._draft_to_target.to(head.device)].to(self.topology.device, self.dtype)
+        return head[self.draft_to_target.to(head.device)].to(self.topology.device, self.dtype)
 
     @torch.no_grad()
     def own_losses(self, pack: PackedSequence) -> tuple[Tensor, bool]:
@@ -201,11 +201,13 @@ class DraftTrainer:
         """
         return [*self.engine.module.frozen, self._teacher_head]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The draft's whole weights, on the CPU of every rank, by their names in the draft. Collective."""
+    def state_dict(self, keep: bool = True) -> dict[str, Tensor]:
+        """The draft's whole weights, on the CPU of every rank that keeps them, by their names in the draft;
+        nothing on the others. Collective.
+        """
         return {
             name.removeprefix("draft."): tensor
-            for name, tensor in full_parameters(self.engine.module).items()
+            for name, tensor in full_parameters(self.engine.module, keep).items()
         }
 
     def _prepare(self, packs: Sequence[PackedSequence]) -> tuple[list[LocalBatch], list[LossInputs], Tensor]:
@@ -252,7 +254,7 @@ class DraftTrainer:
             batch.live_row.numpy(),
             batch.supervised.numpy(),
             self.recipe.loss.tile_bytes,
-            len(self._draft_to_target),
+            len(self.draft_to_target),
             self.dtype.itemsize,
         )
         return LossInputs(
@@ -260,7 +262,7 @@ class DraftTrainer:
             teacher=stream_rows(batch.teacher, [tile.rows for tile in tiles], device, self.dtype),
             teacher_head=self._teacher_head,
             teacher_token=batch.teacher_token.to(device),
-            draft_to_target=self._draft_to_target,
+            draft_to_target=self.draft_to_target,
             contributing=contributing.to(device),
             supervised=batch.supervised.to(device),
             step_weight=step_weight.float().to(device),

@@ -22,8 +22,8 @@ def test_the_example_runs_without_a_launcher(tmp_path):
         name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }
     done = subprocess.run(
-        [sys.executable, "examples/rl_loop.py", "--iterations", "2", *overrides],
-        cwd=ROOT,
+        [sys.executable, str(ROOT / "examples/rl_loop.py"), "--iterations", "2", *overrides],
+        cwd=tmp_path,  # it runs from anywhere
         env=environment | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
         text=True,
         capture_output=True,

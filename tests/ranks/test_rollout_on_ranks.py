@@ -14,7 +14,7 @@ import torch
 
 from eagle3_ds.config import Recipe, TargetBuild, TargetSection
 from eagle3_ds.draft import VocabularyMap
-from eagle3_ds.export import vllm_tensors
+from eagle3_ds.export import export_vllm, vllm_tensors
 from eagle3_ds.layout import PackedSequence
 from eagle3_ds.targets import build_target, capture_hidden_states, load_target, teacher_tokens
 from eagle3_ds.train.rollout import Rollout, RolloutTrainer
@@ -39,7 +39,6 @@ def make_recipe(target: str, output: Path, draft_dp: int, ulysses: int, stage: i
         {
             "target": {"path": target, "dtype": "float32"},
             "draft": {"vocab_size": 320, "ttt_steps": 3},
-            "data": {"train": ("none",)},
             "parallel": {"draft_dp": draft_dp, "ulysses": ulysses},
             "train": {"steps": 1, "dtype": "float32", "learning_rate": 1e-2, "accumulation": 2 // draft_dp},
             "deepspeed": str(Path(__file__).parents[2] / "ds_configs" / f"zero{stage}.json"),
@@ -242,3 +241,27 @@ def test_a_draft_vocabulary_is_not_made_up(run_ranks, target: str, tmp_path: Pat
         "draft.vocab_size is 100 of the target's 320 tokens" in message
         and "vocabulary.safetensors" in message
     )
+
+
+def from_an_export(target: str, output: Path) -> tuple[float, float, float, int]:
+    """Loss of a trained draft, of one that a recipe takes over from its export, and of a new one; and the
+    size of the vocabulary, which comes with the export.
+    """
+    recipe, rollouts = make_recipe(target, output, 1, 1, 2), make_rollouts(target)
+    recipe = recipe.model_copy(update={"draft": recipe.draft.model_copy(update={"vocab_size": 100})})
+    counts = torch.bincount(torch.cat([rollout.token_ids for rollout in rollouts]), minlength=320)
+    trainer = RolloutTrainer(recipe, vocabulary=counts)
+    fresh = trainer.evaluate(rollouts).loss
+    for _ in range(3):
+        trainer.step(rollouts)
+    config = trainer.trainer.draft.config
+    folder = export_vllm(trainer.state_dict(), config, trainer.vocabulary, output / "draft", "float32")
+    train = recipe.train.model_copy(update={"init_from": str(folder)})
+    again = RolloutTrainer(recipe.model_copy(update={"train": train}))
+    found = again.evaluate(rollouts).loss
+    return trainer.evaluate(rollouts).loss, found, fresh, len(again.vocabulary.d2t)
+
+
+def test_a_recipe_may_name_the_draft_to_begin_with(run_ranks, target: str, tmp_path: Path) -> None:
+    ((trained, found, fresh, size),) = run_ranks(1, from_an_export, target, tmp_path)
+    assert found == trained < fresh and size == 100

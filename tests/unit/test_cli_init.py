@@ -15,7 +15,7 @@ from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
 from eagle3_ds.config import DraftSection, Recipe, load_recipe
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.export import export_speculators, export_vllm
-from eagle3_ds.run.initial_draft import load_initial_draft, write_initial_draft
+from eagle3_ds.train.initial_draft import load_initial_draft, write_initial_draft
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 TARGET = LlamaConfig(

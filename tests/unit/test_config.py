@@ -11,6 +11,7 @@ import pytest
 from eagle3_ds.config import Recipe, dump_recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
 from eagle3_ds.config.deepspeed import REFUSED
 from eagle3_ds.config.load import recipe_differences
+from eagle3_ds.run.checks import check_data
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = """
@@ -290,3 +291,35 @@ def test_shipped_deepspeed_configs_pass(path: Path, tmp_path: Path) -> None:
     user = load_deepspeed_config(path)
     fill_deepspeed_config(user, load_recipe(write(tmp_path, MINIMAL)), world=8, draft_dp=1)
     assert path.stem.startswith(f"zero{user['zero_optimization']['stage']}")
+
+
+def test_a_deepspeed_json_is_found_from_where_one_is_and_from_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home" / "recipes").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = tmp_path / "home" / "recipes" / "r.yaml"
+    recipe.write_text(MINIMAL.replace("ds_configs/zero2.json", "one.json"))
+    assert "one.json" in recipe.read_text()
+    assert load_recipe(recipe).deepspeed == "one.json"
+    for place in (tmp_path / "home" / "one.json", recipe.parent / "one.json"):
+        place.write_text("{}")
+        assert load_recipe(recipe).deepspeed == str(place)
+    Path("one.json").write_text("{}")
+    assert load_recipe(recipe).deepspeed == "one.json", "the working directory comes first"
+    with pytest.raises(ValueError, match=r"nor from the recipe's folder or the one above it"):
+        load_deepspeed_config(load_recipe(recipe, ["deepspeed=two.json"]).deepspeed)
+
+
+def test_a_recipe_without_data_is_one_for_rollouts_alone(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("\n".join(line for line in MINIMAL.splitlines() if not line.startswith("data:")))
+    recipe = load_recipe(path)
+    assert recipe.data.train is None and recipe.data.max_length == 4096
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(path) == recipe
+    with pytest.raises(ValueError, match=r"data.train: required and not given"):
+        check_data(recipe)
+    with pytest.raises(ValueError, match=r"data.train: the value is \[\]"):
+        load_recipe(path, ["data.train=[]"])

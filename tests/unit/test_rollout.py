@@ -10,7 +10,8 @@ import torch
 
 from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.config import load_recipe
-from eagle3_ds.train.rollout import Rollout, _check_supervised, _check_tokens, _checked_rows
+from eagle3_ds.draft import VocabularyMap
+from eagle3_ds.train.rollout import Rollout, _check_supervised, _check_tokens, _checked_rows, _vocabulary
 
 LENGTHS, VOCABULARY, HIDDEN = (5, 9), 50, 4
 RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
@@ -118,3 +119,45 @@ def test_only_a_ranks_own_rows_are_read_and_checked():
 def test_rows_that_do_not_fit_are_named(rows, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         read(rows)
+
+
+def recipe_of(size, folder):
+    draft = RECIPE.draft.model_copy(update={"vocab_size": size})
+    return RECIPE.model_copy(update={"draft": draft, "output_dir": str(folder)})
+
+
+def test_the_vocabulary_comes_from_counts_from_a_file_or_from_the_output_folder(tmp_path):
+    counts = torch.tensor([5, 0, 7, 1, 0, 9])
+    recipe = recipe_of(3, tmp_path)
+    wanted = VocabularyMap.from_counts(counts, 3)
+    assert wanted.draft_to_target.tolist() == [0, 2, 5]
+    assert _vocabulary(recipe, counts, 6).equals(wanted) and _vocabulary(recipe, wanted, 6).equals(wanted)
+    wanted.save(tmp_path / "counted.safetensors")
+    assert _vocabulary(recipe, tmp_path / "counted.safetensors", 6).equals(wanted)
+    with pytest.raises(ValueError, match=r"draft.vocab_size is 3 of the target's 6 tokens, and .* which"):
+        _vocabulary(recipe, None, 6)
+    wanted.save(tmp_path / "vocabulary.safetensors")
+    assert _vocabulary(recipe, None, 6).equals(wanted)
+    assert len(_vocabulary(recipe_of(6, tmp_path / "empty"), None, 6).d2t) == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            torch.ones(5, dtype=torch.int64),
+            r"is torch.int64 \(5,\), expected counts, int64 \(6,\)",
+        ),
+        (torch.ones(6), "vocabulary is torch.float32"),
+        (-torch.ones(6, dtype=torch.int64), "none below 0"),
+        ("nowhere.safetensors", "vocabulary is 'nowhere.safetensors', which is no file"),
+        (
+            VocabularyMap.from_counts(torch.ones(6, dtype=torch.int64), 4),
+            "has 4 of 6 tokens, and the recipe",
+        ),
+        (VocabularyMap.from_counts(torch.ones(9, dtype=torch.int64), 3), "has 3 of 9 tokens"),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        _vocabulary(recipe_of(3, tmp_path), given, 6)
