@@ -77,6 +77,8 @@ def prepare(recipe: Recipe | str | Path, checkpoint: Path | None = None) -> None
         logger.info("target: %s", section.path)
         build_target(section, stdlib_text(), (row["messages"] for row in stdlib_conversations()))
     check_target_structure(recipe)
+    for note in algorithm_of(recipe).notes(load_text_config(resolve_path(section.path)), recipe):
+        logger.info("draft: %s", note)
     documents = tokenise(recipe)
     data, fingerprint = documents.data, documents.fingerprint
     if recipe.eval.num_prompts and not data.statistics.heldout_documents:
@@ -115,8 +117,6 @@ def tokenise(recipe: Recipe) -> Documents:
     folder = resolve_path(section.path)
     config = load_text_config(folder)
     check_supported(config, section.path)
-    for note in algorithm_of(recipe).notes(config, recipe):
-        logger.info("draft: %s", note)
     warning = beyond_positions(recipe.data.max_length, positions(config))
     warnings = tuple(told for told in (warning, no_known_server(load_full_config(folder))) if told)
     for line in warnings:
