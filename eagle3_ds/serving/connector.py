@@ -323,7 +323,9 @@ def _digest(model: str, revision: str | None) -> str:
 
         try:
             folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
-        except Exception:
+        except (OSError, ValueError):
+            # Not a hub name, or not in this host's cache. An empty digest says that it is not known; the
+            # client then compares the tokens that the server chooses (`fill.require_same_head`).
             return ""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():

@@ -56,6 +56,18 @@ def decode_float8(codes: Tensor, exponents: Tensor) -> Tensor:
     return (codes.bfloat16().unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
 
 
+def fitted(rows: Tensor, dtype: str) -> tuple[Tensor, int | None]:
+    """Rows [L, W] on the CPU in `data.hidden_dtype: dtype`, for float8 as they are, to be encoded; and the
+    number of the first row that does not fit, or None.
+    """
+    if dtype == "float8":
+        stored, limit = rows.cpu(), LARGEST_FLOAT8
+    else:
+        wanted = getattr(torch, dtype)
+        stored, limit = rows.to("cpu", wanted, copy=True).contiguous(), torch.finfo(wanted).max
+    return stored, first_beyond(stored, limit)
+
+
 def as_stored(rows: Tensor, dtype: str, hidden_size: int) -> Tensor:
     """What a store of `data.hidden_dtype: dtype` gives back for rows [L, W].
 
@@ -65,10 +77,7 @@ def as_stored(rows: Tensor, dtype: str, hidden_size: int) -> Tensor:
     Raises:
         ValueError: a value is too large for the dtype.
     """
-    wanted = torch.bfloat16 if dtype == "float8" else getattr(torch, dtype)
-    stored = rows if dtype == "float8" else rows.to(wanted)
-    limit = LARGEST_FLOAT8 if dtype == "float8" else torch.finfo(wanted).max
-    row = first_beyond(stored, limit)
+    stored, row = fitted(rows, dtype)
     if row is not None:
         largest = rows[row].abs().max().item()
         raise ValueError(

@@ -23,7 +23,6 @@ from torch import Tensor
 from eagle3_ds.store.fingerprint import Fingerprint, require_same
 from eagle3_ds.store.index import (
     CHECKSUM,
-    DTYPES,
     FLOAT8,
     IDENTITY,
     INDEX_FILE,
@@ -39,7 +38,7 @@ from eagle3_ds.store.index import (
     header_crc32,
 )
 from eagle3_ds.store.reader import HiddenStateStore
-from eagle3_ds.store.rows import LARGEST_FLOAT8, crc32, encode_float8, first_beyond, row_checksums
+from eagle3_ds.store.rows import crc32, encode_float8, fitted, row_checksums
 
 CAPTURED = "capture"
 """The `origin` of hidden states that this program computed."""
@@ -267,12 +266,7 @@ class HiddenStateWriter:
     def _encode_states(
         self, name: ColumnName, states: Tensor, not_finite: str, piece: Piece
     ) -> dict[str, Tensor]:
-        if self.layout.dtype == FLOAT8:
-            stored, limit = states.cpu(), LARGEST_FLOAT8
-        else:
-            dtype = DTYPES[self.layout.dtype]
-            stored, limit = states.to("cpu", dtype, copy=True).contiguous(), torch.finfo(dtype).max
-        row = first_beyond(stored, limit)
+        stored, row = fitted(states, self.layout.dtype)
         if row is not None:
             largest = states[row].abs().max().item()
             raise ValueError(

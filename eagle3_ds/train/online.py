@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from eagle3_ds.algorithms import algorithm_of
-from eagle3_ds.collectives import all_gather_rows
 from eagle3_ds.layout import Rows
 from eagle3_ds.train.row_exchange import IntArray, RowExchange
-from eagle3_ds.train.spans import plan_spans
+from eagle3_ds.train.spans import plan_spans, whole_tokens
 from eagle3_ds.train.target_engine import TargetEngine
 
 
@@ -63,11 +62,8 @@ class OnlineStates:
             for ulysses in range(plan.ulysses)
         ]
         teacher = RowExchange(plan, wanted, topology.sp_rank, topology.sp_group)(states.teacher)
-        tokens = all_gather_rows(states.teacher_token, topology.sp_group).cpu()[
-            plan.sequence_order[: plan.length]
-        ]
         return (
-            tokens,
+            whole_tokens(states.teacher_token, plan, topology.sp_group),
             HeldRows(own, states.aux[: len(own)].cpu()),
             HeldRows(wanted[topology.sp_rank], teacher.cpu()),
         )

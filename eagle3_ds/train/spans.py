@@ -6,11 +6,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from torch import Tensor
 
 from eagle3_ds.algorithms import algorithm_of
+from eagle3_ds.collectives import all_gather_rows
 from eagle3_ds.config import Recipe
 from eagle3_ds.layout import SpanPlan, live_slots
+
+
+def whole_tokens(own: Tensor, plan: SpanPlan, group: dist.ProcessGroup | None) -> Tensor:
+    """The target's tokens int64 [L] of a packed sequence, on the host, from those [S] of every rank's slots.
+    Collective over the sp group.
+    """
+    return all_gather_rows(own, group).cpu()[plan.sequence_order[: plan.length]]
 
 
 def plan_spans(recipe: Recipe, lengths: Sequence[int], loss_mask: Tensor) -> SpanPlan:

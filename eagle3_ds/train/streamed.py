@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eagle3_ds.collectives import all_gather_rows
 from eagle3_ds.config import Recipe
 from eagle3_ds.layout import LocalRows, Rows
 from eagle3_ds.serving.ahead import Document, LookAhead
@@ -26,6 +25,7 @@ from eagle3_ds.targets import load_text_config, resolve_path
 from eagle3_ds.targets.end import load_target_end
 from eagle3_ds.topology import Topology
 from eagle3_ds.train.served_spans import SpanReader
+from eagle3_ds.train.spans import whole_tokens
 
 
 def files_of(recipe: Recipe) -> str:
@@ -72,17 +72,8 @@ class StreamedStates:
     def states(
         self, documents: Sequence[int], token_ids: Tensor, loss_mask: Tensor, lengths: Sequence[int]
     ) -> tuple[Tensor, Rows, Rows]:
-        """The rows of a packed sequence. Collective over the sp group.
-
-        Args:
-            documents: document ids.
-            token_ids: int64 [L], whole on every rank of the sp group.
-            loss_mask: bool [L], whole on every rank of the sp group.
-            lengths: the tokens of each document.
-
-        Returns:
-            In host memory: `teacher_token` int64 [L], whole; `aux`, this rank's slots of rows
-            [L, layers * Ht]; `teacher`, those rows of [L, Ht] that this rank's live slots read.
+        """The rows of a packed sequence of these documents. Collective over the sp group; takes and returns
+        what `OnlineStates.states` does.
 
         Raises:
             ValueError: the server failed, or the rows are not those of these documents.
@@ -98,11 +89,11 @@ class StreamedStates:
         place = self.topology.place
         tokens = torch.zeros(len(plan.slots(place.ring_rank, place.ulysses_rank)), dtype=torch.int64)
         tokens[: len(own)] = LocalRows(rows.token, own, plan.length)[:]
-        tokens = all_gather_rows(tokens.to(self.topology.device), self.topology.sp_group).cpu()
+        tokens = whole_tokens(tokens.to(self.topology.device), plan, self.topology.sp_group)
         # The exchange has ended, so every rank of the group has read its rows.
         if self._ahead is not None:
             self._ahead.release(places)
-        return tokens[plan.sequence_order[: plan.length]], rows.aux, rows.teacher
+        return tokens, rows.aux, rows.teacher
 
     def close(self) -> None:
         """Stop asking the server; its files that nobody needs any more are removed. Not collective."""

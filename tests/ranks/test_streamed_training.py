@@ -4,6 +4,7 @@ the bit, and no row asked twice.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,9 @@ def server(job: Job) -> Iterator[FakeServer]:
 
 
 def rank_of_training(path: str) -> list[tuple[Any, ...]]:
-    """Losses and gradient norms of three steps and of a held-out evaluation, as they are."""
+    """Losses and gradient norms of three steps and of a held-out evaluation, as they are, and a digest of the
+    weights after them.
+    """
     torch.set_num_threads(1)
     recipe = load_recipe(path)
     topology = maybe_setup_distributed(
@@ -55,7 +58,11 @@ def rank_of_training(path: str) -> list[tuple[Any, ...]]:
             reports.append(trainer.step(loader.step(index)))
             # The packs that are ahead stay ahead while others are asked for in between.
             reports.append(trainer.evaluate(heldout))
-        return [(report.loss, report.grad_norm, report.tokens, report.tau) for report in reports]
+        figures = [(report.loss, report.grad_norm, report.tokens, report.tau) for report in reports]
+        digest = hashlib.sha256()
+        for name, weight in sorted(trainer.state_dict().items()):
+            digest.update(name.encode() + weight.contiguous().view(torch.uint8).numpy().tobytes())
+        return [*figures, (digest.hexdigest(),)]
     finally:
         states.close()
 
