@@ -1,7 +1,5 @@
 """A real vLLM answers the prompts of a data set: token for token what the target answers in this process,
 also when the server is killed on the way.
-
-vLLM wants an environment of its own: name its Python in EAGLE3_DS_VLLM_PYTHON.
 """
 
 from __future__ import annotations
@@ -22,23 +20,15 @@ import pytest
 
 from eagle3_ds.config import TargetSection
 from eagle3_ds.targets import build_target
+from tests.served.on_cpu import ON_CPU
 from tests.unit.tiny_target import CONVERSATIONS, TEXTS, tiny_build
 
-PYTHON = os.environ.get("EAGLE3_DS_VLLM_PYTHON")
-pytestmark = pytest.mark.skipif(PYTHON is None, reason="EAGLE3_DS_VLLM_PYTHON names no Python with vLLM")
-ON_CPU = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 ROWS = 60
 START_SECONDS = 300
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(served_python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`target`, trained a little so that its turns end, heads of 32 (vLLM's least); a recipe of conversations
     of two questions; and `local.jsonl`, the target's own answers.
     """
@@ -76,12 +66,12 @@ def regenerate(folder: Path, output: str, *arguments: str) -> subprocess.Complet
 
 
 @contextmanager
-def vllm(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def vllm(python: str, folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """URL and process of a server of the target, which leads a group of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    line = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "target")]
+    line = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "target")]
     line += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | ON_CPU
     log = folder / f"vllm-{port}.log"
@@ -116,11 +106,13 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def test_greedy_answers_are_those_of_this_process_and_a_killed_server_costs_no_row(folder: Path) -> None:
+def test_greedy_answers_are_those_of_this_process_and_a_killed_server_costs_no_row(
+    served_python: str, folder: Path
+) -> None:
     local = (folder / "local.jsonl").read_bytes()
     learnt = [sum(json.loads(line)["loss_mask"]) for line in local.splitlines()]
     assert len(learnt) > ROWS // 2, "the target hardly ends its turns: little is tested"
-    with vllm(folder) as (url, process):
+    with vllm(served_python, folder) as (url, process):
         done = regenerate(folder, "whole.jsonl", "--server", url, "--concurrency", "8")
         assert done.returncode == 0, done.stderr
         assert (folder / "whole.jsonl").read_bytes() == local
@@ -137,7 +129,7 @@ def test_greedy_answers_are_those_of_this_process_and_a_killed_server_costs_no_r
         assert run.returncode == 2 and "the same command then goes on where it stopped" in said
     begun = output.read_bytes()
     assert 5 <= len(begun.splitlines()) < len(learnt) and local.startswith(begun)
-    with vllm(folder) as (url, _):
+    with vllm(served_python, folder) as (url, _):
         done = regenerate(folder, "resumed.jsonl", "--server", url, "--concurrency", "8")
         assert done.returncode == 0, done.stderr
         assert output.read_bytes() == local

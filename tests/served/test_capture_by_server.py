@@ -1,7 +1,5 @@
 """Hidden states from a real vLLM: the store is the one that transformers gives, and so is the training from
 it; a server that is killed midway costs nothing but its last documents.
-
-vLLM wants an environment of its own: name its Python in EAGLE3_DS_VLLM_PYTHON.
 """
 
 from __future__ import annotations
@@ -18,12 +16,9 @@ import torch
 from eagle3_ds.serving import process
 from eagle3_ds.store import HiddenStateStore, HiddenStateWriter
 from tests.e2e.small_quickstart import Job, small_job
+from tests.served.on_cpu import ON_CPU
 
-PYTHON = os.environ.get("EAGLE3_DS_VLLM_PYTHON")
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.skipif(PYTHON is None, reason="EAGLE3_DS_VLLM_PYTHON names no Python with vLLM"),
-]
+pytestmark = pytest.mark.e2e
 # Heads of 32 are vLLM's least. Long documents of the quickstart are cut into chunks of 64 tokens.
 OVERRIDES = (
     "target.build.hidden_size=128",
@@ -43,17 +38,9 @@ OVERRIDES = (
 )
 SERVED = (
     "target.capture=server",
-    f"target.server.python={PYTHON}",
     "target.server.arguments=[--enforce-eager, --max-num-seqs=8, --max-num-batched-tokens=64]",
     "target.server.concurrency=2",
 )
-ON_CPU = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +92,10 @@ def require_same(found: HiddenStateStore, expected: HiddenStateStore) -> None:
         assert torch.equal(*tokens), document
 
 
-def test_the_store_and_the_training_are_those_of_transformers(by_transformers: Job, places: Path) -> None:
-    run = job(places, "server", *SERVED)
+def test_the_store_and_the_training_are_those_of_transformers(
+    served_python: str, by_transformers: Job, places: Path
+) -> None:
+    run = job(places, "server", *SERVED, f"target.server.python={served_python}")
     for each in (run, by_transformers):
         status, output = each.call("launch", "--num_ranks", "1")
         assert status == 0, output
@@ -118,9 +107,9 @@ def test_the_store_and_the_training_are_those_of_transformers(by_transformers: J
 
 
 def test_a_killed_server_is_told_and_the_next_run_goes_on(
-    by_transformers: Job, places: Path, monkeypatch: pytest.MonkeyPatch
+    served_python: str, by_transformers: Job, places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, written = job(places, "killed", *SERVED), 0
+    run, written = job(places, "killed", *SERVED, f"target.server.python={served_python}"), 0
     started: list[int] = []
     real_append, real_popen = HiddenStateWriter.append, process.subprocess.Popen
 
@@ -185,10 +174,10 @@ assert [save.name for save in connector._saves] == ["run-d"], connector._saves
 """
 
 
-def test_rows_of_a_step_that_vllm_left_out_are_not_given(tmp_path: Path) -> None:
+def test_rows_of_a_step_that_vllm_left_out_are_not_given(served_python: str, tmp_path: Path) -> None:
     (tmp_path / "eagle3_ds_connector.py").write_text(process.CONNECTOR.read_text())
     done = subprocess.run(
-        [str(PYTHON), "-c", SPOILED, str(tmp_path)],
+        [served_python, "-c", SPOILED, str(tmp_path)],
         check=False,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         text=True,
