@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from eagle3_ds.run.stages import evaluate, export, prepare
     from eagle3_ds.run.training import train
     from eagle3_ds.topology import maybe_setup_distributed
-    from eagle3_ds.train.rollout import Rollout, RolloutTrainer, ServedRollout, Texts
+    from eagle3_ds.train.rollout import RolloutTrainer
+    from eagle3_ds.train.rollout_inputs import Rollout, ServedRollout, Texts
 
 __version__ = "0.1.0"
 
@@ -63,12 +64,12 @@ __all__ = [
 _HOMES = {
     "Gather": "collectives",
     "LlamaUSPFlashAttention": "attention",
-    "Rollout": "train.rollout",
+    "Rollout": "train.rollout_inputs",
     "RolloutTrainer": "train.rollout",
     "SeqAllToAll4D": "collectives",
-    "ServedRollout": "train.rollout",
+    "ServedRollout": "train.rollout_inputs",
     "SpanPlan": "layout",
-    "Texts": "train.rollout",
+    "Texts": "train.rollout_inputs",
     "all_gather_tensor": "collectives",
     "all_to_all_4D": "collectives",
     "evaluate": "run.stages",

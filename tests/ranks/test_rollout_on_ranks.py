@@ -17,7 +17,8 @@ from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.export import export_vllm, vllm_tensors
 from eagle3_ds.layout import PackedSequence
 from eagle3_ds.targets import build_target, capture_hidden_states, load_target, teacher_tokens
-from eagle3_ds.train.rollout import Rollout, RolloutTrainer
+from eagle3_ds.train.rollout import RolloutTrainer
+from eagle3_ds.train.rollout_inputs import Rollout
 from eagle3_ds.train.spans import plan_spans
 
 pytestmark = pytest.mark.ranks

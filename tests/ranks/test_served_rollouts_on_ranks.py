@@ -14,7 +14,8 @@ from safetensors import safe_open
 from eagle3_ds.config import Recipe, TargetSection
 from eagle3_ds.targets import load_target, load_text_config
 from eagle3_ds.targets.end import load_target_end
-from eagle3_ds.train.rollout import Rollout, RolloutTrainer, ServedRollout, Texts
+from eagle3_ds.train.rollout import RolloutTrainer
+from eagle3_ds.train.rollout_inputs import Rollout, ServedRollout, Texts
 from tests.ranks.test_rollout_on_ranks import LENGTHS, make_recipe
 from tests.ranks.test_rollout_on_ranks import target as target
 from tests.unit.fake_server import FakeServer

@@ -74,7 +74,7 @@ def test_a_room_is_a_function_whatever_was_imported_before(tmp_path: Path) -> No
             raise SystemExit("no ValueError")
     """
     for before in ("from eagle3_ds import NAME", "import eagle3_ds.NAME\nfrom eagle3_ds import NAME"):
-        for name, inside in (("train", "rollout.Rollout"), ("export", "vllm.export_vllm")):
+        for name, inside in (("train", "rollout.RolloutTrainer"), ("export", "vllm.export_vllm")):
             code = (
                 f"{before}\n{inspect.cleandoc(refused)}\nimport eagle3_ds.{name}.{inside.partition('.')[0]}\n"
             )

@@ -11,7 +11,13 @@ import torch
 from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.config import load_recipe
 from eagle3_ds.draft import VocabularyMap
-from eagle3_ds.train.rollout import Rollout, _check_supervised, _check_tokens, _checked_rows, _vocabulary
+from eagle3_ds.train.rollout_inputs import (
+    Rollout,
+    check_supervised,
+    check_tokens,
+    checked_rows,
+    draft_vocabulary,
+)
 
 LENGTHS, VOCABULARY, HIDDEN = (5, 9), 50, 4
 RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
@@ -33,9 +39,9 @@ def rollout(**changes):
 
 
 def test_a_rollout_in_order_passes():
-    assert _check_tokens(rollout(), VOCABULARY) == 14
+    assert check_tokens(rollout(), VOCABULARY) == 14
     assert (
-        _check_tokens(rollout(teacher_token=None, loss_mask=torch.ones(14, dtype=torch.int8)), VOCABULARY)
+        check_tokens(rollout(teacher_token=None, loss_mask=torch.ones(14, dtype=torch.int8)), VOCABULARY)
         == 14
     )
 
@@ -63,7 +69,7 @@ def test_a_rollout_in_order_passes():
 )
 def test_tokens_that_do_not_fit_are_named(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        _check_tokens(rollout(**changes), VOCABULARY)
+        check_tokens(rollout(**changes), VOCABULARY)
 
 
 @pytest.mark.parametrize(
@@ -75,13 +81,13 @@ def test_a_rollout_from_which_nothing_is_learnt_is_refused(marked):
     mask = torch.zeros(14, dtype=torch.bool)
     mask[marked] = True
     with pytest.raises(ValueError, match=f"loss_mask marks {len(marked)} of 14 rows, and none"):
-        _check_supervised(LENGTHS, mask, SUPERVISION)
+        check_supervised(LENGTHS, mask, SUPERVISION)
     mask[1] = True
-    _check_supervised(LENGTHS, mask, SUPERVISION)
+    check_supervised(LENGTHS, mask, SUPERVISION)
 
 
 def read(rows, slots=range(14)):
-    return list(_checked_rows("teacher", rows, np.array(slots), 14, HIDDEN))
+    return list(checked_rows("teacher", rows, np.array(slots), 14, HIDDEN))
 
 
 class Lazy:
@@ -131,14 +137,16 @@ def test_the_vocabulary_comes_from_counts_from_a_file_or_from_the_output_folder(
     recipe = recipe_of(3, tmp_path)
     wanted = VocabularyMap.from_counts(counts, 3)
     assert wanted.draft_to_target.tolist() == [0, 2, 5]
-    assert _vocabulary(recipe, counts, 6).equals(wanted) and _vocabulary(recipe, wanted, 6).equals(wanted)
+    assert draft_vocabulary(recipe, counts, 6).equals(wanted) and draft_vocabulary(recipe, wanted, 6).equals(
+        wanted
+    )
     wanted.save(tmp_path / "counted.safetensors")
-    assert _vocabulary(recipe, tmp_path / "counted.safetensors", 6).equals(wanted)
+    assert draft_vocabulary(recipe, tmp_path / "counted.safetensors", 6).equals(wanted)
     with pytest.raises(ValueError, match=r"draft.vocab_size is 3 of the target's 6 tokens, and .* which"):
-        _vocabulary(recipe, None, 6)
+        draft_vocabulary(recipe, None, 6)
     wanted.save(tmp_path / "vocabulary.safetensors")
-    assert _vocabulary(recipe, None, 6).equals(wanted)
-    assert len(_vocabulary(recipe_of(6, tmp_path / "empty"), None, 6).d2t) == 6
+    assert draft_vocabulary(recipe, None, 6).equals(wanted)
+    assert len(draft_vocabulary(recipe_of(6, tmp_path / "empty"), None, 6).d2t) == 6
 
 
 @pytest.mark.parametrize(
@@ -160,4 +168,4 @@ def test_the_vocabulary_comes_from_counts_from_a_file_or_from_the_output_folder(
 )
 def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
-        _vocabulary(recipe_of(3, tmp_path), given, 6)
+        draft_vocabulary(recipe_of(3, tmp_path), given, 6)
