@@ -70,8 +70,9 @@ def _show(check: Check, python: str, tolerance: float, folder: Path) -> int:
 
     report, console = run_check(check, python, tolerance, folder), terminal()
     console.print(_table(report))
-    if check.recorded is not None:
-        write(console, f"eval.json: acceptance length {check.recorded:.3f}, where texts may end early")
+    for served in report.ways:
+        if served.note:
+            write(console, f"{served.way} {served.note}")
     for warning in report.warnings:
         write(console, f"vLLM warns: {warning}")
     write(console, f"vLLM's log: {report.log}")

@@ -380,6 +380,8 @@ class EvalSection(Section):
 class ExportSection(Section):
     formats: tuple[Literal["vllm", "speculators"], ...] = ("vllm", "speculators")
     dtype: FloatDtype = "bfloat16"
+    license: Text | None = None
+    """What the model cards state; null: what the target's own card states, if it does."""
 
 
 class LoggingSection(Section):

@@ -112,20 +112,25 @@ def tell_layers(aux_layers: Sequence[int]) -> None:
         AUX_LAYERS,
         outputs,
     )
+    note = sglang_note(aux_layers)
+    if note is not None:
+        logger.warning("export: %s", note)
+
+
+def sglang_note(aux_layers: Sequence[int]) -> str | None:
+    """What a user of SGLang must know of a draft of these layers; None where all its versions agree."""
+    inputs, outputs = list(aux_layers), sglang_layers(aux_layers)
     if outputs[0] < 0:
-        logger.warning(
-            "export: layer 0 has no layer before it, whose output SGLang could take: serve this draft by vLLM"
-        )
-    elif outputs[0] != OUTPUTS_BEGIN:
-        remedy = f"add --json-model-override-args '{sglang_override(inputs)}'"
-        if inputs[0] == OUTPUTS_BEGIN:
-            remedy = "serve this draft by vLLM: no ids mean these layers there"
-        logger.warning(
-            "export: for DeepSeek-like targets (DeepSeek, Kimi, GLM-4.7-Flash) SGLang from May 2026 on reads "
-            "ids that do not begin with %d as inputs; there, %s",
-            OUTPUTS_BEGIN,
-            remedy,
-        )
+        return "layer 0 has no layer before it, whose output SGLang could take: serve this draft by vLLM"
+    if outputs[0] == OUTPUTS_BEGIN:
+        return None
+    remedy = f"add --json-model-override-args '{sglang_override(inputs)}'"
+    if inputs[0] == OUTPUTS_BEGIN:
+        remedy = "serve this draft by vLLM: no ids mean these layers there"
+    return (
+        "for DeepSeek-like targets (DeepSeek, Kimi, GLM-4.7-Flash) SGLang from May 2026 on reads "
+        f"ids that do not begin with {OUTPUTS_BEGIN} as inputs; there, {remedy}"
+    )
 
 
 def sglang_override(ids: Sequence[int]) -> str:

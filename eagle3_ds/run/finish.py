@@ -6,22 +6,32 @@ import json
 import os
 import random
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file
 
+from eagle3_ds import __version__
 from eagle3_ds.algorithms import algorithm_of
-from eagle3_ds.config import Recipe
+from eagle3_ds.config import Recipe, dump_recipe
 from eagle3_ds.data import PreparedData
 from eagle3_ds.draft import Draft, VocabularyMap
 from eagle3_ds.eval import evaluate_draft
-from eagle3_ds.export import export_speculators, export_vllm, verify_export
+from eagle3_ds.export import (
+    Card,
+    export_speculators,
+    export_vllm,
+    license_in,
+    verify_export,
+    write_card,
+)
 from eagle3_ds.run.draft_embedding import own_embedding
 from eagle3_ds.targets import load_embedding_and_head, load_target, load_text_config, resolve_path
 from eagle3_ds.topology import detect_accelerator
 
+MADE_BY = ("torch", "transformers", "deepspeed")
 FOLDERS = {"vllm": "draft", "speculators": "draft-speculators"}
 
 
@@ -49,7 +59,8 @@ def load_draft(recipe: Recipe, weights: str) -> tuple[Draft, VocabularyMap]:
 
 
 def evaluate_run(recipe: Recipe) -> dict[str, Any]:
-    """Decode held-out prompts speculatively with the trained and the untrained draft, and write eval.json.
+    """Decode held-out prompts speculatively with the trained and the untrained draft, and write eval.json and
+    its figures into the cards of exports that are there.
 
     Raises:
         ValueError: training has not finished, or there is no held-out prompt.
@@ -67,7 +78,40 @@ def evaluate_run(recipe: Recipe) -> dict[str, Any]:
     aside = folder / ".eval.json"
     aside.write_text(json.dumps(result, indent=2) + "\n")
     os.replace(aside, folder / "eval.json")
+    card = card_of_run(recipe)
+    for layout, name in FOLDERS.items():
+        if (folder / name).is_dir():
+            write_card(folder / name, layout, card)
     return result
+
+
+def card_of_run(recipe: Recipe) -> Card:
+    """What the exports of a finished run say of themselves; an evaluation of earlier weights is left out."""
+    folder, path = Path(recipe.output_dir), resolve_path(recipe.target.path)
+    evaluated, weights = folder / "eval.json", folder / "draft-final.safetensors"
+    is_evaluated = evaluated.is_file() and evaluated.stat().st_mtime_ns >= weights.stat().st_mtime_ns
+    return Card(
+        target=recipe.target.path,
+        is_hub=not Path(recipe.target.path).expanduser().is_dir(),
+        license=recipe.export.license or license_in(path),
+        algorithm=recipe.draft.algorithm,
+        dtype=recipe.target.dtype,
+        draft_tokens=recipe.eval.draft_tokens,
+        aux_layers=_told_layers(recipe, load_text_config(path).num_hidden_layers),
+        data=recipe.data.train,
+        max_length=recipe.data.max_length,
+        recipe=dump_recipe(recipe),
+        versions={"eagle3_ds": __version__, **{name: version(name) for name in MADE_BY}},
+        evaluation=json.loads(evaluated.read_text()) if is_evaluated else None,
+    )
+
+
+def _told_layers(recipe: Recipe, num_layers: int) -> tuple[int, ...] | None:
+    """The captured layers that an export names. Those of the EAGLE-3 rule are left out: servers know the
+    rule, and SGLang counts explicit ids differently from vLLM.
+    """
+    layers = recipe.target.aux_layers
+    return None if layers == (2, num_layers // 2, num_layers - 3) else layers
 
 
 def prompts_of_run(recipe: Recipe, max_positions: int) -> list[list[int]]:
@@ -110,7 +154,7 @@ def export_draft(recipe: Recipe) -> dict[Path, float]:
         ValueError: training has not finished, or an export gives other logits.
     """
     draft, vocabulary = load_draft(recipe, "draft-final.safetensors")
-    errors = {}
+    errors, card = {}, card_of_run(recipe)
     for layout in recipe.export.formats:
         folder = Path(recipe.output_dir) / FOLDERS[layout]
         aside = folder.with_name(f".{folder.name}.unverified")
@@ -119,6 +163,7 @@ def export_draft(recipe: Recipe) -> dict[Path, float]:
         error = verify_export(
             aside, draft, vocabulary, algorithm=recipe.draft.algorithm, embedding=own_embedding(recipe)
         )
+        write_card(aside, layout, card, folder.name)
         if folder.exists():
             shutil.rmtree(folder)
         errors[aside.rename(folder)] = error
@@ -128,11 +173,7 @@ def export_draft(recipe: Recipe) -> dict[Path, float]:
 def _write(recipe: Recipe, layout: str, draft: Draft, vocabulary: VocabularyMap, folder: Path) -> None:
     path = resolve_path(recipe.target.path)
     target = load_text_config(path)
-    num_layers, aux_layers = target.num_hidden_layers, recipe.target.aux_layers
-    # Layer ids of the EAGLE-3 rule are left out: servers know the rule, and SGLang counts explicit ids
-    # differently from vLLM.
-    if aux_layers == (2, num_layers // 2, num_layers - 3):
-        aux_layers = None
+    aux_layers = _told_layers(recipe, target.num_hidden_layers)
     state, dtype, own = draft.state_dict(), recipe.export.dtype, own_embedding(recipe)
     if layout == "vllm":
         export_vllm(

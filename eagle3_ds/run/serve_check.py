@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,20 +23,23 @@ from eagle3_ds import serving
 from eagle3_ds.algorithms import ALGORITHMS
 from eagle3_ds.config import Recipe, TargetSection
 from eagle3_ds.data.stdlib_corpus import stdlib_conversations
+from eagle3_ds.draft import has_own_embedding
 from eagle3_ds.draft.geometry import aux_size
 from eagle3_ds.eval import Round, greedy_decode, speculative_decode
-from eagle3_ds.export import load_export
+from eagle3_ds.export import load_embedding, load_export
+from eagle3_ds.export.card import sglang_words
 from eagle3_ds.export.folder import read_folder
 from eagle3_ds.export.vllm import AUX_LAYERS
 from eagle3_ds.run.finish import FOLDERS, prompts_of_run
 from eagle3_ds.targets import Target, load_target, load_text_config, load_tokenizer, resolve_path
 from eagle3_ds.topology import detect_accelerator
 
-ALONE, WITHOUT = "speculators layout alone", "the target alone"
+ALONE, WITHOUT, RECORDED = "speculators layout alone", "the target alone", "eval.json"
 NAMES = {"vllm": "vLLM layout", "speculators": "speculators layout"}
 STDLIB_PROMPTS = 8
-# A server's line that tells of a trouble, behind the time and place that it begins with.
-WARNING = re.compile(r"\b(?:WARNING|ERROR) [\d-]+ [\d:]+ \[[^\]]*\] (.*)")
+# A server's line that tells of a trouble, behind the time and place that it begins with. Lines of a traceback
+# are left to the log, all but the error that ends it.
+WARNING = re.compile(r"\b(?:WARNING|ERROR) [\d-]+ [\d:]+ \[[^\]]*\] (?!Traceback)(\S.*)")
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Check:
         target: section of the target; a draft's own layers are read from its export.
         drafts: {layout: folder of an export}.
         prompts: token ids. The rest as in the recipe's section `eval`.
-        recorded: acceptance length in the run's eval.json, whose texts may end early; None without one.
+        recorded: the content of the run's eval.json; None without one.
     """
 
     target: TargetSection
@@ -55,7 +59,7 @@ class Check:
     max_new_tokens: int
     draft_tokens: int
     dtype: str
-    recorded: float | None = None
+    recorded: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Served:
         acceptance_length: tokens per forward of the target, of the server and of our decoding; `accepted`: by
             position, the share of rounds in which that guess was accepted. None where it was not loaded.
         tokens_per_second: one prompt at a time.
+        note: why there is nothing to compare.
     """
 
     way: str
@@ -73,6 +78,7 @@ class Served:
     tokens_per_second: float | None = None
     acceptance_length: tuple[float, float] | None = None
     accepted: tuple[tuple[float, float], ...] = ()
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,10 +110,10 @@ def check_of_run(recipe: Recipe) -> Check:
     config = load_text_config(resolve_path(recipe.target.path))
     prompts = prompts_of_run(recipe, config.max_position_embeddings)
     recorded = folder / "eval.json"
-    length = json.loads(recorded.read_text())["acceptance_length"] if recorded.is_file() else None
+    evaluation = json.loads(recorded.read_text()) if recorded.is_file() else None
     settings = recipe.eval
     sizes = (settings.max_new_tokens, settings.draft_tokens, settings.dtype)
-    return Check(recipe.target, drafts, _some(prompts), *sizes, recorded=length)
+    return Check(recipe.target, drafts, _some(prompts), *sizes, recorded=evaluation)
 
 
 def check_of_folders(
@@ -194,6 +200,8 @@ def run_check(check: Check, python: str, tolerance: float, folder: Path) -> Repo
         for way in _ways(layout):
             found = answers.get(way, missing)
             ways.append(_judge(way, found, expected, rounds[way], tolerance))
+    if check.recorded is not None:
+        ways.append(_judge_recorded(check, rounds.get(RECORDED), tolerance))
     return Report(tuple(ways), tuple(warnings), log)
 
 
@@ -202,7 +210,9 @@ def _ways(layout: str) -> tuple[str, ...]:
 
 
 def _decode_here(check: Check) -> tuple[list[list[int]], dict[str, list[Round]]]:
-    """The target's own answers, to the full length, and the rounds of each way."""
+    """The target's own answers, to the full length, and the rounds of each way; of `RECORDED` those of texts
+    that end at the end token, as an evaluation's do.
+    """
     target: Target = load_target(check.target, check.dtype, detect_accelerator())
     expected = [greedy_decode(target, prompt, check.max_new_tokens, None) for prompt in check.prompts]
     rounds: dict[str, list[Round]] = {}
@@ -212,13 +222,22 @@ def _decode_here(check: Check) -> tuple[list[list[int]], dict[str, list[Round]]]
             own = own_draft_tokens(folder)
             same = own == check.draft_tokens
             rounds[ALONE] = rounds[NAMES[layout]] if same else _rounds(check, target, folder, expected, own)
+    if check.recorded is not None and not _other_settings(check):
+        end, folder = target.tokenizer.eos_token_id, next(iter(check.drafts.values()))
+        ended = [answer[: answer.index(end) + 1] if end in answer else answer for answer in expected]
+        rounds[RECORDED] = _rounds(check, target, folder, ended, check.draft_tokens, end)
     return expected, rounds
 
 
 def _rounds(
-    check: Check, target: Target, folder: Path, expected: Sequence[Sequence[int]], draft_tokens: int
+    check: Check,
+    target: Target,
+    folder: Path,
+    expected: Sequence[Sequence[int]],
+    draft_tokens: int,
+    end: int | None = None,
 ) -> list[Round]:
-    """Of an export, which is read as others read it: from its folder."""
+    """Of an export, which is read as others read it: from its folder. `end`: the token that ends a text."""
     keys, _ = read_folder(folder)
     algorithm = ALGORITHMS[str(keys.get("speculators_model_type", "eagle3"))]
     config, state, vocabulary = load_export(folder)
@@ -231,10 +250,13 @@ def _rounds(
     draft = algorithm.build(config)
     draft.load_state_dict(state)
     draft.to(target.device, target.head.dtype).eval().requires_grad_(False)
+    shared = target.embedding
+    if has_own_embedding(config):
+        shared = load_embedding(folder).to(shared.device, shared.dtype)
     rounds = []
     for prompt, answer in zip(check.prompts, expected, strict=True):
-        guesser = algorithm.guesser(draft, target.embedding, vocabulary)
-        sizes = (check.max_new_tokens, draft_tokens, None, answer)
+        guesser = algorithm.guesser(draft, shared, vocabulary)
+        sizes = (check.max_new_tokens, draft_tokens, end, answer)
         rounds += speculative_decode(target, guesser, prompt, *sizes)[1]
     return rounds
 
@@ -301,14 +323,61 @@ def _judge(
         return Served(way, (*failures, "the server never asked the draft"), speed)
     places = zip(*(count["accepted_by_position"] for count in counts), strict=True)
     theirs = [sum(place) / total for place in places]
-    ours = [sum(each.accepted > k for each in rounds) / len(rounds) for k in range(len(theirs))]
-    lengths = (1 + sum(theirs), 1 + sum(ours))
-    if not abs(lengths[0] - lengths[1]) <= tolerance * lengths[1]:
-        failures.append(
-            f"acceptance length {lengths[0]:.3f}, our decoding of the same export has {lengths[1]:.3f} "
-            f"(more than {tolerance:.1%} away): the server runs another draft than was trained"
-        )
-    return Served(way, tuple(failures), speed, lengths, tuple(zip(theirs, ours, strict=True)))
+    ours = _by_position(rounds, len(theirs))
+    lengths, pairs = (1 + sum(theirs), 1 + sum(ours)), tuple(zip(theirs, ours, strict=True))
+    failures += _too_far("the server runs another draft than was trained", lengths, pairs, tolerance)
+    return Served(way, tuple(failures), speed, lengths, pairs)
+
+
+def _by_position(rounds: Sequence[Round], draft_tokens: int) -> list[float]:
+    return [sum(each.accepted > k for each in rounds) / len(rounds) for k in range(draft_tokens)]
+
+
+def _other_settings(check: Check) -> list[str]:
+    """In what the run's evaluation differs from this check, so that their figures cannot be compared."""
+    assert check.recorded is not None
+    here: dict[str, Any] = {"prompts": len(check.prompts), "draft_tokens": check.draft_tokens}
+    here |= {"max_new_tokens": check.max_new_tokens, "dtype": check.dtype}
+    recorded = check.recorded
+    return [
+        f"{name} is {recorded[name]}, here {value}" for name, value in here.items() if recorded[name] != value
+    ]
+
+
+def _judge_recorded(check: Check, rounds: Sequence[Round] | None, tolerance: float) -> Served:
+    """Hold the run's eval.json against our decoding of its export."""
+    assert check.recorded is not None
+    if rounds is None:
+        other = ", ".join(_other_settings(check))
+        return Served(RECORDED, (), note=f"is of other settings and not compared: {other}")
+    recorded = check.recorded["acceptance_length"]
+    if not rounds or recorded is None:
+        return Served(RECORDED, (), note="has no acceptance: every text ended before the draft was asked")
+    theirs = [row["accepted"] for row in check.recorded["acceptance_by_position"]]
+    pairs = tuple(zip(theirs, _by_position(rounds, len(theirs)), strict=True))
+    lengths = (recorded, sum(each.emitted for each in rounds) / len(rounds))
+    failures = _too_far("what was exported is not what was evaluated", lengths, pairs, tolerance)
+    return Served(RECORDED, tuple(failures), None, lengths, pairs)
+
+
+def _too_far(
+    meaning: str, lengths: tuple[float, float], accepted: Sequence[tuple[float, float]], tolerance: float
+) -> list[str]:
+    """What differs by more than the tolerance: the acceptance length relatively, a share as it is."""
+    theirs, ours = lengths
+    if not abs(theirs - ours) <= tolerance * ours:
+        return [
+            f"acceptance length {theirs:.3f}, our decoding of the same export has {ours:.3f} "
+            f"(more than {tolerance:.1%} away): {meaning}"
+        ]
+    places = [k for k, (one, other) in enumerate(accepted, 1) if not abs(one - other) <= tolerance]
+    if not places:
+        return []
+    one, other = accepted[places[0] - 1]
+    return [
+        f"guess {places[0]} is accepted in {one:.3f} of all rounds, in our decoding of the same export in "
+        f"{other:.3f} (more than {tolerance:.3f} away): {meaning}"
+    ]
 
 
 def _differences(answers: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> list[str]:
@@ -331,8 +400,5 @@ def sglang_command(check: Check) -> str | None:
     """How SGLang serves the vLLM layout; None when there is none of it."""
     if "vllm" not in check.drafts:
         return None
-    return (
-        f"python -m sglang.launch_server --model-path {check.target.path} --speculative-algorithm EAGLE3 "
-        f"--speculative-draft-model-path {check.drafts['vllm']} --speculative-num-steps {check.draft_tokens} "
-        f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {check.draft_tokens + 1}"
-    )
+    draft = str(check.drafts["vllm"])
+    return shlex.join(sglang_words(check.target.path, draft, check.dtype, check.draft_tokens))

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.served.pairs import DRAFT_TOKENS, LLAMA3, NEW_TOKENS, Pair, make_pair, random_target
+from tests.served.pairs import (
+    DRAFT_TOKENS,
+    LLAMA3,
+    NEW_TOKENS,
+    Pair,
+    answered_prompts,
+    make_pair,
+    random_target,
+)
 
 Serve = Callable[[Mapping[str, Any], Path], dict[str, Any]]
 DRAFT, SPECULATORS, ALONE = "vLLM layout", "speculators layout", "speculators layout alone"
@@ -60,9 +68,15 @@ class Bench:
             path = self._folder / target
             family, changes = TARGETS[target]
             model = random_target(path, family, **changes)
+            texts = answered_prompts(model)
             self._pairs[target] = {
                 draft: make_pair(
-                    model, path, self._folder / f"{target} {draft}", variant.settings, variant.aux_layers
+                    model,
+                    path,
+                    self._folder / f"{target} {draft}",
+                    texts,
+                    variant.settings,
+                    variant.aux_layers,
                 )
                 for (of, draft), variant in VARIANTS.items()
                 if of == target

@@ -85,28 +85,40 @@ def random_target(folder: Path, family: str, **changes: Any) -> Any:
     return model
 
 
+def answered_prompts(model: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """Random prompts and the target's own greedy answers: those that are judged, then others."""
+    config = model.config
+    target = Target(model, None, config, choose_aux_layers(config.num_hidden_layers))
+    generator = torch.Generator().manual_seed(1)
+    lengths = [4 + 5 * (i % 7) for i in range(PROMPTS + TRAINED_PROMPTS)]
+    prompts = [torch.randint(3, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    return prompts, [greedy_decode(target, prompt, NEW_TOKENS, None) for prompt in prompts]
+
+
 def make_pair(
     model: Any,
     path: Path,
     folder: Path,
+    texts: tuple[list[list[int]], list[list[int]]],
     draft_settings: Mapping[str, Any],
     aux_layers: Sequence[int] | None = None,
 ) -> Pair:
-    """Train a draft for `model`, which lies in `path`, and write both its exports under `folder`."""
+    """Train a draft for `model`, which lies in `path`, and write both its exports under `folder`.
+
+    Args:
+        texts: of `answered_prompts`.
+    """
     config = model.config
     target = Target(model, None, config, choose_aux_layers(config.num_hidden_layers, aux_layers))
-    generator = torch.Generator().manual_seed(1)
-    lengths = [4 + 5 * (i % 7) for i in range(PROMPTS + TRAINED_PROMPTS)]
-    prompts = [torch.randint(3, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
-    answers = [greedy_decode(target, prompt, NEW_TOKENS, None) for prompt in prompts]
+    prompts, answers = texts
     counts = torch.bincount(torch.tensor(answers).flatten(), minlength=config.vocab_size)
     vocabulary = VocabularyMap.from_counts(counts, DRAFT_VOCABULARY)
     section = DraftSection(vocab_size=DRAFT_VOCABULARY, **draft_settings)
     torch.manual_seed(2)
     draft = DraftModel(build_draft_config(config, section, len(target.aux_layers)))
     # Half of the prompts that are judged are among those trained on: some rounds accept much, some little.
-    texts = [prompts[i] + answers[i] for i in range(PROMPTS // 2, PROMPTS + TRAINED_PROMPTS)]
-    train_on_answers(draft, target, vocabulary, texts)
+    learnt = [prompts[i] + answers[i] for i in range(PROMPTS // 2, PROMPTS + TRAINED_PROMPTS)]
+    train_on_answers(draft, target, vocabulary, learnt)
     layers = None if aux_layers is None else target.aux_layers
     common = (draft.state_dict(), draft.config, vocabulary)
     vllm = export_vllm(*common, folder / "vllm", "float32", aux_layers=layers)

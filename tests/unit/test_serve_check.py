@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from eagle3_ds.run.serve_check import (
     WARNING,
     Check,
     _judge,
+    _judge_recorded,
     _tokens,
     run_check,
     server_python,
@@ -53,10 +55,38 @@ def test_each_failure_is_named() -> None:
     low = _judge("w", found(counts=worse), EXPECTED, ROUNDS, 0.02)
     assert low.failures[0].startswith("acceptance length 1.333, our decoding of the same export has 2.000")
     assert not _judge("w", found(counts=worse), EXPECTED, ROUNDS, 0.5).failures
+    moved = [{**COUNTS[0], "accepted_by_position": [1, 2]}, COUNTS[1]]
+    swapped = _judge("w", found(counts=moved), EXPECTED, ROUNDS, 0.02)
+    assert swapped.failures[0].startswith("guess 1 is accepted in 0.500 of all rounds, in our decoding")
     refused = _judge("w", {"error": "ValueError: no such layer"}, EXPECTED, ROUNDS, 0.0)
     assert refused.failures == ("does not load: ValueError: no such layer",)
     asleep = _judge("w", found(counts=[None, None]), EXPECTED, ROUNDS, 1.0)
     assert asleep.failures == ("the server never asked the draft",)
+
+
+EVALUATION = {
+    "prompts": 2,
+    "draft_tokens": 2,
+    "max_new_tokens": 4,
+    "dtype": "float32",
+    "acceptance_length": 2.0,
+    "acceptance_by_position": [{"accepted": 0.75}, {"accepted": 0.25}],
+}
+
+
+def recorded(**changes: Any) -> Check:
+    return replace(CHECK, recorded={**EVALUATION, **changes})
+
+
+def test_the_evaluation_of_the_run_is_held_against_its_export() -> None:
+    same = _judge_recorded(recorded(), ROUNDS, 0.0)
+    assert not same.failures and same.acceptance_length == (2.0, 2.0)
+    assert same.accepted == ((0.75, 0.75), (0.25, 0.25))
+    better = _judge_recorded(recorded(acceptance_length=2.1), ROUNDS, 0.02)
+    assert "what was exported is not what was evaluated" in better.failures[0]
+    other = _judge_recorded(recorded(draft_tokens=7, prompts=16), None, 0.0)
+    assert not other.failures and other.note.endswith("prompts is 16, here 2, draft_tokens is 7, here 2")
+    assert _judge_recorded(recorded(acceptance_length=None), [], 0.0).note.startswith("has no acceptance")
 
 
 def test_a_server_that_dies_fails_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,10 +107,15 @@ def test_counters_are_taken_from_one_prompt_to_the_next() -> None:
 
 
 def test_warnings_are_found_in_the_log() -> None:
-    lines = (
-        "(EngineCore pid=1) WARNING 11-26 00:37:15 [cpu.py:140] no memory\nINFO 11-26 00:37:15 [a.py:1] x\n"
-    )
-    assert [match[1] for match in WARNING.finditer(lines)] == ["no memory"]
+    when = "11-26 00:37:15 [a.py:1]"
+    lines = [
+        f"(EngineCore pid=1) WARNING {when} no memory",
+        f"WARNING {when} Traceback (most recent call last):",
+        f"WARNING {when}   File x, line 1",
+        f"ERROR {when} ValueError: no",
+        f"INFO {when} x",
+    ]
+    assert [match[1] for match in WARNING.finditer("\n".join(lines))] == ["no memory", "ValueError: no"]
 
 
 def test_rows_of_prompts() -> None:
