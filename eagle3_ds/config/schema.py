@@ -367,6 +367,10 @@ class EvalSection(Section):
     context_buckets: Annotated[tuple[Positive, ...], Field(min_length=1)] = (512, 2048, 8192, 32768, 131072)
     """Acceptance is reported by tokens of context; these are the upper ends of the buckets."""
     dtype: FloatDtype = "float32"
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Above 0, the prompts are decoded a second time, by speculative sampling at this temperature."""
+    seed: NonNegative = 0
+    """Of the tokens that are drawn."""
 
     @model_validator(mode="after")
     def _ascending_buckets(self) -> EvalSection:
