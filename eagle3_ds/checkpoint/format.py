@@ -99,6 +99,7 @@ class Manifest(_Strict):
         skipped_in_a_row: how many steps in a row, ending with this one, were skipped as not finite.
         heldout_loss, heldout_acceptance: loss and simulated acceptance length on the held-out packs; null
             when they were not evaluated at this step.
+        heldout_decoded: acceptance length of held-out prompts that were decoded; null without `eval.during`.
         recipe: the resolved recipe, as JSON.
         mesh: draft_dp, ring, ulysses and ZeRO stage of the run that wrote it. For people: no code reads it.
         parameters: whole shapes, by the draft's parameter names.
@@ -115,6 +116,7 @@ class Manifest(_Strict):
     skipped_in_a_row: Count = 0
     heldout_loss: float | None
     heldout_acceptance: float | None = None
+    heldout_decoded: float | None = None
     recipe: dict[str, Any]
     mesh: dict[str, int]
     parameters: dict[str, tuple[Count, ...]]
@@ -309,7 +311,9 @@ def _heldout(folder: Path, best_by: BestBy) -> tuple[float, Path] | None:
         return None
     if best_by == "heldout_loss":
         return None if manifest.heldout_loss is None else (manifest.heldout_loss, folder)
-    return None if manifest.heldout_acceptance is None else (-manifest.heldout_acceptance, folder)
+    decoded = best_by == "acceptance_length_decoded"
+    accepted = manifest.heldout_decoded if decoded else manifest.heldout_acceptance
+    return None if accepted is None else (-accepted, folder)
 
 
 def hide(folder: Path) -> None:

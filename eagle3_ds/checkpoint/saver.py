@@ -52,6 +52,7 @@ class Progress:
         packs: packed sequences trained on, over all draft_dp ranks.
         heldout_loss, heldout_acceptance: loss and simulated acceptance length on the held-out packs; None
             when they were not evaluated at this step.
+        heldout_decoded: acceptance length of held-out prompts that were decoded at this step.
         skipped_in_a_row: how many steps in a row, ending with this one, were skipped.
     """
 
@@ -60,6 +61,7 @@ class Progress:
     heldout_loss: float | None = None
     skipped_in_a_row: int = 0
     heldout_acceptance: float | None = None
+    heldout_decoded: float | None = None
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,7 @@ class CheckpointSaver:
             skipped_in_a_row=progress.skipped_in_a_row,
             heldout_loss=_finite(progress.heldout_loss),
             heldout_acceptance=_finite(progress.heldout_acceptance),
+            heldout_decoded=progress.heldout_decoded,
             recipe=training.recipe.model_dump(mode="json"),
             mesh={**vars(training.topology.mesh), "zero_stage": training.zero_stage},
             parameters=training.parameter_shapes,

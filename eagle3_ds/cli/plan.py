@@ -205,6 +205,12 @@ def _show_time(setup: Setup, device: Device, ranks_per_node: int, console: Conso
             console,
             "the target beside: its weights are counted, its forward is not, neither bytes nor seconds",
         )
+    if setup.decoder_bytes:
+        write(
+            console,
+            "decoding during training, on rank 0 alone: its weights are counted, its keys and values and its "
+            "seconds are not",
+        )
 
 
 def _show_candidates(candidates: Sequence[Candidate], budget: int, console: Console) -> None:

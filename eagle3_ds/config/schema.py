@@ -25,7 +25,7 @@ Activation = Literal["keep", "recompute", "offload"]
 ExchangeName = Literal["gather", "ring"]
 ZeroGroup = Literal["all", "draft_dp"]
 MaskAlignment = Literal["served", "reference"]
-BestBy = Literal["heldout_loss", "acceptance_length"]
+BestBy = Literal["heldout_loss", "acceptance_length", "acceptance_length_decoded"]
 
 
 class TargetBuild(Section):
@@ -324,7 +324,9 @@ class TrainSection(Section):
     save_async: bool = False
     """Write a checkpoint while training goes on."""
     best_by: BestBy = "heldout_loss"
-    """Which checkpoint is the best: of the lowest held-out loss, or the longest simulated acceptance."""
+    """Which checkpoint is the best: of the lowest held-out loss, or the longest acceptance, simulated or
+    decoded (`eval.during`).
+    """
     keep_checkpoints: Positive | None = 2
     """How many of the newest checkpoints are kept; the best one is kept besides. Null: all."""
     timeout_minutes: Annotated[float, Field(gt=0)] | None = None
@@ -367,6 +369,16 @@ class EvalSection(Section):
     context_buckets: Annotated[tuple[Positive, ...], Field(min_length=1)] = (512, 2048, 8192, 32768, 131072)
     """Acceptance is reported by tokens of context; these are the upper ends of the buckets."""
     dtype: FloatDtype = "float32"
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Above 0, the prompts are decoded a second time, by speculative sampling at this temperature."""
+    seed: NonNegative = 0
+    """Of the tokens that are drawn."""
+    during: NonNegative = 0
+    """Optimizer steps between decodings of held-out prompts during training; 0: none."""
+    during_prompts: Annotated[int, Field(gt=0, le=64)] = 4
+    """How many prompts these decode; the other ranks wait for it."""
+    during_max_context: Positive = 4096
+    """Tokens of the longest prompt that is decoded during training, on one device."""
 
     @model_validator(mode="after")
     def _ascending_buckets(self) -> EvalSection:
@@ -422,6 +434,20 @@ class Recipe(Section):
             raise ValueError(
                 f"data.hidden_states is stream and target.capture is {capture}: the rows of a stream come "
                 "from a server. Set target.capture to server, or data.hidden_states to offline or online."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Recipe:
+        if self.train.best_by != "acceptance_length_decoded":
+            return self
+        save_every, during = self.train.save_every, self.eval.during
+        if during == 0 or save_every % during:
+            raise ValueError(
+                f"train.best_by is acceptance_length_decoded, train.save_every is {save_every} and "
+                f"eval.during is {during}: a checkpoint is judged by a decoding of its own step. Set "
+                "eval.during to a divisor of train.save_every, or train.best_by to acceptance_length, which "
+                "is simulated."
             )
         return self
 

@@ -165,6 +165,8 @@ class Setup:
         chunks_per_rank: see `SpanPlan.make`.
         target_bytes: weights of a target that runs beside the draft (`data.hidden_states: online`), sharded
             over all ranks.
+        decoder_bytes, decoder_draft_bytes: weights of the whole target, and of the whole draft, with which
+            rank 0 decodes between two steps (`eval.during`).
         supervised: the share of tokens in the loss, taken as the share of live slots too.
         window: the most keys that a position of the draft sees; None for no limit.
         device: decides the attention kernel's workspace; "cuda" stands for any accelerator.
@@ -187,6 +189,8 @@ class Setup:
     loss_tile_bytes: int = 2**28
     chunks_per_rank: int = 8
     target_bytes: int = 0
+    decoder_bytes: int = 0
+    decoder_draft_bytes: int = 0
     supervised: float = 1.0
     window: int | None = None
     device: Literal["cuda", "cpu"] = "cuda"

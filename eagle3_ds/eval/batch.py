@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
+from eagle3_ds.eval.choice import GREEDY, Greedy
 from eagle3_ds.eval.speculative import CUT_TOLERANCE, TargetStream, cache_can_be_cut, cache_name
 from eagle3_ds.targets import AuxCapture, Target
 
@@ -58,14 +59,15 @@ class Prompt:
 
 
 @torch.no_grad()
-def read_prompt(target: Target, tokens: Sequence[int]) -> Prompt:
-    """Read a prompt in pieces of `PIECE` tokens."""
+def read_prompt(target: Target, tokens: Sequence[int], choice: Greedy = GREEDY, text: int = 0) -> Prompt:
+    """Read a prompt in pieces of `PIECE` tokens. `choice` gives the token after it; it is its text `text`."""
     stream, aux = TargetStream(target, rereads=False), list[Tensor]()
     for start in range(0, len(tokens), PIECE):
         logits, states = stream.read(tokens[start : start + PIECE], last_only=True)
         aux.append(states)
     cache: KeysValues = [(keys[0], values[0]) for keys, values in stream.layers()]
-    return Prompt(list(tokens), int(logits[0].argmax()), torch.cat(aux), cache)
+    ((first,),) = choice.tokens(logits[None], [text], [0])
+    return Prompt(list(tokens), first, torch.cat(aux), cache)
 
 
 class TargetBatch:

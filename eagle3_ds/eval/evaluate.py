@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from eagle3_ds.config import EvalSection, Recipe
 from eagle3_ds.data.loops import loops, repeated_share
 from eagle3_ds.draft import BatchGuesser, Draft, OneByOne, VocabularyMap
 from eagle3_ds.eval.batch import batches, texts_can_be_batched
+from eagle3_ds.eval.choice import GREEDY, Greedy, Sampled
 from eagle3_ds.eval.intervals import interval
 from eagle3_ds.eval.lockstep import (
     Clock,
     Limits,
-    greedy_alone,
-    greedy_batch,
+    answer_alone,
+    answer_batch,
     judged_by_answers,
     read_prompts,
     speculative_alone,
@@ -47,7 +49,8 @@ def evaluate_draft(
     embedding: Tensor | None = None,
 ) -> dict[str, Any]:
     """Decode every prompt with the target alone and with the draft, many prompts at once, and judge the
-    untrained draft and n-gram look-up by the target's answers. Runs in one process, without collectives.
+    untrained draft and n-gram look-up by the target's answers; with a temperature, all of it once more with
+    drawn tokens. Runs in one process, without collectives.
 
     Args:
         target: loaded in `eval.dtype`.
@@ -83,16 +86,12 @@ def evaluate_draft(
     for model in (draft, untrained_draft):
         model.to(target.device, dtype).eval()
     limits = Limits(settings.max_new_tokens, settings.draft_tokens, target.tokenizer.eos_token_id)
-    found = _Found([[] for _ in prompts], {name: [[] for _ in prompts] for name in NAMES}, Clock())
-    lengths = [len(prompt) for prompt in prompts]
-    groups = batches(target, lengths, limits.max_new_tokens + limits.draft_tokens)
     algorithm = algorithm_of(recipe)
     makers = [
         lambda count, model=model: algorithm.batch_guesser(model, shared, vocabulary, count)
         for model in (draft, untrained_draft)
     ]
-    for group in progress_bar(groups, desc="speculative decoding", disable=not progress, unit="batch"):
-        _decode(target, [list(prompts[index]) for index in group], group, makers, limits, found)
+    found = _decode_all(target, prompts, makers, limits, lambda group: GREEDY, progress)
     answers = [answer[: limits.max_new_tokens] for answer in found.answers]
     sizes = {
         # Every output of the trained draft was compared with the target's own: a difference raises.
@@ -101,9 +100,15 @@ def evaluate_draft(
         "distinct_prompts": len({tuple(prompt) for prompt in prompts}),
         "new_tokens": sum(map(len, answers)),
     }
-    return (
+    result = (
         _figures(found.rounds, settings) | sizes | _loop_figures(answers, found.rounds) | _times(found.clock)
     )
+    if settings.temperature:
+        drawn = partial(Sampled, settings.temperature, settings.seed)
+        sampled = _decode_all(target, prompts, makers, limits, drawn, progress)
+        result |= {"temperature": settings.temperature, "lossless_sampled": True}
+        result |= _figures(sampled.rounds, settings, "_sampled")
+    return result
 
 
 @dataclass
@@ -115,12 +120,30 @@ class _Found:
     clock: Clock
 
 
+def _decode_all(
+    target: Target,
+    prompts: Sequence[Sequence[int]],
+    makers: Sequence[Callable[[int], BatchGuesser]],
+    limits: Limits,
+    choice_of: Callable[[Sequence[int]], Greedy],
+    progress: bool,
+) -> _Found:
+    """Decode all prompts, batch by batch. `choice_of` gives how the tokens of these prompts are chosen."""
+    found = _Found([[] for _ in prompts], {name: [[] for _ in prompts] for name in NAMES}, Clock())
+    groups = batches(target, list(map(len, prompts)), limits.max_new_tokens + limits.draft_tokens)
+    for group in progress_bar(groups, desc="speculative decoding", disable=not progress, unit="batch"):
+        texts = [list(prompts[index]) for index in group]
+        _decode(target, texts, group, makers, limits, choice_of(group), found)
+    return found
+
+
 def _decode(
     target: Target,
     prompts: list[list[int]],
     places: Sequence[int],
     makers: Sequence[Callable[[int], BatchGuesser]],
     limits: Limits,
+    choice: Greedy,
     found: _Found,
 ) -> None:
     """Decode one batch, and put what is found at its places.
@@ -130,12 +153,12 @@ def _decode(
     """
     trained, untrained = (make(len(prompts)) for make in makers)
     if len(prompts) > 1 or texts_can_be_batched(target):
-        read = read_prompts(target, prompts, found.clock)
-        answers = greedy_batch(target, read, limits, found.clock)
-        rounds = speculative_batch(target, trained, read, answers, limits, found.clock)
+        read = read_prompts(target, prompts, found.clock, choice)
+        answers = answer_batch(target, read, limits, found.clock, choice)
+        rounds = speculative_batch(target, trained, read, answers, limits, found.clock, choice)
     else:
-        answers = [greedy_alone(target, prompts[0], limits, found.clock)]
-        rounds = [speculative_alone(target, trained, prompts[0], answers[0], limits, found.clock)]
+        answers = [answer_alone(target, prompts[0], limits, found.clock, choice)]
+        rounds = [speculative_alone(target, trained, prompts[0], answers[0], limits, found.clock, choice)]
     by_name = {
         "trained": rounds,
         "untrained": judged_by_answers(untrained, prompts, answers, limits),
@@ -193,12 +216,13 @@ def loop_warning(result: dict[str, Any]) -> str | None:
     )
 
 
-def _figures(rounds: dict[str, list[list[Round]]], settings: EvalSection) -> dict[str, Any]:
+def _figures(rounds: dict[str, list[list[Round]]], settings: EvalSection, drawn: str = "") -> dict[str, Any]:
     """The part of eval.json that is computed from the rounds of each prompt, and the settings that it depends
-    on.
+    on. `drawn`: the suffix of rounds whose tokens were drawn.
     """
     figures: dict[str, Any] = {}
-    for name, suffix in NAMES.items():
+    for name, of_name in NAMES.items():
+        suffix = of_name + drawn
         of_prompts, joined = rounds[name], _joined(rounds[name])
         figures |= {
             f"acceptance_length{suffix}": _acceptance_length(joined),

@@ -1,8 +1,8 @@
 """Many texts decoded together, round by round: by the target alone, speculatively, and from its known answer.
 
-The last needs no forward: a greedy target answers the same with any draft, so what a round accepts is the
-common start of the guesses and the known answer, and the draft's input is what the target computed for it. A
-draft that guesses after prompts which another has proved lossless is judged so.
+The last needs no forward: a target answers the same with any draft (choice.py), so what a round accepts is
+the common start of the guesses and the known answer, and the draft's input is what the target computed for
+it. A draft that guesses after prompts which another has proved lossless is judged so.
 
 Legend: A = layers * hidden size of the target.
 """
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from eagle3_ds.draft import BatchGuesser
 from eagle3_ds.eval.batch import Prompt, TargetBatch, read_prompt
+from eagle3_ds.eval.choice import GREEDY, Greedy
 from eagle3_ds.eval.speculative import (
     NotLosslessError,
     Round,
+    decode_alone,
     difference,
-    greedy_decode,
     judge,
     speculative_decode,
 )
@@ -34,7 +35,7 @@ class Answer:
     """What the target alone says after a prompt.
 
     Attributes:
-        tokens: its greedy tokens, to the end token or a few more than are asked for, because the last round
+        tokens: its own tokens, to the end token or a few more than are asked for, because the last round
             of a draft goes beyond.
         aux: [prompt and tokens but the last, A], what it hands to a draft.
     """
@@ -72,15 +73,20 @@ class Limits:
         return self.draft_tokens
 
 
-def read_prompts(target: Target, prompts: Sequence[Sequence[int]], clock: Clock) -> list[Prompt]:
+def read_prompts(
+    target: Target, prompts: Sequence[Sequence[int]], clock: Clock, choice: Greedy = GREEDY
+) -> list[Prompt]:
+    """Read prompts one by one. `choice` numbers them as they stand here; what follows must take it too."""
     start = time.perf_counter()
-    read = [read_prompt(target, prompt) for prompt in prompts]
+    read = [read_prompt(target, prompt, choice, text) for text, prompt in enumerate(prompts)]
     clock.add("prompts", start)
     return read
 
 
 @torch.no_grad()
-def greedy_batch(target: Target, prompts: list[Prompt], limits: Limits, clock: Clock) -> list[Answer]:
+def answer_batch(
+    target: Target, prompts: list[Prompt], limits: Limits, clock: Clock, choice: Greedy = GREEDY
+) -> list[Answer]:
     """The target alone after all prompts. Afterwards the prompts have their keys and values again.
 
     The time up to `max_new_tokens` is that of `target`; the tokens beyond are for judging and not counted.
@@ -104,8 +110,9 @@ def greedy_batch(target: Target, prompts: list[Prompt], limits: Limits, clock: C
                 break
             batch.select(left)
         logits, aux = batch.read(torch.tensor([[tokens[text][-1]] for text in live]))
-        for text, choice, state in zip(live, logits[:, 0].argmax(dim=-1).tolist(), aux, strict=True):
-            tokens[text].append(choice)
+        chosen = choice.tokens(logits, live, [len(tokens[text]) for text in live])
+        for text, next_token, state in zip(live, chosen, aux, strict=True):
+            tokens[text] += next_token
             states[text].append(state)
     answers = [Answer(new, torch.cat(parts)) for new, parts in zip(tokens, states, strict=True)]
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -121,6 +128,7 @@ def speculative_batch(
     answers: Sequence[Answer],
     limits: Limits,
     clock: Clock,
+    choice: Greedy = GREEDY,
 ) -> list[list[Round]]:
     """Decode with draft and target after all prompts, a forward of the target in every round.
 
@@ -135,6 +143,24 @@ def speculative_batch(
         NotLosslessError: an output differs from the target's own.
     """
     start = time.perf_counter()
+    outputs, rounds = decode_together(target, guesser, prompts, limits, choice)
+    clock.add("speculative", start)
+    for text, (prompt, output, answer) in enumerate(zip(prompts, outputs, answers, strict=True)):
+        _compare(target, prompt.tokens, output, answer, limits, choice, text)
+    return rounds
+
+
+@torch.no_grad()
+def decode_together(
+    target: Target,
+    guesser: BatchGuesser,
+    prompts: list[Prompt],
+    limits: Limits,
+    choice: Greedy = GREEDY,
+) -> tuple[list[list[int]], list[list[Round]]]:
+    """As `speculative_batch`, compared with nothing. Returns the new tokens of each prompt too, with those
+    that its last round gave beyond `max_new_tokens`.
+    """
     new = {text: [prompt.first] for text, prompt in enumerate(prompts)}
     fresh: dict[int, list[int]] = {
         text: [*prompt.tokens[1:], prompt.first] for text, prompt in enumerate(prompts)
@@ -153,27 +179,31 @@ def speculative_batch(
             {text: aux[text] for text in live}, {text: fresh[text] for text in live}, limits.draft_tokens
         )
         logits, states = batch.read(torch.tensor([[new[text][-1], *guesses[text]] for text in live]))
-        for text, choices, state in zip(live, logits.argmax(dim=-1).tolist(), states, strict=True):
+        chosen = choice.tokens(logits, live, [len(new[text]) for text in live])
+        for text, choices, state in zip(live, chosen, states, strict=True):
             context = len(prompts[text].tokens) + len(new[text])
             fresh[text], result = judge(guesses[text], choices, limits.eos_token_id, context)
             rounds[text].append(result)
             aux[text] = state[: len(fresh[text])]
             new[text] += fresh[text]
         batch.keep([limits.draft_tokens + 1 - len(fresh[text]) for text in live])
-    clock.add("speculative", start)
-    for text, prompt in enumerate(prompts):
-        _compare(target, prompt.tokens, new[text], answers[text], limits)
-    return rounds
+    return list(new.values()), rounds
 
 
 def _compare(
-    target: Target, prompt: Sequence[int], output: Sequence[int], answer: Answer, limits: Limits
+    target: Target,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    answer: Answer,
+    limits: Limits,
+    choice: Greedy,
+    text: int = 0,
 ) -> None:
     """Raises NotLosslessError if what was decoded speculatively is not the target's answer."""
     expected = answer.tokens[: limits.max_new_tokens]
     found = list(output[: limits.max_new_tokens])
     if found != expected:
-        raise NotLosslessError(difference(target, prompt, found, expected))
+        raise NotLosslessError(difference(target, prompt, found, expected, choice, text))
 
 
 @torch.no_grad()
@@ -210,13 +240,16 @@ def judged_by_answers(
 
 
 @torch.no_grad()
-def greedy_alone(target: Target, prompt: Sequence[int], limits: Limits, clock: Clock) -> Answer:
-    """As `greedy_batch`, for one prompt of a target whose texts cannot be batched."""
+def answer_alone(
+    target: Target, prompt: Sequence[int], limits: Limits, clock: Clock, choice: Greedy = GREEDY
+) -> Answer:
+    """As `answer_batch`, for one prompt of a target whose texts cannot be batched."""
     start = time.perf_counter()
-    tokens = greedy_decode(target, prompt, limits.max_new_tokens, limits.eos_token_id)
+    tokens = decode_alone(target, prompt, limits.max_new_tokens, limits.eos_token_id, choice)
     clock.add("target", start)
     if tokens[-1] != limits.eos_token_id:
-        tokens += greedy_decode(target, [*prompt, *tokens], limits.beyond, limits.eos_token_id)
+        more = (limits.beyond, limits.eos_token_id, choice, len(tokens))
+        tokens += decode_alone(target, [*prompt, *tokens], *more)
     aux, _ = capture_hidden_states(target, torch.tensor([*prompt, *tokens[:-1]]))
     return Answer(tokens, aux)
 
@@ -229,6 +262,7 @@ def speculative_alone(
     answer: Answer,
     limits: Limits,
     clock: Clock,
+    choice: Greedy = GREEDY,
 ) -> list[Round]:
     """As `speculative_batch`, for one prompt of a target whose texts cannot be batched."""
 
@@ -239,8 +273,8 @@ def speculative_alone(
     start = time.perf_counter()
     new_tokens = limits.max_new_tokens
     output, rounds = speculative_decode(
-        target, First(), prompt, new_tokens, limits.draft_tokens, limits.eos_token_id
+        target, First(), prompt, new_tokens, limits.draft_tokens, limits.eos_token_id, choice=choice
     )
     clock.add("speculative", start)
-    _compare(target, prompt, output, answer, limits)
+    _compare(target, prompt, output, answer, limits, choice)
     return rounds

@@ -1,4 +1,4 @@
-"""Greedy speculative decoding of one text with a chain of guesses: in each round the draft proposes some
+"""Speculative decoding of one text with a chain of guesses: in each round the draft proposes some
 tokens, and the target checks them in one forward.
 
 Slots are those of training: slot i has the target's aux hidden states g_i and the token x_{i+1}, and its
@@ -22,6 +22,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from eagle3_ds.draft.contract import Guesser
+from eagle3_ds.eval.choice import GREEDY, Greedy
 from eagle3_ds.targets import AuxCapture, Target
 
 logger = logging.getLogger(__name__)
@@ -148,18 +149,34 @@ def _forgets(target: Target) -> bool:
     return float(difference) <= CUT_TOLERANCE[target.head.dtype]
 
 
-@torch.no_grad()
 def greedy_decode(
     target: Target, prompt: Sequence[int], max_new_tokens: int, eos_token_id: int | None
 ) -> list[int]:
+    """As `decode_alone`, with the likeliest tokens."""
+    return decode_alone(target, prompt, max_new_tokens, eos_token_id)
+
+
+@torch.no_grad()
+def decode_alone(
+    target: Target,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    eos_token_id: int | None,
+    choice: Greedy = GREEDY,
+    place: int = 0,
+) -> list[int]:
     """Decode with the target alone: the tokens that follow the prompt, up to `max_new_tokens` or to the end
     token, which is included.
+
+    Args:
+        choice: of the tokens; this is its text 0.
+        place: how many tokens at the end of the prompt were chosen by it already.
     """
     stream, output = TargetStream(target), list[int]()
     tokens = list(prompt)
     while len(output) < max_new_tokens and (not output or output[-1] != eos_token_id):
         logits, _ = stream.read(tokens, last_only=True)
-        tokens = [int(logits[0].argmax())]
+        (tokens,) = choice.tokens(logits[None], [0], [place + len(output)])
         output += tokens
     return output
 
@@ -173,6 +190,7 @@ def speculative_decode(
     draft_tokens: int,
     eos_token_id: int | None,
     expected: Sequence[int] | None = None,
+    choice: Greedy = GREEDY,
 ) -> tuple[list[int], list[Round]]:
     """Decode with draft and target: the tokens that follow the prompt, up to `max_new_tokens` or to the end
     token.
@@ -183,6 +201,7 @@ def speculative_decode(
         guesser: the draft, at the start of a text.
         draft_tokens: guesses in each round.
         expected: the output of the target alone, to compare with; None compares nothing.
+        choice: of the target's tokens; this is its text 0.
 
     Returns:
         The new tokens, and the rounds.
@@ -192,19 +211,20 @@ def speculative_decode(
     """
     stream = TargetStream(target)
     logits, aux = stream.read(prompt, last_only=True)
-    known = [*prompt, int(logits[0].argmax())]
+    known = [*prompt, *choice.tokens(logits[None], [0], [0])[0]]
     fresh, rounds = known[1:], list[Round]()
     while len(known) - len(prompt) < max_new_tokens and known[-1] != eos_token_id:
         guesses = guesser.propose(aux, fresh, draft_tokens)
         logits, aux = stream.read([known[-1], *guesses])
-        fresh, result = judge(guesses, logits.argmax(dim=-1).tolist(), eos_token_id, len(known))
+        (choices,) = choice.tokens(logits[None], [0], [len(known) - len(prompt)])
+        fresh, result = judge(guesses, choices, eos_token_id, len(known))
         rounds.append(result)
         stream.keep(len(known) - 1 + len(fresh))
         aux = aux[: len(fresh)]
         known += fresh
     output = known[len(prompt) :][:max_new_tokens]
     if expected is not None and output != list(expected):
-        raise NotLosslessError(difference(target, prompt, output, expected))
+        raise NotLosslessError(difference(target, prompt, output, expected, choice))
     return output, rounds
 
 
@@ -229,18 +249,26 @@ def judge(guesses: list[int], choices: list[int], eos: int | None, context: int)
     return fresh, Round(context, reached, accepted, len(fresh))
 
 
-def difference(target: Target, prompt: Sequence[int], output: Sequence[int], expected: Sequence[int]) -> str:
-    """Describe where the two outputs first differ, and by how much the target's logits prefer its token."""
+def difference(
+    target: Target,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    expected: Sequence[int],
+    choice: Greedy = GREEDY,
+    text: int = 0,
+) -> str:
+    """Describe where the two outputs first differ, and by how much the choice prefers the target's token."""
     shorter = min(len(output), len(expected))
     place = next((i for i in range(shorter) if output[i] != expected[i]), shorter)
     if place == shorter:
         given = f"speculative decoding gave {len(output)} tokens, the target alone {len(expected)}"
         return f"{given}; the shorter agree."
     logits, _ = TargetStream(target).read([*prompt, *expected[:place]], last_only=True)
-    gap = float(logits[0, expected[place]] - logits[0, output[place]])
+    scores = choice.scores(logits, text, place)[0]
+    gap = float(scores[expected[place]] - scores[output[place]])
     return (
         f"speculative decoding is not lossless: new token {place} (after a prompt of {len(prompt)}) is "
-        f"{output[place]}, the target alone gives {expected[place]}, whose logit is {gap:.3g} higher in "
+        f"{output[place]}, the target alone gives {expected[place]}, which scores {gap:.3g} higher in "
         f"{logits.dtype}. A gap of the size of the dtype's rounding comes from the different batch shape: "
         "set eval.dtype to float32. A larger one is an error."
     )

@@ -30,8 +30,8 @@ class Memory:
 
     Attributes:
         phases: bytes on the device at the worst moment of each phase, by part. The phases are `rest` (between
-            two steps), `loss`, `backward`, `reduce` (the end of backward, when gradients are reduced) and
-            `update` (of the optimizer).
+            two steps), `loss`, `backward`, `reduce` (the end of backward, when gradients are reduced),
+            `update` (of the optimizer), and on rank 0 `decoding` (between two steps) with `eval.during`.
         host: bytes that the offload modes keep in host memory, by part.
     """
 
@@ -76,6 +76,11 @@ def predict_memory(setup: Setup) -> Memory:
         "reduce": {**working, **_whole_gradients(setup, sequence), **gradient_buckets(setup)},
         "update": {**states, **batch, **optimizer_transients(setup)},
     }
+    if setup.decoder_bytes:
+        served = {"decoding target": setup.decoder_bytes, "decoding draft": setup.decoder_draft_bytes}
+        phases["decoding"] = {**states, **served}
+        # The target waits there between two decodings.
+        host = {**host, "decoding target (rank 0)": setup.decoder_bytes}
     return Memory(phases, {**host, "saved activations": sequence.offloaded})
 
 

@@ -142,13 +142,13 @@ def check_target_structure(recipe: Recipe, dry_run: bool = False) -> None:
     """Raises ValueError when the target's modules, logits or weights are not as a capture needs them.
 
     Nothing is loaded: the model is built without weights. A target that the recipe builds is as it should. A
-    dry run judges the config alone. Of a target that a server runs, and no evaluation here, only embedding,
+    dry run judges the config alone. Of a target that a server runs, and no decoding here, only embedding,
     final norm and head are looked for.
     """
     if recipe.target.build is not None:
         return
     path = resolve_path(recipe.target.path)
-    if recipe.target.capture == "server" and recipe.eval.num_prompts == 0:
+    if recipe.target.capture == "server" and not (recipe.eval.num_prompts or recipe.eval.during):
         if not dry_run:
             check_target_end(path)
         return

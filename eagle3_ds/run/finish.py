@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors.torch import load_file
 
 from eagle3_ds import __version__
@@ -19,6 +17,7 @@ from eagle3_ds.config import Recipe, dump_recipe
 from eagle3_ds.data import PreparedData
 from eagle3_ds.draft import Draft, VocabularyMap
 from eagle3_ds.eval import evaluate_draft
+from eagle3_ds.eval.prompts import heldout_prompts, longest_prompt
 from eagle3_ds.export import (
     Card,
     export_speculators,
@@ -118,7 +117,7 @@ def prompts_of_run(recipe: Recipe, max_positions: int) -> list[list[int]]:
     """The held-out prompts of a run that was prepared, those that its evaluation decodes."""
     prepared = json.loads((Path(recipe.output_dir) / "prepared.json").read_text())
     data = PreparedData.open(Path(prepared["data"]), prepared["data_fingerprint"])
-    longest = max_positions - recipe.eval.max_new_tokens - recipe.eval.draft_tokens
+    longest = longest_prompt(recipe, max_positions)
     return heldout_prompts(data, longest, recipe.eval.num_prompts, recipe.data.seed)
 
 
@@ -127,20 +126,6 @@ def _last_simulated(metrics: Path) -> float | None:
     records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
     heldout = [record["heldout"] for record in records if "heldout" in record]
     return heldout[-1].get("acceptance_length") if heldout else None
-
-
-def heldout_prompts(data: PreparedData, longest: int, number: int, seed: int) -> list[list[int]]:
-    """Up to `number` prompts of at most `longest` tokens: held-out conversations up to the beginning of an
-    assistant's turn. Every such turn is a candidate, so contexts are short and long; the seed chooses.
-    """
-    prompts = []
-    for row in data.heldout.with_format("numpy"):
-        mask = row["loss_mask"].astype(bool)
-        # The first token of each assistant's turn.
-        turns = np.flatnonzero(mask & ~np.concatenate(([False], mask[:-1])))
-        prompts += [row["input_ids"][:turn].tolist() for turn in turns if 0 < turn <= longest]
-    random.Random(seed).shuffle(prompts)
-    return prompts[:number]
 
 
 def export_draft(recipe: Recipe) -> dict[Path, float]:

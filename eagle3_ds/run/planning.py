@@ -130,6 +130,8 @@ def plan_recipe(
     setup = replace(setup, supervised=supervised)
     if recipe.data.hidden_states == "online":
         setup = replace(setup, target_bytes=_weight_bytes(target, recipe.target.dtype))
+    if recipe.eval.during:
+        setup = _with_decoder(setup, target, recipe.target.dtype)
     if parallel.kv_exchange == "auto":
         setup = replace(setup, kv_exchange=choose_kv_exchange(setup))
     fits = predict_memory(setup).peak <= budget
@@ -202,6 +204,12 @@ def _weight_bytes(config: Any, dtype: str) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return sum(parameter.numel() for parameter in model.parameters()) * getattr(torch, dtype).itemsize
+
+
+def _with_decoder(setup: Setup, target: Any, dtype: str) -> Setup:
+    """The setup with what decodes during training: target and draft, both in the target's dtype."""
+    draft = setup.shape.num_parameters * getattr(torch, dtype).itemsize
+    return replace(setup, decoder_bytes=_weight_bytes(target, dtype), decoder_draft_bytes=draft)
 
 
 def _hub_config(name: str) -> Any:

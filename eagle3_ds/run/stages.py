@@ -17,6 +17,7 @@ from eagle3_ds.data import PreparedData, prepare_data
 from eagle3_ds.data.stdlib_corpus import stdlib_conversations, stdlib_text
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.eval import draw_report, loop_warning
+from eagle3_ds.eval.prompts import prompts_during
 from eagle3_ds.launch.command import LaunchPlan, write_environment_file
 from eagle3_ds.launch.ranks import run_ranks
 from eagle3_ds.run.checks import RESOLVED, check_data, check_target_structure
@@ -87,6 +88,9 @@ def prepare(recipe: Recipe | str | Path, checkpoint: Path | None = None) -> None
             f"(data.heldout_fraction {recipe.data.heldout_fraction}). Raise it, name data.heldout, or set "
             "eval.num_prompts to 0."
         )
+    if recipe.eval.during:
+        # The ranks choose them again: here a lack of them is told before one starts.
+        prompts_during(recipe, data, load_text_config(resolve_path(section.path)).max_position_embeddings)
     store = place_of_states(recipe, data, documents.layout, fingerprint)
     output_dir = Path(recipe.output_dir)
     vocabulary = _vocabulary(recipe, data, checkpoint)

@@ -22,11 +22,14 @@ from eagle3_ds.guard.replicas import require_same_replicas, weights_compared_bef
 from eagle3_ds.guard.stop import REASONS, StopRequest
 from eagle3_ds.layout import PackedSequence
 from eagle3_ds.say import progress_bar
+from eagle3_ds.train.decoded import DecodedAcceptance
 from eagle3_ds.train.metrics import MetricsFile, peak_memory_bytes
 from eagle3_ds.train.state import EngineState
 from eagle3_ds.train.trainer import DraftTrainer, learning_rate_at
 
 logger = logging.getLogger(__name__)
+DECODED = "acceptance_length_decoded"
+"""Key of a decoding's acceptance length in metrics.jsonl."""
 
 
 class StepSource(Protocol):
@@ -60,6 +63,7 @@ def run_training(
     stop: StopRequest,
     heart: Heart,
     resumed: Manifest | None = None,
+    decoded: DecodedAcceptance | None = None,
 ) -> None:
     """Train to the end of the run, or until a request to stop. Collective.
 
@@ -70,6 +74,7 @@ def run_training(
         stop: the requests to stop that this rank has received.
         heart: reports to the supervisor what this rank does.
         resumed: manifest of the checkpoint that was loaded into the trainer; None for a new run.
+        decoded: what is decoded every `eval.during` steps and after the last; None decodes nothing.
 
     Raises:
         ValueError: the checkpoint has done more steps than the run has.
@@ -104,15 +109,16 @@ def run_training(
         if heldout and _due(done, recipe.train.eval_every, last):
             heart.at("evaluating", done)
             record["heldout"] = trainer.evaluate(heldout).as_dict()
+        if decoded is not None and _due(done, recipe.eval.during, last):
+            heart.at("decoding", done)
+            record[DECODED] = decoded.measure()
         if metrics is not None:
             metrics.write(record, durably=save_now)
         if check_now:
             require_same_replicas(trainer, loader, done)
         if save_now:
             heart.at("saving", done)
-            held = record.get("heldout", {})
-            score = (held.get("loss"), guard.in_a_row, held.get("acceptance_length"))
-            saver.save(Progress(done, loader.packs_before(done), *score))
+            saver.save(_progress(record, loader, guard))
             saved = done
         progress.set_postfix(loss=f"{record['loss']:.3f}", tau=f"{record['tau']:.2f}", refresh=False)
         progress.update()
@@ -124,13 +130,15 @@ def run_training(
         save_weights(trainer, output_dir / FINAL_WEIGHTS)
     elif is_first:
         where = output_dir / CHECKPOINTS / folder_name(done)
-        logger.info(
-            "stopped by %s after step %d of %d; start again with --resume to go on from %s",
-            reason,
-            done,
-            last,
-            where,
-        )
+        words = "stopped by %s after step %d of %d; start again with --resume to go on from %s"
+        logger.info(words, reason, done, last, where)
+
+
+def _progress(record: dict[str, Any], loader: StepSource, guard: DivergenceGuard) -> Progress:
+    """How far a run is after the step of this record, and how its draft did there."""
+    held, done = record.get("heldout", {}), record["step"]
+    lengths = (held.get("acceptance_length"), record.get(DECODED))
+    return Progress(done, loader.packs_before(done), held.get("loss"), guard.in_a_row, *lengths)
 
 
 def _between_steps(stop: StopRequest, saver: CheckpointSaver, trainer: DraftTrainer) -> str:

@@ -36,6 +36,7 @@ from eagle3_ds.say import telling
 from eagle3_ds.store.reader import HiddenStateStore
 from eagle3_ds.targets import load_embedding_and_head, load_text_config, resolve_path
 from eagle3_ds.topology import Topology, maybe_setup_distributed
+from eagle3_ds.train.decoded import DecodedAcceptance
 from eagle3_ds.train.loop import run_training, save_weights
 from eagle3_ds.train.online import OnlineStates
 from eagle3_ds.train.state import EngineState
@@ -118,6 +119,27 @@ def build_loaders(
     return loader, HeldoutPacks(PackedLoader(data.heldout, states, recipe.data.max_length, *mesh))
 
 
+def build_decoded(trainer: DraftTrainer) -> DecodedAcceptance | None:
+    """What decodes held-out prompts during training; None without `eval.during`.
+
+    Raises:
+        ValueError: no held-out prompt is short enough.
+    """
+    recipe = trainer.recipe
+    if not recipe.eval.during:
+        return None
+    prompts: list[list[int]] = []
+    if trainer.topology.place.rank == 0:
+        # Not above: see train/decoded.py.
+        from eagle3_ds.eval.prompts import prompts_during
+
+        prepared = read_prepared(recipe)
+        data = PreparedData.open(Path(prepared["data"]), prepared["data_fingerprint"])
+        config = load_text_config(resolve_path(recipe.target.path))
+        prompts = prompts_during(recipe, data, config.max_position_embeddings)
+    return DecodedAcceptance(trainer, prompts)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", required=True, help="the resolved recipe")
@@ -171,7 +193,8 @@ def train(recipe: Recipe, resume: str | None, heart: Heart) -> None:
             logger.info("mesh %s, %s, %d packs", topology.mesh, strategy, loader.num_packs)
         if resumed is None:
             save_weights(trainer, output_dir / INITIAL_WEIGHTS)
-        run_training(trainer, loader, heldout, output_dir, stop, heart, resumed)
+        decoded = build_decoded(trainer)
+        run_training(trainer, loader, heldout, output_dir, stop, heart, resumed, decoded)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,12 @@ def write_rank_files(folder: Path, count: int) -> None:
 
 
 def write_checkpoint(
-    root: Path, step: int, ranks: int = 2, heldout: float | None = None, accepted: float | None = None
+    root: Path,
+    step: int,
+    ranks: int = 2,
+    heldout: float | None = None,
+    accepted: float | None = None,
+    decoded: float | None = None,
 ) -> Path:
     aside = aside_folder(root, step)
     aside.mkdir(parents=True)
@@ -78,6 +83,7 @@ def write_checkpoint(
         skipped_steps=0,
         heldout_loss=heldout,
         heldout_acceptance=accepted,
+        heldout_decoded=decoded,
         recipe={"output_dir": "out"},
         mesh={"draft_dp": 1},
         parameters=SHAPES,
@@ -265,6 +271,13 @@ def test_the_best_may_be_the_one_that_is_accepted_longest(tmp_path: Path) -> Non
     for step, loss, accepted in ((1, 1.0, 1.5), (2, 2.0, 2.5), (3, 3.0, None), (4, 4.0, 2.0)):
         newest = write_checkpoint(tmp_path, step, heldout=loss, accepted=accepted)
         rotate(tmp_path, newest, 1, "acceptance_length")
+    assert names(tmp_path) == [LATEST, "step-000002", "step-000004"]
+
+
+def test_the_best_may_be_the_one_that_decodes_best(tmp_path: Path) -> None:
+    for step, accepted, decoded in ((1, 3.0, 1.5), (2, 2.0, 2.5), (3, 9.0, None), (4, 1.0, 2.0)):
+        newest = write_checkpoint(tmp_path, step, accepted=accepted, decoded=decoded)
+        rotate(tmp_path, newest, 1, "acceptance_length_decoded")
     assert names(tmp_path) == [LATEST, "step-000002", "step-000004"]
 
 

@@ -23,8 +23,8 @@ from eagle3_ds.eval.lockstep import (
     Answer,
     Clock,
     Limits,
-    greedy_alone,
-    greedy_batch,
+    answer_alone,
+    answer_batch,
     judged_by_answers,
     read_prompts,
     speculative_alone,
@@ -135,7 +135,7 @@ def test_a_batch_gives_the_rounds_and_guesses_of_single_texts(
     answers, rounds, said = one_by_one(target, draft, eos)
     limits, clock = Limits(NEW, GUESSES, eos), Clock()
     read = read_prompts(target, PROMPTS, clock)
-    found = greedy_batch(target, read, limits, clock)
+    found = answer_batch(target, read, limits, clock)
     assert [answer.tokens for answer in found] == answers
     make = ALGORITHMS["eagle3"].batch_guesser
     helped = [
@@ -161,7 +161,7 @@ def test_a_target_whose_cache_cannot_be_cut_is_decoded_alone(family: str) -> Non
     longer = greedy_decode(target, prompt, 6 + GUESSES, None)
     single = Helped(eagle3_decoding.Eagle3Guesser(draft, target.embedding, vocabulary_of(target)), longer)
     _, rounds = speculative_decode(target, single, prompt, 6, GUESSES, None, longer[:6])
-    answer = greedy_alone(target, prompt, limits, clock)
+    answer = answer_alone(target, prompt, limits, clock)
     assert answer.tokens == longer
     helped = [
         HelpedBatch(make(draft, target.embedding, vocabulary_of(target), 1), [longer]) for _ in range(2)
@@ -194,7 +194,7 @@ def test_a_difference_is_found_in_a_batch() -> None:
     target = family_target("llama")
     draft, limits, clock = random_draft(target), Limits(NEW, GUESSES, None), Clock()
     read = read_prompts(target, PROMPTS, clock)
-    answers = greedy_batch(target, read, limits, clock)
+    answers = answer_batch(target, read, limits, clock)
     answers[3].tokens[5] = (answers[3].tokens[5] + 1) % 97
     guesser = ALGORITHMS["eagle3"].batch_guesser(draft, target.embedding, vocabulary_of(target), len(PROMPTS))
     with pytest.raises(NotLosslessError, match=r"new token 5 \(after a prompt of 14\)"):

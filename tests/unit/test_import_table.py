@@ -31,7 +31,7 @@ TABLE: dict[str, set[str]] = {
     "eval": {"config", "data", "draft", "algorithms", "targets"},
     "train": {
         "config", "topology", "layout", "collectives", "kernels", "costs", "attention", "draft", "algorithms",
-        "losses", "targets", "store", "data", "serving", "checkpoint", "guard", "export",
+        "losses", "targets", "store", "data", "serving", "checkpoint", "guard", "export", "eval",
     },
     "run": {
         "config", "topology", "layout", "kernels", "costs", "attention", "draft", "algorithms", "targets",
