@@ -20,7 +20,7 @@ from eagle3_ds.eval.counters import read_counters
 from eagle3_ds.eval.served import measure, prompts_fingerprint
 from eagle3_ds.run.finish import add_served, prompts_of_run
 from eagle3_ds.run.regeneration import Serving, end_tokens
-from eagle3_ds.targets import load_text_config, load_tokenizer, positions, resolve_path
+from eagle3_ds.targets import load_text_config, load_tokenizer, resolve_path
 
 logger = logging.getLogger(__name__)
 HELDOUT, RULER, LONGBENCH_NAME = "held-out data", "ruler", "longbench-v2"
@@ -62,38 +62,22 @@ def evaluate_served(recipe: Recipe | str | Path, serving: Serving, asked: Asked 
             do), or somebody else asked it meanwhile.
     """
     recipe = as_recipe(recipe)
-    folder = resolve_path(recipe.target.path, recipe.target.build is not None)
-    config, tokenizer = load_text_config(folder), load_tokenizer(recipe.target)
-    stops = [] if asked.ignore_eos else end_tokens(folder, config, tokenizer)
-    client = PatientClient(serving.url, serving.concurrency, serving.timeout, goes_on=False)
-    sampling = SamplingSection(max_new_tokens=recipe.eval.max_new_tokens, seed=None)
-    server = AnswerServer(client, sampling, stops, config.vocab_size)
-    served = server.connect(serving.model, recipe.target.path, tokenizer)
-    if server.is_sglang:
-        raise ServerGoneError(
-            f"--server {client.url} talks like SGLang, and what is measured are counters of vLLM. Name a "
-            "vLLM server."
-        )
-    guesses = len(read_counters(client).accepted_by_position)
-    if guesses != recipe.eval.draft_tokens:
-        logger.warning(
-            f"the server guesses {guesses} tokens in a round, eval.draft_tokens is {recipe.eval.draft_tokens}"
-            ": its figures are of other rounds than those of the evaluation in process"
-        )
-    prompts, left_out = _prompts(recipe, asked, tokenizer, positions(config))
-    _check_lengths(prompts, recipe.eval.max_new_tokens, served, client.url)
-    logger.info(
-        f"{len(prompts)} prompts go to {served.name!r} at {client.url}, {serving.concurrency} at a time"
-    )
+    config = load_text_config(resolve_path(recipe.target.path, recipe.target.build is not None))
+    tokenizer = load_tokenizer(recipe.target)
+    server, guesses = _connect(recipe, serving, asked, config, tokenizer)
+    served, url = server.served, server.client.url
+    prompts, left_out = _prompts(recipe, asked, tokenizer, config.max_position_embeddings)
+    _check_lengths(prompts, recipe.eval.max_new_tokens, served, url)
+    logger.info(f"{len(prompts)} prompts go to {served.name!r} at {url}, {serving.concurrency} at a time")
     figures = measure(server, prompts, recipe.eval.context_buckets, serving.concurrency, asked.ignore_eos)
     if not figures["rounds"]:
         raise ValueError(
-            f"--server {client.url} never asked its draft in {figures['new_tokens']} tokens: nothing can be "
+            f"--server {url} never asked its draft in {figures['new_tokens']} tokens: nothing can be "
             "said. Raise eval.max_new_tokens, or set --ignore_eos if every answer ends at once."
         )
     result = {
         # The host alone: a URL may tell more than a report should.
-        "server": urlsplit(client.url).hostname,
+        "server": urlsplit(url).hostname,
         "model": served.name,
         "prompts_from": list(asked.sources) or [HELDOUT],
         "prompts_fingerprint": prompts_fingerprint(prompts),
@@ -108,6 +92,30 @@ def evaluate_served(recipe: Recipe | str | Path, serving: Serving, asked: Asked 
     }
     add_served(Path(recipe.output_dir), result)
     return result
+
+
+def _connect(
+    recipe: Recipe, serving: Serving, asked: Asked, config: Any, tokenizer: Any
+) -> tuple[AnswerServer, int]:
+    """The server, found to be a vLLM of the target that speculates, and how many tokens it guesses."""
+    folder = resolve_path(recipe.target.path, recipe.target.build is not None)
+    stops = [] if asked.ignore_eos else end_tokens(folder, config, tokenizer)
+    client = PatientClient(serving.url, serving.concurrency, serving.timeout, goes_on=False)
+    sampling = SamplingSection(max_new_tokens=recipe.eval.max_new_tokens, seed=None)
+    server = AnswerServer(client, sampling, stops, config.vocab_size)
+    server.connect(serving.model, recipe.target.path, tokenizer)
+    if server.is_sglang:
+        raise ServerGoneError(
+            f"--server {client.url} talks like SGLang, and what is measured are counters of vLLM. Name a "
+            "vLLM server."
+        )
+    guesses = len(read_counters(client).accepted_by_position)
+    if guesses != recipe.eval.draft_tokens:
+        logger.warning(
+            f"the server guesses {guesses} tokens in a round, eval.draft_tokens is {recipe.eval.draft_tokens}"
+            ": its figures are of other rounds than those of the evaluation in process"
+        )
+    return server, guesses
 
 
 def _note(concurrency: int) -> str:
