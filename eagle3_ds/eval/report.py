@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from eagle3_ds.eval.evaluate import in_process
-from eagle3_ds.eval.served_picture import curves, draw_lengths, draw_speeds
+from eagle3_ds.eval.served_picture import LINES_ABOVE, curves, draw_lengths, draw_speeds
 
 # Okabe and Ito's colours, which people with any kind of colour blindness tell apart; hatches tell bars apart
 # in grey too.
@@ -83,7 +83,8 @@ def _figure(
         draw_lengths(axes[-1, 0], lines)
         draw_speeds(axes[-1, 1], lines)
         for axis in axes[-1]:
-            _legend_above(axis, 2)
+            if axis.get_legend_handles_labels()[0]:
+                _legend_above(axis, LINES_ABOVE)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.25)

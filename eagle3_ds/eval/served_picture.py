@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 # Okabe and Ito's colours, as in the rest of the report; markers tell the lines apart in grey.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES_ABOVE = 3
+"""Curves that a line of the legend names."""
 SPREAD = 0.08
 """How far lines stand apart, so that their intervals do not lie on each other; buckets are 1 apart."""
 
@@ -118,6 +120,7 @@ def _axes(axis: Axes, lines: Sequence[Curve], unit: str, title: str) -> None:
     axis.set_xticks(range(len(buckets)), names, fontsize="small")
     axis.set(xlabel="tokens of context (served: of the prompt)", ylabel=unit)
     axis.set_xlim(-0.5, max(len(buckets), 1) - 0.5)
-    axis.set_title(title, pad=22)
+    # Above the legend, which has as many lines as it needs.
+    axis.set_title(title, pad=8 + 14 * -(-len(lines) // LINES_ABOVE))
     axis.margins(y=0.15)
     axis.set_ylim(bottom=0)
