@@ -11,10 +11,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from eagle3_ds.config import SamplingSection
-from eagle3_ds.data.patient_http import HalfAnswerError, NoAnswerError, PatientClient, ServerGoneError
+from eagle3_ds.data.patient_http import (
+    TRIES,
+    HalfAnswerError,
+    NoAnswerError,
+    PatientClient,
+    ServerGoneError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -140,14 +147,24 @@ class AnswerServer:
 
     # Answers
 
-    def answer(self, prompt: list[int], seed: int | None) -> list[int]:
+    def answer(
+        self,
+        prompt: list[int],
+        seed: int | None,
+        tries: int = TRIES,
+        more: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[int]:
         """The tokens after the prompt, the one that ends the answer included where it came to that.
+
+        Args:
+            tries: how often it is asked for before it counts as failed.
+            more: further keys of vLLM's request.
 
         Raises:
             NoAnswerError: this prompt got none (ServerTroubleError: another time it may).
             ServerGoneError: no prompt gets one any more, or another model is behind the URL.
         """
-        tokens, ended, matched = self._ask(prompt, self.sampling.max_new_tokens, seed)
+        tokens, ended, matched = self._ask(prompt, self.sampling.max_new_tokens, seed, tries, more)
         strange = [token for token in tokens if not 0 <= token < self.vocab_size]
         if strange:
             raise ServerGoneError(
@@ -162,12 +179,19 @@ class AnswerServer:
             )
         return tokens
 
-    def _ask(self, prompt: list[int], longest: int, seed: int | None) -> _Spoken:
+    def _ask(
+        self,
+        prompt: list[int],
+        longest: int,
+        seed: int | None,
+        tries: int = TRIES,
+        more: Mapping[str, Any] = MappingProxyType({}),
+    ) -> _Spoken:
         if self.is_sglang:
             seeded = {} if seed is None else {"sampling_seed": seed}
             choice = {"max_new_tokens": longest, **self._choice(), **seeded}
             body = {"input_ids": prompt, "sampling_params": choice}
-            return self.client.request("POST", "/generate", body, _read_generated)
+            return self.client.request("POST", "/generate", body, _read_generated, tries)
         asked: dict[str, Any] = {
             "model": self.served.name,
             "prompt": prompt,
@@ -176,9 +200,10 @@ class AnswerServer:
             "add_special_tokens": False,
             **self._choice(),
             **({} if seed is None else {"seed": seed}),
+            **more,
         }
         return self.client.request(
-            "POST", "/v1/completions", asked, lambda answer: self._read_completion(answer, prompt)
+            "POST", "/v1/completions", asked, lambda answer: self._read_completion(answer, prompt), tries
         )
 
     def _choice(self) -> dict[str, Any]:

@@ -89,13 +89,7 @@ def validate_messages(
 
     Raises ValueError for what is no conversation, and where no message of the assistant is to be learnt.
     """
-    if not isinstance(messages, list):
-        raise ValueError(f"{where}: {column!r} is {kind(messages)}, expected a list of messages")
-    if not messages:
-        raise ValueError(f"{where}: {column!r} is empty: remove the row")
-    uniform = [
-        _uniform(message, f"{where}: {column}[{index}]", content) for index, message in enumerate(messages)
-    ]
+    uniform = uniform_messages(messages, where, column, content)
     if uniform[0]["role"] == "assistant":
         uniform[0]["weight"] = 0  # no server can be asked for it: nothing stands before
     spoken = [message for message in uniform if message["role"] == "assistant"]
@@ -110,6 +104,22 @@ def validate_messages(
             "is nothing to learn from: remove the row"
         )
     return uniform
+
+
+def uniform_messages(
+    messages: Any, where: str, column: str = "messages", content: str = "content"
+) -> list[dict[str, Any]]:
+    """The messages in the form of `validate_messages`, whoever speaks last and whatever is learnt.
+
+    Raises ValueError for what is no list of messages.
+    """
+    if not isinstance(messages, list):
+        raise ValueError(f"{where}: {column!r} is {kind(messages)}, expected a list of messages")
+    if not messages:
+        raise ValueError(f"{where}: {column!r} is empty: remove the row")
+    return [
+        _uniform(message, f"{where}: {column}[{index}]", content) for index, message in enumerate(messages)
+    ]
 
 
 def is_learnt(message: Mapping[str, Any]) -> bool:

@@ -47,14 +47,18 @@ class PatientClient:
         connections: requests in flight at most.
         timeout: seconds to wait for an answer.
         first_wait: seconds before the second try; doubled before each further one.
+        goes_on: whether a command that lost its server goes on where it stopped, which its message then says.
 
     Raises:
         ValueError: the URL is none, or holds a user name, a password or a query.
     """
 
-    def __init__(self, url: str, connections: int, timeout: float, first_wait: float = 1.0) -> None:
+    def __init__(
+        self, url: str, connections: int, timeout: float, first_wait: float = 1.0, goes_on: bool = True
+    ) -> None:
         self.url = _base(url)
         self.first_wait = first_wait
+        self.goes_on = goes_on
         self.stopped = threading.Event()
         """Set when the run ends: nothing is tried again then."""
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
@@ -71,8 +75,9 @@ class PatientClient:
         body: Mapping[str, Any] | None,
         read: Callable[[Any], Answer],
         tries: int = TRIES,
+        is_text: bool = False,
     ) -> Answer:
-        """What `read` makes of the answer's JSON.
+        """What `read` makes of the answer's JSON, or with `is_text` of its text.
 
         `read` may raise HalfAnswerError; a KeyError, TypeError or AttributeError says that the answer has
         another form than it should.
@@ -95,7 +100,7 @@ class PatientClient:
                     wait = _retry_after(response)
                 else:
                     self._check_status(path, response)
-                    return read(response.json())
+                    return read(response.text if is_text else response.json())
             except (ServerGoneError, NoAnswerError):
                 raise
             except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
@@ -109,9 +114,9 @@ class PatientClient:
             except (KeyError, TypeError, AttributeError) as error:
                 trouble = f"gave an answer of another form ({type(error).__name__}: {error})"
         if is_gone:
+            then = "goes on where it stopped" if self.goes_on else "begins anew"
             raise ServerGoneError(
-                f"--server {self.url} {trouble}. Start it, or correct the URL; the same command then goes on "
-                "where it stopped."
+                f"--server {self.url} {trouble}. Start it, or correct the URL; the same command then {then}."
             )
         raise ServerTroubleError(f"the server {trouble}; tried {tries} times")
 

@@ -96,7 +96,7 @@ def read_row(row: Any, shape: Shape, where: str) -> Conversation | TokenRow:
         return _read_tokens(read)
     messages = _READERS[shape](read)
     before = _system(read, messages)
-    tools = _tools(read.first(TOOLS), where)
+    tools = uniform_tools(read.first(TOOLS), where)
     arguments = _arguments(read.first((ARGUMENTS,)), where)
     column = next((name for name in LISTS if name in read.used), "messages")
     uniform = validate_messages(messages, where, column, "value" if shape == "sharegpt" else "content")
@@ -261,7 +261,7 @@ def _arguments(arguments: Any, where: str) -> dict[str, Any]:
     return dict(arguments)
 
 
-def _tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
+def uniform_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
     """The row's tools as servers give them to templates: `{"type": "function", "function": {...}}`.
 
     The row has a list of JSON schemas, or JSON text of the list or of its members; name and parameters may

@@ -1,6 +1,6 @@
 """Evaluating a draft by speculative decoding with its target, and plotting a run."""
 
-from eagle3_ds.eval.evaluate import evaluate_draft, loop_warning
+from eagle3_ds.eval.evaluate import evaluate_draft, in_process, loop_warning
 from eagle3_ds.eval.report import draw_report
 from eagle3_ds.eval.speculative import NotLosslessError, Round, greedy_decode, speculative_decode
 
@@ -10,6 +10,7 @@ __all__ = [
     "draw_report",
     "evaluate_draft",
     "greedy_decode",
+    "in_process",
     "loop_warning",
     "speculative_decode",
 ]

@@ -203,6 +203,13 @@ def _loop_figures(answers: Sequence[Sequence[int]], rounds: dict[str, list[list[
     }
 
 
+def in_process(result: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The content of an eval.json if it has the figures of `evaluate_draft`; None where it holds only those
+    of a server.
+    """
+    return result if result is not None and "acceptance_length" in result else None
+
+
 def loop_warning(result: dict[str, Any]) -> str | None:
     """What to say of an evaluation whose target repeats itself; None where it does not."""
     if not result.get("looping_prompts"):

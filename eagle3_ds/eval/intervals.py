@@ -22,11 +22,17 @@ def interval(of_prompts: Sequence[Sequence[Round]]) -> list[float] | None:
     Returns:
         Its two ends, the same in every run; None below two prompts with a round.
     """
-    counted = [rounds for rounds in of_prompts if rounds]
+    return interval_of_counts(
+        [sum(each.emitted for each in rounds) for rounds in of_prompts], list(map(len, of_prompts))
+    )
+
+
+def interval_of_counts(emitted: Sequence[int], rounds: Sequence[int]) -> list[float] | None:
+    """The same interval from the emitted tokens and the rounds of each prompt."""
+    counted = [(tokens, count) for tokens, count in zip(emitted, rounds, strict=True) if count]
     if len(counted) < FEWEST:
         return None
-    emitted = np.array([sum(each.emitted for each in rounds) for rounds in counted])
-    number = np.array([len(rounds) for rounds in counted])
+    tokens, number = np.array(counted).T
     drawn = np.random.default_rng(SEED).integers(len(counted), size=(SAMPLES, len(counted)))
-    lengths = emitted[drawn].sum(axis=1) / number[drawn].sum(axis=1)
+    lengths = tokens[drawn].sum(axis=1) / number[drawn].sum(axis=1)
     return [float(end) for end in np.percentile(lengths, PERCENTILES)]

@@ -5,9 +5,10 @@ and the untrained draft.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
+from types import MappingProxyType
 from typing import Any
 
 from matplotlib import colormaps
@@ -15,6 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from eagle3_ds.eval.evaluate import in_process
+from eagle3_ds.eval.served_picture import LINES_ABOVE, curves, draw_lengths, draw_speeds
 
 # Okabe and Ito's colours, which people with any kind of colour blindness tell apart; hatches tell bars apart
 # in grey too.
@@ -34,12 +38,13 @@ def draw_report(
     png: str | Path,
     warnings: Sequence[str] = (),
     title: str = "",
+    compared: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> Path:
     """Draw `png` from a run's metrics and, if there is one, its eval.json; `title` stands above and
-    `warnings` below.
+    `warnings` below. `compared`: the content of eval.json of other runs, by name.
 
     Raises:
-        ValueError: the metrics file has no line.
+        ValueError: the metrics file has no line, or there is nothing to compare.
     """
     lines = Path(metrics_jsonl).read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines if line.strip()]
@@ -48,7 +53,7 @@ def draw_report(
             f"{str(metrics_jsonl)!r} holds no line, so there is no run to draw. Name the file of a run."
         )
     evaluation = json.loads(Path(eval_json).read_text(encoding="utf-8")) if eval_json is not None else None
-    figure = _figure(records, evaluation, title)
+    figure = _figure(records, evaluation, title, compared)
     if warnings:
         told = "\n".join(fill(f"warning: {warning}", WARNING_WIDTH) for warning in warnings)
         figure.supxlabel(told, fontsize="small", color=HELDOUT)
@@ -56,16 +61,30 @@ def draw_report(
     return Path(png)
 
 
-def _figure(records: Sequence[dict[str, Any]], evaluation: dict[str, Any] | None, title: str = "") -> Figure:
-    """The picture of a run's records and, if there is one, of its evaluation."""
-    figure = Figure(figsize=(13, 9.4 if evaluation else 4.8), dpi=120, layout="constrained")
+def _figure(
+    records: Sequence[dict[str, Any]],
+    result: dict[str, Any] | None,
+    title: str = "",
+    compared: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+) -> Figure:
+    """The picture of a run's records, of its evaluation, and of acceptance on a server and of other runs."""
+    evaluation, served = in_process(result), (result or {}).get("served")
+    lines = curves(result or {}, compared) if served or compared else []
+    rows = 1 + bool(evaluation) + bool(lines)
+    figure = Figure(figsize=(13, 0.2 + 4.6 * rows), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2 if evaluation else 1, 2, squeeze=False)
+    axes = figure.subplots(rows, 2, squeeze=False)
     _draw_loss(axes[0, 0], records)
     _draw_accuracy(axes[0, 1], records)
     if evaluation:
         _draw_positions(axes[1, 0], evaluation)
         _draw_contexts(axes[1, 1], evaluation)
+    if lines:
+        draw_lengths(axes[-1, 0], lines)
+        draw_speeds(axes[-1, 1], lines)
+        for axis in axes[-1]:
+            if axis.get_legend_handles_labels()[0]:
+                _legend_above(axis, LINES_ABOVE)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.25)

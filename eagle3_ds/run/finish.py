@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.config import Recipe, dump_recipe
 from eagle3_ds.data import PreparedData
 from eagle3_ds.draft import Draft, VocabularyMap
-from eagle3_ds.eval import evaluate_draft
+from eagle3_ds.eval import evaluate_draft, in_process
 from eagle3_ds.eval.prompts import heldout_prompts, longest_prompt
 from eagle3_ds.export import (
     Card,
@@ -30,6 +31,7 @@ from eagle3_ds.run.draft_embedding import own_embedding
 from eagle3_ds.targets import load_embedding_and_head, load_target, load_text_config, resolve_path
 from eagle3_ds.topology import detect_accelerator
 
+logger = logging.getLogger(__name__)
 MADE_BY = ("torch", "transformers", "deepspeed")
 FOLDERS = {"vllm": "draft", "speculators": "draft-speculators"}
 
@@ -74,9 +76,7 @@ def evaluate_run(recipe: Recipe) -> dict[str, Any]:
         recipe, target, trained, untrained, vocabulary, prompts, embedding=own_embedding(recipe)
     )
     result |= {"simulated_acceptance_length": _last_simulated(folder / "metrics.jsonl")}
-    aside = folder / ".eval.json"
-    aside.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(aside, folder / "eval.json")
+    write_evaluation(folder, {**result, **_kept(folder, served=True)})
     card = card_of_run(recipe)
     for layout, name in FOLDERS.items():
         if (folder / name).is_dir():
@@ -84,11 +84,45 @@ def evaluate_run(recipe: Recipe) -> dict[str, Any]:
     return result
 
 
+def write_evaluation(folder: Path, result: dict[str, Any]) -> None:
+    """Write eval.json, whole or not at all."""
+    aside = folder / ".eval.json"
+    aside.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(aside, folder / "eval.json")
+
+
+def add_served(folder: Path, served: dict[str, Any]) -> None:
+    """Put a server's figures into eval.json, beside those of an evaluation of the same weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_evaluation(folder, {**_kept(folder, served=False), "served": served})
+
+
+def _kept(folder: Path, served: bool) -> dict[str, Any]:
+    """What eval.json says of the weights that are there: the server's part, or the other part."""
+    file = folder / "eval.json"
+    result = json.loads(file.read_text()) if file.is_file() else {}
+    found = {name: value for name, value in result.items() if (name == "served") == served}
+    if found and not _is_of_weights(folder):
+        logger.warning(
+            "%s: what it said of weights that were replaced since is left out (%s)",
+            file,
+            "served" if served else "the in-process evaluation",
+        )
+        return {}
+    return found
+
+
+def _is_of_weights(folder: Path) -> bool:
+    """Whether eval.json is younger than the weights of the run, if it has any."""
+    evaluated, weights = folder / "eval.json", folder / "draft-final.safetensors"
+    return not weights.is_file() or evaluated.stat().st_mtime_ns >= weights.stat().st_mtime_ns
+
+
 def card_of_run(recipe: Recipe) -> Card:
     """What the exports of a finished run say of themselves; an evaluation of earlier weights is left out."""
     folder, path = Path(recipe.output_dir), resolve_path(recipe.target.path)
-    evaluated, weights = folder / "eval.json", folder / "draft-final.safetensors"
-    is_evaluated = evaluated.is_file() and evaluated.stat().st_mtime_ns >= weights.stat().st_mtime_ns
+    evaluated = folder / "eval.json"
+    is_evaluated = evaluated.is_file() and _is_of_weights(folder)
     return Card(
         target=recipe.target.path,
         is_hub=not Path(recipe.target.path).expanduser().is_dir(),
@@ -97,11 +131,11 @@ def card_of_run(recipe: Recipe) -> Card:
         dtype=recipe.target.dtype,
         draft_tokens=recipe.eval.draft_tokens,
         aux_layers=_told_layers(recipe, load_text_config(path).num_hidden_layers),
-        data=recipe.data.train,
+        data=recipe.data.train or (),
         max_length=recipe.data.max_length,
         recipe=dump_recipe(recipe),
         versions={"eagle3_ds": __version__, **{name: version(name) for name in MADE_BY}},
-        evaluation=json.loads(evaluated.read_text()) if is_evaluated else None,
+        evaluation=in_process(json.loads(evaluated.read_text())) if is_evaluated else None,
     )
 
 
@@ -114,8 +148,18 @@ def _told_layers(recipe: Recipe, num_layers: int) -> tuple[int, ...] | None:
 
 
 def prompts_of_run(recipe: Recipe, max_positions: int) -> list[list[int]]:
-    """The held-out prompts of a run that was prepared, those that its evaluation decodes."""
-    prepared = json.loads((Path(recipe.output_dir) / "prepared.json").read_text())
+    """The held-out prompts of a run that was prepared, those that its evaluation decodes.
+
+    Raises:
+        ValueError: the run was not prepared.
+    """
+    file = Path(recipe.output_dir) / "prepared.json"
+    if not file.is_file():
+        raise ValueError(
+            f"output_dir: {file.parent} has no prepared.json, which names the held-out data. Run `launch` or "
+            "`prepare` first."
+        )
+    prepared = json.loads(file.read_text())
     data = PreparedData.open(Path(prepared["data"]), prepared["data_fingerprint"])
     longest = longest_prompt(recipe, max_positions)
     return heldout_prompts(data, longest, recipe.eval.num_prompts, recipe.data.seed)

@@ -113,7 +113,7 @@ def regenerate_by_server(recipe: Recipe, output: Path, serving: Serving) -> None
     sources = expand_sources(recipe.data.train, "data.train")
     folder = resolve_path(recipe.target.path, recipe.target.build is not None)
     config, tokenizer = load_text_config(folder), load_tokenizer(recipe.target)
-    stops = _stops(_generation_ends(folder, config), tokenizer)
+    stops = end_tokens(folder, config, tokenizer)
     client = PatientClient(serving.url, serving.concurrency, serving.timeout)
     server = AnswerServer(client, recipe.sampling, stops, config.vocab_size)
     served = server.connect(serving.model, recipe.target.path, tokenizer)
@@ -189,6 +189,15 @@ def _show(recipe: Recipe, regenerator: Regenerator, done: Iterable[int]) -> None
         logger.info(line)
     if regenerator.counts["tokens"] > before:
         logger.info(f"{speed()} in this run")
+
+
+def end_tokens(folder: Path, config: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer of the target in `folder`, whose weights are not loaded.
+
+    Raises:
+        ValueError: the target names no such token.
+    """
+    return _stops(_generation_ends(folder, config), tokenizer)
 
 
 def _generation_ends(folder: Path, config: Any) -> Any:

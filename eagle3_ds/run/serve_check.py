@@ -22,10 +22,11 @@ from typing import Any
 from eagle3_ds import serving
 from eagle3_ds.algorithms import ALGORITHMS
 from eagle3_ds.config import Recipe, TargetSection
+from eagle3_ds.data.prompts import prompt_tokens, read_prompts_file
 from eagle3_ds.data.stdlib_corpus import stdlib_conversations
 from eagle3_ds.draft import has_own_embedding
 from eagle3_ds.draft.geometry import aux_size
-from eagle3_ds.eval import Round, greedy_decode, speculative_decode
+from eagle3_ds.eval import Round, greedy_decode, in_process, speculative_decode
 from eagle3_ds.export import load_embedding, load_export
 from eagle3_ds.export.card import sglang_words
 from eagle3_ds.export.folder import read_folder
@@ -110,7 +111,7 @@ def check_of_run(recipe: Recipe) -> Check:
     config = load_text_config(resolve_path(recipe.target.path))
     prompts = prompts_of_run(recipe, config.max_position_embeddings)
     recorded = folder / "eval.json"
-    evaluation = json.loads(recorded.read_text()) if recorded.is_file() else None
+    evaluation = in_process(json.loads(recorded.read_text())) if recorded.is_file() else None
     settings = recipe.eval
     sizes = (settings.max_new_tokens, settings.draft_tokens, settings.dtype)
     return Check(recipe.target, drafts, _some(prompts), *sizes, recorded=evaluation)
@@ -135,24 +136,10 @@ def check_of_folders(
     if prompts is None:
         conversations = itertools.islice(stdlib_conversations(), STDLIB_PROMPTS)
         rows = [{"messages": row["messages"][:1]} for row in conversations]
+        tokens = [prompt_tokens(tokenizer, row, "stdlib") for row in rows]
     else:
-        rows = [json.loads(line) for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line]
-    tokens = [_tokens(tokenizer, row, f"{prompts}, row {n}") for n, row in enumerate(rows, 1)]
+        tokens = read_prompts_file(prompts, tokenizer)
     return Check(section, {layout: Path(draft)}, _some(tokens), max_new_tokens, draft_tokens, dtype)
-
-
-def _tokens(tokenizer: Any, row: Mapping[str, Any], place: str) -> list[int]:
-    if "input_ids" in row:
-        return list(row["input_ids"])
-    if "messages" in row and tokenizer.chat_template:
-        rendered = tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
-    text = row.get("prompt", row["messages"][-1]["content"] if row.get("messages") else None)
-    if not isinstance(text, str):
-        raise ValueError(
-            f"{place}: has none of messages, prompt and input_ids, but {sorted(row)}. Give one of them."
-        )
-    return list(tokenizer(text)["input_ids"])
 
 
 def _some(prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from eagle3_ds.config import Recipe, as_recipe, dump_recipe
 from eagle3_ds.data import PreparedData, prepare_data
 from eagle3_ds.data.stdlib_corpus import stdlib_conversations, stdlib_text
 from eagle3_ds.draft import VocabularyMap
-from eagle3_ds.eval import draw_report, loop_warning
+from eagle3_ds.eval import draw_report, in_process, loop_warning
 from eagle3_ds.eval.prompts import prompts_during
+from eagle3_ds.eval.served_picture import curves, warnings_of_comparison
 from eagle3_ds.launch.command import LaunchPlan, write_environment_file
 from eagle3_ds.launch.ranks import run_ranks
 from eagle3_ds.run.checks import RESOLVED, check_data, check_target_structure
@@ -226,11 +228,14 @@ def _title(recipe: Recipe) -> str:
     )
 
 
-def report(recipe: Recipe) -> Path:
+def report(recipe: Recipe, compare: Sequence[str | Path] = ()) -> Path:
     """Draw report.png from metrics.jsonl, and from eval.json if there is one; returns its path.
 
+    Args:
+        compare: output folders of other runs, whose acceptance against context is drawn beside.
+
     Raises:
-        ValueError: nothing was trained in `output_dir`.
+        ValueError: nothing was trained in `output_dir`, or a folder of `compare` has no acceptance.
     """
     folder = Path(recipe.output_dir)
     metrics, evaluation = folder / "metrics.jsonl", folder / "eval.json"
@@ -241,15 +246,41 @@ def report(recipe: Recipe) -> Path:
     picture = folder / "report.png"
     prepared = folder / "prepared.json"
     warnings = json.loads(prepared.read_text()).get("warnings", []) if prepared.is_file() else []
+    compared = {name: json.loads(file.read_text()) for name, file in _evaluations(compare).items()}
+    own = json.loads(evaluation.read_text()) if evaluation.is_file() else {}
+    warnings += warnings_of_comparison(own, compared)
     told = draw_report(
-        metrics, evaluation if evaluation.is_file() else None, picture, warnings, _title(recipe)
+        metrics, evaluation if evaluation.is_file() else None, picture, warnings, _title(recipe), compared
     )
     for line in warnings:
         logger.warning("report: %s", line)
     logger.info("report: %s", told)
-    if evaluation.is_file():
-        _warn_of_loops("report", json.loads(evaluation.read_text()))
+    _warn_of_loops("report", own)
     return picture
+
+
+def check_compared(folders: Sequence[str | Path]) -> None:
+    """Raises ValueError for a folder that has no acceptance to draw beside a run's."""
+    curves({}, {name: json.loads(file.read_text()) for name, file in _evaluations(folders).items()})
+
+
+def is_trained(recipe: Recipe) -> bool:
+    """Whether there are metrics to draw a report of."""
+    return (Path(recipe.output_dir) / "metrics.jsonl").is_file()
+
+
+def _evaluations(folders: Sequence[str | Path]) -> dict[str, Path]:
+    """The eval.json of other runs, by a name for each that tells them apart."""
+    names = [Path(folder).resolve().name for folder in folders]
+    found = {}
+    for folder, name in zip(folders, names, strict=True):
+        file = Path(folder) / "eval.json"
+        if not file.is_file():
+            raise ValueError(
+                f"--compare {folder} has no eval.json. Name the output_dir of a run that was evaluated."
+            )
+        found[name if names.count(name) == 1 else str(folder)] = file
+    return found
 
 
 @dataclass(frozen=True)
@@ -277,7 +308,7 @@ def summary(recipe: Recipe) -> Summary:
     folder = Path(recipe.output_dir)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluation = folder / "eval.json"
-    result = json.loads(evaluation.read_text()) if evaluation.is_file() else None
+    result = in_process(json.loads(evaluation.read_text()) if evaluation.is_file() else None)
     peak = max(records[-1]["peak_memory_bytes"])
     warning = None if result is None else loop_warning(result)
     return Summary(len(records), records[0], records[-1], peak, result, warning)

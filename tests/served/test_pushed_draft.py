@@ -20,7 +20,15 @@ from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.export import export_vllm, load_export
 from eagle3_ds.train.rollout import RolloutTrainer
 from judge.ranks import RankPools
-from tests.served.pairs import DRAFT_TOKENS, DRAFT_VOCABULARY, NEW_TOKENS, Pair, make_pair, random_target
+from tests.served.pairs import (
+    DRAFT_TOKENS,
+    DRAFT_VOCABULARY,
+    NEW_TOKENS,
+    Pair,
+    answered_prompts,
+    make_pair,
+    random_target,
+)
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
@@ -50,7 +58,7 @@ def written(target: str, drafts: dict[int, str], output: str) -> tuple[int, list
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("pushed")
     model = random_target(folder / "target", "llama")
-    return make_pair(model, folder / "target", folder / "trained", {})
+    return make_pair(model, folder / "target", folder / "trained", answered_prompts(model), {})
 
 
 @pytest.fixture(scope="module")

@@ -5,26 +5,19 @@ also when the server is killed on the way.
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from eagle3_ds.config import TargetSection
 from eagle3_ds.targets import build_target
-from tests.served.on_cpu import ON_CPU
+from tests.served.on_cpu import kill, vllm
 from tests.unit.tiny_target import CONVERSATIONS, TEXTS, tiny_build
 
 ROWS = 60
-START_SECONDS = 300
 
 
 @pytest.fixture(scope="module")
@@ -65,54 +58,13 @@ def regenerate(folder: Path, output: str, *arguments: str) -> subprocess.Complet
     return subprocess.run(command(folder, output, *arguments), check=False, text=True, capture_output=True)
 
 
-@contextmanager
-def vllm(python: str, folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """URL and process of a server of the target, which leads a group of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    line = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "target")]
-    line += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | ON_CPU
-    log = folder / f"vllm-{port}.log"
-    with open(log, "wb") as stream:
-        line += ["--max-num-seqs", "8"]
-        process = subprocess.Popen(
-            line, cwd=folder, env=clean, stdout=stream, stderr=stream, start_new_session=True
-        )
-    try:
-        wait_until_ready(f"http://127.0.0.1:{port}", process, log)
-        yield f"http://127.0.0.1:{port}", process
-    finally:
-        kill(process)
-
-
-def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    while True:
-        try:
-            opener.open(f"{url}/health", timeout=5)
-            return
-        except OSError:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.5)
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """The server and the processes it has started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def test_greedy_answers_are_those_of_this_process_and_a_killed_server_costs_no_row(
     served_python: str, folder: Path
 ) -> None:
     local = (folder / "local.jsonl").read_bytes()
     learnt = [sum(json.loads(line)["loss_mask"]) for line in local.splitlines()]
     assert len(learnt) > ROWS // 2, "the target hardly ends its turns: little is tested"
-    with vllm(served_python, folder) as (url, process):
+    with vllm(served_python, folder / "target", folder) as (url, process):
         done = regenerate(folder, "whole.jsonl", "--server", url, "--concurrency", "8")
         assert done.returncode == 0, done.stderr
         assert (folder / "whole.jsonl").read_bytes() == local
@@ -129,7 +81,7 @@ def test_greedy_answers_are_those_of_this_process_and_a_killed_server_costs_no_r
         assert run.returncode == 2 and "the same command then goes on where it stopped" in said
     begun = output.read_bytes()
     assert 5 <= len(begun.splitlines()) < len(learnt) and local.startswith(begun)
-    with vllm(served_python, folder) as (url, _):
+    with vllm(served_python, folder / "target", folder) as (url, _):
         done = regenerate(folder, "resumed.jsonl", "--server", url, "--concurrency", "8")
         assert done.returncode == 0, done.stderr
         assert output.read_bytes() == local

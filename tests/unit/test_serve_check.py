@@ -17,7 +17,6 @@ from eagle3_ds.run.serve_check import (
     Check,
     _judge,
     _judge_recorded,
-    _tokens,
     run_check,
     server_python,
     sglang_command,
@@ -116,20 +115,6 @@ def test_warnings_are_found_in_the_log() -> None:
         f"INFO {when} x",
     ]
     assert [match[1] for match in WARNING.finditer("\n".join(lines))] == ["no memory", "ValueError: no"]
-
-
-def test_rows_of_prompts() -> None:
-    class Tokenizer:
-        chat_template = None
-
-        def __call__(self, text: str) -> dict[str, list[int]]:
-            return {"input_ids": list(text.encode())}
-
-    assert _tokens(Tokenizer(), {"input_ids": [4, 5]}, "row 1") == [4, 5]
-    assert _tokens(Tokenizer(), {"prompt": "ab"}, "row 1") == [97, 98]
-    assert _tokens(Tokenizer(), {"messages": [{"role": "user", "content": "a"}]}, "row 1") == [97]
-    with pytest.raises(ValueError, match=r"p.jsonl, row 3: has none of messages, prompt and input_ids"):
-        _tokens(Tokenizer(), {"text": "a"}, "p.jsonl, row 3")
 
 
 def test_what_is_refused_before_a_server_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
