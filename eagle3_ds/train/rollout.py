@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,36 +25,27 @@ from eagle3_ds.checkpoint.saver import CheckpointSaver, Progress
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
 from eagle3_ds.draft import VocabularyMap, aux_size, has_own_embedding
 from eagle3_ds.export import vllm_tensors
-from eagle3_ds.layout import LocalRows, PackedSequence
+from eagle3_ds.layout import PackedSequence
 from eagle3_ds.serving.client import ServerClient
 from eagle3_ds.serving.draft_loader import DRAFT_FORMAT
-from eagle3_ds.serving.rows import Expected, RowFile
 from eagle3_ds.targets import (
-    choose_aux_layers,
     fold_factor,
     load_embedding_and_head,
     load_full_config,
     logits_factor,
     resolve_path,
-    target_fingerprint,
-    teacher_tokens,
 )
-from eagle3_ds.targets.end import TargetEnd, load_target_end
 from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.device_memory import SleepingMemory, tensors_of
 from eagle3_ds.train.initial_draft import load_initial_draft
 from eagle3_ds.train.rollout_inputs import (
     AnyRollout,
-    HostRows,
     ServedRollout,
     Texts,
-    check_supervised,
     check_tokens,
-    checked_rows,
     draft_vocabulary,
 )
-from eagle3_ds.train.served_spans import SpanReader
-from eagle3_ds.train.spans import plan_spans
+from eagle3_ds.train.rollout_packs import RolloutPacks
 from eagle3_ds.train.state import EngineState
 from eagle3_ds.train.trainer import DraftTrainer, StepReport
 from eagle3_ds.train.trigger import steps_in
@@ -116,22 +106,18 @@ class RolloutTrainer:
         draft = algorithm.build(draft_config)
         if weights is not None:
             draft.load_state_dict(dict(weights))
-        embedding, self._head = load_embedding_and_head(folder)
+        embedding, head = load_embedding_and_head(folder)
         # A copy: on a CPU it would stay a mapped file, whose memory `sleep` could not give back.
         embedding = embedding.to(topology.device, getattr(torch, self.recipe.train.dtype), copy=True)
         user = load_deepspeed_config(self.recipe.deepspeed)
         settings = fill_deepspeed_config(user, self.recipe, topology.mesh.world_size, topology.draft_dp)
-        self._folder, self._config = folder, config
-        self._reader: SpanReader | None = None
-        self._norm: Mapping[str, Tensor] | None = None
-        self._norm_is_known = True
         self._asked = 0
         self._step_seconds: deque[float] = deque(maxlen=STEP_TIMES)
         self._sleeping: SleepingMemory | None = None
-        self.trainer = DraftTrainer(
-            self.recipe, settings, topology, draft, embedding, self._head, self.vocabulary
+        self.trainer = DraftTrainer(self.recipe, settings, topology, draft, embedding, head, self.vocabulary)
+        self._packer = RolloutPacks(
+            self.recipe, topology, self.trainer.supervision, folder, config, head, aux_size(draft.config)
         )
-        self._aux_size, self._teacher_size = aux_size(draft.config), int(config.hidden_size)
         self.steps = 0
 
     def step(
@@ -200,10 +186,9 @@ class RolloutTrainer:
         if self._sleeping is not None:
             return 0
         trainer = self.trainer
-        roots: list[Any] = [trainer.engine, trainer.frozen_tensors(), trainer.draft_to_target]
-        if self._reader is not None:
-            roots.append(self._reader.end.head)
-        self._sleeping = SleepingMemory(tensors_of(*roots), trainer.topology.device)
+        roots = (trainer.engine, trainer.frozen_tensors(), trainer.draft_to_target)
+        tensors = tensors_of(*roots, self._packer.device_tensors())
+        self._sleeping = SleepingMemory(tensors, trainer.topology.device)
         return self._sleeping.num_bytes
 
     def wake(self) -> None:
@@ -238,19 +223,14 @@ class RolloutTrainer:
         """
         self._require_awake()
         for name, tensor in (("embedding", embedding), ("head", head)):
-            if tensor.shape != self._head.shape:
+            if tensor.shape != self._packer.head.shape:
                 raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}, the target's is {tuple(self._head.shape)}"
+                    f"{name} has shape {tuple(tensor.shape)}, the target's is "
+                    f"{tuple(self._packer.head.shape)}"
                 )
         head = fold_factor(head.detach(), self._logits_factor)
-        self._head = head.cpu().clone()
         self.trainer.update_target(embedding, head)
-        self._norm_is_known = norm is not None
-        if norm is not None:
-            self._norm = {name: tensor.detach().cpu().clone() for name, tensor in norm.items()}
-        if self._reader is not None:
-            self._reader.use_head(self._head)
-            self._take_norm(self._reader.end)
+        self._packer.use_target(head.cpu().clone(), norm)
 
     def connect(
         self,
@@ -300,10 +280,10 @@ class RolloutTrainer:
         )
         self._asked += 1
         try:
-            check_tokens(texts, len(self._head))
+            check_tokens(texts, len(self._packer.head))
             if self.trainer.topology.sp_rank == 0:
                 documents = texts.token_ids.cpu().split(list(texts.lengths))
-                expected = self._served_reader().expected
+                expected = self._packer.expected()
                 with ThreadPoolExecutor(concurrency, thread_name_prefix="rollout") as threads:
                     asked = [
                         threads.submit(client.file, document.tolist(), expected, file)
@@ -408,7 +388,7 @@ class RolloutTrainer:
                     f"step() got {len(rollouts)} rollouts, and train.accumulation is {number}: give exactly "
                     "that many"
                 )
-            packs = [self._pack(rollout) for rollout in rollouts]
+            packs = [self._packer.pack(rollout) for rollout in rollouts]
         except ValueError as error:
             mistake = error
         self._agree(mistake, "refused their rollouts and say why: no rank takes this step")
@@ -433,93 +413,6 @@ class RolloutTrainer:
             raise mistake
         if wrong.item():
             raise ValueError(f"{wrong.item()} other rank(s) {what}")
-
-    def _pack(self, rollout: AnyRollout) -> PackedSequence:
-        """Check the rows that this rank reads, and make a pack. Teacher tokens that are computed here are
-        computed for those rows only, and are 0 elsewhere.
-        """
-        length = check_tokens(rollout, len(self._head))
-        place, loss_mask = self.trainer.topology.place, rollout.loss_mask.cpu().bool()
-        check_supervised(rollout.lengths, loss_mask, self.trainer.supervision)
-        if isinstance(rollout, ServedRollout):
-            return self._served_pack(rollout, loss_mask)
-        plan = plan_spans(self.recipe, rollout.lengths, loss_mask)
-        own = plan.slots(place.ring_rank, place.ulysses_rank)
-        read = plan.teacher_slots(place.ring_rank, place.ulysses_rank, self.trainer.supervision.halo)
-        for _ in checked_rows("aux", rollout.aux, own, length, self._aux_size):
-            pass
-        token = (
-            torch.zeros(length, dtype=torch.int64)
-            if rollout.teacher_token is None
-            else rollout.teacher_token.cpu().long()
-        )
-        for slots, rows in checked_rows("teacher", rollout.teacher, read, length, self._teacher_size):
-            if rollout.teacher_token is None:
-                token[slots] = self._greedy_tokens(rows)
-        return PackedSequence(
-            token_ids=rollout.token_ids.cpu().long(),
-            loss_mask=loss_mask,
-            lengths=tuple(rollout.lengths),
-            teacher_token=token,
-            aux=HostRows(rollout.aux),
-            teacher=HostRows(rollout.teacher),
-        )
-
-    def _served_pack(self, rollout: ServedRollout, loss_mask: Tensor) -> PackedSequence:
-        """A pack of the rows that a server wrote; this rank's are read, and checked, now."""
-        if not self._norm_is_known:
-            raise ValueError(
-                "the target was updated without its final norm, which the rows of a server need: give "
-                "update_target `norm`, the state_dict of the policy's final norm"
-            )
-        if len(rollout.files) != len(rollout.lengths):
-            raise ValueError(
-                f"files has {len(rollout.files)} paths for {len(rollout.lengths)} documents: give one for "
-                "each"
-            )
-        reader = self._served_reader()
-        token_ids = rollout.token_ids.cpu().long()
-        files = [RowFile(Path(path), reader.expected) for path in rollout.files]
-        for file, tokens in zip(files, token_ids.split(list(rollout.lengths)), strict=True):
-            file.require_tokens(tokens.tolist())
-        rows = reader.read(files, rollout.lengths, loss_mask)
-        token = torch.zeros(len(token_ids), dtype=torch.int64)
-        token[rows.read] = LocalRows(rows.token, rows.read, len(token_ids))[:]
-        return PackedSequence(
-            token_ids,
-            loss_mask,
-            tuple(rollout.lengths),
-            teacher_token=token,
-            aux=rows.aux,
-            teacher=rows.teacher,
-        )
-
-    def _served_reader(self) -> SpanReader:
-        """What reads a server's files; the target's final norm is loaded when the first are read."""
-        if self._reader is None:
-            section, topology = self.recipe.target, self.trainer.topology
-            layers = choose_aux_layers(self._config.num_hidden_layers, section.aux_layers)
-            weights = target_fingerprint(self._folder, layers, section.dtype)["target_weights"]
-            dtype = getattr(torch, section.dtype)
-            end = load_target_end(self._folder, self._config, dtype, topology.device)
-            self._take_norm(end)
-            expected = Expected.of(section, self._config, weights)
-            # Rows are kept in the dtype in which the server computed them.
-            self._reader = SpanReader(self.recipe, topology, expected, end, section.dtype)
-            self._reader.use_head(self._head)
-        return self._reader
-
-    def _take_norm(self, end: TargetEnd) -> None:
-        """Fill the final norm with the weights of the last `update_target`, if it gave some."""
-        if self._norm is not None:
-            end.norm.load_state_dict(self._norm)
-
-    def _greedy_tokens(self, teacher: Tensor) -> Tensor:
-        """The target's tokens int64 [n] for its hidden states [n, Ht], in the target's dtype as capture
-        computes them.
-        """
-        device, dtype = self.trainer.topology.device, getattr(torch, self.recipe.target.dtype)
-        return teacher_tokens(teacher.to(device, dtype), self._head.to(device, dtype)).cpu()
 
 
 def _topology(recipe: Recipe) -> Topology:

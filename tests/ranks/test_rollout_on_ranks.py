@@ -128,8 +128,8 @@ def captured(target: str, output: Path) -> tuple[PackedSequence, PackedSequence,
     given = replace(rollout, teacher_token=teacher_tokens(rollout.teacher[:], head))
     plan = plan_spans(trainer.recipe, rollout.lengths, rollout.loss_mask)
     return (
-        trainer._pack(rollout),
-        trainer._pack(given),
+        trainer._packer.pack(rollout),
+        trainer._packer.pack(given),
         plan.teacher_slots(0, 0, trainer.recipe.draft.ttt_steps),
     )
 

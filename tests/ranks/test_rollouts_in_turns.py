@@ -58,7 +58,7 @@ def sleep_and_go_on(target: str, output: Path, ulysses: int, stage: int) -> dict
         "expected": expected,
         "same": same,
         "bytes": (held, released, left, back),
-        "head": trainer._head.untyped_storage().nbytes(),
+        "head": trainer._packer.head.untyped_storage().nbytes(),
     }
 
 

@@ -99,7 +99,7 @@ def rows_read(target: str, output: Path, url: str, folder: Path) -> tuple[int, i
     trainer = RolloutTrainer(recipe_of(target, output, 2, 2))
     client = trainer.connect(url, folder)
     served = trainer.ask(client, texts()[0])
-    pack: Any = trainer._pack(served)
+    pack: Any = trainer._packer.pack(served)
     torch.distributed.barrier()
     trainer.discard(served)
     return len(pack.aux._rows), len(pack.teacher._rows)
