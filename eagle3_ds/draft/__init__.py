@@ -28,7 +28,7 @@ from eagle3_ds.draft.tiled_loss import (
     tiled_loss,
 )
 from eagle3_ds.draft.tiles import slots_per_tile
-from eagle3_ds.draft.vocabulary import VocabularyMap
+from eagle3_ds.draft.vocabulary import VOCABULARY, VocabularyMap
 
 __all__ = [
     "DRAFT_EMBEDDING",
@@ -44,6 +44,7 @@ __all__ = [
     "LossTaps",
     "LossTile",
     "OneByOne",
+    "VOCABULARY",
     "VocabularyMap",
     "aux_keys",
     "aux_size",

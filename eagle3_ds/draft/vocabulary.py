@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+VOCABULARY = ("d2t", "t2d")
+"""The names of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,26 @@ class VocabularyMap:
     def draft_to_target(self) -> Tensor:
         """int64 [Vd]: the target id of each draft id."""
         return self.d2t + torch.arange(len(self.d2t))
+
+    def exported(self) -> dict[str, Tensor]:
+        """The tensors d2t and t2d that servers read, on the CPU; none for a draft that guesses every token by
+        the target's own id. vLLM 0.32 and speculators 0.9 have no such tensors for it, and vLLM refuses them.
+        """
+        is_whole = len(self.d2t) == len(self.t2d) and not bool(self.d2t.any())
+        return {} if is_whole else {"d2t": self.d2t.cpu(), "t2d": self.t2d.cpu()}
+
+    @staticmethod
+    def of_export(
+        tensors: Mapping[str, Tensor], draft_vocab_size: int, vocab_size: int
+    ) -> VocabularyMap | None:
+        """The map among the tensors of an export with these sizes; None where it is missing."""
+        if set(VOCABULARY) <= tensors.keys():
+            return VocabularyMap(tensors["d2t"], tensors["t2d"])
+        if draft_vocab_size != vocab_size or set(VOCABULARY) & tensors.keys():
+            return None
+        return VocabularyMap(
+            torch.zeros(vocab_size, dtype=torch.int64), torch.ones(vocab_size, dtype=torch.bool)
+        )
 
     def equals(self, other: VocabularyMap) -> bool:
         return torch.equal(self.d2t, other.d2t) and torch.equal(self.t2d, other.t2d)

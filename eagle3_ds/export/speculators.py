@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from eagle3_ds.algorithms import ALGORITHMS
-from eagle3_ds.draft import VocabularyMap
+from eagle3_ds.draft import VOCABULARY, VocabularyMap
 from eagle3_ds.export.folder import (
     EMBEDDING,
     cast,
@@ -84,7 +84,7 @@ def export_speculators(
     if aux_layers is not None:
         keys["eagle_aux_hidden_state_layer_ids"] = list(aux_layers)
     tensors = cast({**{form.name_there(k): v for k, v in model_state.items()}, EMBEDDING: embedding}, dtype)
-    return write_folder(folder, keys, tensors | {"d2t": vocabulary.d2t.cpu(), "t2d": vocabulary.t2d.cpu()})
+    return write_folder(folder, keys, tensors | vocabulary.exported())
 
 
 def load_speculators(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], VocabularyMap, Tensor]:
@@ -96,17 +96,21 @@ def load_speculators(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor]
     """
     keys, tensors = read_folder(folder)
     algorithm = ALGORITHMS.get(str(keys.get("speculators_model_type")))
-    if algorithm is None or not {"d2t", "t2d", EMBEDDING} <= tensors.keys():
+    layer = keys.get("transformer_layer_config", {})
+    vocabulary = VocabularyMap.of_export(
+        tensors, keys.get("draft_vocab_size", 0), layer.get("vocab_size", -1)
+    )
+    if algorithm is None or vocabulary is None or EMBEDDING not in tensors:
         raise ValueError(
             f"{str(folder)!r} is no draft in the speculators layout: speculators_model_type is "
-            f"{keys.get('speculators_model_type')!r}, expected 'eagle3', with the tensors d2t, t2d and "
-            f"{EMBEDDING}. Name the folder of such an export."
+            f"{keys.get('speculators_model_type')!r}, expected 'eagle3', with the tensors {EMBEDDING} and, "
+            "unless the draft has the whole vocabulary, d2t and t2d. Name the folder of such an export."
         )
-    vocabulary = VocabularyMap(tensors.pop("d2t"), tensors.pop("t2d"))
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in VOCABULARY}
     embedding = tensors.pop(EMBEDDING)
     form = algorithm.layouts["speculators"]
     own = own_keys(form, folder, keys, tensors)
-    config = draft_config(keys["transformer_layer_config"], keys["draft_vocab_size"], own)
+    config = draft_config(layer, keys["draft_vocab_size"], own)
     state = {form.name_here(name): tensor for name, tensor in tensors.items()}
     check_complete(algorithm, state, config, vocabulary)
     check_embedding(embedding, config)

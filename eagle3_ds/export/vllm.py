@@ -1,5 +1,5 @@
 """The layout that vLLM and SGLang load: the first layer is called `midlayer`, and the tensors `d2t` and `t2d`
-map between the draft's and the target's vocabulary.
+map between the draft's and the target's vocabulary, where these differ.
 
 The embedding is left out: both servers share the target's, which is what the draft was trained with. A draft
 of another hidden size than the target's brings its own.
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from eagle3_ds.algorithms import ALGORITHMS
-from eagle3_ds.draft import VocabularyMap, has_own_embedding, target_hidden_size
+from eagle3_ds.draft import VOCABULARY, VocabularyMap, has_own_embedding, target_hidden_size
 from eagle3_ds.export.folder import (
     EMBEDDING,
     algorithm_of_layout,
@@ -155,7 +155,7 @@ def vllm_tensors(
     """
     form = ALGORITHMS[algorithm].layouts["vllm"]
     tensors = {form.name_there(name): tensor for name, tensor in cast(model_state, dtype).items()}
-    return tensors | {"d2t": vocabulary.d2t.cpu(), "t2d": vocabulary.t2d.cpu()}
+    return tensors | vocabulary.exported()
 
 
 def load_vllm(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], VocabularyMap]:
@@ -167,14 +167,16 @@ def load_vllm(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], Vocab
     """
     keys, tensors = read_folder(folder)
     algorithm = algorithm_of_layout("vllm", keys.get("architectures"))
-    if algorithm is None or not {"d2t", "t2d"} <= tensors.keys():
+    vocabulary = VocabularyMap.of_export(tensors, keys.get("draft_vocab_size", 0), keys.get("vocab_size", -1))
+    if algorithm is None or vocabulary is None:
         known = [a.layouts["vllm"].architecture for a in ALGORITHMS.values()]
         raise ValueError(
             f"{str(folder)!r} is no draft in the vLLM layout: architectures is {keys.get('architectures')}, "
-            f"expected {known}, with the tensors d2t and t2d. Name the folder of such an export."
+            f"expected {known}, with the tensors d2t and t2d unless the draft has the "
+            "target's whole vocabulary. Name the folder of such an export."
         )
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in VOCABULARY}
     form = algorithm.layouts["vllm"]
-    vocabulary = VocabularyMap(tensors.pop("d2t"), tensors.pop("t2d"))
     config = draft_config(keys, keys["draft_vocab_size"], own_keys(form, folder, keys, tensors))
     if has_own_embedding(config):
         if EMBEDDING not in tensors:

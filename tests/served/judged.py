@@ -12,6 +12,7 @@ from tests.served.pairs import (
     DRAFT_TOKENS,
     LLAMA3,
     NEW_TOKENS,
+    VOCABULARY,
     Pair,
     answered_prompts,
     make_pair,
@@ -46,6 +47,8 @@ VARIANTS: dict[tuple[str, str], Variant] = {
     ("llama", "other layers"): Variant((DRAFT, SPECULATORS), {}, (1, 3, 6)),
     # The speculators layout cannot say how many layers there are; the export warns of it.
     ("llama", "five layers"): Variant((DRAFT,), {}, (1, 2, 4, 5, 7)),
+    # vLLM and speculators have no vocabulary map where the draft guesses every token.
+    ("llama", "whole vocabulary"): Variant((DRAFT, SPECULATORS, ALONE), {"vocab_size": VOCABULARY}),
     ("tied", "plain"): Variant((DRAFT, ALONE)),
     ("qwen3", "plain"): Variant((DRAFT, SPECULATORS, ALONE)),
     ("qwen3_moe", "plain"): Variant((DRAFT, ALONE)),

@@ -21,14 +21,15 @@ from eagle3_ds.algorithms import ALGORITHMS
 from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
 from eagle3_ds.config import DraftSection
 from eagle3_ds.draft import DraftCache, VocabularyMap
-from eagle3_ds.eval import Round, greedy_decode, speculative_decode
+from eagle3_ds.eval import Round, decode_alone, speculative_decode
 from eagle3_ds.export import export_speculators, export_vllm
 from eagle3_ds.targets import Target, capture_hidden_states, choose_aux_layers
 from tests.unit.tiny_families import family_config
 
 # Heads of 32 are the least that vLLM has on a CPU; a draft vocabulary smaller than the target's.
+VOCABULARY = 320
 SIZES = {
-    "vocab_size": 320,
+    "vocab_size": VOCABULARY,
     "hidden_size": 128,
     "intermediate_size": 128,
     "num_hidden_layers": 8,
@@ -92,7 +93,7 @@ def answered_prompts(model: Any) -> tuple[list[list[int]], list[list[int]]]:
     generator = torch.Generator().manual_seed(1)
     lengths = [4 + 5 * (i % 7) for i in range(PROMPTS + TRAINED_PROMPTS)]
     prompts = [torch.randint(3, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
-    return prompts, [greedy_decode(target, prompt, NEW_TOKENS, None) for prompt in prompts]
+    return prompts, [decode_alone(target, prompt, NEW_TOKENS, None) for prompt in prompts]
 
 
 def make_pair(
@@ -112,8 +113,8 @@ def make_pair(
     target = Target(model, None, config, choose_aux_layers(config.num_hidden_layers, aux_layers))
     prompts, answers = texts
     counts = torch.bincount(torch.tensor(answers).flatten(), minlength=config.vocab_size)
-    vocabulary = VocabularyMap.from_counts(counts, DRAFT_VOCABULARY)
-    section = DraftSection(vocab_size=DRAFT_VOCABULARY, **draft_settings)
+    section = DraftSection(**{"vocab_size": DRAFT_VOCABULARY, **draft_settings})
+    vocabulary = VocabularyMap.from_counts(counts, section.vocab_size)
     torch.manual_seed(2)
     draft = DraftModel(build_draft_config(config, section, len(target.aux_layers)))
     # Half of the prompts that are judged are among those trained on: some rounds accept much, some little.

@@ -37,7 +37,7 @@ def loaded(bench: Bench, run_there: Callable[..., str], tmp_path_factory: pytest
 @pytest.mark.parametrize(("target", "draft"), VARIANTS, ids=map(", ".join, VARIANTS))
 def test_speculators_has_our_tensors(target: str, draft: str, loaded: Loaded, bench: Bench) -> None:
     pair, theirs = bench.pairs(target)[draft], loaded["speculators", target, draft]
-    ours = {**pair.draft, EMBEDDING: pair.embedding, "d2t": pair.vocabulary.d2t, "t2d": pair.vocabulary.t2d}
+    ours = {**pair.draft, EMBEDDING: pair.embedding, **pair.vocabulary.exported()}
     assert ours.keys() <= theirs.keys()
     # The others are the target's, which its training reads.
     assert theirs.keys() - ours.keys() <= {"verifier_lm_head.weight", "verifier_norm.weight"}

@@ -223,6 +223,32 @@ def test_way_back_in_fp32_is_exact(
 
 
 @BOTH
+def test_a_whole_vocabulary_needs_no_map(export: Export, draft: DraftModel, tmp_path: Path) -> None:
+    whole = DraftModel(LlamaConfig(**draft.config.to_dict() | {"draft_vocab_size": V}))
+    vocabulary = VocabularyMap.from_counts(torch.arange(V), V)
+    folder = export(whole, vocabulary, tmp_path / "draft", dtype="float32")
+    assert not {"d2t", "t2d"} & load_file(folder / "model.safetensors").keys()
+    stored = (load_vllm if export is vllm else load_speculators)(folder)[2]
+    assert stored.equals(vocabulary)
+    assert verify_export(folder, whole, vocabulary) == 0.0
+
+
+@BOTH
+@pytest.mark.parametrize("missing", [("d2t",), ("t2d",), ("d2t", "t2d")])
+def test_a_part_of_the_vocabulary_needs_its_map(
+    missing: tuple[str, ...],
+    export: Export,
+    draft: DraftModel,
+    vocabulary: VocabularyMap,
+    tmp_path: Path,
+) -> None:
+    file = export(draft, vocabulary, tmp_path / "draft") / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if name not in missing}, file)
+    with pytest.raises(ValueError, match="whole vocabulary"):
+        (load_vllm if export is vllm else load_speculators)(file.parent)
+
+
+@BOTH
 def test_a_window_is_in_the_config_and_comes_back(
     export: Export, draft: DraftModel, vocabulary: VocabularyMap, tmp_path: Path
 ) -> None:
