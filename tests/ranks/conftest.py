@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from judge.ranks import RankPools
+from judge.resume_runs import prepare_inputs
 
 
 @pytest.fixture(scope="package")
@@ -19,3 +21,11 @@ def run_ranks() -> Iterator[RankPools]:
     pools = RankPools()
     yield pools
     pools.close()
+
+
+@pytest.fixture(scope="package")
+def resume_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Target, documents and hidden states of the runs that are stopped and resumed; nobody changes them."""
+    folder = tmp_path_factory.mktemp("resume-inputs")
+    prepare_inputs(folder)
+    return folder

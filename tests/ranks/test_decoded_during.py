@@ -18,7 +18,7 @@ from eagle3_ds.config import EvalSection, Recipe
 from eagle3_ds.data import PreparedData
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.eval import speculative_decode
-from eagle3_ds.eval.prompts import prompts_during
+from eagle3_ds.eval.heldout import prompts_during
 from eagle3_ds.run.stages import prepare
 from eagle3_ds.targets import load_target
 from judge.resume_runs import (
@@ -27,7 +27,6 @@ from judge.resume_runs import (
     Blow,
     differences,
     make_recipe,
-    prepare_inputs,
     read_metrics,
     run,
     run_struck,
@@ -41,24 +40,17 @@ SETTINGS = EvalSection(
 )
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    prepare_inputs(folder)
-    return folder
-
-
 def decoding(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"eval": SETTINGS})
 
 
 @pytest.fixture(scope="module")
-def runs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def runs(resume_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The same run without and with decoding."""
     root = tmp_path_factory.mktemp("runs")
     for name in ("without", "with"):
-        start_output(inputs, root / name)
-        recipe = make_recipe(inputs, SHAPE, root / name, learning_rate=3e-2)
+        start_output(resume_inputs, root / name)
+        recipe = make_recipe(resume_inputs, SHAPE, root / name, learning_rate=3e-2)
         run(decoding(recipe) if name == "with" else recipe, WORLD)
     return root / "without", root / "with"
 
@@ -81,9 +73,9 @@ def test_decoding_leaves_no_trace(runs: tuple[Path, Path]) -> None:
     assert lengths(runs[0]) == [None] * STEPS
 
 
-def test_what_is_decoded_is_the_draft_of_that_step(inputs: Path, runs: tuple[Path, Path]) -> None:
+def test_what_is_decoded_is_the_draft_of_that_step(resume_inputs: Path, runs: tuple[Path, Path]) -> None:
     """The last figure is that of the final weights, decoded here one by one."""
-    recipe = decoding(make_recipe(inputs, SHAPE, runs[1]))
+    recipe = decoding(make_recipe(resume_inputs, SHAPE, runs[1]))
     prepared = json.loads((runs[1] / "prepared.json").read_text())
     data = PreparedData.open(Path(prepared["data"]), prepared["data_fingerprint"])
     target, algorithm = load_target(recipe.target), algorithm_of(recipe)
@@ -109,12 +101,12 @@ def test_what_is_decoded_is_the_draft_of_that_step(inputs: Path, runs: tuple[Pat
 
 
 def test_a_resumed_run_decodes_the_same_and_keeps_the_best(
-    inputs: Path, runs: tuple[Path, Path], tmp_path: Path
+    resume_inputs: Path, runs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    start_output(inputs, output)
+    start_output(resume_inputs, output)
     recipe = decoding(
-        make_recipe(inputs, SHAPE, output, learning_rate=3e-2, save_every=2, keep_checkpoints=1)
+        make_recipe(resume_inputs, SHAPE, output, learning_rate=3e-2, save_every=2, keep_checkpoints=1)
     )
     by_decoded = recipe.train.model_copy(update={"best_by": "acceptance_length_decoded"})
     recipe = recipe.model_copy(update={"train": by_decoded})
@@ -132,8 +124,10 @@ def test_a_resumed_run_decodes_the_same_and_keeps_the_best(
     assert all(decoded[name] == found[name] for name in decoded)
 
 
-def test_prompts_that_are_all_too_long_are_told_before_a_rank_starts(inputs: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(inputs, SHAPE, tmp_path / "run")
+def test_prompts_that_are_all_too_long_are_told_before_a_rank_starts(
+    resume_inputs: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(resume_inputs, SHAPE, tmp_path / "run")
     few = SETTINGS.model_copy(update={"during_max_context": 2})
     with pytest.raises(ValueError, match=r"none has at most eval.during_max_context = 2 tokens"):
         prepare(recipe.model_copy(update={"eval": few}))

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from eagle3_ds.config import TargetSection
+from eagle3_ds.targets import load_tokenizer
 
 
 class Reply(NamedTuple):
@@ -133,3 +138,17 @@ class FakeServer:
             # Without the token that ended it, as some versions have it.
             return Reply(200, {"output_ids": words[:longest], "meta_info": meta})
         return Reply(404, {"detail": "Not Found"})
+
+
+Kind = TypeVar("Kind", bound=FakeServer)
+
+
+@contextmanager
+def serving(kind: type[Kind], target: Path) -> Iterator[Kind]:
+    """A server of this kind that knows the tokenizer of a target, and goes by its name."""
+    tokenizer = load_tokenizer(TargetSection(path=str(target)))
+    fake = kind(tokenizer, str(target), tokenizer.eos_token_id)
+    try:
+        yield fake
+    finally:
+        fake.close()

@@ -15,7 +15,6 @@ import pytest
 from matplotlib.text import Text
 
 from eagle3_ds.cli.main import main
-from eagle3_ds.config import TargetSection
 from eagle3_ds.data.patient_http import PatientClient
 from eagle3_ds.eval import counters, served
 from eagle3_ds.eval.counters import BY_POSITION, Meter, parse_counters
@@ -23,8 +22,7 @@ from eagle3_ds.eval.intervals import interval_of_counts
 from eagle3_ds.eval.report import _figure
 from eagle3_ds.run import finish, served_evaluation
 from eagle3_ds.serving.decode import COUNTED
-from eagle3_ds.targets import load_tokenizer
-from tests.unit.fake_answer_server import FakeServer, Reply
+from tests.unit.fake_answer_server import FakeServer, Reply, serving
 from tests.unit.tiny_target import build_tiny_target
 
 NEW, LENGTHS = 12, (5, 7, 30, 40, 45, 200)
@@ -113,10 +111,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(target: Path) -> Iterator[CountingServer]:
-    tokenizer = load_tokenizer(TargetSection(path=str(target)))
-    fake = CountingServer(tokenizer, str(target), tokenizer.eos_token_id)
-    yield fake
-    fake.close()
+    with serving(CountingServer, target) as fake:
+        yield fake
 
 
 @pytest.fixture

@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 
 from eagle3_ds.cli.main import main
-from eagle3_ds.config import TargetSection
 from eagle3_ds.data.patient_http import PatientClient
 from eagle3_ds.run import regeneration
-from eagle3_ds.targets import load_tokenizer
 from tests.unit.data_samples import chat, write_jsonl
-from tests.unit.fake_answer_server import FakeServer, Reply
+from tests.unit.fake_answer_server import FakeServer, Reply, serving
 from tests.unit.tiny_target import build_tiny_target
 
 ROWS = 30
@@ -31,10 +29,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(target: Path) -> Iterator[FakeServer]:
-    tokenizer = load_tokenizer(TargetSection(path=str(target)))
-    fake = FakeServer(tokenizer, str(target), tokenizer.eos_token_id)
-    yield fake
-    fake.close()
+    with serving(FakeServer, target) as fake:
+        yield fake
 
 
 @pytest.fixture
