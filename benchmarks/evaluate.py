@@ -22,7 +22,7 @@ from eagle3_ds.algorithms.eagle3.decoding import Eagle3Guesser
 from eagle3_ds.config import DraftSection, EvalSection, TargetBuild, TargetSection
 from eagle3_ds.data.stdlib_corpus import stdlib_conversations, stdlib_text
 from eagle3_ds.draft import VocabularyMap
-from eagle3_ds.eval import evaluate_draft, greedy_decode, speculative_decode
+from eagle3_ds.eval import decode_alone, evaluate_draft, speculative_decode
 from eagle3_ds.targets import Target, build_target, load_target
 
 
@@ -39,7 +39,7 @@ def one_by_one(
     """The number of rounds with each draft."""
     settings, eos, rounds = recipe.eval, target.tokenizer.eos_token_id, [0] * len(drafts)
     for prompt in prompts:
-        expected = greedy_decode(target, prompt, settings.max_new_tokens, eos)
+        expected = decode_alone(target, prompt, settings.max_new_tokens, eos)
         for place, draft in enumerate(drafts):
             guesser = Eagle3Guesser(draft, target.embedding, vocabulary)
             _, more = speculative_decode(

@@ -72,16 +72,7 @@ def evaluate_draft(
     """
     settings = recipe.eval
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError(
-            f"{len(prompts)} prompts, the shortest of {min(map(len, prompts), default=0)} tokens: an "
-            "evaluation needs prompts of a token or more. Give more held-out data, or set eval.num_prompts "
-            "to 0."
-        )
-    if target.head.dtype != dtype:
-        raise ValueError(
-            f"eval.dtype is {settings.dtype}, the target is in {target.head.dtype}. Load it in eval.dtype."
-        )
+    _check(prompts, target, settings.dtype)
     shared = target.embedding if embedding is None else embedding.to(target.device, dtype)
     for model in (draft, untrained_draft):
         model.to(target.device, dtype).eval()
@@ -109,6 +100,19 @@ def evaluate_draft(
         result |= {"temperature": settings.temperature, "lossless_sampled": True}
         result |= _figures(sampled.rounds, settings, "_sampled")
     return result
+
+
+def _check(prompts: Sequence[Sequence[int]], target: Target, dtype: str) -> None:
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError(
+            f"{len(prompts)} prompts, the shortest of {min(map(len, prompts), default=0)} tokens: an "
+            "evaluation needs prompts of a token or more. Give more held-out data, or set eval.num_prompts "
+            "to 0."
+        )
+    if target.head.dtype != getattr(torch, dtype):
+        raise ValueError(
+            f"eval.dtype is {dtype}, the target is in {target.head.dtype}. Load it in eval.dtype."
+        )
 
 
 @dataclass

@@ -149,13 +149,6 @@ def _forgets(target: Target) -> bool:
     return float(difference) <= CUT_TOLERANCE[target.head.dtype]
 
 
-def greedy_decode(
-    target: Target, prompt: Sequence[int], max_new_tokens: int, eos_token_id: int | None
-) -> list[int]:
-    """As `decode_alone`, with the likeliest tokens."""
-    return decode_alone(target, prompt, max_new_tokens, eos_token_id)
-
-
 @torch.no_grad()
 def decode_alone(
     target: Target,

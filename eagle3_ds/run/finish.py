@@ -18,7 +18,7 @@ from eagle3_ds.config import Recipe, dump_recipe
 from eagle3_ds.data import PreparedData
 from eagle3_ds.draft import Draft, VocabularyMap
 from eagle3_ds.eval import evaluate_draft, in_process
-from eagle3_ds.eval.prompts import heldout_prompts, longest_prompt
+from eagle3_ds.eval.heldout import heldout_prompts, longest_prompt
 from eagle3_ds.export import (
     Card,
     export_speculators,

@@ -26,7 +26,7 @@ from eagle3_ds.data.prompts import prompt_tokens, read_prompts_file
 from eagle3_ds.data.stdlib_corpus import stdlib_conversations
 from eagle3_ds.draft import has_own_embedding
 from eagle3_ds.draft.geometry import aux_size
-from eagle3_ds.eval import Round, greedy_decode, in_process, speculative_decode
+from eagle3_ds.eval import Round, decode_alone, in_process, speculative_decode
 from eagle3_ds.export import load_embedding, load_export
 from eagle3_ds.export.card import sglang_words
 from eagle3_ds.export.folder import read_folder
@@ -201,7 +201,7 @@ def _decode_here(check: Check) -> tuple[list[list[int]], dict[str, list[Round]]]
     that end at the end token, as an evaluation's do.
     """
     target: Target = load_target(check.target, check.dtype, detect_accelerator())
-    expected = [greedy_decode(target, prompt, check.max_new_tokens, None) for prompt in check.prompts]
+    expected = [decode_alone(target, prompt, check.max_new_tokens, None) for prompt in check.prompts]
     rounds: dict[str, list[Round]] = {}
     for layout, folder in check.drafts.items():
         rounds[NAMES[layout]] = _rounds(check, target, folder, expected, check.draft_tokens)

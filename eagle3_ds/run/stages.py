@@ -18,7 +18,7 @@ from eagle3_ds.data import PreparedData, prepare_data
 from eagle3_ds.data.stdlib_corpus import stdlib_conversations, stdlib_text
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.eval import draw_report, in_process, loop_warning
-from eagle3_ds.eval.prompts import prompts_during
+from eagle3_ds.eval.heldout import prompts_during
 from eagle3_ds.eval.served_picture import curves, warnings_of_comparison
 from eagle3_ds.launch.command import LaunchPlan, write_environment_file
 from eagle3_ds.launch.ranks import run_ranks

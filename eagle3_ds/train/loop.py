@@ -106,12 +106,7 @@ def run_training(
         with weights_compared_before_update(trainer, done) if check_now else nullcontext():
             record = _step(trainer, loader, guard, done, last)
         done += 1
-        if heldout and _due(done, recipe.train.eval_every, last):
-            heart.at("evaluating", done)
-            record["heldout"] = trainer.evaluate(heldout).as_dict()
-        if decoded is not None and _due(done, recipe.eval.during, last):
-            heart.at("decoding", done)
-            record[DECODED] = decoded.measure()
+        record |= _judge(trainer, heldout, decoded, heart, done, last)
         if metrics is not None:
             metrics.write(record, durably=save_now)
         if check_now:
@@ -132,6 +127,25 @@ def run_training(
         where = output_dir / CHECKPOINTS / folder_name(done)
         words = "stopped by %s after step %d of %d; start again with --resume to go on from %s"
         logger.info(words, reason, done, last, where)
+
+
+def _judge(
+    trainer: DraftTrainer,
+    heldout: Sequence[PackedSequence],
+    decoded: DecodedAcceptance | None,
+    heart: Heart,
+    done: int,
+    last: int,
+) -> dict[str, Any]:
+    """What is due after this step of held-out evaluation and decoding, by the keys of metrics.jsonl."""
+    found: dict[str, Any] = {}
+    if heldout and _due(done, trainer.recipe.train.eval_every, last):
+        heart.at("evaluating", done)
+        found["heldout"] = trainer.evaluate(heldout).as_dict()
+    if decoded is not None and _due(done, trainer.recipe.eval.during, last):
+        heart.at("decoding", done)
+        found[DECODED] = decoded.measure()
+    return found
 
 
 def _progress(record: dict[str, Any], loader: StepSource, guard: DivergenceGuard) -> Progress:

@@ -131,7 +131,7 @@ def build_decoded(trainer: DraftTrainer) -> DecodedAcceptance | None:
     prompts: list[list[int]] = []
     if trainer.topology.place.rank == 0:
         # Not above: see train/decoded.py.
-        from eagle3_ds.eval.prompts import prompts_during
+        from eagle3_ds.eval.heldout import prompts_during
 
         prepared = read_prepared(recipe)
         data = PreparedData.open(Path(prepared["data"]), prepared["data_fingerprint"])

@@ -10,7 +10,7 @@ import torch
 
 from eagle3_ds.cli.main import main
 from eagle3_ds.config import TargetSection, dump_recipe, load_recipe
-from eagle3_ds.eval.speculative import greedy_decode
+from eagle3_ds.eval.speculative import decode_alone
 from eagle3_ds.run.checks import RESOLVED, check_output
 from eagle3_ds.targets import load_target
 from tests.unit.data_samples import chat, write_jsonl
@@ -100,7 +100,7 @@ def test_regenerate(recipe: str, target: Path, tmp_path: Path, capsys: pytest.Ca
     for words in QUESTIONS:
         question = [{"role": "user", "content": words}]
         prompt = alone.tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
-        tokens = greedy_decode(alone, prompt, 40, stop)
+        tokens = decode_alone(alone, prompt, 40, stop)
         if tokens[-1] == stop:
             expected.append((prompt + tokens, [0] * len(prompt) + [1] * len(tokens)))
     assert expected, "the target never ends its turn: nothing is tested"

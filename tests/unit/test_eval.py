@@ -20,9 +20,9 @@ from eagle3_ds.draft import DraftCache, VocabularyMap
 from eagle3_ds.eval import (
     NotLosslessError,
     Round,
+    decode_alone,
     draw_report,
     evaluate_draft,
-    greedy_decode,
     speculative_decode,
 )
 from eagle3_ds.eval.evaluate import _by_context, _by_position
@@ -57,7 +57,7 @@ def draft(target: Target, request: pytest.FixtureRequest) -> DraftModel:
 
 @pytest.fixture(scope="module")
 def vocabulary(target: Target) -> VocabularyMap:
-    output = greedy_decode(target, PROMPT, 40, None)
+    output = decode_alone(target, PROMPT, 40, None)
     return VocabularyMap.from_counts(
         torch.bincount(torch.tensor(output), minlength=target.config.vocab_size), 64
     )
@@ -92,9 +92,9 @@ def test_greedy_equals_decoding_without_a_cache(target: Target) -> None:
     known = list(PROMPT)
     for _ in range(20):
         known.append(int(target.model(input_ids=torch.tensor([known])).logits[0, -1].argmax()))
-    assert greedy_decode(target, PROMPT, 20, None) == known[len(PROMPT) :]
+    assert decode_alone(target, PROMPT, 20, None) == known[len(PROMPT) :]
     ended = known[: known.index(known[len(PROMPT) + 4], len(PROMPT)) + 1]
-    assert greedy_decode(target, PROMPT, 20, ended[-1]) == ended[len(PROMPT) :]
+    assert decode_alone(target, PROMPT, 20, ended[-1]) == ended[len(PROMPT) :]
 
 
 def test_target_stream_after_a_rejection_equals_one_forward(target: Target) -> None:
@@ -131,7 +131,7 @@ def test_a_target_whose_cache_cannot_be_cut_back_reads_again(
     """Hybrid, linear and indexer caches: lossless, with guesses right and wrong, and told once."""
     config = other_config(family)
     target = Target(random_model(config), None, config, AUX_LAYERS)
-    expected = greedy_decode(target, PROMPT_97, 12, None)
+    expected = decode_alone(target, PROMPT_97, 12, None)
 
     class Guesses:
         """Right twice, then wrong."""
@@ -227,7 +227,7 @@ def test_a_served_draft_with_a_window_sees_so_many_keys(target: Target, window: 
 def test_any_draft_is_lossless(
     target: Target, draft: DraftModel, vocabulary: VocabularyMap, draft_tokens: int
 ) -> None:
-    expected = greedy_decode(target, PROMPT, 30, None)
+    expected = decode_alone(target, PROMPT, 30, None)
     output, rounds = speculative_decode(
         target, Eagle3Guesser(draft, target.embedding, vocabulary), PROMPT, 30, draft_tokens, None, expected
     )
@@ -239,7 +239,7 @@ def test_any_draft_is_lossless(
 def test_an_oracle_is_accepted_up_to_its_mistakes(
     target: Target, draft: DraftModel, vocabulary: VocabularyMap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = greedy_decode(target, PROMPT, 60, None)
+    expected = decode_alone(target, PROMPT, 60, None)
     seen: list[int] = []
 
     def propose(self: Eagle3Guesser, aux: torch.Tensor, tokens: list[int], count: int) -> list[int]:
@@ -262,7 +262,7 @@ def test_an_oracle_is_accepted_up_to_its_mistakes(
 def test_a_difference_is_told_with_its_place_and_gap(
     target: Target, draft: DraftModel, vocabulary: VocabularyMap
 ) -> None:
-    wrong = greedy_decode(target, PROMPT, 12, None)
+    wrong = decode_alone(target, PROMPT, 12, None)
     wrong[5] = (wrong[5] + 1) % target.config.vocab_size
     with pytest.raises(
         NotLosslessError, match=r"new token 5 \(after a prompt of 10\) is \d+, the target alone gives"

@@ -15,7 +15,7 @@ from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
 from eagle3_ds.algorithms.eagle3 import decoding as eagle3_decoding
 from eagle3_ds.config import DraftSection
 from eagle3_ds.draft import BatchGuesser, Guesser, OneByOne, VocabularyMap
-from eagle3_ds.eval import NotLosslessError, Round, greedy_decode, speculative_decode
+from eagle3_ds.eval import NotLosslessError, Round, decode_alone, speculative_decode
 from eagle3_ds.eval import batch as batch_module
 from eagle3_ds.eval.batch import TargetBatch, batches, read_prompt, texts_can_be_batched
 from eagle3_ds.eval.intervals import interval
@@ -107,7 +107,7 @@ def one_by_one(
     """Answers, rounds and guesses, by the decoding of single texts."""
     answers, rounds, said = [], [], []
     for prompt in PROMPTS:
-        longer = greedy_decode(target, prompt, NEW + GUESSES, eos)
+        longer = decode_alone(target, prompt, NEW + GUESSES, eos)
         guesser = Helped(
             eagle3_decoding.Eagle3Guesser(draft, target.embedding, vocabulary_of(target)), longer
         )
@@ -131,7 +131,7 @@ def test_a_batch_gives_the_rounds_and_guesses_of_single_texts(
     assert texts_can_be_batched(target)
     draft = random_draft(target, layers=1 + (family == "qwen3"), window=6 if family == "mistral" else None)
     # A token in the middle of an answer ends the texts that come to it.
-    eos = greedy_decode(target, PROMPTS[0], NEW, None)[7]
+    eos = decode_alone(target, PROMPTS[0], NEW, None)[7]
     answers, rounds, said = one_by_one(target, draft, eos)
     limits, clock = Limits(NEW, GUESSES, eos), Clock()
     read = read_prompts(target, PROMPTS, clock)
@@ -158,7 +158,7 @@ def test_a_target_whose_cache_cannot_be_cut_is_decoded_alone(family: str) -> Non
     draft, limits, clock = random_draft(target), Limits(6, GUESSES, None), Clock()
     make = ALGORITHMS["eagle3"].batch_guesser
     prompt = PROMPTS[0]
-    longer = greedy_decode(target, prompt, 6 + GUESSES, None)
+    longer = decode_alone(target, prompt, 6 + GUESSES, None)
     single = Helped(eagle3_decoding.Eagle3Guesser(draft, target.embedding, vocabulary_of(target)), longer)
     _, rounds = speculative_decode(target, single, prompt, 6, GUESSES, None, longer[:6])
     answer = answer_alone(target, prompt, limits, clock)

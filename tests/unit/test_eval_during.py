@@ -18,9 +18,9 @@ from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
 from eagle3_ds.checkpoint.rng import random_states
 from eagle3_ds.config import DraftSection, EvalSection, Recipe, load_recipe
 from eagle3_ds.draft import VocabularyMap
-from eagle3_ds.eval import greedy_decode, speculative_decode
+from eagle3_ds.eval import decode_alone, speculative_decode
 from eagle3_ds.eval.decoded import decoded_rounds
-from eagle3_ds.eval.prompts import heldout_prompts, prompts_during
+from eagle3_ds.eval.heldout import heldout_prompts, prompts_during
 from eagle3_ds.plan import predict_memory
 from eagle3_ds.run.planning import Machines, plan_recipe
 from eagle3_ds.targets import Target
@@ -61,7 +61,7 @@ def a_draft(target: Target, seed: int) -> DraftModel:
 
 def said_by(target: Target) -> VocabularyMap:
     """The draft's vocabulary has what the target says."""
-    said = [token for prompt in PROMPTS for token in greedy_decode(target, prompt, 14, None)]
+    said = [token for prompt in PROMPTS for token in decode_alone(target, prompt, 14, None)]
     return VocabularyMap.from_counts(torch.bincount(torch.tensor(said), minlength=97), 64)
 
 
