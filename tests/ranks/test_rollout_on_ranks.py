@@ -108,14 +108,10 @@ def test_a_checkpoint_goes_on_where_it_was(results) -> None:
 def test_the_weights_have_the_names_that_servers_load(results) -> None:
     vocabulary = VocabularyMap.from_counts(torch.zeros(320, dtype=torch.int64), 320)
     tensors = vllm_tensors(results[MESHES[0]][0]["weights"], vocabulary)
-    assert {
-        "midlayer.self_attn.q_proj.weight",
-        "fc.weight",
-        "lm_head.weight",
-        "norm.weight",
-        "d2t",
-        "t2d",
-    } <= tensors.keys()
+    wanted = {"midlayer.self_attn.q_proj.weight", "fc.weight", "lm_head.weight", "norm.weight"}
+    assert wanted <= tensors.keys()
+    # The draft guesses every token of the target: vLLM refuses a map then.
+    assert not {"d2t", "t2d"} & tensors.keys()
 
 
 def captured(target: str, output: Path) -> tuple[PackedSequence, PackedSequence, np.ndarray]:
