@@ -11,7 +11,7 @@ A real loop differs in where the hidden states come from (the rollout engine) an
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -38,14 +38,24 @@ class Answer:
     reward: float
 
 
+def variety(written: Tensor) -> float:
+    """The toy's reward of the tokens int64 [n] of an answer: how few of them repeat."""
+    return len(written.unique()) / ANSWER_TOKENS
+
+
 @torch.no_grad()
-def answer(policy: Target, prompt: Tensor) -> Answer:
-    """A sampled answer; the toy's reward is the variety of its tokens."""
-    whole = policy.model.generate(prompt[None], do_sample=True, max_new_tokens=ANSWER_TOKENS, use_cache=True)[
-        0
-    ]
-    written = whole[len(prompt) :]
-    return Answer(whole, len(prompt), len(written.unique()) / ANSWER_TOKENS)
+def answer(
+    policy: Target, prompt: Tensor, reward: Callable[[Tensor], float], number: int = 1
+) -> list[Answer]:
+    """So many sampled answers to one prompt int64 [n]."""
+    sampled = policy.model.generate(
+        prompt.expand(number, -1), do_sample=True, max_new_tokens=ANSWER_TOKENS, use_cache=True
+    )
+    # After the token that ends a turn the shorter answers are filled up.
+    ends = (sampled[:, len(prompt) :] == policy.tokenizer.eos_token_id).int()
+    lengths = len(prompt) + torch.where(ends.any(1), ends.argmax(1) + 1, ends.shape[1])
+    texts = [row[:length] for row, length in zip(sampled, lengths.tolist(), strict=True)]
+    return [Answer(text, len(prompt), reward(text[len(prompt) :])) for text in texts]
 
 
 def pack(policy: Target, answers: Sequence[Answer]) -> Rollout:
@@ -61,9 +71,8 @@ def pack(policy: Target, answers: Sequence[Answer]) -> Rollout:
     )
 
 
-def improve(policy: Target, optimizer: torch.optim.Optimizer, answers: Sequence[Answer]) -> None:
-    """One step of the policy on its better half: rejection sampling, the simplest of policy updates."""
-    best = sorted(answers, key=lambda one: one.reward)[len(answers) // 2 :]
+def improve(policy: Target, optimizer: torch.optim.Optimizer, best: Sequence[Answer]) -> None:
+    """One step of the policy on its better answers: rejection sampling, the simplest of policy updates."""
     policy.model.requires_grad_(True)
     for one in best:
         logits = policy.model(one.token_ids[None]).logits[0, one.prompt - 1 : -1]
@@ -93,9 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     )
     taus = []
     for iteration in range(options.iterations):
-        answers = [answer(policy, prompt) for prompt in islice(prompts, PROMPTS_PER_ITERATION)]
+        answers = [
+            one
+            for prompt in islice(prompts, PROMPTS_PER_ITERATION)
+            for one in answer(policy, prompt, variety)
+        ]
         report = trainer.step(pack(policy, answers))
-        improve(policy, optimizer, answers)
+        improve(policy, optimizer, sorted(answers, key=lambda one: one.reward)[len(answers) // 2 :])
         trainer.update_target(policy.embedding, policy.model.get_output_embeddings().weight)
         weights = vllm_tensors(trainer.state_dict(), trainer.vocabulary)
         taus.append(report.tau)

@@ -1,8 +1,9 @@
 """Runs inside the server's Python: `python push_drafts.py JOBS ANSWERS`. One engine answers, takes another
-draft, and answers again; another engine starts with that draft.
+draft, and answers again.
 
-JOBS: {"modules": folder of this package's files for servers, "model", "start", "other": folders, "file",
-"back": drafts to push, "refused": {name: file}, "prompts", "max_new_tokens", "draft_tokens"}.
+JOBS: {"modules": folder of this package's files for servers, "model", "start": folders, "file": the draft to
+push, "prompts", "max_new_tokens", "draft_tokens"}. With "refused": {name: file}, "back", another draft to
+push, and "other", the folder of a draft, that engine is offered more, and another one starts with that draft.
 """
 
 from __future__ import annotations
@@ -65,20 +66,24 @@ def main() -> None:
     llm = engine(jobs["model"], jobs["start"], jobs["draft_tokens"])
     answers(decode, llm, jobs)  # vLLM's first answers warm it up, and are counted apart
     found["start"] = answers(decode, llm, jobs)
-    found["refused"] = {name: refusal(llm, file) for name, file in jobs["refused"].items()}
-    found["still"] = answers(decode, llm, jobs)
+    if "refused" in jobs:
+        found["refused"] = {name: refusal(llm, file) for name, file in jobs["refused"].items()}
+        found["still"] = answers(decode, llm, jobs)
     found["versions"] = [llm.collective_rpc("draft_version")]
     found["versions"].append(llm.collective_rpc("load_draft", args=(jobs["file"],)))
     found["versions"].append(llm.collective_rpc("draft_version"))
     found["pushed"] = answers(decode, llm, jobs)
-    found["refused"]["not newer"] = refusal(llm, jobs["file"])
-    llm.collective_rpc("load_draft", args=(jobs["back"],))
-    found["back"] = answers(decode, llm, jobs)
-    del llm
-    decode.release()
-    other = engine(jobs["model"], jobs["other"], jobs["draft_tokens"])
-    answers(decode, other, jobs)
-    found["other"] = answers(decode, other, jobs)
+    if "refused" in jobs:
+        found["refused"]["not newer"] = refusal(llm, jobs["file"])
+    if "back" in jobs:
+        llm.collective_rpc("load_draft", args=(jobs["back"],))
+        found["back"] = answers(decode, llm, jobs)
+    if "other" in jobs:
+        del llm
+        decode.release()
+        other = engine(jobs["model"], jobs["other"], jobs["draft_tokens"])
+        answers(decode, other, jobs)
+        found["other"] = answers(decode, other, jobs)
     with open(sys.argv[2], "w", encoding="utf-8") as file:
         json.dump(found, file)
 
