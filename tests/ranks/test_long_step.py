@@ -13,7 +13,8 @@ from eagle3_ds.train.trainer import StepReport
 from judge.long_run import Guesses, RankRecord, sample_mask, sampled_slots
 
 pytestmark = pytest.mark.ranks
-LENGTH = 4096
+LENGTH = 12_288
+"""The shortest whose longest document fills a block of the attention's backward, as the planner assumes."""
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_a_tap_that_is_not_the_reported_loss_is_seen():
         return errors_of_guesses(run, [record_of(guesses, tuple(step_loss.tolist()))], slots)
 
     right = found(mean)
-    assert right["error_of_the_reported_loss"] <= 1e-12 and right["largest_error_of_a_loss"] == 0
+    assert right["error_of_the_reported_loss"] <= 1e-7 and right["largest_error_of_a_loss"] == 0
     assert right["same_guesses_count"] and right["guesses"] == covered.sum()
     assert found(1.0001 * mean)["error_of_the_reported_loss"] > 1e-5
     first = tuple(np.argwhere(covered)[0])
