@@ -34,7 +34,9 @@ from judge.dense_reference import (
     rotary_frequencies,
 )
 
-SLOT_BLOCK, QUERY_BLOCK = 8192, 8
+SLOT_BLOCK = 8192
+SCORES_BLOCK = 2**19
+"""Scores of one head that are computed at once, so many queries times all L keys."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class SampledReference:
         blocks = torch.arange(len(self.batch.token_ids)).split(SLOT_BLOCK)
         parts = [_recomputed(self._keys_values, block) for block in blocks]
         keys, values = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
-        chosen = self.slots.split(QUERY_BLOCK)
+        chosen = self.slots.split(max(1, SCORES_BLOCK // len(self.batch.token_ids)))
         found = [_recomputed(self._steps, block, keys, values) for block in chosen]
         columns = [torch.cat(column, dim=1) for column in zip(*found, strict=True)]
         return SampledSlots(self.slots, *columns)

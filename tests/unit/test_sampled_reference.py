@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_all_slots_sampled_are_the_dense_step(name, monkeypatch):
     monkeypatch.setattr(sampled_reference, "SLOT_BLOCK", 50)
+    monkeypatch.setattr(sampled_reference, "SCORES_BLOCK", 1000)
     case, inputs, weights, batch = inputs_of(**CASES[name])
     arguments = (weights, inputs.config, inputs.frozen)
     dense = reference_step(*arguments, [batch], case.rules)
