@@ -383,6 +383,19 @@ def _layer(
     keys_values: list[tuple[Tensor, Tensor]],
 ) -> Tensor:
     """One decoder layer at one TTT step: [L, H] -> [L, H]. Appends this step's keys and values."""
+    q, k, v = _before_attention(weights, config, layer, embeds, hidden, angle)
+    group = config.num_attention_heads // config.num_key_value_heads
+    keys_values.append((k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)))
+    attended = _attention(q, keys_values, may_attend).transpose(0, 1).flatten(1)
+    return _after_attention(weights, config, layer, hidden, attended)
+
+
+def _before_attention(
+    weights: Weights, config: LlamaConfig, layer: int, embeds: Tensor, hidden: Tensor, angle: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of n slots, embeds and hidden [n, H], angle [n, R / 2]: rotated q [Hq, n, D], rotated k and v
+    [Hkv, n, D].
+    """
 
     def weight(name: str) -> Tensor:
         return weights[f"layers.{layer}.{name}.weight"]
@@ -399,10 +412,18 @@ def _layer(
         (x @ weight(f"self_attn.{name}_proj").T).view(len(x), -1, config.head_dim).transpose(0, 1)
         for name in "qkv"
     )
-    group = config.num_attention_heads // config.num_key_value_heads
     q, k = (_rotate(x, angle, rotary_factor(config)) for x in (q, k))
-    keys_values.append((k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)))
-    attended = _attention(q, keys_values, may_attend).transpose(0, 1).flatten(1)
+    return q, k, v
+
+
+def _after_attention(
+    weights: Weights, config: LlamaConfig, layer: int, hidden: Tensor, attended: Tensor
+) -> Tensor:
+    """Of n slots: output projection, residual and MLP; hidden [n, H], attended [n, Hq * D] -> [n, H]."""
+
+    def weight(name: str) -> Tensor:
+        return weights[f"layers.{layer}.{name}.weight"]
+
     if layer == 0 and getattr(config, "norm_before_residual", False):
         hidden = _rms_norm(hidden, weight("hidden_norm"), config)
     hidden = hidden + attended @ weight("self_attn.o_proj").T
