@@ -25,6 +25,8 @@ from eagle3_ds.data.patient_http import (
 
 logger = logging.getLogger(__name__)
 
+BOTH_KNOW = ("ignore_eos", "stop_token_ids")
+"""Keys that vLLM reads in a request and SGLang among its sampling parameters."""
 PROBE = "What is 2 + 2?"
 """Tokenised on both sides to compare vocabularies."""
 
@@ -40,11 +42,14 @@ class Served(NamedTuple):
 
 
 class _Spoken(NamedTuple):
-    """Tokens, whether the model itself ended them, and what the server says it ended them at."""
+    """Tokens, whether the model itself ended them, what the server says it ended them at, and what SGLang
+    tells of the request beside (`meta_info`).
+    """
 
     tokens: list[int]
     ended: bool
     matched: Any
+    told: Mapping[str, Any] = MappingProxyType({})
 
 
 class AnswerServer:
@@ -158,13 +163,24 @@ class AnswerServer:
 
         Args:
             tries: how often it is asked for before it counts as failed.
-            more: further keys of vLLM's request.
+            more: further keys of vLLM's request; SGLang is given those that it has too.
 
         Raises:
             NoAnswerError: this prompt got none (ServerTroubleError: another time it may).
             ServerGoneError: no prompt gets one any more, or another model is behind the URL.
         """
-        tokens, ended, matched = self._ask(prompt, self.sampling.max_new_tokens, seed, tries, more)
+        return self.answer_and_told(prompt, seed, tries, more)[0]
+
+    def answer_and_told(
+        self,
+        prompt: list[int],
+        seed: int | None,
+        tries: int = TRIES,
+        more: Mapping[str, Any] = MappingProxyType({}),
+    ) -> tuple[list[int], Mapping[str, Any]]:
+        """As `answer`, and what SGLang tells of the request beside (`meta_info`); nothing of vLLM."""
+        spoken = self._ask(prompt, self.sampling.max_new_tokens, seed, tries, more)
+        tokens, ended, matched, told = spoken
         strange = [token for token in tokens if not 0 <= token < self.vocab_size]
         if strange:
             raise ServerGoneError(
@@ -177,7 +193,7 @@ class AnswerServer:
                 f"the server ended the answer ({matched!r}) at token {last}, which is no end token of "
                 f"target.path ({self.stops}): serve the same generation_config.json, and no stop words"
             )
-        return tokens
+        return tokens, told
 
     def _ask(
         self,
@@ -189,7 +205,8 @@ class AnswerServer:
     ) -> _Spoken:
         if self.is_sglang:
             seeded = {} if seed is None else {"sampling_seed": seed}
-            choice = {"max_new_tokens": longest, **self._choice(), **seeded}
+            known = {name: value for name, value in more.items() if name in BOTH_KNOW}
+            choice = {"max_new_tokens": longest, **self._choice(), **seeded, **known}
             body = {"input_ids": prompt, "sampling_params": choice}
             return self.client.request("POST", "/generate", body, _read_generated, tries)
         asked: dict[str, Any] = {
@@ -246,7 +263,7 @@ def _read_generated(answer: Any) -> _Spoken:
         raise NoAnswerError("/generate returns no output_ids")
     meta = answer["meta_info"]
     reason = meta.get("finish_reason") or {}
-    return _whole(answer["output_ids"], reason.get("type"), reason.get("matched"), meta)
+    return _whole(answer["output_ids"], reason.get("type"), reason.get("matched"), meta)._replace(told=meta)
 
 
 def _whole(tokens: Any, reason: Any, matched: Any, counts: Mapping[str, Any] | None) -> _Spoken:

@@ -77,6 +77,15 @@ def read_counters(client: PatientClient) -> Counters:
     return parse_counters(text, client.url)
 
 
+def speculates(client: PatientClient) -> bool:
+    """Whether a vLLM has counters of speculation; False too where it has no page of counters."""
+    try:
+        text: str = client.request("GET", "/metrics", None, str, tries=1, is_text=True)
+    except ValueError:
+        return False
+    return any(line.startswith(ROUNDS) for line in text.splitlines())
+
+
 def parse_counters(text: str, url: str) -> Counters:
     """The counters in a page. `url`: for messages."""
     values: dict[str, float] = {}

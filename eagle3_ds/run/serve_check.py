@@ -84,11 +84,11 @@ class Served:
 
 @dataclass(frozen=True)
 class Report:
-    """All ways, the server's warnings, and where its whole log is."""
+    """All ways, the server's warnings, and where its whole log is: None of one that was not started here."""
 
     ways: tuple[Served, ...]
-    warnings: tuple[str, ...]
-    log: Path
+    warnings: tuple[str, ...] = ()
+    log: Path | None = None
 
     @property
     def failures(self) -> list[str]:
@@ -177,18 +177,18 @@ def run_check(check: Check, python: str, tolerance: float, folder: Path) -> Repo
         tolerance: how far the server's acceptance length may be from ours, relative.
         folder: where the server's log goes; made when it is not there.
     """
-    expected, rounds = _decode_here(check)
+    expected, rounds = decode_here(check)
     answers, log = _decode_there(check, python, folder)
     texts = log.read_text(encoding="utf-8", errors="replace")
     warnings = dict.fromkeys(match[1] for match in WARNING.finditer(texts))
     missing = {"error": f"the server ended before it came so far; the end of its log: {texts[-600:]}"}
-    ways = [_judge(WITHOUT, answers.get(WITHOUT, missing), expected, None, tolerance)]
+    ways = [judge(WITHOUT, answers.get(WITHOUT, missing), expected, None, tolerance)]
     for layout in check.drafts:
         for way in _ways(layout):
             found = answers.get(way, missing)
-            ways.append(_judge(way, found, expected, rounds[way], tolerance))
+            ways.append(judge(way, found, expected, rounds[way], tolerance))
     if check.recorded is not None:
-        ways.append(_judge_recorded(check, rounds.get(RECORDED), tolerance))
+        ways.append(judge_recorded(check, rounds.get(RECORDED), tolerance))
     return Report(tuple(ways), tuple(warnings), log)
 
 
@@ -196,7 +196,7 @@ def _ways(layout: str) -> tuple[str, ...]:
     return (NAMES[layout], ALONE) if layout == "speculators" else (NAMES[layout],)
 
 
-def _decode_here(check: Check) -> tuple[list[list[int]], dict[str, list[Round]]]:
+def decode_here(check: Check) -> tuple[list[list[int]], dict[str, list[Round]]]:
     """The target's own answers, to the full length, and the rounds of each way; of `RECORDED` those of texts
     that end at the end token, as an evaluation's do.
     """
@@ -209,7 +209,7 @@ def _decode_here(check: Check) -> tuple[list[list[int]], dict[str, list[Round]]]
             own = own_draft_tokens(folder)
             same = own == check.draft_tokens
             rounds[ALONE] = rounds[NAMES[layout]] if same else _rounds(check, target, folder, expected, own)
-    if check.recorded is not None and not _other_settings(check):
+    if check.recorded is not None and not other_settings(check):
         end, folder = target.tokenizer.eos_token_id, next(iter(check.drafts.values()))
         ended = [answer[: answer.index(end) + 1] if end in answer else answer for answer in expected]
         rounds[RECORDED] = _rounds(check, target, folder, ended, check.draft_tokens, end)
@@ -291,7 +291,7 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
 
 
-def _judge(
+def judge(
     way: str,
     found: Mapping[str, Any],
     expected: Sequence[Sequence[int]],
@@ -312,7 +312,7 @@ def _judge(
     theirs = [sum(place) / total for place in places]
     ours = _by_position(rounds, len(theirs))
     lengths, pairs = (1 + sum(theirs), 1 + sum(ours)), tuple(zip(theirs, ours, strict=True))
-    failures += _too_far("the server runs another draft than was trained", lengths, pairs, tolerance)
+    failures += too_far("the server runs another draft than was trained", lengths, pairs, tolerance)
     return Served(way, tuple(failures), speed, lengths, pairs)
 
 
@@ -320,7 +320,7 @@ def _by_position(rounds: Sequence[Round], draft_tokens: int) -> list[float]:
     return [sum(each.accepted > k for each in rounds) / len(rounds) for k in range(draft_tokens)]
 
 
-def _other_settings(check: Check) -> list[str]:
+def other_settings(check: Check) -> list[str]:
     """In what the run's evaluation differs from this check, so that their figures cannot be compared."""
     assert check.recorded is not None
     here: dict[str, Any] = {"prompts": len(check.prompts), "draft_tokens": check.draft_tokens}
@@ -331,11 +331,11 @@ def _other_settings(check: Check) -> list[str]:
     ]
 
 
-def _judge_recorded(check: Check, rounds: Sequence[Round] | None, tolerance: float) -> Served:
+def judge_recorded(check: Check, rounds: Sequence[Round] | None, tolerance: float) -> Served:
     """Hold the run's eval.json against our decoding of its export."""
     assert check.recorded is not None
     if rounds is None:
-        other = ", ".join(_other_settings(check))
+        other = ", ".join(other_settings(check))
         return Served(RECORDED, (), note=f"is of other settings and not compared: {other}")
     recorded = check.recorded["acceptance_length"]
     if not rounds or recorded is None:
@@ -343,11 +343,11 @@ def _judge_recorded(check: Check, rounds: Sequence[Round] | None, tolerance: flo
     theirs = [row["accepted"] for row in check.recorded["acceptance_by_position"]]
     pairs = tuple(zip(theirs, _by_position(rounds, len(theirs)), strict=True))
     lengths = (recorded, sum(each.emitted for each in rounds) / len(rounds))
-    failures = _too_far("what was exported is not what was evaluated", lengths, pairs, tolerance)
+    failures = too_far("what was exported is not what was evaluated", lengths, pairs, tolerance)
     return Served(RECORDED, tuple(failures), None, lengths, pairs)
 
 
-def _too_far(
+def too_far(
     meaning: str, lengths: tuple[float, float], accepted: Sequence[tuple[float, float]], tolerance: float
 ) -> list[str]:
     """What differs by more than the tolerance: the acceptance length relatively, a share as it is."""

@@ -100,10 +100,9 @@ def _connect(
     """The server, found to be a vLLM of the target that speculates, and how many tokens it guesses."""
     folder = resolve_path(recipe.target.path, recipe.target.build is not None)
     stops = [] if asked.ignore_eos else end_tokens(folder, config, tokenizer)
-    client = PatientClient(serving.url, serving.concurrency, serving.timeout, goes_on=False)
-    sampling = SamplingSection(max_new_tokens=recipe.eval.max_new_tokens, seed=None)
-    server = AnswerServer(client, sampling, stops, config.vocab_size)
-    server.connect(serving.model, recipe.target.path, tokenizer)
+    sizes = (recipe.eval.max_new_tokens, config.vocab_size)
+    server = connect(serving, recipe.target.path, tokenizer, stops, *sizes)
+    client = server.client
     if server.is_sglang:
         raise ServerGoneError(
             f"--server {client.url} talks like SGLang, and what is measured are counters of vLLM. Name a "
@@ -116,6 +115,22 @@ def _connect(
             ": its figures are of other rounds than those of the evaluation in process"
         )
     return server, guesses
+
+
+def connect(
+    serving: Serving, path: str, tokenizer: Any, stops: Sequence[int], new_tokens: int, vocab_size: int
+) -> AnswerServer:
+    """A server that is found to have the target of `path`, asked greedily for `new_tokens` at most, up to one
+    of the tokens `stops`.
+
+    Raises:
+        ServerGoneError: it cannot be reached, has another model, or gives no token ids.
+    """
+    client = PatientClient(serving.url, serving.concurrency, serving.timeout, goes_on=False)
+    sampling = SamplingSection(max_new_tokens=new_tokens, seed=None)
+    server = AnswerServer(client, sampling, stops, vocab_size)
+    server.connect(serving.model, path, tokenizer)
+    return server
 
 
 def _note(concurrency: int) -> str:
