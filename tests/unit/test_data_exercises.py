@@ -30,7 +30,7 @@ def of_kind(beginning: str) -> list[tuple[str, str]]:
 def test_rows_are_conversations_and_always_the_same() -> None:
     rows = list(exercise_conversations())
     assert len(rows) == NUM_CONVERSATIONS and rows[:50] == list(islice(exercise_conversations(), 50))
-    assert {len(row["messages"]) // 2 for row in rows} == {1, 2, 3, 4, 5, 6}
+    assert {len(row["messages"]) // 2 for row in rows} == {1, 2, 3}
     for number, row in enumerate(rows[:200]):
         validate_messages(row["messages"], f"row {number}")
 
@@ -61,10 +61,12 @@ def test_numbers_in_words(number: int, words: str) -> None:
 def test_sums_and_tables_are_right() -> None:
     for question, answer in of_kind("Add"):
         one, other = map(int, re.findall(r"\d+", question))
-        assert answer.endswith(f"The sum is {one + other}.")
+        sums = re.findall(r"(\d+) plus (\d+) is (\d+)", answer)
+        assert len(sums) == 3 and all(int(a) + int(b) == int(c) for a, b, c in sums)
+        assert answer.endswith(f" is {one + other}.")
     for _, answer in of_kind("Write the multiplication"):
         products = re.findall(r"(\d+) x (\d+) = (\d+)", answer)
-        assert len(products) >= 5 and all(int(a) * int(b) == int(c) for a, b, c in products)
+        assert len(products) >= 4 and all(int(a) * int(b) == int(c) for a, b, c in products)
 
 
 def test_records_and_classes_can_be_read() -> None:
@@ -74,7 +76,8 @@ def test_records_and_classes_can_be_read() -> None:
     for _, answer in of_kind("Write a Python class"):
         (tree,) = ast.parse(answer.removeprefix("```python").removesuffix("```")).body
         assert isinstance(tree, ast.ClassDef)
-        assert [node.name for node in tree.body[1:]] == ["__init__", "__repr__", "__eq__"]
+        methods = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+        assert methods == ["__init__", "__repr__", "__eq__"]
 
 
 def test_another_text_has_another_fingerprint(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
