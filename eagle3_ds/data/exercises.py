@@ -1,5 +1,5 @@
 """Conversations whose answers this program computes: days after a date, numbers in words, tables and sums,
-records as JSON, classes of Python, letters and short stories.
+records as JSON, classes of Python, lists, letters and short stories.
 
 A model of a few million parameters that is trained for minutes answers them in whole sentences, where on the
 sources of a library it would repeat itself. So a draft that is judged by its answers is judged by text. Every
@@ -39,6 +39,7 @@ CLASSES = _words("Account Book Order Parcel Player Recipe Room Sensor Ship Ticke
 FIELDS = _words(
     "address amount author colour height length name owner price rating size speed state title weight width"
 )
+WORDS = tuple(dict.fromkeys((*TRADES, *GOODS, *ANIMALS, *PLACES, *MOODS, *FIELDS)))
 ONES = _words(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen"
@@ -161,14 +162,19 @@ def _class(rng: random.Random) -> Turn:
         "",
         "    def __repr__(self):",
         f'        return f"{name}({", ".join(f"{{self.{field}!r}}" for field in fields)})"',
-        "",
-        "    def __eq__(self, other):",
-        f"        if not isinstance(other, {name}):",
-        "            return NotImplemented",
-        "        return " + " and ".join(f"self.{field} == other.{field}" for field in fields),
     ]
     question = rng.choice(("Write a Python class {} with {}.", "How would you write a class {} that has {}?"))
     return question.format(name, _listed(fields)), "\n".join(["```python", *lines, "```"])
+
+
+def _list(rng: random.Random) -> Turn:
+    # Nothing but the question says what the answer is: a young model learns here to look back.
+    words = rng.sample(WORDS, rng.randint(5, 10))
+    if rng.random() < 0.5:
+        return f"Number these words: {_listed(words)}.", "\n".join(
+            f"{n}. {word}" for n, word in enumerate(words, 1)
+        )
+    return f"Make a list of {_listed(words)}.", "\n".join(f"- {word}" for word in words)
 
 
 def _letter(rng: random.Random) -> Turn:
@@ -209,6 +215,7 @@ EXERCISES: tuple[Callable[[random.Random], Turn], ...] = (
     _addition,
     _record,
     _class,
+    _list,
     _letter,
     _story,
 )

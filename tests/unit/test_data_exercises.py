@@ -77,7 +77,14 @@ def test_records_and_classes_can_be_read() -> None:
         (tree,) = ast.parse(answer.removeprefix("```python").removesuffix("```")).body
         assert isinstance(tree, ast.ClassDef)
         methods = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-        assert methods == ["__init__", "__repr__", "__eq__"]
+        assert methods == ["__init__", "__repr__"]
+
+
+def test_lists_hold_the_words_of_their_questions() -> None:
+    for beginning, mark in (("Number these words: ", r"\d+\."), ("Make a list of ", "-")):
+        for question, answer in of_kind(beginning):
+            asked = re.split(", | and ", question.removeprefix(beginning).removesuffix("."))
+            assert re.findall(rf"^{mark} (\w+)$", answer, re.MULTILINE) == asked and len(asked) >= 5
 
 
 def test_another_text_has_another_fingerprint(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
