@@ -91,7 +91,7 @@ def test_a_second_run_needs_a_word_about_the_first(finished: Job) -> None:
 
 
 def test_resuming_with_another_draft_is_refused(finished: Job) -> None:
-    status, output = finished.call("launch", "draft.vocab_size=512", "--resume")
+    status, output = finished.call("launch", "draft.vocab_size=256", "--resume")
     assert status == 2
     assert "draft.vocab_size" in output
 
