@@ -15,7 +15,7 @@ from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.checkpoint.format import VOCABULARY
 from eagle3_ds.config import Recipe, as_recipe, dump_recipe
 from eagle3_ds.data import PreparedData, prepare_data
-from eagle3_ds.data.stdlib_corpus import stdlib_conversations, stdlib_text
+from eagle3_ds.data.corpora import CORPORA
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.eval import draw_report, in_process, loop_warning
 from eagle3_ds.eval.heldout import prompts_during
@@ -78,7 +78,8 @@ def prepare(recipe: Recipe | str | Path, checkpoint: Path | None = None) -> None
     section = recipe.target
     if section.build is not None:
         logger.info("target: %s", section.path)
-        build_target(section, stdlib_text(), (row["messages"] for row in stdlib_conversations()))
+        corpus = CORPORA[section.build.text]
+        build_target(section, corpus.texts(), (row["messages"] for row in corpus.conversations()))
     check_target_structure(recipe)
     for note in algorithm_of(recipe).notes(load_text_config(resolve_path(section.path)), recipe):
         logger.info("draft: %s", note)

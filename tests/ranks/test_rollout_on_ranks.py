@@ -30,7 +30,7 @@ LENGTHS = ((40, 25), (33, 30, 7))
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("target") / "tiny"
-    build = TargetBuild(**SIZES, sequence_length=32, batch_size=4, steps=0)
+    build = TargetBuild.model_validate({**SIZES, "sequence_length": 32, "batch_size": 4, "steps": 0})
     build_target(TargetSection(path=str(path), build=build), TEXTS, progress=False)
     return str(path)
 
