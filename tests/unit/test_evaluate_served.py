@@ -302,7 +302,7 @@ def test_held_out_prompts_are_those_of_the_run(
 
 def test_the_other_figures_stay_as_long_as_the_weights_do(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    (out / "draft").mkdir(parents=True)
+    out.mkdir()
     (out / WEIGHTS).write_bytes(b"first")
     write_evaluation(out, {"acceptance_length": 2.0})
     status, said = run()
@@ -310,6 +310,7 @@ def test_the_other_figures_stay_as_long_as_the_weights_do(run: Run, tmp_path: Pa
     assert read_eval(out).keys() == {"acceptance_length", DIGEST, SERVED}
     # Of other weights, written at the same moment, the old figures say nothing.
     (out / WEIGHTS).write_bytes(b"other")
+    (out / "draft").mkdir()
     status, said = run()
     assert status == 0 and "the evaluation in process is of other weights" in said
     assert set(written(tmp_path)) == {SERVED} and read_eval(out)[SERVED][DIGEST] == weights_digest(out)
