@@ -31,6 +31,7 @@ from eagle3_ds.export import load_embedding, load_export
 from eagle3_ds.export.card import sglang_words
 from eagle3_ds.export.folder import read_folder
 from eagle3_ds.export.vllm import AUX_LAYERS
+from eagle3_ds.run.eval_file import read_eval
 from eagle3_ds.run.finish import FOLDERS, prompts_of_run
 from eagle3_ds.targets import Target, load_target, load_text_config, load_tokenizer, resolve_path
 from eagle3_ds.topology import detect_accelerator
@@ -51,7 +52,7 @@ class Check:
         target: section of the target; a draft's own layers are read from its export.
         drafts: {layout: folder of an export}.
         prompts: token ids. The rest as in the recipe's section `eval`.
-        recorded: the content of the run's eval.json; None without one.
+        recorded: the evaluation of these weights in the run's eval.json; None without one.
     """
 
     target: TargetSection
@@ -110,8 +111,7 @@ def check_of_run(recipe: Recipe) -> Check:
         )
     config = load_text_config(resolve_path(recipe.target.path))
     prompts = prompts_of_run(recipe, config.max_position_embeddings)
-    recorded = folder / "eval.json"
-    evaluation = in_process(json.loads(recorded.read_text())) if recorded.is_file() else None
+    evaluation = in_process(read_eval(folder))
     settings = recipe.eval
     sizes = (settings.max_new_tokens, settings.draft_tokens, settings.dtype)
     return Check(recipe.target, drafts, _some(prompts), *sizes, recorded=evaluation)

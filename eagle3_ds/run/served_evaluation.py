@@ -18,7 +18,8 @@ from eagle3_ds.data.patient_http import PatientClient, ServerGoneError
 from eagle3_ds.data.prompts import prompt_tokens, read_prompts_file
 from eagle3_ds.eval.counters import read_counters
 from eagle3_ds.eval.served import measure, prompts_fingerprint
-from eagle3_ds.run.finish import add_served, prompts_of_run
+from eagle3_ds.run.eval_file import add_served
+from eagle3_ds.run.finish import prompts_of_run, write_cards
 from eagle3_ds.run.regeneration import Serving, end_tokens
 from eagle3_ds.targets import load_text_config, load_tokenizer, resolve_path
 
@@ -91,6 +92,7 @@ def evaluate_served(recipe: Recipe | str | Path, serving: Serving, asked: Asked 
         **figures,
     }
     add_served(Path(recipe.output_dir), result)
+    write_cards(recipe)
     return result
 
 

@@ -21,6 +21,7 @@ from eagle3_ds.eval.counters import Meter, parse_counters
 from eagle3_ds.eval.intervals import interval_of_counts
 from eagle3_ds.eval.report import _figure
 from eagle3_ds.run import finish, served_evaluation
+from eagle3_ds.run.eval_file import DIGEST, SERVED, WEIGHTS, read_eval, weights_digest, write_evaluation
 from eagle3_ds.serving.decode import COUNTED
 from tests.unit.counting_server import NEW, CountingServer
 from tests.unit.fake_answer_server import Reply, serving
@@ -275,7 +276,7 @@ def test_words_that_need_a_server(tmp_path: Path, run: Run, capsys: pytest.Captu
     for words in (["--prompts", "p"], ["--concurrency", "2"], ["--ignore_eos"], ["--compare", "d"]):
         assert main(["evaluate", str(tmp_path / "r.yaml"), *words]) == 2
         assert f"{words[0]} is for a server" in capsys.readouterr().err
-    assert "has no eval.json" in run("--compare", str(tmp_path))[1]
+    assert "has no eval.json of its weights" in run("--compare", str(tmp_path))[1]
     command = ["evaluate", str(tmp_path / "r.yaml"), "--server", "http://127.0.0.1:9"]
     assert main(command) == 2
 
@@ -299,19 +300,28 @@ def test_held_out_prompts_are_those_of_the_run(
     assert "name prompts by --prompts" in capsys.readouterr().err
 
 
-def test_the_other_figures_stay(run: Run, tmp_path: Path) -> None:
+def test_the_other_figures_stay_as_long_as_the_weights_do(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "eval.json").write_text(json.dumps({"acceptance_length": 2.0, "served": 1}))
+    (out / WEIGHTS).write_bytes(b"first")
+    write_evaluation(out, {"acceptance_length": 2.0})
     status, said = run()
     assert status == 0 and written(tmp_path)["acceptance_length"] == 2.0, said
-    assert isinstance(written(tmp_path)["served"], dict)
-    assert finish._kept(out, served=True).keys() == {"served"}
-    # Of weights that are younger, the old figures say nothing.
-    (out / "draft-final.safetensors").write_text("")
+    assert read_eval(out).keys() == {"acceptance_length", DIGEST, SERVED}
+    # Of other weights, written at the same moment, the old figures say nothing.
+    (out / WEIGHTS).write_bytes(b"other")
+    (out / "draft").mkdir()
     status, said = run()
-    assert status == 0 and "weights that were replaced since" in said
-    assert set(written(tmp_path)) == {"served"}
+    assert status == 0 and "the evaluation in process is of other weights" in said
+    assert set(written(tmp_path)) == {SERVED} and read_eval(out)[SERVED][DIGEST] == weights_digest(out)
+    card = (out / "draft" / "README.md").read_text()
+    assert "It was not evaluated." in card and "### On a vLLM server" in card
+    (out / WEIGHTS).write_bytes(b"third")
+    write_evaluation(out, {"acceptance_length": 3.0})
+    assert written(tmp_path) == {"acceptance_length": 3.0, DIGEST: weights_digest(out)}
+    # Weights that were removed to save space leave what was measured of them.
+    (out / WEIGHTS).unlink()
+    assert read_eval(out)["acceptance_length"] == 3.0
 
 
 RECORD = {"step": 1, "loss": 3.0, "step_loss": [2.0, 1.0], "step_accuracy": [0.5, 0.25]}
@@ -341,7 +351,7 @@ def test_the_picture_shows_it_beside_other_runs(
     (other / "eval.json").write_text(json.dumps({"acceptance_length": 1.25, "acceptance_by_context": [row]}))
     assert main(["report", str(tmp_path / "r.yaml"), "--compare", str(other)]) == 0
     assert "other was evaluated in process, this run on a server" in "".join(capsys.readouterr())
-    (other / "eval.json").write_text("{}")
+    (other / "eval.json").write_text('{"prompts": 1}')
     assert main(["report", str(tmp_path / "r.yaml"), "--compare", str(other)]) == 2
     assert "has no acceptance by context" in capsys.readouterr().err
 
