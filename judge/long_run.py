@@ -14,7 +14,6 @@ import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -77,13 +76,13 @@ class LongRun(SampleRun):
                 weight.mul_(SHARPNESS)
         return model
 
-    def trainer(self, topology: Topology) -> DraftTrainer:
+    def trainer(self, topology: Topology) -> TappedTrainer:
         recipe, model = self.recipe(), self.model()
         settings = fill_deepspeed_config(self.deepspeed or {}, recipe, self.world_size, self.draft_dp)
         draft = DraftModel(self.config())
         draft.load_state_dict(model.weights)
         frozen = model.frozen
-        return DraftTrainer(
+        return TappedTrainer(
             recipe, settings, topology, draft, frozen.embedding, frozen.head, vocabulary_map(frozen)
         )
 
@@ -133,24 +132,16 @@ class Guesses:
 
 
 class LossTap:
-    """Makes a trainer keep what its loss gives for each guess, of one step. Wraps the loss that the trainer
+    """Keeps what a trainer's loss gives for each guess, of one step, by wrapping the loss that the trainer
     hands to its tiles: the step itself, its cut and its tiles are as they are.
     """
 
-    def __init__(self, trainer: DraftTrainer) -> None:
-        self._trainer, self._make_inputs = trainer, trainer._loss_inputs
+    def __init__(self) -> None:
         self._tiles: list[LossTile] = []
         self._terms: list[tuple[FloatArray, FloatArray]] = []
 
-    def __enter__(self) -> LossTap:
-        self._trainer._loss_inputs = self._tapped_inputs  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._trainer._loss_inputs = self._make_inputs  # type: ignore[method-assign]
-
-    def _tapped_inputs(self, batch: LocalBatch, contributing: Tensor, step_weight: Tensor) -> LossInputs:
-        inputs = self._make_inputs(batch, contributing, step_weight)
+    def tapped(self, inputs: LossInputs, batch: LocalBatch, contributing: Tensor) -> LossInputs:
+        """The same inputs, with the loss wrapped."""
         self._tiles, self._contributing = list(inputs.tiles), contributing.numpy()
         self._slots = batch.plan.slots(batch.ring_rank, batch.ulysses_rank)
         return replace(inputs, loss=_TappedLoss(inputs.loss, self._terms))
@@ -170,6 +161,16 @@ class LossTap:
             for which in (0, 1)
         )
         return Guesses(self._slots[columns], value, accepted, self._contributing[:, columns])
+
+
+class TappedTrainer(DraftTrainer):
+    """A trainer whose loss goes through `tap`, while there is one."""
+
+    tap: LossTap | None = None
+
+    def _loss_inputs(self, batch: LocalBatch, contributing: Tensor, step_weight: Tensor) -> LossInputs:
+        inputs = super()._loss_inputs(batch, contributing, step_weight)
+        return inputs if self.tap is None else self.tap.tapped(inputs, batch, contributing)
 
 
 class _TappedLoss:
@@ -228,7 +229,8 @@ def take_steps(run: LongRun, sampled_mask: NDArray[np.bool_]) -> RankRecord:
         gc.collect()
         counted.mark()
         groups = {"ulysses": topology.ulysses_group, "ring": topology.ring_group}
-        with CollectiveCalls(groups) as calls, LossTap(trainer) as tap:
+        trainer.tap = tap = LossTap()
+        with CollectiveCalls(groups) as calls:
             started = time.perf_counter()
             report = trainer.step([pack], run.recipe().train.learning_rate)
             seconds = time.perf_counter() - started

@@ -152,14 +152,19 @@ class AnswerServer:
 
     # Answers
 
-    def answer(
+    def answer(self, prompt: list[int], seed: int | None) -> list[int]:
+        """As `answer_and_told`, the tokens alone."""
+        return self.answer_and_told(prompt, seed)[0]
+
+    def answer_and_told(
         self,
         prompt: list[int],
         seed: int | None,
         tries: int = TRIES,
         more: Mapping[str, Any] = MappingProxyType({}),
-    ) -> list[int]:
-        """The tokens after the prompt, the one that ends the answer included where it came to that.
+    ) -> tuple[list[int], Mapping[str, Any]]:
+        """The tokens after the prompt, the one that ends the answer included where it came to that; and what
+        SGLang tells of the request beside (`meta_info`), nothing of vLLM.
 
         Args:
             tries: how often it is asked for before it counts as failed.
@@ -169,18 +174,7 @@ class AnswerServer:
             NoAnswerError: this prompt got none (ServerTroubleError: another time it may).
             ServerGoneError: no prompt gets one any more, or another model is behind the URL.
         """
-        return self.answer_and_told(prompt, seed, tries, more)[0]
-
-    def answer_and_told(
-        self,
-        prompt: list[int],
-        seed: int | None,
-        tries: int = TRIES,
-        more: Mapping[str, Any] = MappingProxyType({}),
-    ) -> tuple[list[int], Mapping[str, Any]]:
-        """As `answer`, and what SGLang tells of the request beside (`meta_info`); nothing of vLLM."""
-        spoken = self._ask(prompt, self.sampling.max_new_tokens, seed, tries, more)
-        tokens, ended, matched, told = spoken
+        tokens, ended, matched, told = self._ask(prompt, self.sampling.max_new_tokens, seed, tries, more)
         strange = [token for token in tokens if not 0 <= token < self.vocab_size]
         if strange:
             raise ServerGoneError(

@@ -18,12 +18,11 @@ from eagle3_ds.run.serve_check import (
     WITHOUT,
     Check,
     Report,
-    Served,
+    by_position,
     decode_here,
     judge,
     judge_recorded,
     other_settings,
-    too_far,
 )
 from eagle3_ds.run.served_evaluation import connect
 from eagle3_ds.targets import load_text_config, load_tokenizer, resolve_path
@@ -56,7 +55,6 @@ def check_running(
     config = load_text_config(resolve_path(check.target.path))
     tokenizer = load_tokenizer(check.target)
     stops = [] if plain is None else [tokenizer.eos_token_id]
-
     sizes = (check.max_new_tokens, config.vocab_size)
     server = connect(serving, check.target.path, tokenizer, stops, *sizes)
     alone = None if plain is None else connect(plain, check.target.path, tokenizer, stops, *sizes)
@@ -137,7 +135,8 @@ def _against_ours(check: Check, answers: Sequence[Answered], tolerance: float) -
     layout = "vllm" if "vllm" in check.drafts else next(iter(check.drafts))
     ours = replace(check, drafts={layout: check.drafts[layout]}, draft_tokens=_guesses(answers, check))
     expected, rounds = decode_here(ours)
-    ways = [judge(RUNNING, _found(answers), expected, rounds[NAMES[layout]], tolerance)]
+    shares = by_position(rounds[NAMES[layout]], ours.draft_tokens)
+    ways = [judge(RUNNING, _found(answers), expected, shares, tolerance)]
     if check.recorded is not None:
         ways.append(judge_recorded(ours, rounds.get(RECORDED), tolerance))
     return Report(tuple(ways))
@@ -157,15 +156,5 @@ def _against_plain(
             "its acceptance is not that in eval.json. Start it with as many."
         )
     recorded = [row["accepted"] for row in check.recorded["acceptance_by_position"]]
-    found = judge(RUNNING, _found(answers), expected, None, tolerance)
-    total = sum(one.rounds or 0 for one in answers)
-    if not total:
-        failed = (*found.failures, "the server never asked the draft")
-        return Report((alone, replace(found, failures=failed)))
-    accepted = zip(*(one.accepted_by_position for one in answers if one.rounds), strict=True)
-    theirs = [sum(place) / total for place in accepted]
-    lengths = (1 + sum(theirs), 1 + sum(recorded))
-    pairs = tuple(zip(theirs, recorded, strict=True))
-    failures = too_far("the server runs another draft than was evaluated", lengths, pairs, tolerance)
-    failed = (*found.failures, *failures)
-    return Report((alone, Served(RUNNING, failed, found.tokens_per_second, lengths, pairs)))
+    meaning = "the server runs another draft than was evaluated"
+    return Report((alone, judge(RUNNING, _found(answers), expected, recorded, tolerance, meaning)))

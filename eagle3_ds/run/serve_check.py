@@ -186,7 +186,8 @@ def run_check(check: Check, python: str, tolerance: float, folder: Path) -> Repo
     for layout in check.drafts:
         for way in _ways(layout):
             found = answers.get(way, missing)
-            ways.append(judge(way, found, expected, rounds[way], tolerance))
+            ours = by_position(rounds[way], check.draft_tokens)
+            ways.append(judge(way, found, expected, ours, tolerance))
     if check.recorded is not None:
         ways.append(judge_recorded(check, rounds.get(RECORDED), tolerance))
     return Report(tuple(ways), tuple(warnings), log)
@@ -295,14 +296,18 @@ def judge(
     way: str,
     found: Mapping[str, Any],
     expected: Sequence[Sequence[int]],
-    rounds: Sequence[Round] | None,
+    ours: Sequence[float] | None,
     tolerance: float,
+    meaning: str = "the server runs another draft than was trained",
 ) -> Served:
+    """Hold what a server gave against the target's own answers and, by position, the shares of rounds in
+    which a guess should be accepted; None where there is no draft.
+    """
     if "error" in found:
         return Served(way, (f"does not load: {found['error']}",))
     failures = _differences(found["answers"], expected)
     speed = sum(map(len, found["answers"])) / sum(found["seconds"])
-    if rounds is None:
+    if ours is None:
         return Served(way, tuple(failures), speed)
     counts = [count for count in found["counts"] if count is not None and count["rounds"]]
     total = sum(count["rounds"] for count in counts)
@@ -310,14 +315,16 @@ def judge(
         return Served(way, (*failures, "the server never asked the draft"), speed)
     places = zip(*(count["accepted_by_position"] for count in counts), strict=True)
     theirs = [sum(place) / total for place in places]
-    ours = _by_position(rounds, len(theirs))
+    # A server may guess another number of tokens, as an export served alone may say: it is held to that.
+    ours = [*ours, *(0.0 for _ in theirs)][: len(theirs)]
     lengths, pairs = (1 + sum(theirs), 1 + sum(ours)), tuple(zip(theirs, ours, strict=True))
-    failures += too_far("the server runs another draft than was trained", lengths, pairs, tolerance)
+    failures += _too_far(meaning, lengths, pairs, tolerance)
     return Served(way, tuple(failures), speed, lengths, pairs)
 
 
-def _by_position(rounds: Sequence[Round], draft_tokens: int) -> list[float]:
-    return [sum(each.accepted > k for each in rounds) / len(rounds) for k in range(draft_tokens)]
+def by_position(rounds: Sequence[Round], draft_tokens: int) -> list[float]:
+    """For each guess, the share of rounds in which it was accepted; 0 without rounds."""
+    return [sum(each.accepted > k for each in rounds) / max(1, len(rounds)) for k in range(draft_tokens)]
 
 
 def other_settings(check: Check) -> list[str]:
@@ -341,13 +348,13 @@ def judge_recorded(check: Check, rounds: Sequence[Round] | None, tolerance: floa
     if not rounds or recorded is None:
         return Served(RECORDED, (), note="has no acceptance: every text ended before the draft was asked")
     theirs = [row["accepted"] for row in check.recorded["acceptance_by_position"]]
-    pairs = tuple(zip(theirs, _by_position(rounds, len(theirs)), strict=True))
+    pairs = tuple(zip(theirs, by_position(rounds, len(theirs)), strict=True))
     lengths = (recorded, sum(each.emitted for each in rounds) / len(rounds))
-    failures = too_far("what was exported is not what was evaluated", lengths, pairs, tolerance)
+    failures = _too_far("what was exported is not what was evaluated", lengths, pairs, tolerance)
     return Served(RECORDED, tuple(failures), None, lengths, pairs)
 
 
-def too_far(
+def _too_far(
     meaning: str, lengths: tuple[float, float], accepted: Sequence[tuple[float, float]], tolerance: float
 ) -> list[str]:
     """What differs by more than the tolerance: the acceptance length relatively, a share as it is."""

@@ -30,11 +30,9 @@ class CountingServer(FakeServer):
         )
         self.shown, self.lag, self.behind = dict(self.counts), 0, 0
         self.speculates, self.counts_at_all = True, True
+        self.says = "abcdefghijklmnopqrstuvwxyz"
         self.more: Callable[[dict[str, float]], None] = lambda counts: None
         self.change, self._guard = self._count, threading.Lock()
-
-    def answer(self, text: str) -> str:
-        return "abcdefghijklmnopqrstuvwxyz"
 
     def _count(self, answer: dict[str, Any]) -> None:
         [choice] = answer["choices"]
@@ -62,8 +60,7 @@ class CountingServer(FakeServer):
                 if self.behind < 0:
                     self.shown = dict(self.counts)
                 return Reply(200, self._page(self.shown).encode())
-        reply = super()._usual(path, body, prompt, text)
-        return reply
+        return super()._usual(path, body, prompt, text)
 
     def _page(self, counts: dict[str, float]) -> str:
         # A name with everything in it that a line is cut at, and two engines.

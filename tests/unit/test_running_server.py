@@ -49,8 +49,12 @@ class SglangServer(CountingServer):
         if path == "/generate" and self.speculates:
             right = NEW // 3 if len(prompt) % 2 else 0
             histogram = [0, 0, 4] if right else [2, 2, 0]
-            meta = {"spec_verify_ct": 4, "spec_accept_token_num": histogram[1] + 2 * histogram[2]}
-            meta |= {"spec_draft_token_num": 8, "spec_accept_histogram": histogram}  # type: ignore[dict-item]
+            meta: dict[str, Any] = {
+                "spec_verify_ct": 4,
+                "spec_accept_token_num": histogram[1] + 2 * histogram[2],
+                "spec_draft_token_num": 8,
+                "spec_accept_histogram": histogram,
+            }
             self.told(meta)
             reply.body["meta_info"] |= meta
         return reply
@@ -117,7 +121,7 @@ def test_what_fails(check: Check, server: CountingServer, ours: list[Check]) -> 
     server.more = lambda counts: counts.update(drafts=0, p0=0, p1=0, accepted=0)
     [way] = check_running(check, Serving(server.url), None, 1.0).ways
     assert way.failures == ("the server never asked the draft",)
-    server.answer = lambda text: "zyxwvutsrqponm"  # type: ignore[method-assign]
+    server.says = "zyxwvutsrqponm"
     [way] = check_running(check, Serving(server.url), None, 1.0).ways
     assert "2 of 2 answers are not the target's own; prompt 1 differs from new token 1" in way.failures[0]
 
@@ -161,7 +165,7 @@ def test_a_plain_server_is_the_target(
         worse = {**RECORDED, "acceptance_by_position": [{"accepted": 0.9}, {"accepted": 0.35}]}
         _, way = check_running(replace(check, recorded=worse), *both, 0.02).ways
         assert "guess 1 is accepted in 0.750 of all rounds" in way.failures[0]
-        plain.answer = lambda text: "zyxwvutsrqponm"  # type: ignore[method-assign]
+        plain.says = "zyxwvutsrqponm"
         _, way = check_running(check, *both, 0.0).ways
         assert "2 of 2 answers are not the target's own" in way.failures[0]
         for changed, told in (
