@@ -144,11 +144,8 @@ class StockFile:
         return False
 
     def too_late(self, seconds: float) -> str:
-        if self._lock.is_file():
-            return (
-                f"{self.path} is not complete after {seconds:g} s: the server still holds its lock, or the "
-                "write has hung"
-            )
+        if self._is_free() is False:
+            return f"{self.path} is not complete after {seconds:g} s: the server still holds its lock"
         return _did_not_appear(self.path, seconds)
 
     def remove(self) -> None:
