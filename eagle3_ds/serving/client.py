@@ -1,17 +1,20 @@
 """Asking a server for the hidden states of documents, one request each, with a limited number of tries.
 
-The answer to a request names a file in a folder that both sides see (`connector` writes it); it is read,
-checked and removed. Nothing here knows of stores.
+The answer to a request names a file in a folder that both sides see (`written`); it is read, checked and
+removed. Nothing here knows of stores.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from eagle3_ds.patient_http import (
     HalfAnswerError,
@@ -22,11 +25,13 @@ from eagle3_ds.patient_http import (
     Words,
 )
 from eagle3_ds.serving.rows import DamagedRowsError, Expected, RowFile, ServedRows, read_rows
+from eagle3_ds.serving.written import WrittenFile, written_file
 
 Result = TypeVar("Result")
 
+logger = logging.getLogger(__name__)
+
 PREFIX = "eagle3_ds_prefix"
-ROWS_FILE = "eagle3_ds_rows"
 SHORT_DELAY, LONG_DELAY = 0.002, 0.1
 """Seconds between two looks for a file that the server is about to write."""
 
@@ -46,6 +51,7 @@ class ServerClient:
         retries: how often a request is tried again.
         key_variable: the environment variable that holds the server's API key, which is sent and never shown.
         require_alive: raises ValueError when the server is known to be dead.
+        warns: say once when the server's connector is vLLM's own, of which less can be checked.
 
     Raises:
         ValueError: the URL is none.
@@ -60,6 +66,7 @@ class ServerClient:
         retries: int,
         key_variable: str | None = None,
         require_alive: Callable[[], None] = lambda: None,
+        warns: bool = True,
     ) -> None:
         assert re.fullmatch(r"[A-Za-z0-9-]+", prefix), prefix
         self.folder, self.prefix, self.timeout, self.retries = folder, prefix, timeout, retries
@@ -74,6 +81,7 @@ class ServerClient:
         self._http = PatientClient(url, None, timeout, words, require_alive)
         self.url = self._http.url
         self._model = ""
+        self._warnings = threading.Semaphore(int(warns))
 
     def connect(self) -> int:
         """Find the server and its model, and remove files that an earlier client with this prefix left.
@@ -82,15 +90,21 @@ class ServerClient:
             The longest length, prompt and answer together, that the server takes.
 
         Raises:
-            ValueError: no server answers, or it is none of vLLM's.
+            ValueError: no server answers, or it is none of vLLM's; or the folder is missing, or not writable.
         """
         if not self.folder.is_dir():
             raise ValueError(
                 f"target.server.folder = {str(self.folder)!r} is no folder here: name the one that the "
                 "server's connector writes to, on a file system that both hosts share."
             )
-        for leftover in self.folder.glob(f"{self.prefix}-*"):
-            leftover.unlink()
+        if not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):
+            raise ValueError(
+                f"target.server.folder = {str(self.folder)!r}: this user may not read it, or not remove "
+                "files from it, which is done as soon as they are read. Run the server and this program as "
+                "the same user."
+            )
+        for leftover in (*self.folder.glob(f"{self.prefix}-*"), *self.folder.glob(f"cmpl-{self.prefix}-*")):
+            leftover.unlink(missing_ok=True)
         try:
             self._model, longest = self._http.request("GET", "/v1/models", None, _read_model, tries=1)
         except NoAnswerError as error:
@@ -112,7 +126,7 @@ class ServerClient:
         def take(path: Path, chosen: int | None) -> ServedRows:
             return ServedRows(read_rows(path, token_ids, expected), chosen)
 
-        return self._ask(token_ids, take)
+        return self._ask(token_ids, expected, take)
 
     def file(self, token_ids: Sequence[int], expected: Expected, place: Path) -> None:
         """Have the hidden states of a document put to `place`, in `folder`, whole or not at all. Their rows
@@ -126,13 +140,15 @@ class ServerClient:
             RowFile(path, expected).require_tokens(token_ids)
             path.replace(place)
 
-        self._ask(token_ids, take)
+        self._ask(token_ids, expected, take)
 
     def stop(self) -> None:
         """Let every thread that waits for the server end soon."""
         self._http.stop()
 
-    def _ask(self, token_ids: Sequence[int], take: Callable[[Path, int | None], Result]) -> Result:
+    def _ask(
+        self, token_ids: Sequence[int], expected: Expected, take: Callable[[Path, int | None], Result]
+    ) -> Result:
         """What `take` makes of the document's file and of the token that the server chose after it."""
         body = {
             "model": self._model,
@@ -141,10 +157,15 @@ class ServerClient:
             "temperature": 0,
             "return_token_ids": True,
             "kv_transfer_params": {PREFIX: self.prefix},
+            # vLLM's own connector calls its file cmpl-ID-...: `connect` finds what a killed client left.
+            "request_id": f"{self.prefix}-{uuid4().hex}",
         }
 
         def read(answer: Any) -> Result:
-            return self._taken(answer, take)
+            written = written_file(answer, self.folder, self.url)
+            if written.is_stock and self._warnings.acquire(blocking=False):
+                logger.warning(_unchecked(self.url, expected))
+            return self._taken(answer, written, take)
 
         try:
             return self._http.request("POST", "/v1/completions", body, read, tries=self.retries + 1)
@@ -159,49 +180,39 @@ class ServerClient:
                 "target.server.retries; more time for one: target.server.timeout_seconds."
             ) from error
 
-    def _taken(self, answer: Any, take: Callable[[Path, int | None], Result]) -> Result:
+    def _taken(self, answer: Any, written: WrittenFile, take: Callable[[Path, int | None], Result]) -> Result:
         """What `take` makes of the file that an answer names, which is removed then."""
-        name = (answer.get("kv_transfer_params") or {}).get(ROWS_FILE)
-        if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
-            raise ValueError(
-                f"the server at {self.url} answers and writes no hidden states: it runs without this "
-                "program's connector. Start it as docs/hidden-states.md shows, or set target.server.url to "
-                "null."
-            )
-        path = self._wait_for(name)
+        self._wait_for(written)
         chosen = (answer.get("choices") or [{}])[0].get("token_ids")
         try:
-            return take(path, int(chosen[0]) if chosen else None)
+            return take(written.path, int(chosen[0]) if chosen else None)
         except DamagedRowsError as error:
             raise HalfAnswerError(str(error)) from error
         finally:
-            path.unlink(missing_ok=True)
+            written.remove()
 
-    def _wait_for(self, name: str) -> Path:
-        """The path of the file of this name, once it is complete."""
-        path, failed = self.folder / f"{name}.safetensors", self.folder / f"{name}.failed"
+    def _wait_for(self, written: WrittenFile) -> None:
+        """Return once the file is complete."""
         deadline, delay = time.monotonic() + self.timeout, SHORT_DELAY
-        while not path.is_file():
-            if failed.is_file():
-                reason = failed.read_text() or "no reason given"
-                failed.unlink(missing_ok=True)
-                if "No space left" in reason:
-                    raise ValueError(
-                        f"the server could not write hidden states ({reason}): free some space in "
-                        f"target.server.folder ({self.folder}), or lower target.server.concurrency. Then "
-                        "run the same command again: it goes on after the documents that are done."
-                    )
-                raise HalfAnswerError(f"it could not write hidden states: {reason}")
+        while not written.is_complete():
             if time.monotonic() > deadline:
-                raise HalfAnswerError(
-                    f"{path} did not appear in {self.timeout:g} s: the server's connector must write to "
-                    "target.server.folder, on a file system that both hosts share"
-                )
+                raise HalfAnswerError(written.too_late(self.timeout))
             self._http.require_alive()
             if self._http.stopped.wait(delay):
                 raise StoppedError
             delay = min(2 * delay, LONG_DELAY)
-        return path
+
+
+def _unchecked(url: str, expected: Expected) -> str:
+    """What is said of a server with vLLM's own connector."""
+    return (
+        f"the server at {url} writes hidden states by vLLM's ExampleHiddenStatesConnector, whose files say "
+        "neither of which layers nor of which weights they are and have no checksums. Not checked: that its "
+        f"eagle_aux_hidden_state_layer_ids are {list(expected.layer_ids)}, a flipped bit, steps whose hidden "
+        "states vLLM leaves out (it does when any request reaches --max-model-len: serve nothing else); the "
+        "weights are told apart by a few of the tokens that the server chooses, if at all. This program's "
+        "connector writes all that: docs/hidden-states.md."
+    )
 
 
 def _read_model(answer: Any) -> tuple[str, int]:

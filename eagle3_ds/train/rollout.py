@@ -244,7 +244,8 @@ class RolloutTrainer:
         """A client of the rollout engine, for `ask`. Collective: the first rank of each sp group connects.
 
         Args:
-            url: of a vLLM server that was started with our connector (docs/hidden-states.md).
+            url: of a vLLM server that was started with our connector, or with vLLM's own
+                (docs/hidden-states.md).
             folder: where its connector writes; every rank must see it.
             name: how the names of this trainer's files begin: letters, digits and dashes. Files with such
                 names that were left there are removed.
@@ -257,7 +258,9 @@ class RolloutTrainer:
         """
         topology, mistake = self.trainer.topology, None
         prefix = f"{name}-{topology.place.dp_rank}"
-        client = ServerClient(url, Path(folder), prefix, timeout, retries, key_variable)
+        client = ServerClient(
+            url, Path(folder), prefix, timeout, retries, key_variable, warns=topology.place.dp_rank == 0
+        )
         try:
             if topology.sp_rank == 0:
                 client.connect()
