@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from eagle3_ds.config import SamplingSection
-from eagle3_ds.data.patient_http import (
+from eagle3_ds.patient_http import (
     TRIES,
     HalfAnswerError,
     NoAnswerError,

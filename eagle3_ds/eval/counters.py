@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from eagle3_ds.data.patient_http import NoAnswerError, PatientClient
+from eagle3_ds.patient_http import NoAnswerError, PatientClient
 
 # A line of a value; labels may hold anything between quotes.
 LINE = re.compile(r"(?P<name>[A-Za-z_:][\w:]*)(?:\{(?P<labels>.*)\})?\s+(?P<value>\S+)(?:\s+-?\d+)?\s*")

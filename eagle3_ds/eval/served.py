@@ -12,9 +12,9 @@ from secrets import token_hex
 from typing import Any
 
 from eagle3_ds.data.answer_server import AnswerServer
-from eagle3_ds.data.patient_http import NoAnswerError, ServerGoneError
 from eagle3_ds.eval.counters import Counters, Meter, speculates
 from eagle3_ds.eval.intervals import interval_of_counts
+from eagle3_ds.patient_http import NoAnswerError, ServerGoneError
 from eagle3_ds.say import progress_bar
 
 SGLANG_NAMES = (

@@ -14,10 +14,10 @@ from eagle3_ds.config import Recipe, SamplingSection, as_recipe
 from eagle3_ds.data.answer_server import AnswerServer, Served
 from eagle3_ds.data.chat import ChatTemplate, load_chat_template
 from eagle3_ds.data.long_context import LONGBENCH, longbench_prompts, ruler_prompts
-from eagle3_ds.data.patient_http import PatientClient, ServerGoneError
 from eagle3_ds.data.prompts import prompt_tokens, read_prompts_file
 from eagle3_ds.eval.counters import read_counters
 from eagle3_ds.eval.served import measure, prompts_fingerprint
+from eagle3_ds.patient_http import PatientClient, ServerGoneError, Words
 from eagle3_ds.run.eval_file import add_served
 from eagle3_ds.run.finish import prompts_of_run, write_cards
 from eagle3_ds.run.regeneration import Serving, end_tokens
@@ -128,7 +128,7 @@ def connect(
     Raises:
         ServerGoneError: it cannot be reached, has another model, or gives no token ids.
     """
-    client = PatientClient(serving.url, serving.concurrency, serving.timeout, goes_on=False)
+    client = PatientClient(serving.url, serving.concurrency, serving.timeout, Words(then="begins anew"))
     sampling = SamplingSection(max_new_tokens=new_tokens, seed=None)
     server = AnswerServer(client, sampling, stops, vocab_size)
     server.connect(serving.model, path, tokenizer)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
+from eagle3_ds import patient_http
 from eagle3_ds.cli.main import main
-from eagle3_ds.data.patient_http import PatientClient
 from eagle3_ds.eval import counters, served
 from eagle3_ds.eval.counters import Meter, parse_counters
 from eagle3_ds.eval.intervals import interval_of_counts
@@ -52,7 +52,7 @@ def run(
 ) -> Run:
     """Exit status and everything printed of `evaluate --server` with prompts of LENGTHS."""
     monkeypatch.setattr(served, "Meter", partial(Meter, settle=0.3, still=0.01))
-    monkeypatch.setattr(served_evaluation, "PatientClient", partial(PatientClient, first_wait=0.01))
+    monkeypatch.setattr(patient_http, "FIRST_WAIT", 0.01)
     monkeypatch.setenv("COLUMNS", "250")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     rows = [{"input_ids": [5 + n % 50 for n in range(length)]} for length in LENGTHS]

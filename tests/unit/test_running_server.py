@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from eagle3_ds import patient_http
 from eagle3_ds.cli.main import main
 from eagle3_ds.config import TargetSection
-from eagle3_ds.data.patient_http import PatientClient
 from eagle3_ds.eval import Round, served
 from eagle3_ds.eval.counters import Meter
-from eagle3_ds.run import running_server, serve_check, served_evaluation
+from eagle3_ds.run import running_server, serve_check
 from eagle3_ds.run.regeneration import Serving
 from eagle3_ds.run.running_server import check_running
 from eagle3_ds.run.serve_check import Check, Report
@@ -74,7 +74,7 @@ def server(target: Path) -> Iterator[CountingServer]:
 @pytest.fixture(autouse=True)
 def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served, "Meter", partial(Meter, settle=0.3, still=0.01))
-    monkeypatch.setattr(served_evaluation, "PatientClient", partial(PatientClient, first_wait=0.01))
+    monkeypatch.setattr(patient_http, "FIRST_WAIT", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
