@@ -26,11 +26,11 @@ from judge.dense_reference import (
     LossRules,
     MicroBatch,
     Weights,
-    _after_attention,
-    _before_attention,
-    _normed_aux,
-    _of_guesses,
-    _rms_norm,
+    after_attention,
+    before_attention,
+    normed_aux,
+    of_guesses,
+    rms_norm,
     rotary_frequencies,
 )
 
@@ -163,7 +163,7 @@ class SampledReference:
         index = torch.arange(len(loss_mask))
         live = torch.zeros(len(loss_mask), dtype=torch.bool)
         for k in range(self.rules.ttt_steps):
-            read, inside = self._read(index, 1 + k)
+            read, inside = self.read_ahead(index, 1 + k)
             live |= inside & loss_mask[read if self.rules.alignment == "served" else (read - 1).clamp(min=0)]
         others = live.clone()
         others[self.slots] = False
@@ -173,14 +173,14 @@ class SampledReference:
                 f"slot {int(others.nonzero()[0])}."
             )
 
-    def _read(self, slots: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
+    def read_ahead(self, slots: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
         """The slot `ahead` of each, or the slot itself where that is in another document; and whether not."""
         inside = slots + ahead < self._end[slots]
         return torch.where(inside, slots + ahead, slots), inside
 
     def _entry(self, slots: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The embeddings [n, H] that slots read at a step, and their angles [n, R / 2]."""
-        read, inside = self._read(slots, 1 + step)
+        read, inside = self.read_ahead(slots, 1 + step)
         embeds = self.frozen.embedding[self.batch.token_ids[read]].to(self.dtype) * inside[:, None]
         position = (slots - self._first[slots] + step).to(self.frequency.dtype)
         return embeds, (position[:, None] * self.frequency).to(self.dtype)
@@ -188,11 +188,11 @@ class SampledReference:
     def _hidden(self, slots: Tensor) -> Tensor:
         """The hidden states of step 0, [n, H]."""
         aux = self.batch.aux[slots].to(self.dtype)
-        return _normed_aux(self.leaves, self.config, aux) @ self.leaves["fc.weight"].T
+        return normed_aux(self.leaves, self.config, aux) @ self.leaves["fc.weight"].T
 
     def _keys_values(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         embeds, angle = self._entry(slots, 0)
-        _, k, v = _before_attention(self.leaves, self.config, 0, embeds, self._hidden(slots), angle)
+        _, k, v = before_attention(self.leaves, self.config, 0, embeds, self._hidden(slots), angle)
         return k, v
 
     def _steps(self, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
@@ -204,22 +204,22 @@ class SampledReference:
         hidden, diagonals, rows = self._hidden(slots), [], []
         for k in range(self.rules.ttt_steps):
             embeds, angle = self._entry(slots, k)
-            q, own_k, own_v = _before_attention(self.leaves, self.config, 0, embeds, hidden, angle)
+            q, own_k, own_v = before_attention(self.leaves, self.config, 0, embeds, hidden, angle)
             if k:
                 diagonals.append((own_k, own_v))
             seen = (index >= self._first[slots, None]) & (index <= slots[:, None])
             if getattr(self.config, "sliding_window", None):
                 seen &= slots[:, None] + k - index < self.config.sliding_window
             attended = _attention_of_few(q, *step_zero, diagonals, seen).transpose(0, 1).flatten(1)
-            hidden = _after_attention(self.leaves, self.config, 0, hidden, attended)
-            normed = _rms_norm(hidden, self.leaves["norm.weight"], self.config)
+            hidden = after_attention(self.leaves, self.config, 0, hidden, attended)
+            normed = rms_norm(hidden, self.leaves["norm.weight"], self.config)
             logits = normed @ self.leaves["lm_head.weight"].T
             if getattr(self.config, "norm_output", False):
                 hidden = normed
-            read, inside = self._read(slots, 1 + k)
+            read, inside = self.read_ahead(slots, 1 + k)
             of_teacher = self.batch.teacher[read].to(self.dtype) @ self.frozen.head.to(self.dtype).T
             best = of_teacher.argmax(-1)
-            value, accepted = _of_guesses(logits, of_teacher[:, target_of].softmax(-1), self.rules)
+            value, accepted = of_guesses(logits, of_teacher[:, target_of].softmax(-1), self.rules)
             right = target_of[logits.argmax(-1)] == best
             rows.append((value, accepted.detach(), right, torch.isin(best, target_of), inside, read))
         return tuple(torch.stack(column) for column in zip(*rows, strict=True))
