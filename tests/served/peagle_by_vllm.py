@@ -3,12 +3,12 @@
 Runs in the environment of `make_environment.sh`: `python peagle_by_vllm.py JOB RECORD`. JOB is a JSON file
 {"target", "draft": folders, "prompts": [[token, ...], ...], "guesses": K, "new_tokens": n}; "draft" is null
 where the target's folder is a speculators export that brings its own. RECORD is a file of safetensors: of
-prompt p, `tokens.p` int64 [n] (prompt and answer), `aux.p` fp32 [n, A] (the captured hidden states of each
-position; rows that no draft has read are NaN), `slots.p` int64 [rounds] (the last verified position of each
-round) and `logits.p` fp32 [rounds, K, Vd].
+prompt p, `text.p` int64, prompt and answer; `fed.p` int64 [n], the token that each slot's state was made of,
+and `aux.p` fp32 [n, A], its captured hidden states, both of which may go on behind the answer's end;
+`slots.p` int64 [rounds], the last verified position of each round; `logits.p` fp32 [rounds, K, Vd].
+`embedding` is the draft's, as it was loaded.
 
-One process, so that the draft can be watched; one prompt at a time. The embedding that the draft has read and
-whether the server shares the target's go along.
+One process, so that the draft can be watched; one prompt at a time.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ class Watched:
 
     def __init__(self) -> None:
         self.proposer: Any = None
+        self.clear()
+
+    def clear(self) -> None:
+        self.fed: dict[int, int] = {}
         self.rows: dict[int, Tensor] = {}
         self.slots: list[int] = []
         self.logits: list[Tensor] = []
-
-    def clear(self) -> None:
-        self.rows, self.slots, self.logits = {}, [], []
 
     def watch(self) -> None:
         """Wrap the draft's call. Nothing that it computes is changed."""
@@ -58,8 +59,9 @@ class Watched:
             positions, rejected = named["target_positions"], named.get("num_rejected_tokens_gpu")
             seen = len(positions) - (0 if rejected is None else int(rejected[0]))
             states = named["target_hidden_states"].detach().float().clone()
-            for at, row in zip(positions[:seen].tolist(), states, strict=False):
-                watched.rows[at] = row
+            fed = [*named["target_token_ids"][1:seen].tolist(), int(named["next_token_ids"][0])]
+            for at, token, row in zip(positions[:seen].tolist(), fed, states, strict=False):
+                watched.fed[at], watched.rows[at] = token, row
             watched.slots.append(int(positions[seen - 1]))
             return propose(self, *args, **named)
 
@@ -73,15 +75,12 @@ class Watched:
 
         SpecDecodeBaseProposer._sample_draft_tokens = sampled
 
-    def record(self, tokens: list[int]) -> dict[str, Tensor]:
-        width = len(next(iter(self.rows.values())))
-        aux = torch.full((len(tokens), width), float("nan"))
-        for at, row in self.rows.items():
-            if at < len(tokens):
-                aux[at] = row
+    def record(self, text: list[int]) -> dict[str, Tensor]:
+        slots = range(self.slots[-1] + 1)
         return {
-            "tokens": torch.tensor(tokens),
-            "aux": aux,
+            "text": torch.tensor(text),
+            "fed": torch.tensor([self.fed[at] for at in slots]),
+            "aux": torch.stack([self.rows[at] for at in slots]),
             "slots": torch.tensor(self.slots),
             "logits": torch.stack(self.logits),
         }
