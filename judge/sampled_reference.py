@@ -163,7 +163,7 @@ class SampledReference:
         index = torch.arange(len(loss_mask))
         live = torch.zeros(len(loss_mask), dtype=torch.bool)
         for k in range(self.rules.ttt_steps):
-            read, inside = self._read(index, 1 + k)
+            read, inside = self.read_ahead(index, 1 + k)
             live |= inside & loss_mask[read if self.rules.alignment == "served" else (read - 1).clamp(min=0)]
         others = live.clone()
         others[self.slots] = False
@@ -173,14 +173,14 @@ class SampledReference:
                 f"slot {int(others.nonzero()[0])}."
             )
 
-    def _read(self, slots: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
+    def read_ahead(self, slots: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
         """The slot `ahead` of each, or the slot itself where that is in another document; and whether not."""
         inside = slots + ahead < self._end[slots]
         return torch.where(inside, slots + ahead, slots), inside
 
     def _entry(self, slots: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The embeddings [n, H] that slots read at a step, and their angles [n, R / 2]."""
-        read, inside = self._read(slots, 1 + step)
+        read, inside = self.read_ahead(slots, 1 + step)
         embeds = self.frozen.embedding[self.batch.token_ids[read]].to(self.dtype) * inside[:, None]
         position = (slots - self._first[slots] + step).to(self.frequency.dtype)
         return embeds, (position[:, None] * self.frequency).to(self.dtype)
@@ -216,7 +216,7 @@ class SampledReference:
             logits = normed @ self.leaves["lm_head.weight"].T
             if getattr(self.config, "norm_output", False):
                 hidden = normed
-            read, inside = self._read(slots, 1 + k)
+            read, inside = self.read_ahead(slots, 1 + k)
             of_teacher = self.batch.teacher[read].to(self.dtype) @ self.frozen.head.to(self.dtype).T
             best = of_teacher.argmax(-1)
             value, accepted = of_guesses(logits, of_teacher[:, target_of].softmax(-1), self.rules)
