@@ -112,6 +112,16 @@ class LayoutForm(Protocol):
     def architecture(self) -> str:
         """The entry of config.json's `architectures`."""
 
+    def decoder_keys(self, config: LlamaConfig) -> dict[str, Any]:
+        """What differs of the decoder's keys from those of a Llama."""
+
+    def layer_keys(self, config: LlamaConfig, aux_layers: Sequence[int] | None) -> dict[str, Any]:
+        """The keys that name captured layers, which are None if they are the rule's.
+
+        Raises:
+            ValueError: the draft was made for other layers.
+        """
+
     def keys(self, config: LlamaConfig) -> dict[str, Any]:
         """The config keys of the layout that go beyond the decoder's geometry."""
 

@@ -23,6 +23,8 @@ from eagle3_ds.draft import DraftAlgorithm, LayoutForm, VocabularyMap, sliding_w
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 EMBEDDING = "embed_tokens.weight"
+MASK_EMBEDDING, MASK_FILE = "mask_embedding", "mask_embedding.pt"
+"""The tensor that servers read from a file of its own, which torch writes, and that file."""
 PARTIAL = "partial_rotary_factor"
 
 
@@ -164,8 +166,14 @@ def check_complete(
         )
 
 
-def write_folder(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Write config and weights under a hidden name, then rename: `folder` appears complete or not at all.
+def write_folder(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    mask_token_id: int | None = None,
+) -> Path:
+    """Write config and weights under a hidden name, then rename: `folder` appears complete or not at all. A
+    mask embedding, of the id `mask_token_id`, gets its own file.
 
     Raises:
         ValueError: the folder exists already.
@@ -180,9 +188,11 @@ def write_folder(folder: str | Path, config: Mapping[str, Any], tensors: Mapping
     try:
         aside.chmod(0o755)
         (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, aside / WEIGHTS, {"format": "pt"}
-        )
+        weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        mask = weights.pop(MASK_EMBEDDING, None)
+        if mask is not None:
+            torch.save({"embedding": mask.clone(), "mask_token_id": mask_token_id}, aside / MASK_FILE)
+        save_file(weights, aside / WEIGHTS, {"format": "pt"})
         (aside / WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner; servers run as others
         os.rename(aside, folder)
     except BaseException:
@@ -202,7 +212,12 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError(
                 f"{str(folder)!r} holds no {name}: it is not an exported draft. Name the folder of an export."
             )
-    return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8")), load_file(Path(folder) / WEIGHTS)
+    tensors = load_file(Path(folder) / WEIGHTS)
+    if (Path(folder) / MASK_FILE).is_file():
+        # Others write the tensor alone; `weights_only` reads nothing but tensors and plain values.
+        stored = torch.load(Path(folder) / MASK_FILE, map_location="cpu", weights_only=True)
+        tensors[MASK_EMBEDDING] = (stored["embedding"] if isinstance(stored, dict) else stored).reshape(-1)
+    return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8")), tensors
 
 
 def cast(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from eagle3_ds.export.folder import (
 )
 
 AUTO_MAP = {"": "config.Eagle3SpeculatorConfig"}
+"""By which speculators finds its class of the config, for algorithms that name no other."""
 
 
 def export_speculators(
@@ -70,7 +71,8 @@ def export_speculators(
         "tie_word_embeddings": False,
         "dtype": dtype,
         "torch_dtype": dtype,
-        "transformer_layer_config": geometry(config, max_position) | {"dtype": dtype, "torch_dtype": dtype},
+        "transformer_layer_config": geometry(config, max_position)
+        | {**form.decoder_keys(config), "dtype": dtype, "torch_dtype": dtype},
         "speculators_config": {
             "algorithm": algorithm,
             "default_proposal_method": "greedy",
@@ -81,10 +83,9 @@ def export_speculators(
             },
         },
     }
-    if aux_layers is not None:
-        keys["eagle_aux_hidden_state_layer_ids"] = list(aux_layers)
+    keys |= form.layer_keys(config, aux_layers)
     tensors = cast({**{form.name_there(k): v for k, v in model_state.items()}, EMBEDDING: embedding}, dtype)
-    return write_folder(folder, keys, tensors | vocabulary.exported())
+    return write_folder(folder, keys, tensors | vocabulary.exported(), getattr(config, "mask_token_id", None))
 
 
 def load_speculators(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], VocabularyMap, Tensor]:
@@ -103,8 +104,9 @@ def load_speculators(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor]
     if algorithm is None or vocabulary is None or EMBEDDING not in tensors:
         raise ValueError(
             f"{str(folder)!r} is no draft in the speculators layout: speculators_model_type is "
-            f"{keys.get('speculators_model_type')!r}, expected 'eagle3', with the tensors {EMBEDDING} and, "
-            "unless the draft has the whole vocabulary, d2t and t2d. Name the folder of such an export."
+            f"{keys.get('speculators_model_type')!r}, expected one of {sorted(ALGORITHMS)}, with the tensors "
+            f"{EMBEDDING} and, unless the draft has the whole vocabulary, d2t and t2d. Name the folder of "
+            "such an export."
         )
     tensors = {name: tensor for name, tensor in tensors.items() if name not in VOCABULARY}
     embedding = tensors.pop(EMBEDDING)

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from eagle3_ds.algorithms import ALGORITHMS
+from eagle3_ds.algorithms.eagle3.exported import AUX_LAYERS
 from eagle3_ds.draft import VOCABULARY, VocabularyMap, has_own_embedding, target_hidden_size
 from eagle3_ds.export.folder import (
     EMBEDDING,
@@ -33,7 +34,6 @@ from eagle3_ds.export.folder import (
     write_folder,
 )
 
-AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 # The first id by which the SGLang of May 2026 tells that ids name outputs, for DeepSeek-like targets.
 OUTPUTS_BEGIN = 1
 logger = logging.getLogger(__name__)
@@ -68,19 +68,21 @@ def export_vllm(
     form = ALGORITHMS[algorithm].layouts["vllm"]
     check_complete(ALGORITHMS[algorithm], model_state, config, vocabulary)
     own = _own_embedding(embedding, config)
+    layer_keys = form.layer_keys(config, aux_layers)
     keys = geometry(config, max_position) | {
+        **form.decoder_keys(config),
         "architectures": [form.architecture],
         "draft_vocab_size": config.draft_vocab_size,
         "dtype": dtype,
         "torch_dtype": dtype,
         **form.keys(config),
+        **layer_keys,
     }
-    if aux_layers is not None:
-        keys[AUX_LAYERS] = list(aux_layers)
-        keys["eagle_config"] = {"use_aux_hidden_state": True, AUX_LAYERS: sglang_layers(aux_layers)}
+    if aux_layers is not None and layer_keys:
         tell_layers(aux_layers)
     tensors = vllm_tensors(model_state, vocabulary, dtype, algorithm)
-    return write_folder(folder, keys, tensors | cast(own, dtype))
+    whole = tensors | cast(own, dtype)
+    return write_folder(folder, keys, whole, getattr(config, "mask_token_id", None))
 
 
 def _own_embedding(embedding: Tensor | None, config: LlamaConfig) -> dict[str, Tensor]:

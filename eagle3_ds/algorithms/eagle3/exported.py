@@ -5,7 +5,7 @@ speculators library uses our names.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from eagle3_ds.draft.geometry import aux_keys, has_own_embedding, num_aux_layers
 
 logger = logging.getLogger(__name__)
 
+AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 FIRST_HERE, FIRST_THERE = "layers.0.", "midlayer."
 
 
@@ -23,6 +24,17 @@ class ServerForm:
     """The layout that vLLM and SGLang load."""
 
     architecture = "LlamaForCausalLMEagle3"
+
+    def decoder_keys(self, config: LlamaConfig) -> dict[str, Any]:
+        return {}
+
+    def layer_keys(self, config: LlamaConfig, aux_layers: Sequence[int] | None) -> dict[str, Any]:
+        """vLLM's key, at the top, and SGLang's, in `eagle_config`, which names a layer by its output."""
+        if aux_layers is None:
+            return {}
+        outputs = [layer - 1 for layer in aux_layers]
+        nested = {"use_aux_hidden_state": True, AUX_LAYERS: outputs}
+        return {AUX_LAYERS: list(aux_layers), "eagle_config": nested}
 
     def keys(self, config: LlamaConfig) -> dict[str, Any]:
         """The flags, the number of captured layers if it is not three, which vLLM assumes, and the target's
@@ -46,6 +58,12 @@ class SpeculatorsForm:
     """The layout of the speculators library."""
 
     architecture = "Eagle3DraftModel"
+
+    def decoder_keys(self, config: LlamaConfig) -> dict[str, Any]:
+        return {}
+
+    def layer_keys(self, config: LlamaConfig, aux_layers: Sequence[int] | None) -> dict[str, Any]:
+        return {} if aux_layers is None else {AUX_LAYERS: list(aux_layers)}
 
     def keys(self, config: LlamaConfig) -> dict[str, Any]:
         """All flags, also the false ones: a server takes an absent `norm_before_residual` as true; and the
