@@ -30,7 +30,13 @@ from eagle3_ds.eval.lockstep import (
     read_prompts,
     speculative_batch,
 )
-from eagle3_ds.export import export_speculators, export_vllm, load_export, verify_export
+from eagle3_ds.export import (
+    export_speculators,
+    export_vllm,
+    exported_algorithm,
+    load_export,
+    verify_export,
+)
 from eagle3_ds.targets import Target
 from judge.dense_reference import Frozen, MicroBatch
 from judge.dflash_reference import block_logits
@@ -239,6 +245,7 @@ def test_an_export_is_read_back_and_gives_the_same_logits(
     folder = exported(tmp_path / "draft", layout, draft, target)
     own = None if embedding_of(target, draft) is target.embedding else embedding_of(target, draft)
     assert verify_export(folder, draft, vocabulary_of(target), algorithm="dflash", embedding=own) == 0.0
+    assert exported_algorithm(folder) == "dflash"
     config, state, _ = load_export(folder)
     for key in ("block_size", "mask_token_id", "mask_embedding", "block_causal", "aux_layers"):
         assert getattr(config, key) == getattr(draft.config, key), key
