@@ -25,7 +25,7 @@ from tests.served.judged import ALONE, DRAFT, SPECULATORS, Serve
 from tests.served.pairs import VOCABULARY, random_target
 from tests.served.test_dflash import LEARNT, NEW_TOKENS, texts_of
 
-GUESSES = SIZE - 1
+GUESSES, TRAIN_STEPS = SIZE - 1, 150
 COMMON: dict[str, Any] = {"algorithm": "dflash", "block_size": SIZE, "mask_token_id": 3, "num_layers": 1}
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {"vocab_size": VOCABULARY},
@@ -61,7 +61,8 @@ def trained_draft(
     draft = DFlashModel(config).eval()
     sizes = (draft.fc.in_features, section.vocab_size, section.mask_embedding)
     frozen = Frozen(target.embedding, target.head, vocabulary.d2t)
-    draft.load_state_dict(trained(random_weights(config, *sizes, norms_differ=False), config, frozen, texts))
+    fresh = random_weights(config, *sizes, norms_differ=False)
+    draft.load_state_dict(trained(fresh, config, frozen, texts, TRAIN_STEPS, still=("k_norm.weight",)))
     return draft.requires_grad_(False), vocabulary
 
 
@@ -72,8 +73,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory, serve: Serve) -> Bench:
     layers = choose_aux_layers(model.config.num_hidden_layers, AUX_LAYERS)
     target = Target(model, None, model.config, layers)
     texts, lengths = texts_of(target, model.config.vocab_size)
-    # Two texts that the drafts have learnt, so that guesses are accepted, and three that they have not.
-    judged = range(LEARNT - 2, len(texts))
+    # Four texts that the drafts have learnt, so that guesses are accepted, and two that they have not.
+    judged = range(LEARNT - 4, LEARNT + 2)
     prompts = [texts[i].token_ids[: lengths[i]].tolist() for i in judged]
     answers = [texts[i].token_ids[lengths[i] : lengths[i] + NEW_TOKENS].tolist() for i in judged]
     rounds: dict[str, list[list[Round]]] = {}

@@ -19,7 +19,8 @@ from eagle3_ds.algorithms.dflash import DFlashModel, build_dflash_config
 from eagle3_ds.algorithms.dflash.config import mask_token
 from eagle3_ds.algorithms.dflash.costs import DFlashShape
 from eagle3_ds.algorithms.dflash.decoding import DFlashBatchGuesser, DFlashGuesser
-from eagle3_ds.config import DraftSection
+from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
+from eagle3_ds.config import DraftSection, Recipe, load_recipe
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.eval import decode_alone, speculative_decode
 from eagle3_ds.eval.lockstep import (
@@ -38,6 +39,7 @@ from eagle3_ds.export import (
     verify_export,
 )
 from eagle3_ds.targets import Target
+from eagle3_ds.train.initial_draft import load_initial_draft
 from judge.dense_reference import Frozen, MicroBatch
 from judge.dflash_reference import block_logits
 from tests.unit.tiny_families import AUX_LAYERS, family_config, random_model
@@ -344,3 +346,55 @@ def test_the_mask_token_without_a_word_of_the_recipe() -> None:
     assert chosen(pad_token_id=None, eos_token_id=3) == 99
     with pytest.raises(ValueError, match=r"draft.mask_token_id = 100 is not in the target's vocabulary"):
         mask_token(LlamaConfig(vocab_size=100), section(mask_token_id=100))
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def recipe_with(folder: Path, start: Path, target: Target, **more: Any) -> Recipe:
+    """A run that starts from the export `start`."""
+    target.config.save_pretrained(folder / "target")
+    keys = {"algorithm": "dflash", "vocab_size": VOCABULARY, "block_size": SIZE, "mask_token_id": 2}
+    keys |= {"num_layers": 2, **more}
+    layers = f"target.aux_layers={list(target.aux_layers)}"
+    places = [f"target.path={folder / 'target'}", f"output_dir={folder}", f"train.init_from={start}"]
+    return load_recipe(
+        ROOT / "recipes" / "quickstart.yaml",
+        [
+            *("target.build=null", f"draft={json.dumps(keys)}", f"eval.draft_tokens={SIZE - 1}"),
+            *(layers, *places),
+        ],
+    )
+
+
+@pytest.mark.parametrize("layout", ["vllm", "speculators"])
+def test_training_starts_from_either_layout(layout: str, target: Target, tmp_path: Path) -> None:
+    draft = random_draft(target, mask_embedding=True, sliding_window=7)
+    start = exported(tmp_path / "draft", layout, draft, target)
+    settings: dict[str, Any] = {"mask_embedding": True, "sliding_window": 7}
+    recipe = recipe_with(tmp_path, start, target, **settings)
+    state, vocabulary = load_initial_draft(recipe)
+    assert vocabulary.equals(vocabulary_of(target))
+    assert all(torch.equal(state[name], tensor) for name, tensor in draft.state_dict().items())
+    assert state.keys() == draft.state_dict().keys()
+    for change, word in (
+        ({"block_size": 4}, "block_size is 5 there and 4 here"),
+        ({"mask_token_id": 3}, "'mask_token_id': 2"),
+    ):
+        other = recipe_with(tmp_path, start, target, **settings)
+        draft_section = other.draft.model_copy(update=change)
+        with pytest.raises(ValueError, match=word):
+            load_initial_draft(other.model_copy(update={"draft": draft_section}))
+
+
+def test_training_does_not_start_from_another_algorithm(target: Target, tmp_path: Path) -> None:
+    config = build_draft_config(target.config, DraftSection(vocab_size=VOCABULARY))
+    other = export_vllm(DraftModel(config).state_dict(), config, vocabulary_of(target), tmp_path / "draft")
+    with pytest.raises(ValueError, match="is one of eagle3, draft.algorithm is dflash"):
+        load_initial_draft(recipe_with(tmp_path, other, target))
+
+
+def test_a_mask_embedding_on_one_side_alone_is_refused(target: Target, tmp_path: Path) -> None:
+    start = exported(tmp_path / "draft", "vllm", random_draft(target, mask_embedding=True), target)
+    with pytest.raises(ValueError, match="mask_embedding is True there and False here"):
+        load_initial_draft(recipe_with(tmp_path, start, target))
