@@ -142,7 +142,7 @@ def check_of_folders(
     layout = "speculators" if "speculators_model_type" in keys else "vllm"
     # Some drafts name their layers always, and by a key of their own; it is then in the draft's config.
     layers = getattr(load_export(draft)[0], "aux_layers", None) or keys.get(AUX_LAYERS)
-    section = TargetSection(path=target, aux_layers=layers)
+    section = TargetSection(path=target, aux_layers=None if layers is None else tuple(layers))
     tokenizer = load_tokenizer(section)
     if prompts is None:
         conversations = itertools.islice(stdlib_conversations(), STDLIB_PROMPTS)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -22,7 +23,7 @@ from eagle3_ds.algorithms.dflash.decoding import DFlashBatchGuesser, DFlashGuess
 from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
 from eagle3_ds.config import DraftSection, Recipe, load_recipe
 from eagle3_ds.draft import VocabularyMap
-from eagle3_ds.eval import decode_alone, speculative_decode
+from eagle3_ds.eval import decode_alone, evaluate_draft, speculative_decode
 from eagle3_ds.eval.lockstep import (
     Clock,
     Limits,
@@ -38,11 +39,14 @@ from eagle3_ds.export import (
     load_export,
     verify_export,
 )
-from eagle3_ds.targets import Target
+from eagle3_ds.run.finish import export_draft
+from eagle3_ds.run.serve_check import check_of_folders
+from eagle3_ds.targets import Target, load_target
 from eagle3_ds.train.initial_draft import load_initial_draft
 from judge.dense_reference import Frozen, MicroBatch
 from judge.dflash_reference import block_logits
 from tests.unit.tiny_families import AUX_LAYERS, family_config, random_model
+from tests.unit.tiny_target import build_tiny_target
 
 SIZE, VOCABULARY, NEW = 5, 64, 18
 FORMS: dict[str, dict[str, Any]] = {
@@ -398,3 +402,42 @@ def test_a_mask_embedding_on_one_side_alone_is_refused(target: Target, tmp_path:
     start = exported(tmp_path / "draft", "vllm", random_draft(target, mask_embedding=True), target)
     with pytest.raises(ValueError, match="mask_embedding is True there and False here"):
         load_initial_draft(recipe_with(tmp_path, start, target))
+
+
+def test_a_run_is_evaluated_and_exported_with_its_card(tmp_path: Path) -> None:
+    """By the stages that follow training, from the files that training leaves."""
+    path = build_tiny_target(tmp_path / "target")
+    layers = (1, 2, 3, 4, 5)
+    draft_keys = {"algorithm": "dflash", "vocab_size": VOCABULARY, "block_size": SIZE, "mask_embedding": True}
+    recipe = load_recipe(
+        ROOT / "recipes" / "quickstart.yaml",
+        [
+            *(f"target.path={path}", "target.build=null", f"target.aux_layers={list(layers)}"),
+            *(f"draft={json.dumps(draft_keys)}", f"output_dir={tmp_path / 'run'}"),
+            *(f"eval.draft_tokens={SIZE - 1}", f"eval.max_new_tokens={NEW}", "eval.dtype=float32"),
+        ],
+    )
+    target = load_target(recipe.target, "float32", "cpu")
+    settings: dict[str, Any] = {"num_layers": 1, "mask_token_id": None, "mask_embedding": True}
+    draft, untrained = random_draft(target, **settings), random_draft(target, **settings)
+    vocabulary = vocabulary_of(target)
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
+    result = evaluate_draft(recipe, target, draft, untrained, vocabulary, prompts, progress=False)
+    assert result["lossless"] and result["acceptance_length"] >= 1.0
+    assert result["acceptance_length"] == result["acceptance_length_untrained"]
+    assert len(result["acceptance_by_position"]) == SIZE - 1
+    (tmp_path / "run").mkdir()
+    save_file(draft.state_dict(), tmp_path / "run" / "draft-final.safetensors")
+    vocabulary.save(tmp_path / "run" / "vocabulary.safetensors")
+    errors = export_draft(recipe)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"input_ids": prompts[0]}))
+    assert [folder.name for folder in errors] == ["draft", "draft-speculators"]
+    for folder in errors:
+        config, _, _ = load_export(folder)
+        assert (config.aux_layers, config.block_size) == (list(layers), SIZE)
+        serve = (folder / "serve.md").read_text()
+        assert '"method": "dflash"' in serve and f'"num_speculative_tokens": {SIZE - 1}' in serve
+        check = check_of_folders(
+            str(path), str(folder), str(tmp_path / "prompts.jsonl"), 4, SIZE - 1, "float32"
+        )
+        assert (check.algorithm, check.target.aux_layers) == ("dflash", layers)
