@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 from eagle3_ds.algorithms import ALGORITHMS
 from eagle3_ds.algorithms.dflash import DFlashModel, build_dflash_config
 from eagle3_ds.config import DraftSection
-from eagle3_ds.draft import VocabularyMap
+from eagle3_ds.draft import VocabularyMap, project_embedding
 from eagle3_ds.eval import Round, speculative_decode
 from eagle3_ds.export import export_speculators, export_vllm
 from eagle3_ds.targets import Target, choose_aux_layers
@@ -34,6 +35,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "causal": {"vocab_size": 200, "block_causal": True},
     "window": {"vocab_size": 200, "sliding_window": 8},
     "causal window": {"vocab_size": 200, "sliding_window": 8, "block_causal": True},
+    "another width": {"vocab_size": 200, "hidden_size": 64, "num_heads": 2, "num_kv_heads": 2},
     "mask embedding": {"vocab_size": 200, "mask_embedding": True},
 }
 CASES = [
@@ -49,9 +51,15 @@ class Bench(NamedTuple):
     found: dict[str, Any]
 
 
-def trained_draft(
-    target: Target, texts: list[Any], more: dict[str, Any]
-) -> tuple[DFlashModel, VocabularyMap]:
+class Made(NamedTuple):
+    """A draft, its vocabulary, and its embedding: the target's, or its own of another width."""
+
+    draft: DFlashModel
+    vocabulary: VocabularyMap
+    embedding: Tensor
+
+
+def trained_draft(target: Target, texts: list[Any], more: dict[str, Any]) -> Made:
     """A draft that the dense reference has trained for a few steps."""
     section = DraftSection(**{**COMMON, **more})
     config = build_dflash_config(target.config, section, target.aux_layers)
@@ -60,10 +68,13 @@ def trained_draft(
     vocabulary = VocabularyMap.from_counts(counts, section.vocab_size)
     draft = DFlashModel(config).eval()
     sizes = (draft.fc.in_features, section.vocab_size, section.mask_embedding)
-    frozen = Frozen(target.embedding, target.head, vocabulary.d2t)
+    embedding = target.embedding
+    if config.hidden_size != embedding.shape[1]:
+        embedding = project_embedding(embedding, config.hidden_size)
+    frozen = Frozen(embedding, target.head, vocabulary.d2t)
     fresh = random_weights(config, *sizes, norms_differ=False)
     draft.load_state_dict(trained(fresh, config, frozen, texts, TRAIN_STEPS, still=("k_norm.weight",)))
-    return draft.requires_grad_(False), vocabulary
+    return Made(draft.requires_grad_(False), vocabulary, embedding)
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +91,13 @@ def bench(tmp_path_factory: pytest.TempPathFactory, serve: Serve) -> Bench:
     rounds: dict[str, list[list[Round]]] = {}
     engines = []
     for form, more in FORMS.items():
-        draft, vocabulary = trained_draft(target, texts[:LEARNT], more)
+        draft, vocabulary, embedding = trained_draft(target, texts[:LEARNT], more)
         common = (draft.state_dict(), draft.config, vocabulary)
-        own = export_vllm(*common, folder / form / "vllm", "float32", algorithm="dflash")
+        brought = None if embedding is target.embedding else embedding
+        own = export_vllm(*common, folder / form / "vllm", "float32", algorithm="dflash", embedding=brought)
         theirs = export_speculators(
             *common,
-            target.embedding,
+            embedding,
             folder / form / "speculators",
             str(folder / "target"),
             [type(model).__name__],
@@ -103,7 +115,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, serve: Serve) -> Bench:
             engines.append({"name": f"{form}, {way}", **engine})
         rounds[form] = []
         for prompt, answer in zip(prompts, answers, strict=True):
-            guesser = ALGORITHMS["dflash"].guesser(draft, target.embedding, vocabulary)
+            guesser = ALGORITHMS["dflash"].guesser(draft, embedding, vocabulary)
             decoded = speculative_decode(target, guesser, prompt, NEW_TOKENS, GUESSES, None, answer)
             rounds[form].append(decoded[1])
     jobs = {"prompts": prompts, "max_new_tokens": NEW_TOKENS, "draft_tokens": GUESSES, "dtype": "float32"}
