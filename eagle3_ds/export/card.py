@@ -15,6 +15,11 @@ import yaml
 from eagle3_ds.export.vllm import sglang_note
 
 CARD, COMMANDS = "README.md", "serve.md"
+NOT_IN_SGLANG = {
+    "dflash": "SGLang has DFlash drafts (DFLASH), but lets them share the target's head and vocabulary. This "
+    "draft has a head of its own, so it is for vLLM.",
+}
+"""Why SGLang cannot serve drafts of an algorithm, by its name."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,13 @@ def commands_text(layout: str, card: Card, draft: str) -> str:
             *_shell(["vllm", "serve", draft, "--dtype", card.dtype]),
             "",
             "## SGLang",
-            "SGLang reads the other layout: export it with `vllm` in `export.formats`.",
+            NOT_IN_SGLANG.get(
+                card.algorithm, "SGLang reads the other layout: export it with `vllm` in `export.formats`."
+            ),
         ]
         return "\n".join(lines) + "\n"
+    if card.algorithm in NOT_IN_SGLANG:
+        return "\n".join([*lines, "", "## SGLang", NOT_IN_SGLANG[card.algorithm]]) + "\n"
     lines += ["", "## SGLang", *_shell(sglang_words(*sizes)), "No SGLang was run by those who wrote this."]
     note = None if card.aux_layers is None else sglang_note(card.aux_layers)
     if note is not None:
@@ -114,7 +123,7 @@ def card_text(layout: str, card: Card) -> str:
     """README.md: a header in YAML, which the hub reads, and what a reader wants to know."""
     header: dict[str, Any] = {} if card.license is None else {"license": card.license}
     header |= {"base_model": card.target} if card.is_hub else {}
-    servers = ["vllm", "sglang"] if layout == "vllm" else ["vllm", "speculators"]
+    servers = ["vllm", *_other_readers(layout, card.algorithm)]
     header |= {"pipeline_tag": "text-generation", "tags": ["speculative-decoding", card.algorithm, *servers]}
     licensed = "No license is stated." if card.license is None else f"License: {card.license}."
     lines = [
@@ -137,6 +146,12 @@ def card_text(layout: str, card: Card) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _other_readers(layout: str, algorithm: str) -> list[str]:
+    if layout == "speculators":
+        return ["speculators"]
+    return [] if algorithm in NOT_IN_SGLANG else ["sglang"]
 
 
 def _figures(evaluation: Mapping[str, Any] | None) -> list[str]:

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from eagle3_ds.algorithms import ALGORITHMS
 from eagle3_ds.draft import Draft, VocabularyMap, has_own_embedding
-from eagle3_ds.export.folder import EMBEDDING, read_folder
+from eagle3_ds.export.folder import EMBEDDING, algorithm_of_layout, read_folder
 from eagle3_ds.export.speculators import load_speculators
 from eagle3_ds.export.vllm import load_vllm
 
@@ -86,6 +86,24 @@ def _check_same_embedding(folder: str | Path, embedding: Tensor | None) -> None:
             f"the export {str(folder)!r} has another embedding than the draft was trained with. Export it "
             "again."
         )
+
+
+def exported_algorithm(folder: str | Path) -> str:
+    """The name of the algorithm whose draft an export in either layout is.
+
+    Raises:
+        ValueError: the folder is no export, or of no known algorithm.
+    """
+    keys, _ = read_folder(folder)
+    found = algorithm_of_layout("vllm", keys.get("architectures"))
+    name = str(keys.get("speculators_model_type", found.name if found else None))
+    if name not in ALGORITHMS:
+        raise ValueError(
+            f"{str(folder)!r} is a draft of no known algorithm ({', '.join(sorted(ALGORITHMS))}): "
+            f"architectures is {keys.get('architectures')}, speculators_model_type "
+            f"{keys.get('speculators_model_type')!r}. Name the folder of an export."
+        )
+    return name
 
 
 def load_export(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], VocabularyMap]:

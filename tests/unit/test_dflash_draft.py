@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -19,9 +20,10 @@ from eagle3_ds.algorithms.dflash import DFlashModel, build_dflash_config
 from eagle3_ds.algorithms.dflash.config import mask_token
 from eagle3_ds.algorithms.dflash.costs import DFlashShape
 from eagle3_ds.algorithms.dflash.decoding import DFlashBatchGuesser, DFlashGuesser
-from eagle3_ds.config import DraftSection
+from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
+from eagle3_ds.config import DraftSection, Recipe, load_recipe
 from eagle3_ds.draft import VocabularyMap
-from eagle3_ds.eval import decode_alone, speculative_decode
+from eagle3_ds.eval import decode_alone, evaluate_draft, speculative_decode
 from eagle3_ds.eval.lockstep import (
     Clock,
     Limits,
@@ -30,11 +32,21 @@ from eagle3_ds.eval.lockstep import (
     read_prompts,
     speculative_batch,
 )
-from eagle3_ds.export import export_speculators, export_vllm, load_export, verify_export
-from eagle3_ds.targets import Target
+from eagle3_ds.export import (
+    export_speculators,
+    export_vllm,
+    exported_algorithm,
+    load_export,
+    verify_export,
+)
+from eagle3_ds.run.finish import export_draft
+from eagle3_ds.run.serve_check import check_of_folders
+from eagle3_ds.targets import Target, load_target
+from eagle3_ds.train.initial_draft import load_initial_draft
 from judge.dense_reference import Frozen, MicroBatch
 from judge.dflash_reference import block_logits
 from tests.unit.tiny_families import AUX_LAYERS, family_config, random_model
+from tests.unit.tiny_target import build_tiny_target
 
 SIZE, VOCABULARY, NEW = 5, 64, 18
 FORMS: dict[str, dict[str, Any]] = {
@@ -239,6 +251,7 @@ def test_an_export_is_read_back_and_gives_the_same_logits(
     folder = exported(tmp_path / "draft", layout, draft, target)
     own = None if embedding_of(target, draft) is target.embedding else embedding_of(target, draft)
     assert verify_export(folder, draft, vocabulary_of(target), algorithm="dflash", embedding=own) == 0.0
+    assert exported_algorithm(folder) == "dflash"
     config, state, _ = load_export(folder)
     for key in ("block_size", "mask_token_id", "mask_embedding", "block_causal", "aux_layers"):
         assert getattr(config, key) == getattr(draft.config, key), key
@@ -337,3 +350,94 @@ def test_the_mask_token_without_a_word_of_the_recipe() -> None:
     assert chosen(pad_token_id=None, eos_token_id=3) == 99
     with pytest.raises(ValueError, match=r"draft.mask_token_id = 100 is not in the target's vocabulary"):
         mask_token(LlamaConfig(vocab_size=100), section(mask_token_id=100))
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def recipe_with(folder: Path, start: Path, target: Target, **more: Any) -> Recipe:
+    """A run that starts from the export `start`."""
+    target.config.save_pretrained(folder / "target")
+    keys = {"algorithm": "dflash", "vocab_size": VOCABULARY, "block_size": SIZE, "mask_token_id": 2}
+    keys |= {"num_layers": 2, **more}
+    layers = f"target.aux_layers={list(target.aux_layers)}"
+    places = [f"target.path={folder / 'target'}", f"output_dir={folder}", f"train.init_from={start}"]
+    return load_recipe(
+        ROOT / "recipes" / "quickstart.yaml",
+        [
+            *("target.build=null", f"draft={json.dumps(keys)}", f"eval.draft_tokens={SIZE - 1}"),
+            *(layers, *places),
+        ],
+    )
+
+
+@pytest.mark.parametrize("layout", ["vllm", "speculators"])
+def test_training_starts_from_either_layout(layout: str, target: Target, tmp_path: Path) -> None:
+    draft = random_draft(target, mask_embedding=True, sliding_window=7)
+    start = exported(tmp_path / "draft", layout, draft, target)
+    settings: dict[str, Any] = {"mask_embedding": True, "sliding_window": 7}
+    recipe = recipe_with(tmp_path, start, target, **settings)
+    state, vocabulary = load_initial_draft(recipe)
+    assert vocabulary.equals(vocabulary_of(target))
+    assert all(torch.equal(state[name], tensor) for name, tensor in draft.state_dict().items())
+    assert state.keys() == draft.state_dict().keys()
+    for change, word in (
+        ({"block_size": 4}, "block_size is 5 there and 4 here"),
+        ({"mask_token_id": 3}, "'mask_token_id': 2"),
+    ):
+        other = recipe_with(tmp_path, start, target, **settings)
+        draft_section = other.draft.model_copy(update=change)
+        with pytest.raises(ValueError, match=word):
+            load_initial_draft(other.model_copy(update={"draft": draft_section}))
+
+
+def test_training_does_not_start_from_another_algorithm(target: Target, tmp_path: Path) -> None:
+    config = build_draft_config(target.config, DraftSection(vocab_size=VOCABULARY))
+    other = export_vllm(DraftModel(config).state_dict(), config, vocabulary_of(target), tmp_path / "draft")
+    with pytest.raises(ValueError, match="is one of eagle3, draft.algorithm is dflash"):
+        load_initial_draft(recipe_with(tmp_path, other, target))
+
+
+def test_a_mask_embedding_on_one_side_alone_is_refused(target: Target, tmp_path: Path) -> None:
+    start = exported(tmp_path / "draft", "vllm", random_draft(target, mask_embedding=True), target)
+    with pytest.raises(ValueError, match="mask_embedding is True there and False here"):
+        load_initial_draft(recipe_with(tmp_path, start, target))
+
+
+def test_a_run_is_evaluated_and_exported_with_its_card(tmp_path: Path) -> None:
+    """By the stages that follow training, from the files that training leaves."""
+    path = build_tiny_target(tmp_path / "target")
+    layers = (1, 2, 3, 4, 5)
+    draft_keys = {"algorithm": "dflash", "vocab_size": VOCABULARY, "block_size": SIZE, "mask_embedding": True}
+    recipe = load_recipe(
+        ROOT / "recipes" / "quickstart.yaml",
+        [
+            *(f"target.path={path}", "target.build=null", f"target.aux_layers={list(layers)}"),
+            *(f"draft={json.dumps(draft_keys)}", f"output_dir={tmp_path / 'run'}"),
+            *(f"eval.draft_tokens={SIZE - 1}", f"eval.max_new_tokens={NEW}", "eval.dtype=float32"),
+        ],
+    )
+    target = load_target(recipe.target, "float32", "cpu")
+    settings: dict[str, Any] = {"num_layers": 1, "mask_token_id": None, "mask_embedding": True}
+    draft, untrained = random_draft(target, **settings), random_draft(target, **settings)
+    vocabulary = vocabulary_of(target)
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
+    result = evaluate_draft(recipe, target, draft, untrained, vocabulary, prompts, progress=False)
+    assert result["lossless"] and result["acceptance_length"] >= 1.0
+    assert result["acceptance_length"] == result["acceptance_length_untrained"]
+    assert len(result["acceptance_by_position"]) == SIZE - 1
+    (tmp_path / "run").mkdir()
+    save_file(draft.state_dict(), tmp_path / "run" / "draft-final.safetensors")
+    vocabulary.save(tmp_path / "run" / "vocabulary.safetensors")
+    errors = export_draft(recipe)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"input_ids": prompts[0]}))
+    assert [folder.name for folder in errors] == ["draft", "draft-speculators"]
+    for folder in errors:
+        config, _, _ = load_export(folder)
+        assert (config.aux_layers, config.block_size) == (list(layers), SIZE)
+        serve = (folder / "serve.md").read_text()
+        assert '"method": "dflash"' in serve and f'"num_speculative_tokens": {SIZE - 1}' in serve
+        check = check_of_folders(
+            str(path), str(folder), str(tmp_path / "prompts.jsonl"), 4, SIZE - 1, "float32"
+        )
+        assert (check.algorithm, check.target.aux_layers) == ("dflash", layers)
