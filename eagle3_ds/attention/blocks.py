@@ -143,8 +143,8 @@ class _Context:
             return self.exchange.attend_backward(dout, q, lse, delta, self.scale)
         by_input = zip(*(self._inputs_of(x) for x in (dout, q, lse, delta)), strict=True)
         found = [
-            self.exchange.attend_backward(*parts, scale=self.scale, step=step)
-            for step, parts in enumerate(by_input, 1)
+            self.exchange.attend_backward(dout_b, q_b, lse_b, delta_b, self.scale, step)
+            for step, (dout_b, q_b, lse_b, delta_b) in enumerate(by_input, 1)
         ]
         return self._joined(found)
 
