@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 from eagle3_ds.config import Recipe
 from eagle3_ds.costs import DraftShape
 from eagle3_ds.draft.vocabulary import VocabularyMap
-from eagle3_ds.layout import LocalBatch, Supervision
+from eagle3_ds.layout import Anchors, LocalBatch, Supervision
 
 Result = TypeVar("Result")
 
@@ -165,6 +165,11 @@ class DraftAlgorithm(Protocol):
 
     def supervision(self, recipe: Recipe) -> Supervision:
         """The rule that says which slots enter the loss at which guess, and how far a slot reads ahead."""
+
+    def anchors(self, recipe: Recipe) -> Anchors | None:
+        """What chooses the slots of training that enter the loss this time; None for all that are supervised,
+        which held-out evaluation takes always. A pure function, the same for any mesh and packing.
+        """
 
     def live_slots_alone(self, recipe: Recipe) -> bool:
         """Whether slots that are not live give only their step-0 keys and values (layout/plan.py)."""

@@ -113,6 +113,7 @@ def build_loaders(
         accumulation=recipe.train.accumulation,
         seed=recipe.train.seed,
         resumed=resumed,
+        anchors=algorithm_of(recipe).anchors(recipe),
     )
     if not len(data.heldout):
         return loader, []

@@ -213,7 +213,7 @@ class DraftTrainer:
     def _prepare(self, packs: Sequence[PackedSequence]) -> tuple[list[LocalBatch], list[LossInputs], Tensor]:
         recipe, place = self.recipe, self.topology.place
         ranks = (place.ring_rank, place.ulysses_rank)
-        plans = [plan_spans(recipe, pack.lengths, pack.loss_mask) for pack in packs]
+        plans = [plan_spans(recipe, pack.lengths, pack.loss_mask, pack.anchors) for pack in packs]
         batches = [
             prepare_usp_input(pack, plan, *ranks, self.supervision)
             for pack, plan in zip(packs, plans, strict=True)

@@ -8,15 +8,17 @@ from typing import Any
 from torch import Tensor
 from transformers import LlamaConfig
 
+from eagle3_ds.algorithms.dflash.anchors import SampledAnchors
 from eagle3_ds.algorithms.dflash.config import build_dflash_config, dflash_notes
 from eagle3_ds.algorithms.dflash.costs import DFlashShape
 from eagle3_ds.algorithms.dflash.decoding import DFlashBatchGuesser, DFlashGuesser, probe_logits
 from eagle3_ds.algorithms.dflash.exported import ServerForm, SpeculatorsForm
 from eagle3_ds.algorithms.dflash.model import DFlashModel
+from eagle3_ds.algorithms.dflash.step import BlockSettings
+from eagle3_ds.algorithms.dflash.supervision import BlockSupervision
 from eagle3_ds.config import Recipe
 from eagle3_ds.draft.contract import LayoutForm
 from eagle3_ds.draft.vocabulary import VocabularyMap
-from eagle3_ds.layout import Supervision
 
 
 class DFlash:
@@ -36,17 +38,22 @@ class DFlash:
     def build(self, config: LlamaConfig) -> DFlashModel:
         return DFlashModel(config)
 
-    def supervision(self, recipe: Recipe) -> Supervision:
-        # Part of the pass that trains, as `DFlashModel.forward` is.
-        raise NotImplementedError
+    def supervision(self, recipe: Recipe) -> BlockSupervision:
+        alignment = recipe.loss.mask_alignment
+        assert alignment != "reference"  # the recipe was checked
+        return BlockSupervision(recipe.draft.num_guesses, alignment)
+
+    def anchors(self, recipe: Recipe) -> SampledAnchors | None:
+        if recipe.draft.anchor_share == 1.0:
+            return None
+        return SampledAnchors(self.supervision(recipe), recipe.draft.anchor_share, recipe.train.seed)
 
     def live_slots_alone(self, recipe: Recipe) -> bool:
         """True: a slot that is no anchor gives the keys and values of all layers, which need no layer."""
         return True
 
-    def settings(self, recipe: Recipe) -> Any:
-        # Part of the pass that trains, as `DFlashModel.forward` is.
-        raise NotImplementedError
+    def settings(self, recipe: Recipe) -> BlockSettings:
+        return BlockSettings(recipe.draft.block_size, recipe.train.activation, recipe.train.tile_bytes)
 
     def shape(self, config: LlamaConfig) -> DFlashShape:
         return DFlashShape.of(config)

@@ -7,80 +7,24 @@ captured hidden states, Hq / Hkv heads, D head size, Vd draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from eagle3_ds.attention.rotary import rotary_frequencies, rotate
+from eagle3_ds.algorithms.dflash.layer import BlockLayer
+from eagle3_ds.algorithms.dflash.step import BlockSettings, block_tokens, run_layers
+from eagle3_ds.attention.rotary import rotary_frequencies
 from eagle3_ds.draft import Draft, aux_size
-from eagle3_ds.draft.decoder import AfterWeights, after_attention, project, rms_norm
-from eagle3_ds.draft.served import DraftAttention, DraftBatchCache
+from eagle3_ds.draft.decoder import rms_norm
+from eagle3_ds.draft.served import DraftBatchCache
+from eagle3_ds.draft.stream import stream_aux
 from eagle3_ds.layout import LocalBatch
 
 Result = TypeVar("Result")
-
-
-class BlockAttention(DraftAttention):
-    """The projections, and the norms of the channels of a head that follow those of queries and keys."""
-
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
-        super().__init__(config, config.hidden_size, layer)
-        self.q_norm = LlamaRMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = LlamaRMSNorm(config.head_dim, eps=config.rms_norm_eps)
-
-
-class BlockLayer(nn.Module):
-    """A decoder layer that a block runs through, and that makes keys and values of the context.
-
-    Attributes:
-        causal: an input of a block sees those up to its own, instead of all.
-    """
-
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
-        super().__init__()
-        self.eps: float = config.rms_norm_eps
-        self.causal: bool = config.block_causal
-        self.self_attn: Any = BlockAttention(config, layer)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def after_weights(self) -> AfterWeights:
-        mlp = self.mlp
-        return AfterWeights(
-            self.self_attn.o_proj.weight,
-            self.post_attention_layernorm.weight,
-            mlp.gate_proj.weight,
-            mlp.up_proj.weight,
-            mlp.down_proj.weight,
-        )
-
-    def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values [S, Hkv, D] of x [S, H]: the context, or a block after the layer's norm."""
-        attention = self.self_attn
-        keys = project(x, attention.k_proj.weight, attention.head_dim)
-        keys = rotate(rms_norm(keys, attention.k_norm.weight, self.eps), cos, sin)
-        return keys, project(x, attention.v_proj.weight, attention.head_dim)
-
-    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotated queries [N, Hq, D] of blocks x [N, H], after the layer's norm."""
-        attention = self.self_attn
-        queries = project(x, attention.q_proj.weight, attention.head_dim)
-        return rotate(rms_norm(queries, attention.q_norm.weight, self.eps), cos, sin)
-
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: DraftBatchCache) -> Tensor:
-        """Serve blocks [N, H] -> [N, H], after the context that is in the cache."""
-        x = rms_norm(hidden, self.input_layernorm.weight, self.eps)
-        keys, values = self.keys_values(x, cos, sin)
-        attention, queries = self.self_attn, self.queries(x, cos, sin)
-        attended = cache.attend(
-            attention.layer, queries, keys, values, attention.window, sees_ahead=not self.causal
-        )
-        return after_attention(hidden, attended, self.after_weights(), self.eps)
 
 
 class DFlashModel(Draft):
@@ -109,14 +53,25 @@ class DFlashModel(Draft):
         self,
         batch: LocalBatch,
         embedding: Tensor,
-        settings: Any,
+        settings: BlockSettings,
         on_guess: Callable[[Tensor], Tensor],
         finish: Callable[[Tensor, Tensor], Result],
         anchor: Tensor | None = None,
     ) -> Result:
-        """See `Draft.forward`."""
-        # The pass that trains (step.py) is written beside this file and not yet called from here.
-        raise NotImplementedError
+        """Run the block of every anchor, then return `finish(norm weight [H], head weight [Vd, H])`. See
+        `Draft.forward`; the attention layers must be patched (`patch_attention`).
+        """
+        device = embedding.device
+        states = stream_aux(batch.aux, self.fc.weight, settings.tile_bytes, anchor)
+        tokens = block_tokens(batch, settings.block_size, self.config.mask_token_id, device)
+        embeds = self.embed(tokens.flatten(), embedding).unflatten(0, tokens.shape)
+        layers = [layer for layer in self.layers if isinstance(layer, BlockLayer)]
+        rotary = rotary_frequencies(self.config, device)
+        hidden = run_layers(layers, states, self.hidden_norm.weight, embeds, batch, rotary, settings)
+        # Input 0 says nothing. Unbound, so that backward joins the gradients of all inputs at once.
+        for guess in hidden.unbind(1)[1:]:
+            on_guess(guess)
+        return finish(self.norm.weight, self.lm_head.weight)
 
     def embed(self, tokens: Tensor, embedding: Tensor) -> Tensor:
         """Inputs of blocks: tokens int64 [N], embedding [V, H] -> [N, H]; the draft's own mask embedding
