@@ -1,4 +1,4 @@
-"""The pass of a DFlash draft over a packed sequence that trains it (docs/dflash.md, "How it trains on ranks").
+"""The pass of a DFlash draft over a packed sequence, in training (docs/dflash.md, "How it trains on ranks").
 
 First the context: `fc` of every slot's captured states, streamed from the host. Each layer makes keys and
 values of it, which are exchanged once (attention/blocks.py); the blocks of the anchors run through the

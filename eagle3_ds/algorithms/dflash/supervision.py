@@ -38,6 +38,6 @@ class BlockSupervision:
         """
         if self.alignment == "served":
             return TTTSupervision(self.num_guesses)(document, slots, loss_mask)
-        # What guess k is about is what EAGLE-3's guess k + 1 has read; what its guess 0 has read is the newest.
+        # Guess k is about what EAGLE-3's guess k + 1 has read; what its guess 0 has read is the newest token.
         newest, *guessed = TTTSupervision(self.num_guesses + 1)(document, slots, loss_mask)
         return np.stack(guessed) & newest
