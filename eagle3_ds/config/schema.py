@@ -162,10 +162,15 @@ class TargetSection(Section):
 
 
 class DraftSection(Section):
-    algorithm: Literal["eagle3"] = "eagle3"
+    algorithm: Literal["eagle3", "peagle"] = "eagle3"
     """Name of a folder in eagle3_ds/algorithms."""
     vocab_size: Positive = 32000
     ttt_steps: Annotated[int, Field(ge=1, le=16)] = 7
+    """How many guesses of a slot are trained: steps of EAGLE-3's unroll, P-EAGLE's guesses in parallel."""
+    mask_token_id: NonNegative | None = None
+    """For `peagle`: the token whose row of the embedding is learned and stands for tokens not known yet; one
+    that no text holds. Null: the target's pad token if it does not end texts too, else the vocabulary's last.
+    """
     num_layers: Positive = 1
     hidden_size: Positive | None = None
     """Null: the target's. Another one gives the draft an embedding of its own, made from the target's."""
@@ -187,6 +192,20 @@ class DraftSection(Section):
     """The next TTT step reads the draft's output after the final norm instead of before it (EAGLE-3.1)."""
     sliding_window: Positive | None = None
     """How many keys a position of the draft attends to, its own included. Null: all up to its own."""
+
+    @model_validator(mode="after")
+    def _keys_of_the_algorithm(self) -> DraftSection:
+        if self.mask_token_id is not None and self.algorithm != "peagle":
+            raise ValueError(
+                f"mask_token_id is {self.mask_token_id} and algorithm is {self.algorithm!r}, whose drafts "
+                "have no mask token. Remove mask_token_id, or set algorithm to peagle."
+            )
+        if self.norm_output and self.algorithm == "peagle":
+            raise ValueError(
+                "norm_output is true and algorithm is 'peagle': it is about what the next step reads of a "
+                "guess's output, and there no guess reads another's. Set norm_output to false."
+            )
+        return self
 
     @model_validator(mode="after")
     def _window_holds_the_unroll(self) -> DraftSection:
@@ -448,6 +467,16 @@ class Recipe(Section):
                 f"eval.during is {during}: a checkpoint is judged by a decoding of its own step. Set "
                 "eval.during to a divisor of train.save_every, or train.best_by to acceptance_length, which "
                 "is simulated."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _alignment_of_the_algorithm(self) -> Recipe:
+        if self.draft.algorithm != "eagle3" and self.loss.mask_alignment == "reference":
+            raise ValueError(
+                f"loss.mask_alignment is reference and draft.algorithm is {self.draft.algorithm}: reference "
+                "is a shift of the EAGLE-3 paper's code, which no code of this algorithm has. Set it to "
+                "served."
             )
         return self
 

@@ -69,6 +69,17 @@ class Draft(nn.Module):
         """
         raise NotImplementedError
 
+    def start_from(self, embedding: Tensor) -> None:
+        """Give fresh weights that begin as the target's their values; `embedding` [V, H] is what the draft
+        reads. Most drafts have no such weights.
+        """
+
+    def read_embedding(self, embedding: Tensor) -> Tensor:
+        """What the draft reads of the frozen `embedding` [V, H], of the same shape; a draft that has learned
+        rows of it puts them into a copy.
+        """
+        return embedding
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: hidden [S, H] -> [S, Vd]."""
         raise NotImplementedError

@@ -16,10 +16,32 @@ from eagle3_ds.draft.geometry import aux_keys, has_own_embedding, num_aux_layers
 
 logger = logging.getLogger(__name__)
 
+EMBEDDING = "embed_tokens.weight"
 FIRST_HERE, FIRST_THERE = "layers.0.", "midlayer."
 
 
-class ServerForm:
+class _Named:
+    """Tensors that have other names there, and nothing else."""
+
+    def name_there(self, name: str) -> str:
+        """The name in the layout of the tensor that we call `name`."""
+        return name
+
+    def name_here(self, name: str) -> str:
+        """The inverse of `name_there`."""
+        return name
+
+    def tensors_there(
+        self, state: Mapping[str, Tensor], config: LlamaConfig, embedding: Tensor | None
+    ) -> dict[str, Tensor]:
+        own = {} if embedding is None else {EMBEDDING: embedding}
+        return {self.name_there(name): tensor for name, tensor in state.items()} | own
+
+    def tensors_here(self, tensors: Mapping[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
+        return {self.name_here(name): tensor for name, tensor in tensors.items() if name != EMBEDDING}
+
+
+class ServerForm(_Named):
     """The layout that vLLM and SGLang load."""
 
     architecture = "LlamaForCausalLMEagle3"
@@ -41,11 +63,19 @@ class ServerForm:
     def name_here(self, name: str) -> str:
         return FIRST_HERE + name.removeprefix(FIRST_THERE) if name.startswith(FIRST_THERE) else name
 
+    def recognises(self, keys: Mapping[str, Any]) -> bool:
+        return keys.get("architectures") == [self.architecture]
 
-class SpeculatorsForm:
+    def brings_embedding(self, config: LlamaConfig) -> bool:
+        """Only one of another width: servers share the target's."""
+        return has_own_embedding(config)
+
+
+class SpeculatorsForm(_Named):
     """The layout of the speculators library."""
 
     architecture = "Eagle3DraftModel"
+    auto_map: Mapping[str, str] = {"": "config.Eagle3SpeculatorConfig"}
 
     def keys(self, config: LlamaConfig) -> dict[str, Any]:
         """All flags, also the false ones: a server takes an absent `norm_before_residual` as true; and the
@@ -63,11 +93,12 @@ class SpeculatorsForm:
             keys, tensors
         )
 
-    def name_there(self, name: str) -> str:
-        return name
+    def recognises(self, keys: Mapping[str, Any]) -> bool:
+        return keys.get("speculators_model_type") == "eagle3"
 
-    def name_here(self, name: str) -> str:
-        return name
+    def brings_embedding(self, config: LlamaConfig) -> bool:
+        """Always: speculators' own drafts do."""
+        return True
 
 
 def _target_size(config: LlamaConfig) -> dict[str, int]:
