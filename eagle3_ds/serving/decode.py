@@ -51,7 +51,8 @@ def judge(engine: Mapping[str, Any], jobs: Mapping[str, Any]) -> dict[str, Any]:
     speculative = None
     if engine["draft"] is not None:
         speculative = {
-            "method": "eagle3",
+            # How drafts of its algorithm are served; EAGLE-3 where the job does not say.
+            **engine.get("speculative", {"method": "eagle3"}),
             "model": engine["draft"],
             "num_speculative_tokens": jobs["draft_tokens"],
         }

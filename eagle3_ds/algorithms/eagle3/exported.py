@@ -17,6 +17,8 @@ from eagle3_ds.draft.geometry import aux_keys, has_own_embedding, num_aux_layers
 logger = logging.getLogger(__name__)
 
 EMBEDDING = "embed_tokens.weight"
+MASK_TOKENS = ("ptd_token_id", "pard_token", "mask_token_id")
+"""The keys in which vLLM looks for the mask token of parallel drafting, in its order."""
 FIRST_HERE, FIRST_THERE = "layers.0.", "midlayer."
 
 
@@ -64,7 +66,9 @@ class ServerForm(_Named):
         return FIRST_HERE + name.removeprefix(FIRST_THERE) if name.startswith(FIRST_THERE) else name
 
     def recognises(self, keys: Mapping[str, Any]) -> bool:
-        return keys.get("architectures") == [self.architecture]
+        """By the architecture; with a mask token vLLM drafts in parallel, which is another algorithm's."""
+        masked = any(keys.get(key) is not None for key in MASK_TOKENS)
+        return keys.get("architectures") == [self.architecture] and not masked
 
     def brings_embedding(self, config: LlamaConfig) -> bool:
         """Only one of another width: servers share the target's."""
@@ -75,18 +79,19 @@ class SpeculatorsForm(_Named):
     """The layout of the speculators library."""
 
     architecture = "Eagle3DraftModel"
-    auto_map: Mapping[str, str] = {"": "config.Eagle3SpeculatorConfig"}
+    config_class = "Eagle3SpeculatorConfig"
 
     def keys(self, config: LlamaConfig) -> dict[str, Any]:
-        """All flags, also the false ones: a server takes an absent `norm_before_residual` as true; and the
-        target's hidden size if it is not the draft's.
+        """The class of the config, for transformers; all flags, also the false ones: a server takes an absent
+        `norm_before_residual` as true; and the target's hidden size if it is not the draft's.
         """
         if num_aux_layers(config) != 3:
             logger.warning(
                 "speculators layout: vLLM 0.32 takes drafts of three captured layers only from it; the vLLM "
                 "layout says how many this one has"
             )
-        return _target_size(config) | {name: flag(config, name) for name in FLAGS}
+        auto_map = {"auto_map": {"": f"config.{self.config_class}"}}
+        return auto_map | _target_size(config) | {name: flag(config, name) for name in FLAGS}
 
     def config_keys(self, keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return _captured(keys["transformer_layer_config"]["hidden_size"], keys, tensors) | _flags(

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from eagle3_ds.algorithms.eagle3 import exported as eagle3
+from eagle3_ds.algorithms.eagle3.exported import EMBEDDING, MASK_TOKENS
+from eagle3_ds.algorithms.peagle.model import with_learned_row
 
-EMBEDDING, MASK_EMBEDDING, MASK_HIDDEN = "embed_tokens.weight", "mask_embedding", "mask_hidden"
-MASK_TOKENS = ("ptd_token_id", "pard_token", "mask_token_id")
-"""The keys in which vLLM looks for the mask token, in its order."""
+MASK_EMBEDDING, MASK_HIDDEN = "mask_embedding", "mask_hidden"
 
 
 class _Masked:
@@ -29,8 +29,7 @@ class _Masked:
     ) -> dict[str, Tensor]:
         assert embedding is not None, "brings_embedding says so"
         tensors = {name: tensor for name, tensor in state.items() if name != MASK_EMBEDDING}
-        own = embedding.clone()
-        own[config.mask_token_id] = state[MASK_EMBEDDING].to(own.device, own.dtype)
+        own = with_learned_row(embedding, config.mask_token_id, state[MASK_EMBEDDING])
         tensors[MASK_HIDDEN] = tensors[MASK_HIDDEN].view(1, 1, -1)
         return super().tensors_there(tensors, config, own)  # type: ignore[misc]
 
@@ -53,10 +52,10 @@ class ServerForm(_Masked, eagle3.ServerForm):
 
     def recognises(self, keys: Mapping[str, Any]) -> bool:
         named = keys.get("architectures") == [self.architecture]
-        return named and any(key in keys for key in MASK_TOKENS)
+        return named and any(keys.get(key) is not None for key in MASK_TOKENS)
 
     def keys(self, config: LlamaConfig) -> dict[str, Any]:
-        return super().keys(config) | {MASK_TOKENS[0]: config.mask_token_id}
+        return super().keys(config) | {MASK_TOKENS[0]: getattr(config, "mask_token_id", None)}
 
     def config_keys(self, keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return super().config_keys(keys, tensors) | _mask_token(keys)
@@ -66,13 +65,13 @@ class SpeculatorsForm(_Masked, eagle3.SpeculatorsForm):
     """The layout of the speculators library."""
 
     architecture = "PEagleSpeculator"
-    auto_map: Mapping[str, str] = {"": "config.PEagleSpeculatorConfig"}
+    config_class = "PEagleSpeculatorConfig"
 
     def recognises(self, keys: Mapping[str, Any]) -> bool:
         return keys.get("speculators_model_type") == "peagle"
 
     def keys(self, config: LlamaConfig) -> dict[str, Any]:
-        return super().keys(config) | {MASK_TOKENS[-1]: config.mask_token_id}
+        return super().keys(config) | {MASK_TOKENS[-1]: getattr(config, "mask_token_id", None)}
 
     def config_keys(self, keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return super().config_keys(keys, tensors) | _mask_token(keys)

@@ -46,9 +46,7 @@ class PEagleModel(DraftModel):
     @torch.no_grad()
     def read_embedding(self, embedding: Tensor) -> Tensor:
         """As `Draft.read_embedding`: a copy of `embedding` [V, H] with the mask token's row learned."""
-        own = embedding.clone()
-        own[self.config.mask_token_id] = self.mask_embedding.to(own.device, own.dtype)
-        return own
+        return with_learned_row(embedding, self.config.mask_token_id, self.mask_embedding)
 
     def unroll(
         self,
@@ -84,3 +82,10 @@ class PEagleModel(DraftModel):
                 hidden = ttt_step(layer, hidden, constants, unroll, *how)
             hidden = on_guess(hidden)
         release_tickets(unrolls)
+
+
+def with_learned_row(embedding: Tensor, token: int, row: Tensor) -> Tensor:
+    """A copy of `embedding` [V, H] whose row `token` is `row` [H], in the finer of the two dtypes."""
+    own = embedding.to(torch.promote_types(embedding.dtype, row.dtype), copy=True)
+    own[token] = row.detach().to(own.device, own.dtype)
+    return own
