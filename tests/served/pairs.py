@@ -7,7 +7,7 @@ is often right and its later ones sometimes: acceptance is neither nothing nor e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from torch.nn import functional
 
 from eagle3_ds.algorithms import ALGORITHMS
 from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
+from eagle3_ds.algorithms.peagle import PEagleModel
+from eagle3_ds.algorithms.peagle import build_draft_config as build_peagle_config
+from eagle3_ds.algorithms.peagle.decoding import masks
 from eagle3_ds.config import DraftSection
 from eagle3_ds.draft import DraftCache, VocabularyMap
 from eagle3_ds.eval import Round, decode_alone, speculative_decode
@@ -48,6 +51,11 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 DRAFT_VOCABULARY, DRAFT_TOKENS, NEW_TOKENS = 200, 5, 40
+DRAFTS: Mapping[str, Callable[[Any, DraftSection, int], DraftModel]] = {
+    "eagle3": lambda *sizes: DraftModel(build_draft_config(*sizes)),
+    "peagle": lambda *sizes: PEagleModel(build_peagle_config(*sizes)),
+}
+"""A fresh draft by its algorithm, from the target's config, the draft's section and the captured layers."""
 TRAINED_PROMPTS, PROMPTS, TRAIN_STEPS = 12, 6, 60
 
 
@@ -116,15 +124,25 @@ def make_pair(
     prompts, answers = texts
     counts = torch.bincount(torch.tensor(answers).flatten(), minlength=config.vocab_size)
     section = DraftSection(**{"vocab_size": DRAFT_VOCABULARY, **draft_settings})
+    algorithm = ALGORITHMS[section.algorithm]
     vocabulary = VocabularyMap.from_counts(counts, section.vocab_size)
     torch.manual_seed(2)
-    draft = DraftModel(build_draft_config(config, section, len(target.aux_layers)))
+    draft = DRAFTS[section.algorithm](config, section, len(target.aux_layers))
+    draft.start_from(target.embedding)
     # Half of the prompts that are judged are among those trained on: some rounds accept much, some little.
     learnt = [prompts[i] + answers[i] for i in range(PROMPTS // 2, PROMPTS + TRAINED_PROMPTS)]
     train_on_answers(draft, target, vocabulary, learnt)
     layers = None if aux_layers is None else target.aux_layers
     common = (draft.state_dict(), draft.config, vocabulary)
-    vllm = export_vllm(*common, folder / "vllm", "float32", aux_layers=layers)
+    brings = algorithm.layouts["vllm"].brings_embedding(draft.config)
+    vllm = export_vllm(
+        *common,
+        folder / "vllm",
+        "float32",
+        aux_layers=layers,
+        algorithm=section.algorithm,
+        embedding=target.embedding if brings else None,
+    )
     speculators = export_speculators(
         *common,
         target.embedding,
@@ -133,10 +151,11 @@ def make_pair(
         [type(model).__name__],
         "float32",
         aux_layers=layers,
+        algorithm=section.algorithm,
     )
     rounds = []
     for prompt, answer in zip(prompts[:PROMPTS], answers, strict=False):
-        guesser = ALGORITHMS["eagle3"].guesser(draft, target.embedding, vocabulary)
+        guesser = algorithm.guesser(draft, target.embedding, vocabulary)
         rounds.append(speculative_decode(target, guesser, prompt, NEW_TOKENS, DRAFT_TOKENS, None, answer)[1])
     state = {name: tensor.detach() for name, tensor in draft.state_dict().items()}
     return Pair(
@@ -152,10 +171,25 @@ def make_pair(
     )
 
 
+def guess_from_a_slot(draft: PEagleModel, aux: Tensor, embeds: Tensor, wanted: Tensor, step: int) -> Tensor:
+    """The masks' cross entropy behind every fourth slot of a text, as a server would run them."""
+    losses = []
+    for slot in range(step % 4, len(aux) - DRAFT_TOKENS, 4):
+        mask_embeds, mask_hidden = masks(draft, DRAFT_TOKENS - 1)
+        cache, places = DraftCache(draft.config.num_hidden_layers), torch.arange(slot + DRAFT_TOKENS)
+        hidden = torch.cat((draft.project_aux(aux[: slot + 1]), mask_hidden))
+        output = draft.decode(torch.cat((embeds[: slot + 1], mask_embeds)), hidden, places, cache)
+        guessed = draft.logits(output[slot + 1 :])
+        losses.append(functional.cross_entropy(guessed, wanted[slot + 1 : slot + DRAFT_TOKENS]))
+    return torch.stack(losses).mean()
+
+
 def train_on_answers(
     draft: DraftModel, target: Target, vocabulary: VocabularyMap, texts: Sequence[Sequence[int]]
 ) -> None:
-    """Adam on the cross entropy of the target's token two places later, slots of one text at a time."""
+    """Adam on the cross entropy of the target's token two places later, slots of one text at a time; of a
+    draft with masks, of its guesses too.
+    """
     to_draft = torch.full((len(vocabulary.t2d),), -100)
     to_draft[vocabulary.draft_to_target] = torch.arange(len(vocabulary.d2t))
     rows = []
@@ -170,6 +204,8 @@ def train_on_answers(
             cache, places = DraftCache(draft.config.num_hidden_layers), torch.arange(len(aux))
             hidden = draft.decode(embeds, draft.project_aux(aux), places, cache)
             functional.cross_entropy(draft.logits(hidden), wanted).backward()
+            if isinstance(draft, PEagleModel):
+                guess_from_a_slot(draft, aux, embeds, wanted, step).backward()
         optimizer.step()
         optimizer.zero_grad()
     draft.eval().requires_grad_(False)

@@ -8,7 +8,7 @@ draft vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from eagle3_ds.algorithms.eagle3.variants import flag, norm_sizes
 from eagle3_ds.attention.costs import (
@@ -40,7 +40,7 @@ class Eagle3Shape(DraftShape):
     norm_output: bool = False
 
     @classmethod
-    def of(cls, config: Any) -> Eagle3Shape:
+    def of(cls, config: Any) -> Self:
         """From the draft's transformers config (`build_draft_config`)."""
         rotated = rotated_channels(config)
         return cls(
