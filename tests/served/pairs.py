@@ -21,13 +21,14 @@ from eagle3_ds.algorithms import ALGORITHMS
 from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
 from eagle3_ds.algorithms.peagle import PEagleModel
 from eagle3_ds.algorithms.peagle import build_draft_config as build_peagle_config
-from eagle3_ds.algorithms.peagle.decoding import masks
 from eagle3_ds.config import DraftSection
 from eagle3_ds.draft import DraftCache, VocabularyMap
 from eagle3_ds.eval import Round, decode_alone, speculative_decode
 from eagle3_ds.export import export_speculators, export_vllm
 from eagle3_ds.targets import Target, capture_hidden_states, choose_aux_layers
+from judge.dense_reference import Frozen, MicroBatch
 from judge.family_configs import tiny_config
+from judge.peagle_reference import peagle_guesses
 from tests.unit.tiny_families import FAMILIES, family_config
 
 # Heads of 32 are the least that vLLM has on a CPU; a draft vocabulary smaller than the target's.
@@ -131,7 +132,10 @@ def make_pair(
     draft.start_from(target.embedding)
     # Half of the prompts that are judged are among those trained on: some rounds accept much, some little.
     learnt = [prompts[i] + answers[i] for i in range(PROMPTS // 2, PROMPTS + TRAINED_PROMPTS)]
-    train_on_answers(draft, target, vocabulary, learnt)
+    if isinstance(draft, PEagleModel):
+        train_in_parallel(draft, target, vocabulary, learnt)
+    else:
+        train_on_answers(draft, target, vocabulary, learnt)
     layers = None if aux_layers is None else target.aux_layers
     common = (draft.state_dict(), draft.config, vocabulary)
     brings = algorithm.layouts["vllm"].brings_embedding(draft.config)
@@ -171,27 +175,42 @@ def make_pair(
     )
 
 
-def guess_from_a_slot(draft: PEagleModel, aux: Tensor, embeds: Tensor, wanted: Tensor, step: int) -> Tensor:
-    """The masks' cross entropy behind every fourth slot of a text, as a server would run them."""
-    losses = []
-    for slot in range(step % 4, len(aux) - DRAFT_TOKENS, 4):
-        mask_embeds, mask_hidden = masks(draft, DRAFT_TOKENS - 1)
-        cache, places = DraftCache(draft.config.num_hidden_layers), torch.arange(slot + DRAFT_TOKENS)
-        hidden = torch.cat((draft.project_aux(aux[: slot + 1]), mask_hidden))
-        output = draft.decode(torch.cat((embeds[: slot + 1], mask_embeds)), hidden, places, cache)
-        guessed = draft.logits(output[slot + 1 :])
-        losses.append(functional.cross_entropy(guessed, wanted[slot + 1 : slot + DRAFT_TOKENS]))
-    return torch.stack(losses).mean()
+def train_in_parallel(
+    draft: PEagleModel, target: Target, vocabulary: VocabularyMap, texts: Sequence[Sequence[int]]
+) -> None:
+    """Adam on the cross entropy of every guess of every slot, by the reference's arithmetic."""
+    to_draft = draft_ids(vocabulary)
+    frozen = Frozen(target.embedding, target.model.lm_head.weight, vocabulary.d2t)
+    batches = []
+    for text in texts:
+        tokens = torch.tensor(text)
+        aux, teacher = capture_hidden_states(target, tokens)
+        batches.append(MicroBatch(tokens, torch.ones(len(tokens)).bool(), (len(tokens),), aux, teacher))
+    weights = dict(draft.named_parameters())
+    optimizer = torch.optim.Adam(weights.values(), lr=3e-3)
+    for step in range(TRAIN_STEPS):
+        for batch in batches[step % 3 :: 3]:
+            guesses = peagle_guesses(weights, draft.config, frozen, batch, DRAFT_TOKENS)
+            wanted = to_draft[batch.token_ids]
+            losses = [functional.cross_entropy(g[: -2 - k], wanted[2 + k :]) for k, g in enumerate(guesses)]
+            torch.stack(losses).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    draft.eval().requires_grad_(False)
+
+
+def draft_ids(vocabulary: VocabularyMap) -> Tensor:
+    """The draft's id of each token of the target, int64 [V]; -100 where it has none."""
+    to_draft = torch.full((len(vocabulary.t2d),), -100)
+    to_draft[vocabulary.draft_to_target] = torch.arange(len(vocabulary.d2t))
+    return to_draft
 
 
 def train_on_answers(
     draft: DraftModel, target: Target, vocabulary: VocabularyMap, texts: Sequence[Sequence[int]]
 ) -> None:
-    """Adam on the cross entropy of the target's token two places later, slots of one text at a time; of a
-    draft with masks, of its guesses too.
-    """
-    to_draft = torch.full((len(vocabulary.t2d),), -100)
-    to_draft[vocabulary.draft_to_target] = torch.arange(len(vocabulary.d2t))
+    """Adam on the cross entropy of the target's token two places later, slots of one text at a time."""
+    to_draft = draft_ids(vocabulary)
     rows = []
     for text in texts:
         tokens = torch.tensor(text)
@@ -204,8 +223,6 @@ def train_on_answers(
             cache, places = DraftCache(draft.config.num_hidden_layers), torch.arange(len(aux))
             hidden = draft.decode(embeds, draft.project_aux(aux), places, cache)
             functional.cross_entropy(draft.logits(hidden), wanted).backward()
-            if isinstance(draft, PEagleModel):
-                guess_from_a_slot(draft, aux, embeds, wanted, step).backward()
         optimizer.step()
         optimizer.zero_grad()
     draft.eval().requires_grad_(False)
