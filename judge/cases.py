@@ -42,14 +42,22 @@ FACTORS: Mapping[str, tuple[Any, ...]] = {
     "window": (None, 24),
     "loss": ("kl", "tv", "lk_alpha", "lk_lambda"),
     "aux_layers": (3, 1, 5),
-    "norms": ("none", "eagle3.1", "before_fc", "before_residual", "all"),
+    "norms": ("none", "eagle3.1", "before_fc", "before_residual", "all", "all_before"),
+    "algorithm": ("eagle3", "peagle"),
 }  # fmt: skip
+# What an algorithm's page of semantics refuses: P-EAGLE has no shift of the mask but a server's, and no step
+# that reads an output.
+REFUSED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "eagle3": {},
+    "peagle": {"alignment": ("reference",), "norms": ("eagle3.1", "all")},
+}
 NORMS: Mapping[str, tuple[str, ...]] = {
     "none": (),
     "eagle3.1": ("fc_norm", "norm_output"),
     "before_fc": ("norm_before_fc",),
     "before_residual": ("norm_before_residual",),
     "all": ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual"),
+    "all_before": ("fc_norm", "norm_before_fc", "norm_before_residual"),
 }
 HEADS = {"gqa": (4, 2), "mha": (4, 4)}
 # The draft's hidden size, its MLP width, and the channels of a head beyond its equal part of the hidden size.
@@ -75,6 +83,8 @@ ROPE: Mapping[str, Mapping[str, Any]] = {
 LONG_FACTORS = (1.0, 1.1, 1.3, 1.7, 2.5, 4.0, 6.0, 9.0)
 """Of longrope, for the pairs of channels, again and again."""
 HIDDEN, VOCABULARY, DRAFT_VOCABULARY = 64, 160, 128
+MASK_TOKEN = 7
+"""Texts hold it now and then, which no user's should: they must read the learned row too."""
 NUM_STEPS = 3
 # With a large epsilon Adam's step is proportional to small gradients, so that a wrong scale of the gradient
 # changes the weights too.
@@ -108,6 +118,7 @@ class Case:
     loss: str = "kl"
     aux_layers: int = 3
     norms: str = "none"
+    algorithm: str = "eagle3"
 
     @property
     def world_size(self) -> int:
@@ -133,7 +144,8 @@ class Case:
             f"{mesh} {self.deepspeed}/{self.zero_group} acc{self.accumulation} {self.documents} {self.heads} "
             f"{self.kv_exchange} K{self.ttt_steps} {self.dtype} {self.alignment} {self.reduction} "
             f"layers{self.layers} {self.activation} tiles-{self.tiles} {self.kernel} rope-{self.rope} "
-            f"shape-{self.shape} window-{self.window} {self.loss} aux{self.aux_layers} norms-{self.norms}"
+            f"shape-{self.shape} window-{self.window} {self.loss} aux{self.aux_layers} norms-{self.norms} "
+            f"{self.algorithm}"
         )
 
 
@@ -157,6 +169,9 @@ def is_allowed(values: Mapping[str, Any]) -> bool:
         # The gradient of min(p, q) jumps where the draft's probability of a token passes the teacher's, and
         # bf16 decides otherwise than fp64 on which side it is: fp32 is exact here, and
         # tests/unit/test_loss.py compares bf16 gradients of the same rounded logits.
+        return False
+    refused = REFUSED[values.get("algorithm", "eagle3")]
+    if any(values.get(name) in of_name for name, of_name in refused.items()):
         return False
     mesh = values.get("topology")
     if mesh is None:
@@ -284,6 +299,7 @@ def _config(case: Case) -> LlamaConfig:
         num_aux_layers=case.aux_layers,
         target_hidden_size=HIDDEN,
         **dict.fromkeys(NORMS[case.norms], True),
+        **({"mask_token_id": MASK_TOKEN} if case.algorithm == "peagle" else {}),
         **(
             {"sliding_window": case.window, "layer_types": ["sliding_attention"] * case.layers}
             if case.window
@@ -326,7 +342,10 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
             **{norm: (hidden,) for norm in norms if layer == 0 or norm != "hidden_norm"},
         }
         shapes |= {f"layers.{layer}.{name}.weight": shape for name, shape in of_layer.items()}
-    return shapes | {"norm.weight": (hidden,), "lm_head.weight": (config.draft_vocab_size, hidden)}
+    shapes |= {"norm.weight": (hidden,), "lm_head.weight": (config.draft_vocab_size, hidden)}
+    if getattr(config, "mask_token_id", None) is not None:
+        shapes |= {"mask_embedding": (hidden,), "mask_hidden": (shapes["fc.weight"][1],)}
+    return shapes
 
 
 def _weights(config: LlamaConfig, draft_head: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -337,7 +356,11 @@ def _weights(config: LlamaConfig, draft_head: Tensor, generator: torch.Generator
     weights = {}
     for name, shape in parameter_shapes(config).items():
         noise = torch.randn(shape, generator=generator)
-        weights[name] = 1.0 + 0.1 * noise if len(shape) == 1 else noise * 0.3 * shape[1] ** -0.5
+        is_norm = len(shape) == 1 and not name.startswith("mask_")
+        weights[name] = 1.0 + 0.1 * noise if is_norm else noise * 0.3 * shape[-1] ** -0.5
+    for name in weights.keys() & {"mask_embedding", "mask_hidden"}:
+        # As large as what they stand for: rows of the embedding, and captured states.
+        weights[name] = weights[name] / (0.3 * weights[name].numel() ** -0.5)
     weights["fc.weight"] = weights["fc.weight"] * 0.3
     weights["fc.weight"][:, -HIDDEN:] += torch.eye(config.hidden_size, HIDDEN)
     # A wider draft has channels that no column of the target's head meets; a narrower one lacks the last.

@@ -6,6 +6,7 @@ docs/recipe.md explains every key.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -163,9 +164,16 @@ class TargetSection(Section):
 
 KEYS_OF = {
     "eagle3": {"ttt_steps", "aux_norm", "norm_before_fc", "norm_before_residual", "norm_output"},
+    "peagle": {"ttt_steps", "mask_token_id", "aux_norm", "norm_before_fc", "norm_before_residual"},
     "dflash": {"block_size", "mask_token_id", "mask_embedding", "block_causal", "anchor_share"},
 }
 """Keys of the draft section that not every algorithm has, by algorithm."""
+ALIGNMENTS: dict[str, tuple[MaskAlignment, ...]] = {
+    "eagle3": ("served", "reference"),
+    "peagle": ("served",),
+    "dflash": ("served", "predicted"),
+}
+"""What `loss.mask_alignment` may be, by algorithm."""
 
 
 def _keys_of_others(algorithm: str) -> set[str]:
@@ -174,15 +182,17 @@ def _keys_of_others(algorithm: str) -> set[str]:
 
 
 class DraftSection(Section):
-    algorithm: Literal["eagle3", "dflash"] = "eagle3"
+    algorithm: Literal["eagle3", "peagle", "dflash"] = "eagle3"
     """Name of a folder in eagle3_ds/algorithms."""
     vocab_size: Positive = 32000
     ttt_steps: Annotated[int, Field(ge=1, le=16)] = 7
+    """How many guesses of a slot are trained: steps of EAGLE-3's unroll, P-EAGLE's guesses in parallel."""
     block_size: Annotated[int, Field(ge=2, le=64)] = 8
     """DFlash: inputs of a block, the newest token and `block_size` - 1 masks, a guess for each mask."""
     mask_token_id: NonNegative | None = None
-    """DFlash: the id that is fed where a token is yet to be guessed. Null: the target's pad token if it does
-    not begin or end texts, else the vocabulary's last.
+    """P-EAGLE and DFlash: the id that is fed where a token is yet to be guessed; P-EAGLE learns its row of
+    the embedding, so no text should hold it. Null: the target's pad token if it does not begin or end texts,
+    else the vocabulary's last.
     """
     mask_embedding: bool = False
     """DFlash: train an embedding for that id, instead of reading its row of the frozen embedding."""
@@ -222,10 +232,13 @@ class DraftSection(Section):
         """A key that the algorithm does not have is refused, also with its default value."""
         strange = sorted(self.model_fields_set & _keys_of_others(self.algorithm))
         if strange:
+            given = ", ".join(f"{key} is {json.dumps(getattr(self, key))}" for key in strange)
+            having = [name for name, keys in KEYS_OF.items() if keys.issuperset(strange)]
             raise ValueError(
-                f"{' and '.join(strange)} given, and algorithm is {self.algorithm}, which has no such thing"
+                f"{given} and algorithm is {self.algorithm!r}, whose drafts have no such thing"
                 + (": a block of block_size makes block_size - 1 guesses" if "ttt_steps" in strange else "")
-                + f". Remove {'it' if len(strange) == 1 else 'them'}, or change algorithm."
+                + f". Remove {'it' if len(strange) == 1 else 'them'}"
+                + (f", or set algorithm to {' or '.join(having)}." if having else ".")
             )
         return self
 
@@ -503,11 +516,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _alignment_of_the_algorithm(self) -> Recipe:
         alignment, algorithm = self.loss.mask_alignment, self.draft.algorithm
-        if alignment == ("reference" if algorithm == "dflash" else "predicted"):
-            other = "reference" if alignment == "predicted" else "predicted"
+        if alignment not in ALIGNMENTS[algorithm]:
             raise ValueError(
                 f"loss.mask_alignment is {alignment} and draft.algorithm is {algorithm}, whose own trainers "
-                f"have no such rule. Use served, or {other}."
+                f"have no such rule. Use {' or '.join(ALIGNMENTS[algorithm])}."
             )
         return self
 

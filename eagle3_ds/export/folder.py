@@ -112,10 +112,29 @@ def check_embedding(embedding: Tensor, config: LlamaConfig) -> None:
         )
 
 
-def algorithm_of_layout(layout: str, architectures: Any) -> DraftAlgorithm | None:
-    """The algorithm whose drafts have these `architectures` in a layout's config.json; None if none has."""
-    found = (a for a in ALGORITHMS.values() if [a.layouts[layout].architecture] == architectures)
-    return next(found, None)
+def algorithm_of_layout(layout: str, keys: Mapping[str, Any]) -> DraftAlgorithm | None:
+    """The algorithm of the draft whose config.json in a layout is `keys`; None if it is none's."""
+    return next((a for a in ALGORITHMS.values() if a.layouts[layout].recognises(keys)), None)
+
+
+def algorithm_of_folder(folder: str | Path) -> DraftAlgorithm | None:
+    """The algorithm of an exported draft in either layout; None if it is none's."""
+    keys, _ = read_folder(folder)
+    return algorithm_of_layout("speculators" if "speculators_model_type" in keys else "vllm", keys)
+
+
+def tensors_here(
+    form: LayoutForm, folder: str | Path, tensors: Mapping[str, Tensor], config: LlamaConfig
+) -> dict[str, Tensor]:
+    """An export's weights by the draft's names.
+
+    Raises:
+        ValueError: one is missing. The message names the folder.
+    """
+    try:
+        return form.tensors_here(tensors, config)
+    except ValueError as error:
+        raise ValueError(f"{str(folder)!r}: {error}. Export it again.") from error
 
 
 def own_keys(

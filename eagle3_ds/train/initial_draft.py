@@ -11,7 +11,7 @@ from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.checkpoint.format import INITIAL_WEIGHTS, let_others_read
 from eagle3_ds.config import Recipe
 from eagle3_ds.draft import VocabularyMap, sliding_window
-from eagle3_ds.export import exported_algorithm, load_export
+from eagle3_ds.export import algorithm_of_folder, load_export
 from eagle3_ds.targets import load_text_config, resolve_path
 
 # Fields of the draft's config that must be equal, so that the weights compute the same in this run.
@@ -37,16 +37,15 @@ def load_initial_draft(recipe: Recipe) -> tuple[dict[str, Tensor], VocabularyMap
     folder = recipe.train.init_from
     assert folder is not None
     try:
-        name = exported_algorithm(folder)
+        found = algorithm_of_folder(folder)
+        if found is not None and found.name != recipe.draft.algorithm:
+            raise ValueError(
+                f"the draft in {folder} is one of {found.name}, and draft.algorithm is "
+                f"{recipe.draft.algorithm}. Change one of them."
+            )
         config, state, vocabulary = load_export(folder)
     except ValueError as error:
         raise ValueError(f"train.init_from: {error}") from error
-    if name != recipe.draft.algorithm:
-        raise ValueError(
-            f"train.init_from: the draft in {folder} is one of {name}, draft.algorithm is "
-            f"{recipe.draft.algorithm}: their weights have nothing in common. Name another draft, or set "
-            f"draft.algorithm to {name}."
-        )
     target = load_text_config(resolve_path(recipe.target.path))
     algorithm = algorithm_of(recipe)
     wanted, form = algorithm.build_config(target, recipe), algorithm.layouts["vllm"]

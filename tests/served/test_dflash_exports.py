@@ -89,7 +89,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, serve: Serve) -> Bench:
     prompts = [texts[i].token_ids[: lengths[i]].tolist() for i in judged]
     answers = [texts[i].token_ids[lengths[i] : lengths[i] + NEW_TOKENS].tolist() for i in judged]
     rounds: dict[str, list[list[Round]]] = {}
-    engines = []
+    engines: list[dict[str, Any]] = []
     for form, more in FORMS.items():
         draft, vocabulary, embedding = trained_draft(target, texts[:LEARNT], more)
         common = (draft.state_dict(), draft.config, vocabulary)
@@ -111,7 +111,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory, serve: Serve) -> Bench:
             ALONE: (theirs, None),
         }
         for way in (way for of, way in CASES if of == form):
-            engine = {"model": str(given[way][0]), "draft": given[way][1], "method": "dflash"}
+            engine = {
+                "model": str(given[way][0]),
+                "draft": given[way][1],
+                "speculative": {"method": "dflash"},
+            }
             engines.append({"name": f"{form}, {way}", **engine})
         rounds[form] = []
         for prompt, answer in zip(prompts, answers, strict=True):

@@ -89,13 +89,23 @@ def test_overrides(tmp_path: Path) -> None:
         ),
         (
             "draft={algorithm: dflash, ttt_steps: 7}",
-            ["draft: ttt_steps given, and algorithm is dflash", "block_size - 1 guesses", "Remove it"],
+            [
+                "draft: ttt_steps is 7 and algorithm is 'dflash'",
+                "block_size - 1 guesses",
+                "Remove it, or set",
+            ],
         ),
         (
             "draft={algorithm: dflash, aux_norm: false, norm_output: true}",
-            ["aux_norm and norm_output given, and algorithm is dflash", "Remove them, or change algorithm"],
+            [
+                "aux_norm is false, norm_output is true and algorithm is 'dflash'",
+                "Remove them, or set algorithm",
+            ],
         ),
-        ("draft={block_size: 8}", ["block_size given, and algorithm is eagle3", "Remove it"]),
+        (
+            "draft={block_size: 8}",
+            ["block_size is 8 and algorithm is 'eagle3'", "Remove it, or set algorithm to dflash"],
+        ),
         ("draft={algorithm: dflash, block_size: 1}", ["draft.block_size", "greater than or equal to 2"]),
         ("draft={algorithm: dflash, anchor_share: 0}", ["draft.anchor_share", "greater than 0"]),
         (

@@ -33,9 +33,9 @@ from eagle3_ds.eval.lockstep import (
     speculative_batch,
 )
 from eagle3_ds.export import (
+    algorithm_of_folder,
     export_speculators,
     export_vllm,
-    exported_algorithm,
     load_export,
     verify_export,
 )
@@ -251,7 +251,7 @@ def test_an_export_is_read_back_and_gives_the_same_logits(
     folder = exported(tmp_path / "draft", layout, draft, target)
     own = None if embedding_of(target, draft) is target.embedding else embedding_of(target, draft)
     assert verify_export(folder, draft, vocabulary_of(target), algorithm="dflash", embedding=own) == 0.0
-    assert exported_algorithm(folder) == "dflash"
+    assert algorithm_of_folder(folder) is ALGORITHMS["dflash"]
     config, state, _ = load_export(folder)
     for key in ("block_size", "mask_token_id", "mask_embedding", "block_causal", "aux_layers"):
         assert getattr(config, key) == getattr(draft.config, key), key
@@ -334,6 +334,13 @@ def test_an_export_with_other_layers_than_the_drafts_is_refused(target: Target, 
         )
 
 
+def test_a_mask_embedding_starts_as_the_row_of_the_mask_token(target: Target) -> None:
+    draft = random_draft(target, mask_embedding=True)
+    draft.start_from(target.embedding)
+    assert torch.equal(draft.mask_embedding, target.embedding[draft.config.mask_token_id])
+    random_draft(target).start_from(target.embedding)
+
+
 def test_shape_counts_the_parameters(target: Target) -> None:
     for form in FORMS.values():
         draft = random_draft(target, **form)
@@ -394,7 +401,7 @@ def test_training_starts_from_either_layout(layout: str, target: Target, tmp_pat
 def test_training_does_not_start_from_another_algorithm(target: Target, tmp_path: Path) -> None:
     config = build_draft_config(target.config, DraftSection(vocab_size=VOCABULARY))
     other = export_vllm(DraftModel(config).state_dict(), config, vocabulary_of(target), tmp_path / "draft")
-    with pytest.raises(ValueError, match="is one of eagle3, draft.algorithm is dflash"):
+    with pytest.raises(ValueError, match="is one of eagle3, and draft.algorithm is dflash"):
         load_initial_draft(recipe_with(tmp_path, other, target))
 
 

@@ -27,6 +27,9 @@ class DFlash:
     name = "dflash"
     layouts: Mapping[str, LayoutForm] = {"vllm": ServerForm(), "speculators": SpeculatorsForm()}
 
+    served_by_vllm: Mapping[str, Any] = {"method": "dflash"}
+    served_by_sglang = False
+
     def build_config(self, target_config: Any, recipe: Recipe) -> LlamaConfig:
         return build_dflash_config(
             target_config, recipe.draft, recipe.target.aux_layers, recipe.data.max_length

@@ -20,7 +20,7 @@ from eagle3_ds.draft.geometry import (
     target_hidden_size,
 )
 
-MASK_EMBEDDING = "mask_embedding"
+EMBEDDING, MASK_EMBEDDING = "embed_tokens.weight", "mask_embedding"
 
 
 class _Form:
@@ -48,15 +48,25 @@ class _Form:
             )
         return {}
 
-    def name_there(self, name: str) -> str:
-        return name
+    def tensors_there(
+        self, state: Mapping[str, Tensor], config: LlamaConfig, embedding: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Our names. The mask embedding goes to a file of its own (export/folder.py)."""
+        return dict(state) | ({} if embedding is None else {EMBEDDING: embedding})
 
-    def name_here(self, name: str) -> str:
-        return name
+    def tensors_here(self, tensors: Mapping[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in tensors.items() if name != EMBEDDING}
 
 
 class ServerForm(_Form):
     """vLLM's layout, which is that of z-lab's own drafts."""
+
+    def recognises(self, keys: Mapping[str, Any]) -> bool:
+        return keys.get("architectures") == [self.architecture]
+
+    def brings_embedding(self, config: LlamaConfig) -> bool:
+        """Only one of another width: vLLM shares the target's."""
+        return has_own_embedding(config)
 
     def keys(self, config: LlamaConfig) -> dict[str, Any]:
         window = sliding_window(config)
@@ -85,6 +95,13 @@ class ServerForm(_Form):
 
 class SpeculatorsForm(_Form):
     """The layout of the speculators library."""
+
+    def recognises(self, keys: Mapping[str, Any]) -> bool:
+        return keys.get("speculators_model_type") == "dflash"
+
+    def brings_embedding(self, config: LlamaConfig) -> bool:
+        """Always: speculators' own drafts do."""
+        return True
 
     def keys(self, config: LlamaConfig) -> dict[str, Any]:
         return {

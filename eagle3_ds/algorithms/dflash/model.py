@@ -73,6 +73,12 @@ class DFlashModel(Draft):
             on_guess(guess)
         return finish(self.norm.weight, self.lm_head.weight)
 
+    @torch.no_grad()
+    def start_from(self, embedding: Tensor) -> None:
+        """As `Draft.start_from`: a mask embedding begins as the mask token's row of `embedding` [V, H]."""
+        if self.config.mask_embedding:
+            self.mask_embedding.copy_(embedding[self.config.mask_token_id])
+
     def embed(self, tokens: Tensor, embedding: Tensor) -> Tensor:
         """Inputs of blocks: tokens int64 [N], embedding [V, H] -> [N, H]; the draft's own mask embedding
         stands for the mask token wherever it is.

@@ -24,6 +24,8 @@ class Eagle3:
 
     name = "eagle3"
     layouts: Mapping[str, LayoutForm] = {"vllm": ServerForm(), "speculators": SpeculatorsForm()}
+    served_by_vllm: Mapping[str, Any] = {"method": "eagle3"}
+    served_by_sglang = True
 
     def build_config(self, target_config: Any, recipe: Recipe) -> LlamaConfig:
         captured = recipe.target.aux_layers
