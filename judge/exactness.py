@@ -21,12 +21,17 @@ from torch import Tensor
 
 from judge.cases import OPTIMIZATION, Case, full_matrix, make_inputs, short_matrix
 from judge.dense_reference import Guesses, StepResult, reference_train, unroll
+from judge.dflash_reference import block_guesses
 from judge.peagle_reference import peagle_guesses
 from judge.product import ProductResult, run_case
 from judge.ranks import run_ranks
 from judge.result_file import FOLDER, write_result
 
-REFERENCES: Mapping[str, Guesses] = {"eagle3": unroll, "peagle": peagle_guesses}
+REFERENCES: Mapping[str, Guesses] = {
+    "eagle3": unroll,
+    "peagle": peagle_guesses,
+    "dflash": block_guesses,
+}
 """The arithmetic of each algorithm, written from its own page."""
 COMPARED = (
     "loss",

@@ -88,10 +88,15 @@ def make_recipe(case: Case) -> Recipe:
         "data": {"train": ("none",)},
         "draft": {
             "algorithm": case.algorithm,
-            "ttt_steps": case.ttt_steps,
             "num_layers": case.layers,
             "sliding_window": case.window,
+            **(
+                {"block_size": case.ttt_steps + 1, "block_causal": case.block == "causal"}
+                if case.algorithm == "dflash"
+                else {"ttt_steps": case.ttt_steps}
+            ),
         },
+        "eval": {"draft_tokens": case.ttt_steps},
         "parallel": {
             "draft_dp": case.draft_dp,
             "ring": case.ring,
@@ -130,7 +135,9 @@ def make_recipe(case: Case) -> Recipe:
 def as_pack(batch: MicroBatch, frozen: Frozen) -> PackedSequence:
     """A whole micro-batch as the loader's pack, with the teacher's tokens computed as in a capture."""
     token = (batch.teacher.double() @ frozen.head.double().T).argmax(-1)
-    return PackedSequence(batch.token_ids, batch.loss_mask, batch.lengths, token, batch.aux, batch.teacher)
+    return PackedSequence(
+        batch.token_ids, batch.loss_mask, batch.lengths, token, batch.aux, batch.teacher, batch.anchors
+    )
 
 
 def vocabulary_map(frozen: Frozen) -> VocabularyMap:

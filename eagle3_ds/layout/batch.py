@@ -81,6 +81,11 @@ class Supervision(Protocol):
             bool [K, n], true where the slot is supervised.
         """
 
+    def slots_of(self, num_own_slots: int, supervised: NDArray[np.bool_]) -> int:
+        """What `loss.reduction: slots` counts of a rank that holds so many tokens, with its live slots
+        supervised as bool [K, Q] says.
+        """
+
 
 @dataclass(frozen=True)
 class LocalBatch:
@@ -99,7 +104,7 @@ class LocalBatch:
         teacher_token: int64 [E], see `PackedSequence`.
         aux: rows [S, A], of the own slots only; not read yet.
         teacher: rows [E, Ht], not read yet; only rows that live slots read at some step are present.
-        num_own_slots: slots of this rank that hold a token, padding excluded.
+        num_slots: what `loss.reduction: slots` counts of this rank.
     """
 
     plan: SpanPlan
@@ -112,7 +117,7 @@ class LocalBatch:
     teacher_token: Tensor
     aux: LocalRows
     teacher: LocalRows
-    num_own_slots: int
+    num_slots: int
 
     @property
     def live_row(self) -> Tensor:
@@ -159,7 +164,7 @@ def prepare_usp_input(
         teacher_token=LocalRows(pack.teacher_token, extended, length)[:],
         aux=LocalRows(pack.aux, slots, length),
         teacher=LocalRows(pack.teacher, extended, length),
-        num_own_slots=int((slots < length).sum()),
+        num_slots=supervision.slots_of(int((slots < length).sum()), supervised),
     )
 
 

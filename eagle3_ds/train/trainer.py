@@ -239,9 +239,7 @@ class DraftTrainer:
         all slots, of the whole optimizer step on all ranks. Collective over the world.
         """
         if self.recipe.loss.reduction == "slots":
-            counts = torch.full(
-                (self.supervision.num_guesses,), sum(batch.num_own_slots for batch in batches)
-            )
+            counts = torch.full((self.supervision.num_guesses,), sum(batch.num_slots for batch in batches))
         else:
             counts = torch.stack([counted.sum(1) for counted in contributing]).sum(0)
         counts = counts.to(self.topology.device)

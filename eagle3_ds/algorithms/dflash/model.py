@@ -62,7 +62,7 @@ class DFlashModel(Draft):
         `Draft.forward`; the attention layers must be patched (`patch_attention`).
         """
         device = embedding.device
-        states = stream_aux(batch.aux, self.fc.weight, settings.tile_bytes, anchor)
+        states, _ = stream_aux(batch.aux, self.fc.weight, settings.tile_bytes, anchor)
         tokens = block_tokens(batch, settings.block_size, self.config.mask_token_id, device)
         embeds = self.embed(tokens.flatten(), embedding).unflatten(0, tokens.shape)
         layers = [layer for layer in self.layers if isinstance(layer, BlockLayer)]

@@ -14,7 +14,8 @@ from eagle3_ds.layout import IntArray
 
 @dataclass(frozen=True)
 class BlockSupervision:
-    """The rule for the block of every slot, whether or not it is chosen as an anchor.
+    """The rule: a slot whose first guess counts is a candidate, and no other slot is ever an anchor. Which
+    candidates are chosen is `PackedSequence.anchors`; where that is None, all are.
 
     Attributes:
         num_guesses: K.
@@ -36,6 +37,15 @@ class BlockSupervision:
         """As `layout.Supervision`: document int64 [padded length], slots int64 [n], loss_mask bool [L] ->
         bool [K, n].
         """
+        counts = self._counts(document, slots, loss_mask)
+        return counts & counts[0]
+
+    def slots_of(self, num_own_slots: int, supervised: NDArray[np.bool_]) -> int:
+        """The anchors, as `layout.Supervision` has it."""
+        return int(supervised[0].sum())
+
+    def _counts(self, document: IntArray, slots: IntArray, loss_mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which guesses would count, bool [K, n], were every slot an anchor."""
         if self.alignment == "served":
             return TTTSupervision(self.num_guesses)(document, slots, loss_mask)
         # Guess k is about what EAGLE-3's guess k + 1 has read; what its guess 0 has read is the newest token.

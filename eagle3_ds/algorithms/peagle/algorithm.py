@@ -43,6 +43,9 @@ class PEagle:
     def supervision(self, recipe: Recipe) -> TTTSupervision:
         return TTTSupervision(recipe.draft.ttt_steps)
 
+    def anchors(self, recipe: Recipe) -> None:
+        """None: all supervised slots."""
+
     def live_slots_alone(self, recipe: Recipe) -> bool:
         """True for one layer. A second layer would need the first one's output at every slot for its keys."""
         return recipe.draft.num_layers == 1
