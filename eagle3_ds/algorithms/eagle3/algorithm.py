@@ -24,6 +24,8 @@ class Eagle3:
 
     name = "eagle3"
     layouts: Mapping[str, LayoutForm] = {"vllm": ServerForm(), "speculators": SpeculatorsForm()}
+    served_by_vllm: Mapping[str, Any] = {"method": "eagle3"}
+    served_by_sglang = True
 
     def build_config(self, target_config: Any, recipe: Recipe) -> LlamaConfig:
         captured = recipe.target.aux_layers
@@ -39,6 +41,9 @@ class Eagle3:
 
     def supervision(self, recipe: Recipe) -> TTTSupervision:
         return TTTSupervision(recipe.draft.ttt_steps, recipe.loss.mask_alignment)
+
+    def anchors(self, recipe: Recipe) -> None:
+        """None: all supervised slots."""
 
     def live_slots_alone(self, recipe: Recipe) -> bool:
         """True for one layer. A second layer would need the first one's output at every slot for its keys."""
