@@ -197,6 +197,14 @@ class DraftAlgorithm(Protocol):
     def notes(self, target_config: Any, recipe: Recipe) -> list[str]:
         """What of the draft's shape is neither the recipe's nor plainly the target's, a line each."""
 
+    def warnings_of_text(self, config: LlamaConfig, counts: Tensor) -> list[str]:
+        """What the run's texts do that such a draft should not meet, a line each.
+
+        Args:
+            config: the draft's.
+            counts: int64 [V], how often each token is supervised.
+        """
+
     def build(self, config: LlamaConfig) -> Draft:
         """A draft with fresh weights, drawn from torch's default generator."""
 

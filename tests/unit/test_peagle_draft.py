@@ -219,6 +219,16 @@ def test_the_mask_token_is_chosen_by_rule(
     assert len(notes) == (told is not None) and (told is None or told in notes[0])
 
 
+def test_texts_that_hold_the_mask_token_are_told() -> None:
+    counts = torch.zeros(V, dtype=torch.int64)
+    counts[3] = 7
+    algorithm, config = ALGORITHMS["peagle"], make_draft().config
+    assert algorithm.warnings_of_text(config, counts) == []
+    counts[MASK] = 2
+    (warning,) = algorithm.warnings_of_text(config, counts)
+    assert f"2 of 9 supervised tokens are the mask token {MASK}" in warning
+
+
 def test_a_mask_token_beyond_the_vocabulary_is_refused() -> None:
     section = DraftSection(algorithm="peagle", vocab_size=VD, mask_token_id=V)
     with pytest.raises(

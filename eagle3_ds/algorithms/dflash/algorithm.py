@@ -16,6 +16,7 @@ from eagle3_ds.algorithms.dflash.exported import ServerForm, SpeculatorsForm
 from eagle3_ds.algorithms.dflash.model import DFlashModel
 from eagle3_ds.algorithms.dflash.step import BlockSettings
 from eagle3_ds.algorithms.dflash.supervision import BlockSupervision
+from eagle3_ds.algorithms.peagle.config import mask_warnings
 from eagle3_ds.config import Recipe
 from eagle3_ds.draft.contract import LayoutForm
 from eagle3_ds.draft.vocabulary import VocabularyMap
@@ -37,6 +38,9 @@ class DFlash:
 
     def notes(self, target_config: Any, recipe: Recipe) -> list[str]:
         return dflash_notes(target_config, recipe.draft)
+
+    def warnings_of_text(self, config: LlamaConfig, counts: Tensor) -> list[str]:
+        return mask_warnings(config, counts)
 
     def build(self, config: LlamaConfig) -> DFlashModel:
         return DFlashModel(config)

@@ -36,6 +36,9 @@ class Eagle3:
     def notes(self, target_config: Any, recipe: Recipe) -> list[str]:
         return draft_notes(target_config, recipe.draft)
 
+    def warnings_of_text(self, config: LlamaConfig, counts: Tensor) -> list[str]:
+        return []
+
     def build(self, config: LlamaConfig) -> DraftModel:
         return DraftModel(config)
 

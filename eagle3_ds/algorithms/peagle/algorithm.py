@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from eagle3_ds.algorithms.eagle3.model import UnrollSettings
 from eagle3_ds.algorithms.eagle3.supervision import TTTSupervision
-from eagle3_ds.algorithms.peagle.config import build_draft_config, draft_notes
+from eagle3_ds.algorithms.peagle.config import build_draft_config, draft_notes, mask_warnings
 from eagle3_ds.algorithms.peagle.costs import PEagleShape
 from eagle3_ds.algorithms.peagle.decoding import PEagleBatchGuesser, PEagleGuesser, probe_logits
 from eagle3_ds.algorithms.peagle.exported import ServerForm, SpeculatorsForm
@@ -36,6 +36,9 @@ class PEagle:
 
     def notes(self, target_config: Any, recipe: Recipe) -> list[str]:
         return draft_notes(target_config, recipe.draft)
+
+    def warnings_of_text(self, config: LlamaConfig, counts: Tensor) -> list[str]:
+        return mask_warnings(config, counts)
 
     def build(self, config: LlamaConfig) -> PEagleModel:
         return PEagleModel(config)

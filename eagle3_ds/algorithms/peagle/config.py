@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from transformers import LlamaConfig
 
 from eagle3_ds.algorithms.eagle3 import config as eagle3
@@ -57,6 +58,18 @@ def mask_token(target_config: Any, draft: DraftSection) -> tuple[int, str | None
         last,
         f"mask token {last}, the last of the target's vocabulary: {why} (draft.mask_token_id is null)",
     )
+
+
+def mask_warnings(config: LlamaConfig, counts: Tensor) -> list[str]:
+    """A line if answers hold the mask token; `counts` int64 [V] are of supervised tokens."""
+    found = int(counts[config.mask_token_id])
+    if not found:
+        return []
+    return [
+        f"draft.mask_token_id: {found} of {int(counts.sum())} supervised tokens are the mask token "
+        f"{config.mask_token_id}, whose row is learned: where a text holds it, the draft cannot tell it from "
+        "a token that is not known. Name one that no text holds"
+    ]
 
 
 def _borders(target_config: Any) -> set[int | None]:
