@@ -149,11 +149,11 @@ LINE = json.dumps(ROW).encode() + b"\n"
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.jsonl.gz", gzip.compress(LINE * 2)),
+        ("a.jsonl.gz", gzip.compress(LINE * 2, mtime=0)),
         ("a.json", json.dumps([ROW, ROW], indent=1).encode()),
-        ("a.json.gz", gzip.compress(json.dumps([ROW, ROW]).encode())),
+        ("a.json.gz", gzip.compress(json.dumps([ROW, ROW]).encode(), mtime=0)),
         ("a.json", LINE * 2),
-        ("a.json.gz", gzip.compress(LINE * 2)),
+        ("a.json.gz", gzip.compress(LINE * 2, mtime=0)),
     ],
 )
 def test_files_of_json(tmp_path, name, content):
@@ -173,7 +173,7 @@ def test_a_file_that_is_one_row(tmp_path):
 
 def test_packed_files_that_cannot_be_read(tmp_path, monkeypatch):
     for name, content in (
-        ("cut.jsonl.gz", gzip.compress(LINE * 9000)[:60]),
+        ("cut.jsonl.gz", gzip.compress(LINE * 9000, mtime=0)[:60]),
         ("plain.jsonl.gz", LINE),
         ("cut.json", b'[{"messages": '),
         ("plain.json.gz", LINE),

@@ -67,8 +67,8 @@ def mask_warnings(config: LlamaConfig, counts: Tensor) -> list[str]:
         return []
     return [
         f"draft.mask_token_id: {found} of {int(counts.sum())} supervised tokens are the mask token "
-        f"{config.mask_token_id}, whose row is learned: where a text holds it, the draft cannot tell it from "
-        "a token that is not known. Name one that no text holds"
+        f"{config.mask_token_id}: where a text holds it, the draft cannot tell it from a token that is not "
+        "known. Name one that no text holds"
     ]
 
 
