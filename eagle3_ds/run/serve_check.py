@@ -274,7 +274,9 @@ def _decode_there(check: Check, python: str, folder: Path) -> tuple[dict[str, An
         if layout == "speculators":
             engines.append({"name": ALONE, "model": str(draft.resolve()), "draft": None})
     guesses = [check.draft_tokens, *map(own_draft_tokens, _speculators(check))]
-    longest = max(map(len, check.prompts)) + check.max_new_tokens + max(guesses) + 1
+    # vLLM drafts only where a round's guesses and as many places behind them fit its length; with less room
+    # the last round would have no guesses there, and some here.
+    longest = max(map(len, check.prompts)) + check.max_new_tokens + 2 * max(guesses) + 1
     jobs = {
         "prompts": [list(prompt) for prompt in check.prompts],
         "max_new_tokens": check.max_new_tokens,
