@@ -32,6 +32,7 @@ usage: ./launch.sh RECIPE [OPTIONS] [section.key=value ...]   the main job, e.g.
   --overwrite           replace the run in output_dir      train.seed=1 --overwrite
   --no-install          never install; say what to run     --no-install
   section.key=value     any key of docs/recipe.md          parallel.ulysses=4 data.max_length=131072
+  --version             versions of eagle3-ds, torch, deepspeed, transformers
   exit status           0 done, 2 a mistake of yours, 75 stopped and to be resumed by --resume, else failed
 TEXT
 }
@@ -71,6 +72,7 @@ install() {
   [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"
   echo "launch.sh: ${command[*]}" >&2
   "${command[@]}" >&2
+  echo "launch.sh: made. Without this script: $root/.venv/bin/eagle3-ds launch RECIPE (or source $root/.venv/bin/activate first)" >&2
 }
 
 no_install=0
@@ -106,6 +108,6 @@ if [ "$mode" = test ]; then
   exec "$python" -m pytest tests --numprocesses 2 --dist loadgroup "$@"
 fi
 case "$1" in
-  prepare | capture | evaluate | export | serve-check | report | plan | data | doctor | store) exec "$python" -m eagle3_ds.cli "$@" ;;
+  --version | prepare | capture | evaluate | export | serve-check | report | plan | data | doctor | store) exec "$python" -m eagle3_ds.cli "$@" ;;
   *) exec "$python" -m eagle3_ds.cli launch "$@" ;;
 esac

@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
 import click
 
+import eagle3_ds
 from eagle3_ds.cli.data import data
 from eagle3_ds.cli.doctor import doctor
 from eagle3_ds.cli.launch import capture, launch
@@ -22,12 +24,37 @@ from eagle3_ds.cli.words import Commands
 from eagle3_ds.launch.logs import NO_BARS
 
 PROGRAM = "eagle3-ds"
+PACKAGES = ("torch", "deepspeed", "transformers")
 USAGE, INTERRUPTED = 2, 130
 
 
+def _show_version(context: click.Context, option: click.Parameter, is_given: bool) -> None:
+    """The versions that a report of a fault needs, read from what is installed: nothing is imported."""
+    if not is_given or context.resilient_parsing:
+        return
+    click.echo(f"{PROGRAM} {eagle3_ds.__version__}")
+    for package in PACKAGES:
+        try:
+            click.echo(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            click.echo(f"{package} is not installed")
+    context.exit()
+
+
 @click.group(cls=Commands, subcommand_metavar="COMMAND [RECIPE] [OPTIONS] [section.key=value]...")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="versions of this program, torch, deepspeed and transformers",
+)
 def commands() -> None:
-    """Train EAGLE-3 drafts at long context. `eagle3-ds COMMAND --help` tells a command's options."""
+    """Train EAGLE-3 drafts at long context. `eagle3-ds COMMAND --help` tells a command's options.
+
+    RECIPE is a YAML file, or the name of a shipped one, for example quickstart.
+    """
 
 
 for command in (

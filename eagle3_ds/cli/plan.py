@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from eagle3_ds.cli.words import Function, recipe_words, terminal, write
-from eagle3_ds.config import load_recipe
+from eagle3_ds.config import deepspeed_name, read_recipe
 from eagle3_ds.run.target_sizes import SHAPES, SIZES
 
 if TYPE_CHECKING:
@@ -102,7 +102,10 @@ def plan(
 
     machines = Machines(gpus, gpus_per_node, gpu_memory, reserve, device)
     given = {name: size for name, size in sizes.items() if size is not None}
-    planned = plan_recipe(load_recipe(recipe, overrides), machines, supervised, shape, given)
+    loaded, told = read_recipe(recipe, overrides)
+    for line in told:
+        write(terminal(), line)
+    planned = plan_recipe(loaded, machines, supervised, shape, given)
     _show(planned, terminal())
     return 0 if planned.shortage is None else 1
 
@@ -240,15 +243,17 @@ def _show_candidates(candidates: Sequence[Candidate], budget: int, console: Cons
 
 def _overrides(candidate: Candidate) -> str:
     setup = candidate.setup
-    values = {
+    values: dict[str, object] = {
         "parallel.ulysses": setup.ulysses,
         "parallel.ring": setup.ring,
         "parallel.draft_dp": setup.draft_dp,
         "parallel.zero_group": setup.zero_group,
         "parallel.kv_exchange": setup.kv_exchange,
         "train.activation": setup.activation,
-        "deepspeed": candidate.deepspeed,
     }
+    # Keys that stand in the recipe itself have no name to be given by, and are there already.
+    if candidate.deepspeed != deepspeed_name({}):
+        values["deepspeed"] = candidate.deepspeed
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 

@@ -6,19 +6,22 @@ torch, transformers and the rest are imported by a command when it runs, so that
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from eagle3_ds.config import Recipe, load_recipe
+from eagle3_ds.config import Recipe, read_recipe
 from eagle3_ds.say import telling
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+logger = logging.getLogger(__name__)
+
 LEVELS = ("debug", "info", "warning", "error")
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -64,7 +67,7 @@ class Commands(click.Group):
 
 
 def recipe_words(function: Function) -> Function:
-    """The recipe, and overrides anywhere behind it."""
+    """The recipe, by its path or the name of a shipped one, and overrides anywhere behind it."""
     overrides = click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
     return click.argument("recipe", metavar="RECIPE")(overrides(function))
 
@@ -86,8 +89,10 @@ def telling_recipe(path: str, overrides: Sequence[str], level: str | None, *more
     The level becomes an override, so that the ranks of the run follow it too.
     """
     chosen = [f"logging.level={level}"] if level is not None else []
-    recipe = load_recipe(path, [*overrides, *more, *chosen])
+    recipe, told = read_recipe(path, [*overrides, *more, *chosen])
     with telling(recipe.logging.level):
+        for line in told:
+            logger.info("%s", line)
         yield recipe
 
 

@@ -2,8 +2,14 @@
 anything starts.
 """
 
-from eagle3_ds.config.deepspeed import fill_deepspeed_config, load_deepspeed_config, missing_packages
-from eagle3_ds.config.load import as_recipe, dump_recipe, load_recipe, recipe_differences
+from eagle3_ds.config.deepspeed import (
+    deepspeed_file,
+    deepspeed_name,
+    fill_deepspeed_config,
+    load_deepspeed_config,
+    missing_packages,
+)
+from eagle3_ds.config.load import as_recipe, dump_recipe, load_recipe, read_recipe, recipe_differences
 from eagle3_ds.config.rope import PER_PAIR, SCALINGS, RopeSection, check_rotated, rotated_size
 from eagle3_ds.config.schema import (
     Activation,
@@ -25,6 +31,7 @@ from eagle3_ds.config.schema import (
     TrainSection,
     ZeroGroup,
 )
+from eagle3_ds.config.shipped import find_shipped, shipped
 from eagle3_ds.config.yaml_strict import read_text
 
 __all__ = [
@@ -51,12 +58,17 @@ __all__ = [
     "TrainSection",
     "as_recipe",
     "check_rotated",
+    "deepspeed_file",
+    "deepspeed_name",
     "dump_recipe",
     "fill_deepspeed_config",
+    "find_shipped",
     "load_deepspeed_config",
     "load_recipe",
     "missing_packages",
+    "read_recipe",
     "read_text",
     "recipe_differences",
     "rotated_size",
+    "shipped",
 ]

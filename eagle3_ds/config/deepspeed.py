@@ -27,6 +27,7 @@ from eagle3_ds.config.deepspeed_keys import (
     Refusal,
 )
 from eagle3_ds.config.schema import Recipe
+from eagle3_ds.config.shipped import find_shipped, names_near, shipped
 from eagle3_ds.config.yaml_strict import read_text
 
 # The recipe's name of a dtype -> DeepSpeed's names.
@@ -37,29 +38,55 @@ _DTYPES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
+def deepspeed_file(source: str | Path) -> Path:
+    """The file that a recipe's `deepspeed` means: a path, or the name of a shipped one.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    found = find_shipped("ds_configs", source)
+    if found is None:
+        raise ValueError(
+            f"deepspeed: {path} is not a file, neither from the working directory ({Path.cwd()}) nor from "
+            "the recipe's folder or the one above it, and none of that name is shipped. Give a path from "
+            "one of them, the keys themselves as a mapping, or a shipped name: "
+            f"{names_near(source, shipped('ds_configs'))}."
+        )
+    return found
+
+
+def deepspeed_name(source: str | Path | Mapping[str, Any]) -> str:
+    """What messages call the DeepSpeed configuration of a recipe."""
+    return "the recipe's deepspeed section" if isinstance(source, Mapping) else str(source)
+
+
+def load_deepspeed_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """Read and check a DeepSpeed JSON; returned as the user wrote it.
+
+    Args:
+        source: a path, the name of a shipped one, or what stands in such a file.
 
     Raises:
         ValueError: the file is missing or no JSON object, a key is given twice, or keys are refused, unknown,
             in the wrong place, or have values of the wrong kind. The message lists all these keys.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(
-            f"deepspeed: {path} is not a file, neither from the working directory ({Path.cwd()}) nor from "
-            "the recipe's folder or the one above it. Give a path from one of them, for example "
-            "ds_configs/zero2.json."
-        )
+    config = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read(deepspeed_file(source))
+    problems = deepspeed_problems(config)
+    if problems:
+        raise ValueError("\n  ".join([f"{deepspeed_name(source)}:", *problems]))
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(read_text(path), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: a DeepSpeed configuration is a JSON object, not {type(config).__name__}.")
-    problems = deepspeed_problems(config)
-    if problems:
-        raise ValueError("\n  ".join([f"{path}:", *problems]))
     return config
 
 

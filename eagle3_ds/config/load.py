@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,25 +14,53 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from eagle3_ds.config.schema import Recipe
+from eagle3_ds.config.shipped import find_shipped, names_near, shipped
 from eagle3_ds.config.yaml_strict import parse_yaml, read_text
+
+logger = logging.getLogger(__name__)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe.
+    """Read and check a recipe, and log one line for each key of it that has no value there and gets one here.
 
     Args:
-        path: the YAML file. A relative `deepspeed` is looked for from the working directory, then from this
-            file's folder, then from the folder above that; the recipe gets the path where it was found.
+        path: the YAML file, or the name of a shipped one. A relative `deepspeed` is looked for from the
+            working directory, then from this file's folder, then from the folder above that, then among the
+            shipped ones; the recipe gets the path where it was found.
         overrides: `section.key=value` each, the value written as in YAML. Later ones win.
 
     Raises:
         ValueError: the recipe has mistakes. The message lists each with its key, value, rule and fix.
     """
-    path = Path(path)
-    if not path.is_file():
+    recipe, told = read_recipe(path, overrides)
+    for line in told:
+        logger.info("%s", line)
+    return recipe
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file of a recipe that is given by its path, or by its name where it is shipped.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    found = find_shipped("recipes", path)
+    if found is None:
         raise ValueError(
-            f"recipe: {path} is not a file. Give the path of one, for example recipes/quickstart.yaml."
+            f"recipe: {path} is not a file, and no recipe of that name is shipped. Give the path of one, or "
+            f"a shipped name: {names_near(path, shipped('recipes'))}."
         )
+    return found
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, tuple[str, ...]]:
+    """As `load_recipe`, which logs what is returned here beside the recipe: where it was found, if by name,
+    and what it leaves to be inferred from the file's name or to a shipped file.
+    """
+    given, path = str(path), find_recipe(path)
+    told = [] if path == Path(given) else [f"recipe: {given} is no file here; taken: the shipped {path}"]
     tree = parse_yaml(read_text(path), str(path))
     if not isinstance(tree, dict):
         raise ValueError(
@@ -41,9 +70,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         _apply_override(tree, override)
     if isinstance(tree.get("deepspeed"), str):
         tree["deepspeed"] = _found_from(tree["deepspeed"], path.parent)
+    if "deepspeed" not in tree:
+        told.append(
+            "inferred: deepspeed = zero2, the shipped JSON: optimizer states and gradients are sharded over "
+            "the ranks, the draft's weights, which are small, are whole on each"
+        )
+    if "output_dir" not in tree:
+        tree["output_dir"] = f"output/{path.stem}"
+        told.append(f"inferred: output_dir = {tree['output_dir']}, by the name of the recipe")
     try:
         # Validated as JSON, because pydantic's strict mode accepts a list for a tuple only in JSON.
-        return Recipe.model_validate_json(json.dumps(tree))
+        return Recipe.model_validate_json(json.dumps(tree)), tuple(told)
     except ValidationError as error:
         problems = [_explain(detail) for detail in error.errors()]
         number = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"

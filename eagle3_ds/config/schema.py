@@ -10,7 +10,13 @@ import json
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from eagle3_ds.config.rope import RopeSection, check_rotated
 from eagle3_ds.config.section import Section
@@ -464,8 +470,8 @@ class LoggingSection(Section):
 
 
 class Recipe(Section):
-    """All settings of a run. `deepspeed` is the path of a DeepSpeed JSON, which may have all keys but those
-    that the recipe sets or this project refuses.
+    """All settings of a run. `deepspeed` is the path of a DeepSpeed JSON, the name of a shipped one, or what
+    would stand in it, which may have all keys but those that the recipe sets or this project refuses.
     """
 
     target: TargetSection
@@ -480,8 +486,18 @@ class Recipe(Section):
     eval: EvalSection = EvalSection()
     export: ExportSection = ExportSection()
     logging: LoggingSection = LoggingSection()
-    deepspeed: Text
+    deepspeed: str | dict[str, Any] = "zero2"
     output_dir: Text
+
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _file_or_keys(cls, value: object) -> object:
+        if not isinstance(value, dict) and not (isinstance(value, str) and value):
+            raise ValueError(
+                f"the value is {json.dumps(value)}, but it should be the path of a DeepSpeed JSON, the name "
+                "of a shipped one such as zero2, or a mapping with the keys of one. Change it in the recipe."
+            )
+        return value
 
     @model_validator(mode="after")
     def _one_who_runs_the_target(self) -> Recipe:

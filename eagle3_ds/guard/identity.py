@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import socket
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import eagle3_ds
-from eagle3_ds.config import Recipe, dump_recipe
+from eagle3_ds.config import Recipe, dump_recipe, load_deepspeed_config
 from eagle3_ds.launch.hosts import PACKAGES
 from eagle3_ds.launch.probe import code_digest
 from eagle3_ds.topology import Topology
@@ -50,7 +51,7 @@ def own_identity(recipe: Recipe) -> dict[str, str]:
         "Python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
         "recipe": _digest(dump_recipe(recipe).encode()),
-        "DeepSpeed JSON": _digest(Path(recipe.deepspeed).read_bytes()),
+        "DeepSpeed JSON": _digest(json.dumps(load_deepspeed_config(recipe.deepspeed)).encode()),
         "data": _digest(
             (output_dir / "prepared.json").read_bytes() + (output_dir / "vocabulary.safetensors").read_bytes()
         ),

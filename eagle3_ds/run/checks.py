@@ -24,6 +24,7 @@ from eagle3_ds.checkpoint.format import (
 )
 from eagle3_ds.config import (
     Recipe,
+    deepspeed_name,
     fill_deepspeed_config,
     load_deepspeed_config,
     load_recipe,
@@ -81,7 +82,7 @@ def check_deepspeed(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
     try:
         filled = fill_deepspeed_config(user, recipe, mesh.world_size, mesh.draft_dp)
     except ValueError as error:
-        raise ValueError(f"{recipe.deepspeed}: {error}") from error
+        raise ValueError(f"{deepspeed_name(recipe.deepspeed)}: {error}") from error
     if detect_accelerator() == "cpu":
         # Without this variable DeepSpeed warns that it finds no accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -89,7 +90,7 @@ def check_deepspeed(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
     judge = importlib.import_module("eagle3_ds.train.deepspeed_config")
     complaints = [*judge.deepspeed_complaints(filled, user.keys()), *missing_packages(user)]
     if complaints:
-        raise ValueError("\n  ".join([f"{recipe.deepspeed}:", *complaints]))
+        raise ValueError("\n  ".join([f"{deepspeed_name(recipe.deepspeed)}:", *complaints]))
     return filled
 
 
@@ -101,8 +102,13 @@ def check_places(recipe: Recipe, plan: LaunchPlan, launcher: str | None) -> None
             folder.
     """
     folders = [Path(recipe.output_dir), Path(recipe.data.cache_dir)]
-    # A target that is yet to be built, or that comes from the hub, has no folder to look for yet.
-    paths = [Path(recipe.deepspeed), *(path for path in [Path(recipe.target.path)] if path.is_dir())]
+    # A target that is yet to be built, or that comes from the hub, has no folder to look for yet, and a
+    # shipped DeepSpeed JSON comes with the package, which each host has its own of.
+    own = [] if isinstance(recipe.deepspeed, dict) else [Path(recipe.deepspeed)]
+    paths = [
+        *(path for path in own if path.is_file()),
+        *(path for path in [Path(recipe.target.path)] if path.is_dir()),
+    ]
     hosts.check_places(plan, launcher, folders, paths)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from eagle3_ds.config import TargetSection, load_recipe
+from eagle3_ds.config import TargetSection, find_shipped, load_recipe
 from eagle3_ds.config.schema import DataSection
 from eagle3_ds.data.inspect import Inspection, inspect_document, inspect_row
 from eagle3_ds.run.stages import tokenise
@@ -43,7 +43,10 @@ def inspect_source(
 
 
 def _is_recipe(source: str) -> bool:
-    return Path(source).suffix in (".yaml", ".yml")
+    """A YAML file, or the name of a shipped recipe where nothing else has that name."""
+    if Path(source).suffix in (".yaml", ".yml"):
+        return True
+    return not Path(source).exists() and find_shipped("recipes", source) is not None
 
 
 def _what_to_inspect(

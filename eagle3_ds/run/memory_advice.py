@@ -5,11 +5,20 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from eagle3_ds.algorithms import algorithm_of
-from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, missing_packages
+from eagle3_ds.config import (
+    Recipe,
+    deepspeed_file,
+    deepspeed_name,
+    fill_deepspeed_config,
+    load_deepspeed_config,
+    missing_packages,
+    shipped,
+)
 from eagle3_ds.costs import ZeroSettings
 from eagle3_ds.plan import explain_shortage
 from eagle3_ds.run.counted_setup import counted_setup
@@ -52,18 +61,21 @@ def memory_per_rank(ranks_per_host: int) -> int:
 
 
 def deepspeed_files(recipe: Recipe, world: int) -> tuple[dict[str, ZeroSettings], list[str]]:
-    """The ZeRO settings of the recipe's DeepSpeed JSON, and of the other JSONs in its folder, which the
-    planner may propose instead. Files there that cannot be used are skipped.
+    """The ZeRO settings of the recipe's DeepSpeed JSON, and of others, which the planner may propose instead:
+    those in its folder, and the shipped ones beside a shipped one or keys in the recipe. Files that cannot be
+    used are skipped.
 
     Returns:
-        {file: its settings}, the recipe's own first; and a note about each file that was skipped.
+        {what a recipe calls it: its settings}, the recipe's own first; and a note about each file that was
+        skipped.
 
     Raises:
-        ValueError: the recipe's own file is refused.
+        ValueError: the recipe's own is refused.
     """
-    own, draft_dp = Path(recipe.deepspeed), recipe.parallel.draft_dp or 1
-    found, notes = {str(own): ZeroSettings.of(load_deepspeed_config(own))}, []
-    for path in sorted(path for path in own.parent.glob("*.json") if path != own):
+    draft_dp = recipe.parallel.draft_dp or 1
+    own = ZeroSettings.of(load_deepspeed_config(recipe.deepspeed))
+    found, notes = {deepspeed_name(recipe.deepspeed): own}, []
+    for name, path in _others(recipe.deepspeed).items():
         try:
             config = load_deepspeed_config(path)
             if "zero_optimization" not in config:
@@ -75,5 +87,15 @@ def deepspeed_files(recipe: Recipe, world: int) -> tuple[dict[str, ZeroSettings]
             reason = str(error).removeprefix(f"{path}:").strip().splitlines()[0]
             notes.append(f"passed over {path}: {reason}")
         else:
-            found[str(path)] = ZeroSettings.of(config)
+            found[name] = ZeroSettings.of(config)
     return found, notes
+
+
+def _others(own: str | dict[str, Any]) -> dict[str, Path]:
+    """{what a recipe calls it: file} of the DeepSpeed JSONs that may stand in for `own`, by the alphabet."""
+    if isinstance(own, str) and Path(own).is_file():
+        siblings = sorted(path for path in Path(own).parent.glob("*.json") if path != Path(own))
+        return {str(path): path for path in siblings}
+    known = shipped("ds_configs")
+    taken = None if isinstance(own, dict) else deepspeed_file(own)
+    return {name: path for name, path in known.items() if path != taken}

@@ -90,6 +90,11 @@ def resolve_run(recipe: Recipe, options: RunOptions | None = None) -> ResolvedRu
     recipe = recipe.model_copy(update={"parallel": parallel.model_copy(update={"draft_dp": mesh.draft_dp})})
     check_deepspeed(recipe, mesh)
     notes = _check_rest(recipe, accelerator, options)
+    if parallel.draft_dp is None:
+        notes.append(
+            f"inferred: parallel.draft_dp = {mesh.draft_dp}, the {world_size} ranks over ulysses "
+            f"{mesh.ulysses} x ring {mesh.ring}: each group of {mesh.sp} trains on packs of its own"
+        )
     checkpoint, resume = None, "latest" if options.resume else None
     if not options.dry_run:
         checkpoint, told = check_output(recipe, options.resume, options.overwrite)

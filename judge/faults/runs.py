@@ -77,7 +77,7 @@ def struck_recipe(inputs: Path, output: Path) -> Recipe:
         update={"watchdog_seconds": WATCHDOG_SECONDS, "max_skipped": 0, "check_every": 1}
     )
     changes = {
-        "deepspeed": recipe.deepspeed.replace("zero0", "zero2"),
+        "deepspeed": str(recipe.deepspeed).replace("zero0", "zero2"),
         "faults": faults,
         "export": recipe.export.model_copy(update={"formats": ()}),
     }

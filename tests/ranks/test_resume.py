@@ -134,7 +134,7 @@ def test_the_comparison_of_losses_can_fail(resume_inputs: Path, references: dict
 def test_bf16_goes_on_bitwise(shape: str, deepspeed: str, resume_inputs: Path, tmp_path: Path) -> None:
     start_output(resume_inputs, tmp_path / "run")
     recipe = make_recipe(resume_inputs, shape, tmp_path / "run", dtype="bfloat16", save_async=True)
-    path = Path(recipe.deepspeed).with_name(f"{deepspeed}.json")
+    path = Path(str(recipe.deepspeed)).with_name(f"{deepspeed}.json")
     results = run_ranks(
         SHAPES[shape].world_size, restored_in_place, recipe.model_copy(update={"deepspeed": str(path)})
     )

@@ -114,6 +114,16 @@ def test_a_target_that_cannot_be_cut_is_refused_before_anything_starts(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_mesh_that_the_ranks_fill_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["recipes/quickstart.yaml", "--num_gpus", "8", "--dry-run", f"output_dir={tmp_path / 'run'}"]
+    assert main(["launch", *words, "parallel.draft_dp=null"]) == 0
+    told = capsys.readouterr().out
+    assert "inferred: parallel.draft_dp = 2, the 8 ranks over ulysses 2 x ring 2" in told
+    assert "draft_dp: 2" in told, "the resolved recipe says it"
+    assert main(["launch", *words, "parallel.draft_dp=2"]) == 0
+    assert "inferred" not in capsys.readouterr().out
+
+
 def test_dry_run_says_what_it_could_not_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", "recipes/qwen3-8b_128k_usp.yaml", "--num_gpus", "8", "--dry-run"]) == 0
     assert (
@@ -605,7 +615,7 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("eagle3_ds.cli.words.load_recipe", interrupt)
+    monkeypatch.setattr("eagle3_ds.cli.words.read_recipe", interrupt)
     assert main(["report", "recipes/quickstart.yaml"]) == 130
     assert capsys.readouterr().err.strip() == "eagle3-ds report: interrupted"
 

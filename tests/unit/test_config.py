@@ -10,7 +10,7 @@ import pytest
 
 from eagle3_ds.config import Recipe, dump_recipe, fill_deepspeed_config, load_deepspeed_config, load_recipe
 from eagle3_ds.config.deepspeed import REFUSED
-from eagle3_ds.config.load import recipe_differences
+from eagle3_ds.config.load import read_recipe, recipe_differences
 from eagle3_ds.run.checks import check_data
 
 ROOT = Path(__file__).parents[2]
@@ -155,12 +155,14 @@ def test_what_a_block_cannot_be(tmp_path: Path, overrides: tuple[str, ...], word
 
 def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
     message = refusal(
-        tmp_path, MINIMAL.replace("output_dir: output/run", "outputdir: x"), ("parallel.ring=0",)
+        tmp_path,
+        MINIMAL.replace("output_dir: output/run", "outputdir: x").replace("target:", "targets:"),
+        ("parallel.ring=0",),
     )
-    assert "3 problems" in message
+    assert "4 problems" in message
     for words in (
         "outputdir: unknown key. Did you mean `output_dir`?",
-        "output_dir: required",
+        "target: required",
         "parallel.ring",
     ):
         assert words in message
@@ -363,6 +365,57 @@ def test_a_deepspeed_json_is_found_from_where_one_is_and_from_the_recipe(
     assert load_recipe(recipe).deepspeed == "one.json", "the working directory comes first"
     with pytest.raises(ValueError, match=r"nor from the recipe's folder or the one above it"):
         load_deepspeed_config(load_recipe(recipe, ["deepspeed=two.json"]).deepspeed)
+
+
+def test_a_shipped_name_is_found_from_anywhere_and_a_file_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe, told = read_recipe("quickstart")
+    assert told == (
+        f"recipe: quickstart is no file here; taken: the shipped {ROOT / 'recipes/quickstart.yaml'}",
+    )
+    assert recipe.deepspeed == "zero3" and load_deepspeed_config("zero3.json") == load_deepspeed_config(
+        "zero3"
+    )
+    assert load_deepspeed_config("zero3")["zero_optimization"]["stage"] == 3
+    Path("quickstart").write_text(MINIMAL)
+    recipe, told = read_recipe("quickstart")
+    assert recipe.output_dir == "output/run" and told == ()
+    with pytest.raises(ValueError, match=r"shipped name: quickstart, llama3"):
+        load_recipe("quikstart")
+    with pytest.raises(ValueError, match=r"shipped name: zero3_hpz, zero3"):
+        load_deepspeed_config("zero3_hp")
+
+
+def test_deepspeed_keys_may_stand_in_the_recipe(tmp_path: Path) -> None:
+    text = MINIMAL.replace("deepspeed: ds_configs/zero2.json", "deepspeed: {zero_optimization: {stage: 1}}")
+    recipe = load_recipe(write(tmp_path, text), ["deepspeed.zero_optimization.stage=2"])
+    config = load_deepspeed_config(recipe.deepspeed)
+    assert config == {"zero_optimization": {"stage": 2}}
+    config["zero_optimization"]["stage"] = 0
+    assert recipe.deepspeed == {"zero_optimization": {"stage": 2}}, "what is read is a copy"
+    assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
+    wrong = load_recipe(write(tmp_path, text), ["deepspeed.zero_optimisation={}"])
+    with pytest.raises(
+        ValueError, match=r"the recipe's deepspeed section:\n.*Did you mean `zero_optimization`"
+    ):
+        load_deepspeed_config(wrong.deepspeed)
+    with pytest.raises(ValueError, match=r"deepspeed: the value is 3, but it should be the path"):
+        load_recipe(write(tmp_path, text), ["deepspeed=3"])
+
+
+def test_what_the_file_leaves_out_is_inferred_and_told(tmp_path: Path) -> None:
+    lines = [line for line in MINIMAL.splitlines() if not line.startswith(("deepspeed:", "output_dir:"))]
+    path = tmp_path / "mine.yaml"
+    path.write_text("\n".join(lines))
+    recipe, told = read_recipe(path)
+    assert (recipe.deepspeed, recipe.output_dir) == ("zero2", "output/mine")
+    assert [line.partition(" = ")[0] for line in told] == ["inferred: deepspeed", "inferred: output_dir"]
+    given, told = read_recipe(path, ["deepspeed=zero0", "output_dir=o"])
+    assert (given.deepspeed, given.output_dir, told) == ("zero0", "o", ())
+    path.write_text(dump_recipe(recipe))
+    assert read_recipe(path) == (recipe, ()), "the resolved recipe leaves nothing to be inferred"
 
 
 def test_a_recipe_without_data_is_one_for_rollouts_alone(tmp_path: Path) -> None:

@@ -84,6 +84,13 @@ def test_every_room_is_in_the_table() -> None:
     assert rooms <= set(TABLE)
 
 
+def test_no_command_needs_what_stays_in_the_repository() -> None:
+    apart = {"judge", "benchmarks", "tests", "examples"}
+    for path in sorted(PACKAGE.glob("**/*.py")):
+        modules = imported_modules(path.read_text(encoding="utf-8"))
+        assert not apart & {name.split(".")[0] for name in modules}, path
+
+
 def test_no_file_outside_the_rooms_imports_what_one_room_alone_may() -> None:
     for path in sorted(PACKAGE.glob("*.py")):
         modules = imported_modules(path.read_text(encoding="utf-8"))
