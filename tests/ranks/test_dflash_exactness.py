@@ -28,6 +28,7 @@ from eagle3_ds.kernels import Tile, select_kernel
 from eagle3_ds.layout import LocalBatch, PackedSequence, SpanPlan, live_slots, prepare_usp_input, stream_rows
 from eagle3_ds.losses.kl import KL
 from eagle3_ds.topology import Topology, maybe_setup_distributed
+from judge.collective_calls import CollectiveCalls
 from judge.dense_reference import Frozen, LossRules, MicroBatch, StepResult
 from judge.dflash_reference import dflash_step
 
@@ -195,7 +196,9 @@ def rank_of_training(run: Run, ring: int, ulysses: int) -> dict[str, Any]:
     )
     inputs, taps = loss_inputs(run, batch, frozen, topology), LossTaps()
     settings = BlockSettings(SIZE, run.activation, 8 * 3 * (7 * WIDTH + 8 * HIDDEN))
+    counted = CollectiveCalls({"ulysses": topology.ulysses_group, "ring": topology.ring_group})
     with ExitStack() as stack:
+        stack.enter_context(counted)
         if run.fault:
             stack.enter_context(FAULTS[run.fault]())
         anchor = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -217,6 +220,8 @@ def rank_of_training(run: Run, ring: int, ulysses: int) -> dict[str, Any]:
         "joint_acceptance": summed(found.joint_acceptance.double()),
         "gradients": {name: summed(gradient) for name, gradient in gradients.items() if gradient is not None},
         "own": int(batch.supervised[0].sum()),
+        "sent": {key: (count.calls, count.payload) for key, count in counted.counts.items()},
+        "shares": (plan.live_per_rank, plan.slots_per_rank),
     }
 
 
@@ -264,6 +269,25 @@ def test_loss_and_gradients_are_the_references(run_ranks: Any, ring: int, ulysse
         assert differences[worst] <= TOLERANCE, f"{worst}: {differences[worst]:.2e}"
     without = sum(result["own"] == 0 for result in results)
     assert without == (ring * ulysses - 1 if run.share is None else 0), "ranks without an anchor of their own"
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("ring", "ulysses"), MESHES)
+def test_a_layer_sends_what_the_page_says(run_ranks: Any, ring: int, ulysses: int) -> None:
+    """The table of docs/dflash.md; entries and statistics are fp64 here."""
+    run = Run(3, "recompute")
+    for result in run_ranks(ring * ulysses, rank_of_training, run, ring, ulysses):
+        (anchors, slots), q, kv = result["shares"], HEADS * HEAD_DIM, KEY_HEADS * HEAD_DIM
+        inputs, context = anchors * SIZE, 2 * slots * kv
+        expected = {}
+        if ulysses > 1:
+            forward = inputs * q + context + inputs * (q + HEADS)
+            backward = inputs * (2 * q + 2 * HEADS) + inputs * q + context
+            expected["ulysses", "all_to_all"] = (3 * 4, 3 * 8 * (forward + backward))
+        if ring > 1:
+            expected["ring", "all_gather"] = (3, 3 * 8 * context)
+            expected["ring", "reduce_scatter"] = (3, 3 * 8 * ring * context)
+        assert result["sent"] == expected
 
 
 def future_context() -> Any:
