@@ -183,8 +183,8 @@ def is_allowed(values: Mapping[str, Any]) -> bool:
         # bf16 decides otherwise than fp64 on which side it is: fp32 is exact here, and
         # tests/unit/test_loss.py compares bf16 gradients of the same rounded logits.
         return False
-    refused = REFUSED[values.get("algorithm", "eagle3")]
-    if any(values.get(name) in of_name for name, of_name in refused.items()):
+    algorithms = [values["algorithm"]] if "algorithm" in values else REFUSED
+    if all(_refuses(REFUSED[algorithm], values) for algorithm in algorithms):
         return False
     mesh = values.get("topology")
     if mesh is None:
@@ -193,6 +193,10 @@ def is_allowed(values: Mapping[str, Any]) -> bool:
         return False  # Ulysses must divide the key heads.
     # With one rank there is no other rank that could be supervised.
     return not (values.get("documents") == "unsupervised_rank" and mesh == (1, 1, 1))
+
+
+def _refuses(refused: Mapping[str, tuple[Any, ...]], values: Mapping[str, Any]) -> bool:
+    return any(name in values and values[name] in of_name for name, of_name in refused.items())
 
 
 def allowed_pairs() -> set[tuple[Value, Value]]:

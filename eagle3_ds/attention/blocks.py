@@ -35,7 +35,7 @@ from torch import Tensor
 from eagle3_ds.attention.exchange import KVExchange
 from eagle3_ds.attention.usp import LlamaUSPFlashAttention, pack_heads, unpack_heads
 from eagle3_ds.collectives import all_heads_to_sequence, all_sequence_to_heads, start_sequence_to_heads
-from eagle3_ds.kernels import accumulation_dtype
+from eagle3_ds.kernels import FoldedKernel, accumulation_dtype
 from eagle3_ds.layout import SpanPlan
 
 _TILE_BYTES = 2**23
@@ -88,7 +88,8 @@ class _AttendBlocks(torch.autograd.Function):
     ) -> Tensor:
         group = attention.ulysses_group
         q_heads, k_heads, v_heads = all_sequence_to_heads((q, k_context, v_context), group)
-        exchange = attention.exchange(k_heads, v_heads, plan, ring_rank)
+        kernel = FoldedKernel(attention.kernel)
+        exchange = attention.exchange(k_heads, v_heads, plan, ring_rank, kernel)
         context = _Context(exchange, attention, k_own.shape[1:3])
         out_heads, lse_heads = context.attend(q_heads)
         out0, lse0 = attention.home_with_statistics(out_heads.to(q.dtype), lse_heads)

@@ -225,11 +225,18 @@ class LlamaUSPFlashAttention(nn.Module):
             return dq, dk, dv
         return dq + heads_to_sequence(dq_heads, self.ulysses_group), unroll.dkeys.pop(), unroll.dvalues.pop()
 
-    def exchange(self, k_heads: Tensor, v_heads: Tensor, plan: SpanPlan, ring_rank: int) -> KVExchange:
+    def exchange(
+        self,
+        k_heads: Tensor,
+        v_heads: Tensor,
+        plan: SpanPlan,
+        ring_rank: int,
+        kernel: AttentionKernel | None = None,
+    ) -> KVExchange:
         """Bring the keys and values of this rank's heads, [Lr, Hkv / u, D] each, to the ranks of the ring.
-        Collective.
+        Collective. `kernel` computes with them; None for the layer's.
         """
-        place = RingPlace(plan, ring_rank, self.ring_group, self.kernel, self.window, self.kv_bytes)
+        place = RingPlace(plan, ring_rank, self.ring_group, kernel or self.kernel, self.window, self.kv_bytes)
         return EXCHANGES[self.kv_exchange](k_heads, v_heads, place)
 
     def home_with_statistics(self, x: Tensor, statistic: Tensor) -> tuple[Tensor, Tensor]:

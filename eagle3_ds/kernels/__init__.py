@@ -5,6 +5,7 @@ backward takes a log-sum-exp from outside, so that a softmax may span keys that 
 """
 
 from eagle3_ds.kernels.base import AttentionKernel, TileKernel, accumulation_dtype, merge_partial
+from eagle3_ds.kernels.folded import FoldedKernel
 from eagle3_ds.kernels.select import KERNELS, select_kernel
 from eagle3_ds.kernels.selfcheck import checked_kernel
 from eagle3_ds.kernels.tile import Tile
@@ -12,6 +13,7 @@ from eagle3_ds.kernels.tile import Tile
 __all__ = [
     "KERNELS",
     "AttentionKernel",
+    "FoldedKernel",
     "Tile",
     "TileKernel",
     "accumulation_dtype",

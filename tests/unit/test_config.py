@@ -382,7 +382,7 @@ def test_a_shipped_name_is_found_from_anywhere_and_a_file_comes_first(
     Path("quickstart").write_text(MINIMAL)
     recipe, told = read_recipe("quickstart")
     assert recipe.output_dir == "output/run" and told == ()
-    with pytest.raises(ValueError, match=r"shipped name: quickstart, llama3"):
+    with pytest.raises(ValueError, match=r"shipped name: quickstart, quickstart_"):
         load_recipe("quikstart")
     with pytest.raises(ValueError, match=r"shipped name: zero3_hpz, zero3"):
         load_deepspeed_config("zero3_hp")

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from eagle3_ds.algorithms.eagle3 import DraftModel
+from eagle3_ds.algorithms import ALGORITHMS
 from eagle3_ds.algorithms.eagle3.supervision import TTTSupervision
 from eagle3_ds.layout import PackedSequence, SpanPlan, live_slots, prepare_usp_input
 from judge.cases import (
@@ -39,7 +39,22 @@ def test_only_the_impossible_is_left_out():
     of_rounding = {("bfloat16", kind) for kind in ("tv", "lk_alpha", "lk_lambda")}
     # docs/peagle.md: what names the EAGLE code's shift of the mask, or is about what a next step reads.
     of_peagle = {("reference", "peagle"), ("eagle3.1", "peagle"), ("all", "peagle")}
-    assert impossible == {((1, 1, 4), "gqa"), ((1, 1, 1), "unsupervised_rank")} | of_rounding | of_peagle
+    # docs/dflash.md: what DFlash has not is neither with it nor with what DFlash alone has.
+    others = {"reference", "offload", *(set(FACTORS["norms"]) - {"none"})}
+    own = {"predicted", "causal", "own mask"}
+    of_dflash = {(other, "dflash") for other in others}
+    of_dflash |= {(mine, algorithm) for mine in own for algorithm in ("eagle3", "peagle")}
+    of_dflash |= {(mine, algorithm)[::-1] for mine in own for algorithm in ("eagle3", "peagle")}
+    of_dflash |= {pair for other in others for mine in own for pair in ((other, mine), (mine, other))}
+    of_meshes = {((1, 1, 4), "gqa"), ((1, 1, 1), "unsupervised_rank")}
+    allowed_names = of_rounding | of_peagle | of_dflash | of_meshes
+    assert impossible <= allowed_names, impossible - allowed_names
+    # Two values of one factor are no pair, and a pair is listed in the order of the factors.
+    listed = {frozenset(map(str, pair)) for pair in impossible}
+    same = {
+        frozenset((a, b)) for values in FACTORS.values() for a in map(str, values) for b in map(str, values)
+    }
+    assert {frozenset(map(str, pair)) for pair in allowed_names} - same == listed
 
 
 def test_every_case_can_stand_and_none_is_listed_twice():
@@ -51,7 +66,7 @@ def test_every_case_can_stand_and_none_is_listed_twice():
 
 
 def test_the_matrix_is_far_from_the_full_product_and_the_same_every_time():
-    assert len(full_matrix()) < 70 < len(allowed_pairs())
+    assert len(full_matrix()) < 90 < len(allowed_pairs())
     assert full_matrix() == full_matrix()
 
 
@@ -70,11 +85,14 @@ def test_inputs_are_a_pure_function_of_case_and_seed():
     assert not torch.equal(first.weights["fc.weight"], other.weights["fc.weight"])
 
 
+@pytest.mark.parametrize("algorithm", FACTORS["algorithm"])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_parameters_are_those_of_the_draft(layers):
-    inputs = make_inputs(next(case for case in full_matrix() if case.layers == layers))
-    draft = {name: tuple(parameter.shape) for name, parameter in DraftModel(inputs.config).named_parameters()}
-    assert parameter_shapes(inputs.config) == draft
+def test_parameters_are_those_of_the_draft(layers, algorithm):
+    case = next(c for c in full_matrix() if (c.layers, c.algorithm) == (layers, algorithm))
+    inputs = make_inputs(case)
+    draft = ALGORITHMS[case.algorithm].build(inputs.config)
+    found = {name: tuple(parameter.shape) for name, parameter in draft.named_parameters()}
+    assert parameter_shapes(inputs.config) == found
 
 
 def local_batches(case):

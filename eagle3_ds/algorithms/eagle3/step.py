@@ -326,3 +326,5 @@ def _backward_before(
         part, dembeds = project_backward(step.embeds(tile), hidden[tile], columns, weights, sums, layer.eps)
         dhidden[tile] += part
         step.take_dembeds(tile, dembeds)
+        # Not held while the next tile makes its own.
+        del part, dembeds
