@@ -256,7 +256,8 @@ class DraftSection(Section):
     @model_validator(mode="after")
     def _window_holds_the_guesses(self) -> DraftSection:
         is_block = self.algorithm == "dflash"
-        name, least = ("block_size", self.block_size) if is_block else ("ttt_steps", self.ttt_steps)
+        # The last input of a block stands block_size places behind the newest slot of the context.
+        name, least = ("block_size + 1", self.block_size + 1) if is_block else ("ttt_steps", self.ttt_steps)
         if self.sliding_window is not None and self.sliding_window < least:
             raise ValueError(
                 f"sliding_window = {self.sliding_window} is less than {name} = {least}: a guess "
@@ -536,6 +537,23 @@ class Recipe(Section):
             raise ValueError(
                 f"loss.mask_alignment is {alignment} and draft.algorithm is {algorithm}, whose own trainers "
                 f"have no such rule. Use {' or '.join(ALIGNMENTS[algorithm])}."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_are_trained_so(self) -> Recipe:
+        if self.draft.algorithm != "dflash":
+            return self
+        if self.train.activation == "offload":
+            raise ValueError(
+                "train.activation is offload and draft.algorithm is dflash, whose pass moves nothing to the "
+                "host. Use recompute, or keep."
+            )
+        if self.draft.anchor_share < 1 and self.data.hidden_states in ("stream", "online"):
+            raise ValueError(
+                f"draft.anchor_share is {self.draft.anchor_share} and data.hidden_states is "
+                f"{self.data.hidden_states}: who reads which hidden states is decided before anchors are "
+                "drawn. Use a store (data.hidden_states: offline), or anchor_share 1."
             )
         return self
 

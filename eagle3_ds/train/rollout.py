@@ -96,6 +96,11 @@ class RolloutTrainer:
         topology = _topology(self.recipe)
         torch.manual_seed(self.recipe.train.seed)
         algorithm = algorithm_of(self.recipe)
+        if algorithm.anchors(self.recipe) is not None:
+            raise ValueError(
+                f"draft.anchor_share is {self.recipe.draft.anchor_share}: anchors are drawn by visits of a "
+                "document, and a rollout is seen once. Set it to 1."
+            )
         draft_config = algorithm.build_config(config, self.recipe)
         if has_own_embedding(draft_config):
             raise ValueError(

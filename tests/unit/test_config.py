@@ -109,8 +109,8 @@ def test_overrides(tmp_path: Path) -> None:
         ("draft={algorithm: dflash, block_size: 1}", ["draft.block_size", "greater than or equal to 2"]),
         ("draft={algorithm: dflash, anchor_share: 0}", ["draft.anchor_share", "greater than 0"]),
         (
-            "draft={algorithm: dflash, sliding_window: 7}",
-            ["sliding_window = 7 is less than block_size = 8", "or null"],
+            "draft={algorithm: dflash, sliding_window: 8}",
+            ["sliding_window = 8 is less than block_size + 1 = 9", "or null"],
         ),
         ("loss.mask_alignment=predicted", ["loss.mask_alignment is predicted and draft.algorithm is eagle3"]),
         ("target.build={hidden_size: 190}", ["hidden_size is 190", "num_heads"]),
@@ -147,6 +147,11 @@ def test_keys_of_a_block(tmp_path: Path) -> None:
         (("eval.draft_tokens=3",), "eval.draft_tokens is 3 and draft.block_size is 8, which makes 7 guesses"),
         (("eval.draft_tokens=8", "draft.block_causal=true"), "no more of them are trained"),
         (("loss.mask_alignment=reference",), "reference and draft.algorithm is dflash"),
+        (("train.activation=offload",), "train.activation is offload and draft.algorithm is dflash"),
+        (
+            ("draft.anchor_share=0.5", "data.hidden_states=online"),
+            "draft.anchor_share is 0.5 and data.hidden_states is online",
+        ),
     ],
 )
 def test_what_a_block_cannot_be(tmp_path: Path, overrides: tuple[str, ...], words: str) -> None:

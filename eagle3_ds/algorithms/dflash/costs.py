@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from eagle3_ds.attention.rotary import rotated_channels
-from eagle3_ds.costs import DraftShape
+from eagle3_ds.costs import DraftShape, Setup
 from eagle3_ds.draft.geometry import aux_size, has_own_embedding, target_hidden_size
 
 
@@ -68,3 +68,22 @@ class DFlashShape(DraftShape):
     def live_slots_alone(self) -> bool:
         """True: a slot that is no anchor gives the keys and values of all layers, which need no layer."""
         return True
+
+    def sequence_bytes(self, setup: Setup) -> NoReturn:
+        raise _uncounted()
+
+    def attention_traffic(self, setup: Setup) -> NoReturn:
+        raise _uncounted()
+
+    def flops(self, setup: Setup, pairs: int) -> NoReturn:
+        raise _uncounted()
+
+    def elementwise_bytes(self, setup: Setup) -> NoReturn:
+        raise _uncounted()
+
+
+def _uncounted() -> ValueError:
+    return ValueError(
+        "draft.algorithm is dflash, of which the planner counts the parameters alone: bytes and seconds of "
+        "its steps are not predicted. Measure a short run (train.steps=3), or plan with eagle3 or peagle."
+    )
