@@ -105,7 +105,7 @@ if [ "$mode" = test ]; then
   "$python" -m ruff format --check --quiet .
   "$python" -m mypy
   # In two processes, which tests/conftest.py says how to share; `-n 0` runs them in one.
-  exec "$python" -m pytest tests --numprocesses 2 --dist loadgroup "$@"
+  exec "$python" -m pytest tests --numprocesses 2 "$@"
 fi
 case "$1" in
   --version | prepare | capture | evaluate | export | serve-check | report | plan | data | doctor | store) exec "$python" -m eagle3_ds.cli "$@" ;;
