@@ -1,11 +1,12 @@
-"""`python -m benchmarks.long_context`: acceptance against context, of drafts that were trained at short and at
-long context with as many tokens and optimizer steps. Hours on two cores; the same command goes on after a stop.
+"""`python -m benchmarks.long_context`: acceptance against context, of drafts that were trained at short and
+at long context with as many tokens and optimizer steps. Hours on two cores; the same command goes on after a
+stop.
 
-A target of 6.2 million parameters learns repositories and questions about them (long_corpus.py), at last at the
-longest context. The drafts learn the same kind of text by the recipe, on four ranks (ring 2 x ulysses 2), and
-guess in held-out prompts of each length. The judge is the target's own greedy answer: with any draft a greedy
-target answers the same, so one answer judges all drafts, round for round. `--python P`, with vLLM in P, serves
-some of them at every length too, and what vLLM accepts must be what was counted here.
+A target of 6.2 million parameters learns repositories and questions about them (long_corpus.py), at last at
+the longest context. The drafts learn the same kind of text by the recipe, on four ranks (ring 2 x ulysses 2),
+and guess in held-out prompts of each length. The judge is the target's own greedy answer: with any draft a
+greedy target answers the same, so one answer judges all drafts, round for round. `--python P`, with vLLM in
+P, serves some of them at every length too, and what vLLM accepts must be what was counted here.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ ANSWERED_SHARE = 0.2
 KEY_EVERY = 2500
 """Characters of source for each planted key."""
 LETTERS = "BCDFGHJKLMNPQRSTVWXZ"
-COLOURS = "amber azure coral ebony ivory jade lilac ochre pearl ruby sable teal".split()
+COLOURS = ("amber", "azure", "coral", "ebony", "ivory", "jade", "lilac", "ochre", "pearl", "ruby", "sable")
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,13 @@ def draw(body: Mapping[str, Any], path: Path) -> None:
             if name in body["drafts"]
             else "n-gram look-up, no draft"
         )
-        style = {"linestyle": "-"} if name in body["drafts"] else {"linestyle": ":"}
         axis.plot(
             places,
             [row["acceptance_length"] for row in rows],
             color=COLORS[place % len(COLORS)],
             marker=MARKERS[place % len(MARKERS)],
             label=label,
-            **style,
+            linestyle="-" if name in body["drafts"] else ":",
         )
         for x, row in zip(places, rows, strict=True):
             if row["interval"] is not None:

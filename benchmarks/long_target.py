@@ -211,8 +211,8 @@ def render(tokenizer: Any, number: int, characters: int, answered: float) -> tup
 
 
 def token_losses(model: Any, ids: Tensor) -> Tensor:
-    """Cross entropy of each token but the first, in nats: int64 [B, T + 1] -> fp32 [B, T]. Where gradients are
-    wanted, matrix products are in bf16.
+    """Cross entropy of each token but the first, in nats: int64 [B, T + 1] -> fp32 [B, T]. Where gradients
+    are wanted, matrix products are in bf16.
     """
     with torch.autocast("cpu", torch.bfloat16, enabled=torch.is_grad_enabled()):
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
@@ -261,7 +261,7 @@ def loss_by_context(
 
 
 def heldout(tokenizer: Any, length: int, count: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Ids of held-out conversations of nine tenths of `length` to `length` tokens, and which are of answers."""
+    """Held-out conversations of nine tenths of `length` to `length` tokens: ids, and 1 where of an answer."""
     yield from fitting(tokenizer, length, count, FIRST_HELDOUT, 0.2)
 
 
