@@ -43,7 +43,7 @@ import sys
 from importlib.util import find_spec
 names = ["eagle3_ds", "torch", "deepspeed", "transformers", "datasets", "pydantic", "yaml", "safetensors", "tokenizers",
          "jinja2", "tqdm", "rich", "click", "matplotlib", "numpy"]
-tools = ["pytest", "hypothesis", "ruff", "mypy"] if sys.argv[1] == "test" else []
+tools = ["pytest", "xdist", "hypothesis", "ruff", "mypy"] if sys.argv[1] == "test" else []
 sys.exit(any(find_spec(name) is None for name in names + tools))
 PYTHON
 }
@@ -102,7 +102,8 @@ if [ "$mode" = test ]; then
   "$python" -m ruff check .
   "$python" -m ruff format --check --quiet .
   "$python" -m mypy
-  exec "$python" -m pytest tests "$@"
+  # In two processes, which tests/conftest.py says how to share; `-n 0` runs them in one.
+  exec "$python" -m pytest tests --numprocesses 2 --dist loadgroup "$@"
 fi
 case "$1" in
   prepare | capture | evaluate | export | serve-check | report | plan | data | doctor | store) exec "$python" -m eagle3_ds.cli "$@" ;;

@@ -61,6 +61,10 @@ def varied_runs() -> dict[str, SampleRun]:
         return replace(base, deepspeed=small_buckets(config), **changes)
 
     two_layers = replace(SHAPE, num_layers=2)
+    narrow = replace(
+        SHAPE, hidden_size=192, intermediate_size=512, num_heads=6, target_size=256, aux_size=768
+    )
+    turned = replace(SHAPE, head_dim=64, rotated_size=16, aux_size=5 * 256)
     return {
         "one rank, fp32": run("zero0"),
         "one rank, bf16, keep": run("zero1", dtype="bfloat16", activation="keep", length=1024, ttt_steps=4),
@@ -78,6 +82,10 @@ def varied_runs() -> dict[str, SampleRun]:
         ),
         "answers of a quarter, ulysses 2, bf16": run("zero2", dtype="bfloat16", ulysses=2, answered=0.25),
         "answers of a tenth, ring 2, gathered": run("zero2", ring=2, answered=0.1),
+        "narrower than the target, ulysses 2": run("zero2", ulysses=2, shape=narrow),
+        "wide heads turned in part, five captured layers, ring 2, bf16": run(
+            "zero3", ring=2, dtype="bfloat16", shape=turned
+        ),
         "short, the model is all": run("zero2", length=64, ttt_steps=1, dtype="bfloat16"),
     }
 

@@ -11,7 +11,7 @@ size, R channels of it that turn, Hq / Hkv heads, V target vocabulary, Vd draft 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ Weights = Mapping[str, Tensor]
 @dataclass(frozen=True)
 class MicroBatch:
     """One whole packed sequence: token_ids int64 [L], loss_mask bool [L], document lengths with the sum L,
-    aux [L, layers * H], teacher [L, H].
+    aux [L, layers * H], teacher [L, H]; anchors bool [L], the only slots that guess, None for all.
     """
 
     token_ids: Tensor
@@ -33,6 +33,7 @@ class MicroBatch:
     lengths: tuple[int, ...]
     aux: Tensor
     teacher: Tensor
+    anchors: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,12 @@ class Frozen:
     embedding: Tensor
     head: Tensor
     d2t: Tensor
+
+
+Guesses = Callable[[Weights, LlamaConfig, Frozen, MicroBatch, int], list[Tensor]]
+"""An algorithm's arithmetic: from weights, config, frozen, a batch and the number of guesses, the draft
+logits [L, Vd] of each guess.
+"""
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,7 @@ def reference_step(
     batches: Sequence[MicroBatch],
     rules: LossRules,
     rounding: float = 0.0,
+    guesses: Guesses | None = None,
 ) -> StepResult:
     """Loss, accuracies and gradients of one optimizer step.
 
@@ -119,9 +127,12 @@ def reference_step(
         weights: whole, by the draft's parameter names; all computations are in their dtype.
         batches: the whole micro-batches of all draft_dp ranks.
         rounding: logits that differ by less than this share of the largest count as ties.
+        guesses: the arithmetic of another algorithm than EAGLE-3; loss and figures are the same.
     """
     leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
-    sums = [_micro_batch(leaves, config, frozen, batch, rules, rounding) for batch in batches]
+    sums = [
+        _micro_batch(leaves, config, frozen, batch, rules, rounding, guesses or unroll) for batch in batches
+    ]
     entropy = torch.stack([s.entropy for s in sums]).sum(0)
     in_loss, hits, counted, joint_hits, joint_counted, ties, joint_ties, joint_accepted = (
         torch.stack([getattr(s, name) for s in sums]).sum(0).to(entropy.dtype)
@@ -252,10 +263,11 @@ def _micro_batch(
     batch: MicroBatch,
     rules: LossRules,
     rounding: float,
+    guesses: Guesses,
 ) -> _Sums:
-    length, steps = len(batch.token_ids), rules.ttt_steps
+    length = len(batch.token_ids)
     dtype = weights["fc.weight"].dtype
-    document = torch.repeat_interleave(torch.arange(len(batch.lengths)), torch.tensor(batch.lengths))
+    document = document_of(batch)
     target_of = torch.arange(len(frozen.d2t)) + frozen.d2t
     teacher_logits = batch.teacher.to(dtype) @ frozen.head.to(dtype).T
     best = teacher_logits.argmax(-1)
@@ -266,14 +278,13 @@ def _micro_batch(
     all_right = all_counted = may_be_right = torch.ones(length, dtype=torch.bool)
     all_accepted = torch.ones(length, dtype=dtype)
     any_tied = ~all_right
-    for k, logits in enumerate(_unroll(weights, config, frozen, batch, document, steps)):
-        read, inside = _read(document, 1 + k)
-        mask_at = read if rules.alignment == "served" else read - 1
-        supervised = inside & batch.loss_mask[mask_at]
+    for k, logits in enumerate(guesses(weights, config, frozen, batch, rules.ttt_steps)):
+        read, _ = read_ahead(document, 1 + k)
+        supervised = is_supervised(batch, rules.alignment, k)
         right = supervised & (target_of[logits.argmax(-1)] == best[read])
         all_right, all_counted = all_right & right, all_counted & supervised
         contributing = supervised & covered[read]
-        entropy, accepted = _of_guesses(logits, teacher[read], rules)
+        entropy, accepted = of_guesses(logits, teacher[read], rules)
         # Nothing that the draft vocabulary cannot say is accepted.
         all_accepted = all_accepted * torch.where(contributing, accepted.detach(), 0.0)
         tied = supervised & _is_decided_by_rounding(logits, target_of, best[read], rounding)
@@ -281,10 +292,11 @@ def _micro_batch(
         flags = (contributing, right, supervised, all_right, all_counted, tied, may_be_right & any_tied)
         joint_accepted = all_accepted[all_counted].sum()
         rows.append((entropy[contributing].sum(), *(flag.sum() for flag in flags), joint_accepted))
-    return _Sums(length, *(torch.stack(column) for column in zip(*rows, strict=True)))
+    slots = length if batch.anchors is None else int(batch.anchors.sum())
+    return _Sums(slots, *(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
-def _of_guesses(logits: Tensor, teacher: Tensor, rules: LossRules) -> tuple[Tensor, Tensor]:
+def of_guesses(logits: Tensor, teacher: Tensor, rules: LossRules) -> tuple[Tensor, Tensor]:
     """The loss of each slot's guess [L] and the probability that it is accepted [L], from the draft's logits
     and the teacher's probabilities, [L, Vd] each.
 
@@ -316,7 +328,7 @@ def _is_decided_by_rounding(logits: Tensor, target_of: Tensor, best: Tensor, rou
     return close & (target_of[draft_id] == best[:, None]).any(-1)
 
 
-def _read(document: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
+def read_ahead(document: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
     """For each slot, the index of the slot `ahead` of it, and whether that is in the same document; if not,
     the index is the slot's own. [L] each.
     """
@@ -326,25 +338,39 @@ def _read(document: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
     return torch.where(inside, read, index), inside
 
 
-def _unroll(
-    weights: Weights,
-    config: LlamaConfig,
-    frozen: Frozen,
-    batch: MicroBatch,
-    document: Tensor,
-    steps: int,
+def is_supervised(batch: MicroBatch, alignment: str, guess: int) -> Tensor:
+    """bool [L]: whether each slot counts at a guess, by the rule that `loss.mask_alignment` names."""
+    document = document_of(batch)
+    read, inside = read_ahead(document, 1 + guess)
+    if alignment == "predicted":
+        # The token that is guessed, and the newest one that is known.
+        guessed, inside = read_ahead(document, 2 + guess)
+        counts = inside & batch.loss_mask[guessed] & batch.loss_mask[read_ahead(document, 1)[0]]
+    else:
+        counts = inside & batch.loss_mask[read if alignment == "served" else read - 1]
+    return counts if batch.anchors is None else counts & batch.anchors
+
+
+def document_of(batch: MicroBatch) -> Tensor:
+    """The number of each slot's document, int64 [L]."""
+    return torch.repeat_interleave(torch.arange(len(batch.lengths)), torch.tensor(batch.lengths))
+
+
+def unroll(
+    weights: Weights, config: LlamaConfig, frozen: Frozen, batch: MicroBatch, steps: int
 ) -> list[Tensor]:
-    """Draft logits [L, Vd] of each TTT step."""
+    """Draft logits [L, Vd] of each TTT step of EAGLE-3."""
+    document = document_of(batch)
     dtype = weights["fc.weight"].dtype
     index = torch.arange(len(document))
     first = torch.tensor([int((document < d).sum()) for d in document])
     may_attend = (document[:, None] == document[None, :]) & (index[None, :] <= index[:, None])
     frequency = rotary_frequencies(config)
-    hidden = _normed_aux(weights, config, batch.aux.to(dtype)) @ weights["fc.weight"].T
+    hidden = normed_aux(weights, config, batch.aux.to(dtype)) @ weights["fc.weight"].T
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(config.num_hidden_layers)]
     logits = []
     for k in range(steps):
-        read, inside = _read(document, 1 + k)
+        read, inside = read_ahead(document, 1 + k)
         # A slot that would read outside its document reads zeros, and is not supervised.
         embeds = frozen.embedding.to(dtype)[batch.token_ids[read]] * inside[:, None]
         angle = ((index - first + k)[:, None] * frequency).to(dtype)
@@ -354,20 +380,20 @@ def _unroll(
         )
         for layer, keys_values in enumerate(seen):
             hidden = _layer(weights, config, layer, embeds, hidden, angle, may_attend & near, keys_values)
-        normed = _rms_norm(hidden, weights["norm.weight"], config)
+        normed = rms_norm(hidden, weights["norm.weight"], config)
         logits.append(normed @ weights["lm_head.weight"].T)
         if getattr(config, "norm_output", False):
             hidden = normed
     return logits
 
 
-def _normed_aux(weights: Weights, config: LlamaConfig, aux: Tensor) -> Tensor:
+def normed_aux(weights: Weights, config: LlamaConfig, aux: Tensor) -> Tensor:
     """Apply the norms that come before `fc` to the captured hidden states [L, layers * H]; same shape."""
     if getattr(config, "norm_before_fc", False):
-        aux = _rms_norm(aux, weights["input_norm.weight"], config)
+        aux = rms_norm(aux, weights["input_norm.weight"], config)
     if getattr(config, "fc_norm", False):
         parts = aux.chunk(config.num_aux_layers, dim=-1)
-        normed = [_rms_norm(part, weights[f"fc_norm.{i}.weight"], config) for i, part in enumerate(parts)]
+        normed = [rms_norm(part, weights[f"fc_norm.{i}.weight"], config) for i, part in enumerate(parts)]
         aux = torch.cat(normed, dim=-1)
     return aux
 
@@ -383,30 +409,51 @@ def _layer(
     keys_values: list[tuple[Tensor, Tensor]],
 ) -> Tensor:
     """One decoder layer at one TTT step: [L, H] -> [L, H]. Appends this step's keys and values."""
+    q, k, v = before_attention(weights, config, layer, embeds, hidden, angle)
+    group = config.num_attention_heads // config.num_key_value_heads
+    keys_values.append((k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)))
+    attended = _attention(q, keys_values, may_attend).transpose(0, 1).flatten(1)
+    return after_attention(weights, config, layer, hidden, attended)
+
+
+def before_attention(
+    weights: Weights, config: LlamaConfig, layer: int, embeds: Tensor, hidden: Tensor, angle: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of n slots, embeds and hidden [n, H], angle [n, R / 2]: rotated q [Hq, n, D], rotated k and v
+    [Hkv, n, D].
+    """
 
     def weight(name: str) -> Tensor:
         return weights[f"layers.{layer}.{name}.weight"]
 
     if layer == 0:
         normed = (
-            _rms_norm(embeds, weight("input_layernorm"), config),
-            _rms_norm(hidden, weight("hidden_norm"), config),
+            rms_norm(embeds, weight("input_layernorm"), config),
+            rms_norm(hidden, weight("hidden_norm"), config),
         )
         x = torch.cat(normed, dim=-1)
     else:
-        x = _rms_norm(hidden, weight("input_layernorm"), config)
+        x = rms_norm(hidden, weight("input_layernorm"), config)
     q, k, v = (
         (x @ weight(f"self_attn.{name}_proj").T).view(len(x), -1, config.head_dim).transpose(0, 1)
         for name in "qkv"
     )
-    group = config.num_attention_heads // config.num_key_value_heads
-    q, k = (_rotate(x, angle, rotary_factor(config)) for x in (q, k))
-    keys_values.append((k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)))
-    attended = _attention(q, keys_values, may_attend).transpose(0, 1).flatten(1)
+    q, k = (rotate(x, angle, rotary_factor(config)) for x in (q, k))
+    return q, k, v
+
+
+def after_attention(
+    weights: Weights, config: LlamaConfig, layer: int, hidden: Tensor, attended: Tensor
+) -> Tensor:
+    """Of n slots: output projection, residual and MLP; hidden [n, H], attended [n, Hq * D] -> [n, H]."""
+
+    def weight(name: str) -> Tensor:
+        return weights[f"layers.{layer}.{name}.weight"]
+
     if layer == 0 and getattr(config, "norm_before_residual", False):
-        hidden = _rms_norm(hidden, weight("hidden_norm"), config)
+        hidden = rms_norm(hidden, weight("hidden_norm"), config)
     hidden = hidden + attended @ weight("self_attn.o_proj").T
-    normed_hidden = _rms_norm(hidden, weight("post_attention_layernorm"), config)
+    normed_hidden = rms_norm(hidden, weight("post_attention_layernorm"), config)
     gate, up = (normed_hidden @ weight(f"mlp.{name}_proj").T for name in ("gate", "up"))
     return hidden + (functional.silu(gate) * up) @ weight("mlp.down_proj").T
 
@@ -427,7 +474,7 @@ def _attention(q: Tensor, keys_values: list[tuple[Tensor, Tensor]], may_attend: 
     return out
 
 
-def _rotate(x: Tensor, angle: Tensor, factor: float) -> Tensor:
+def rotate(x: Tensor, angle: Tensor, factor: float) -> Tensor:
     """Llama's rotary embedding of the first R channels of x [heads, L, D] by angle [L, R / 2]: pairs
     channels c and c + R / 2; the channels after R stay as they are.
     """
@@ -437,7 +484,7 @@ def _rotate(x: Tensor, angle: Tensor, factor: float) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin, still), dim=-1)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, config: LlamaConfig) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, config: LlamaConfig) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * weight
 
 

@@ -113,14 +113,16 @@ def families() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def tiny_config(family: str) -> Any:
-    """The config of a family with small sizes. Its errors are those of the family's own config."""
+def tiny_config(family: str, **changes: Any) -> Any:
+    """The config of a family with small sizes, or those of `changes`. Its errors are those of the family's
+    own config.
+    """
     config_class = CONFIG_MAPPING[family]
     default = config_class()
     values = _shrink(default.to_dict(), _num_layers(default.to_dict()))
     for key in ("model_type", "transformers_version", "architectures", "dtype", "torch_dtype"):
         values.pop(key, None)
-    return config_class(**_merge(values, CORRECTIONS.get(family, {})))
+    return config_class(**_merge(values, {**CORRECTIONS.get(family, {}), **changes}))
 
 
 def _num_layers(values: dict[str, Any]) -> int:

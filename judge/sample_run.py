@@ -17,6 +17,7 @@ from eagle3_ds.algorithms.eagle3.supervision import TTTSupervision
 from eagle3_ds.config import Recipe, fill_deepspeed_config
 from eagle3_ds.costs import Setup
 from eagle3_ds.draft import VocabularyMap
+from eagle3_ds.draft.geometry import aux_keys
 from eagle3_ds.layout import PackedSequence, live_slots
 from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.trainer import DraftTrainer
@@ -57,6 +58,11 @@ class SampleRun:
     def world_size(self) -> int:
         return self.draft_dp * self.ring * self.ulysses
 
+    @property
+    def aux_size(self) -> int:
+        """Entries of a slot's captured hidden states."""
+        return self.shape.aux_size or 3 * self.shape.target_hidden_size
+
     def recipe(self) -> Recipe:
         """`target` and `data` are there because a recipe has them, and are never opened."""
         sections: dict[str, Any] = {
@@ -96,8 +102,11 @@ class SampleRun:
         return replace(setup, supervised=float(live.mean()))
 
     def config(self) -> LlamaConfig:
-        shape = self.shape
+        shape, rope = self.shape, ROPE
+        if shape.rotated_size is not None:
+            rope = {**ROPE, "partial_rotary_factor": shape.rotated_size / shape.head_dim}
         return LlamaConfig(
+            **aux_keys(self.aux_size // shape.target_hidden_size, shape.target_hidden_size),
             vocab_size=shape.vocab_size,
             draft_vocab_size=shape.draft_vocab_size,
             hidden_size=shape.hidden_size,
@@ -107,7 +116,7 @@ class SampleRun:
             num_key_value_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             max_position_embeddings=self.length,
-            rope_parameters=ROPE,
+            rope_parameters=rope,
             tie_word_embeddings=False,
         )
 
@@ -120,7 +129,8 @@ class SampleRun:
         torch.manual_seed(0)
         shape, recipe = self.shape, self.recipe()
         settings = fill_deepspeed_config(self.deepspeed or {}, recipe, self.world_size, self.draft_dp)
-        embedding, head = (torch.randn(shape.vocab_size, shape.hidden_size) for _ in range(2))
+        widths = (shape.hidden_size, shape.target_hidden_size)
+        embedding, head = (torch.randn(shape.vocab_size, width) for width in widths)
         kept = torch.arange(shape.draft_vocab_size)
         vocabulary = VocabularyMap(torch.zeros_like(kept), torch.arange(shape.vocab_size) < len(kept))
         return DraftTrainer(
@@ -152,8 +162,8 @@ class SampleRun:
             loss_mask=self.loss_mask(),
             lengths=self.lengths or (length,),
             teacher_token=tokens(shape.draft_vocab_size),
-            aux=hidden(3 * shape.hidden_size),
-            teacher=hidden(shape.hidden_size),
+            aux=hidden(self.aux_size),
+            teacher=hidden(shape.target_hidden_size),
         )
 
 

@@ -119,6 +119,23 @@ def attention_backward(setup: Setup) -> int:
     return total + _kernel_workspace(setup) + _passing_blocks(setup)
 
 
+def gradient_exchange(setup: Setup) -> int:
+    """Bytes that the backward of step 0 holds, beside the gradients of the step-0 keys and values, while it
+    sums these over the ring in one reduce-scatter (`PrefixKV.take_gradients`); 0 where it does not.
+
+    They matter where most slots are not live: then the keys and values are the largest thing there is.
+    """
+    if setup.ring == 1 or setup.kv_exchange != "gather":
+        return 0
+    sums = setup.padded_length * 2 * setup.shape.kv_size // setup.ulysses * FP32
+    # The two halves in the order of the ranks, and both joined; then the joined ones and this rank's part of
+    # the result. gloo works on a copy of what it sends.
+    joined = sums + sums // setup.ring + (sums if setup.device == "cpu" else 0)
+    # dq, and, where they came from other ranks, dout and q.
+    queries = setup.live_slots * setup.shape.query_size * (3 if setup.ulysses > 1 else 1) * setup.itemsize
+    return max(2 * sums, joined) + queries
+
+
 def _passing_blocks(setup: Setup) -> int:
     """Bytes that `ring` needs in backward: dq summed over the blocks, and the passing blocks with their fp32
     gradients.

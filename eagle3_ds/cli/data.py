@@ -58,7 +58,7 @@ def inspect(
 ) -> None:
     """show a row of a recipe's data, or of a file, with the tokens marked that the draft learns from
 
-    RECIPE|FILE is a recipe (.yaml), or a data file, a folder, a hub data set, or 'stdlib'.
+    RECIPE|FILE is a recipe (.yaml), or a data file, a folder, a hub data set, 'stdlib' or 'exercises'.
     """
     from eagle3_ds.data.inspect import as_html
     from eagle3_ds.run.inspection import inspect_source

@@ -133,13 +133,24 @@ def _figure(value: float | None, digits: int) -> str:
 
 @click.command()
 @recipe_words
+@click.option(
+    "--push",
+    metavar="OWNER/NAME",
+    help="upload to the Hugging Face hub as well, e.g. --push me/llama-eagle3; the second of export.formats "
+    "goes to OWNER/NAME-speculators or OWNER/NAME-vllm",
+)
+@click.option("--private", is_flag=True, help="with --push: into private repositories")
 @log_level
-def export(recipe: str, overrides: tuple[str, ...], log_level: str | None) -> None:
-    """write the trained draft of a finished run for vLLM / SGLang and speculators"""
+def export(
+    recipe: str, overrides: tuple[str, ...], push: str | None, private: bool, log_level: str | None
+) -> None:
+    """write the trained draft of a finished run for vLLM / SGLang and speculators; with --push: upload it"""
+    if private and push is None:
+        raise click.UsageError("--private is for an upload. Name a repository by --push, or leave it out")
     with telling_recipe(recipe, overrides, log_level) as loaded:
         from eagle3_ds.run import stages
 
-        stages.export(loaded)
+        stages.export(loaded, push, private)
 
 
 @click.command()

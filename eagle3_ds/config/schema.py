@@ -29,10 +29,10 @@ BestBy = Literal["heldout_loss", "acceptance_length", "acceptance_length_decoded
 
 
 class TargetBuild(Section):
-    """Sizes and training of a small Llama, for the quickstart and the tests. Its text is the running Python's
-    standard library.
-    """
+    """Sizes and training of a small Llama, for the quickstart and the tests."""
 
+    text: Literal["stdlib", "exercises"] = "stdlib"
+    """The corpus that it learns: the sources of Python's standard library, or computed exercises."""
     vocab_size: Positive = 4096
     hidden_size: Positive = 192
     intermediate_size: Positive = 512

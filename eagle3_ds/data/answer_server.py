@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from eagle3_ds.config import SamplingSection
-from eagle3_ds.data.patient_http import (
+from eagle3_ds.patient_http import (
     TRIES,
     HalfAnswerError,
     NoAnswerError,
@@ -25,6 +25,8 @@ from eagle3_ds.data.patient_http import (
 
 logger = logging.getLogger(__name__)
 
+BOTH_KNOW = ("ignore_eos", "stop_token_ids")
+"""Keys that vLLM reads in a request and SGLang among its sampling parameters."""
 PROBE = "What is 2 + 2?"
 """Tokenised on both sides to compare vocabularies."""
 
@@ -40,11 +42,14 @@ class Served(NamedTuple):
 
 
 class _Spoken(NamedTuple):
-    """Tokens, whether the model itself ended them, and what the server says it ended them at."""
+    """Tokens, whether the model itself ended them, what the server says it ended them at, and what SGLang
+    tells of the request beside (`meta_info`).
+    """
 
     tokens: list[int]
     ended: bool
     matched: Any
+    told: Mapping[str, Any] = MappingProxyType({})
 
 
 class AnswerServer:
@@ -147,24 +152,29 @@ class AnswerServer:
 
     # Answers
 
-    def answer(
+    def answer(self, prompt: list[int], seed: int | None) -> list[int]:
+        """As `answer_and_told`, the tokens alone."""
+        return self.answer_and_told(prompt, seed)[0]
+
+    def answer_and_told(
         self,
         prompt: list[int],
         seed: int | None,
         tries: int = TRIES,
         more: Mapping[str, Any] = MappingProxyType({}),
-    ) -> list[int]:
-        """The tokens after the prompt, the one that ends the answer included where it came to that.
+    ) -> tuple[list[int], Mapping[str, Any]]:
+        """The tokens after the prompt, the one that ends the answer included where it came to that; and what
+        SGLang tells of the request beside (`meta_info`), nothing of vLLM.
 
         Args:
             tries: how often it is asked for before it counts as failed.
-            more: further keys of vLLM's request.
+            more: further keys of vLLM's request; SGLang is given those that it has too.
 
         Raises:
             NoAnswerError: this prompt got none (ServerTroubleError: another time it may).
             ServerGoneError: no prompt gets one any more, or another model is behind the URL.
         """
-        tokens, ended, matched = self._ask(prompt, self.sampling.max_new_tokens, seed, tries, more)
+        tokens, ended, matched, told = self._ask(prompt, self.sampling.max_new_tokens, seed, tries, more)
         strange = [token for token in tokens if not 0 <= token < self.vocab_size]
         if strange:
             raise ServerGoneError(
@@ -177,7 +187,7 @@ class AnswerServer:
                 f"the server ended the answer ({matched!r}) at token {last}, which is no end token of "
                 f"target.path ({self.stops}): serve the same generation_config.json, and no stop words"
             )
-        return tokens
+        return tokens, told
 
     def _ask(
         self,
@@ -189,7 +199,8 @@ class AnswerServer:
     ) -> _Spoken:
         if self.is_sglang:
             seeded = {} if seed is None else {"sampling_seed": seed}
-            choice = {"max_new_tokens": longest, **self._choice(), **seeded}
+            known = {name: value for name, value in more.items() if name in BOTH_KNOW}
+            choice = {"max_new_tokens": longest, **self._choice(), **seeded, **known}
             body = {"input_ids": prompt, "sampling_params": choice}
             return self.client.request("POST", "/generate", body, _read_generated, tries)
         asked: dict[str, Any] = {
@@ -246,7 +257,7 @@ def _read_generated(answer: Any) -> _Spoken:
         raise NoAnswerError("/generate returns no output_ids")
     meta = answer["meta_info"]
     reason = meta.get("finish_reason") or {}
-    return _whole(answer["output_ids"], reason.get("type"), reason.get("matched"), meta)
+    return _whole(answer["output_ids"], reason.get("type"), reason.get("matched"), meta)._replace(told=meta)
 
 
 def _whole(tokens: Any, reason: Any, matched: Any, counts: Mapping[str, Any] | None) -> _Spoken:

@@ -28,9 +28,9 @@ from typing import Any
 from eagle3_ds.data.chat import ChatTemplate, is_learnt
 from eagle3_ds.data.disguise import THINK
 from eagle3_ds.data.findings import Findings
-from eagle3_ds.data.patient_http import ServerGoneError, ServerTroubleError
 from eagle3_ds.data.shapes import TokenRow, read_row
 from eagle3_ds.data.sources import Row
+from eagle3_ds.patient_http import ServerGoneError, ServerTroubleError
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 """(prompts, number of the draw) -> the tokens after each prompt, the one that stops it included where it came

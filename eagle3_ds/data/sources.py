@@ -1,5 +1,5 @@
 """Where rows come from: JSONL, JSON and Parquet files, folders of them, data sets of the hub or saved to
-disk, and the word `stdlib`.
+disk, and the words of `CORPORA`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from typing import IO, Any, NamedTuple, cast
 
 import datasets
 
+from eagle3_ds.data.corpora import CORPORA
 from eagle3_ds.data.shapes import Shape, recognise_shape
-from eagle3_ds.data.stdlib_corpus import stdlib_conversations, stdlib_fingerprint
 
-STDLIB = "stdlib"
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 DOCUMENTS = (".json", ".json.gz", ".json.zst")
 """Files of one JSON array of rows. Many hold a row per line all the same."""
@@ -72,23 +71,24 @@ def expand_sources(entries: Sequence[str] | None, field: str) -> list[str]:
     Raises ValueError for no entries at all (None), and for an entry that does not exist, has another suffix,
     is named twice, or is a folder without data.
     """
+    words = " or ".join(map(repr, CORPORA))
     if entries is None:
         raise ValueError(
             f"{field}: required and not given. Name the conversations to train on: files, folders, data sets "
-            "of the hub or `stdlib` (docs/recipe.md). Only a RolloutTrainer needs none."
+            f"of the hub, {words} (docs/recipe.md). Only a RolloutTrainer needs none."
         )
     files: list[str] = []
     for index, entry in enumerate(entries):
         place = f"{field}[{index}] is {entry!r}"
         path = Path(entry)
-        if entry == STDLIB or is_hub_name(entry):
+        if entry in CORPORA or is_hub_name(entry):
             found = [entry]
         elif path.is_dir():
             found = _open_folder(path, place)
         elif not path.is_file():
             raise ValueError(
                 f"{place}, which does not exist: name a .jsonl, .json or .parquet file, a folder of them, a "
-                "data set of the hub (owner/name, owner/name:split) or 'stdlib'"
+                f"data set of the hub (owner/name, owner/name:split), {words}"
             )
         elif not entry.endswith(SUFFIXES):
             raise ValueError(
@@ -162,8 +162,8 @@ def is_hub_name(entry: str) -> bool:
 
 def source_fingerprint(source: str) -> str:
     """sha256 of what the source holds."""
-    if source == STDLIB:
-        return stdlib_fingerprint()
+    if source in CORPORA:
+        return CORPORA[source].fingerprint()
     loaded = is_hub_name(source) or is_saved(source)
     files = [file["filename"] for file in _load(source).cache_files] if loaded else [source]
     digest = hashlib.sha256()
@@ -206,8 +206,8 @@ def open_source(source: str, shape: Shape | None) -> tuple[Shape | None, Iterato
 
 def _read(source: str) -> Iterator[tuple[str, bytes | Mapping[str, Any]]]:
     """(place, content) of every row, counted from 1."""
-    if source == STDLIB:
-        rows: Any = stdlib_conversations()
+    if source in CORPORA:
+        rows: Any = CORPORA[source].conversations()
     elif is_hub_name(source) or is_saved(source):
         data = _load(source)
         rows = (without_nulls(row, data.features) for row in data)

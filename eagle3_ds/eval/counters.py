@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from eagle3_ds.data.patient_http import NoAnswerError, PatientClient
+from eagle3_ds.patient_http import NoAnswerError, PatientClient
 
 # A line of a value; labels may hold anything between quotes.
 LINE = re.compile(r"(?P<name>[A-Za-z_:][\w:]*)(?:\{(?P<labels>.*)\})?\s+(?P<value>\S+)(?:\s+-?\d+)?\s*")
@@ -75,6 +75,15 @@ def read_counters(client: PatientClient) -> Counters:
     except NoAnswerError as error:
         raise ValueError(f"--server {client.url}: /metrics, where its counters are: {error}.") from error
     return parse_counters(text, client.url)
+
+
+def speculates(client: PatientClient) -> bool:
+    """Whether a vLLM has counters of speculation; False too where it has no page of counters."""
+    try:
+        text: str = client.request("GET", "/metrics", None, str, tries=1, is_text=True)
+    except ValueError:
+        return False
+    return any(line.startswith(ROUNDS) for line in text.splitlines())
 
 
 def parse_counters(text: str, url: str) -> Counters:

@@ -34,14 +34,14 @@ NOTE: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bo
 
 def draw_report(
     metrics_jsonl: str | Path,
-    eval_json: str | Path | None,
+    evaluation: dict[str, Any] | None,
     png: str | Path,
     warnings: Sequence[str] = (),
     title: str = "",
     compared: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> Path:
-    """Draw `png` from a run's metrics and, if there is one, its eval.json; `title` stands above and
-    `warnings` below. `compared`: the content of eval.json of other runs, by name.
+    """Draw `png` from a run's metrics and, if there is one, the content of its eval.json; `title` stands
+    above and `warnings` below. `compared`: the content of eval.json of other runs, by name.
 
     Raises:
         ValueError: the metrics file has no line, or there is nothing to compare.
@@ -52,7 +52,6 @@ def draw_report(
         raise ValueError(
             f"{str(metrics_jsonl)!r} holds no line, so there is no run to draw. Name the file of a run."
         )
-    evaluation = json.loads(Path(eval_json).read_text(encoding="utf-8")) if eval_json is not None else None
     figure = _figure(records, evaluation, title, compared)
     if warnings:
         told = "\n".join(fill(f"warning: {warning}", WARNING_WIDTH) for warning in warnings)

@@ -5,17 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from secrets import token_hex
 from typing import Any
 
 from eagle3_ds.data.answer_server import AnswerServer
-from eagle3_ds.data.patient_http import NoAnswerError, ServerGoneError
-from eagle3_ds.eval.counters import Counters, Meter
+from eagle3_ds.eval.counters import Counters, Meter, speculates
 from eagle3_ds.eval.intervals import interval_of_counts
+from eagle3_ds.patient_http import NoAnswerError, ServerGoneError
 from eagle3_ds.say import progress_bar
+
+SGLANG_NAMES = (
+    ("spec_accept_token_num", "spec_num_correct_drafts", "spec_accepted_drafts"),
+    ("spec_draft_token_num", "spec_num_proposed_drafts", "spec_proposed_drafts"),
+    ("spec_accept_histogram", "spec_correct_drafts_histogram"),
+)
+"""What SGLang tells of a request: guesses that were accepted, guesses, and rounds by the number accepted."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,97 @@ def measure(
     return {**total, "acceptance_by_context": rows}
 
 
+@dataclass(frozen=True)
+class Answered:
+    """One greedy answer of a server.
+
+    Attributes:
+        tokens: of the answer.
+        seconds: until it was there.
+        rounds: in which the draft was asked; None of a server that was asked without one.
+        accepted_by_position: rounds in which each guess was accepted.
+    """
+
+    tokens: list[int]
+    seconds: float
+    rounds: int | None = None
+    accepted_by_position: tuple[int, ...] = ()
+
+
+def answer_each(
+    server: AnswerServer, prompts: Sequence[list[int]], drafts: bool, progress: bool = True
+) -> list[Answered]:
+    """Ask a server for the greedy answers to all prompts, one at a time, and what it counted of each: vLLM on
+    its page of counters, SGLang beside the answer. End tokens of the model do not end an answer, those of
+    `server.stops` do. No request is sent twice, none finds the cache of an earlier prompt.
+
+    Args:
+        server: one that is connected, at temperature 0.
+        drafts: whether it should speculate.
+
+    Raises:
+        ValueError: a request failed, the server speculates or does not, as it should not, or counted
+            something else than these requests.
+    """
+    if not drafts and not server.is_sglang and speculates(server.client):
+        raise _drafts_too(server)
+    meter = Meter(server.client) if drafts and not server.is_sglang else None
+    found = []
+    # The shortest once before: what a server does at its first request is none of an answer's time.
+    with progress_bar(total=len(prompts) + 1, desc="answer", unit=" prompts", disable=not progress) as bar:
+        for number, prompt in enumerate([min(prompts, key=len), *prompts]):
+            name = f"prompt {number}" if number else "the warm-up"
+            start = time.perf_counter()
+            tokens, told = _ask(server, prompt, True, server.stops, name)
+            seconds = time.perf_counter() - start
+            one = Answered(tokens, seconds)
+            if meter is not None:
+                counts = meter.took(1, len(prompt), len(tokens))
+                one = Answered(tokens, seconds, counts.rounds, counts.accepted_by_position)
+            elif drafts:
+                one = Answered(tokens, seconds, *_told_rounds(told, server.client.url))
+            elif "spec_verify_ct" in told:
+                raise _drafts_too(server)
+            found.append(one)
+            bar.update(1)
+    return found[1:]
+
+
+def _drafts_too(server: AnswerServer) -> ValueError:
+    return ValueError(
+        f"--plain-server {server.client.url} speculates too: its answers and its speed are not those of the "
+        "target alone. Start it without a draft."
+    )
+
+
+def _told_rounds(told: Mapping[str, Any], url: str) -> tuple[int, tuple[int, ...]]:
+    """Rounds and accepted guesses by position, as SGLang tells them of a request. Its names have changed."""
+    rounds = told.get("spec_verify_ct")
+    if rounds is None:
+        raise ValueError(
+            f"--server {url} does not speculate: its answers have no spec_verify_ct. Start it with the "
+            "draft, as serve.md beside an export says: --speculative-algorithm EAGLE3."
+        )
+    values = [next((told[name] for name in names if name in told), None) for names in SGLANG_NAMES]
+    accepted, guessed, histogram = values
+    if not rounds:
+        return 0, ()
+    if accepted is None or guessed is None or histogram is None:
+        missing = ", ".join(
+            names[0] for names, value in zip(SGLANG_NAMES, values, strict=True) if value is None
+        )
+        raise ValueError(
+            f"--server {url}: this SGLang tells no {missing} with its answers, so nothing can be said by "
+            "position. Use a version that does."
+        )
+    if sum(histogram) != rounds or sum(n * count for n, count in enumerate(histogram)) != accepted:
+        raise ValueError(
+            f"--server {url} contradicts itself: {rounds} rounds and {accepted} accepted guesses, but by the "
+            f"number accepted {list(histogram)} rounds. Its figures are of no use."
+        )
+    return rounds, tuple(sum(histogram[place + 1 :]) for place in range(guessed // rounds))
+
+
 def _together(
     server: AnswerServer,
     meter: Meter,
@@ -103,12 +201,19 @@ def _together(
 
 
 def _answer(server: AnswerServer, prompt: list[int], ignore_eos: bool, name: str) -> list[int]:
+    return _ask(server, prompt, ignore_eos, [], name)[0]
+
+
+def _ask(
+    server: AnswerServer, prompt: list[int], ignore_eos: bool, stops: Sequence[int], name: str
+) -> tuple[list[int], Mapping[str, Any]]:
+    """An answer, and what the server tells beside. `stops`: tokens that end it in spite of `ignore_eos`."""
     more: dict[str, Any] = {"cache_salt": token_hex(16)}
     if ignore_eos:
         # An end token that the request names ends an answer in spite of ignore_eos.
-        more |= {"ignore_eos": True, "stop_token_ids": []}
+        more |= {"ignore_eos": True, "stop_token_ids": list(stops)}
     try:
-        return server.answer(prompt, None, 1, more)
+        return server.answer_and_told(prompt, None, 1, more)
     except ServerGoneError as error:
         raise ServerGoneError(f"{name}, a prompt of {len(prompt)} tokens: {error}") from error
     except NoAnswerError as error:

@@ -31,6 +31,7 @@ class Card:
         recipe: the whole recipe as YAML.
         versions: {package: version} of those that made it.
         evaluation: the content of eval.json; None before the evaluation.
+        served: what a running server measured, as in eval.json; None where none was asked.
     """
 
     target: str
@@ -45,6 +46,7 @@ class Card:
     recipe: str
     versions: Mapping[str, str] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
+    served: Mapping[str, Any] | None = None
 
 
 def write_card(folder: str | Path, layout: str, card: Card, name: str | None = None) -> None:
@@ -125,6 +127,7 @@ def card_text(layout: str, card: Card) -> str:
         "",
         "## Evaluation",
         *_figures(card.evaluation),
+        *([] if card.served is None else _served_figures(card.served)),
         "",
         "## Training",
         f"Data: {', '.join(card.data)}; texts of up to {card.max_length:,} tokens. Made by "
@@ -162,12 +165,38 @@ def _figures(evaluation: Mapping[str, Any] | None) -> list[str]:
         "",
         "| tokens of context | rounds | tokens per forward |",
         "|---|---|---|",
+        *(f"| {_bucket(row)} | {row['rounds']} | {row['acceptance_length']:.2f} |" for row in contexts),
+    ]
+
+
+def _served_figures(served: Mapping[str, Any]) -> list[str]:
+    """What a server's counters said, by lengths of prompts."""
+    at_once = "one at a time" if served["concurrency"] == 1 else f"{served['concurrency']} at a time"
+    return [
+        "",
+        "### On a vLLM server",
+        f"{served['prompts']} prompts ({', '.join(served['prompts_from'])}), {at_once}, greedily, "
+        f"{served['new_tokens']} tokens, {served['draft_tokens']} guesses per round: "
+        f"**{served['acceptance_length']:.2f} tokens per forward of the target**, "
+        f"{served['tokens_per_second']:.1f} tokens/s with the reading of the prompts.",
+        "",
+        "| tokens of the prompt | prompts | tokens per forward | tokens/s of one answer, without reading |",
+        "|---|---|---|---|",
         *(
-            f"| above {row['above']}{'' if row['up_to'] is None else ', up to ' + str(row['up_to'])} "
-            f"| {row['rounds']} | {row['acceptance_length']:.2f} |"
-            for row in contexts
+            f"| {_bucket(row)} | {row['prompts']} | {_number(row['acceptance_length'])} "
+            f"| {_number(row.get('decoding_tokens_per_second'))} |"
+            for row in served["acceptance_by_context"]
+            if row["prompts"]
         ),
     ]
+
+
+def _bucket(row: Mapping[str, Any]) -> str:
+    return f"above {row['above']}" + ("" if row["up_to"] is None else f", up to {row['up_to']}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def license_in(folder: str | Path) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +27,7 @@ from eagle3_ds.export import (
     write_card,
 )
 from eagle3_ds.run.draft_embedding import own_embedding
+from eagle3_ds.run.eval_file import SERVED, WEIGHTS, read_eval, write_evaluation
 from eagle3_ds.targets import load_embedding_and_head, load_target, load_text_config, resolve_path
 from eagle3_ds.topology import detect_accelerator
 
@@ -67,7 +67,7 @@ def evaluate_run(recipe: Recipe) -> dict[str, Any]:
         ValueError: training has not finished, or there is no held-out prompt.
         NotLosslessError: an output differs from that of the target alone.
     """
-    trained, vocabulary = load_draft(recipe, "draft-final.safetensors")
+    trained, vocabulary = load_draft(recipe, WEIGHTS)
     untrained, _ = load_draft(recipe, "draft-initial.safetensors")
     folder = Path(recipe.output_dir)
     target = load_target(recipe.target, recipe.eval.dtype, detect_accelerator())
@@ -76,53 +76,24 @@ def evaluate_run(recipe: Recipe) -> dict[str, Any]:
         recipe, target, trained, untrained, vocabulary, prompts, embedding=own_embedding(recipe)
     )
     result |= {"simulated_acceptance_length": _last_simulated(folder / "metrics.jsonl")}
-    write_evaluation(folder, {**result, **_kept(folder, served=True)})
-    card = card_of_run(recipe)
-    for layout, name in FOLDERS.items():
-        if (folder / name).is_dir():
-            write_card(folder / name, layout, card)
+    write_evaluation(folder, result)
+    write_cards(recipe)
     return result
 
 
-def write_evaluation(folder: Path, result: dict[str, Any]) -> None:
-    """Write eval.json, whole or not at all."""
-    aside = folder / ".eval.json"
-    aside.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(aside, folder / "eval.json")
-
-
-def add_served(folder: Path, served: dict[str, Any]) -> None:
-    """Put a server's figures into eval.json, beside those of an evaluation of the same weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_evaluation(folder, {**_kept(folder, served=False), "served": served})
-
-
-def _kept(folder: Path, served: bool) -> dict[str, Any]:
-    """What eval.json says of the weights that are there: the server's part, or the other part."""
-    file = folder / "eval.json"
-    result = json.loads(file.read_text()) if file.is_file() else {}
-    found = {name: value for name, value in result.items() if (name == "served") == served}
-    if found and not _is_of_weights(folder):
-        logger.warning(
-            "%s: what it said of weights that were replaced since is left out (%s)",
-            file,
-            "served" if served else "the in-process evaluation",
-        )
-        return {}
-    return found
-
-
-def _is_of_weights(folder: Path) -> bool:
-    """Whether eval.json is younger than the weights of the run, if it has any."""
-    evaluated, weights = folder / "eval.json", folder / "draft-final.safetensors"
-    return not weights.is_file() or evaluated.stat().st_mtime_ns >= weights.stat().st_mtime_ns
+def write_cards(recipe: Recipe) -> None:
+    """Write the cards of the exports that are there anew."""
+    folders = {layout: Path(recipe.output_dir) / name for layout, name in FOLDERS.items()}
+    there = {layout: folder for layout, folder in folders.items() if folder.is_dir()}
+    if there:
+        card = card_of_run(recipe)
+        for layout, folder in there.items():
+            write_card(folder, layout, card)
 
 
 def card_of_run(recipe: Recipe) -> Card:
     """What the exports of a finished run say of themselves; an evaluation of earlier weights is left out."""
-    folder, path = Path(recipe.output_dir), resolve_path(recipe.target.path)
-    evaluated = folder / "eval.json"
-    is_evaluated = evaluated.is_file() and _is_of_weights(folder)
+    path, result = resolve_path(recipe.target.path), read_eval(Path(recipe.output_dir))
     return Card(
         target=recipe.target.path,
         is_hub=not Path(recipe.target.path).expanduser().is_dir(),
@@ -135,7 +106,8 @@ def card_of_run(recipe: Recipe) -> Card:
         max_length=recipe.data.max_length,
         recipe=dump_recipe(recipe),
         versions={"eagle3_ds": __version__, **{name: version(name) for name in MADE_BY}},
-        evaluation=in_process(json.loads(evaluated.read_text())) if is_evaluated else None,
+        evaluation=in_process(result),
+        served=result.get(SERVED),
     )
 
 
@@ -182,7 +154,7 @@ def export_draft(recipe: Recipe) -> dict[Path, float]:
     Raises:
         ValueError: training has not finished, or an export gives other logits.
     """
-    draft, vocabulary = load_draft(recipe, "draft-final.safetensors")
+    draft, vocabulary = load_draft(recipe, WEIGHTS)
     errors, card = {}, card_of_run(recipe)
     for layout in recipe.export.formats:
         folder = Path(recipe.output_dir) / FOLDERS[layout]

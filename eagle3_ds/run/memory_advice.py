@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from eagle3_ds.algorithms import algorithm_of
-from eagle3_ds.attention.costs import choose_kv_exchange
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config, missing_packages
-from eagle3_ds.costs import Setup, ZeroSettings
+from eagle3_ds.costs import ZeroSettings
 from eagle3_ds.plan import explain_shortage
+from eagle3_ds.run.counted_setup import counted_setup
 from eagle3_ds.targets import load_text_config, resolve_path
 from eagle3_ds.topology import detect_accelerator
 
@@ -37,9 +36,7 @@ def advise_on_memory(reason: str, recipe: Recipe, ranks_per_host: int) -> str | 
     assert recipe.parallel.draft_dp is not None
     algorithm, target = algorithm_of(recipe), load_text_config(resolve_path(recipe.target.path))
     shape = algorithm.shape(algorithm.build_config(target, recipe))
-    setup = Setup.of(recipe, load_deepspeed_config(recipe.deepspeed), shape, recipe.parallel.draft_dp)
-    if recipe.parallel.kv_exchange == "auto":
-        setup = replace(setup, kv_exchange=choose_kv_exchange(setup))
+    setup = counted_setup(recipe, shape, target, recipe.parallel.draft_dp)
     opening = "If memory was the reason: " if _PERHAPS in reason else ""
     files, notes = deepspeed_files(recipe, setup.world_size)
     advice = explain_shortage(setup, memory_per_rank(ranks_per_host), files)

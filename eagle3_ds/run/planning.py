@@ -7,16 +7,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from eagle3_ds.algorithms import algorithm_of
-from eagle3_ds.attention.costs import choose_kv_exchange
-from eagle3_ds.config import Recipe, load_deepspeed_config
+from eagle3_ds.config import Recipe
 from eagle3_ds.costs import Setup
 from eagle3_ds.data import PreparedData
 from eagle3_ds.draft import aux_size
@@ -30,6 +28,7 @@ from eagle3_ds.plan import (
     predict_memory,
 )
 from eagle3_ds.run.checks import server_warning
+from eagle3_ds.run.counted_setup import counted_setup
 from eagle3_ds.run.memory_advice import deepspeed_files
 from eagle3_ds.run.target_config import built_config, llama_config
 from eagle3_ds.run.target_sizes import SHAPES, SIZES
@@ -126,14 +125,7 @@ def plan_recipe(
     files, notes = deepspeed_files(recipe, mesh.world_size)
     for note in notes:
         logger.info("note: %s", note)
-    setup = Setup.of(recipe, load_deepspeed_config(recipe.deepspeed), draft, mesh.draft_dp)
-    setup = replace(setup, supervised=supervised)
-    if recipe.data.hidden_states == "online":
-        setup = replace(setup, target_bytes=_weight_bytes(target, recipe.target.dtype))
-    if recipe.eval.during:
-        setup = _with_decoder(setup, target, recipe.target.dtype)
-    if parallel.kv_exchange == "auto":
-        setup = replace(setup, kv_exchange=choose_kv_exchange(setup))
+    setup = counted_setup(recipe, draft, target, mesh.draft_dp, supervised)
     fits = predict_memory(setup).peak <= budget
     candidates = fastest(setup, machines.gpus, budget, device, files, machines.gpus_per_node)
     shortage = None if fits else explain_shortage(setup, budget, files)
@@ -197,19 +189,6 @@ def _target_config(recipe: Recipe, shape: str | None, given: Mapping[str, int]) 
     if path.is_dir():
         check_config_structure(load_full_config(path), recipe.target.path)
     return config
-
-
-def _weight_bytes(config: Any, dtype: str) -> int:
-    """Bytes of the weights of the whole target, which is built from its config on the meta device."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return sum(parameter.numel() for parameter in model.parameters()) * getattr(torch, dtype).itemsize
-
-
-def _with_decoder(setup: Setup, target: Any, dtype: str) -> Setup:
-    """The setup with what decodes during training: target and draft, both in the target's dtype."""
-    draft = setup.shape.num_parameters * getattr(torch, dtype).itemsize
-    return replace(setup, decoder_bytes=_weight_bytes(target, dtype), decoder_draft_bytes=draft)
 
 
 def _hub_config(name: str) -> Any:

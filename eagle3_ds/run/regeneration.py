@@ -17,10 +17,10 @@ from transformers import GenerationConfig
 from eagle3_ds.config import Recipe, SamplingSection
 from eagle3_ds.data.answer_server import AnswerServer
 from eagle3_ds.data.chat import ChatTemplate, load_chat_template
-from eagle3_ds.data.patient_http import PatientClient
 from eagle3_ds.data.prepare import recipe_rows
 from eagle3_ds.data.regenerate import Generate, Regenerator
 from eagle3_ds.data.sources import Row, expand_sources, source_fingerprint
+from eagle3_ds.patient_http import PatientClient
 from eagle3_ds.say import progress_bar
 from eagle3_ds.targets import (
     Target,
@@ -140,7 +140,7 @@ def regenerate_by_server(recipe: Recipe, output: Path, serving: Serving) -> None
     try:
         _show(recipe, regenerator, regenerator.run_concurrently(rows, serving.concurrency, is_dropped))
     finally:
-        client.stopped.set()
+        client.stop()
     failures = regenerator.failures()
     if failures is not None and not is_dropped:
         raise failures

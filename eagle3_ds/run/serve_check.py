@@ -31,6 +31,7 @@ from eagle3_ds.export import load_embedding, load_export
 from eagle3_ds.export.card import sglang_words
 from eagle3_ds.export.folder import read_folder
 from eagle3_ds.export.vllm import AUX_LAYERS
+from eagle3_ds.run.eval_file import read_eval
 from eagle3_ds.run.finish import FOLDERS, prompts_of_run
 from eagle3_ds.targets import Target, load_target, load_text_config, load_tokenizer, resolve_path
 from eagle3_ds.topology import detect_accelerator
@@ -51,7 +52,7 @@ class Check:
         target: section of the target; a draft's own layers are read from its export.
         drafts: {layout: folder of an export}.
         prompts: token ids. The rest as in the recipe's section `eval`.
-        recorded: the content of the run's eval.json; None without one.
+        recorded: the evaluation of these weights in the run's eval.json; None without one.
     """
 
     target: TargetSection
@@ -84,11 +85,11 @@ class Served:
 
 @dataclass(frozen=True)
 class Report:
-    """All ways, the server's warnings, and where its whole log is."""
+    """All ways, the server's warnings, and where its whole log is: None of one that was not started here."""
 
     ways: tuple[Served, ...]
-    warnings: tuple[str, ...]
-    log: Path
+    warnings: tuple[str, ...] = ()
+    log: Path | None = None
 
     @property
     def failures(self) -> list[str]:
@@ -110,8 +111,7 @@ def check_of_run(recipe: Recipe) -> Check:
         )
     config = load_text_config(resolve_path(recipe.target.path))
     prompts = prompts_of_run(recipe, config.max_position_embeddings)
-    recorded = folder / "eval.json"
-    evaluation = in_process(json.loads(recorded.read_text())) if recorded.is_file() else None
+    evaluation = in_process(read_eval(folder))
     settings = recipe.eval
     sizes = (settings.max_new_tokens, settings.draft_tokens, settings.dtype)
     return Check(recipe.target, drafts, _some(prompts), *sizes, recorded=evaluation)
@@ -177,18 +177,19 @@ def run_check(check: Check, python: str, tolerance: float, folder: Path) -> Repo
         tolerance: how far the server's acceptance length may be from ours, relative.
         folder: where the server's log goes; made when it is not there.
     """
-    expected, rounds = _decode_here(check)
+    expected, rounds = decode_here(check)
     answers, log = _decode_there(check, python, folder)
     texts = log.read_text(encoding="utf-8", errors="replace")
     warnings = dict.fromkeys(match[1] for match in WARNING.finditer(texts))
     missing = {"error": f"the server ended before it came so far; the end of its log: {texts[-600:]}"}
-    ways = [_judge(WITHOUT, answers.get(WITHOUT, missing), expected, None, tolerance)]
+    ways = [judge(WITHOUT, answers.get(WITHOUT, missing), expected, None, tolerance)]
     for layout in check.drafts:
         for way in _ways(layout):
             found = answers.get(way, missing)
-            ways.append(_judge(way, found, expected, rounds[way], tolerance))
+            ours = by_position(rounds[way], check.draft_tokens)
+            ways.append(judge(way, found, expected, ours, tolerance))
     if check.recorded is not None:
-        ways.append(_judge_recorded(check, rounds.get(RECORDED), tolerance))
+        ways.append(judge_recorded(check, rounds.get(RECORDED), tolerance))
     return Report(tuple(ways), tuple(warnings), log)
 
 
@@ -196,7 +197,7 @@ def _ways(layout: str) -> tuple[str, ...]:
     return (NAMES[layout], ALONE) if layout == "speculators" else (NAMES[layout],)
 
 
-def _decode_here(check: Check) -> tuple[list[list[int]], dict[str, list[Round]]]:
+def decode_here(check: Check) -> tuple[list[list[int]], dict[str, list[Round]]]:
     """The target's own answers, to the full length, and the rounds of each way; of `RECORDED` those of texts
     that end at the end token, as an evaluation's do.
     """
@@ -209,7 +210,7 @@ def _decode_here(check: Check) -> tuple[list[list[int]], dict[str, list[Round]]]
             own = own_draft_tokens(folder)
             same = own == check.draft_tokens
             rounds[ALONE] = rounds[NAMES[layout]] if same else _rounds(check, target, folder, expected, own)
-    if check.recorded is not None and not _other_settings(check):
+    if check.recorded is not None and not other_settings(check):
         end, folder = target.tokenizer.eos_token_id, next(iter(check.drafts.values()))
         ended = [answer[: answer.index(end) + 1] if end in answer else answer for answer in expected]
         rounds[RECORDED] = _rounds(check, target, folder, ended, check.draft_tokens, end)
@@ -291,18 +292,22 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
 
 
-def _judge(
+def judge(
     way: str,
     found: Mapping[str, Any],
     expected: Sequence[Sequence[int]],
-    rounds: Sequence[Round] | None,
+    ours: Sequence[float] | None,
     tolerance: float,
+    meaning: str = "the server runs another draft than was trained",
 ) -> Served:
+    """Hold what a server gave against the target's own answers and, by position, the shares of rounds in
+    which a guess should be accepted; None where there is no draft.
+    """
     if "error" in found:
         return Served(way, (f"does not load: {found['error']}",))
     failures = _differences(found["answers"], expected)
     speed = sum(map(len, found["answers"])) / sum(found["seconds"])
-    if rounds is None:
+    if ours is None:
         return Served(way, tuple(failures), speed)
     counts = [count for count in found["counts"] if count is not None and count["rounds"]]
     total = sum(count["rounds"] for count in counts)
@@ -310,17 +315,19 @@ def _judge(
         return Served(way, (*failures, "the server never asked the draft"), speed)
     places = zip(*(count["accepted_by_position"] for count in counts), strict=True)
     theirs = [sum(place) / total for place in places]
-    ours = _by_position(rounds, len(theirs))
+    # A server may guess another number of tokens, as an export served alone may say: it is held to that.
+    ours = [*ours, *(0.0 for _ in theirs)][: len(theirs)]
     lengths, pairs = (1 + sum(theirs), 1 + sum(ours)), tuple(zip(theirs, ours, strict=True))
-    failures += _too_far("the server runs another draft than was trained", lengths, pairs, tolerance)
+    failures += _too_far(meaning, lengths, pairs, tolerance)
     return Served(way, tuple(failures), speed, lengths, pairs)
 
 
-def _by_position(rounds: Sequence[Round], draft_tokens: int) -> list[float]:
-    return [sum(each.accepted > k for each in rounds) / len(rounds) for k in range(draft_tokens)]
+def by_position(rounds: Sequence[Round], draft_tokens: int) -> list[float]:
+    """For each guess, the share of rounds in which it was accepted; 0 without rounds."""
+    return [sum(each.accepted > k for each in rounds) / max(1, len(rounds)) for k in range(draft_tokens)]
 
 
-def _other_settings(check: Check) -> list[str]:
+def other_settings(check: Check) -> list[str]:
     """In what the run's evaluation differs from this check, so that their figures cannot be compared."""
     assert check.recorded is not None
     here: dict[str, Any] = {"prompts": len(check.prompts), "draft_tokens": check.draft_tokens}
@@ -331,17 +338,17 @@ def _other_settings(check: Check) -> list[str]:
     ]
 
 
-def _judge_recorded(check: Check, rounds: Sequence[Round] | None, tolerance: float) -> Served:
+def judge_recorded(check: Check, rounds: Sequence[Round] | None, tolerance: float) -> Served:
     """Hold the run's eval.json against our decoding of its export."""
     assert check.recorded is not None
     if rounds is None:
-        other = ", ".join(_other_settings(check))
+        other = ", ".join(other_settings(check))
         return Served(RECORDED, (), note=f"is of other settings and not compared: {other}")
     recorded = check.recorded["acceptance_length"]
     if not rounds or recorded is None:
         return Served(RECORDED, (), note="has no acceptance: every text ended before the draft was asked")
     theirs = [row["accepted"] for row in check.recorded["acceptance_by_position"]]
-    pairs = tuple(zip(theirs, _by_position(rounds, len(theirs)), strict=True))
+    pairs = tuple(zip(theirs, by_position(rounds, len(theirs)), strict=True))
     lengths = (recorded, sum(each.emitted for each in rounds) / len(rounds))
     failures = _too_far("what was exported is not what was evaluated", lengths, pairs, tolerance)
     return Served(RECORDED, tuple(failures), None, lengths, pairs)

@@ -14,11 +14,12 @@ from eagle3_ds.config import Recipe, SamplingSection, as_recipe
 from eagle3_ds.data.answer_server import AnswerServer, Served
 from eagle3_ds.data.chat import ChatTemplate, load_chat_template
 from eagle3_ds.data.long_context import LONGBENCH, longbench_prompts, ruler_prompts
-from eagle3_ds.data.patient_http import PatientClient, ServerGoneError
 from eagle3_ds.data.prompts import prompt_tokens, read_prompts_file
 from eagle3_ds.eval.counters import read_counters
 from eagle3_ds.eval.served import measure, prompts_fingerprint
-from eagle3_ds.run.finish import add_served, prompts_of_run
+from eagle3_ds.patient_http import PatientClient, ServerGoneError, Words
+from eagle3_ds.run.eval_file import add_served
+from eagle3_ds.run.finish import prompts_of_run, write_cards
 from eagle3_ds.run.regeneration import Serving, end_tokens
 from eagle3_ds.targets import load_text_config, load_tokenizer, resolve_path
 
@@ -91,6 +92,7 @@ def evaluate_served(recipe: Recipe | str | Path, serving: Serving, asked: Asked 
         **figures,
     }
     add_served(Path(recipe.output_dir), result)
+    write_cards(recipe)
     return result
 
 
@@ -100,10 +102,9 @@ def _connect(
     """The server, found to be a vLLM of the target that speculates, and how many tokens it guesses."""
     folder = resolve_path(recipe.target.path, recipe.target.build is not None)
     stops = [] if asked.ignore_eos else end_tokens(folder, config, tokenizer)
-    client = PatientClient(serving.url, serving.concurrency, serving.timeout, goes_on=False)
-    sampling = SamplingSection(max_new_tokens=recipe.eval.max_new_tokens, seed=None)
-    server = AnswerServer(client, sampling, stops, config.vocab_size)
-    server.connect(serving.model, recipe.target.path, tokenizer)
+    sizes = (recipe.eval.max_new_tokens, config.vocab_size)
+    server = connect(serving, recipe.target.path, tokenizer, stops, *sizes)
+    client = server.client
     if server.is_sglang:
         raise ServerGoneError(
             f"--server {client.url} talks like SGLang, and what is measured are counters of vLLM. Name a "
@@ -116,6 +117,22 @@ def _connect(
             ": its figures are of other rounds than those of the evaluation in process"
         )
     return server, guesses
+
+
+def connect(
+    serving: Serving, path: str, tokenizer: Any, stops: Sequence[int], new_tokens: int, vocab_size: int
+) -> AnswerServer:
+    """A server that is found to have the target of `path`, asked greedily for `new_tokens` at most, up to one
+    of the tokens `stops`.
+
+    Raises:
+        ServerGoneError: it cannot be reached, has another model, or gives no token ids.
+    """
+    client = PatientClient(serving.url, serving.concurrency, serving.timeout, Words(then="begins anew"))
+    sampling = SamplingSection(max_new_tokens=new_tokens, seed=None)
+    server = AnswerServer(client, sampling, stops, vocab_size)
+    server.connect(serving.model, path, tokenizer)
+    return server
 
 
 def _note(concurrency: int) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from eagle3_ds.config import Recipe
 from eagle3_ds.data import PreparedData
 from eagle3_ds.say import progress_bar
-from eagle3_ds.serving.client import ServerClient, api_key
+from eagle3_ds.serving.client import ServerClient, require_key
 from eagle3_ds.serving.fill import Document, fill_store, require_lengths, require_same_head
 from eagle3_ds.serving.process import own_server
 from eagle3_ds.serving.rows import Expected
@@ -114,8 +114,8 @@ def _client(
     if section.url is not None:
         assert section.folder is not None  # the recipe was checked
         logger.info("hidden states: asked of the server at %s", section.url)
-        key = api_key(section.key_variable)
-        yield ServerClient(section.url, Path(section.folder), prefix, *limits, key=key)
+        require_key(section.key_variable)
+        yield ServerClient(section.url, Path(section.folder), prefix, *limits, section.key_variable)
         return
     log = Path(recipe.output_dir) / SERVER_LOG
     logger.info("hidden states: starting a server of %s, see %s", model, log)

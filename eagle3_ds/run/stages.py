@@ -15,15 +15,17 @@ from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.checkpoint.format import VOCABULARY
 from eagle3_ds.config import Recipe, as_recipe, dump_recipe
 from eagle3_ds.data import PreparedData, prepare_data
-from eagle3_ds.data.stdlib_corpus import stdlib_conversations, stdlib_text
+from eagle3_ds.data.corpora import CORPORA
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.eval import draw_report, in_process, loop_warning
 from eagle3_ds.eval.heldout import prompts_during
 from eagle3_ds.eval.served_picture import curves, warnings_of_comparison
+from eagle3_ds.export import check_push, push_folder
 from eagle3_ds.launch.command import LaunchPlan, write_environment_file
 from eagle3_ds.launch.ranks import run_ranks
 from eagle3_ds.run.checks import RESOLVED, check_data, check_target_structure
 from eagle3_ds.run.draft_embedding import write_draft_embedding
+from eagle3_ds.run.eval_file import read_eval
 from eagle3_ds.run.finish import evaluate_run, export_draft
 from eagle3_ds.run.states import place_of_states
 from eagle3_ds.store import RowFormat
@@ -78,7 +80,8 @@ def prepare(recipe: Recipe | str | Path, checkpoint: Path | None = None) -> None
     section = recipe.target
     if section.build is not None:
         logger.info("target: %s", section.path)
-        build_target(section, stdlib_text(), (row["messages"] for row in stdlib_conversations()))
+        corpus = CORPORA[section.build.text]
+        build_target(section, corpus.texts(), (row["messages"] for row in corpus.conversations()))
     check_target_structure(recipe)
     for note in algorithm_of(recipe).notes(load_text_config(resolve_path(section.path)), recipe):
         logger.info("draft: %s", note)
@@ -198,23 +201,32 @@ def _warn_of_loops(stage: str, result: dict[str, Any]) -> None:
         logger.warning("%s: %s", stage, warning)
 
 
-def export(recipe: Recipe | str | Path) -> list[Path]:
+def export(recipe: Recipe | str | Path, push: str | None = None, private: bool = False) -> list[Path]:
     """Write the trained draft in the formats of `export.formats`: `draft/` for vLLM and SGLang,
     `draft-speculators/` for speculators. Each gets its name only after it was read back and gave the same
     logits.
 
     Args:
         recipe: the recipe of a run whose training has finished, or its path.
+        push: `owner/name` on the Hugging Face hub that the first format of `export.formats` is uploaded to; a
+            second one to `owner/name-speculators` or `owner/name-vllm`.
+        private: make these repositories private.
 
     Returns:
         The folders, one for each format.
 
     Raises:
-        ValueError: training has not finished, or an export gives other logits.
+        ValueError: training has not finished, an export gives other logits, or the hub refuses.
     """
-    errors = export_draft(as_recipe(recipe))
+    recipe = as_recipe(recipe)
+    names = [] if push is None else [push, *(f"{push}-{layout}" for layout in recipe.export.formats[1:])]
+    for name in names:
+        check_push(name)
+    errors = export_draft(recipe)
     for folder, error in errors.items():
         logger.info("export: %s, relative error of its logits after reloading %.2e", folder, error)
+    for name, folder in zip(names, errors, strict=False):
+        logger.info("export: %s is at %s", folder, push_folder(folder, name, private))
     return list(errors)
 
 
@@ -238,7 +250,7 @@ def report(recipe: Recipe, compare: Sequence[str | Path] = ()) -> Path:
         ValueError: nothing was trained in `output_dir`, or a folder of `compare` has no acceptance.
     """
     folder = Path(recipe.output_dir)
-    metrics, evaluation = folder / "metrics.jsonl", folder / "eval.json"
+    metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         raise ValueError(
             f"output_dir: {folder} has no metrics.jsonl, so there is nothing to report. Train first."
@@ -246,12 +258,9 @@ def report(recipe: Recipe, compare: Sequence[str | Path] = ()) -> Path:
     picture = folder / "report.png"
     prepared = folder / "prepared.json"
     warnings = json.loads(prepared.read_text()).get("warnings", []) if prepared.is_file() else []
-    compared = {name: json.loads(file.read_text()) for name, file in _evaluations(compare).items()}
-    own = json.loads(evaluation.read_text()) if evaluation.is_file() else {}
+    own, compared = read_eval(folder), _evaluations(compare)
     warnings += warnings_of_comparison(own, compared)
-    told = draw_report(
-        metrics, evaluation if evaluation.is_file() else None, picture, warnings, _title(recipe), compared
-    )
+    told = draw_report(metrics, own or None, picture, warnings, _title(recipe), compared)
     for line in warnings:
         logger.warning("report: %s", line)
     logger.info("report: %s", told)
@@ -261,7 +270,7 @@ def report(recipe: Recipe, compare: Sequence[str | Path] = ()) -> Path:
 
 def check_compared(folders: Sequence[str | Path]) -> None:
     """Raises ValueError for a folder that has no acceptance to draw beside a run's."""
-    curves({}, {name: json.loads(file.read_text()) for name, file in _evaluations(folders).items()})
+    curves({}, _evaluations(folders))
 
 
 def is_trained(recipe: Recipe) -> bool:
@@ -269,17 +278,18 @@ def is_trained(recipe: Recipe) -> bool:
     return (Path(recipe.output_dir) / "metrics.jsonl").is_file()
 
 
-def _evaluations(folders: Sequence[str | Path]) -> dict[str, Path]:
-    """The eval.json of other runs, by a name for each that tells them apart."""
+def _evaluations(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
+    """What the eval.json of other runs say, by a name for each that tells them apart."""
     names = [Path(folder).resolve().name for folder in folders]
     found = {}
     for folder, name in zip(folders, names, strict=True):
-        file = Path(folder) / "eval.json"
-        if not file.is_file():
+        result = read_eval(Path(folder))
+        if not result:
             raise ValueError(
-                f"--compare {folder} has no eval.json. Name the output_dir of a run that was evaluated."
+                f"--compare {folder} has no eval.json of its weights. Name the output_dir of a run that was "
+                "evaluated."
             )
-        found[name if names.count(name) == 1 else str(folder)] = file
+        found[name if names.count(name) == 1 else str(folder)] = result
     return found
 
 
@@ -307,8 +317,7 @@ def summary(recipe: Recipe) -> Summary:
     """The main figures of a run, from metrics.jsonl and eval.json."""
     folder = Path(recipe.output_dir)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    evaluation = folder / "eval.json"
-    result = in_process(json.loads(evaluation.read_text()) if evaluation.is_file() else None)
+    result = in_process(read_eval(folder))
     peak = max(records[-1]["peak_memory_bytes"])
     warning = None if result is None else loop_warning(result)
     return Summary(len(records), records[0], records[-1], peak, result, warning)

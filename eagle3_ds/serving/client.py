@@ -1,14 +1,12 @@
 """Asking a server for the hidden states of documents, one request each, with a limited number of tries.
 
-The answer to a request names a file in a folder that both sides see (`connector` writes it); it is read,
-checked and removed. Nothing here knows of stores.
+The answer to a request names a file in a folder that both sides see (`written`); it is read, checked and
+removed. Nothing here knows of stores.
 """
 
 from __future__ import annotations
 
-import contextlib
-import http.client
-import json
+import logging
 import os
 import re
 import threading
@@ -16,26 +14,30 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from uuid import uuid4
 
+from eagle3_ds.patient_http import (
+    HalfAnswerError,
+    NoAnswerError,
+    PatientClient,
+    ServerGoneError,
+    ServerTroubleError,
+    Words,
+)
 from eagle3_ds.serving.rows import DamagedRowsError, Expected, RowFile, ServedRows, read_rows
+from eagle3_ds.serving.written import WrittenFile, written_file
 
 Result = TypeVar("Result")
 
+logger = logging.getLogger(__name__)
+
 PREFIX = "eagle3_ds_prefix"
-ROWS_FILE = "eagle3_ds_rows"
-FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0
-"""Seconds before the second try, and at most before any; they double from try to try."""
 SHORT_DELAY, LONG_DELAY = 0.002, 0.1
 """Seconds between two looks for a file that the server is about to write."""
 
 
 class StoppedError(Exception):
     """The client was stopped while a thread waited."""
-
-
-class _TryAgainError(Exception):
-    """What may go better at the next try; the text is the reason."""
 
 
 class ServerClient:
@@ -45,10 +47,14 @@ class ServerClient:
         url: of the server, for example http://127.0.0.1:8000.
         folder: where the server's connector writes, as this host sees it.
         prefix: how the names of this client's files begin: letters, digits and dashes.
-        timeout: seconds for one try, from the request to the last byte of the file.
+        timeout: seconds that an answer may take, and then its file.
         retries: how often a request is tried again.
-        key: the server's API key; it is sent and never shown.
+        key_variable: the environment variable that holds the server's API key, which is sent and never shown.
         require_alive: raises ValueError when the server is known to be dead.
+        warns: say once when the server's connector is vLLM's own, of which less can be checked.
+
+    Raises:
+        ValueError: the URL is none.
     """
 
     def __init__(
@@ -58,20 +64,24 @@ class ServerClient:
         prefix: str,
         timeout: float,
         retries: int,
-        key: str | None = None,
+        key_variable: str | None = None,
         require_alive: Callable[[], None] = lambda: None,
+        warns: bool = True,
     ) -> None:
         assert re.fullmatch(r"[A-Za-z0-9-]+", prefix), prefix
-        self.url = url.rstrip("/").removesuffix("/v1")
         self.folder, self.prefix, self.timeout, self.retries = folder, prefix, timeout, retries
-        self.require_alive = require_alive
-        self._headers = {"Content-Type": "application/json"}
-        if key:
-            self._headers["Authorization"] = f"Bearer {key}"
+        words = Words(
+            "target.server.url",
+            "target.server.timeout_seconds",
+            key_variable,
+            "target.server.key_variable",
+            ", or set it to null to have the server started by this run",
+            "goes on after the documents that are done",
+        )
+        self._http = PatientClient(url, None, timeout, words, require_alive)
+        self.url = self._http.url
         self._model = ""
-        self._own = threading.local()
-        self._open: set[http.client.HTTPConnection] = set()
-        self._stopped = threading.Event()
+        self._warnings = threading.Semaphore(int(warns))
 
     def connect(self) -> int:
         """Find the server and its model, and remove files that an earlier client with this prefix left.
@@ -80,30 +90,27 @@ class ServerClient:
             The longest length, prompt and answer together, that the server takes.
 
         Raises:
-            ValueError: no server answers, or it is none of vLLM's.
+            ValueError: no server answers, or it is none of vLLM's; or the folder is missing, or not writable.
         """
         if not self.folder.is_dir():
             raise ValueError(
                 f"target.server.folder = {str(self.folder)!r} is no folder here: name the one that the "
                 "server's connector writes to, on a file system that both hosts share."
             )
-        for leftover in self.folder.glob(f"{self.prefix}-*"):
-            leftover.unlink()
+        if not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):
+            raise ValueError(
+                f"target.server.folder = {str(self.folder)!r}: this user may not read it, or not remove "
+                "files from it, which is done as soon as they are read. Run the server and this program as "
+                "the same user."
+            )
+        for leftover in (*self.folder.glob(f"{self.prefix}-*"), *self.folder.glob(f"cmpl-{self.prefix}-*")):
+            leftover.unlink(missing_ok=True)
         try:
-            models = self._exchange("GET", "/v1/models")["data"]
-            self._model, longest = str(models[0]["id"]), int(models[0]["max_model_len"])
-        except _TryAgainError as error:
+            self._model, longest = self._http.request("GET", "/v1/models", None, _read_model, tries=1)
+        except NoAnswerError as error:
             raise ValueError(
-                f"target.server.url = {self.url!r}: no server answers ({error}). Start vLLM there, correct "
-                "the "
-                "URL, or set it to null to have the server started by this run."
-            ) from error
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            if isinstance(error, ValueError) and str(error).startswith("target.server"):
-                raise
-            raise ValueError(
-                f"target.server.url = {self.url!r}: what answers there lists no model with max_model_len, as "
-                f"vLLM does ({error!r}). Name the URL of a vLLM server."
+                f"target.server.url {self.url}: its list of models is not vLLM's, which has max_model_len: "
+                f"{error}. Name the URL of a vLLM server that is ready."
             ) from error
         return longest
 
@@ -119,7 +126,7 @@ class ServerClient:
         def take(path: Path, chosen: int | None) -> ServedRows:
             return ServedRows(read_rows(path, token_ids, expected), chosen)
 
-        return self._ask(token_ids, take)
+        return self._ask(token_ids, expected, take)
 
     def file(self, token_ids: Sequence[int], expected: Expected, place: Path) -> None:
         """Have the hidden states of a document put to `place`, in `folder`, whole or not at all. Their rows
@@ -133,39 +140,16 @@ class ServerClient:
             RowFile(path, expected).require_tokens(token_ids)
             path.replace(place)
 
-        self._ask(token_ids, take)
-
-    def _ask(self, token_ids: Sequence[int], take: Callable[[Path, int | None], Result]) -> Result:
-        """What `take` makes of the document's file and of the token that the server chose after it."""
-        delay = FIRST_DELAY
-        for left in range(self.retries, -1, -1):
-            try:
-                return self._try(token_ids, take)
-            except (_TryAgainError, DamagedRowsError) as error:
-                reason = str(error)
-            if self._stopped.is_set():
-                raise StoppedError
-            self.require_alive()
-            if left and self._stopped.wait(delay):
-                raise StoppedError
-            delay = min(2 * delay, LONGEST_DELAY)
-        raise ValueError(
-            f"the server at {self.url} failed {self.retries + 1} times at a document of {len(token_ids)} "
-            "tokens; "
-            f"last: {reason}. See the server's log, then run the same command again: it goes on after the "
-            "documents that are done. More tries: target.server.retries; more time for one: "
-            "target.server.timeout_seconds."
-        )
+        self._ask(token_ids, expected, take)
 
     def stop(self) -> None:
         """Let every thread that waits for the server end soon."""
-        self._stopped.set()
-        for connection in list(self._open):
-            with contextlib.suppress(OSError, AttributeError):
-                connection.sock.shutdown(2)
+        self._http.stop()
 
-    def _try(self, token_ids: Sequence[int], take: Callable[[Path, int | None], Result]) -> Result:
-        deadline = time.monotonic() + self.timeout
+    def _ask(
+        self, token_ids: Sequence[int], expected: Expected, take: Callable[[Path, int | None], Result]
+    ) -> Result:
+        """What `take` makes of the document's file and of the token that the server chose after it."""
         body = {
             "model": self._model,
             "prompt": list(token_ids),
@@ -173,119 +157,74 @@ class ServerClient:
             "temperature": 0,
             "return_token_ids": True,
             "kv_transfer_params": {PREFIX: self.prefix},
+            # vLLM's own connector calls its file cmpl-ID-...: `connect` finds what a killed client left.
+            "request_id": f"{self.prefix}-{uuid4().hex}",
         }
-        answer = self._exchange("POST", "/v1/completions", body)
-        name = (answer.get("kv_transfer_params") or {}).get(ROWS_FILE)
-        if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+
+        def read(answer: Any) -> Result:
+            written = written_file(answer, self.folder, self.url)
+            if written.is_stock and self._warnings.acquire(blocking=False):
+                logger.warning(_unchecked(self.url, expected))
+            return self._taken(answer, written, take)
+
+        try:
+            return self._http.request("POST", "/v1/completions", body, read, tries=self.retries + 1)
+        except (ServerTroubleError, ServerGoneError) as error:
+            if self._http.stopped.is_set():
+                raise StoppedError from error
+            if isinstance(error, ServerGoneError):
+                raise
             raise ValueError(
-                f"the server at {self.url} answers and writes no hidden states: it runs without this "
-                "program's "
-                "connector. Start it as docs/hidden-states.md shows, or set target.server.url to null."
-            )
-        path = self._wait_for(name, deadline)
+                f"a document of {len(token_ids)} tokens: {error}. See the log of {self.url}, then run the "
+                "same command again: it goes on after the documents that are done. More tries: "
+                "target.server.retries; more time for one: target.server.timeout_seconds."
+            ) from error
+
+    def _taken(self, answer: Any, written: WrittenFile, take: Callable[[Path, int | None], Result]) -> Result:
+        """What `take` makes of the file that an answer names, which is removed then."""
+        self._wait_for(written)
         chosen = (answer.get("choices") or [{}])[0].get("token_ids")
         try:
-            return take(path, int(chosen[0]) if chosen else None)
+            return take(written.path, int(chosen[0]) if chosen else None)
+        except DamagedRowsError as error:
+            raise HalfAnswerError(str(error)) from error
         finally:
-            path.unlink(missing_ok=True)
+            written.remove()
 
-    def _wait_for(self, name: str, deadline: float) -> Path:
-        """The path of the file of this name, once it is complete."""
-        path, failed = self.folder / f"{name}.safetensors", self.folder / f"{name}.failed"
-        delay = SHORT_DELAY
-        while not path.is_file():
-            if failed.is_file():
-                reason = failed.read_text() or "no reason given"
-                failed.unlink(missing_ok=True)
-                if "No space left" in reason:
-                    raise ValueError(
-                        f"the server could not write hidden states ({reason}): free some space in "
-                        f"target.server.folder ({self.folder}), or lower target.server.concurrency. Then "
-                        "run the "
-                        "same command again: it goes on after the documents that are done."
-                    )
-                raise _TryAgainError(f"the server could not write hidden states ({reason})")
+    def _wait_for(self, written: WrittenFile) -> None:
+        """Return once the file is complete."""
+        deadline, delay = time.monotonic() + self.timeout, SHORT_DELAY
+        while not written.is_complete():
             if time.monotonic() > deadline:
-                raise _TryAgainError(
-                    f"{path} did not appear in {self.timeout:g} s: the server's connector must write to the "
-                    "folder "
-                    "of target.server.folder, on a file system that both hosts share"
-                )
-            self.require_alive()
-            if self._stopped.wait(delay):
+                raise HalfAnswerError(written.too_late(self.timeout))
+            self._http.require_alive()
+            if self._http.stopped.wait(delay):
                 raise StoppedError
             delay = min(2 * delay, LONG_DELAY)
-        return path
-
-    def _exchange(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        """One request; returns the JSON of the answer.
-
-        Raises:
-            _TryAgainError: no connection, or an answer that may be another next time.
-            ValueError: the server refuses the request.
-        """
-        try:
-            connection = self._connection()
-            connection.request(
-                method, urlsplit(self.url).path + path, json.dumps(body) if body else None, self._headers
-            )
-            answer = connection.getresponse()
-            status, text = answer.status, answer.read()
-        except (OSError, http.client.HTTPException) as error:
-            self._drop()
-            raise _TryAgainError(f"{type(error).__name__}: {error}") from error
-        if status == 200:
-            return _json_object(text)
-        reason = f"status {status}: {text[:500].decode(errors='replace')}"
-        if status >= 500 or status in (408, 429):
-            raise _TryAgainError(reason)
-        if status in (401, 403):
-            raise ValueError(
-                f"target.server.url = {self.url!r} refuses the API key (status {status}): put the key into "
-                "an "
-                "environment variable, and that variable's name into target.server.key_variable."
-            )
-        raise ValueError(f"the server at {self.url} refuses the request ({reason})")
-
-    def _connection(self) -> http.client.HTTPConnection:
-        """This thread's connection, which is kept between requests."""
-        if getattr(self._own, "connection", None) is None:
-            parts = urlsplit(self.url)
-            kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-            self._own.connection = kind(parts.hostname or "", parts.port, timeout=self.timeout)
-            self._open.add(self._own.connection)
-        return self._own.connection
-
-    def _drop(self) -> None:
-        connection = getattr(self._own, "connection", None)
-        if connection is not None:
-            connection.close()
-            self._open.discard(connection)
-            self._own.connection = None
 
 
-def api_key(variable: str | None) -> str | None:
-    """The value of the environment variable of this name.
+def _unchecked(url: str, expected: Expected) -> str:
+    """What is said of a server with vLLM's own connector."""
+    return (
+        f"the server at {url} writes hidden states by vLLM's ExampleHiddenStatesConnector, whose files say "
+        "neither of which layers nor of which weights they are and have no checksums. Not checked: that its "
+        f"eagle_aux_hidden_state_layer_ids are {list(expected.layer_ids)}, a flipped bit, steps whose hidden "
+        "states vLLM leaves out (it does when any request reaches --max-model-len: serve nothing else); the "
+        "weights are told apart by a few of the tokens that the server chooses, if at all. This program's "
+        "connector writes all that: docs/hidden-states.md."
+    )
 
-    Raises:
-        ValueError: it is not set.
-    """
-    if variable is None:
-        return None
-    key = os.environ.get(variable)
-    if not key:
+
+def _read_model(answer: Any) -> tuple[str, int]:
+    """The name and the longest length of a server's model."""
+    model = answer["data"][0]
+    return str(model["id"]), int(model["max_model_len"])
+
+
+def require_key(variable: str | None) -> None:
+    """Raises ValueError where the environment variable of this name is not set."""
+    if variable is not None and not os.environ.get(variable):
         raise ValueError(
             f"target.server.key_variable = {variable!r}: this environment variable is not set. Set it to the "
             "server's API key, or remove key_variable."
         )
-    return key
-
-
-def _json_object(text: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise _TryAgainError(f"an answer that is no JSON: {text[:200]!r}") from error
-    if not isinstance(found, dict):
-        raise _TryAgainError(f"an answer that is no JSON object: {text[:200]!r}")
-    return found

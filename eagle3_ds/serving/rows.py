@@ -1,5 +1,6 @@
-"""Reading the files of hidden states that `connector` writes inside a server, with every check that the file
-alone allows.
+"""Reading the files of hidden states that a server writes, with every check that the file alone allows. Those
+of our `connector` have a header that says what they are, and checksums; those of vLLM's own connector have
+neither.
 
 Legend: n tokens of a document, S hidden states per token (the aux layers' inputs and the last), H hidden
 size.
@@ -7,6 +8,7 @@ size.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ from eagle3_ds.store.rows import row_checksums
 from eagle3_ds.targets import choose_aux_layers
 
 ROWS_FORMAT = "eagle3_ds rows 1"
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""The names of dtypes in a safetensors file."""
 
 
 class DamagedRowsError(ValueError):
@@ -74,25 +78,34 @@ class ServedRows:
 
 
 class RowFile:
-    """One file of hidden states, whose rows are read when they are asked for, and then checked.
+    """One file of hidden states, of either connector, whose rows are read when they are asked for, and then
+    checked.
 
     Raises:
         DamagedRowsError: the file is cut short.
-        ValueError: the rows are of another target or of other layers.
+        ValueError: the rows are of another target or of other layers, as far as the file says it; or this
+            user may not read it.
     """
 
     def __init__(self, path: Path, expected: Expected) -> None:
         self.path, self.expected = path, expected
+        _require_readable(path)
         try:
             self._file = safe_open(path, framework="pt").__enter__()
             about = self._file.metadata() or {}
-            names = ("hidden_states", "token_ids", "row_crc32")
-            self._hidden, self._tokens, self._sums = (self._file.get_slice(name) for name in names)
+            is_stock = "format" not in about and "row_crc32" not in self._file.keys()  # noqa: SIM118
+            self._hidden, self._tokens = map(self._file.get_slice, ("hidden_states", "token_ids"))
+            self._sums = None if is_stock else self._file.get_slice("row_crc32")
         except (SafetensorError, OSError) as error:
             raise DamagedRowsError(f"{path} cannot be read ({error})") from error
-        check_about(about, expected)
-        shape = tuple(self._hidden.get_shape())
-        wanted = (self._tokens.get_shape()[0], len(expected.layer_ids), expected.hidden_size)
+        shape, number = tuple(self._hidden.get_shape()), self._tokens.get_shape()[0]
+        if is_stock:
+            _check_stock(shape, self._hidden.get_dtype(), expected)
+        else:
+            check_about(about, expected)
+        wanted = (number, len(expected.layer_ids), expected.hidden_size)
+        if shape[0] != number and shape[1:] == wanted[1:]:
+            raise DamagedRowsError(f"{path} holds {shape[0]} rows for {number} tokens")
         if shape != wanted:
             raise ValueError(
                 f"{path} holds rows of shape {shape}, expected {wanted} (tokens, layers, hidden size): the "
@@ -107,12 +120,14 @@ class RowFile:
         """Hidden states [stop - start, S, H]; no other rows are read.
 
         Raises:
-            DamagedRowsError: a row has another checksum than was written.
+            DamagedRowsError: a row has another checksum than was written; or, in a file without checksums,
+                nothing was written.
             ValueError: a row is not finite.
         """
         hidden = self._hidden[start:stop]
-        wrong = (row_checksums(hidden.flatten(1)) != self._sums[start:stop]).nonzero()
-        if len(wrong):
+        if self._sums is None:
+            _check_written(hidden, start, self.path)
+        elif len(wrong := (row_checksums(hidden.flatten(1)) != self._sums[start:stop]).nonzero()):
             raise DamagedRowsError(
                 f"{self.path}: row {start + int(wrong[0])} has another checksum than was written"
             )
@@ -124,7 +139,7 @@ def read_rows(path: Path, token_ids: Sequence[int], expected: Expected) -> Tenso
     """The hidden states [n, S, H] in a file, which must be those of these tokens.
 
     Raises:
-        DamagedRowsError: the file is cut short, or a row has another checksum.
+        DamagedRowsError: the file is cut short, or a row is damaged.
         ValueError: the rows are of other tokens, of another target, of other layers, or not finite.
     """
     file = RowFile(path, expected)
@@ -156,16 +171,53 @@ def check_about(about: dict[str, str], expected: Expected) -> None:
             f"the server's model has a vocabulary of {about['vocab_size']}, that in target.path of "
             f"{expected.vocab_size}. Serve the model of target.path."
         )
-    if about["dtype"] != expected.dtype:
-        raise ValueError(
-            f"the server computes in {about['dtype']}, and target.dtype is {expected.dtype}. Start the "
-            "server "
-            f"with --dtype {expected.dtype}, or set target.dtype to {about['dtype']}."
-        )
+    _check_dtype(about["dtype"], expected)
     if about["target_weights"] not in ("", expected.weights):
         raise ValueError(
             "the server's model has other weights or another config.json than target.path: the draft would "
             "learn from another model. Serve the folder of target.path, or name the served one there."
+        )
+
+
+def _check_stock(shape: tuple[int, ...], dtype: str, expected: Expected) -> None:
+    """Of a file without a header: compare what can be seen of it. Its hidden states have `shape`, and `dtype`
+    in the words of safetensors.
+    """
+    _check_dtype(DTYPES.get(dtype, dtype), expected)
+    layers = list(expected.layer_ids)
+    if len(shape) == 3 and shape[1] != len(layers):
+        raise ValueError(
+            f"the server writes {shape[1]} hidden states of each token, and the recipe needs {len(layers)}: "
+            f"those of layers {layers} (target.aux_layers, then the last layer's output). Start the server "
+            f"with eagle_aux_hidden_state_layer_ids {layers}, or change target.aux_layers."
+        )
+
+
+def _check_dtype(found: str, expected: Expected) -> None:
+    if found != expected.dtype:
+        raise ValueError(
+            f"the server computes in {found}, and target.dtype is {expected.dtype}. Start the server "
+            f"with --dtype {expected.dtype}, or set target.dtype to {found}."
+        )
+
+
+def _require_readable(path: Path) -> None:
+    if path.exists() and not os.access(path, os.R_OK):
+        raise ValueError(
+            f"{path} may not be read by this user (safetensors gives its files to their owner alone). Run "
+            "the server and this program as the same user."
+        )
+
+
+def _check_written(hidden: Tensor, first: int, path: Path) -> None:
+    """Raises DamagedRowsError naming the first row that is zero in every layer: vLLM's cache starts with
+    zeros, and no token has such hidden states. `first`: the number of row 0.
+    """
+    empty = (hidden == 0).flatten(1).all(1).nonzero()
+    if len(empty):
+        raise DamagedRowsError(
+            f"{path}: row {first + int(empty[0])} is zero in every layer: vLLM keeps no hidden states of a "
+            "step in which a request reaches --max-model-len"
         )
 
 

@@ -122,7 +122,8 @@ def _check_same_build(folder: Path, build: TargetBuild) -> None:
             f"target.path = {str(folder)!r} exists, but was not built from target.build (no {RECORD}): it is "
             "not replaced. Remove target.build to use it as it is, or name another path."
         )
-    found = json.loads(record.read_text(encoding="utf-8"))["build"]
+    # A key that is newer than the folder had its default.
+    found = TargetBuild().model_dump() | json.loads(record.read_text(encoding="utf-8"))["build"]
     wanted = build.model_dump()
     changed = [
         f"{key} {found.get(key)} there, {wanted.get(key)} wanted"

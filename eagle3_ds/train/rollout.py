@@ -239,25 +239,28 @@ class RolloutTrainer:
         name: str = "rollout",
         timeout: float = 600.0,
         retries: int = 3,
-        key: str | None = None,
+        key_variable: str | None = None,
     ) -> ServerClient:
         """A client of the rollout engine, for `ask`. Collective: the first rank of each sp group connects.
 
         Args:
-            url: of a vLLM server that was started with our connector (docs/hidden-states.md).
+            url: of a vLLM server that was started with our connector, or with vLLM's own
+                (docs/hidden-states.md).
             folder: where its connector writes; every rank must see it.
             name: how the names of this trainer's files begin: letters, digits and dashes. Files with such
                 names that were left there are removed.
             timeout: seconds for one try of one document.
             retries: how often a document is tried again.
-            key: the server's API key.
+            key_variable: the environment variable that holds the server's API key.
 
         Raises:
             ValueError: no server answers, or it is none of vLLM's. On every rank.
         """
         topology, mistake = self.trainer.topology, None
         prefix = f"{name}-{topology.place.dp_rank}"
-        client = ServerClient(url, Path(folder), prefix, timeout, retries, key=key)
+        client = ServerClient(
+            url, Path(folder), prefix, timeout, retries, key_variable, warns=topology.place.dp_rank == 0
+        )
         try:
             if topology.sp_rank == 0:
                 client.connect()

@@ -19,7 +19,7 @@ from torch import Tensor
 from eagle3_ds.config import Recipe
 from eagle3_ds.layout import LocalRows, Rows
 from eagle3_ds.serving.ahead import Document, LookAhead
-from eagle3_ds.serving.client import LONG_DELAY, SHORT_DELAY, ServerClient, api_key
+from eagle3_ds.serving.client import LONG_DELAY, SHORT_DELAY, ServerClient, require_key
 from eagle3_ds.serving.rows import Expected, RowFile
 from eagle3_ds.targets import load_text_config, resolve_path
 from eagle3_ds.targets.end import load_target_end
@@ -102,14 +102,10 @@ class StreamedStates:
 
     def _look_ahead(self, url: str) -> LookAhead:
         server = self.recipe.target.server
-        client = ServerClient(
-            url,
-            self.folder,
-            self._prefix,
-            server.timeout_seconds,
-            server.retries,
-            key=api_key(server.key_variable),
-        )
+        require_key(server.key_variable)
+        limits = (server.timeout_seconds, server.retries)
+        # What cannot be checked was said when the server was tried.
+        client = ServerClient(url, self.folder, self._prefix, *limits, server.key_variable, warns=False)
         client.connect()
         itemsize = getattr(torch, self.expected.dtype).itemsize
         row_bytes = len(self.expected.layer_ids) * self.expected.hidden_size * itemsize + 12

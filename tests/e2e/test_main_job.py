@@ -56,7 +56,7 @@ def test_exports_hold_the_trained_weights(finished: Job) -> None:
         folder = finished.folder / name
         tensors = load_file(folder / "model.safetensors")
         assert torch.equal(tensors["fc.weight"], trained["fc.weight"])
-        assert tensors["d2t"].shape == (1024,) and tensors["t2d"].sum() == 1024
+        assert tensors["d2t"].shape == (512,) and tensors["t2d"].sum() == 512
         assert json.loads((folder / "config.json").read_text())["architectures"]
 
 
@@ -91,7 +91,7 @@ def test_a_second_run_needs_a_word_about_the_first(finished: Job) -> None:
 
 
 def test_resuming_with_another_draft_is_refused(finished: Job) -> None:
-    status, output = finished.call("launch", "draft.vocab_size=512", "--resume")
+    status, output = finished.call("launch", "draft.vocab_size=256", "--resume")
     assert status == 2
     assert "draft.vocab_size" in output
 

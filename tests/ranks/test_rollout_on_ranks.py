@@ -11,15 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from eagle3_ds.config import Recipe, TargetBuild, TargetSection
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.export import export_vllm, vllm_tensors
 from eagle3_ds.layout import PackedSequence
-from eagle3_ds.targets import build_target, capture_hidden_states, load_target, teacher_tokens
+from eagle3_ds.targets import build_target, capture_hidden_states, load_target, load_tokenizer, teacher_tokens
 from eagle3_ds.train.rollout import RolloutTrainer
 from eagle3_ds.train.rollout_inputs import Rollout
 from eagle3_ds.train.spans import plan_spans
+from judge.family_configs import tiny_config
+from tests.unit.tiny_families import random_model
 
 pytestmark = pytest.mark.ranks
 TEXTS = [f"def f{n}(x):\n    return x + {n}\n" * 4 for n in range(30)]
@@ -30,7 +33,7 @@ LENGTHS = ((40, 25), (33, 30, 7))
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("target") / "tiny"
-    build = TargetBuild(**SIZES, sequence_length=32, batch_size=4, steps=0)
+    build = TargetBuild.model_validate({**SIZES, "sequence_length": 32, "batch_size": 4, "steps": 0})
     build_target(TargetSection(path=str(path), build=build), TEXTS, progress=False)
     return str(path)
 
@@ -220,6 +223,38 @@ def test_a_target_that_was_trained_meanwhile_is_taken_over(run_ranks, target: st
     ((before, after, fresh, message),) = run_ranks(1, new_policy, target, tmp_path)
     assert after == pytest.approx(fresh, rel=1e-6) and abs(after - before) > 1e-3
     assert "embedding has shape (319, 32), the target's is (320, 32)" in message
+
+
+def scaled_policy(target: str, output: Path) -> tuple[float, float, float, float]:
+    """Losses with a target whose logits are a fraction of head x hidden state: as its files give it, after
+    the same embedding and head came from the loop, after a head fifty times its size, and of a trainer that
+    began with that head.
+    """
+    recipe, rollouts = make_recipe(target, output, 1, 1, 2), make_rollouts(target)
+    trainer = RolloutTrainer(recipe)
+    policy = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    embedding, head = (policy.get_input_embeddings().weight.data, policy.get_output_embeddings().weight.data)
+    losses = [trainer.evaluate(rollouts).loss]
+    for factor in (1.0, 50.0):
+        trainer.update_target(embedding, factor * head)
+        losses.append(trainer.evaluate(rollouts).loss)
+    head *= 50
+    policy.save_pretrained(output / "moved")
+    load_tokenizer(recipe.target).save_pretrained(output / "moved")
+    moved = recipe.model_copy(
+        update={"target": recipe.target.model_copy(update={"path": str(output / "moved")})}
+    )
+    fresh = RolloutTrainer(moved, weights=trainer.state_dict()).evaluate(rollouts).loss
+    return losses[0], losses[1], losses[2], fresh
+
+
+def test_the_head_of_a_policy_is_scaled_as_that_of_its_files(run_ranks, target: str, tmp_path: Path) -> None:
+    changes = {"vocab_size": 320, "num_hidden_layers": 7, "logits_scaling": 4.0}
+    random_model(tiny_config("granite", **changes)).save_pretrained(tmp_path / "granite")
+    load_tokenizer(TargetSection(path=target)).save_pretrained(tmp_path / "granite")
+    ((before, same, other, fresh),) = run_ranks(1, scaled_policy, str(tmp_path / "granite"), tmp_path)
+    assert same == before
+    assert other == pytest.approx(fresh, rel=1e-6) and abs(other - before) > 1e-3
 
 
 def no_vocabulary(target: str, output: Path) -> str:

@@ -149,7 +149,7 @@ def test_mistakes_are_told_on_all_ranks(
     run_ranks: Any, target: str, server: FakeServer, tmp_path: Path
 ) -> None:
     first, second = run_ranks(2, mistakes, target, tmp_path, server.url, server.folder)
-    assert "no server answers" in first["nobody there"] and "1 other rank(s)" in second["nobody there"]
+    assert "cannot be reached" in first["nobody there"] and "1 other rank(s)" in second["nobody there"]
     for said in (first, second):
         assert "files has 1 paths for 2 documents" in said["files"]
         assert "the server gave rows for" in said["order"]

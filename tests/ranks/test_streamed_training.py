@@ -67,10 +67,24 @@ def rank_of_training(path: str) -> list[tuple[Any, ...]]:
         states.close()
 
 
-@pytest.mark.parametrize(("mesh", "dtype"), [*((mesh, "float32") for mesh in MESHES), ("one", "float8")])
+@pytest.mark.parametrize(
+    ("mesh", "dtype", "is_stock"),
+    [
+        *((mesh, "float32", False) for mesh in MESHES),
+        ("one", "float8", False),
+        ("ring2-ulysses2", "float32", True),
+    ],
+)
 def test_a_stream_trains_as_its_store_does_to_the_bit(
-    job: Job, server: FakeServer, run_ranks: Any, mesh: str, dtype: str
+    job: Job,
+    server: FakeServer,
+    run_ranks: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    mesh: str,
+    dtype: str,
+    is_stock: bool,
 ) -> None:
+    """With `is_stock` our connector fills the store, and vLLM's own gives the stream."""
     ranks, cut = MESHES[mesh]
     words = [*cut, f"data.hidden_dtype={dtype}", "target.capture=server", f"target.server.url={server.url}"]
     words += [f"target.server.folder={server.folder}", "target.server.buffer_gib=0.001"]
@@ -82,6 +96,7 @@ def test_a_stream_trains_as_its_store_does_to_the_bit(
     words += [f"data.cache_dir={job.root / 'none'}", f"output_dir={job.root / 'stream'}"]
     stream = job.recipe(*words, "data.hidden_states=stream")
     path = job.prepared(stream)
+    monkeypatch.setattr(server, "is_stock", is_stock)
     with streaming(stream, num_hosts=1):
         assert run_ranks(ranks, rank_of_training, path) == expected
     assert len(server.asked) > asked, "the rows came from elsewhere"

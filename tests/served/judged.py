@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.served.gptq import quantize_body
 from tests.served.pairs import (
     DRAFT_TOKENS,
     LLAMA3,
@@ -32,12 +33,32 @@ class Variant:
     aux_layers: tuple[int, ...] | None = None
 
 
-TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {"rope_parameters": LLAMA3}),
-    "tied": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
-    "qwen3": ("qwen3", {}),
-    "qwen3_moe": ("qwen3_moe", {}),
-    "gpt_oss": ("gpt_oss", {}),
+@dataclass(frozen=True)
+class Kind:
+    """A kind of target.
+
+    Attributes:
+        changes: what is not the family's, or our tests', default.
+        is_quantized: four bits for every matrix of the body, of which vLLM knows in half precision alone; we
+            decode with the same values in float32.
+    """
+
+    family: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    is_quantized: bool = False
+
+
+# Gemma 4: one layer of full attention has wider heads, which are rotated in part.
+WIDE = {"head_dim": 32, "per_layer_config": {"7": {"head_dim": 64}}, "vocab_size_per_layer_input": VOCABULARY}
+TARGETS = {
+    "llama": Kind("llama", {"rope_parameters": LLAMA3}),
+    "tied": Kind("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "four bits": Kind("llama", {"rope_parameters": LLAMA3}, is_quantized=True),
+    "qwen3": Kind("qwen3"),
+    "qwen3_moe": Kind("qwen3_moe"),
+    "gpt_oss": Kind("gpt_oss"),
+    "granite": Kind("granite"),
+    "gemma4": Kind("gemma4_text", WIDE),
 }
 VARIANTS: dict[tuple[str, str], Variant] = {
     ("llama", "plain"): Variant((DRAFT, SPECULATORS, ALONE)),
@@ -53,6 +74,9 @@ VARIANTS: dict[tuple[str, str], Variant] = {
     ("qwen3", "plain"): Variant((DRAFT, SPECULATORS, ALONE)),
     ("qwen3_moe", "plain"): Variant((DRAFT, ALONE)),
     ("gpt_oss", "plain"): Variant((DRAFT, ALONE)),
+    ("four bits", "plain"): Variant((DRAFT, ALONE)),
+    ("granite", "plain"): Variant((DRAFT, ALONE)),
+    ("gemma4", "plain"): Variant((DRAFT, ALONE)),
 }
 CASES = [(target, draft, way) for (target, draft), variant in VARIANTS.items() for way in variant.ways]
 
@@ -69,8 +93,10 @@ class Bench:
         """The drafts of a target, by the names of `VARIANTS`."""
         if target not in self._pairs:
             path = self._folder / target
-            family, changes = TARGETS[target]
-            model = random_target(path, family, **changes)
+            kind = TARGETS[target]
+            model = random_target(path, kind.family, **kind.changes)
+            if kind.is_quantized:
+                quantize_body(model, path)
             texts = answered_prompts(model)
             self._pairs[target] = {
                 draft: make_pair(
@@ -115,7 +141,7 @@ class Bench:
             "prompts": next(iter(pairs.values())).prompts,
             "max_new_tokens": NEW_TOKENS,
             "draft_tokens": DRAFT_TOKENS,
-            "dtype": "float32",
+            "dtype": "float16" if TARGETS[target].is_quantized else "float32",
             "max_model_len": 256,
             "engines": engines,
         }

@@ -24,7 +24,8 @@ from eagle3_ds.draft import DraftCache, VocabularyMap
 from eagle3_ds.eval import Round, decode_alone, speculative_decode
 from eagle3_ds.export import export_speculators, export_vllm
 from eagle3_ds.targets import Target, capture_hidden_states, choose_aux_layers
-from tests.unit.tiny_families import family_config
+from judge.family_configs import tiny_config
+from tests.unit.tiny_families import FAMILIES, family_config
 
 # Heads of 32 are the least that vLLM has on a CPU; a draft vocabulary smaller than the target's.
 VOCABULARY = 320
@@ -72,7 +73,8 @@ class Pair:
 
 def random_target(folder: Path, family: str, **changes: Any) -> Any:
     """A random model of a family, written to `folder` as transformers does; returned too."""
-    config = family_config(family, **{**SIZES, **changes})
+    make = family_config if family in FAMILIES else tiny_config
+    config = make(family, **{**SIZES, **changes})
     config.architectures = None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -4,7 +4,9 @@ it; a server that is killed midway costs nothing but its last documents.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -16,7 +18,7 @@ import torch
 from eagle3_ds.serving import process
 from eagle3_ds.store import HiddenStateStore, HiddenStateWriter
 from tests.e2e.small_quickstart import Job, small_job
-from tests.served.on_cpu import ON_CPU
+from tests.served.on_cpu import ON_CPU, vllm
 
 pytestmark = pytest.mark.e2e
 # Heads of 32 are vLLM's least. Long documents of the quickstart are cut into chunks of 64 tokens.
@@ -104,6 +106,40 @@ def test_the_store_and_the_training_are_those_of_transformers(
     assert len(losses[0]) == 3
     for found, expected in zip(*losses, strict=True):
         assert abs(found - expected) <= 1e-4, losses
+
+
+def test_the_store_by_vllms_own_connector_is_that_of_transformers(
+    served_python: str, by_transformers: Job, places: Path
+) -> None:
+    rows, here = places / "stock-rows", places / "stock-server"
+    here.mkdir()
+    shutil.copy(Path(__file__).with_name("stock_on_cpu.py"), here)
+    layers = json.loads((places / "target" / "config.json").read_text())["num_hidden_layers"]
+    ids = [2, layers // 2, layers - 3, layers]
+    words = process.connector_arguments(ids, rows)
+    words[-1] = json.dumps(
+        {
+            "kv_connector": "StockOnCpu",
+            "kv_connector_module_path": "stock_on_cpu",
+            "kv_role": "kv_producer",
+            "kv_connector_extra_config": {"shared_storage_path": str(rows)},
+        }
+    )
+    rows.mkdir()
+    with vllm(served_python, places / "target", here, "--max-num-batched-tokens=64", *words) as (url, _):
+        run = job(
+            places,
+            "stock",
+            "target.capture=server",
+            f"target.server.url={url}",
+            f"target.server.folder={rows}",
+            "target.server.concurrency=4",
+        )
+        status, output = run.call("prepare")
+    assert status == 0, output
+    assert output.count(f"eagle_aux_hidden_state_layer_ids are {ids}") == 1, output
+    require_same(store_of(places, "stock"), store_of(places, "transformers"))
+    assert not list(rows.iterdir())
 
 
 def test_a_killed_server_is_told_and_the_next_run_goes_on(

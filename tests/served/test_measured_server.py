@@ -1,10 +1,11 @@
 """`evaluate --server` on a real vLLM that drafts: its counters, read by difference, are prompt for prompt the
-rounds of our own decoding.
+rounds of our own decoding. And `serve-check --server URL` on it.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,15 @@ from typing import Any
 
 import httpx2
 import pytest
+from safetensors.torch import load_file, save_file
 
 from eagle3_ds.cli.main import main
 from eagle3_ds.config import TargetSection
 from eagle3_ds.eval import Round
 from eagle3_ds.eval.intervals import interval_of_counts
+from eagle3_ds.run.regeneration import Serving
+from eagle3_ds.run.running_server import check_running
+from eagle3_ds.run.serve_check import Check
 from eagle3_ds.targets import load_tokenizer
 from tests.served.on_cpu import vllm
 from tests.served.pairs import DRAFT_TOKENS, NEW_TOKENS, Pair, answered_prompts, make_pair, random_target
@@ -151,3 +156,57 @@ def test_a_server_without_a_draft_is_refused(
     with vllm(served_python, pair.target, pair.target.parent, "--max-model-len", "256") as (url, _):
         assert main(words(recipe, url)) == 2
     assert "does not speculate" in capsys.readouterr().err
+
+
+def check_words(recipe: Path, pair: Pair, url: str, *more: str) -> list[str]:
+    prompts = str(recipe.parent / "p.jsonl")
+    named = ["--target", str(pair.target), "--draft", str(pair.vllm), "--prompts", prompts]
+    return ["serve-check", *named, "--server", url, "--tolerance", "0", *more]
+
+
+def test_serve_check_of_a_running_server(
+    pair: Pair, recipe: Path, url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(check_words(recipe, pair, url)) == 0, capsys.readouterr().out
+    told = capsys.readouterr().out
+    [row] = [line.split("│")[1:-1] for line in told.splitlines() if line.startswith("│ the server")]
+    _, speed, theirs, ours, places = (cell.strip() for cell in row)
+    assert theirs == ours and 1.1 < float(ours) < 5 and float(speed) > 0
+    pairs = [place.strip("()") for place in places.split()]
+    assert len(pairs) == 2 * DRAFT_TOKENS and pairs[::2] == pairs[1::2] and pairs[0] != "0.000"
+    assert told.rstrip().endswith("serves as trained")
+    # The server has the draft that it had; an export of other weights is held against it.
+    other = Path(shutil.copytree(pair.vllm, recipe.parent / "other"))
+    state = load_file(other / "model.safetensors")
+    save_file(
+        {name: tensor.flip(0).contiguous() for name, tensor in state.items()}, other / "model.safetensors"
+    )
+    words = check_words(recipe, pair, url)
+    words[words.index(str(pair.vllm))] = str(other)
+    assert main(words) == 1
+    assert "failed: the server: acceptance length" in capsys.readouterr().out
+
+
+def test_serve_check_beside_a_plain_server(pair: Pair, url: str, served_python: str) -> None:
+    prompts, end = pair.prompts, load_tokenizer(TargetSection(path=str(pair.target))).eos_token_id
+    ended = [answer[: answer.index(end) + 1] if end in answer else answer for answer in pair.answers]
+    assert ended == pair.answers, "rounds of whole answers are those of an evaluation then"
+    figures = expected(pair.rounds)
+    recorded: dict[str, Any] = {
+        "prompts": len(prompts),
+        "draft_tokens": DRAFT_TOKENS,
+        "max_new_tokens": NEW_TOKENS,
+    }
+    recorded |= {"dtype": "float32", **figures}
+    section = TargetSection(path=str(pair.target))
+    check = Check(section, {"vllm": pair.vllm}, prompts, NEW_TOKENS, DRAFT_TOKENS, "float32", recorded)
+    with vllm(served_python, pair.target, pair.target.parent, "--max-model-len", "256") as (plain, _):
+        report = check_running(check, Serving(url), Serving(plain), 0.0)
+        alone, drafted = report.ways
+        assert not report.failures and (alone.tokens_per_second or 0) > 0
+        assert drafted.acceptance_length == pytest.approx((figures["acceptance_length"],) * 2)
+        with pytest.raises(ValueError, match="does not speculate"):
+            check_running(check, Serving(plain), Serving(url), 0.0)
+        with pytest.raises(ValueError, match="speculates too"):
+            check_running(check, Serving(url), Serving(url.replace("127.0.0.1", "localhost")), 0.0)

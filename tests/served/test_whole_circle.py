@@ -19,8 +19,8 @@ from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.config import Recipe, SamplingSection, TargetSection
 from eagle3_ds.config.schema import ServerSection
 from eagle3_ds.data.answer_server import AnswerServer
-from eagle3_ds.data.patient_http import PatientClient
 from eagle3_ds.export import export_vllm
+from eagle3_ds.patient_http import PatientClient
 from eagle3_ds.serving.process import OwnServer, own_server
 from eagle3_ds.targets import build_target, choose_aux_layers, load_text_config, load_tokenizer
 from eagle3_ds.train.rollout import RolloutTrainer

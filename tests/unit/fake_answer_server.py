@@ -36,6 +36,7 @@ class FakeServer:
         delay: seconds before a prompt is answered.
         token_shift: added to the ids that /tokenize gives.
         sglang: token ids come from /generate alone.
+        says: in place of its own answer to every prompt.
     """
 
     def __init__(self, tokenizer: Any, name: str, end: int, context: int = 512) -> None:
@@ -46,6 +47,7 @@ class FakeServer:
         self.change: Callable[[dict[str, Any]], None] = lambda answer: None
         self.delay: Callable[[str], float] = lambda text: 0.0
         self.token_shift, self.sglang, self.has_tokenize = 0, False, True
+        self.says: str | None = None
         self.in_flight = self.most_in_flight = 0
         self._lock = threading.Lock()
         outer = self
@@ -92,6 +94,8 @@ class FakeServer:
         return [text for text in map(self.tokenizer.decode, asked) if "2 + 2" not in text]
 
     def answer(self, text: str) -> str:
+        if self.says is not None:
+            return self.says
         return str(text.split("?")[-2].split()[-1].upper()) if "?" in text else "?"
 
     def reply(self, path: str, body: Any, headers: dict[str, str]) -> Reply:

@@ -1,7 +1,10 @@
-"""A server that answers as vLLM with our connector does, from a function, and misbehaves as a test wants."""
+"""A server that answers as vLLM does with our connector or with its own, from a function, and misbehaves as a
+test wants.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import socket
 import threading
@@ -34,6 +37,7 @@ class FakeServer:
         status, reason: of all answers to completions, unless 200.
         failures: so many requests get status 503 first.
         key: refuse requests without it.
+        is_stock: answer as with vLLM's own connector: `about` is not written, and no checksums.
     """
 
     folder: Path
@@ -48,6 +52,7 @@ class FakeServer:
     reason: str = ""
     failures: int = 0
     key: str | None = None
+    is_stock: bool = False
     port: int = 0
     asked: list[list[int]] = field(default_factory=list)
     before: Callable[[], object] = lambda: None
@@ -76,21 +81,34 @@ class FakeServer:
         token_ids = body["prompt"]
         self.asked.append(token_ids)
         self.before()
-        name = f"{body['kv_transfer_params']['eagle3_ds_prefix']}-request-{len(self.asked)}-{id(body)}"
         hidden, token = self.states(token_ids)
-        tensors = {
-            "token_ids": torch.tensor(token_ids),
-            "hidden_states": hidden,
-            "row_crc32": row_checksums(hidden.flatten(1)),
-        }
+        tensors = {"token_ids": torch.tensor(token_ids), "hidden_states": hidden}
+        choices = {"choices": [{"token_ids": [token]}]}
+        write = self._write_stock if self.is_stock else self._write
+        answer = choices | {"kv_transfer_params": write(body, tensors)}
+        self.answer(answer)
+        return answer
+
+    def _write(self, body: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """As our connector writes."""
+        name = f"{body['kv_transfer_params']['eagle3_ds_prefix']}-request-{len(self.asked)}-{id(body)}"
+        tensors["row_crc32"] = row_checksums(tensors["hidden_states"].flatten(1))
         self.alter(tensors)
         aside = self.folder / f".{name}"
         save_file(tensors, aside, metadata=self.about)
         path = aside.rename(self.folder / f"{name}.safetensors")
         self.spoil(path)
-        answer = {"choices": [{"token_ids": [token]}], "kv_transfer_params": {"eagle3_ds_rows": name}}
-        self.answer(answer)
-        return answer
+        return {"eagle3_ds_rows": name}
+
+    def _write_stock(self, body: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """As vLLM's ExampleHiddenStatesConnector writes, at the place where it does."""
+        path = self.folder / f"cmpl-{body['request_id']}-0-{id(body):x}.safetensors"
+        self.alter(tensors)
+        with open(f"{path}.lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            save_file(tensors, path)
+        self.spoil(path)
+        return {"hidden_states_path": str(path)}
 
 
 class _Server(ThreadingHTTPServer):

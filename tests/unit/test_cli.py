@@ -102,7 +102,7 @@ def test_a_target_that_cannot_be_cut_is_refused_before_anything_starts(
         "rope_type": "dynamic",
         "factor": 2.0,
         "rope_theta": 1e4,
-        "original_max_position_embeddings": 2048,
+        "original_max_position_embeddings": 1024,
     }
     LlamaConfig(vocab_size=4096, num_key_value_heads=8, rope_parameters=rope).save_pretrained(
         tmp_path / "target"
@@ -130,14 +130,14 @@ def test_dry_run_says_what_it_could_not_check(capsys: pytest.CaptureFixture[str]
             ["parallel.ulysses=4", "parallel.ring=1"],
             ["parallel.ulysses is 4", "4 query heads and 2 key/value", "to 2;"],
         ),
-        (["draft.vocab_size=5000"], ["draft.vocab_size = 5000", "4096"]),
+        (["draft.vocab_size=5000"], ["draft.vocab_size = 5000", "1024"]),
         (
             ["loss.tile_bytes=1000"],
-            ["loss.tile_bytes = 1000", "draft vocabulary of 2048", "bytes are needed"],
+            ["loss.tile_bytes = 1000", "draft vocabulary of 768", "bytes are needed"],
         ),
         (
             ["train.tile_bytes=1000"],
-            ["train.tile_bytes = 1000", "MLP of 512", f"at least {(7 * 512 + 8 * 192) * 4} bytes"],
+            ["train.tile_bytes = 1000", "MLP of 384", f"at least {(7 * 384 + 8 * 128) * 4} bytes"],
         ),
         (["parallel.ulises=4"], ["parallel.ulises", "Did you mean `ulysses`"]),
         (["deepspeed=nowhere.json"], ["nowhere.json is not a file"]),
@@ -291,7 +291,7 @@ def test_mesh_zero_stage_and_schedule_may_change_on_resume_but_not_the_experimen
     for fixed in (
         "train.seed=1",
         "train.init_from=draft",
-        "data.max_length=2048",
+        "data.max_length=1024",
         "draft.ttt_steps=3",
         "loss.decay=0.5",
     ):

@@ -9,6 +9,8 @@ import pytest
 
 from eagle3_ds.config import Recipe, load_recipe
 from eagle3_ds.config.deepspeed_keys import MONITORS
+from eagle3_ds.costs import Setup
+from eagle3_ds.run import memory_advice
 from eagle3_ds.run.memory_advice import advise_on_memory, deepspeed_files
 from eagle3_ds.targets import build_target
 
@@ -56,6 +58,24 @@ def test_a_shortage_is_followed_by_what_would_help(reason: str, recipe: Recipe) 
 
 def test_other_errors_have_no_such_advice(recipe: Recipe) -> None:
     assert advise_on_memory("ValueError: a bad row", recipe, 4) is None
+
+
+def test_a_target_on_the_devices_is_counted(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[Setup] = []
+
+    def explain(setup: Setup, *more: object) -> str:
+        counted.append(setup)
+        return ""
+
+    monkeypatch.setattr(memory_advice, "explain_shortage", explain)
+    online = recipe.data.model_copy(update={"hidden_states": "online"})
+    during = recipe.eval.model_copy(update={"during": 10})
+    for changes in ({}, {"data": online}, {"eval": during}):
+        advise_on_memory("MemoryError", recipe.model_copy(update=changes), 4)
+    alone, beside, decoding = counted
+    assert alone.target_bytes == alone.decoder_bytes == 0
+    assert beside.target_bytes > 0 and decoding.decoder_bytes == beside.target_bytes
+    assert decoding.decoder_draft_bytes > 0
 
 
 STRANGERS = {

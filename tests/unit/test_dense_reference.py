@@ -15,11 +15,11 @@ from judge.dense_reference import (
     MicroBatch,
     Optimization,
     _attention,
-    _rotate,
     reference_step,
     reference_train,
     rotary_factor,
     rotary_frequencies,
+    rotate,
 )
 
 ROPES = {
@@ -94,8 +94,8 @@ def test_step_zero_attention_is_llamas():
     q, k, v = (
         p(x[0]).view(length, -1, 16).transpose(0, 1) for p in (llama.q_proj, llama.k_proj, llama.v_proj)
     )
-    keys_values = [(_rotate(k, angle, 1.0).repeat_interleave(2, 0), v.repeat_interleave(2, 0))]
-    out = llama.o_proj(_attention(_rotate(q, angle, 1.0), keys_values, causal).transpose(0, 1).flatten(1))
+    keys_values = [(rotate(k, angle, 1.0).repeat_interleave(2, 0), v.repeat_interleave(2, 0))]
+    out = llama.o_proj(_attention(rotate(q, angle, 1.0), keys_values, causal).transpose(0, 1).flatten(1))
     assert torch.allclose(out, expected[0], rtol=0, atol=1e-14)
 
 

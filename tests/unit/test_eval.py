@@ -324,12 +324,11 @@ def test_evaluation_and_picture(
     assert set(result) <= set(re.findall(r"`(\w+)`", documented))
     assert 1.0 <= result["acceptance_length"] <= 4.0 and 1.0 <= result["acceptance_length_untrained"] <= 4.0
     assert [row["position"] for row in result["acceptance_by_position"]] == [1, 2, 3]
-    (tmp_path / "eval.json").write_text(json.dumps(result))
     record = {"loss": 3.0, "step_loss": [2.0, 1.0], "step_accuracy": [0.5, 0.25]}
     lines = [json.dumps(record | {"step": step, "loss": 3 / step}) for step in (1, 2, 3)]
     lines.append(json.dumps(record | {"step": 4, "heldout": record}))
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    with_eval = draw_report(tmp_path / "metrics.jsonl", tmp_path / "eval.json", tmp_path / "a.png")
+    with_eval = draw_report(tmp_path / "metrics.jsonl", result, tmp_path / "a.png")
     without = draw_report(tmp_path / "metrics.jsonl", None, tmp_path / "b.png")
     assert with_eval.stat().st_size > without.stat().st_size > 1000
     drawn = _figure([json.loads(line) for line in lines], result, "a title")

@@ -14,94 +14,21 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
+from eagle3_ds import patient_http
 from eagle3_ds.cli.main import main
-from eagle3_ds.data.patient_http import PatientClient
 from eagle3_ds.eval import counters, served
-from eagle3_ds.eval.counters import BY_POSITION, Meter, parse_counters
+from eagle3_ds.eval.counters import Meter, parse_counters
 from eagle3_ds.eval.intervals import interval_of_counts
 from eagle3_ds.eval.report import _figure
 from eagle3_ds.run import finish, served_evaluation
+from eagle3_ds.run.eval_file import DIGEST, SERVED, WEIGHTS, read_eval, weights_digest, write_evaluation
 from eagle3_ds.serving.decode import COUNTED
-from tests.unit.fake_answer_server import FakeServer, Reply, serving
+from tests.unit.counting_server import NEW, CountingServer
+from tests.unit.fake_answer_server import Reply, serving
 from tests.unit.tiny_target import build_tiny_target
 
-NEW, LENGTHS = 12, (5, 7, 30, 40, 45, 200)
+LENGTHS = (5, 7, 30, 40, 45, 200)
 Run = Callable[..., tuple[int, str]]
-
-
-class CountingServer(FakeServer):
-    """Answers with NEW tokens, and counts rounds of two guesses: after a prompt of an odd number of tokens
-    both are accepted, else the first of every second round.
-
-    Attributes:
-        counts: what /metrics shows; None: a server without speculation.
-        lag: how often the page shows what was counted before.
-        more: called with the counts of a prompt, to change them.
-    """
-
-    def __init__(self, tokenizer: Any, name: str, end: int) -> None:
-        super().__init__(tokenizer, name, end)
-        self.counts: dict[str, float] = dict.fromkeys(
-            ("drafts", "draft", "accepted", "p0", "p1", "new", "read", "ended", "first", "decode"), 0.0
-        )
-        self.shown, self.lag, self.behind = dict(self.counts), 0, 0
-        self.speculates, self.counts_at_all = True, True
-        self.more: Callable[[dict[str, float]], None] = lambda counts: None
-        self.change, self._guard = self._count, threading.Lock()
-
-    def answer(self, text: str) -> str:
-        return "abcdefghijklmnopqrstuvwxyz"
-
-    def _count(self, answer: dict[str, Any]) -> None:
-        [choice] = answer["choices"]
-        read, new = len(choice["prompt_token_ids"]), len(choice["token_ids"])
-        rounds = max(0, new // 3)
-        first, second = (rounds, rounds) if read % 2 else (rounds // 2, 0)
-        made: dict[str, float] = {
-            "drafts": rounds,
-            "draft": 2 * rounds,
-            "accepted": first + second,
-            "p0": first,
-            "p1": second,
-        }
-        made |= {"new": new, "read": read, "ended": 1, "first": 0.25, "decode": 0.5}
-        self.more(made)
-        with self._guard:
-            for name, value in made.items():
-                self.counts[name] += value
-            self.behind = self.lag
-
-    def _usual(self, path: str, body: Any, prompt: Any, text: str) -> Reply:
-        if path == "/metrics":
-            with self._guard:
-                self.behind -= 1
-                if self.behind < 0:
-                    self.shown = dict(self.counts)
-                return Reply(200, self._page(self.shown).encode())
-        reply = super()._usual(path, body, prompt, text)
-        return reply
-
-    def _page(self, counts: dict[str, float]) -> str:
-        # A name with everything in it that a line is cut at, and two engines.
-        label = 'engine="{}",model_name="/a b/{c},position=\\"9\\" x"'
-        names = {"generation_tokens": "new", "prompt_tokens": "read"} if self.counts_at_all else {}
-        if self.speculates:
-            names |= {f"spec_decode_num_{n}": n for n in ("drafts",)}
-            names |= {"spec_decode_num_draft_tokens": "draft", "spec_decode_num_accepted_tokens": "accepted"}
-        lines = ["# HELP vllm:generation_tokens_total Number of {tokens} 3", "up 1"]
-        for engine in (0, 1):
-            own = label.replace("{}", str(engine), 1)
-            value = {name: count if engine else 0.0 for name, count in counts.items()}
-            lines += [f"vllm:{name}_total{{{own}}} {value[key]:e} 17000" for name, key in names.items()]
-            lines += [f"vllm:{name}_created{{{own}}} 1.7e9" for name in names]
-            if self.counts_at_all:
-                lines += [f'vllm:request_success_total{{{own},finished_reason="{r}"}} {v}' for r, v in
-                          (("stop", 0.0), ("length", value["ended"]))]  # fmt: skip
-                lines += [f"vllm:time_to_first_token_seconds_sum{{{own}}} {value['first']}"]
-                lines += [f"vllm:request_decode_time_seconds_sum{{{own}}} {value['decode']}"]
-            if self.speculates:
-                lines += [f'{BY_POSITION}_total{{{own},position="{k}"}} {value[f"p{k}"]}' for k in (0, 1)]
-        return "\n".join(lines) + "\n"
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +52,7 @@ def run(
 ) -> Run:
     """Exit status and everything printed of `evaluate --server` with prompts of LENGTHS."""
     monkeypatch.setattr(served, "Meter", partial(Meter, settle=0.3, still=0.01))
-    monkeypatch.setattr(served_evaluation, "PatientClient", partial(PatientClient, first_wait=0.01))
+    monkeypatch.setattr(patient_http, "FIRST_WAIT", 0.01)
     monkeypatch.setenv("COLUMNS", "250")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     rows = [{"input_ids": [5 + n % 50 for n in range(length)]} for length in LENGTHS]
@@ -349,7 +276,7 @@ def test_words_that_need_a_server(tmp_path: Path, run: Run, capsys: pytest.Captu
     for words in (["--prompts", "p"], ["--concurrency", "2"], ["--ignore_eos"], ["--compare", "d"]):
         assert main(["evaluate", str(tmp_path / "r.yaml"), *words]) == 2
         assert f"{words[0]} is for a server" in capsys.readouterr().err
-    assert "has no eval.json" in run("--compare", str(tmp_path))[1]
+    assert "has no eval.json of its weights" in run("--compare", str(tmp_path))[1]
     command = ["evaluate", str(tmp_path / "r.yaml"), "--server", "http://127.0.0.1:9"]
     assert main(command) == 2
 
@@ -373,19 +300,28 @@ def test_held_out_prompts_are_those_of_the_run(
     assert "name prompts by --prompts" in capsys.readouterr().err
 
 
-def test_the_other_figures_stay(run: Run, tmp_path: Path) -> None:
+def test_the_other_figures_stay_as_long_as_the_weights_do(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "eval.json").write_text(json.dumps({"acceptance_length": 2.0, "served": 1}))
+    (out / WEIGHTS).write_bytes(b"first")
+    write_evaluation(out, {"acceptance_length": 2.0})
     status, said = run()
     assert status == 0 and written(tmp_path)["acceptance_length"] == 2.0, said
-    assert isinstance(written(tmp_path)["served"], dict)
-    assert finish._kept(out, served=True).keys() == {"served"}
-    # Of weights that are younger, the old figures say nothing.
-    (out / "draft-final.safetensors").write_text("")
+    assert read_eval(out).keys() == {"acceptance_length", DIGEST, SERVED}
+    # Of other weights, written at the same moment, the old figures say nothing.
+    (out / WEIGHTS).write_bytes(b"other")
+    (out / "draft").mkdir()
     status, said = run()
-    assert status == 0 and "weights that were replaced since" in said
-    assert set(written(tmp_path)) == {"served"}
+    assert status == 0 and "the evaluation in process is of other weights" in said
+    assert set(written(tmp_path)) == {SERVED} and read_eval(out)[SERVED][DIGEST] == weights_digest(out)
+    card = (out / "draft" / "README.md").read_text()
+    assert "It was not evaluated." in card and "### On a vLLM server" in card
+    (out / WEIGHTS).write_bytes(b"third")
+    write_evaluation(out, {"acceptance_length": 3.0})
+    assert written(tmp_path) == {"acceptance_length": 3.0, DIGEST: weights_digest(out)}
+    # Weights that were removed to save space leave what was measured of them.
+    (out / WEIGHTS).unlink()
+    assert read_eval(out)["acceptance_length"] == 3.0
 
 
 RECORD = {"step": 1, "loss": 3.0, "step_loss": [2.0, 1.0], "step_accuracy": [0.5, 0.25]}
@@ -415,12 +351,14 @@ def test_the_picture_shows_it_beside_other_runs(
     (other / "eval.json").write_text(json.dumps({"acceptance_length": 1.25, "acceptance_by_context": [row]}))
     assert main(["report", str(tmp_path / "r.yaml"), "--compare", str(other)]) == 0
     assert "other was evaluated in process, this run on a server" in "".join(capsys.readouterr())
-    (other / "eval.json").write_text("{}")
+    (other / "eval.json").write_text('{"prompts": 1}')
     assert main(["report", str(tmp_path / "r.yaml"), "--compare", str(other)]) == 2
     assert "has no acceptance by context" in capsys.readouterr().err
 
 
 def test_names_and_pages() -> None:
-    assert {counters.ROUNDS, counters.GUESSED, counters.ACCEPTED, BY_POSITION} == set(COUNTED.values())
+    assert {counters.ROUNDS, counters.GUESSED, counters.ACCEPTED, counters.BY_POSITION} == set(
+        COUNTED.values()
+    )
     with pytest.raises(ValueError, match="has no counters of vLLM"):
         parse_counters("<html>not found</html>\n", "http://h")

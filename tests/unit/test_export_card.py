@@ -78,6 +78,36 @@ def test_figures_data_recipe_and_versions_are_told() -> None:
     assert "Every answer ended before the draft was asked" in silent
 
 
+def test_what_a_server_measured_is_told() -> None:
+    rows = [
+        {
+            "above": 0,
+            "up_to": 512,
+            "prompts": 3,
+            "acceptance_length": 2.5,
+            "decoding_tokens_per_second": 40.0,
+        },
+        {"above": 512, "up_to": 2048, "prompts": 0, "acceptance_length": None},
+        {"above": 2048, "up_to": None, "prompts": 1, "acceptance_length": None},
+    ]
+    served = {
+        "prompts": 4,
+        "prompts_from": ["ruler:4096:4"],
+        "concurrency": 2,
+        "new_tokens": 320,
+        "draft_tokens": 5,
+        "acceptance_length": 2.125,
+        "tokens_per_second": 31.25,
+        "acceptance_by_context": rows,
+    }
+    text = card_text("vllm", replace(CARD, served=served))
+    assert "4 prompts (ruler:4096:4), 2 at a time, greedily, 320 tokens, 5 guesses per round" in text
+    assert "**2.12 tokens per forward of the target**, 31.2 tokens/s with the reading" in text
+    assert "| above 0, up to 512 | 3 | 2.50 | 40.00 |" in text and "above 512" not in text
+    assert "| above 2048 | 1 | - | - |" in text
+    assert "On a vLLM server" not in card_text("vllm", CARD)
+
+
 def test_the_commands_of_each_layout() -> None:
     vllm, sglang = shell(commands_text("vllm", CARD, "own/draft one"))
     assert vllm[:3] == ["vllm", "serve", "org/target"]

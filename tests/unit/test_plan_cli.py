@@ -56,23 +56,23 @@ def test_a_target_that_will_be_built_and_one_of_which_only_the_config_is_here(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     built = planned(capsys, "recipes/quickstart.yaml", "--gpus", "4", f"target.path={tmp_path / 'none'}")
-    assert "hidden 192, 4/2 heads of 48" in built
+    assert "hidden 128, 4/2 heads of 32" in built
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
-        "hidden_size": 192,
-        "intermediate_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 384,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 48,
-        "num_hidden_layers": 8,
-        "vocab_size": 4096,
+        "head_dim": 32,
+        "num_hidden_layers": 7,
+        "vocab_size": 1024,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     here = planned(
         capsys, "recipes/quickstart.yaml", "--gpus", "4", f"target.path={tmp_path}", "target.build=null"
     )
-    assert "hidden 192, 4/2 heads of 48" in here
+    assert "hidden 128, 4/2 heads of 32" in here
 
 
 def test_the_disk_of_a_store_is_told_for_each_dtype_and_for_documents_that_are_prepared(

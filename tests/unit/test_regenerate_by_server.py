@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from eagle3_ds import patient_http
 from eagle3_ds.cli.main import main
-from eagle3_ds.data.patient_http import PatientClient
-from eagle3_ds.run import regeneration
 from tests.unit.data_samples import chat, write_jsonl
 from tests.unit.fake_answer_server import FakeServer, Reply, serving
 from tests.unit.tiny_target import build_tiny_target
@@ -44,7 +42,7 @@ def run(
     """Exit status and everything printed of `data regenerate --server`, with a server asked for 4 rows at a
     time for 30 conversations of two questions.
     """
-    monkeypatch.setattr(regeneration, "PatientClient", partial(PatientClient, first_wait=0.01))
+    monkeypatch.setattr(patient_http, "FIRST_WAIT", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     talks = [chat(f"is it a{number} ?", "old", f"is it b{number} ?", "old") for number in range(ROWS)]
     rows = write_jsonl(tmp_path / "rows.jsonl", talks)

@@ -15,8 +15,9 @@ from eagle3_ds.eval import Round
 from eagle3_ds.run.serve_check import (
     WARNING,
     Check,
-    _judge,
-    _judge_recorded,
+    by_position,
+    judge,
+    judge_recorded,
     run_check,
     server_python,
     sglang_command,
@@ -28,6 +29,7 @@ CHECK = Check(
 )
 EXPECTED = [[5, 6, 7, 8], [9, 9, 9, 9]]
 ROUNDS = [Round(3, 2, 1, 2), Round(5, 2, 2, 3), Round(2, 1, 0, 1), Round(3, 2, 1, 2)]
+SHARES = by_position(ROUNDS, 2)
 COUNTS = [
     {"rounds": 2, "guessed": 4, "accepted": 3, "accepted_by_position": [2, 1]},
     {"rounds": 2, "guessed": 4, "accepted": 1, "accepted_by_position": [1, 0]},
@@ -39,27 +41,27 @@ def found(**changes: Any) -> dict[str, Any]:
 
 
 def test_equal_answers_and_counts_serve_as_trained() -> None:
-    served = _judge("vLLM layout", found(), EXPECTED, ROUNDS, 0.0)
+    served = judge("vLLM layout", found(), EXPECTED, SHARES, 0.0)
     assert not served.failures
     assert served.acceptance_length == (2.0, 2.0) and served.tokens_per_second == 2.0
     assert served.accepted == ((0.75, 0.75), (0.25, 0.25))
 
 
 def test_each_failure_is_named() -> None:
-    other = _judge("w", found(answers=[[5, 6, 1, 8], EXPECTED[1]]), EXPECTED, ROUNDS, 0.0)
+    other = judge("w", found(answers=[[5, 6, 1, 8], EXPECTED[1]]), EXPECTED, SHARES, 0.0)
     assert "1 of 2 answers are not the target's own; prompt 1 differs from new token 3" in other.failures[0]
-    short = _judge("w", found(answers=[EXPECTED[0], [9]]), EXPECTED, ROUNDS, 0.0)
+    short = judge("w", found(answers=[EXPECTED[0], [9]]), EXPECTED, SHARES, 0.0)
     assert "prompt 2 differs from new token 2" in short.failures[0]
     worse = [{"rounds": 4, "guessed": 8, "accepted": 1, "accepted_by_position": [1, 0]}, COUNTS[1]]
-    low = _judge("w", found(counts=worse), EXPECTED, ROUNDS, 0.02)
+    low = judge("w", found(counts=worse), EXPECTED, SHARES, 0.02)
     assert low.failures[0].startswith("acceptance length 1.333, our decoding of the same export has 2.000")
-    assert not _judge("w", found(counts=worse), EXPECTED, ROUNDS, 0.5).failures
+    assert not judge("w", found(counts=worse), EXPECTED, SHARES, 0.5).failures
     moved = [{**COUNTS[0], "accepted_by_position": [1, 2]}, COUNTS[1]]
-    swapped = _judge("w", found(counts=moved), EXPECTED, ROUNDS, 0.02)
+    swapped = judge("w", found(counts=moved), EXPECTED, SHARES, 0.02)
     assert swapped.failures[0].startswith("guess 1 is accepted in 0.500 of all rounds, in our decoding")
-    refused = _judge("w", {"error": "ValueError: no such layer"}, EXPECTED, ROUNDS, 0.0)
+    refused = judge("w", {"error": "ValueError: no such layer"}, EXPECTED, SHARES, 0.0)
     assert refused.failures == ("does not load: ValueError: no such layer",)
-    asleep = _judge("w", found(counts=[None, None]), EXPECTED, ROUNDS, 1.0)
+    asleep = judge("w", found(counts=[None, None]), EXPECTED, SHARES, 1.0)
     assert asleep.failures == ("the server never asked the draft",)
 
 
@@ -78,24 +80,24 @@ def recorded(**changes: Any) -> Check:
 
 
 def test_the_evaluation_of_the_run_is_held_against_its_export() -> None:
-    same = _judge_recorded(recorded(), ROUNDS, 0.0)
+    same = judge_recorded(recorded(), ROUNDS, 0.0)
     assert not same.failures and same.acceptance_length == (2.0, 2.0)
     assert same.accepted == ((0.75, 0.75), (0.25, 0.25))
-    better = _judge_recorded(recorded(acceptance_length=2.1), ROUNDS, 0.02)
+    better = judge_recorded(recorded(acceptance_length=2.1), ROUNDS, 0.02)
     assert "what was exported is not what was evaluated" in better.failures[0]
-    other = _judge_recorded(recorded(draft_tokens=7, prompts=16), None, 0.0)
+    other = judge_recorded(recorded(draft_tokens=7, prompts=16), None, 0.0)
     assert not other.failures and other.note.endswith("prompts is 16, here 2, draft_tokens is 7, here 2")
-    assert _judge_recorded(recorded(acceptance_length=None), [], 0.0).note.startswith("has no acceptance")
+    assert judge_recorded(recorded(acceptance_length=None), [], 0.0).note.startswith("has no acceptance")
 
 
 def test_a_server_that_dies_fails_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "eagle3_ds.run.serve_check._decode_here", lambda check: (EXPECTED, {"vLLM layout": ROUNDS})
+        "eagle3_ds.run.serve_check.decode_here", lambda check: (EXPECTED, {"vLLM layout": ROUNDS})
     )
     monkeypatch.setattr("eagle3_ds.run.serve_check.resolve_path", lambda path: tmp_path)
     report = run_check(CHECK, sys.executable, 0.0, tmp_path / "out")  # this Python has no vLLM
     assert len(report.failures) == 2 and all("does not load" in failure for failure in report.failures)
-    assert "No module named 'vllm'" in report.log.read_text()
+    assert report.log is not None and "No module named 'vllm'" in report.log.read_text()
 
 
 def test_counters_are_taken_from_one_prompt_to_the_next() -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eagle3_ds.serving import client as client_module
+from eagle3_ds import patient_http
 from eagle3_ds.serving.client import ServerClient
 from eagle3_ds.serving.fill import fill_store, require_lengths, require_same_head
 from eagle3_ds.serving.rows import Expected
@@ -57,7 +57,7 @@ def server(tmp_path: Path) -> Iterator[FakeServer]:
 
 @pytest.fixture(autouse=True)
 def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(patient_http, "FIRST_WAIT", 0.01)
 
 
 def client_of(server: FakeServer, **changes: Any) -> ServerClient:
@@ -213,8 +213,8 @@ def narrow(tensors: dict[str, Tensor]) -> None:
         ({"alter": other_token}, r"token 1 of the document was sent as 12, .* for 49"),
         ({"alter": not_finite}, "row 1 is not finite in the hidden state of layer 7.*--dtype"),
         ({"alter": narrow}, r"rows of shape \(14, 4, 2\), expected \(14, 4, 4\).*Serve the model"),
-        ({"status": 400, "reason": "too long"}, "refuses the request .*too long"),
-        ({"status": 401}, "refuses the API key .*target.server.key_variable"),
+        ({"status": 400, "reason": "too long"}, "refuses the request: 400 too long"),
+        ({"status": 401}, r"asks for a key \(401\).*target.server.key_variable is null"),
         (
             {"answer": lambda answer: answer.pop("kv_transfer_params")},
             "without this program's connector. Start",
@@ -256,10 +256,10 @@ def fail(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (truncate, "failed 3 times .*cannot be read"),
-        (flip, "failed 3 times .*row 13 has another checksum"),
-        (lose, "failed 3 times .*did not appear in 0.2 s: .*target.server.folder"),
-        (fail, "failed 3 times .*device gone"),
+        (truncate, "14 tokens: .*cannot be read"),
+        (flip, "14 tokens: .*row 13 has another checksum"),
+        (lose, "14 tokens: .*did not appear in 0.2 s: .*target.server.folder"),
+        (fail, "14 tokens: .*device gone"),
     ],
 )
 def test_damage_is_asked_for_again_and_then_told(
@@ -268,7 +268,7 @@ def test_damage_is_asked_for_again_and_then_told(
     client = client_of(server, timeout=0.2)
     client.connect()
     server.spoil = spoil
-    with pytest.raises(ValueError, match=message + ".*run the same command again"):
+    with pytest.raises(ValueError, match=message + ".*tried 3 times.*run the same command again"):
         client.rows(DOCUMENTS[11][1], EXPECTED)
     assert len(server.asked) == 3
     server.spoil = lambda path: spoil(path) if len(server.asked) == 4 else None
@@ -281,7 +281,7 @@ def test_a_busy_server_is_asked_again(server: FakeServer) -> None:
     server.failures = 2
     assert client.rows([1, 2], EXPECTED).token == 2
     server.failures = 3
-    with pytest.raises(ValueError, match="failed 3 times .*status 503.*target.server.retries"):
+    with pytest.raises(ValueError, match="says 503.*tried 3 times.*target.server.retries"):
         client.rows([1, 2], EXPECTED)
 
 
@@ -316,10 +316,10 @@ def test_a_server_that_is_not_there_or_is_none_of_vllms(server: FakeServer, tmp_
     gone = FakeServer(server.folder, states, dict(ABOUT))
     with gone.running():
         pass
-    with pytest.raises(ValueError, match=r"target\.server\.url = .*no server answers \(ConnectionRefused"):
+    with pytest.raises(ValueError, match=r"target\.server\.url http.*cannot be reached .*set it to null"):
         client_of(gone).connect()
     server.models = {"models": []}
-    with pytest.raises(ValueError, match="lists no model with max_model_len"):
+    with pytest.raises(ValueError, match="not vLLM's, which has max_model_len"):
         client_of(server).connect()
     with pytest.raises(ValueError, match=r"target\.server\.folder = .*no folder"):
         ServerClient(server.url, tmp_path / "absent", "run", 1.0, 0).connect()
@@ -341,13 +341,18 @@ def test_a_server_of_another_model_is_found_by_the_tokens_it_chooses(server: Fak
         require_same_head(client, DOCUMENTS[1:], EXPECTED, finish)
 
 
-def test_the_key_is_sent_and_never_shown(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_key_is_sent_and_never_shown(
+    server: FakeServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.DEBUG)
     server.key = "a-secret"
-    client = client_of(server, key="a-secret")
+    monkeypatch.setenv("OURS", "a-secret")
+    client = client_of(server, key_variable="OURS")
     assert client.connect() == 512
-    with pytest.raises(ValueError, match="refuses the API key") as refused:
-        client_of(server, key="wrong-secret").connect()
+    monkeypatch.setenv("OURS", "wrong-secret")
+    message = "OURS of target.server.key_variable is not accepted"
+    with pytest.raises(ValueError, match=message) as refused:
+        client_of(server, key_variable="OURS").connect()
     assert "secret" not in caplog.text + str(refused.value)
 
 

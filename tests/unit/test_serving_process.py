@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from eagle3_ds.config import TargetSection
 from eagle3_ds.config.schema import ServerSection
-from eagle3_ds.serving import client, rows
+from eagle3_ds.serving import client, rows, written
 from eagle3_ds.serving.process import CONNECTOR, own_server, server_command
 from eagle3_ds.serving.rows import Expected, read_rows
 from eagle3_ds.targets import target_fingerprint
@@ -204,7 +204,7 @@ def test_the_connector_imports_vllm_torch_and_the_standard_library_alone() -> No
 
 def test_both_sides_mean_the_same_words(connector: dict[str, Any]) -> None:
     assert connector["ROWS_FORMAT"] == rows.ROWS_FORMAT
-    assert (connector["PREFIX"], connector["ROWS_FILE"]) == (client.PREFIX, client.ROWS_FILE)
+    assert (connector["PREFIX"], connector["ROWS_FILE"]) == (client.PREFIX, written.ROWS_FILE)
 
 
 def test_the_server_gives_the_weights_the_digest_of_our_fingerprint(

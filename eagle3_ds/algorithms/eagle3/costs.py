@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from eagle3_ds.algorithms.eagle3.variants import flag, norm_sizes
-from eagle3_ds.attention.costs import attention_backward, keys_and_values, unroll_traffic
+from eagle3_ds.attention.costs import (
+    attention_backward,
+    gradient_exchange,
+    keys_and_values,
+    unroll_traffic,
+)
 from eagle3_ds.attention.rotary import rotated_channels
 from eagle3_ds.costs import FP32, INT64, DraftShape, Flops, Parts, SequenceBytes, Setup, Traffic
 from eagle3_ds.draft.costs import loss_parts, norm_entries, tile_after_attention, tile_slots
@@ -288,15 +293,18 @@ def _backward_moments(setup: Setup, columns: int) -> list[Parts]:
     if setup.ttt_steps > 1:
         earlier = {**_kept_in_backward(setup, columns, steps_done=1), **_backward_sums(setup, steps_done=1)}
         moments.append({**earlier, "tile of the MLP": through + tile_after_attention(setup)})
+    first = {
+        **_kept_in_backward(setup, 0, setup.ttt_steps - 1),
+        **_backward_sums(setup, setup.ttt_steps - 1),
+    }
+    # At step 0 the gradient covers all slots again, not only the live ones.
+    whole = setup.slots * setup.shape.hidden_size * setup.itemsize
     if setup.slots > setup.live_slots:
-        # At step 0 the gradient covers all slots again, not only the live ones.
-        first = {
-            **_kept_in_backward(setup, 0, setup.ttt_steps - 1),
-            **_backward_sums(setup, setup.ttt_steps - 1),
-        }
-        moments.append(
-            {**first, "gradient of all hidden states": setup.slots * setup.shape.hidden_size * setup.itemsize}
-        )
+        moments.append({**first, "gradient of all hidden states": whole})
+    if exchanged := gradient_exchange(setup):
+        # The gradients of step 0's output and of its attention's output exist too.
+        passing = through - setup.live_slots * setup.shape.hidden_size * setup.itemsize
+        moments.append({**first, "exchange of KV gradients": whole + passing + exchanged})
     return moments
 
 
