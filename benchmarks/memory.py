@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from eagle3_ds.algorithms.eagle3 import Eagle3Shape
+from eagle3_ds.algorithms.peagle import PEagleShape
 from eagle3_ds.plan import predict_memory
 from judge.ranks import run_ranks
 from judge.result_file import print_table, write_result
@@ -64,6 +65,7 @@ def varied_runs() -> dict[str, SampleRun]:
     narrow = replace(
         SHAPE, hidden_size=192, intermediate_size=512, num_heads=6, target_size=256, aux_size=768
     )
+    masked = PEagleShape(**vars(SHAPE))
     turned = replace(SHAPE, head_dim=64, rotated_size=16, aux_size=5 * 256)
     return {
         "one rank, fp32": run("zero0"),
@@ -85,6 +87,13 @@ def varied_runs() -> dict[str, SampleRun]:
         "narrower than the target, ulysses 2": run("zero2", ulysses=2, shape=narrow),
         "wide heads turned in part, five captured layers, ring 2, bf16": run(
             "zero3", ring=2, dtype="bfloat16", shape=turned
+        ),
+        "P-EAGLE, ulysses 2, bf16": run("zero2", dtype="bfloat16", ulysses=2, shape=masked),
+        "P-EAGLE, ring 2, fp32, keep, answers of a half": run(
+            "zero3", ring=2, shape=masked, activation="keep", answered=0.5
+        ),
+        "P-EAGLE, ring 2, streamed, two layers": run(
+            "zero2", ring=2, kv_exchange="ring", shape=replace(masked, num_layers=2), ttt_steps=3
         ),
         "short, the model is all": run("zero2", length=64, ttt_steps=1, dtype="bfloat16"),
     }

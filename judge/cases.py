@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from judge.dense_reference import Frozen, LossRules, MicroBatch, Optimization
+from judge.dflash_reference import sampled_anchors
 
 Value = tuple[str, Any]
 # The generator of cases fills earlier factors first. `topology` is (draft_dp, ring, ulysses), `deepspeed` a
@@ -31,7 +32,7 @@ FACTORS: Mapping[str, tuple[Any, ...]] = {
     "heads": ("gqa", "mha"),
     "kv_exchange": ("gather", "ring", "ring_kept"),
     "dtype": ("float32", "bfloat16"),
-    "alignment": ("served", "reference"),
+    "alignment": ("served", "reference", "predicted"),
     "reduction": ("supervised", "slots"),
     "layers": (1, 2),
     "activation": ("recompute", "keep", "offload"),
@@ -42,14 +43,33 @@ FACTORS: Mapping[str, tuple[Any, ...]] = {
     "window": (None, 24),
     "loss": ("kl", "tv", "lk_alpha", "lk_lambda"),
     "aux_layers": (3, 1, 5),
-    "norms": ("none", "eagle3.1", "before_fc", "before_residual", "all"),
+    "norms": ("none", "eagle3.1", "before_fc", "before_residual", "all", "all_before"),
+    "algorithm": ("eagle3", "peagle", "dflash"),
+    "block": ("both ways", "causal", "own mask"),
 }  # fmt: skip
+# What an algorithm's page of semantics refuses: P-EAGLE has no shift of the mask but a server's, and no step
+# that reads an output. Blocks are DFlash's, which has none of EAGLE-3's norms, and nothing that offloads.
+REFUSED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "eagle3": {"alignment": ("predicted",), "block": ("causal", "own mask")},
+    "peagle": {
+        "alignment": ("reference", "predicted"),
+        "norms": ("eagle3.1", "all"),
+        "block": ("causal", "own mask"),
+    },
+    "dflash": {
+        "alignment": ("reference",),
+        "norms": ("eagle3.1", "before_fc", "before_residual", "all", "all_before"),
+        "activation": ("offload",),
+    },
+}
+ANCHOR_SHARE = 0.6
 NORMS: Mapping[str, tuple[str, ...]] = {
     "none": (),
     "eagle3.1": ("fc_norm", "norm_output"),
     "before_fc": ("norm_before_fc",),
     "before_residual": ("norm_before_residual",),
     "all": ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual"),
+    "all_before": ("fc_norm", "norm_before_fc", "norm_before_residual"),
 }
 HEADS = {"gqa": (4, 2), "mha": (4, 4)}
 # The draft's hidden size, its MLP width, and the channels of a head beyond its equal part of the hidden size.
@@ -75,6 +95,8 @@ ROPE: Mapping[str, Mapping[str, Any]] = {
 LONG_FACTORS = (1.0, 1.1, 1.3, 1.7, 2.5, 4.0, 6.0, 9.0)
 """Of longrope, for the pairs of channels, again and again."""
 HIDDEN, VOCABULARY, DRAFT_VOCABULARY = 64, 160, 128
+MASK_TOKEN = 7
+"""Texts hold it now and then, which no user's should: they must read the learned row too."""
 NUM_STEPS = 3
 # With a large epsilon Adam's step is proportional to small gradients, so that a wrong scale of the gradient
 # changes the weights too.
@@ -108,6 +130,8 @@ class Case:
     loss: str = "kl"
     aux_layers: int = 3
     norms: str = "none"
+    algorithm: str = "eagle3"
+    block: str = "both ways"
 
     @property
     def world_size(self) -> int:
@@ -133,7 +157,8 @@ class Case:
             f"{mesh} {self.deepspeed}/{self.zero_group} acc{self.accumulation} {self.documents} {self.heads} "
             f"{self.kv_exchange} K{self.ttt_steps} {self.dtype} {self.alignment} {self.reduction} "
             f"layers{self.layers} {self.activation} tiles-{self.tiles} {self.kernel} rope-{self.rope} "
-            f"shape-{self.shape} window-{self.window} {self.loss} aux{self.aux_layers} norms-{self.norms}"
+            f"shape-{self.shape} window-{self.window} {self.loss} aux{self.aux_layers} norms-{self.norms} "
+            f"{self.algorithm} {self.block}"
         )
 
 
@@ -157,6 +182,9 @@ def is_allowed(values: Mapping[str, Any]) -> bool:
         # The gradient of min(p, q) jumps where the draft's probability of a token passes the teacher's, and
         # bf16 decides otherwise than fp64 on which side it is: fp32 is exact here, and
         # tests/unit/test_loss.py compares bf16 gradients of the same rounded logits.
+        return False
+    refused = REFUSED[values.get("algorithm", "eagle3")]
+    if any(values.get(name) in of_name for name, of_name in refused.items()):
         return False
     mesh = values.get("topology")
     if mesh is None:
@@ -284,6 +312,16 @@ def _config(case: Case) -> LlamaConfig:
         num_aux_layers=case.aux_layers,
         target_hidden_size=HIDDEN,
         **dict.fromkeys(NORMS[case.norms], True),
+        **({"mask_token_id": MASK_TOKEN} if case.algorithm in ("peagle", "dflash") else {}),
+        **(
+            {
+                "block_size": case.ttt_steps + 1,
+                "block_causal": case.block == "causal",
+                "mask_embedding": case.block == "own mask",
+            }
+            if case.algorithm == "dflash"
+            else {}
+        ),
         **(
             {"sliding_window": case.window, "layer_types": ["sliding_attention"] * case.layers}
             if case.window
@@ -312,8 +350,12 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         shapes["input_norm.weight"] = shapes["fc.weight"][1:]
     if getattr(config, "fc_norm", False):
         shapes |= {f"fc_norm.{i}.weight": (target,) for i in range(config.num_aux_layers)}
+    is_block = getattr(config, "block_size", None) is not None
+    if is_block:
+        shapes["hidden_norm.weight"] = (hidden,)
     for layer in range(config.num_hidden_layers):
-        wide = hidden * (2 if layer == 0 else 1)
+        is_first = layer == 0 and not is_block
+        wide = hidden * (2 if is_first else 1)
         norms = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
         of_layer: dict[str, tuple[int, ...]] = {
             "self_attn.q_proj": (q, wide),
@@ -323,10 +365,17 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
             "mlp.gate_proj": (inner, hidden),
             "mlp.up_proj": (inner, hidden),
             "mlp.down_proj": (hidden, inner),
-            **{norm: (hidden,) for norm in norms if layer == 0 or norm != "hidden_norm"},
+            **{norm: (hidden,) for norm in norms if is_first or norm != "hidden_norm"},
         }
+        if is_block:
+            of_layer |= {f"self_attn.{norm}": (config.head_dim,) for norm in ("q_norm", "k_norm")}
         shapes |= {f"layers.{layer}.{name}.weight": shape for name, shape in of_layer.items()}
-    return shapes | {"norm.weight": (hidden,), "lm_head.weight": (config.draft_vocab_size, hidden)}
+    shapes |= {"norm.weight": (hidden,), "lm_head.weight": (config.draft_vocab_size, hidden)}
+    if config.mask_embedding if is_block else getattr(config, "mask_token_id", None) is not None:
+        shapes["mask_embedding"] = (hidden,)
+        if not is_block:
+            shapes["mask_hidden"] = (shapes["fc.weight"][1],)
+    return shapes
 
 
 def _weights(config: LlamaConfig, draft_head: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -337,7 +386,11 @@ def _weights(config: LlamaConfig, draft_head: Tensor, generator: torch.Generator
     weights = {}
     for name, shape in parameter_shapes(config).items():
         noise = torch.randn(shape, generator=generator)
-        weights[name] = 1.0 + 0.1 * noise if len(shape) == 1 else noise * 0.3 * shape[1] ** -0.5
+        is_norm = len(shape) == 1 and not name.startswith("mask_")
+        weights[name] = 1.0 + 0.1 * noise if is_norm else noise * 0.3 * shape[-1] ** -0.5
+    for name in weights.keys() & {"mask_embedding", "mask_hidden"}:
+        # As large as what they stand for: rows of the embedding, and captured states.
+        weights[name] = weights[name] / (0.3 * weights[name].numel() ** -0.5)
     weights["fc.weight"] = weights["fc.weight"] * 0.3
     weights["fc.weight"][:, -HIDDEN:] += torch.eye(config.hidden_size, HIDDEN)
     # A wider draft has channels that no column of the target's head meets; a narrower one lacks the last.
@@ -388,10 +441,15 @@ def _micro_batch(
     if case.documents == "answers":
         # Short answers to long questions: less than half of the slots are live.
         mask = torch.arange(length) % 40 >= 32
-    return MicroBatch(
+    batch = MicroBatch(
         token_ids=torch.randint(0, VOCABULARY, (length,), generator=generator),
         loss_mask=mask,
         lengths=lengths,
         aux=aux.to(round_to).float(),
         teacher=teacher.to(round_to).float(),
     )
+    if case.algorithm != "dflash":
+        return batch
+    # Another visit for each micro-batch: its documents are not those of another.
+    documents = range(len(lengths))
+    return replace(batch, anchors=sampled_anchors(batch, case.rules, ANCHOR_SHARE, rank, index, documents))

@@ -175,11 +175,13 @@ def reference_train(
     optimization: Optimization,
     rounding: float = 0.0,
     held_in: torch.dtype | None = None,
+    guesses: Guesses | None = None,
 ) -> tuple[list[StepResult], dict[str, Tensor]]:
     """Take optimizer steps; `steps` has the micro-batches of each.
 
     `held_in` is the dtype that a step reads its weights in, where the optimizer's own are finer: each step's
-    gradient is taken at the weights so rounded. None reads those of the optimizer.
+    gradient is taken at the weights so rounded. None reads those of the optimizer. `guesses` as in
+    `reference_step`.
 
     Returns:
         The result of each step, and the weights after the last one.
@@ -195,7 +197,7 @@ def reference_train(
     results = []
     for batches in steps:
         read = {n: m.to(held_in or m.dtype).to(m.dtype) for n, m in masters.items()}
-        result = reference_step(read, config, frozen, batches, rules, rounding)
+        result = reference_step(read, config, frozen, batches, rules, rounding, guesses)
         clipped = 0 < optimization.clip < result.grad_norm
         factor = optimization.clip / (result.grad_norm + 1e-6) if clipped else 1.0
         for name, master in masters.items():

@@ -20,11 +20,19 @@ import torch
 from torch import Tensor
 
 from judge.cases import OPTIMIZATION, Case, full_matrix, make_inputs, short_matrix
-from judge.dense_reference import StepResult, reference_train
+from judge.dense_reference import Guesses, StepResult, reference_train, unroll
+from judge.dflash_reference import block_guesses
+from judge.peagle_reference import peagle_guesses
 from judge.product import ProductResult, run_case
 from judge.ranks import run_ranks
 from judge.result_file import FOLDER, write_result
 
+REFERENCES: Mapping[str, Guesses] = {
+    "eagle3": unroll,
+    "peagle": peagle_guesses,
+    "dflash": block_guesses,
+}
+"""The arithmetic of each algorithm, written from its own page."""
 COMPARED = (
     "loss",
     "step_loss",
@@ -100,6 +108,7 @@ def judge(case: Case, seed: int = 0, mutation: str | None = None, device: str = 
         case.tolerance,
         # fp32 is compared with weights that nothing rounds.
         torch.bfloat16 if case.dtype == "bfloat16" else None,
+        REFERENCES[case.algorithm],
     )
     errors, worst = compare(ranks[0], expected, trained)
     agree = all(r.weights_digest == ranks[0].weights_digest and r.reports == ranks[0].reports for r in ranks)

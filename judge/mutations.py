@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from eagle3_ds.algorithms.eagle3 import model, step
+from eagle3_ds.algorithms.peagle import model as peagle_model
+from eagle3_ds.algorithms.peagle import step as peagle_step
 from eagle3_ds.attention import prefix_kv, usp
 from eagle3_ds.attention.ring import RingKV
 from eagle3_ds.attention.tiles import StepTiles
@@ -44,11 +46,17 @@ MUTATIONS = (
     "scale_of_width",
     "lost_width",
     "narrow_teacher",
+    "unseen_chain",
+    "masks_at_the_slot",
+    "lost_mask_hidden",
+    "targets_mask_row",
 )
 OF_TRAINER = ("scale_by_sp", "scale_of_width", "narrow_teacher")
 """Applied to the trainer, once it is made."""
 SHAPES = {"scale_of_width": "head_dim", "lost_width": "mlp", "narrow_teacher": "narrow"}
 """The shape of a draft that shows a mutation."""
+OF_PEAGLE = ("unseen_chain", "masks_at_the_slot", "lost_mask_hidden", "targets_mask_row")
+"""What only a draft with masks shows."""
 
 
 @contextmanager
@@ -60,8 +68,15 @@ def mutate(name: str | None, case: Case) -> Iterator[None]:
     """
     if case.shape != SHAPES.get(str(name), case.shape):
         raise ValueError(f"{name} needs another shape. Use a case with shape {SHAPES[str(name)]}.")
+    if name in OF_PEAGLE and case.algorithm != "peagle":
+        raise ValueError(f"{name} needs masks. Use a case with algorithm peagle.")
     if name is None or name in OF_TRAINER:
         yield
+    elif name in OF_PEAGLE:
+        if case.ttt_steps == 1:
+            raise ValueError(f"{name} needs masks. Use a case with several guesses.")
+        with _masks_mutated(name):
+            yield
     elif name in ("whole_rotary", "targets_theta"):
         if case.rope != "partial":
             raise ValueError(f"{name} needs a rotary embedding of its own. Use a case with rope partial.")
@@ -133,6 +148,45 @@ def mutate(name: str | None, case: Case) -> Iterator[None]:
             yield
     else:
         raise ValueError(f"mutation = {name!r} is unknown. Use one of {', '.join(MUTATIONS)}.")
+
+
+@contextmanager
+def _masks_mutated(name: str) -> Iterator[None]:
+    """`unseen_chain`: a mask sees its own key, but none of the masks before it. `masks_at_the_slot`: masks
+    stand one position too early. `lost_mask_hidden`: the projection gives the masks' hidden state no
+    gradient. `targets_mask_row`: where a text holds the mask token, the target's row is read.
+    """
+    if name == "unseen_chain":
+        patch = mock.patch.object(usp, "merge_diagonals", _of_own_key(usp.merge_diagonals))
+    elif name == "masks_at_the_slot":
+        patch = mock.patch.object(
+            peagle_model, "rotary_positions", lambda position, guess: position + max(guess - 1, 0)
+        )
+    elif name == "lost_mask_hidden":
+        patch = mock.patch.object(stream, "_prepared_backward", _without_rows(stream._prepared_backward))
+    else:
+        patch = mock.patch.object(peagle_step.FirstStep, "embeds", step.Step.embeds)
+    with patch:
+        yield
+
+
+def _of_own_key(merge: Any) -> Any:
+    """Of the diagonal keys only the last one is merged."""
+
+    def of_own_key(out: Tensor, lse: Tensor, q: Tensor, keys: Any, values: Any, scale: float) -> Any:
+        return merge(out, lse, q, keys[-1:], values[-1:], scale)
+
+    return of_own_key
+
+
+def _without_rows(backward: Any) -> Any:
+    """The gradient of trained rows is zero."""
+
+    def without_rows(*arguments: Any) -> Any:
+        rows = backward(*arguments)
+        return None if rows is None else torch.zeros_like(rows)
+
+    return without_rows
 
 
 def mutate_trainer(name: str | None, trainer: trainer_module.DraftTrainer) -> None:

@@ -12,7 +12,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
-from eagle3_ds.algorithms.eagle3 import DraftModel
+from eagle3_ds.algorithms import ALGORITHMS
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.layout import PackedSequence
@@ -72,7 +72,7 @@ def make_trainer(case: Case, inputs: Inputs) -> DraftTrainer:
     settings = fill_deepspeed_config(
         load_deepspeed_config(recipe.deepspeed), recipe, topology.mesh.world_size, topology.draft_dp
     )
-    draft = DraftModel(inputs.config)
+    draft = ALGORITHMS[case.algorithm].build(inputs.config)
     draft.load_state_dict(inputs.weights)
     frozen = inputs.frozen
     return DraftTrainer(
@@ -86,7 +86,17 @@ def make_recipe(case: Case) -> Recipe:
     sections: dict[str, Any] = {
         "target": {"path": "none"},
         "data": {"train": ("none",)},
-        "draft": {"ttt_steps": case.ttt_steps, "num_layers": case.layers, "sliding_window": case.window},
+        "draft": {
+            "algorithm": case.algorithm,
+            "num_layers": case.layers,
+            "sliding_window": case.window,
+            **(
+                {"block_size": case.ttt_steps + 1, "block_causal": case.block == "causal"}
+                if case.algorithm == "dflash"
+                else {"ttt_steps": case.ttt_steps}
+            ),
+        },
+        "eval": {"draft_tokens": case.ttt_steps},
         "parallel": {
             "draft_dp": case.draft_dp,
             "ring": case.ring,
@@ -125,7 +135,9 @@ def make_recipe(case: Case) -> Recipe:
 def as_pack(batch: MicroBatch, frozen: Frozen) -> PackedSequence:
     """A whole micro-batch as the loader's pack, with the teacher's tokens computed as in a capture."""
     token = (batch.teacher.double() @ frozen.head.double().T).argmax(-1)
-    return PackedSequence(batch.token_ids, batch.loss_mask, batch.lengths, token, batch.aux, batch.teacher)
+    return PackedSequence(
+        batch.token_ids, batch.loss_mask, batch.lengths, token, batch.aux, batch.teacher, batch.anchors
+    )
 
 
 def vocabulary_map(frozen: Frozen) -> VocabularyMap:

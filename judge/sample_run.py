@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from eagle3_ds.algorithms.eagle3 import DraftModel, Eagle3Shape
+from eagle3_ds.algorithms import ALGORITHMS
+from eagle3_ds.algorithms.eagle3 import Eagle3Shape
 from eagle3_ds.algorithms.eagle3.supervision import TTTSupervision
+from eagle3_ds.algorithms.peagle import PEagleShape
 from eagle3_ds.config import Recipe, fill_deepspeed_config
 from eagle3_ds.costs import Setup
 from eagle3_ds.draft import VocabularyMap
@@ -59,6 +61,11 @@ class SampleRun:
         return self.draft_dp * self.ring * self.ulysses
 
     @property
+    def algorithm(self) -> str:
+        """The one whose shape it is."""
+        return "peagle" if isinstance(self.shape, PEagleShape) else "eagle3"
+
+    @property
     def aux_size(self) -> int:
         """Entries of a slot's captured hidden states."""
         return self.shape.aux_size or 3 * self.shape.target_hidden_size
@@ -68,6 +75,7 @@ class SampleRun:
         sections: dict[str, Any] = {
             "target": {"path": "none"},
             "draft": {
+                "algorithm": self.algorithm,
                 "vocab_size": self.shape.draft_vocab_size,
                 "ttt_steps": self.ttt_steps,
                 "num_layers": self.shape.num_layers,
@@ -118,6 +126,7 @@ class SampleRun:
             max_position_embeddings=self.length,
             rope_parameters=rope,
             tie_word_embeddings=False,
+            **({"mask_token_id": 0} if self.algorithm == "peagle" else {}),
         )
 
     def topology(self) -> Topology:
@@ -133,9 +142,8 @@ class SampleRun:
         embedding, head = (torch.randn(shape.vocab_size, width) for width in widths)
         kept = torch.arange(shape.draft_vocab_size)
         vocabulary = VocabularyMap(torch.zeros_like(kept), torch.arange(shape.vocab_size) < len(kept))
-        return DraftTrainer(
-            recipe, settings, topology, DraftModel(self.config()), embedding, head, vocabulary
-        )
+        draft = ALGORITHMS[self.algorithm].build(self.config())
+        return DraftTrainer(recipe, settings, topology, draft, embedding, head, vocabulary)
 
     def loss_mask(self) -> Tensor:
         """bool [length], of every packed sequence."""

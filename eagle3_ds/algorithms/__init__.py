@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping
 
+from eagle3_ds.algorithms.dflash.algorithm import DFlash
 from eagle3_ds.algorithms.eagle3.algorithm import Eagle3
+from eagle3_ds.algorithms.peagle.algorithm import PEagle
 from eagle3_ds.config import Recipe
 from eagle3_ds.draft.contract import DraftAlgorithm
 
-ALGORITHMS: Mapping[str, DraftAlgorithm] = {algorithm.name: algorithm for algorithm in (Eagle3(),)}
+ALGORITHMS: Mapping[str, DraftAlgorithm] = {
+    algorithm.name: algorithm for algorithm in (Eagle3(), PEagle(), DFlash())
+}
 
 
 def algorithm_of(recipe: Recipe) -> DraftAlgorithm:

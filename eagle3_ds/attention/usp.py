@@ -97,7 +97,8 @@ class LlamaUSPFlashAttention(nn.Module):
     so parameter names do not change.
 
     Attributes:
-        q_proj, k_proj, v_proj, o_proj, head_dim: of the replaced module.
+        q_proj, k_proj, v_proj, o_proj, head_dim: of the replaced module; q_norm and k_norm too, where it has
+            them.
         scale: factor of the scores, head_dim**-0.5.
         kernel: computes the attention.
         kv_exchange: how the step-0 keys and values travel over the ring, `gather` or `ring`.
@@ -122,6 +123,9 @@ class LlamaUSPFlashAttention(nn.Module):
         self.v_proj: nn.Module = attention.v_proj
         self.o_proj: nn.Module = attention.o_proj
         self.head_dim: int = attention.head_dim
+        for name in ("q_norm", "k_norm"):
+            if hasattr(attention, name):
+                setattr(self, name, getattr(attention, name))
         self.scale = self.head_dim**-0.5
         self.kernel, self.kv_exchange, self.kv_bytes, self.window = kernel, kv_exchange, kv_bytes, window
         self.ulysses_group, self.ring_group = ulysses_group, ring_group
@@ -162,13 +166,13 @@ class LlamaUSPFlashAttention(nn.Module):
         step = unroll.next_step
         if unroll.prefix is None:
             q_heads, k_heads, v_heads = all_sequence_to_heads((q, k, v), self.ulysses_group)
-            unroll.prefix = self._exchange(k_heads, v_heads, unroll)
+            unroll.prefix = self.exchange(k_heads, v_heads, unroll.plan, unroll.ring_rank)
         else:
             unroll.keys.append(k)
             unroll.values.append(v)
             q_heads = sequence_to_heads(q, self.ulysses_group)
         out_heads, lse_heads = unroll.prefix.attend(q_heads, self.scale, step)
-        out0, lse0 = self._home_with_statistics(out_heads.to(q.dtype), lse_heads)
+        out0, lse0 = self.home_with_statistics(out_heads.to(q.dtype), lse_heads)
         return Attended(*merge_diagonals(out0, lse0, q, unroll.keys, unroll.values, self.scale))
 
     def attend_backward(
@@ -198,7 +202,7 @@ class LlamaUSPFlashAttention(nn.Module):
         delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
         # This exchange runs while the diagonals are computed.
         pending = (
-            start_sequence_to_heads(_pack((dout, q), (lse, delta)), self.ulysses_group)
+            start_sequence_to_heads(pack_heads((dout, q), (lse, delta)), self.ulysses_group)
             if self.ulysses_group
             else None
         )
@@ -209,7 +213,7 @@ class LlamaUSPFlashAttention(nn.Module):
             dq = merge_diagonals_backward(dout, q, *diagonals, lse, delta, self.scale, *gradients)
         dout_heads, q_heads = dout.contiguous(), q
         if pending is not None:
-            dout_heads, q_heads, lse, delta = _unpack(pending.wait(), (dout, q), (lse, delta))
+            dout_heads, q_heads, lse, delta = unpack_heads(pending.wait(), (dout, q), (lse, delta))
             # Frees the received buffer, as large as dout and q, before the kernel allocates its workspace.
             del pending
         dq_heads = unroll.prefix.attend_backward(dout_heads, q_heads, lse, delta, self.scale, step).to(
@@ -221,20 +225,21 @@ class LlamaUSPFlashAttention(nn.Module):
             return dq, dk, dv
         return dq + heads_to_sequence(dq_heads, self.ulysses_group), unroll.dkeys.pop(), unroll.dvalues.pop()
 
-    def _exchange(self, k_heads: Tensor, v_heads: Tensor, unroll: UnrollKV) -> KVExchange:
-        place = RingPlace(
-            unroll.plan, unroll.ring_rank, self.ring_group, self.kernel, self.window, self.kv_bytes
-        )
+    def exchange(self, k_heads: Tensor, v_heads: Tensor, plan: SpanPlan, ring_rank: int) -> KVExchange:
+        """Bring the keys and values of this rank's heads, [Lr, Hkv / u, D] each, to the ranks of the ring.
+        Collective.
+        """
+        place = RingPlace(plan, ring_rank, self.ring_group, self.kernel, self.window, self.kv_bytes)
         return EXCHANGES[self.kv_exchange](k_heads, v_heads, place)
 
-    def _home_with_statistics(self, x: Tensor, statistic: Tensor) -> tuple[Tensor, Tensor]:
+    def home_with_statistics(self, x: Tensor, statistic: Tensor) -> tuple[Tensor, Tensor]:
         """One all-to-all from heads to sequence: x [Lq, Hq / u, D] -> [Q, Hq, D], statistic [Lq, Hq / u] ->
         [Q, Hq].
         """
         if self.ulysses_group is None:
             return x.contiguous(), statistic
-        home, home_statistic = _unpack(
-            heads_to_sequence(_pack((x,), (statistic,)), self.ulysses_group), (x,), (statistic,)
+        home, home_statistic = unpack_heads(
+            heads_to_sequence(pack_heads((x,), (statistic,)), self.ulysses_group), (x,), (statistic,)
         )
         return home, home_statistic
 
@@ -268,7 +273,7 @@ class _Attend(torch.autograd.Function):
         return *gradients, dticket if ctx.step else None, None, None
 
 
-def _pack(parts: Sequence[Tensor], statistics: Sequence[Tensor]) -> Tensor:
+def pack_heads(parts: Sequence[Tensor], statistics: Sequence[Tensor]) -> Tensor:
     """Join parts [rows, heads, D] of one dtype and statistics [rows, heads] for one exchange.
 
     The statistics (fp32, or fp64) are not converted: their bytes are viewed as entries of the parts' dtype,
@@ -278,9 +283,9 @@ def _pack(parts: Sequence[Tensor], statistics: Sequence[Tensor]) -> Tensor:
     return torch.cat((*parts, columns), dim=-1)
 
 
-def _unpack(packed: Tensor, parts: Sequence[Tensor], statistics: Sequence[Tensor]) -> list[Tensor]:
-    """Split what an exchange of `_pack`'s result has returned; `parts` and `statistics` are what was sent,
-    and give the sizes and dtypes.
+def unpack_heads(packed: Tensor, parts: Sequence[Tensor], statistics: Sequence[Tensor]) -> list[Tensor]:
+    """Split what an exchange of `pack_heads`'s result has returned; `parts` and `statistics` are what was
+    sent, and give the sizes and dtypes.
     """
     sizes = [part.shape[-1] for part in parts]
     *arrived, columns = packed.split((*sizes, packed.shape[-1] - sum(sizes)), dim=-1)

@@ -6,10 +6,11 @@ docs/recipe.md explains every key.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from eagle3_ds.config.rope import RopeSection, check_rotated
 from eagle3_ds.config.section import Section
@@ -24,7 +25,7 @@ FloatDtype = Literal["float32", "bfloat16", "float16"]
 Activation = Literal["keep", "recompute", "offload"]
 ExchangeName = Literal["gather", "ring"]
 ZeroGroup = Literal["all", "draft_dp"]
-MaskAlignment = Literal["served", "reference"]
+MaskAlignment = Literal["served", "reference", "predicted"]
 BestBy = Literal["heldout_loss", "acceptance_length", "acceptance_length_decoded"]
 
 
@@ -161,11 +162,44 @@ class TargetSection(Section):
         return self
 
 
+KEYS_OF = {
+    "eagle3": {"ttt_steps", "aux_norm", "norm_before_fc", "norm_before_residual", "norm_output"},
+    "peagle": {"ttt_steps", "mask_token_id", "aux_norm", "norm_before_fc", "norm_before_residual"},
+    "dflash": {"block_size", "mask_token_id", "mask_embedding", "block_causal", "anchor_share"},
+}
+"""Keys of the draft section that not every algorithm has, by algorithm."""
+ALIGNMENTS: dict[str, tuple[MaskAlignment, ...]] = {
+    "eagle3": ("served", "reference"),
+    "peagle": ("served",),
+    "dflash": ("served", "predicted"),
+}
+"""What `loss.mask_alignment` may be, by algorithm."""
+
+
+def _keys_of_others(algorithm: str) -> set[str]:
+    """Keys of the draft section that other algorithms have, and this one has not."""
+    return set[str]().union(*KEYS_OF.values()) - KEYS_OF[algorithm]
+
+
 class DraftSection(Section):
-    algorithm: Literal["eagle3"] = "eagle3"
+    algorithm: Literal["eagle3", "peagle", "dflash"] = "eagle3"
     """Name of a folder in eagle3_ds/algorithms."""
     vocab_size: Positive = 32000
     ttt_steps: Annotated[int, Field(ge=1, le=16)] = 7
+    """How many guesses of a slot are trained: steps of EAGLE-3's unroll, P-EAGLE's guesses in parallel."""
+    block_size: Annotated[int, Field(ge=2, le=64)] = 8
+    """DFlash: inputs of a block, the newest token and `block_size` - 1 masks, a guess for each mask."""
+    mask_token_id: NonNegative | None = None
+    """P-EAGLE and DFlash: the id that is fed where a token is yet to be guessed; P-EAGLE learns its row of
+    the embedding, so no text should hold it. Null: the target's pad token if it does not begin or end texts,
+    else the vocabulary's last.
+    """
+    mask_embedding: bool = False
+    """DFlash: train an embedding for that id, instead of reading its row of the frozen embedding."""
+    block_causal: bool = False
+    """DFlash: an input of a block sees those up to its own, instead of all."""
+    anchor_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """DFlash: the share of each document's candidates that draft a block in an epoch."""
     num_layers: Positive = 1
     hidden_size: Positive | None = None
     """Null: the target's. Another one gives the draft an embedding of its own, made from the target's."""
@@ -188,11 +222,38 @@ class DraftSection(Section):
     sliding_window: Positive | None = None
     """How many keys a position of the draft attends to, its own included. Null: all up to its own."""
 
+    @property
+    def num_guesses(self) -> int:
+        """K: the guesses of a slot."""
+        return self.block_size - 1 if self.algorithm == "dflash" else self.ttt_steps
+
     @model_validator(mode="after")
-    def _window_holds_the_unroll(self) -> DraftSection:
-        if self.sliding_window is not None and self.sliding_window < self.ttt_steps:
+    def _keys_of_the_algorithm(self) -> DraftSection:
+        """A key that the algorithm does not have is refused, also with its default value."""
+        strange = sorted(self.model_fields_set & _keys_of_others(self.algorithm))
+        if strange:
+            given = ", ".join(f"{key} is {json.dumps(getattr(self, key))}" for key in strange)
+            having = [name for name, keys in KEYS_OF.items() if keys.issuperset(strange)]
             raise ValueError(
-                f"sliding_window = {self.sliding_window} is less than ttt_steps = {self.ttt_steps}: a guess "
+                f"{given} and algorithm is {self.algorithm!r}, whose drafts have no such thing"
+                + (": a block of block_size makes block_size - 1 guesses" if "ttt_steps" in strange else "")
+                + f". Remove {'it' if len(strange) == 1 else 'them'}"
+                + (f", or set algorithm to {' or '.join(having)}." if having else ".")
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_keys_of_the_algorithm(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        others = _keys_of_others(self.algorithm)
+        return {key: value for key, value in dump(self).items() if key not in others}
+
+    @model_validator(mode="after")
+    def _window_holds_the_guesses(self) -> DraftSection:
+        is_block = self.algorithm == "dflash"
+        name, least = ("block_size", self.block_size) if is_block else ("ttt_steps", self.ttt_steps)
+        if self.sliding_window is not None and self.sliding_window < least:
+            raise ValueError(
+                f"sliding_window = {self.sliding_window} is less than {name} = {least}: a guess "
                 "must at least see those before it. Use a window of thousands of tokens, or null for full "
                 "attention."
             )
@@ -294,6 +355,7 @@ class LossSection(Section):
     decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     """Weight of TTT step k is decay**k, not renormalised."""
     mask_alignment: MaskAlignment = "served"
+    """Which tokens must be the assistant's for a guess to count (docs/semantics.md, docs/dflash.md)."""
     reduction: Literal["supervised", "slots"] = "supervised"
     tile_bytes: Positive = 2**28
     """Bytes that the logits of one tile of the loss may take."""
@@ -450,6 +512,33 @@ class Recipe(Section):
                 "is simulated."
             )
         return self
+
+    @model_validator(mode="after")
+    def _alignment_of_the_algorithm(self) -> Recipe:
+        alignment, algorithm = self.loss.mask_alignment, self.draft.algorithm
+        if alignment not in ALIGNMENTS[algorithm]:
+            raise ValueError(
+                f"loss.mask_alignment is {alignment} and draft.algorithm is {algorithm}, whose own trainers "
+                f"have no such rule. Use {' or '.join(ALIGNMENTS[algorithm])}."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_of_whole_blocks(self) -> Recipe:
+        draft, asked = self.draft, self.eval.draft_tokens
+        guesses = draft.num_guesses
+        if draft.algorithm != "dflash" or asked == guesses or (draft.block_causal and asked < guesses):
+            return self
+        raise ValueError(
+            f"eval.draft_tokens is {asked} and draft.block_size is {draft.block_size}, which makes {guesses} "
+            "guesses: "
+            + (
+                "no more of them are trained. Lower eval.draft_tokens."
+                if draft.block_causal
+                else "each input of a block sees all masks of it, so another number of them gives other "
+                f"guesses than the trained ones. Set eval.draft_tokens to {guesses}."
+            )
+        )
 
     @model_validator(mode="after")
     def _norms_that_the_layout_takes(self) -> Recipe:

@@ -217,7 +217,7 @@ class Setup:
         return cls(
             shape=shape,
             length=recipe.data.max_length,
-            ttt_steps=recipe.draft.ttt_steps,
+            ttt_steps=recipe.draft.num_guesses,
             draft_dp=draft_dp,
             ring=parallel.ring,
             ulysses=parallel.ulysses,

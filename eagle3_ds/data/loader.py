@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import datasets
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from eagle3_ds.data.documents import document_lengths
 from eagle3_ds.data.packing import pack
-from eagle3_ds.layout import PackedSequence, Rows
+from eagle3_ds.layout import Anchors, PackedSequence, Rows
 
 
 class HiddenStates(Protocol):
@@ -55,9 +56,14 @@ class SequenceSource:
         self.store = store
         self.lengths = list(lengths.values())
 
-    def sequence(self, rows: Sequence[int], supervised: bool = True) -> PackedSequence:
+    def sequence(
+        self,
+        rows: Sequence[int],
+        supervised: bool = True,
+        anchors: Callable[[Sequence[int], Sequence[int], Tensor], Tensor] | None = None,
+    ) -> PackedSequence:
         """The documents in these rows of the data set, end to end; with `supervised` false none of their
-        tokens counts.
+        tokens counts. `anchors` chooses slots, from document ids, lengths and loss mask.
 
         Stored hidden states stay on disk until they are sliced; those of a target that runs now are computed
         here, by all ranks together.
@@ -80,6 +86,7 @@ class SequenceSource:
             teacher_token=teacher_token,
             aux=aux,
             teacher=teacher,
+            anchors=None if anchors is None else anchors(ids, lengths, loss_mask),
         )
 
 
@@ -105,6 +112,7 @@ class PackedLoader:
         accumulation: int = 1,
         seed: int = 0,
         resumed: tuple[int, int] = (0, 0),
+        anchors: Anchors | None = None,
     ) -> None:
         assert 0 <= dp_rank < draft_dp and accumulation >= 1
         if not len(dataset):
@@ -118,6 +126,7 @@ class PackedLoader:
         self.accumulation = accumulation
         self.seed = seed
         self.resumed = resumed
+        self.anchors = anchors
         self._announced = False
 
     @property
@@ -137,17 +146,14 @@ class PackedLoader:
 
     def pack_indices(self, step: int) -> list[int]:
         """The packs that optimizer step `step` (from 0) gives to this rank, `accumulation` of them."""
-        first = self.packs_before(step) + self.dp_rank
-        places = [divmod(first + turn * self.draft_dp, self.num_packs) for turn in range(self.accumulation)]
-        orders = {epoch: self._order(epoch) for epoch in {epoch for epoch, _ in places}}
-        return [orders[epoch][place] for epoch, place in places]
+        return [index for _, index in self._visits(step)]
 
     def step(self, step: int) -> list[PackedSequence]:
         """The `accumulation` packed sequences of optimizer step `step` (from 0) for this dp rank."""
         if not self._announced:
             self._announced = True
             self.source.store.announce(self._following(step))
-        return [self.source.sequence(self.packs[index]) for index in self.pack_indices(step)]
+        return [self._sequence(self.packs[index], epoch) for epoch, index in self._visits(step)]
 
     def _following(self, step: int) -> Iterator[Sequence[tuple[int, Sequence[int]]]]:
         """The packs of this dp rank from `step` on, as (document id, token ids)."""
@@ -158,15 +164,29 @@ class PackedLoader:
 
     def documents(self, step: int) -> list[int]:
         """The ids of the documents in `step(step)`, in their order."""
-        numbers = self.source.dataset.select_columns(["document_id"])[self._rows(step)]["document_id"]
+        numbers = self.source.dataset.select_columns(["document_id"])
+        numbers = numbers[[row for _, row in self._rows(step)]]["document_id"]
         return [int(number) for number in numbers]
 
     def document(self, step: int, place: int) -> PackedSequence:
         """The document at `place` in `documents(step)`, as a pack of its own."""
-        return self.source.sequence([self._rows(step)[place]])
+        epoch, row = self._rows(step)[place]
+        return self._sequence([row], epoch)
 
-    def _rows(self, step: int) -> list[int]:
-        return [row for index in self.pack_indices(step) for row in self.packs[index]]
+    def _rows(self, step: int) -> list[tuple[int, int]]:
+        """Epoch and row of each document in `step(step)`."""
+        return [(epoch, row) for epoch, index in self._visits(step) for row in self.packs[index]]
+
+    def _sequence(self, rows: Sequence[int], epoch: int) -> PackedSequence:
+        chosen = None if self.anchors is None else partial(self.anchors, epoch)
+        return self.source.sequence(rows, anchors=chosen)
+
+    def _visits(self, step: int) -> list[tuple[int, int]]:
+        """Epoch and pack of each micro-batch that optimizer step `step` (from 0) gives to this rank."""
+        first = self.packs_before(step) + self.dp_rank
+        places = [divmod(first + turn * self.draft_dp, self.num_packs) for turn in range(self.accumulation)]
+        orders = {epoch: self._order(epoch) for epoch in {epoch for epoch, _ in places}}
+        return [(epoch, orders[epoch][place]) for epoch, place in places]
 
     def _order(self, epoch: int) -> list[int]:
         order = list(range(self.num_packs))

@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 from eagle3_ds.config import Recipe
 from eagle3_ds.costs import DraftShape
 from eagle3_ds.draft.vocabulary import VocabularyMap
-from eagle3_ds.layout import LocalBatch, Supervision
+from eagle3_ds.layout import Anchors, LocalBatch, Supervision
 
 Result = TypeVar("Result")
 
@@ -69,6 +69,17 @@ class Draft(nn.Module):
         """
         raise NotImplementedError
 
+    def start_from(self, embedding: Tensor) -> None:
+        """Give fresh weights that begin as the target's their values; `embedding` [V, H] is what the draft
+        reads. Most drafts have no such weights.
+        """
+
+    def read_embedding(self, embedding: Tensor) -> Tensor:
+        """What the draft reads of the frozen `embedding` [V, H], of the same shape; a draft that has learned
+        rows of it puts them into a copy.
+        """
+        return embedding
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: hidden [S, H] -> [S, Vd]."""
         raise NotImplementedError
@@ -112,6 +123,22 @@ class LayoutForm(Protocol):
     def architecture(self) -> str:
         """The entry of config.json's `architectures`."""
 
+    def decoder_keys(self, config: LlamaConfig) -> dict[str, Any]:
+        """What differs of the decoder's keys from those of a Llama."""
+
+    def layer_keys(self, config: LlamaConfig, aux_layers: Sequence[int] | None) -> dict[str, Any]:
+        """The keys that name captured layers, which are None if they are the rule's.
+
+        Raises:
+            ValueError: the draft was made for other layers.
+        """
+
+    def recognises(self, keys: Mapping[str, Any]) -> bool:
+        """Whether a config.json of the layout, `keys`, is that of a draft of this algorithm."""
+
+    def brings_embedding(self, config: LlamaConfig) -> bool:
+        """Whether a draft's export holds an embedding [V, H]; without one servers share the target's."""
+
     def keys(self, config: LlamaConfig) -> dict[str, Any]:
         """The config keys of the layout that go beyond the decoder's geometry."""
 
@@ -122,11 +149,23 @@ class LayoutForm(Protocol):
             ValueError: the draft computes something that ours cannot.
         """
 
-    def name_there(self, name: str) -> str:
-        """The name in the layout of the tensor that we call `name`."""
+    def tensors_there(
+        self, state: Mapping[str, Tensor], config: LlamaConfig, embedding: Tensor | None
+    ) -> dict[str, Tensor]:
+        """A draft's tensors by the names of the layout, the vocabulary map left out.
 
-    def name_here(self, name: str) -> str:
-        """The inverse of `name_there`."""
+        Args:
+            state: whole weights, by the draft's names.
+            config: the draft's.
+            embedding: [V, H], what the draft is given in training; None where `brings_embedding` is false.
+        """
+
+    def tensors_here(self, tensors: Mapping[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
+        """The inverse of `tensors_there`: the weights alone, by the draft's names.
+
+        Raises:
+            ValueError: a tensor is missing whose place no weight could take.
+        """
 
 
 class DraftAlgorithm(Protocol):
@@ -140,6 +179,14 @@ class DraftAlgorithm(Protocol):
     def layouts(self) -> Mapping[str, LayoutForm]:
         """The layouts by the names of the recipe's `export.formats`."""
 
+    @property
+    def served_by_vllm(self) -> Mapping[str, Any]:
+        """What vLLM's `--speculative-config` says beside the draft's place and its number of guesses."""
+
+    @property
+    def served_by_sglang(self) -> bool:
+        """Whether SGLang serves such drafts, by its algorithm EAGLE3."""
+
     def build_config(self, target_config: Any, recipe: Recipe) -> LlamaConfig:
         """The draft's config from the target's (text) config and the recipe.
 
@@ -150,11 +197,24 @@ class DraftAlgorithm(Protocol):
     def notes(self, target_config: Any, recipe: Recipe) -> list[str]:
         """What of the draft's shape is neither the recipe's nor plainly the target's, a line each."""
 
+    def warnings_of_text(self, config: LlamaConfig, counts: Tensor) -> list[str]:
+        """What the run's texts do that such a draft should not meet, a line each.
+
+        Args:
+            config: the draft's.
+            counts: int64 [V], how often each token is supervised.
+        """
+
     def build(self, config: LlamaConfig) -> Draft:
         """A draft with fresh weights, drawn from torch's default generator."""
 
     def supervision(self, recipe: Recipe) -> Supervision:
         """The rule that says which slots enter the loss at which guess, and how far a slot reads ahead."""
+
+    def anchors(self, recipe: Recipe) -> Anchors | None:
+        """What chooses the slots of training that enter the loss this time; None for all that are supervised,
+        which held-out evaluation takes always. A pure function, the same for any mesh and packing.
+        """
 
     def live_slots_alone(self, recipe: Recipe) -> bool:
         """Whether slots that are not live give only their step-0 keys and values (layout/plan.py)."""

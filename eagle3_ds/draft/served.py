@@ -82,25 +82,51 @@ class DraftBatchCache:
         places = [torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]
         return torch.cat(places).to(device)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """As `DraftAttention.attend`; each slot sees the slots of its own text."""
-        device, most = q.device, max(self._counts)
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put k and v [S, Hkv, D] of the open slots into a layer, and return its keys and values, [texts,
+        capacity, Hkv, D].
+        """
+        texts, _, row, _, place = self._open_slots(k.device)
+        keys, values = self._stored(layer, k, max(self.lengths[text] for text in self._texts))
+        keys[texts[row], place], values[texts[row], place] = k, v
+        return keys, values
+
+    def _open_slots(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The texts of the open slots and where they end, [R]; and of each slot, [S], its row among them, its
+        number among those of its text, and its place.
+        """
         texts = torch.tensor(self._texts, device=device)
         counts = torch.tensor(self._counts, device=device)
         ends = torch.tensor([self.lengths[text] for text in self._texts], device=device)
         row = torch.repeat_interleave(torch.arange(len(texts), device=device), counts)
-        column = torch.arange(len(q), device=device) - (counts.cumsum(0) - counts)[row]
-        keys, values = self._stored(layer, k, int(ends.max()))
-        place = (ends - counts)[row] + column
-        keys[texts[row], place], values[texts[row], place] = k, v
+        column = torch.arange(len(row), device=device) - (counts.cumsum(0) - counts)[row]
+        return texts, ends, row, column, (ends - counts)[row] + column
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None,
+        sees_ahead: bool = False,
+    ) -> Tensor:
+        """As `DraftAttention.attend`; each slot sees the slots of its own text, with `sees_ahead` also those
+        after it.
+        """
+        device, most = q.device, max(self._counts)
+        keys, values = self.write(layer, k, v)
+        texts, ends, row, column, place = self._open_slots(device)
         length = int(ends.max())
         padded = q.new_zeros(len(texts), most, *q.shape[1:])
         padded[row, column] = q
         # A place without a slot is given the place 0, so that its softmax is not over nothing.
         places = torch.zeros(len(texts), most, dtype=torch.int64, device=device)
         places[row, column] = place
-        back = places[:, :, None] - torch.arange(length, device=device)
-        seen = (back >= 0) & (back < (window or length))
+        at = torch.arange(length, device=device)
+        back = places[:, :, None] - at
+        seen = (at < ends[:, None, None]) if sees_ahead else (back >= 0)
+        seen = seen & (back < (window or length))
         return _attention(padded, keys[texts, :length], values[texts, :length], seen)[row, column]
 
     def _stored(self, layer: int, like: Tensor, length: int) -> tuple[Tensor, Tensor]:

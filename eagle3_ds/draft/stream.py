@@ -27,8 +27,10 @@ def stream_aux(
     anchor: Tensor | None = None,
     prepare: Prepare | None = None,
     prepare_weights: Sequence[Tensor] = (),
-) -> Tensor:
-    """The hidden state of step 0: aux rows [S, A] on the host, weight [H, A] -> [S, H] on its device.
+    trained: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The hidden state of step 0: aux rows [S, A] on the host, weight [H, A] -> [S, H] on its device, and
+    that of the `trained` rows, [n, H].
 
     The rows stream through the device in forward and again in backward, so it never holds all of them.
 
@@ -40,16 +42,20 @@ def stream_aux(
             scalars that are zero").
         prepare: applied to the rows of a tile; None leaves them as they are.
         prepare_weights: the trained weights that `prepare` takes.
+        trained: rows [n, A] on the weight's device that get a gradient; None for none, n is 0 then. They are
+            in the same pass, because the anchor's gradient must be later than theirs.
     """
-    return _StreamAux.apply(aux, tile_bytes, prepare, anchor, weight, *prepare_weights)
+    rows = weight.new_empty((0, weight.shape[1])) if trained is None else trained
+    return _StreamAux.apply(aux, tile_bytes, prepare, anchor, rows, weight, *prepare_weights)
 
 
 class _StreamAux(torch.autograd.Function):
-    """Forward: prepare(aux) @ weight.T.
+    """Forward: prepare(aux) @ weight.T, and prepare(trained) @ weight.T.
     Backward: the weights' gradients, summed over the tiles in fp32.
 
     With x = prepare(aux) and y = x weight^T: d(weight) = sum_tiles dy^T x, dx = dy weight. From dx autograd
-    computes the gradients of prepare's weights, tile by tile. The rows are constants and get no gradient.
+    computes the gradients of prepare's weights, tile by tile. The rows are constants and get no gradient; the
+    trained ones do.
     """
 
     @staticmethod
@@ -59,43 +65,73 @@ class _StreamAux(torch.autograd.Function):
         tile_bytes: int,
         prepare: Prepare | None,
         anchor: Tensor | None,
+        trained: Tensor,
         weight: Tensor,
         *prepare_weights: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         # The device holds a tile and the next one; `prepare` makes another tensor of each.
         copies = 2 if prepare is None else 4
         size = max(1, tile_bytes // (copies * weight.shape[1] * max(weight.element_size(), 4)))
         ctx.aux, ctx.tiles, ctx.prepare = aux, row_tiles(len(aux), size), prepare
-        # Without `prepare` no dx is needed, and d(weight) needs the weight's shape only.
+        # Without `prepare` and trained rows no dx is needed, and d(weight) needs the weight's shape only.
         ctx.shape = weight.shape
-        ctx.save_for_backward(*([] if prepare is None else [weight, *prepare_weights]))
+        needed = prepare is not None or len(trained)
+        ctx.save_for_backward(*([trained, weight, *prepare_weights] if needed else []))
         hidden = weight.new_empty((len(aux), weight.shape[0]))
         rows = stream_rows(aux, ctx.tiles, weight.device, weight.dtype)
         for tile, part in zip(ctx.tiles, rows, strict=True):
             x = part if prepare is None else prepare(part, prepare_weights)
             hidden[tile[0] : tile[-1] + 1] = x @ weight.T
-        return hidden
+        x = prepare(trained, prepare_weights) if prepare is not None and len(trained) else trained
+        return hidden, x @ weight.T
 
     @staticmethod
-    def backward(ctx: Any, dhidden: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        weight, prepare_weights = saved[0] if saved else None, saved[1:]
+    def backward(ctx: Any, dhidden: Tensor, dprojected: Tensor) -> tuple[Tensor | None, ...]:
+        saved: Sequence[Any] = ctx.saved_tensors or (None, None)
+        trained, weight, *prepare_weights = saved
         dtype = torch.float64 if dhidden.dtype == torch.float64 else torch.float32
         dweight = dhidden.new_zeros(ctx.shape, dtype=dtype)
         dprepare = [torch.zeros_like(w, dtype=dtype) for w in prepare_weights]
         rows = stream_rows(ctx.aux, ctx.tiles, dhidden.device, dhidden.dtype)
         for tile, part in zip(ctx.tiles, rows, strict=True):
             dy = dhidden[tile[0] : tile[-1] + 1]
-            if weight is None:
+            if ctx.prepare is None:
                 dweight += dy.T @ part
                 continue
-            with torch.enable_grad():
-                leaves = [w.detach().requires_grad_() for w in prepare_weights]
-                x = ctx.prepare(part, leaves)
-            dweight += dy.T @ x.detach()
-            gradients = torch.autograd.grad(x, leaves, dy @ weight)
-            for total, gradient in zip(dprepare, gradients, strict=True):
-                total.add_(gradient)
+            _prepared_backward(ctx.prepare, part, prepare_weights, dy, weight, dweight, dprepare)
+        dtrained = None
+        if trained is not None and len(trained):
+            leaf, prepare = trained.detach().requires_grad_(), ctx.prepare or _unchanged
+            dtrained = _prepared_backward(
+                prepare, leaf, prepare_weights, dprojected, weight, dweight, dprepare
+            )
         danchor = dhidden.new_zeros(()) if ctx.needs_input_grad[3] else None
         sums = (total.to(dhidden.dtype) for total in (dweight, *dprepare))
-        return None, None, None, danchor, *sums
+        return None, None, None, danchor, dtrained, *sums
+
+
+def _unchanged(rows: Tensor, _weights: Sequence[Tensor]) -> Tensor:
+    return rows
+
+
+def _prepared_backward(
+    prepare: Prepare,
+    rows: Tensor,
+    prepare_weights: Sequence[Tensor],
+    dy: Tensor,
+    weight: Tensor,
+    dweight: Tensor,
+    dprepare: Sequence[Tensor],
+) -> Tensor | None:
+    """Backward of prepare(rows) @ weight.T for dy [t, H]: adds to dweight [H, A] and to the gradients of
+    prepare's weights; returns that of the rows [t, A] if they require one.
+    """
+    with torch.enable_grad():
+        leaves = [w.detach().requires_grad_() for w in prepare_weights]
+        x = prepare(rows, leaves)
+    dweight += dy.T @ x.detach()
+    asked = [*leaves, rows] if rows.requires_grad else leaves
+    gradients = torch.autograd.grad(x, asked, dy @ weight)
+    for total, gradient in zip(dprepare, gradients, strict=False):
+        total.add_(gradient)
+    return gradients[-1] if rows.requires_grad else None

@@ -12,9 +12,15 @@ from typing import Any
 
 import yaml
 
+from eagle3_ds.algorithms import ALGORITHMS
 from eagle3_ds.export.vllm import sglang_note
 
 CARD, COMMANDS = "README.md", "serve.md"
+NOT_IN_SGLANG = {
+    "dflash": "SGLang has DFlash drafts (DFLASH), but lets them share the target's head and vocabulary. This "
+    "draft has a head of its own, so it is for vLLM.",
+}
+"""Why SGLang cannot serve drafts of an algorithm, by its name."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,10 @@ def write_card(folder: str | Path, layout: str, card: Card, name: str | None = N
         os.replace(aside, folder / file)
 
 
-def vllm_words(target: str, draft: str, dtype: str, draft_tokens: int, method: str) -> list[str]:
+def vllm_words(target: str, draft: str, dtype: str, draft_tokens: int, algorithm: str) -> list[str]:
     """vLLM's command: the target with the draft beside it, in either layout."""
-    speculative = {"method": method, "model": draft, "num_speculative_tokens": draft_tokens}
+    way = dict(ALGORITHMS[algorithm].served_by_vllm)
+    speculative = {**way, "model": draft, "num_speculative_tokens": draft_tokens}
     return ["vllm", "serve", target, "--dtype", dtype, "--speculative-config", json.dumps(speculative)]
 
 
@@ -96,8 +103,13 @@ def commands_text(layout: str, card: Card, draft: str) -> str:
             *_shell(["vllm", "serve", draft, "--dtype", card.dtype]),
             "",
             "## SGLang",
-            "SGLang reads the other layout: export it with `vllm` in `export.formats`.",
+            "SGLang reads the other layout: export it with `vllm` in `export.formats`."
+            if ALGORITHMS[card.algorithm].served_by_sglang
+            else _not_sglang(card.algorithm),
         ]
+        return "\n".join(lines) + "\n"
+    if not ALGORITHMS[card.algorithm].served_by_sglang:
+        lines += ["", "## SGLang", _not_sglang(card.algorithm)]
         return "\n".join(lines) + "\n"
     lines += ["", "## SGLang", *_shell(sglang_words(*sizes)), "No SGLang was run by those who wrote this."]
     note = None if card.aux_layers is None else sglang_note(card.aux_layers)
@@ -114,7 +126,8 @@ def card_text(layout: str, card: Card) -> str:
     """README.md: a header in YAML, which the hub reads, and what a reader wants to know."""
     header: dict[str, Any] = {} if card.license is None else {"license": card.license}
     header |= {"base_model": card.target} if card.is_hub else {}
-    servers = ["vllm", "sglang"] if layout == "vllm" else ["vllm", "speculators"]
+    by_sglang = ["sglang"] if ALGORITHMS[card.algorithm].served_by_sglang else []
+    servers = ["vllm", *by_sglang] if layout == "vllm" else ["vllm", "speculators"]
     header |= {"pipeline_tag": "text-generation", "tags": ["speculative-decoding", card.algorithm, *servers]}
     licensed = "No license is stated." if card.license is None else f"License: {card.license}."
     lines = [
@@ -137,6 +150,10 @@ def card_text(layout: str, card: Card) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _not_sglang(algorithm: str) -> str:
+    return NOT_IN_SGLANG.get(algorithm, f"SGLang is not known to serve drafts of {algorithm}.")
 
 
 def _figures(evaluation: Mapping[str, Any] | None) -> list[str]:

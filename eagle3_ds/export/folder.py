@@ -23,6 +23,8 @@ from eagle3_ds.draft import DraftAlgorithm, LayoutForm, VocabularyMap, sliding_w
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 EMBEDDING = "embed_tokens.weight"
+MASK_EMBEDDING, MASK_FILE = "mask_embedding", "mask_embedding.pt"
+"""The tensor that servers read from a file of its own, which torch writes, and that file."""
 PARTIAL = "partial_rotary_factor"
 
 
@@ -110,10 +112,29 @@ def check_embedding(embedding: Tensor, config: LlamaConfig) -> None:
         )
 
 
-def algorithm_of_layout(layout: str, architectures: Any) -> DraftAlgorithm | None:
-    """The algorithm whose drafts have these `architectures` in a layout's config.json; None if none has."""
-    found = (a for a in ALGORITHMS.values() if [a.layouts[layout].architecture] == architectures)
-    return next(found, None)
+def algorithm_of_layout(layout: str, keys: Mapping[str, Any]) -> DraftAlgorithm | None:
+    """The algorithm of the draft whose config.json in a layout is `keys`; None if it is none's."""
+    return next((a for a in ALGORITHMS.values() if a.layouts[layout].recognises(keys)), None)
+
+
+def algorithm_of_folder(folder: str | Path) -> DraftAlgorithm | None:
+    """The algorithm of an exported draft in either layout; None if it is none's."""
+    keys, _ = read_folder(folder)
+    return algorithm_of_layout("speculators" if "speculators_model_type" in keys else "vllm", keys)
+
+
+def tensors_here(
+    form: LayoutForm, folder: str | Path, tensors: Mapping[str, Tensor], config: LlamaConfig
+) -> dict[str, Tensor]:
+    """An export's weights by the draft's names.
+
+    Raises:
+        ValueError: one is missing. The message names the folder.
+    """
+    try:
+        return form.tensors_here(tensors, config)
+    except ValueError as error:
+        raise ValueError(f"{str(folder)!r}: {error}. Export it again.") from error
 
 
 def own_keys(
@@ -164,8 +185,14 @@ def check_complete(
         )
 
 
-def write_folder(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Write config and weights under a hidden name, then rename: `folder` appears complete or not at all.
+def write_folder(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    mask_token_id: int | None = None,
+) -> Path:
+    """Write config and weights under a hidden name, then rename: `folder` appears complete or not at all. A
+    mask embedding, of the id `mask_token_id`, gets its own file.
 
     Raises:
         ValueError: the folder exists already.
@@ -180,9 +207,11 @@ def write_folder(folder: str | Path, config: Mapping[str, Any], tensors: Mapping
     try:
         aside.chmod(0o755)
         (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, aside / WEIGHTS, {"format": "pt"}
-        )
+        weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        mask = weights.pop(MASK_EMBEDDING, None)
+        if mask is not None:
+            torch.save({"embedding": mask.clone(), "mask_token_id": mask_token_id}, aside / MASK_FILE)
+        save_file(weights, aside / WEIGHTS, {"format": "pt"})
         (aside / WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner; servers run as others
         os.rename(aside, folder)
     except BaseException:
@@ -202,7 +231,12 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError(
                 f"{str(folder)!r} holds no {name}: it is not an exported draft. Name the folder of an export."
             )
-    return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8")), load_file(Path(folder) / WEIGHTS)
+    tensors = load_file(Path(folder) / WEIGHTS)
+    if (Path(folder) / MASK_FILE).is_file():
+        # Others write the tensor alone; `weights_only` reads nothing but tensors and plain values.
+        stored = torch.load(Path(folder) / MASK_FILE, map_location="cpu", weights_only=True)
+        tensors[MASK_EMBEDDING] = (stored["embedding"] if isinstance(stored, dict) else stored).reshape(-1)
+    return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8")), tensors
 
 
 def cast(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from eagle3_ds.algorithms import ALGORITHMS
 from eagle3_ds.draft import VOCABULARY, VocabularyMap
 from eagle3_ds.export.folder import (
     EMBEDDING,
+    algorithm_of_layout,
     cast,
     check_complete,
     check_embedding,
@@ -24,10 +25,9 @@ from eagle3_ds.export.folder import (
     geometry,
     own_keys,
     read_folder,
+    tensors_here,
     write_folder,
 )
-
-AUTO_MAP = {"": "config.Eagle3SpeculatorConfig"}
 
 
 def export_speculators(
@@ -63,14 +63,14 @@ def export_speculators(
     check_embedding(embedding, config)
     keys = {
         "architectures": [form.architecture],
-        "auto_map": AUTO_MAP,
         "speculators_model_type": algorithm,
         "draft_vocab_size": config.draft_vocab_size,
         **form.keys(config),
         "tie_word_embeddings": False,
         "dtype": dtype,
         "torch_dtype": dtype,
-        "transformer_layer_config": geometry(config, max_position) | {"dtype": dtype, "torch_dtype": dtype},
+        "transformer_layer_config": geometry(config, max_position)
+        | {**form.decoder_keys(config), "dtype": dtype, "torch_dtype": dtype},
         "speculators_config": {
             "algorithm": algorithm,
             "default_proposal_method": "greedy",
@@ -81,10 +81,9 @@ def export_speculators(
             },
         },
     }
-    if aux_layers is not None:
-        keys["eagle_aux_hidden_state_layer_ids"] = list(aux_layers)
-    tensors = cast({**{form.name_there(k): v for k, v in model_state.items()}, EMBEDDING: embedding}, dtype)
-    return write_folder(folder, keys, tensors | vocabulary.exported())
+    keys |= form.layer_keys(config, aux_layers)
+    tensors = cast(form.tensors_there(model_state, config, embedding), dtype)
+    return write_folder(folder, keys, tensors | vocabulary.exported(), getattr(config, "mask_token_id", None))
 
 
 def load_speculators(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], VocabularyMap, Tensor]:
@@ -95,7 +94,7 @@ def load_speculators(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor]
         ValueError: the folder is no export in this layout, or it is incomplete.
     """
     keys, tensors = read_folder(folder)
-    algorithm = ALGORITHMS.get(str(keys.get("speculators_model_type")))
+    algorithm = algorithm_of_layout("speculators", keys)
     layer = keys.get("transformer_layer_config", {})
     vocabulary = VocabularyMap.of_export(
         tensors, keys.get("draft_vocab_size", 0), layer.get("vocab_size", -1)
@@ -103,18 +102,18 @@ def load_speculators(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor]
     if algorithm is None or vocabulary is None or EMBEDDING not in tensors:
         raise ValueError(
             f"{str(folder)!r} is no draft in the speculators layout: speculators_model_type is "
-            f"{keys.get('speculators_model_type')!r}, expected 'eagle3', with the tensors {EMBEDDING} and, "
-            "unless the draft has the whole vocabulary, d2t and t2d. Name the folder of such an export."
+            f"{keys.get('speculators_model_type')!r}, expected one of {sorted(ALGORITHMS)}, with the "
+            f"tensors {EMBEDDING} and, unless the draft has the whole vocabulary, d2t and t2d. Name the "
+            "folder of such an export."
         )
     tensors = {name: tensor for name, tensor in tensors.items() if name not in VOCABULARY}
-    embedding = tensors.pop(EMBEDDING)
     form = algorithm.layouts["speculators"]
     own = own_keys(form, folder, keys, tensors)
     config = draft_config(layer, keys["draft_vocab_size"], own)
-    state = {form.name_here(name): tensor for name, tensor in tensors.items()}
+    check_embedding(tensors[EMBEDDING], config)
+    state = tensors_here(form, folder, tensors, config)
     check_complete(algorithm, state, config, vocabulary)
-    check_embedding(embedding, config)
-    return config, state, vocabulary, embedding
+    return config, state, vocabulary, tensors[EMBEDDING]
 
 
 def _whole_name(verifier: str) -> str:

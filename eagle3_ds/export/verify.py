@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from eagle3_ds.algorithms import ALGORITHMS
-from eagle3_ds.draft import Draft, VocabularyMap, has_own_embedding
+from eagle3_ds.draft import Draft, VocabularyMap
 from eagle3_ds.export.folder import EMBEDDING, read_folder
 from eagle3_ds.export.speculators import load_speculators
 from eagle3_ds.export.vllm import load_vllm
@@ -35,7 +35,8 @@ def verify_export(
         model: the served draft, with whole weights.
         tolerance: the largest relative error allowed. None: 0 for a float32 export, else 16 times the epsilon
             of its dtype.
-        embedding: [V, H], the draft's own, if it has one.
+        embedding: [V, H], what the draft was given in training; needed for one that brings it in the vLLM
+            layout.
 
     Returns:
         The relative L2 error of the logits.
@@ -48,9 +49,9 @@ def verify_export(
         raise ValueError(
             f"the export {str(folder)!r} has another vocabulary map than the draft. Export it again."
         )
-    if has_own_embedding(config):
-        _check_same_embedding(folder, embedding)
     known = ALGORITHMS[algorithm]
+    if known.layouts["vllm"].brings_embedding(config):
+        _check_same_embedding(folder, None if embedding is None else model.read_embedding(embedding))
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     original = known.build(model.config)
     original.load_state_dict(

@@ -1,8 +1,8 @@
 """The layout that vLLM and SGLang load: the first layer is called `midlayer`, and the tensors `d2t` and `t2d`
 map between the draft's and the target's vocabulary, where these differ.
 
-The embedding is left out: both servers share the target's, which is what the draft was trained with. A draft
-of another hidden size than the target's brings its own.
+EAGLE-3's embedding is left out: both servers share the target's, which is what the draft was trained with. A
+draft of another hidden size than the target's brings its own, and so does one that has learned rows of it.
 
 The two servers count captured layers differently, and each reads its own key (docs/targets.md): vLLM the one
 at the top, the layers whose inputs are taken; SGLang the one in `eagle_config`, the layers whose outputs are.
@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from eagle3_ds.algorithms import ALGORITHMS
-from eagle3_ds.draft import VOCABULARY, VocabularyMap, has_own_embedding, target_hidden_size
+from eagle3_ds.algorithms.eagle3.exported import AUX_LAYERS
+from eagle3_ds.draft import VOCABULARY, VocabularyMap, target_hidden_size
 from eagle3_ds.export.folder import (
     EMBEDDING,
     algorithm_of_layout,
@@ -30,10 +31,10 @@ from eagle3_ds.export.folder import (
     geometry,
     own_keys,
     read_folder,
+    tensors_here,
     write_folder,
 )
 
-AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 # The first id by which the SGLang of May 2026 tells that ids name outputs, for DeepSeek-like targets.
 OUTPUTS_BEGIN = 1
 logger = logging.getLogger(__name__)
@@ -60,41 +61,41 @@ def export_vllm(
         aux_layers: the layers whose inputs the draft takes; only when they are not the rule's
             (2, n // 2, n - 3): the servers know the rule.
         algorithm: the draft's, as the recipe calls it.
-        embedding: [V, H] of a draft whose hidden size is not the target's; None for others.
+        embedding: [V, H], what the draft was given in training, for one that brings it
+            (`LayoutForm.brings_embedding`); None for others.
 
     Raises:
         ValueError: weights, config, vocabulary and embedding do not belong together, or the folder exists.
     """
     form = ALGORITHMS[algorithm].layouts["vllm"]
     check_complete(ALGORITHMS[algorithm], model_state, config, vocabulary)
-    own = _own_embedding(embedding, config)
+    _check_brought(form.brings_embedding(config), embedding, config)
+    layer_keys = form.layer_keys(config, aux_layers)
     keys = geometry(config, max_position) | {
+        **form.decoder_keys(config),
         "architectures": [form.architecture],
         "draft_vocab_size": config.draft_vocab_size,
         "dtype": dtype,
         "torch_dtype": dtype,
         **form.keys(config),
+        **layer_keys,
     }
-    if aux_layers is not None:
-        keys[AUX_LAYERS] = list(aux_layers)
-        keys["eagle_config"] = {"use_aux_hidden_state": True, AUX_LAYERS: sglang_layers(aux_layers)}
+    if aux_layers is not None and layer_keys:
         tell_layers(aux_layers)
-    tensors = vllm_tensors(model_state, vocabulary, dtype, algorithm)
-    return write_folder(folder, keys, tensors | cast(own, dtype))
+    tensors = cast(form.tensors_there(model_state, config, embedding), dtype) | vocabulary.exported()
+    return write_folder(folder, keys, tensors, getattr(config, "mask_token_id", None))
 
 
-def _own_embedding(embedding: Tensor | None, config: LlamaConfig) -> dict[str, Tensor]:
-    """The embedding by its name, if the draft has one of its own."""
-    if has_own_embedding(config) != (embedding is not None):
+def _check_brought(brings: bool, embedding: Tensor | None, config: LlamaConfig) -> None:
+    """Raises ValueError unless there is an embedding exactly where the draft's export holds one."""
+    if brings != (embedding is not None):
         raise ValueError(
             f"the draft's hidden size is {config.hidden_size}, the target's {target_hidden_size(config)}: a "
-            "draft brings an embedding of its own where they differ, and only there. "
-            + ("Give it." if embedding is None else "Leave it out.")
+            "draft brings an embedding of its own where they differ or where it has learned rows of it, and "
+            "only there. " + ("Give it." if embedding is None else "Leave it out.")
         )
-    if embedding is None:
-        return {}
-    check_embedding(embedding, config)
-    return {EMBEDDING: embedding}
+    if embedding is not None:
+        check_embedding(embedding, config)
 
 
 def sglang_layers(aux_layers: Sequence[int]) -> list[int]:
@@ -143,19 +144,33 @@ def vllm_tensors(
     vocabulary: VocabularyMap,
     dtype: str = "bfloat16",
     algorithm: str = "eagle3",
+    config: LlamaConfig | None = None,
+    embedding: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The draft's weights, cast to `dtype`, and its vocabulary map under the names that vLLM and SGLang load,
     for example to update a running server.
 
     Args:
         model_state: the draft's whole weights, by its own names.
+        config, embedding: the draft's, and what it is given in training, as in `export_vllm`; for drafts that
+            bring an embedding, which are not EAGLE-3's of the target's width.
 
     Returns:
-        Tensors of the same shapes, on the CPU.
+        Tensors on the CPU.
+
+    Raises:
+        ValueError: the draft brings an embedding, and none is given.
     """
     form = ALGORITHMS[algorithm].layouts["vllm"]
-    tensors = {form.name_there(name): tensor for name, tensor in cast(model_state, dtype).items()}
-    return tensors | vocabulary.exported()
+    if embedding is None and (
+        algorithm != "eagle3" or (config is not None and form.brings_embedding(config))
+    ):
+        raise ValueError(
+            f"a {algorithm} draft is served with an embedding of its own: give its config and the embedding "
+            "that it was trained with"
+        )
+    shape = config or LlamaConfig()
+    return cast(form.tensors_there(model_state, shape, embedding), dtype) | vocabulary.exported()
 
 
 def load_vllm(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], VocabularyMap]:
@@ -166,7 +181,7 @@ def load_vllm(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], Vocab
         ValueError: the folder is no export in this layout, or it is incomplete.
     """
     keys, tensors = read_folder(folder)
-    algorithm = algorithm_of_layout("vllm", keys.get("architectures"))
+    algorithm = algorithm_of_layout("vllm", keys)
     vocabulary = VocabularyMap.of_export(tensors, keys.get("draft_vocab_size", 0), keys.get("vocab_size", -1))
     if algorithm is None or vocabulary is None:
         known = [a.layouts["vllm"].architecture for a in ALGORITHMS.values()]
@@ -178,13 +193,18 @@ def load_vllm(folder: str | Path) -> tuple[LlamaConfig, dict[str, Tensor], Vocab
     tensors = {name: tensor for name, tensor in tensors.items() if name not in VOCABULARY}
     form = algorithm.layouts["vllm"]
     config = draft_config(keys, keys["draft_vocab_size"], own_keys(form, folder, keys, tensors))
-    if has_own_embedding(config):
+    if form.brings_embedding(config):
         if EMBEDDING not in tensors:
             raise ValueError(
-                f"{str(folder)!r} is a draft of another hidden size than its target and has no {EMBEDDING}. "
+                f"{str(folder)!r} is a draft with an embedding of its own and has no {EMBEDDING}. "
                 "Export it again."
             )
-        check_embedding(tensors.pop(EMBEDDING), config)
-    state = {form.name_here(name): tensor for name, tensor in tensors.items()}
+        check_embedding(tensors[EMBEDDING], config)
+    elif EMBEDDING in tensors:
+        raise ValueError(
+            f"{str(folder)!r} is a draft that shares its target's embedding and has {EMBEDDING} too. Remove "
+            "the tensor, or name another draft."
+        )
+    state = tensors_here(form, folder, tensors, config)
     check_complete(algorithm, state, config, vocabulary)
     return config, state, vocabulary

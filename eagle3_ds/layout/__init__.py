@@ -6,11 +6,19 @@ position of that sequence; guess k of slot i is about token i + 2 + k. A *span* 
 slots on one rank, and its *halo* is the few slots after it whose tokens and teacher rows the rank reads too.
 """
 
-from eagle3_ds.layout.batch import LocalBatch, PackedSequence, Supervision, live_slots, prepare_usp_input
+from eagle3_ds.layout.batch import (
+    Anchors,
+    LocalBatch,
+    PackedSequence,
+    Supervision,
+    live_slots,
+    prepare_usp_input,
+)
 from eagle3_ds.layout.plan import IntArray, Run, SpanPlan, attention_work, slots_of_a_rank
 from eagle3_ds.layout.rows import LocalRows, Rows, row_tiles, stream_rows
 
 __all__ = [
+    "Anchors",
     "IntArray",
     "LocalBatch",
     "LocalRows",

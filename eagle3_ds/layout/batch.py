@@ -7,7 +7,7 @@ hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +32,8 @@ class PackedSequence:
             `x_{i+1}`).
         aux: rows [L, A], the concatenated inputs of the captured target layers, A = layers * Ht.
         teacher: rows [L, Ht], the target's last hidden state after its final norm.
+        anchors: bool [L], the slots that may enter the loss this time, chosen by the draft algorithm; None
+            for all that its rule supervises.
     """
 
     token_ids: Tensor
@@ -40,6 +42,13 @@ class PackedSequence:
     teacher_token: Tensor
     aux: Rows
     teacher: Rows
+    anchors: Tensor | None = None
+
+
+Anchors = Callable[[int, Sequence[int], Sequence[int], Tensor], Tensor]
+"""Chooses `PackedSequence.anchors`: from how often the documents were seen before (the epoch), their ids,
+their lengths and the loss mask, bool [L] -> bool [L].
+"""
 
 
 class Supervision(Protocol):
@@ -72,6 +81,11 @@ class Supervision(Protocol):
             bool [K, n], true where the slot is supervised.
         """
 
+    def slots_of(self, num_own_slots: int, supervised: NDArray[np.bool_]) -> int:
+        """What `loss.reduction: slots` counts of a rank that holds so many tokens, with its live slots
+        supervised as bool [K, Q] says.
+        """
+
 
 @dataclass(frozen=True)
 class LocalBatch:
@@ -90,7 +104,7 @@ class LocalBatch:
         teacher_token: int64 [E], see `PackedSequence`.
         aux: rows [S, A], of the own slots only; not read yet.
         teacher: rows [E, Ht], not read yet; only rows that live slots read at some step are present.
-        num_own_slots: slots of this rank that hold a token, padding excluded.
+        num_slots: what `loss.reduction: slots` counts of this rank.
     """
 
     plan: SpanPlan
@@ -103,7 +117,7 @@ class LocalBatch:
     teacher_token: Tensor
     aux: LocalRows
     teacher: LocalRows
-    num_own_slots: int
+    num_slots: int
 
     @property
     def live_row(self) -> Tensor:
@@ -126,17 +140,19 @@ def prepare_usp_input(
         ValueError: a column of the pack has another length than the plan.
     """
     length = plan.length
-    for name in ("token_ids", "loss_mask", "teacher_token"):
-        if len(getattr(pack, name)) != length:
-            raise ValueError(
-                f"{name} has {len(getattr(pack, name))} rows, but the documents of the pack have {length}."
-            )
+    for name in ("token_ids", "loss_mask", "teacher_token", "anchors"):
+        column = getattr(pack, name)
+        if column is not None and len(column) != length:
+            raise ValueError(f"{name} has {len(column)} rows, but the documents of the pack have {length}.")
     mask = pack.loss_mask.numpy()
-    rest = supervision(plan.document, plan.rest[ring_rank, ulysses_rank], mask)
-    assert not rest.any(), "a slot in the loss is not live"
+    chosen = np.ones(plan.padded_length, dtype=np.bool_)
+    if pack.anchors is not None:
+        chosen[:length] = pack.anchors.numpy()
+    live, rest = (part[ring_rank, ulysses_rank] for part in (plan.live, plan.rest))
+    assert not (supervision(plan.document, rest, mask) & chosen[rest]).any(), "a slot in the loss is not live"
     slots = plan.slots(ring_rank, ulysses_rank)
     extended = plan.halo_slots(ring_rank, ulysses_rank, supervision.halo)
-    supervised = supervision(plan.document, plan.live[ring_rank, ulysses_rank], mask)
+    supervised = supervision(plan.document, live, mask) & chosen[live]
     return LocalBatch(
         plan=plan,
         ring_rank=ring_rank,
@@ -148,17 +164,21 @@ def prepare_usp_input(
         teacher_token=LocalRows(pack.teacher_token, extended, length)[:],
         aux=LocalRows(pack.aux, slots, length),
         teacher=LocalRows(pack.teacher, extended, length),
-        num_own_slots=int((slots < length).sum()),
+        num_slots=supervision.slots_of(int((slots < length).sum()), supervised),
     )
 
 
-def live_slots(lengths: Sequence[int], loss_mask: Tensor, supervision: Supervision) -> NDArray[np.bool_]:
+def live_slots(
+    lengths: Sequence[int], loss_mask: Tensor, supervision: Supervision, anchors: Tensor | None = None
+) -> NDArray[np.bool_]:
     """The live slots of a packed sequence, bool [L]: those that enter the loss at one guess or more.
 
     Args:
         lengths: document lengths, their sum is L.
         loss_mask: bool [L], true for assistant tokens.
         supervision: the draft algorithm's rule.
+        anchors: as in `PackedSequence`.
     """
     document = np.repeat(np.arange(len(lengths)), lengths)
-    return np.logical_or.reduce(supervision(document, np.arange(len(document)), loss_mask.numpy()))
+    live = np.logical_or.reduce(supervision(document, np.arange(len(document)), loss_mask.numpy()))
+    return live if anchors is None else live & anchors.numpy()

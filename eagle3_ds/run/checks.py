@@ -133,7 +133,7 @@ def check_draft(recipe: Recipe, target: Any) -> LlamaConfig:
     config = algorithm_of(recipe).build_config(target, recipe)
     check_heads(recipe.parallel.ulysses, config.num_attention_heads, config.num_key_value_heads)
     itemsize = getattr(torch, recipe.train.dtype).itemsize
-    check_tile_bytes(recipe.loss.tile_bytes, recipe.draft.vocab_size, recipe.draft.ttt_steps, itemsize)
+    check_tile_bytes(recipe.loss.tile_bytes, recipe.draft.vocab_size, recipe.draft.num_guesses, itemsize)
     slots_per_tile(config.hidden_size, config.intermediate_size, itemsize, recipe.train.tile_bytes)
     return config
 

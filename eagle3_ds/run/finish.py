@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from eagle3_ds import __version__
 from eagle3_ds.algorithms import algorithm_of
@@ -160,10 +161,9 @@ def export_draft(recipe: Recipe) -> dict[Path, float]:
         folder = Path(recipe.output_dir) / FOLDERS[layout]
         aside = folder.with_name(f".{folder.name}.unverified")
         shutil.rmtree(aside, ignore_errors=True)
-        _write(recipe, layout, draft, vocabulary, aside)
-        error = verify_export(
-            aside, draft, vocabulary, algorithm=recipe.draft.algorithm, embedding=own_embedding(recipe)
-        )
+        embedding = _brought_embedding(recipe, layout, draft)
+        _write(recipe, layout, draft, vocabulary, embedding, aside)
+        error = verify_export(aside, draft, vocabulary, algorithm=recipe.draft.algorithm, embedding=embedding)
         write_card(aside, layout, card, folder.name)
         if folder.exists():
             shutil.rmtree(folder)
@@ -171,11 +171,26 @@ def export_draft(recipe: Recipe) -> dict[Path, float]:
     return errors
 
 
-def _write(recipe: Recipe, layout: str, draft: Draft, vocabulary: VocabularyMap, folder: Path) -> None:
+def _brought_embedding(recipe: Recipe, layout: str, draft: Draft) -> Tensor | None:
+    """What the draft was given in training, [V, H], for a layout in which it brings it."""
+    if not algorithm_of(recipe).layouts[layout].brings_embedding(draft.config):
+        return None
+    own = own_embedding(recipe)
+    return load_embedding_and_head(resolve_path(recipe.target.path))[0] if own is None else own
+
+
+def _write(
+    recipe: Recipe,
+    layout: str,
+    draft: Draft,
+    vocabulary: VocabularyMap,
+    embedding: Tensor | None,
+    folder: Path,
+) -> None:
     path = resolve_path(recipe.target.path)
     target = load_text_config(path)
     aux_layers = _told_layers(recipe, target.num_hidden_layers)
-    state, dtype, own = draft.state_dict(), recipe.export.dtype, own_embedding(recipe)
+    state, dtype = draft.state_dict(), recipe.export.dtype
     if layout == "vllm":
         export_vllm(
             state,
@@ -186,10 +201,10 @@ def _write(recipe: Recipe, layout: str, draft: Draft, vocabulary: VocabularyMap,
             recipe.data.max_length,
             aux_layers,
             recipe.draft.algorithm,
-            own,
+            embedding,
         )
         return
-    embedding = load_embedding_and_head(path)[0] if own is None else own
+    assert embedding is not None, "this layout always holds one"
     export_speculators(
         state,
         draft.config,

@@ -29,7 +29,7 @@ from eagle3_ds.draft.geometry import aux_size
 from eagle3_ds.eval import Round, decode_alone, in_process, speculative_decode
 from eagle3_ds.export import load_embedding, load_export
 from eagle3_ds.export.card import sglang_words
-from eagle3_ds.export.folder import read_folder
+from eagle3_ds.export.folder import algorithm_of_folder, read_folder
 from eagle3_ds.export.vllm import AUX_LAYERS
 from eagle3_ds.run.eval_file import read_eval
 from eagle3_ds.run.finish import FOLDERS, prompts_of_run
@@ -53,6 +53,7 @@ class Check:
         drafts: {layout: folder of an export}.
         prompts: token ids. The rest as in the recipe's section `eval`.
         recorded: the evaluation of these weights in the run's eval.json; None without one.
+        algorithm: of the drafts, as the recipe names it.
     """
 
     target: TargetSection
@@ -62,6 +63,7 @@ class Check:
     draft_tokens: int
     dtype: str
     recorded: Mapping[str, Any] | None = None
+    algorithm: str = "eagle3"
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def check_of_run(recipe: Recipe) -> Check:
     evaluation = in_process(read_eval(folder))
     settings = recipe.eval
     sizes = (settings.max_new_tokens, settings.draft_tokens, settings.dtype)
-    return Check(recipe.target, drafts, _some(prompts), *sizes, recorded=evaluation)
+    return Check(recipe.target, drafts, _some(prompts), *sizes, evaluation, recipe.draft.algorithm)
 
 
 def check_of_folders(
@@ -131,7 +133,9 @@ def check_of_folders(
     """
     keys, _ = read_folder(draft)
     layout = "speculators" if "speculators_model_type" in keys else "vllm"
-    section = TargetSection(path=target, aux_layers=keys.get(AUX_LAYERS))
+    # Some drafts name their layers always, and by a key of their own; it is then in the draft's config.
+    layers = getattr(load_export(draft)[0], "aux_layers", None) or keys.get(AUX_LAYERS)
+    section = TargetSection(path=target, aux_layers=None if layers is None else tuple(layers))
     tokenizer = load_tokenizer(section)
     if prompts is None:
         conversations = itertools.islice(stdlib_conversations(), STDLIB_PROMPTS)
@@ -139,7 +143,11 @@ def check_of_folders(
         tokens = [prompt_tokens(tokenizer, row, "stdlib") for row in rows]
     else:
         tokens = read_prompts_file(prompts, tokenizer)
-    return Check(section, {layout: Path(draft)}, _some(tokens), max_new_tokens, draft_tokens, dtype)
+    found = algorithm_of_folder(draft)
+    # A folder that is no draft is refused when it is loaded.
+    algorithm = Check.algorithm if found is None else found.name
+    sizes = (max_new_tokens, draft_tokens, dtype)
+    return Check(section, {layout: Path(draft)}, _some(tokens), *sizes, algorithm=algorithm)
 
 
 def _some(prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
@@ -226,9 +234,8 @@ def _rounds(
     end: int | None = None,
 ) -> list[Round]:
     """Of an export, which is read as others read it: from its folder. `end`: the token that ends a text."""
-    keys, _ = read_folder(folder)
-    algorithm = ALGORITHMS[str(keys.get("speculators_model_type", "eagle3"))]
     config, state, vocabulary = load_export(folder)
+    algorithm = ALGORITHMS[check.algorithm]
     if aux_size(config) != len(target.aux_layers) * target.config.hidden_size:
         raise ValueError(
             f"the draft in {folder} reads {aux_size(config)} hidden states of a slot, layers "
@@ -258,9 +265,12 @@ def own_draft_tokens(folder: str | Path) -> int:
 def _decode_there(check: Check, python: str, folder: Path) -> tuple[dict[str, Any], Path]:
     """The answers of serving/decode.py, run by the server's Python, and the log of the server."""
     target = str(resolve_path(check.target.path).resolve())
-    engines = [{"name": WITHOUT, "model": target, "draft": None}]
+    engines: list[dict[str, Any]] = [{"name": WITHOUT, "model": target, "draft": None}]
     for layout, draft in check.drafts.items():
-        engines.append({"name": NAMES[layout], "model": target, "draft": str(draft.resolve())})
+        way = dict(ALGORITHMS[check.algorithm].served_by_vllm)
+        engines.append(
+            {"name": NAMES[layout], "model": target, "draft": str(draft.resolve()), "speculative": way}
+        )
         if layout == "speculators":
             engines.append({"name": ALONE, "model": str(draft.resolve()), "draft": None})
     guesses = [check.draft_tokens, *map(own_draft_tokens, _speculators(check))]
@@ -391,8 +401,8 @@ def _differences(answers: Sequence[Sequence[int]], expected: Sequence[Sequence[i
 
 
 def sglang_command(check: Check) -> str | None:
-    """How SGLang serves the vLLM layout; None when there is none of it."""
-    if "vllm" not in check.drafts:
+    """How SGLang serves the vLLM layout; None when there is none of it, or SGLang has no such drafts."""
+    if "vllm" not in check.drafts or not ALGORITHMS[check.algorithm].served_by_sglang:
         return None
     draft = str(check.drafts["vllm"])
     return shlex.join(sglang_words(check.target.path, draft, check.dtype, check.draft_tokens))

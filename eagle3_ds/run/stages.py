@@ -105,6 +105,10 @@ def prepare(recipe: Recipe | str | Path, checkpoint: Path | None = None) -> None
     logger.info(
         "draft vocabulary: %d tokens, %s of the supervised ones", recipe.draft.vocab_size, f"{covered:.1%}"
     )
+    algorithm = algorithm_of(recipe)
+    draft_config = algorithm.build_config(load_text_config(resolve_path(section.path)), recipe)
+    for warning in algorithm.warnings_of_text(draft_config, data.supervised_counts):
+        logger.warning("%s", warning)
     prepared = {
         "data": str(data.path.resolve()),
         "data_fingerprint": data.fingerprint,

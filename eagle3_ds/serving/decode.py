@@ -4,8 +4,9 @@ Runs inside the server's Python, as a file: `python decode.py JOBS ANSWERS`. Tha
 this package, so nothing of it is imported here.
 
 JOBS is a JSON file: {"prompts": [[token, ...], ...], "max_new_tokens": n, "draft_tokens": k, "dtype": name,
-"max_model_len": n or null, "engines": [{"name": ..., "model": folder, "draft": folder or null}, ...]}. An
-engine whose model is a speculators export brings its target and its draft by itself; `draft` is null then.
+"max_model_len": n or null, "engines": [{"name": ..., "model": folder, "draft": folder or null,
+"speculative": what vLLM is told of the draft's kind, or absent for EAGLE-3}, ...]}. An engine whose model is
+a speculators export brings its target and its draft by itself; `draft` is null then.
 
 ANSWERS maps each engine's name to what `judge` returns, or to {"error": ...} where vLLM refuses to load it.
 It is written anew after every engine, so that a crash of one leaves those before it.
@@ -51,7 +52,8 @@ def judge(engine: Mapping[str, Any], jobs: Mapping[str, Any]) -> dict[str, Any]:
     speculative = None
     if engine["draft"] is not None:
         speculative = {
-            "method": "eagle3",
+            # How drafts of its algorithm are served; EAGLE-3 where the job does not say.
+            **engine.get("speculative", {"method": "eagle3"}),
             "model": engine["draft"],
             "num_speculative_tokens": jobs["draft_tokens"],
         }

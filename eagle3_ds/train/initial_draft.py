@@ -11,7 +11,7 @@ from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.checkpoint.format import INITIAL_WEIGHTS, let_others_read
 from eagle3_ds.config import Recipe
 from eagle3_ds.draft import VocabularyMap, sliding_window
-from eagle3_ds.export import load_export
+from eagle3_ds.export import algorithm_of_folder, load_export
 from eagle3_ds.targets import load_text_config, resolve_path
 
 # Fields of the draft's config that must be equal, so that the weights compute the same in this run.
@@ -21,6 +21,10 @@ GEOMETRY = (
 )  # fmt: skip
 
 
+# Those that drafts of some algorithms alone have.
+ALGORITHMS_OWN = ("mask_embedding",)
+
+
 def load_initial_draft(recipe: Recipe) -> tuple[dict[str, Tensor], VocabularyMap]:
     """Read the export that `train.init_from` names.
 
@@ -28,11 +32,17 @@ def load_initial_draft(recipe: Recipe) -> tuple[dict[str, Tensor], VocabularyMap
         Its whole weights in fp32, by the draft's names, and its vocabulary map.
 
     Raises:
-        ValueError: it is no export in a known layout, or of a draft with another geometry.
+        ValueError: it is no export in a known layout, or of a draft of another algorithm or geometry.
     """
     folder = recipe.train.init_from
     assert folder is not None
     try:
+        found = algorithm_of_folder(folder)
+        if found is not None and found.name != recipe.draft.algorithm:
+            raise ValueError(
+                f"the draft in {folder} is one of {found.name}, and draft.algorithm is "
+                f"{recipe.draft.algorithm}. Change one of them."
+            )
         config, state, vocabulary = load_export(folder)
     except ValueError as error:
         raise ValueError(f"train.init_from: {error}") from error
@@ -40,7 +50,10 @@ def load_initial_draft(recipe: Recipe) -> tuple[dict[str, Tensor], VocabularyMap
     algorithm = algorithm_of(recipe)
     wanted, form = algorithm.build_config(target, recipe), algorithm.layouts["vllm"]
     theirs, ours = (
-        {key: getattr(c, key) for key in GEOMETRY} | {"sliding_window": sliding_window(c)} | form.keys(c)
+        {key: getattr(c, key) for key in GEOMETRY}
+        | {key: getattr(c, key) for key in ALGORITHMS_OWN if hasattr(c, key)}
+        | {"sliding_window": sliding_window(c)}
+        | form.keys(c)
         for c in (config, wanted)
     )
     differing = [

@@ -61,6 +61,8 @@ def build_trainer(recipe: Recipe, topology: Topology) -> DraftTrainer:
     embedding, head = load_embedding_and_head(folder)
     if has_own_embedding(draft.config):
         embedding = load_draft_embedding(recipe.output_dir, (len(embedding), draft.config.hidden_size))
+    if recipe.train.init_from is None:
+        draft.start_from(embedding)
     vocabulary = VocabularyMap.load(Path(recipe.output_dir) / "vocabulary.safetensors")
     settings = fill_deepspeed_config(
         load_deepspeed_config(recipe.deepspeed), recipe, topology.mesh.world_size, topology.draft_dp
@@ -113,6 +115,7 @@ def build_loaders(
         accumulation=recipe.train.accumulation,
         seed=recipe.train.seed,
         resumed=resumed,
+        anchors=algorithm_of(recipe).anchors(recipe),
     )
     if not len(data.heldout):
         return loader, []

@@ -107,6 +107,8 @@ class RolloutTrainer:
         if weights is not None:
             draft.load_state_dict(dict(weights))
         embedding, head = load_embedding_and_head(folder)
+        if weights is None:
+            draft.start_from(embedding)
         # A copy: on a CPU it would stay a mapped file, whose memory `sleep` could not give back.
         embedding = embedding.to(topology.device, getattr(torch, self.recipe.train.dtype), copy=True)
         user = load_deepspeed_config(self.recipe.deepspeed)
@@ -338,8 +340,15 @@ class RolloutTrainer:
         try:
             if first:
                 about = {"format": DRAFT_FORMAT, "version": str(version)}
+                trainer = self.trainer
+                form, config = trainer.algorithm.layouts["vllm"], trainer.draft.config
                 tensors = vllm_tensors(
-                    state, self.vocabulary, dtype or self.recipe.export.dtype, self.recipe.draft.algorithm
+                    state,
+                    self.vocabulary,
+                    dtype or self.recipe.export.dtype,
+                    self.recipe.draft.algorithm,
+                    config,
+                    trainer.engine.module.frozen[0] if form.brings_embedding(config) else None,
                 )
                 path.parent.mkdir(parents=True, exist_ok=True)
                 aside = path.with_name(f".{path.name}.part")

@@ -22,15 +22,18 @@ def whole_tokens(own: Tensor, plan: SpanPlan, group: dist.ProcessGroup | None) -
     return all_gather_rows(own, group).cpu()[plan.sequence_order[: plan.length]]
 
 
-def plan_spans(recipe: Recipe, lengths: Sequence[int], loss_mask: Tensor) -> SpanPlan:
+def plan_spans(
+    recipe: Recipe, lengths: Sequence[int], loss_mask: Tensor, anchors: Tensor | None = None
+) -> SpanPlan:
     """Cut a packed sequence into spans. Pure: the same arguments give the same plan on all ranks.
 
     Args:
         lengths: the tokens of each document.
         loss_mask: bool [L], whole: true for assistant tokens of the documents laid end to end.
+        anchors: bool [L], whole, as in `PackedSequence`.
     """
     algorithm, live = algorithm_of(recipe), None
     if algorithm.live_slots_alone(recipe):
-        live = live_slots(lengths, loss_mask, algorithm.supervision(recipe))
+        live = live_slots(lengths, loss_mask, algorithm.supervision(recipe), anchors)
     parallel, window = recipe.parallel, recipe.draft.sliding_window
     return SpanPlan.make(lengths, parallel.ring, parallel.ulysses, parallel.chunks_per_rank, live, window)

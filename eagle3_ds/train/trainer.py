@@ -213,7 +213,7 @@ class DraftTrainer:
     def _prepare(self, packs: Sequence[PackedSequence]) -> tuple[list[LocalBatch], list[LossInputs], Tensor]:
         recipe, place = self.recipe, self.topology.place
         ranks = (place.ring_rank, place.ulysses_rank)
-        plans = [plan_spans(recipe, pack.lengths, pack.loss_mask) for pack in packs]
+        plans = [plan_spans(recipe, pack.lengths, pack.loss_mask, pack.anchors) for pack in packs]
         batches = [
             prepare_usp_input(pack, plan, *ranks, self.supervision)
             for pack, plan in zip(packs, plans, strict=True)
@@ -239,9 +239,7 @@ class DraftTrainer:
         all slots, of the whole optimizer step on all ranks. Collective over the world.
         """
         if self.recipe.loss.reduction == "slots":
-            counts = torch.full(
-                (self.supervision.num_guesses,), sum(batch.num_own_slots for batch in batches)
-            )
+            counts = torch.full((self.supervision.num_guesses,), sum(batch.num_slots for batch in batches))
         else:
             counts = torch.stack([counted.sum(1) for counted in contributing]).sum(0)
         counts = counts.to(self.topology.device)

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.comm import SMALL, counted_step
 from eagle3_ds.algorithms.eagle3 import Eagle3Shape
+from eagle3_ds.algorithms.peagle import PEagleShape
 from eagle3_ds.costs import Setup
 from eagle3_ds.plan import attention_traffic, separate_all_to_alls, state_traffic
 from judge.sample_run import SampleRun
@@ -42,6 +43,18 @@ RUNS = {
         BASE, ring=2, ulysses=2, answered=0.33, dtype="bfloat16", ttt_steps=7
     ),
     "ring 2, streamed, answers of a half": replace(BASE, ring=2, kv_exchange="ring", answered=0.5),
+    "P-EAGLE, ulysses 2 x ring 2, streamed, answers of a third": replace(
+        BASE,
+        shape=PEagleShape(**vars(SMALL)),
+        ring=2,
+        ulysses=2,
+        kv_exchange="ring",
+        answered=0.33,
+        ttt_steps=5,
+    ),
+    "P-EAGLE, ring 2, two layers, replicas summed": replace(
+        BASE, shape=PEagleShape(**{**vars(SMALL), "num_layers": 2}), ring=2, zero_group="draft_dp"
+    ),
     "ring 4, all blocks kept": replace(BASE, ring=4, kv_exchange="ring", kv_bytes=3 * BLOCK, ttt_steps=2),
 }
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from eagle3_ds.train.shared_memory import segment
 from judge.cases import Case, make_inputs, short_matrix
 from judge.exactness import COMPARED, judge, main, relative_error
-from judge.mutations import MUTATIONS
+from judge.mutations import MUTATIONS, OF_PEAGLE
 from judge.product import run_product
 from judge.ranks import run_ranks
 
@@ -40,6 +40,7 @@ SHOWN_BY = {
     "scale_of_width": Case(ulysses=2, shape="head_dim"),
     "lost_width": Case(ulysses=2, shape="mlp"),
     "narrow_teacher": Case(ulysses=2, shape="narrow"),
+    **{mutation: Case(ulysses=2, algorithm="peagle") for mutation in OF_PEAGLE},
 }
 MUTATED = [(mutation, SHOWN_BY.get(mutation, TWO_RANKS)) for mutation in MUTATIONS]
 # A cut with slots that are not live has halos, documents and a scale of its own.

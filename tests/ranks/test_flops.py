@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from eagle3_ds.algorithms.eagle3 import Eagle3Shape
+from eagle3_ds.algorithms.peagle import PEagleShape
 from eagle3_ds.plan import attention_pairs, step_flops
 from judge.sample_run import SampleRun
 
@@ -29,9 +30,10 @@ def counted_matmuls(run):
 
 @pytest.mark.parametrize("activation", ["keep", "recompute"])
 @pytest.mark.parametrize("answered", [1.0, 0.25])
-def test_matmuls_are_those_of_the_step(run_ranks, activation, answered):
+@pytest.mark.parametrize("shape", [SHAPE, PEagleShape(**vars(SHAPE))], ids=["eagle3", "peagle"])
+def test_matmuls_are_those_of_the_step(run_ranks, activation, answered, shape):
     run = SampleRun(
-        SHAPE,
+        shape,
         512,
         ttt_steps=3,
         activation=activation,

@@ -93,13 +93,20 @@ def random_weights(
 
 
 def trained(
-    weights: dict[str, Tensor], config: LlamaConfig, frozen: Frozen, texts: list[MicroBatch]
+    weights: dict[str, Tensor],
+    config: LlamaConfig,
+    frozen: Frozen,
+    texts: list[MicroBatch],
+    steps: int = TRAIN_STEPS,
+    still: tuple[str, ...] = ("lm_head.weight", "k_norm.weight"),
 ) -> dict[str, Tensor]:
-    """Adam by the reference's gradients, a third of the texts in each step; `lm_head` and `k_norm` stay."""
+    """Adam by the reference's gradients, a third of the texts in each step; tensors whose names end with one
+    of `still` stay.
+    """
     masters = {name: torch.nn.Parameter(weight.clone()) for name, weight in weights.items()}
-    moving = [p for name, p in masters.items() if not name.endswith(("lm_head.weight", "k_norm.weight"))]
+    moving = [p for name, p in masters.items() if not name.endswith(still)]
     optimizer = torch.optim.Adam(moving, lr=3e-3)
-    for step in range(TRAIN_STEPS):
+    for step in range(steps):
         current = {name: master.detach() for name, master in masters.items()}
         result = dflash_step(current, config, frozen, texts[step % 3 :: 3], LossRules(config.block_size - 1))
         for name, master in masters.items():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eagle3_ds.algorithms import ALGORITHMS
 from tests.served.gptq import quantize_body
 from tests.served.pairs import (
     DRAFT_TOKENS,
@@ -60,6 +61,8 @@ TARGETS = {
     "granite": Kind("granite"),
     "gemma4": Kind("gemma4_text", WIDE),
 }
+# Prompts begin at token 3.
+PEAGLE = {"algorithm": "peagle", "mask_token_id": 2, "ttt_steps": DRAFT_TOKENS}
 VARIANTS: dict[tuple[str, str], Variant] = {
     ("llama", "plain"): Variant((DRAFT, SPECULATORS, ALONE)),
     ("llama", "two layers"): Variant((DRAFT, SPECULATORS), {"num_layers": 2}),
@@ -70,6 +73,12 @@ VARIANTS: dict[tuple[str, str], Variant] = {
     ("llama", "five layers"): Variant((DRAFT,), {}, (1, 2, 4, 5, 7)),
     # vLLM and speculators have no vocabulary map where the draft guesses every token.
     ("llama", "whole vocabulary"): Variant((DRAFT, SPECULATORS, ALONE), {"vocab_size": VOCABULARY}),
+    ("llama", "parallel"): Variant((DRAFT, SPECULATORS, ALONE), PEAGLE),
+    ("llama", "parallel, two layers"): Variant((DRAFT, SPECULATORS), {**PEAGLE, "num_layers": 2}),
+    ("llama", "parallel, window"): Variant((DRAFT,), {**PEAGLE, "sliding_window": 8}),
+    ("llama", "parallel, norms"): Variant(
+        (DRAFT,), {**PEAGLE, "aux_norm": True, "norm_before_residual": True}
+    ),
     ("tied", "plain"): Variant((DRAFT, ALONE)),
     ("qwen3", "plain"): Variant((DRAFT, SPECULATORS, ALONE)),
     ("qwen3_moe", "plain"): Variant((DRAFT, ALONE)),
@@ -136,7 +145,9 @@ class Bench:
                     SPECULATORS: (pair.target, str(pair.speculators)),
                     ALONE: (pair.speculators, None),
                 }[way]
-                engines.append({"name": f"{draft}, {way}", "model": str(model), "draft": given})
+                how = dict(ALGORITHMS[variant.settings.get("algorithm", "eagle3")].served_by_vllm)
+                name = f"{draft}, {way}"
+                engines.append({"name": name, "model": str(model), "draft": given, "speculative": how})
         return {
             "prompts": next(iter(pairs.values())).prompts,
             "max_new_tokens": NEW_TOKENS,

@@ -7,7 +7,7 @@ is often right and its later ones sometimes: acceptance is neither nothing nor e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,16 @@ from torch.nn import functional
 
 from eagle3_ds.algorithms import ALGORITHMS
 from eagle3_ds.algorithms.eagle3 import DraftModel, build_draft_config
+from eagle3_ds.algorithms.peagle import PEagleModel
+from eagle3_ds.algorithms.peagle import build_draft_config as build_peagle_config
 from eagle3_ds.config import DraftSection
 from eagle3_ds.draft import DraftCache, VocabularyMap
 from eagle3_ds.eval import Round, decode_alone, speculative_decode
 from eagle3_ds.export import export_speculators, export_vllm
 from eagle3_ds.targets import Target, capture_hidden_states, choose_aux_layers
+from judge.dense_reference import Frozen, MicroBatch
 from judge.family_configs import tiny_config
+from judge.peagle_reference import peagle_guesses
 from tests.unit.tiny_families import FAMILIES, family_config
 
 # Heads of 32 are the least that vLLM has on a CPU; a draft vocabulary smaller than the target's.
@@ -48,6 +52,11 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 DRAFT_VOCABULARY, DRAFT_TOKENS, NEW_TOKENS = 200, 5, 40
+DRAFTS: Mapping[str, Callable[[Any, DraftSection, int], DraftModel]] = {
+    "eagle3": lambda *sizes: DraftModel(build_draft_config(*sizes)),
+    "peagle": lambda *sizes: PEagleModel(build_peagle_config(*sizes)),
+}
+"""A fresh draft by its algorithm, from the target's config, the draft's section and the captured layers."""
 TRAINED_PROMPTS, PROMPTS, TRAIN_STEPS = 12, 6, 60
 
 
@@ -116,15 +125,28 @@ def make_pair(
     prompts, answers = texts
     counts = torch.bincount(torch.tensor(answers).flatten(), minlength=config.vocab_size)
     section = DraftSection(**{"vocab_size": DRAFT_VOCABULARY, **draft_settings})
+    algorithm = ALGORITHMS[section.algorithm]
     vocabulary = VocabularyMap.from_counts(counts, section.vocab_size)
     torch.manual_seed(2)
-    draft = DraftModel(build_draft_config(config, section, len(target.aux_layers)))
+    draft = DRAFTS[section.algorithm](config, section, len(target.aux_layers))
+    draft.start_from(target.embedding)
     # Half of the prompts that are judged are among those trained on: some rounds accept much, some little.
     learnt = [prompts[i] + answers[i] for i in range(PROMPTS // 2, PROMPTS + TRAINED_PROMPTS)]
-    train_on_answers(draft, target, vocabulary, learnt)
+    if isinstance(draft, PEagleModel):
+        train_in_parallel(draft, target, vocabulary, learnt)
+    else:
+        train_on_answers(draft, target, vocabulary, learnt)
     layers = None if aux_layers is None else target.aux_layers
     common = (draft.state_dict(), draft.config, vocabulary)
-    vllm = export_vllm(*common, folder / "vllm", "float32", aux_layers=layers)
+    brings = algorithm.layouts["vllm"].brings_embedding(draft.config)
+    vllm = export_vllm(
+        *common,
+        folder / "vllm",
+        "float32",
+        aux_layers=layers,
+        algorithm=section.algorithm,
+        embedding=target.embedding if brings else None,
+    )
     speculators = export_speculators(
         *common,
         target.embedding,
@@ -133,10 +155,11 @@ def make_pair(
         [type(model).__name__],
         "float32",
         aux_layers=layers,
+        algorithm=section.algorithm,
     )
     rounds = []
     for prompt, answer in zip(prompts[:PROMPTS], answers, strict=False):
-        guesser = ALGORITHMS["eagle3"].guesser(draft, target.embedding, vocabulary)
+        guesser = algorithm.guesser(draft, target.embedding, vocabulary)
         rounds.append(speculative_decode(target, guesser, prompt, NEW_TOKENS, DRAFT_TOKENS, None, answer)[1])
     state = {name: tensor.detach() for name, tensor in draft.state_dict().items()}
     return Pair(
@@ -152,12 +175,42 @@ def make_pair(
     )
 
 
+def train_in_parallel(
+    draft: PEagleModel, target: Target, vocabulary: VocabularyMap, texts: Sequence[Sequence[int]]
+) -> None:
+    """Adam on the cross entropy of every guess of every slot, by the reference's arithmetic."""
+    to_draft = draft_ids(vocabulary)
+    frozen = Frozen(target.embedding, target.model.lm_head.weight, vocabulary.d2t)
+    batches = []
+    for text in texts:
+        tokens = torch.tensor(text)
+        aux, teacher = capture_hidden_states(target, tokens)
+        batches.append(MicroBatch(tokens, torch.ones(len(tokens)).bool(), (len(tokens),), aux, teacher))
+    weights = dict(draft.named_parameters())
+    optimizer = torch.optim.Adam(weights.values(), lr=3e-3)
+    for step in range(TRAIN_STEPS):
+        for batch in batches[step % 3 :: 3]:
+            guesses = peagle_guesses(weights, draft.config, frozen, batch, DRAFT_TOKENS)
+            wanted = to_draft[batch.token_ids]
+            losses = [functional.cross_entropy(g[: -2 - k], wanted[2 + k :]) for k, g in enumerate(guesses)]
+            torch.stack(losses).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    draft.eval().requires_grad_(False)
+
+
+def draft_ids(vocabulary: VocabularyMap) -> Tensor:
+    """The draft's id of each token of the target, int64 [V]; -100 where it has none."""
+    to_draft = torch.full((len(vocabulary.t2d),), -100)
+    to_draft[vocabulary.draft_to_target] = torch.arange(len(vocabulary.d2t))
+    return to_draft
+
+
 def train_on_answers(
     draft: DraftModel, target: Target, vocabulary: VocabularyMap, texts: Sequence[Sequence[int]]
 ) -> None:
     """Adam on the cross entropy of the target's token two places later, slots of one text at a time."""
-    to_draft = torch.full((len(vocabulary.t2d),), -100)
-    to_draft[vocabulary.draft_to_target] = torch.arange(len(vocabulary.d2t))
+    to_draft = draft_ids(vocabulary)
     rows = []
     for text in texts:
         tokens = torch.tensor(text)

@@ -87,6 +87,32 @@ def test_overrides(tmp_path: Path) -> None:
             "draft={aux_norm: true, norm_before_fc: true}",
             ["draft.aux_norm and draft.norm_before_fc", "['vllm', 'speculators']", "speculators 0.9"],
         ),
+        (
+            "draft={algorithm: dflash, ttt_steps: 7}",
+            [
+                "draft: ttt_steps is 7 and algorithm is 'dflash'",
+                "block_size - 1 guesses",
+                "Remove it, or set",
+            ],
+        ),
+        (
+            "draft={algorithm: dflash, aux_norm: false, norm_output: true}",
+            [
+                "aux_norm is false, norm_output is true and algorithm is 'dflash'",
+                "Remove them, or set algorithm",
+            ],
+        ),
+        (
+            "draft={block_size: 8}",
+            ["block_size is 8 and algorithm is 'eagle3'", "Remove it, or set algorithm to dflash"],
+        ),
+        ("draft={algorithm: dflash, block_size: 1}", ["draft.block_size", "greater than or equal to 2"]),
+        ("draft={algorithm: dflash, anchor_share: 0}", ["draft.anchor_share", "greater than 0"]),
+        (
+            "draft={algorithm: dflash, sliding_window: 7}",
+            ["sliding_window = 7 is less than block_size = 8", "or null"],
+        ),
+        ("loss.mask_alignment=predicted", ["loss.mask_alignment is predicted and draft.algorithm is eagle3"]),
         ("target.build={hidden_size: 190}", ["hidden_size is 190", "num_heads"]),
         ("parallel.ulysses", ["'parallel.ulysses'", "section.key=value"]),
         ("output_dir.name=x", ["output_dir is a value", "not a section"]),
@@ -98,6 +124,33 @@ def test_what_is_refused_names_key_value_rule_and_fix(
     message = refusal(tmp_path, overrides=(override,))
     for word in words:
         assert word in message, message
+
+
+DFLASH = MINIMAL + "draft: {algorithm: dflash}\n"
+
+
+def test_keys_of_a_block(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, DFLASH), ["loss.mask_alignment=predicted"])
+    assert (recipe.draft.num_guesses, recipe.eval.draft_tokens, recipe.draft.anchor_share) == (7, 7, 1.0)
+    # What the algorithm has not is not written out either, so that the recipe can be read again.
+    dumped = dump_recipe(recipe)
+    assert "ttt_steps" not in dumped and "block_size: 8" in dumped
+    assert load_recipe(write(tmp_path, dumped)) == recipe
+    assert "block_size" not in dump_recipe(load_recipe(write(tmp_path, MINIMAL)))
+    shorter = ["eval.draft_tokens=3", "draft={algorithm: dflash, block_causal: true}"]
+    assert load_recipe(write(tmp_path, DFLASH), shorter).eval.draft_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("eval.draft_tokens=3",), "eval.draft_tokens is 3 and draft.block_size is 8, which makes 7 guesses"),
+        (("eval.draft_tokens=8", "draft.block_causal=true"), "no more of them are trained"),
+        (("loss.mask_alignment=reference",), "reference and draft.algorithm is dflash"),
+    ],
+)
+def test_what_a_block_cannot_be(tmp_path: Path, overrides: tuple[str, ...], words: str) -> None:
+    assert words in refusal(tmp_path, DFLASH, overrides)
 
 
 def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:

@@ -156,3 +156,13 @@ def test_the_license_of_the_target_is_looked_up_in_its_card(tmp_path: Path) -> N
     ):
         (tmp_path / "README.md").write_text(text)
         assert license_in(tmp_path) == found
+
+
+@pytest.mark.parametrize("layout", ["vllm", "speculators"])
+def test_a_draft_that_sglang_does_not_have_has_no_command_for_it(layout: str) -> None:
+    card = replace(CARD, algorithm="dflash", draft_tokens=7)
+    text = commands_text(layout, card, "draft")
+    given = {"method": "dflash", "model": "draft", "num_speculative_tokens": 7}
+    assert json.loads(shell(text)[0][-1]) == given
+    assert "sglang.launch_server" not in text and "a head of its own, so it is for vLLM" in text
+    assert "sglang" not in str(header(card_text(layout, card))["tags"])

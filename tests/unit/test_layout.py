@@ -159,7 +159,7 @@ def test_a_rank_reads_what_the_whole_sequence_says(plan, steps, alignment, stret
         batch = prepare_usp_input(pack, plan, *rank, TTTSupervision(steps, alignment))
         slots = torch.from_numpy(plan.slots(*rank))
         real = slots < plan.length
-        assert batch.num_own_slots == int(real.sum())
+        assert batch.num_slots == int(real.sum())
         assert torch.equal(batch.aux[:][real], pack.aux[slots[real]])
         assert not batch.aux[:][~real].any()
         # Step 0 sees the token of every slot whose next is in the pack, live or not.

@@ -134,3 +134,4 @@ def test_sglang_command() -> None:
     assert "--speculative-num-steps 2 --speculative-eagle-topk 1 --speculative-num-draft-tokens 3" in str(
         sglang_command(CHECK)
     )
+    assert sglang_command(replace(CHECK, algorithm="dflash")) is None

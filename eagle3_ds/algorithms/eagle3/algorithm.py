@@ -24,6 +24,8 @@ class Eagle3:
 
     name = "eagle3"
     layouts: Mapping[str, LayoutForm] = {"vllm": ServerForm(), "speculators": SpeculatorsForm()}
+    served_by_vllm: Mapping[str, Any] = {"method": "eagle3"}
+    served_by_sglang = True
 
     def build_config(self, target_config: Any, recipe: Recipe) -> LlamaConfig:
         captured = recipe.target.aux_layers
@@ -34,11 +36,17 @@ class Eagle3:
     def notes(self, target_config: Any, recipe: Recipe) -> list[str]:
         return draft_notes(target_config, recipe.draft)
 
+    def warnings_of_text(self, config: LlamaConfig, counts: Tensor) -> list[str]:
+        return []
+
     def build(self, config: LlamaConfig) -> DraftModel:
         return DraftModel(config)
 
     def supervision(self, recipe: Recipe) -> TTTSupervision:
         return TTTSupervision(recipe.draft.ttt_steps, recipe.loss.mask_alignment)
+
+    def anchors(self, recipe: Recipe) -> None:
+        """None: all supervised slots."""
 
     def live_slots_alone(self, recipe: Recipe) -> bool:
         """True for one layer. A second layer would need the first one's output at every slot for its keys."""

@@ -8,7 +8,7 @@ draft vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from eagle3_ds.algorithms.eagle3.variants import flag, norm_sizes
 from eagle3_ds.attention.costs import (
@@ -40,7 +40,7 @@ class Eagle3Shape(DraftShape):
     norm_output: bool = False
 
     @classmethod
-    def of(cls, config: Any) -> Eagle3Shape:
+    def of(cls, config: Any) -> Self:
         """From the draft's transformers config (`build_draft_config`)."""
         rotated = rotated_channels(config)
         return cls(
@@ -77,6 +77,15 @@ class Eagle3Shape(DraftShape):
             "up": inner * hidden,
             "down": hidden * inner,
         }
+
+    @property
+    def projected_once(self) -> int:
+        """Parameters of those matrices of the first layer that steps after the first do not run through."""
+        return 0
+
+    def kept_less(self, setup: Setup) -> int:
+        """Bytes by which a step after the first keeps less than the first one, in the first layer."""
+        return 0
 
     @property
     def fc_size(self) -> int:
@@ -129,7 +138,13 @@ def _offloaded_activations(setup: Setup) -> int:
     """Bytes that `offload` moves to the host for one packed sequence; none on a CPU."""
     if setup.activation != "offload" or setup.device == "cpu":
         return 0
-    return setup.ttt_steps * setup.shape.num_layers * sum(_saved_by_step(setup)) + _saved_of_rest(setup)
+    steps = setup.ttt_steps * setup.shape.num_layers * sum(_saved_by_step(setup))
+    return steps - (setup.ttt_steps - 1) * _kept_less(setup) + _saved_of_rest(setup)
+
+
+def _kept_less(setup: Setup) -> int:
+    assert isinstance(setup.shape, Eagle3Shape)
+    return setup.shape.kept_less(setup)
 
 
 def _batch_bytes(setup: Setup) -> int:
@@ -193,6 +208,9 @@ def _kept_by_forward(setup: Setup) -> Parts:
     K, layers = setup.ttt_steps, setup.shape.num_layers
     hidden = setup.live_slots * setup.shape.hidden_size * setup.itemsize
     saved = K * layers * sum(_saved_by_step(setup)) + _saved_of_rest(setup)
+    if _kept_less(setup):
+        # No step reads the output of the one before, but the loss does.
+        saved += (K - 1) * (hidden - _kept_less(setup))
     if _offloaded_activations(setup):
         # The loss still needs the K outputs on the device; the tensors of one step are being copied.
         saved = K * hidden + sum(_saved_by_step(setup))
@@ -226,6 +244,7 @@ def _kept_in_backward(setup: Setup, columns: int, steps_done: int) -> Parts:
     saved = (
         steps * layers * (before + after) - (layers - 1) * (before + after) - after + _saved_of_rest(setup)
     )
+    saved -= (steps - 1) * _kept_less(setup)
     if _offloaded_activations(setup):
         saved = 2 * (before + after)
     saved += _kept_for_norms(setup, steps - 1)
@@ -316,15 +335,15 @@ def _step_flops(setup: Setup, shape: Eagle3Shape, pairs: int) -> Flops:
     # A matrix costs one product forward and two backward; fc costs one backward, because its input is
     # constant. Slots that are not live have keys and values only.
     rest = (setup.slots - slots) * 3 * sum(layers[0][name] for name in ("k", "v"))
-    matmul = 2 * (
-        setup.slots * 2 * fc + rest + slots * 3 * steps * sum(sum(weights.values()) for weights in layers)
-    )
+    each = steps * sum(sum(weights.values()) for weights in layers) - (steps - 1) * shape.projected_once
+    matmul = 2 * (setup.slots * 2 * fc + rest + slots * 3 * each)
     recompute = 0
     if setup.activation != "keep":
         # k, v and the attention's output are kept, and backward does not need the output of `down`.
-        recompute = (
-            2 * slots * steps * sum(weights[name] for weights in layers for name in ("q", "o", "gate", "up"))
-        )
+        again = steps * sum(weights[name] for weights in layers for name in ("q", "o", "gate", "up"))
+        if shape.projected_once:
+            again -= (steps - 1) * layers[0]["q"]
+        recompute = 2 * slots * again
     attention = 2 * pairs * shape.query_size // setup.ulysses * steps * shape.num_layers
     head = 2 * slots * shape.hidden_size * shape.draft_vocab_size
     teacher = 2 * slots * shape.target_hidden_size * shape.draft_vocab_size

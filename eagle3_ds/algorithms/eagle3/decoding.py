@@ -81,13 +81,7 @@ class Eagle3BatchGuesser:
         self, aux: Mapping[int, Tensor], tokens: Mapping[int, Sequence[int]], count: int
     ) -> dict[int, list[int]]:
         """As `BatchGuesser.propose`."""
-        texts, rest = list(tokens), dict[int, tuple[Tensor, Tensor]]()
-        for text in texts:
-            states, ids = aux[text], torch.tensor(list(tokens[text]), device=self._embedding.device)
-            while len(ids) > PIECE:
-                self._take([text], states[:PIECE], ids[:PIECE], [PIECE])
-                states, ids = states[PIECE:], ids[PIECE:]
-            rest[text] = (states, ids)
+        texts, rest = list(tokens), self._last_pieces(aux, tokens)
         counts = [len(ids) for _, ids in rest.values()]
         states, ids = (torch.cat(parts) for parts in zip(*rest.values(), strict=True))
         hidden = self._take(texts, states, ids, counts)
@@ -101,6 +95,21 @@ class Eagle3BatchGuesser:
             guesses.append(self._guess(hidden))
         self._cache.lengths = verified
         return dict(zip(texts, torch.stack(guesses, dim=1).tolist(), strict=True))
+
+    def _last_pieces(
+        self, aux: Mapping[int, Tensor], tokens: Mapping[int, Sequence[int]]
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Take in the texts' new slots but for the last PIECE at most of each; returns those, by text: states
+        [s, A] and ids int64 [s].
+        """
+        rest = dict[int, tuple[Tensor, Tensor]]()
+        for text in tokens:
+            states, ids = aux[text], torch.tensor(list(tokens[text]), device=self._embedding.device)
+            while len(ids) > PIECE:
+                self._take([text], states[:PIECE], ids[:PIECE], [PIECE])
+                states, ids = states[PIECE:], ids[PIECE:]
+            rest[text] = (states, ids)
+        return rest
 
     def _take(self, texts: list[int], states: Tensor, ids: Tensor, counts: list[int]) -> Tensor:
         """The draft's output at verified slots: states [S, A], ids int64 [S] -> [S, H]."""

@@ -25,34 +25,42 @@ from eagle3_ds.attention.rotary import rotate
 from eagle3_ds.draft.decoder_backward import NormTile, accumulate_product
 
 
-def project_backward(
-    embeds: Tensor,
-    hidden: Tensor,
-    gradients: tuple[Tensor, Tensor, Tensor],
-    angles: tuple[Tensor, Tensor],
-    weights: BeforeWeights,
-    sums: BeforeWeights,
-    eps: float,
-) -> Tensor:
-    """Backward of the input norms, the projections and the rotation on one tile.
+def turned_back(
+    gradients: tuple[Tensor, Tensor, Tensor], angles: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of the rotation on one tile: gq [t, Hq * D], gk and gv [t, Hkv * D].
 
     Args:
-        embeds, hidden: [t, H], the inputs of the norms.
         gradients: of rotated q [t, Hq, D] ([0, Hq, D] for slots that are not live), rotated k and v
             [t, Hkv, D].
         angles: cos and sin [t, R] of the rotation, of the R channels of a head that turn.
+    """
+    cos, sin = angles
+    dq, dk, dv = gradients
+    turned_q = rotate(dq, cos, -sin) if len(dq) else dq
+    return turned_q.flatten(1), rotate(dk, cos, -sin).flatten(1), dv.flatten(1)
+
+
+def project_backward(
+    embeds: Tensor,
+    hidden: Tensor,
+    columns: tuple[Tensor, Tensor, Tensor],
+    weights: BeforeWeights,
+    sums: BeforeWeights,
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Backward of the input norms and the projections on one tile.
+
+    Args:
+        embeds, hidden: [t, H], the inputs of the norms.
+        columns: gq, gk and gv, of `turned_back`.
         weights: of the layer.
         sums: the weights' gradients are added to these, of the weights' shapes.
         eps: of the norms.
 
     Returns:
-        dhidden [t, H].
+        dhidden [t, H], and dembeds [t, H]; None in a layer that reads no embedding.
     """
-    cos, sin = angles
-    dq, dk, dv = gradients
-    turned_q = rotate(dq, cos, -sin) if len(dq) else dq
-    # gq, gk and gv.
-    columns = (turned_q.flatten(1), rotate(dk, cos, -sin).flatten(1), dv.flatten(1))
     if weights.hidden_norm is None:
         norms = [(NormTile(hidden, weights.input_norm, eps), sums.input_norm)]
     else:
@@ -69,10 +77,9 @@ def project_backward(
             continue
         accumulate_product(total, column.T, x)
         dx.addmm_(column, weight)
-    # The last norm is always that of the hidden state. The embedding is frozen: of its norm only the weight's
-    # gradient is used.
+    # The last norm is always that of the hidden state.
     parts = [
         norm.backward(part, total)
         for (norm, total), part in zip(norms, dx.chunk(len(norms), dim=-1), strict=True)
     ]
-    return parts[-1]
+    return parts[-1], parts[0] if len(parts) > 1 else None

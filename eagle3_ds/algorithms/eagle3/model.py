@@ -6,7 +6,7 @@ size, Ht the target's, V its vocabulary, Vd the draft's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -104,12 +104,11 @@ class DraftModel(Draft):
     ) -> None:
         """Run the K steps and call `on_guess` with each output; the arguments are those of `forward`."""
         device = embedding.device
-        stash = HostStash(device) if settings.activation == "offload" else None
-        unrolls = [LayerUnroll(batch.plan, batch.ring_rank, stash=stash) for _ in self.layers]
+        unrolls = self._unrolls(batch, settings, device)
         rotary = rotary_frequencies(self.config, device)
         position = batch.position.to(device)
         norms = (prepare_aux(self.config), self._aux_norms())
-        hidden = stream_aux(batch.aux, self.fc.weight, settings.tile_bytes, anchor, *norms)
+        hidden, _ = stream_aux(batch.aux, self.fc.weight, settings.tile_bytes, anchor, *norms)
         for step in range(settings.ttt_steps):
             slots = slice(len(hidden))
             tokens = batch.token_ids[batch.row[slots] + 1 + step].to(device)
@@ -120,10 +119,14 @@ class DraftModel(Draft):
             hidden = on_guess(hidden)
             if step + 1 < settings.ttt_steps:
                 hidden = self._passed_on(hidden)
-        for unroll in unrolls:
-            # The ticket refers to the graph, whose nodes refer to the unroll. Such a cycle runs through C++
-            # nodes, which Python's garbage collector cannot free.
-            unroll.ticket = None
+        release_tickets(unrolls)
+
+    def _unrolls(
+        self, batch: LocalBatch, settings: UnrollSettings, device: torch.device
+    ) -> list[LayerUnroll]:
+        """What each layer keeps over the steps, empty yet."""
+        stash = HostStash(device) if settings.activation == "offload" else None
+        return [LayerUnroll(batch.plan, batch.ring_rank, stash=stash) for _ in self.layers]
 
     def project_aux(self, aux: Tensor) -> Tensor:
         """Serve: the hidden state of verified slots, aux [S, A] -> [S, H]."""
@@ -160,6 +163,14 @@ class DraftModel(Draft):
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: hidden [S, H] -> [S, Vd]."""
         return self.lm_head(rms_norm(hidden, self.norm.weight, self.config.rms_norm_eps))
+
+
+def release_tickets(unrolls: Sequence[LayerUnroll]) -> None:
+    """Let the graph of a pass be freed. A ticket refers to the graph, whose nodes refer to the unroll; such a
+    cycle runs through C++ nodes, which Python's garbage collector cannot free.
+    """
+    for unroll in unrolls:
+        unroll.ticket = None
 
 
 def rotary_positions(position: Tensor, step: int) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from eagle3_ds.algorithms.eagle3.layer import BeforeWeights, DraftLayer, attention_input
-from eagle3_ds.algorithms.eagle3.layer_backward import project_backward
+from eagle3_ds.algorithms.eagle3.layer_backward import project_backward, turned_back
 from eagle3_ds.attention.rotary import RotaryFrequencies, rotate
 from eagle3_ds.attention.usp import Attended, LlamaUSPFlashAttention, UnrollKV
 from eagle3_ds.config import Activation
@@ -89,7 +89,12 @@ def ttt_step(
     Raises:
         ValueError: `tile_bytes` does not hold one slot.
     """
-    step = _Step(layer, constants, unroll, unroll.next_step)
+    return run_step(Step(layer, constants, unroll, unroll.next_step), hidden, activation, tile_bytes)
+
+
+def run_step(step: Step, hidden: Tensor, activation: Activation, tile_bytes: int) -> Tensor:
+    """`ttt_step` for a step that is made already: hidden [S, H] ([Q, H] from step 1 on) -> [Q, H]."""
+    layer, unroll = step.layer, step.unroll
     num_live = unroll.plan.live_per_rank
     if activation == "keep" or not torch.is_grad_enabled():
         qkv = step.all_before(hidden, Tiles.cut(num_live, len(hidden), len(hidden)), layer.before_weights())
@@ -110,8 +115,9 @@ def ttt_step(
 
 
 @dataclass(frozen=True)
-class _Step:
-    """The arithmetic of one step before the attention, on a tile of slots.
+class Step:
+    """The arithmetic of one step before the attention, on a tile of slots, and what its backward keeps and
+    gives. An algorithm that feeds its first layer otherwise derives a class from it (algorithms/peagle).
 
     Attributes:
         layer, constants, unroll: as in `ttt_step`.
@@ -128,8 +134,13 @@ class _Step:
         return self.layer.self_attn
 
     def weights(self) -> list[Tensor]:
+        """What is trained in this layer, in the order of `LayerUnroll.dweights`."""
         before = [weight for weight in self.layer.before_weights() if weight is not None]
-        return [*before, *self.layer.after_weights()]
+        return [*before, *self.layer.after_weights(), *self.more_weights()]
+
+    def more_weights(self) -> tuple[Tensor, ...]:
+        """What else than the layer's own weights is trained through it, of any shapes."""
+        return ()
 
     def embeds(self, tile: slice) -> Tensor:
         return functional.embedding(self.constants.tokens[tile], self.constants.embedding)
@@ -170,12 +181,49 @@ class _Step:
         """The sums of the weights' gradients, of the weights' shapes; the first call of a backward makes
         them.
         """
-        before, after = self.layer.before_weights(), self.layer.after_weights()
+        sums = self._all_sums()
+        last = len(sums) - len(self.more_weights())
+        first = last - len(AfterWeights._fields)
+        return BeforeWeights(*sums[:first]), AfterWeights(*sums[first:last])
+
+    def more_sums(self) -> tuple[Tensor, ...]:
+        """The sums of the gradients of `more_weights`."""
+        sums = self._all_sums()
+        return tuple(sums[len(sums) - len(self.more_weights()) :])
+
+    def _all_sums(self) -> list[Tensor]:
         if not self.unroll.dweights:
-            dtype = torch.float64 if before.q.dtype == torch.float64 else torch.float32
+            dtype = torch.float64 if self.layer.before_weights().q.dtype == torch.float64 else torch.float32
             self.unroll.dweights = [torch.zeros_like(weight, dtype=dtype) for weight in self.weights()]
-        sums = self.unroll.dweights
-        return BeforeWeights(*sums[: -len(after)]), AfterWeights(*sums[-len(after) :])
+        return self.unroll.dweights
+
+    def kept(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """What backward must have of the input [S, H]."""
+        return (hidden,)
+
+    def input_again(self, kept: Sequence[Tensor]) -> Tensor:
+        """The input [S, H], from what was kept of it."""
+        (hidden,) = kept
+        return hidden
+
+    def backward_before(
+        self, tiles: Tiles, hidden: Tensor, dqkv: tuple[Tensor, Tensor, Tensor], dhidden: Tensor
+    ) -> Tensor | None:
+        """Backward of what precedes the attention.
+
+        Args:
+            tiles, hidden: as in forward.
+            dqkv: gradients of q [Q, Hq, D], k and v [S, Hkv, D].
+            dhidden: [S, H], the gradient that came through the residual; it may be changed.
+
+        Returns:
+            The gradient of the input [S, H]; None for one that has none.
+        """
+        _backward_before(self, tiles, hidden, dqkv, dhidden)
+        return dhidden
+
+    def take_dembeds(self, tile: slice, dembeds: Tensor | None) -> None:
+        """Take the gradient [t, H] of what `embeds` returned. That of a frozen embedding is nobody's."""
 
 
 class _RecomputedStep(torch.autograd.Function):
@@ -185,7 +233,7 @@ class _RecomputedStep(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, step: _Step, tiles: Tiles, hidden: Tensor, _ticket: Tensor | None, *_weights: Tensor
+        ctx: Any, step: Step, tiles: Tiles, hidden: Tensor, _ticket: Tensor | None, *_weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         layer, unroll = step.layer, step.unroll
         before, after = layer.before_weights(), layer.after_weights()
@@ -200,7 +248,7 @@ class _RecomputedStep(torch.autograd.Function):
             tiles.live,
         )
         ctx.step, ctx.tiles, ctx.lse = step, tiles, attended.lse
-        kept = (hidden, attended.out)
+        kept = (*step.kept(hidden), attended.out)
         if unroll.stash is None:
             ctx.save_for_backward(*kept)
         else:
@@ -211,19 +259,20 @@ class _RecomputedStep(torch.autograd.Function):
     def backward(ctx: Any, doutput: Tensor, dticket: Tensor) -> tuple[Tensor | None, ...]:
         step, tiles = ctx.step, ctx.tiles
         stash = step.unroll.stash
-        hidden, out = ctx.saved_tensors if stash is None else stash.take(ctx.place)
+        *kept, out = ctx.saved_tensors if stash is None else stash.take(ctx.place)
+        hidden = step.input_again(kept)
         dhidden, dout = _backward_after(step, tiles, hidden, out, doutput)
         q = _query(step, tiles.live, hidden)
         dqkv = step.attention.attend_backward(dout, q, Attended(out, ctx.lse), step.unroll, step.number)
-        _backward_before(step, tiles, hidden, dqkv, dhidden)
+        dinput = step.backward_before(tiles, hidden, dqkv, dhidden)
         if step.number:
-            return None, None, dhidden, dticket
+            return None, None, dinput, dticket
         sums, step.unroll.dweights = step.unroll.dweights, []
-        return None, None, dhidden, None, *(total.to(hidden.dtype) for total in sums)
+        return None, None, dinput, None, *(total.to(hidden.dtype) for total in sums)
 
 
 def _backward_after(
-    step: _Step, tiles: Tiles, hidden: Tensor, out: Tensor, doutput: Tensor
+    step: Step, tiles: Tiles, hidden: Tensor, out: Tensor, doutput: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Backward of what follows the attention, tile by tile.
 
@@ -232,7 +281,7 @@ def _backward_after(
     """
     layer = step.layer
     weights, (before, sums) = layer.after_weights(), step.sums()
-    dhidden, dout = torch.empty_like(hidden), torch.empty_like(out)
+    dhidden, dout = hidden.new_empty(hidden.shape), torch.empty_like(out)
     dhidden[len(out) :] = 0
     for tile in tiles.live:
         norm = None
@@ -254,7 +303,7 @@ def _backward_after(
     return dhidden, dout
 
 
-def _query(step: _Step, tiles: Sequence[slice], hidden: Tensor) -> Tensor:
+def _query(step: Step, tiles: Sequence[slice], hidden: Tensor) -> Tensor:
     """Repeat q [Q, Hq, D], which forward has not kept."""
     weights = step.layer.before_weights()
     (q,) = map_tiles(lambda tile: (step.query(hidden[tile], tile, weights),), tiles)
@@ -262,7 +311,7 @@ def _query(step: _Step, tiles: Sequence[slice], hidden: Tensor) -> Tensor:
 
 
 def _backward_before(
-    step: _Step, tiles: Tiles, hidden: Tensor, dqkv: tuple[Tensor, Tensor, Tensor], dhidden: Tensor
+    step: Step, tiles: Tiles, hidden: Tensor, dqkv: tuple[Tensor, Tensor, Tensor], dhidden: Tensor
 ) -> None:
     """Backward of what precedes the attention, tile by tile; adds its part to dhidden [S, H].
 
@@ -273,7 +322,7 @@ def _backward_before(
     dq, dk, dv = dqkv
     for tile in (*tiles.live, *tiles.rest):
         # dq has no rows of slots that are not live, so dq[tile] is empty for their tiles.
-        gradients, angles = (dq[tile], dk[tile], dv[tile]), step.angles(tile)
-        dhidden[tile] += project_backward(
-            step.embeds(tile), hidden[tile], gradients, angles, weights, sums, layer.eps
-        )
+        columns = turned_back((dq[tile], dk[tile], dv[tile]), step.angles(tile))
+        part, dembeds = project_backward(step.embeds(tile), hidden[tile], columns, weights, sums, layer.eps)
+        dhidden[tile] += part
+        step.take_dembeds(tile, dembeds)

@@ -34,6 +34,10 @@ class TTTSupervision:
         """K: step k reads row i + 1 + k, so the last step reads row i + K."""
         return self.ttt_steps
 
+    def slots_of(self, num_own_slots: int, supervised: NDArray[np.bool_]) -> int:
+        """All that hold a token, as `layout.Supervision` has it."""
+        return num_own_slots
+
     def __call__(
         self, document: IntArray, slots: IntArray, loss_mask: NDArray[np.bool_]
     ) -> NDArray[np.bool_]:
