@@ -3,10 +3,11 @@ at long context with as many tokens and optimizer steps. Hours on two cores; the
 stop.
 
 A target of 6.2 million parameters learns repositories and questions about them (long_corpus.py), at last at
-the longest context. The drafts learn the same kind of text by the recipe, on four ranks (ring 2 x ulysses 2),
-and guess in held-out prompts of each length. The judge is the target's own greedy answer: with any draft a
-greedy target answers the same, so one answer judges all drafts, round for round. `--python P`, with vLLM in
-P, serves some of them at every length too, and what vLLM accepts must be what was counted here.
+the longest context; it finds what it saw from its first step on (long_lookup.py). The drafts learn the same
+kind of text by the recipe, on four ranks (ring 2 x ulysses 2), and guess in held-out prompts of each length.
+The judge is the target's own greedy answer: with any draft a greedy target answers the same, so one answer
+judges all drafts, round for round. `--python P`, with vLLM in P, serves some of them at every length too, and
+what vLLM accepts must be what was counted here.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 import yaml
 
 from benchmarks import long_target
+from benchmarks.long_lookup import loss_of_copies
 from benchmarks.long_picture import draw
 from benchmarks.long_target import Stage
 from eagle3_ds.algorithms import ALGORITHMS
@@ -50,6 +52,8 @@ FIRST_SHORT, FIRST_MIDDLE, FIRST_LONG, FIRST_PROMPT = 20_000_000, 30_000_000, 40
 TTT_STEPS = 5
 NGRAM = "n-gram"
 SERVED_PROMPTS, TOLERANCE = 4, 0.02
+COPIED_ROWS = 4
+"""At each distance, by which it is told whether the target finds what it saw."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,9 @@ class Size:
 SIZES = {
     "record": Size(
         (
-            Stage(512, 16, 1000, 2e-3),
-            Stage(2048, 4, 300, 1e-3),
-            Stage(16384, 1, 100, 5e-4),
+            Stage(512, 6, 2, 1000, 1e-3),
+            Stage(2048, 2, 1, 250, 7e-4),
+            Stage(16384, 1, 1, 40, 5e-4),
         ),
         1024,
         4096,
@@ -88,7 +92,9 @@ SIZES = {
         16,
         96,
     ),
-    "trial": Size((Stage(256, 2, 6, 2e-3), Stage(512, 1, 2, 1e-3)), 256, 512, 1024, 3, (256, 1024), 2, 16),
+    "trial": Size(
+        (Stage(256, 3, 1, 60, 1e-3), Stage(1024, 1, 1, 10, 5e-4)), 256, 512, 1024, 3, (256, 1024), 2, 16
+    ),
 }
 
 
@@ -352,6 +358,9 @@ def _of_target(folder: Path, trained: Mapping[str, Any], size: Size) -> dict[str
             "loss_of_answers_by_context": long_target.loss_by_context(
                 target.model, target.tokenizer, size.long, edges, size.prompts
             ),
+            "loss_of_copies": loss_of_copies(
+                target.model, long_target.first_token(target.tokenizer), edges, COPIED_ROWS
+            ),
         }
         path.write_text(json.dumps(found, indent=1))
     result: dict[str, Any] = json.loads(path.read_text())
@@ -368,6 +377,10 @@ def _tell(body: Mapping[str, Any]) -> None:
             *(f"{row['loss']:.3f}" for row in target["loss_of_answers_by_context"]),
         ],
     ]
+    copies = target["loss_of_copies"]
+    rows.append(
+        ["random tokens, copied from so far back", *(f"{row['second']:.3f}" for row in copies)],
+    )
     print_table("The target", columns, rows)
     names = {name: row["what"] for name, row in body["drafts"].items()} | {NGRAM: "n-gram look-up"}
     lengths = [row["context"] for row in next(iter(body["by_context"].values()))]

@@ -88,7 +88,11 @@ def conversation(number: int, characters: int, answered: float = ANSWERED_SHARE)
     left = characters - len(repository)
     turns = [turn for quoted in quotables for turn in _quotations(quoted)] + _key_questions(rng, keys)
     rng.shuffle(turns)
+    asked = set[str]()
     for question, answer in turns:
+        if question in asked:  # a module may have two definitions of one name, or stand there twice
+            continue
+        asked.add(question)
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         left -= len(question) + len(answer)
         if left <= 0:

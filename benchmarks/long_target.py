@@ -1,8 +1,9 @@
 """A small target that uses far context: a Llama trained in stages, short texts first, on repositories and
-questions about them (long_corpus.py).
+questions about them (long_corpus.py) and on copies of random tokens (long_lookup.py).
 
-Each stage is a number of steps at one length; the training writes its whole state now and then and goes on
-from there. Answers weigh most in the loss: they are quotations, so to lower it the model must look back.
+It begins with weights that can look back, and training keeps and sharpens that: every step has rows that
+nothing else predicts. Each stage is a number of steps at one length; the training writes its whole state now
+and then and goes on from there. Answers weigh most in the loss: they are quotations.
 
 Legend: B rows of a step, T tokens of a row, V vocabulary.
 """
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.long_corpus import conversation
+from benchmarks.long_lookup import copied_row, wire_lookup
 from eagle3_ds.config import TargetBuild
 from eagle3_ds.say import progress_bar
 from eagle3_ds.targets.build import model_config, train_tokenizer
@@ -41,16 +43,22 @@ FIRST_ROW, FIRST_HELDOUT = 100_000, 10_000_000
 WARMUP_STEPS, LAST_SHARE = 50, 0.1
 """Of each stage: a linear warm-up, then a cosine to this share of its learning rate."""
 SAVE_EVERY = 50
-"""Steps between states that are written, of 8,192 tokens each."""
+"""Steps between states that are written, and of the losses that are noted."""
+TOKENS_AT_ONCE = 16_384
+"""Rows of a step are read together up to so many tokens."""
+TEXT, ANSWER, FRESH, COPY = range(4)
+"""What a token is: of a text, of an answer in it; random, or copied. No loss is of the random ones."""
+NOTED = {"answers": ANSWER, "text": TEXT, "copies": COPY}
 STATE, RECORD = "training.pt", "long_target.json"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps at one length. `rows` rows of `length` tokens each are one step."""
+    """Steps at one length. `texts` and `copies` rows of `length` tokens each are one step."""
 
     length: int
-    rows: int
+    texts: int
+    copies: int
     steps: int
     learning_rate: float
 
@@ -73,7 +81,7 @@ def train(folder: Path, build: TargetBuild, stages: Sequence[Stage], progress: b
 
     Returns:
         What is known of the training, as in long_target.json: stages, and of each 50 steps the losses (nats)
-        of tokens in answers and of the others.
+        of tokens in answers, of the other tokens of texts, and of copied tokens.
 
     Raises:
         ValueError: a target of other stages or sizes is there.
@@ -122,15 +130,17 @@ class _Training:
         self._folder, self._record = folder, record
         self.step, self._number = 0, FIRST_ROW
         self.losses: list[dict[str, float]] = []
-        self._sums: list[tuple[float, float]] = []
+        self._sums: list[list[float]] = []
         self.tokenizer = _tokenizer(folder, build)
         config = model_config(build, self.tokenizer)
         config.rope_parameters = {"rope_type": "default", "rope_theta": ROPE_THETA}
         torch.manual_seed(build.seed)
         self.model = transformers.LlamaForCausalLM(config).float().train()
-        matrices = [p for p in self.model.parameters() if p.dim() > 1]
-        vectors = [p for p in self.model.parameters() if p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+        wire_lookup(self.model)
+        embedding = self.model.model.embed_tokens.weight
+        matrices = [p for p in self.model.parameters() if p.dim() > 1 and p is not embedding]
+        others = [p for p in self.model.parameters() if p.dim() <= 1 or p is embedding]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
         self._optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95))
         if (folder / STATE).is_file():
             self._load()
@@ -139,28 +149,44 @@ class _Training:
         """Step `step` of a stage. Returns its losses, to be shown."""
         for group in self._optimizer.param_groups:
             group["lr"] = stage.learning_rate * _schedule(step, stage.steps)
-        rows = [self._row(stage.length) for _ in range(stage.rows)]
-        ids = torch.tensor([row[0] for row in rows])
-        answers = torch.tensor([row[1] for row in rows])[:, 1:].bool()
-        losses = token_losses(self.model, ids)
-        weights = torch.where(answers, 1.0, TEXT_WEIGHT)
-        ((losses * weights).sum() / weights.sum()).backward()
+        ids, kinds = self._batch(stage)
+        weights = torch.tensor([TEXT_WEIGHT, 1.0, 0.0, 1.0])[kinds]
+        found = torch.empty(kinds.shape)
+        for rows in torch.arange(len(ids)).split(max(1, TOKENS_AT_ONCE // stage.length)):
+            losses = token_losses(self.model, ids[rows])
+            ((losses * weights[rows]).sum() / weights.sum()).backward()
+            found[rows] = losses.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        of_answers, of_text = (float(losses.detach()[mask].mean()) for mask in (answers, ~answers))
-        self._sums.append((of_answers, of_text))
+        told = {name: float(found[kinds == kind].mean()) for name, kind in NOTED.items()}
+        self._sums.append(list(told.values()))
         self.step += 1
         if self.step % SAVE_EVERY == 0 or step + 1 == stage.steps:
-            mean_answers, mean_text = (sum(part) / len(self._sums) for part in zip(*self._sums, strict=True))
-            self.losses.append(
-                {"step": self.step, "length": stage.length, "answers": mean_answers, "text": mean_text}
-            )
+            means = [sum(part) / len(part) for part in zip(*self._sums, strict=True)]
+            row = {"step": self.step, "length": stage.length}
+            self.losses.append(row | dict(zip(NOTED, means, strict=True)))
             self._sums = []
             self._save()
-        return f"answers {of_answers:.2f}, text {of_text:.2f}"
+        return ", ".join(f"{name} {loss:.2f}" for name, loss in told.items())
 
-    def _row(self, length: int) -> tuple[list[int], list[int]]:
+    def _batch(self, stage: Stage) -> tuple[Tensor, Tensor]:
+        """The rows of a step, int64 [B, T + 1], and what each token but the first is, int64 [B, T]."""
+        ids, kinds = [], []
+        for _ in range(stage.texts):
+            row, answered = self._text(stage.length)
+            ids.append(row)
+            kinds.append([ANSWER if each else TEXT for each in answered])
+        for _ in range(stage.copies):
+            row, told = copied_row(
+                self._number, stage.length, self.model.config.vocab_size, first_token(self.tokenizer)
+            )
+            self._number += 1
+            ids.append(row)
+            kinds.append([COPY if each else FRESH for each in told])
+        return torch.tensor(ids), torch.tensor(kinds)[:, 1:]
+
+    def _text(self, length: int) -> tuple[list[int], list[int]]:
         """`length` + 1 tokens and which of them are of answers: a conversation without its beginning, so that
         its questions are in it.
         """
@@ -199,6 +225,11 @@ def _tokenizer(folder: Path, build: TargetBuild) -> Any:
         ]
         train_tokenizer(build, texts).save_pretrained(folder)
     return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def first_token(tokenizer: Any) -> int:
+    """The first id that is no special token's: of a built tokenizer, all below it are."""
+    return 1 + int(max(tokenizer.all_special_ids))
 
 
 def render(tokenizer: Any, number: int, characters: int, answered: float) -> tuple[list[int], list[int]]:

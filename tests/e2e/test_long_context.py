@@ -36,7 +36,7 @@ def test_two_drafts_at_every_length(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_target_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stages = [Stage(64, 1, 3, 1e-3), Stage(128, 1, 2, 1e-3)]
+    stages = [Stage(64, 1, 1, 3, 1e-3), Stage(128, 1, 1, 2, 1e-3)]
     monkeypatch.setattr(long_target, "SAVE_EVERY", 1)
     monkeypatch.setattr(long_target, "TOKENIZER_CONVERSATIONS", 40)
     sizes = long_target.sizes(512)

@@ -1,5 +1,5 @@
 """The texts of benchmarks.long_context: what is answered stands far back, and conversations are the same
-again.
+again; and its target, which finds what it saw before it is trained.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import transformers
 
 from benchmarks import long_target
 from benchmarks.long_corpus import ANSWERED_SHARE, conversation
+from benchmarks.long_lookup import UNTOLD, copied_row, loss_of_copies, wire_lookup
 from eagle3_ds.targets.build import model_config, train_tokenizer
 
 SIZES = long_target.sizes(512).model_copy(
@@ -75,3 +76,40 @@ def test_the_loss_by_context_sees_no_more_than_it_says(monkeypatch: pytest.Monke
     assert max(seen[:2]) < max(seen[2:])
     by_place = long_target.loss_by_position(model, tokenizer, 500, [100, 500], 2)
     assert by_place[0]["tokens"] == 200 and 700 < by_place[1]["tokens"] <= 800
+
+
+@pytest.mark.parametrize("length", [64, 512, 5000])
+def test_a_copied_token_is_told_by_the_two_before_it(length: int) -> None:
+    shares = []
+    for number in range(8):
+        ids, told = copied_row(number, length, 2048, 3)
+        assert len(ids) == len(told) == length + 1 and min(ids) >= 3 and max(ids) < 2048
+        after: dict[tuple[int, ...], set[int]] = {}
+        for place, token in enumerate(ids):
+            pair = tuple(ids[max(0, place - UNTOLD) : place])
+            assert not told[place] or token in after[pair]
+            after.setdefault(pair, set()).add(token)
+        shares.append(sum(told) / length)
+    assert 0.1 < min(shares) < max(shares) < 0.95
+    assert copied_row(1, length, 2048, 3) == copied_row(1, length, 2048, 3) != copied_row(2, length, 2048, 3)
+
+
+def test_a_target_finds_copies_before_it_is_trained() -> None:
+    tokenizer = train_tokenizer(SIZES, [conversation(number, 3000)["messages"] for number in range(40)])
+    first_token = long_target.first_token(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(first_token) not in tokenizer.all_special_tokens
+    config = model_config(long_target.sizes(8192), tokenizer)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": long_target.ROPE_THETA}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    for row in loss_of_copies(model, first_token, [64, 1024], 2):
+        assert row["second"] > 0.9 * row["first"]
+    wire_lookup(model)
+    for row in loss_of_copies(model, first_token, [64, 1024], 2):
+        assert row["second"] < 0.5 * row["first"]
+
+
+def test_a_look_up_has_one_shape() -> None:
+    tokenizer = train_tokenizer(SIZES, [conversation(number, 3000)["messages"] for number in range(40)])
+    with pytest.raises(ValueError, match=r"hidden_size, num_heads, num_kv_heads \(256, 4, 2\).*\(32, 2, 1\)"):
+        wire_lookup(transformers.LlamaForCausalLM(model_config(SIZES, tokenizer)))
