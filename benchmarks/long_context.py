@@ -3,7 +3,7 @@ at long context with as many tokens and optimizer steps. Hours on two cores; the
 stop.
 
 A target of 6.2 million parameters learns repositories and questions about them (long_corpus.py), at last at
-the longest context; it finds what it saw from its first step on (long_lookup.py). The drafts learn the same
+the longest context; it finds what it saw from its first step on (long_start.py). The drafts learn the same
 kind of text by the recipe, on four ranks (ring 2 x ulysses 2), and guess in held-out prompts of each length.
 The judge is the target's own greedy answer: with any draft a greedy target answers the same, so one answer
 judges all drafts, round for round. `--python P`, with vLLM in P, serves some of them at every length too, and
@@ -80,9 +80,9 @@ class Size:
 SIZES = {
     "record": Size(
         (
-            Stage(512, 6, 2, 1000, 1e-3),
+            Stage(512, 6, 2, 800, 1e-3),
             Stage(2048, 2, 1, 250, 7e-4),
-            Stage(16384, 1, 1, 40, 5e-4),
+            Stage(16384, 1, 1, 24, 5e-4),
         ),
         1024,
         4096,

@@ -1,9 +1,9 @@
 """A small target that uses far context: a Llama trained in stages, short texts first, on repositories and
 questions about them (long_corpus.py) and on copies of random tokens (long_lookup.py).
 
-It begins with weights that can look back, and training keeps and sharpens that: every step has rows that
-nothing else predicts. Each stage is a number of steps at one length; the training writes its whole state now
-and then and goes on from there. Answers weigh most in the loss: they are quotations.
+It begins with weights that can look back (long_start.py), and training keeps and sharpens that: every step
+has rows that nothing else predicts. Each stage is a number of steps at one length; the training writes its
+whole state now and then and goes on from there. Answers weigh most in the loss: they are quotations.
 
 Legend: B rows of a step, T tokens of a row, V vocabulary.
 """
@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.long_corpus import conversation
-from benchmarks.long_lookup import copied_row, wire_lookup
+from benchmarks.long_lookup import copied_row
+from benchmarks.long_start import wire_lookup
 from eagle3_ds.config import TargetBuild
 from eagle3_ds.say import progress_bar
 from eagle3_ds.targets.build import model_config, train_tokenizer
@@ -35,7 +36,7 @@ ANSWERED = 0.4
 """Share of a row's characters that are questions and answers."""
 TEXT_WEIGHT = 0.3
 """In the loss, of a token that is not of an answer; an answer's is 1."""
-ROPE_THETA = 500_000.0
+ROPE_THETA = 10_000_000.0
 """Angles slow enough for the longest stage, from the first one on."""
 TOKENIZER_CONVERSATIONS, TOKENIZER_CHARACTERS = 1500, 4000
 FIRST_ROW, FIRST_HELDOUT = 100_000, 10_000_000
@@ -134,9 +135,8 @@ class _Training:
         self.tokenizer = _tokenizer(folder, build)
         config = model_config(build, self.tokenizer)
         config.rope_parameters = {"rope_type": "default", "rope_theta": ROPE_THETA}
-        torch.manual_seed(build.seed)
         self.model = transformers.LlamaForCausalLM(config).float().train()
-        wire_lookup(self.model)
+        wire_lookup(self.model, build.seed)
         embedding = self.model.model.embed_tokens.weight
         matrices = [p for p in self.model.parameters() if p.dim() > 1 and p is not embedding]
         others = [p for p in self.model.parameters() if p.dim() <= 1 or p is embedding]

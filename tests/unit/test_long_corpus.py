@@ -12,7 +12,8 @@ import transformers
 
 from benchmarks import long_target
 from benchmarks.long_corpus import ANSWERED_SHARE, conversation
-from benchmarks.long_lookup import UNTOLD, copied_row, loss_of_copies, wire_lookup
+from benchmarks.long_lookup import UNTOLD, copied_row, loss_of_copies
+from benchmarks.long_start import wire_lookup
 from eagle3_ds.targets.build import model_config, train_tokenizer
 
 SIZES = long_target.sizes(512).model_copy(
@@ -104,12 +105,17 @@ def test_a_target_finds_copies_before_it_is_trained() -> None:
     model = transformers.LlamaForCausalLM(config).eval()
     for row in loss_of_copies(model, first_token, [64, 1024], 2):
         assert row["second"] > 0.9 * row["first"]
-    wire_lookup(model)
-    for row in loss_of_copies(model, first_token, [64, 1024], 2):
-        assert row["second"] < 0.5 * row["first"]
+    wire_lookup(model, 0)
+    for row in loss_of_copies(model, first_token, [64, 1024, 4096], 2):
+        assert row["second"] < 0.2 * row["first"]
 
 
-def test_a_look_up_has_one_shape() -> None:
+@pytest.mark.parametrize(
+    "wrong", [{"num_layers": 1}, {"num_heads": 2}, {"num_kv_heads": 1}, {"hidden_size": 32}, None]
+)
+def test_a_look_up_takes_room(wrong: dict[str, int] | None) -> None:
     tokenizer = train_tokenizer(SIZES, [conversation(number, 3000)["messages"] for number in range(40)])
-    with pytest.raises(ValueError, match=r"hidden_size, num_heads, num_kv_heads \(256, 4, 2\).*\(32, 2, 1\)"):
-        wire_lookup(transformers.LlamaForCausalLM(model_config(SIZES, tokenizer)))
+    config = model_config(long_target.sizes(512).model_copy(update=wrong or {}), tokenizer)
+    config.tie_word_embeddings = wrong is None
+    with pytest.raises(ValueError, match=r"num_layers >= 2, num_heads >= 4, num_kv_heads >= 2"):
+        wire_lookup(transformers.LlamaForCausalLM(config), 0)
