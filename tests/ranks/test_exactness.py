@@ -8,7 +8,7 @@ import torch.distributed as dist
 from eagle3_ds.train.shared_memory import segment
 from judge.cases import Case, make_inputs, short_matrix
 from judge.exactness import COMPARED, judge, main, relative_error
-from judge.mutations import MUTATIONS, OF_PEAGLE
+from judge.mutations import MUTATIONS, OF_DFLASH, OF_PEAGLE
 from judge.product import run_product
 from judge.ranks import run_ranks
 
@@ -28,6 +28,7 @@ def test_the_case_that_is_mutated_passes_unharmed():
     assert tuple(verdict.errors) == COMPARED
 
 
+DFLASH = Case(ring=2, algorithm="dflash", block="causal", layers=2)
 ANSWERS = Case(ring=2, documents="answers")
 SHOWN_BY = {
     "lost_prompts": ANSWERS,
@@ -41,10 +42,12 @@ SHOWN_BY = {
     "lost_width": Case(ulysses=2, shape="mlp"),
     "narrow_teacher": Case(ulysses=2, shape="narrow"),
     **{mutation: Case(ulysses=2, algorithm="peagle") for mutation in OF_PEAGLE},
+    **dict.fromkeys(OF_DFLASH, DFLASH),
 }
 MUTATED = [(mutation, SHOWN_BY.get(mutation, TWO_RANKS)) for mutation in MUTATIONS]
 # A cut with slots that are not live has halos, documents and a scale of its own.
 MUTATED += [(mutation, ANSWERS) for mutation in ("scale_by_sp", "dropped_halo", "leaking_document")]
+MUTATED += [(mutation, DFLASH) for mutation in ("scale_by_sp", "dropped_halo", "leaking_document")]
 
 
 @pytest.mark.parametrize(("mutation", "case"), MUTATED)
