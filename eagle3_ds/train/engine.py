@@ -29,7 +29,7 @@ from eagle3_ds.config import Recipe
 from eagle3_ds.draft import Draft, LossInputs, LossSum, LossTaps, tiled_loss
 from eagle3_ds.layout import LocalBatch
 from eagle3_ds.topology import Topology, ZeroGroupMpu
-from eagle3_ds.train.extensions import wait_for_extensions
+from eagle3_ds.train.extensions import prepare_extensions
 from eagle3_ds.train.shared_memory import unname_segment
 
 
@@ -93,7 +93,7 @@ def build_engine(
     # DeepSpeed keeps the mpu in a global, and an engine without one takes what is there: a second trainer in
     # one process would reduce its gradients over the groups of the first.
     groups.mpu = mpu
-    wait_for_extensions()
+    prepare_extensions()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config, mpu=mpu)
     unname_segment(topology)
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):

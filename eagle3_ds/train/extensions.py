@@ -1,25 +1,34 @@
-"""Waiting, with an end, for the C++ extensions that DeepSpeed compiles at its first start on a machine.
+"""Where DeepSpeed's C++ extensions are compiled at its first start on a machine, and how long that may take.
 
 torch compiles an extension under a lock file and waits for ever for a lock that it finds. A process killed
 while it compiles leaves its lock behind, and every later run would stand still at its start without a word.
+Besides, torch has one folder for all environments of a Python version: two of them, used in turns, compile
+anew at each start, because paths of headers are part of what was compiled.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 logger = logging.getLogger(__name__)
 
+VARIABLE = "TORCH_EXTENSIONS_DIR"
 PATIENCE_S = 900.0
 """Seconds after which nobody is compiling any more: each extension of DeepSpeed takes minutes at most."""
 _TOLD_AFTER_S = 5.0
 
 
-def wait_for_extensions(patience_s: float = PATIENCE_S, poll_s: float = 0.5) -> None:
-    """Return once no extension of DeepSpeed's is locked. Each rank calls it before `deepspeed.initialize`.
+def prepare_extensions(patience_s: float = PATIENCE_S, poll_s: float = 0.5) -> None:
+    """Give this environment a folder of its own, and return once no extension of DeepSpeed's in it is locked.
+    Each rank calls it before `deepspeed.initialize`. A folder that the user has set stays.
 
     Args:
         patience_s: seconds, counted from when a lock was made, after which its owner counts as dead.
@@ -30,7 +39,7 @@ def wait_for_extensions(patience_s: float = PATIENCE_S, poll_s: float = 0.5) -> 
             folder another host may hold it.
     """
     began, told = time.monotonic(), set[Path]()
-    folder = _folder()
+    folder = Path(os.environ.setdefault(VARIABLE, str(_own_folder())))
     while locks := dict(_locks(folder)):
         waited = time.monotonic() - began
         for lock, made in locks.items():
@@ -68,8 +77,10 @@ def _names() -> list[str]:
     return sorted(builder if isinstance(builder, str) else builder.name for builder in ALL_OPS.values())
 
 
-def _folder() -> Path:
-    """Where torch compiles extensions for this Python and this accelerator; torch alone knows the rule."""
-    from torch.utils.cpp_extension import _get_build_directory
+def _own_folder() -> Path:
+    """This environment's folder, where torch keeps its one for all."""
+    from torch.utils.cpp_extension import get_default_build_root
 
-    return Path(_get_build_directory("deepspeed_not_implemented", verbose=False)).parent
+    environment = f"{sys.prefix} {sys.version} {torch.__version__}"
+    digest = hashlib.sha256(environment.encode()).hexdigest()[:8]
+    return Path(get_default_build_root()) / f"eagle3_ds-{digest}"

@@ -33,7 +33,7 @@ from eagle3_ds.targets import (
     teacher_tokens,
 )
 from eagle3_ds.topology import Topology
-from eagle3_ds.train.extensions import wait_for_extensions
+from eagle3_ds.train.extensions import prepare_extensions
 from eagle3_ds.train.quiet import ignore_renamed_collectives
 from eagle3_ds.train.shared_memory import unname_segment
 
@@ -204,7 +204,7 @@ def _hook_up(forward: SpanForward, topology: Topology) -> Any:
     mlps = {type(layer.mlp) for layer in forward.decoder.layers if hasattr(layer, "mlp")}
     if mlps:
         set_z3_leaf_modules(forward, list(mlps))
-    wait_for_extensions()
+    prepare_extensions()
     engine, *_ = deepspeed.initialize(model=forward, config=_settings())
     unname_segment(topology)
     engine.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from eagle3_ds.train import extensions
-from eagle3_ds.train.extensions import wait_for_extensions
+from eagle3_ds.train.extensions import prepare_extensions
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_no_lock_is_no_wait(lock: Path) -> None:
     began = time.monotonic()
-    wait_for_extensions(poll_s=120.0)
+    prepare_extensions(poll_s=120.0)
     assert time.monotonic() - began < 100.0
 
 
@@ -32,7 +33,7 @@ def test_an_old_lock_ends_the_run_at_once_and_stays(lock: Path) -> None:
     lock.touch()
     os.utime(lock, (time.time() - 3600, time.time() - 3600))
     with pytest.raises(TimeoutError, match=rf"deepspeed_shm_comm is being compiled.*rm {lock}"):
-        wait_for_extensions(poll_s=60.0)
+        prepare_extensions(poll_s=60.0)
     assert lock.exists()
 
 
@@ -40,7 +41,7 @@ def test_a_lock_that_nobody_releases_ends_the_run_even_by_a_clock_that_lags(lock
     lock.touch()
     os.utime(lock, (time.time() + 3600, time.time() + 3600))
     with pytest.raises(TimeoutError, match="was killed"):
-        wait_for_extensions(patience_s=0.3, poll_s=0.05)
+        prepare_extensions(patience_s=0.3, poll_s=0.05)
 
 
 def test_a_compiler_that_lives_is_waited_for_and_said(
@@ -51,7 +52,7 @@ def test_a_compiler_that_lives_is_waited_for_and_said(
     lock.touch()
     release = threading.Timer(0.6, lock.unlink)
     release.start()
-    wait_for_extensions(poll_s=0.05)
+    prepare_extensions(poll_s=0.05)
     release.join()
     assert not lock.exists()
     told = [record.getMessage() for record in caplog.records]
@@ -63,17 +64,35 @@ def test_locks_of_other_programs_are_theirs(lock: Path) -> None:
     other.parent.mkdir()
     other.touch()
     os.utime(other, (0, 0))
-    wait_for_extensions()
+    prepare_extensions()
     assert other.exists()
 
 
-def test_the_folder_is_the_one_in_which_torch_compiles(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def compiled_in(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where torch would compile DeepSpeed's extension now."""
     from torch.utils import cpp_extension
 
-    folders: list[object] = []
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(cpp_extension, "_jit_compile", lambda *given, **_: folders.extend(given))
+    arguments: list[object] = []
+    monkeypatch.setattr(cpp_extension, "_jit_compile", lambda *given, **_: arguments.extend(given))
     cpp_extension.load_inline("deepspeed_shm_comm", cpp_sources="")
-    assert str(extensions._folder() / "deepspeed_shm_comm") in folders
+    return next(Path(a) for a in arguments if isinstance(a, str) and a.endswith("/deepspeed_shm_comm"))
+
+
+@pytest.mark.parametrize("own", [None, "set/by/the/user"])
+def test_each_environment_compiles_in_a_folder_of_its_own(
+    own: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.utils.cpp_extension.get_default_build_root", lambda: str(tmp_path))
+    folders = []
+    for prefix in ("/one", "/two", "/one"):
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "to be put back")
+        if own:
+            monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / own))
+        else:
+            monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+        monkeypatch.setattr(sys, "prefix", prefix)
+        prepare_extensions()
+        folders.append(compiled_in(monkeypatch).parent)
+    assert folders[0] == folders[2]
+    assert (folders[0] == folders[1] == tmp_path / own) if own else folders[0] != folders[1]
+    assert all(tmp_path in folder.parents for folder in folders)
