@@ -94,7 +94,7 @@ if ! python="$(find_python "$mode")"; then
   usable "$python" "$mode" || { echo "launch.sh: the packages in $root/.venv do not import; remove it and retry." >&2; exit 2; }
 fi
 
-# The environment's own build tools first: two versions of ninja would compile DeepSpeed's extension anew in turns.
+# The environment's own build tools first: where an extension is compiled, two versions of ninja would do it in turns.
 PATH="$(cd "$(dirname "$python")" && pwd):$PATH"
 export PATH
 

@@ -30,7 +30,6 @@ from eagle3_ds.draft import Draft, LossInputs, LossSum, LossTaps, tiled_loss
 from eagle3_ds.layout import LocalBatch
 from eagle3_ds.topology import Topology, ZeroGroupMpu
 from eagle3_ds.train.extensions import prepare_extensions
-from eagle3_ds.train.shared_memory import unname_segment
 
 
 class DraftWithLoss(nn.Module):
@@ -95,7 +94,6 @@ def build_engine(
     groups.mpu = mpu
     prepare_extensions()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config, mpu=mpu)
-    unname_segment(topology)
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         _undo_synthetic_step(engine.optimizer)
     return engine, float(topology.draft_dp if by_draft_dp else topology.mesh.world_size)

@@ -16,10 +16,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import deepspeed.ops
 import torch
 
 logger = logging.getLogger(__name__)
 
+SHARED_MEMORY = "deepspeed_shm_comm"
+"""Reduces between the ranks of one host through shared memory."""
 VARIABLE = "TORCH_EXTENSIONS_DIR"
 PATIENCE_S = 900.0
 """Seconds after which nobody is compiling any more: each extension of DeepSpeed takes minutes at most."""
@@ -27,8 +30,8 @@ _TOLD_AFTER_S = 5.0
 
 
 def prepare_extensions(patience_s: float = PATIENCE_S, poll_s: float = 0.5) -> None:
-    """Give this environment a folder of its own, and return once no extension of DeepSpeed's in it is locked.
-    Each rank calls it before `deepspeed.initialize`. A folder that the user has set stays.
+    """Say which extension DeepSpeed may not compile, give this environment a folder for others, and return once
+    none in it is locked. Each rank calls it before `deepspeed.initialize`. A folder that the user set stays.
 
     Args:
         patience_s: seconds, counted from when a lock was made, after which its owner counts as dead.
@@ -39,6 +42,9 @@ def prepare_extensions(patience_s: float = PATIENCE_S, poll_s: float = 0.5) -> N
             folder another host may hold it.
     """
     began, told = time.monotonic(), set[Path]()
+    # DeepSpeed 0.19.8 compiles it for any run on CPUs, for minutes, and maps 69 MB per rank that it never
+    # frees. It serves `inference_all_reduce`, which training never calls, and which goes by gloo without it.
+    deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False
     folder = Path(os.environ.setdefault(VARIABLE, str(_own_folder())))
     while locks := dict(_locks(folder)):
         waited = time.monotonic() - began

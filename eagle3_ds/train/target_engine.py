@@ -35,7 +35,6 @@ from eagle3_ds.targets import (
 from eagle3_ds.topology import Topology
 from eagle3_ds.train.extensions import prepare_extensions
 from eagle3_ds.train.quiet import ignore_renamed_collectives
-from eagle3_ds.train.shared_memory import unname_segment
 
 PROBE_LENGTHS = (37, 11)
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-1}
@@ -206,7 +205,6 @@ def _hook_up(forward: SpanForward, topology: Topology) -> Any:
         set_z3_leaf_modules(forward, list(mlps))
     prepare_extensions()
     engine, *_ = deepspeed.initialize(model=forward, config=_settings())
-    unname_segment(topology)
     engine.eval()
     return engine
 
