@@ -30,8 +30,9 @@ _TOLD_AFTER_S = 5.0
 
 
 def prepare_extensions(patience_s: float = PATIENCE_S, poll_s: float = 0.5) -> None:
-    """Say which extension DeepSpeed may not compile, give this environment a folder for others, and return once
-    none in it is locked. Each rank calls it before `deepspeed.initialize`. A folder that the user set stays.
+    """Forbid the extension that training never uses, give this environment a folder for others, and return
+    once none in it is locked. Each rank calls it before `deepspeed.initialize`. A folder that the user set
+    stays.
 
     Args:
         patience_s: seconds, counted from when a lock was made, after which its owner counts as dead.
