@@ -218,4 +218,6 @@ def _show_summary(recipe: Recipe) -> None:
         )
         if told.warning is not None:
             write(console, f"warning: {told.warning}")
+    for name, why in told.failed_trackers.items():
+        write(console, f"warning: the tracker {name} does not hold the whole run: it stopped {why}")
     write(console, f"everything is in {recipe.output_dir}")

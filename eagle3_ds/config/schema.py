@@ -33,6 +33,7 @@ ExchangeName = Literal["gather", "ring"]
 ZeroGroup = Literal["all", "draft_dp"]
 MaskAlignment = Literal["served", "reference", "predicted"]
 BestBy = Literal["heldout_loss", "acceptance_length", "acceptance_length_decoded"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class TargetBuild(Section):
@@ -402,7 +403,18 @@ class TrainSection(Section):
     """Stop with a checkpoint after this many minutes of training."""
     init_from: Text | None = None
     """Folder of an exported draft to start from, in either layout of the export section."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Where rank 0 writes the lines of metrics.jsonl as well, each by its own package."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _each_tracker_once(self) -> TrainSection:
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(
+                f"trackers is {list(self.trackers)}, which names one twice, and each is written to once. "
+                f"Use {list(dict.fromkeys(self.trackers))}."
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
@@ -497,6 +509,12 @@ class Recipe(Section):
             raise ValueError(
                 f"the value is {json.dumps(value)}, but it should be the path of a DeepSpeed JSON, the name "
                 "of a shipped one such as zero2, or a mapping with the keys of one. Change it in the recipe."
+            )
+        comet = value.get("comet") if isinstance(value, dict) else None
+        if isinstance(comet, dict) and comet.get("api_key"):
+            raise ValueError(
+                "comet.api_key is given: a recipe is logged and saved. Put the key into the environment "
+                "variable COMET_API_KEY, and remove it here."
             )
         return value
 

@@ -53,6 +53,8 @@ from eagle3_ds.targets import (
     resolve_path,
 )
 from eagle3_ds.topology import Mesh, check_heads, detect_accelerator
+from eagle3_ds.train.trackers import missing_trackers
+from eagle3_ds.train.tracking import FOLDER as TRACKERS
 
 RESOLVED = "recipe.resolved.yaml"
 # Files that only a run which has begun to train leaves, and further files that --overwrite removes with them.
@@ -66,6 +68,7 @@ BYPRODUCTS = (
     "draft-speculators",
     "deepspeed.env",
     "logs",
+    TRACKERS,
 )
 # Keys that must not change when a run is resumed. All other keys may.
 FIXED_ON_RESUME = ("target.", "draft.", "data.", "loss.", "train.seed", "train.init_from")
@@ -92,6 +95,12 @@ def check_deepspeed(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
     if complaints:
         raise ValueError("\n  ".join([f"{deepspeed_name(recipe.deepspeed)}:", *complaints]))
     return filled
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Raises ValueError when the package of a tracker of the recipe is not installed here."""
+    if missing := missing_trackers(recipe):
+        raise ValueError("\n  ".join(missing))
 
 
 def check_places(recipe: Recipe, plan: LaunchPlan, launcher: str | None) -> None:

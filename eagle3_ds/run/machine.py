@@ -13,8 +13,11 @@ from eagle3_ds.kernels import KERNELS, AttentionKernel, select_kernel
 from eagle3_ds.kernels.selfcheck import TOLERANCE, measured_error
 from eagle3_ds.launch.command import read_hostfile
 from eagle3_ds.launch.hosts import reach
+from eagle3_ds.train.trackers import PACKAGES as TRACKERS
 
-PACKAGES = ("torch", "deepspeed", "transformers", "triton", "flash-attn", "flash-attn-3", "flash-attn-4")
+PACKAGES = (
+    "torch", "deepspeed", "transformers", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", *TRACKERS,
+)  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float32)
 
 

@@ -20,6 +20,7 @@ from eagle3_ds.run.checks import (
     check_output,
     check_target_on_ranks,
     check_target_structure,
+    check_trackers,
     server_warning,
     target_config,
 )
@@ -109,6 +110,12 @@ def _check_rest(recipe: Recipe, accelerator: str, options: RunOptions) -> list[s
     lacks gives a note and no error.
     """
     notes = []
+    try:
+        check_trackers(recipe)
+    except ValueError as error:
+        if not options.dry_run:
+            raise
+        notes.append(f"on this machine: {error}")
     target = target_config(recipe, options.dry_run)
     if target is None:
         notes.append(

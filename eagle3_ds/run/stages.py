@@ -44,6 +44,7 @@ from eagle3_ds.targets import (
     target_fingerprint,
 )
 from eagle3_ds.train.initial_draft import write_initial_draft
+from eagle3_ds.train.tracking import failed_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -307,6 +308,7 @@ class Summary:
         peak_bytes: peak memory of the rank that needed most.
         evaluation: the content of eval.json; None when the draft was not evaluated.
         warning: what to say of an evaluation whose target repeats itself, or None.
+        failed_trackers: {tracker: after which step and why it stopped}.
     """
 
     steps: int
@@ -315,6 +317,7 @@ class Summary:
     peak_bytes: int
     evaluation: dict[str, Any] | None
     warning: str | None
+    failed_trackers: dict[str, str]
 
 
 def summary(recipe: Recipe) -> Summary:
@@ -324,4 +327,4 @@ def summary(recipe: Recipe) -> Summary:
     result = in_process(read_eval(folder))
     peak = max(records[-1]["peak_memory_bytes"])
     warning = None if result is None else loop_warning(result)
-    return Summary(len(records), records[0], records[-1], peak, result, warning)
+    return Summary(len(records), records[0], records[-1], peak, result, warning, failed_trackers(recipe))

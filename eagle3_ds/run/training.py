@@ -15,6 +15,7 @@ from eagle3_ds.run.memory_advice import advise_on_memory
 from eagle3_ds.run.resolve import ResolvedRun, RunOptions, resolve_run
 from eagle3_ds.run.served_states import streaming
 from eagle3_ds.run.stages import capture, evaluate, export, prepare, report
+from eagle3_ds.train.tracking import add_report
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,8 @@ def capture_run(run: ResolvedRun) -> int:
 
 
 def finish_run(recipe: Recipe) -> None:
-    """What follows training: exports first, which nothing after them can lose, then evaluation and report.
+    """What follows training: exports first, which nothing after them can lose, then evaluation and report,
+    whose picture the trackers get.
 
     Raises:
         ValueError, NotLosslessError: of the export or the evaluation; the report is drawn all the same, from
@@ -107,7 +109,7 @@ def finish_run(recipe: Recipe) -> None:
         export(recipe)
         evaluate(recipe)
     finally:
-        report(recipe)
+        add_report(recipe, report(recipe))
 
 
 def _plan_again(run: ResolvedRun) -> LaunchPlan:

@@ -25,6 +25,7 @@ from eagle3_ds.say import progress_bar
 from eagle3_ds.train.decoded import DecodedAcceptance
 from eagle3_ds.train.metrics import MetricsFile, peak_memory_bytes
 from eagle3_ds.train.state import EngineState
+from eagle3_ds.train.tracking import Tracking
 from eagle3_ds.train.trainer import DraftTrainer, learning_rate_at
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def run_training(
     heart: Heart,
     resumed: Manifest | None = None,
     decoded: DecodedAcceptance | None = None,
+    tracking: Tracking | None = None,
 ) -> None:
     """Train to the end of the run, or until a request to stop. Collective.
 
@@ -75,6 +77,7 @@ def run_training(
         heart: reports to the supervisor what this rank does.
         resumed: manifest of the checkpoint that was loaded into the trainer; None for a new run.
         decoded: what is decoded every `eval.during` steps and after the last; None decodes nothing.
+        tracking: rank 0's trackers, which it opens; who made it closes them.
 
     Raises:
         ValueError: the checkpoint has done more steps than the run has.
@@ -89,7 +92,7 @@ def run_training(
             f"The checkpoint is of step {done}, the run ends after step {last}. Raise train.steps or "
             "train.epochs."
         )
-    metrics = MetricsFile(output_dir / "metrics.jsonl", done) if is_first else None
+    metrics = MetricsFile(output_dir / "metrics.jsonl", done, tracking) if is_first else None
     if is_first:
         # Final weights of an earlier, shorter run: while this one has not ended, they must not look like its.
         (output_dir / FINAL_WEIGHTS).unlink(missing_ok=True)

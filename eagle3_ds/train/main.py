@@ -42,6 +42,7 @@ from eagle3_ds.train.online import OnlineStates
 from eagle3_ds.train.state import EngineState
 from eagle3_ds.train.streamed import StreamedStates
 from eagle3_ds.train.target_engine import TargetEngine
+from eagle3_ds.train.tracking import Tracking
 from eagle3_ds.train.trainer import DraftTrainer
 
 # Not __name__: a rank runs this file as __main__, whose logger is no child of the package's logger.
@@ -197,7 +198,8 @@ def train(recipe: Recipe, resume: str | None, heart: Heart) -> None:
         if resumed is None:
             save_weights(trainer, output_dir / INITIAL_WEIGHTS)
         decoded = build_decoded(trainer)
-        run_training(trainer, loader, heldout, output_dir, stop, heart, resumed, decoded)
+        tracking = stack.enter_context(Tracking(recipe)) if is_first else None
+        run_training(trainer, loader, heldout, output_dir, stop, heart, resumed, decoded, tracking)
 
 
 if __name__ == "__main__":

@@ -11,23 +11,26 @@ import torch
 import torch.distributed as dist
 
 from eagle3_ds.checkpoint.format import sync_file, write_durably
+from eagle3_ds.train.tracking import Tracking
 
 
 class MetricsFile:
     """Appends to metrics.jsonl. Opening it drops the lines after `first_step`: a resumed run takes those
-    steps again, and each step is to have one line.
+    steps again, and each step is to have one line. The trackers get the same lines, and each further one.
 
     Raises:
         ValueError: a line is not the metrics of a step.
     """
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, first_step: int, tracking: Tracking | None = None) -> None:
+        self.path, self._tracking = path, tracking
         lines = path.read_text().split("\n") if path.exists() else [""]
         # What follows the last line break is empty, or a line that a crash cut short; a resumed run takes
         # its step again.
         kept = [line for number, line in enumerate(lines[:-1], 1) if self._step(line, number) <= first_step]
         write_durably(path, "".join(f"{line}\n" for line in kept))
+        if tracking is not None:
+            tracking.start([json.loads(line) for line in kept])
 
     def _step(self, line: str, number: int) -> int:
         try:
@@ -45,6 +48,8 @@ class MetricsFile:
             file.write(json.dumps(record) + "\n")
         if durably:
             sync_file(self.path)
+        if self._tracking is not None:
+            self._tracking.take(record)
 
 
 def peak_memory_bytes(device: torch.device) -> list[int]:

@@ -44,7 +44,10 @@ TABLE: dict[str, set[str]] = {
 }  # fmt: skip
 
 # Packages of others that one room alone imports: what a user sees is the command line's to choose.
-ROOM_OF = {"deepspeed": "train", "click": "cli", "rich": "cli", "vllm": "serving"}
+ROOM_OF = {
+    "deepspeed": "train", "click": "cli", "rich": "cli", "vllm": "serving",
+    "tensorboard": "train", "wandb": "train", "mlflow": "train", "trackio": "train",
+}  # fmt: skip
 
 
 def imported_modules(source: str) -> set[str]:
