@@ -255,11 +255,16 @@ class DraftSection(Section):
 
     @model_validator(mode="after")
     def _window_holds_the_guesses(self) -> DraftSection:
-        is_block = self.algorithm == "dflash"
-        name, least = ("block_size", self.block_size) if is_block else ("ttt_steps", self.ttt_steps)
-        if self.sliding_window is not None and self.sliding_window < least:
+        window = self.sliding_window
+        if self.algorithm == "dflash" and window is not None and window <= self.block_size:
             raise ValueError(
-                f"sliding_window = {self.sliding_window} is less than {name} = {least}: a guess "
+                f"sliding_window = {window} is not larger than block_size = {self.block_size}: the last "
+                "input of a block must see at least one key before the block. Use a window of thousands of "
+                "tokens, or null for full attention."
+            )
+        if self.algorithm != "dflash" and window is not None and window < self.ttt_steps:
+            raise ValueError(
+                f"sliding_window = {window} is less than ttt_steps = {self.ttt_steps}: a guess "
                 "must at least see those before it. Use a window of thousands of tokens, or null for full "
                 "attention."
             )
@@ -536,6 +541,26 @@ class Recipe(Section):
             raise ValueError(
                 f"loss.mask_alignment is {alignment} and draft.algorithm is {algorithm}, whose own trainers "
                 f"have no such rule. Use {' or '.join(ALIGNMENTS[algorithm])}."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_are_not_offloaded(self) -> Recipe:
+        if self.draft.algorithm == "dflash" and self.train.activation == "offload":
+            raise ValueError(
+                "train.activation is offload and draft.algorithm is dflash, whose blocks keep what they keep "
+                "on the device. Set train.activation to recompute, which keeps least, or keep."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _anchors_of_a_store(self) -> Recipe:
+        share, states = self.draft.anchor_share, self.data.hidden_states
+        if share < 1.0 and states != "offline":
+            raise ValueError(
+                f"draft.anchor_share is {share} and data.hidden_states is {states}: which rows a rank needs "
+                "is planned there before anchors are chosen. Set draft.anchor_share to 1.0, or "
+                "data.hidden_states to offline."
             )
         return self
 
