@@ -102,7 +102,9 @@ def varied_runs() -> dict[str, SampleRun]:
         "DFlash, ring 2, fp32, keep, answers of a half": run(
             "zero3", ring=2, shape=blocks, activation="keep", answered=0.5, ttt_steps=3
         ),
-        "DFlash, ring 2, gathered, a tenth of the anchors": run("zero2", ring=2, shape=blocks, anchor_share=0.1),
+        "DFlash, ring 2, gathered, a tenth of the anchors": run(
+            "zero2", ring=2, shape=blocks, anchor_share=0.1
+        ),
         "DFlash, ring 2, streamed, one layer": run(
             "zero2", ring=2, kv_exchange="ring", shape=replace(blocks, num_layers=1), ttt_steps=3
         ),

@@ -42,6 +42,7 @@ TWO_NODES = ("--hostfile", "recipes/2nodes.hostfile")
 SHIPPED = {
     "quickstart": ((), "draft_dp 1 x ring 2 x ulysses 2 = 4 ranks"),
     "quickstart_peagle": ((), "draft_dp 1 x ring 2 x ulysses 2 = 4 ranks"),
+    "quickstart_dflash": ((), "draft_dp 1 x ring 2 x ulysses 2 = 4 ranks"),
     "llama3.1-8b_8k_zero2": (("--num_gpus", "8"), "draft_dp 8 x ring 1 x ulysses 1 = 8 ranks"),
     "llama3.1-8b_128k_usp": (("--num_gpus", "8"), "draft_dp 1 x ring 2 x ulysses 4 = 8 ranks"),
     "qwen3-8b_128k_usp": (("--num_gpus", "8"), "draft_dp 1 x ring 1 x ulysses 8 = 8 ranks"),
