@@ -73,7 +73,10 @@ def _working_in(folder: Path) -> Iterator[None]:
 
 
 def small_job(shared: Path, folder: Path, *more: str, recipe: str = QUICKSTART) -> Job:
-    """Of the quickstart, or of a recipe with the same target and data. `shared` holds what a second run uses again: the target, and cached documents and hidden states."""
+    """Of the quickstart, or of a recipe with the same target and data.
+
+    `shared` holds what a second run uses again: the target, and cached documents and hidden states.
+    """
     places = (
         f"target.path={shared / 'target'}",
         f"data.cache_dir={shared / 'cache'}",

@@ -1,4 +1,4 @@
-"""A DFlash draft through the whole of the small quickstart, by the command: drawn anchors, two layers, ring 2."""
+"""A DFlash draft through the whole of the small quickstart, launched: drawn anchors, two layers, ring 2."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The costs of a DFlash draft: what its blocks keep for backward, the temporary memory of a step, calls, bytes
-sent and FLOPs (docs/dflash.md, "How it trains on ranks").
+"""The costs of a DFlash draft: what its blocks keep for backward, the temporary memory of a step, calls,
+bytes sent and FLOPs (docs/dflash.md, "How it trains on ranks").
 
 To the context a block's B inputs are further query heads, so the attention's costs are those of one step of
 EAGLE-3 with B times the heads.
