@@ -98,15 +98,22 @@ def varied_runs() -> dict[str, SampleRun]:
         "P-EAGLE, ring 2, streamed, two layers": run(
             "zero2", ring=2, kv_exchange="ring", shape=replace(masked, num_layers=2), ttt_steps=3
         ),
-        "DFlash, ulysses 2, bf16": run("zero2", dtype="bfloat16", ulysses=2, shape=blocks, length=1024),
+        "DFlash, ulysses 2, bf16": run(
+            "zero2", dtype="bfloat16", ulysses=2, shape=blocks, length=1024, ttt_steps=3
+        ),
         "DFlash, ring 2, fp32, keep, answers of a half": run(
-            "zero3", ring=2, shape=blocks, activation="keep", answered=0.5, ttt_steps=3
+            "zero3", ring=2, shape=blocks, activation="keep", answered=0.5, length=1024, ttt_steps=3
         ),
         "DFlash, ring 2, gathered, a tenth of the anchors": run(
             "zero2", ring=2, shape=blocks, anchor_share=0.1
         ),
         "DFlash, ring 2, streamed, one layer": run(
-            "zero2", ring=2, kv_exchange="ring", shape=replace(blocks, num_layers=1), ttt_steps=3
+            "zero2",
+            ring=2,
+            kv_exchange="ring",
+            shape=replace(blocks, num_layers=1),
+            length=1024,
+            ttt_steps=3,
         ),
         "short, the model is all": run("zero2", length=64, ttt_steps=1, dtype="bfloat16"),
     }
