@@ -94,7 +94,7 @@ if ! python="$(find_python "$mode")"; then
   usable "$python" "$mode" || { echo "launch.sh: the packages in $root/.venv do not import; remove it and retry." >&2; exit 2; }
 fi
 
-# The environment's own build tools first: two versions of ninja would compile DeepSpeed's extension anew in turns.
+# The environment's own build tools first: where an extension is compiled, two versions of ninja would do it in turns.
 PATH="$(cd "$(dirname "$python")" && pwd):$PATH"
 export PATH
 
@@ -105,7 +105,7 @@ if [ "$mode" = test ]; then
   "$python" -m ruff format --check --quiet .
   "$python" -m mypy
   # In two processes, which tests/conftest.py says how to share; `-n 0` runs them in one.
-  exec "$python" -m pytest tests --numprocesses 2 --dist loadgroup "$@"
+  exec "$python" -m pytest tests --numprocesses 2 "$@"
 fi
 case "$1" in
   --version | prepare | capture | evaluate | export | serve-check | report | plan | data | doctor | store) exec "$python" -m eagle3_ds.cli "$@" ;;

@@ -17,15 +17,15 @@ from transformers import LlamaConfig
 from eagle3_ds.algorithms.eagle3 import model, step
 from eagle3_ds.algorithms.peagle import model as peagle_model
 from eagle3_ds.algorithms.peagle import step as peagle_step
-from eagle3_ds.attention import prefix_kv, usp
+from eagle3_ds.attention import usp
 from eagle3_ds.attention.ring import RingKV
 from eagle3_ds.attention.tiles import StepTiles
 from eagle3_ds.draft import stream, taps
 from eagle3_ds.draft.decoder import rms_norm
-from eagle3_ds.kernels import Tile
-from eagle3_ds.layout import LocalBatch, LocalRows, SpanPlan
+from eagle3_ds.layout import LocalBatch, LocalRows
 from eagle3_ds.losses import lk_alpha, lk_lambda, tv
 from eagle3_ds.train import trainer as trainer_module
+from judge.block_faults import blocks_too_late, future_context, leaking_document
 from judge.cases import NORMS, SHAPE, Case
 
 MUTATIONS = (
@@ -50,6 +50,8 @@ MUTATIONS = (
     "masks_at_the_slot",
     "lost_mask_hidden",
     "targets_mask_row",
+    "future_context",
+    "blocks_too_late",
 )
 OF_TRAINER = ("scale_by_sp", "scale_of_width", "narrow_teacher")
 """Applied to the trainer, once it is made."""
@@ -57,6 +59,8 @@ SHAPES = {"scale_of_width": "head_dim", "lost_width": "mlp", "narrow_teacher": "
 """The shape of a draft that shows a mutation."""
 OF_PEAGLE = ("unseen_chain", "masks_at_the_slot", "lost_mask_hidden", "targets_mask_row")
 """What only a draft with masks shows."""
+OF_DFLASH = {"future_context": future_context, "blocks_too_late": blocks_too_late}
+"""What only a draft of blocks shows."""
 
 
 @contextmanager
@@ -70,8 +74,13 @@ def mutate(name: str | None, case: Case) -> Iterator[None]:
         raise ValueError(f"{name} needs another shape. Use a case with shape {SHAPES[str(name)]}.")
     if name in OF_PEAGLE and case.algorithm != "peagle":
         raise ValueError(f"{name} needs masks. Use a case with algorithm peagle.")
+    if name in OF_DFLASH and (case.algorithm != "dflash" or case.kv_exchange != "gather"):
+        raise ValueError(f"{name} needs blocks. Use a case with algorithm dflash and kv_exchange gather.")
     if name is None or name in OF_TRAINER:
         yield
+    elif name in OF_DFLASH:
+        with OF_DFLASH[name]():
+            yield
     elif name in OF_PEAGLE:
         if case.ttt_steps == 1:
             raise ValueError(f"{name} needs masks. Use a case with several guesses.")
@@ -96,7 +105,7 @@ def mutate(name: str | None, case: Case) -> Iterator[None]:
             raise ValueError(
                 "leaking_document patches the gathered tiles. Use a case with kv_exchange gather."
             )
-        with mock.patch.object(prefix_kv, "gathered_tiles", _leaking(prefix_kv.gathered_tiles)):
+        with leaking_document():
             yield
     elif name == "rope_off_by_one":
         # Wrong from the second TTT step on only: RoPE is relative, so shifting all steps changes nothing.
@@ -305,12 +314,3 @@ def _unnormalised(overlap: Any) -> Any:
         return alpha, torch.heaviside(target - q, q.new_tensor(0.5)) * q, q
 
     return unnormalised_overlap
-
-
-def _leaking(tiles: Any) -> Any:
-    """Every slot also attends to the documents that come before its own in the pack."""
-
-    def leaking_tiles(plan: SpanPlan, ring_rank: int, window: int | None) -> tuple[Tile, ...]:
-        return tuple(tile._replace(k_start=0) for tile in tiles(plan, ring_rank, window))
-
-    return leaking_tiles

@@ -7,22 +7,25 @@ would measure each other; the tests of a file stay together, because they share 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
-
-FOLDER = Path(__file__).parent
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported: two threads in each of two processes wait for each other most of the time.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-# First, because pytest-xdist reads the groups in a hook of this name.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        folder, *rest = item.path.relative_to(FOLDER).parts
-        item.add_marker(pytest.mark.xdist_group(rest[-1] if folder == "unit" else "several processes"))
+# Optional, because without pytest-xdist there is no such hook.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Shared(LoadScopeScheduling):
+        """Hands out what `_split_scope` names alike to one process."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return path if path.startswith("tests/unit/") else "several processes"
+
+    return Shared(config, log)

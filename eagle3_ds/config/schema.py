@@ -255,16 +255,12 @@ class DraftSection(Section):
 
     @model_validator(mode="after")
     def _window_holds_the_guesses(self) -> DraftSection:
-        window = self.sliding_window
-        if self.algorithm == "dflash" and window is not None and window <= self.block_size:
+        is_block = self.algorithm == "dflash"
+        # The last input of a block stands block_size places behind the newest slot of the context.
+        name, least = ("block_size + 1", self.block_size + 1) if is_block else ("ttt_steps", self.ttt_steps)
+        if self.sliding_window is not None and self.sliding_window < least:
             raise ValueError(
-                f"sliding_window = {window} is not larger than block_size = {self.block_size}: the last "
-                "input of a block must see at least one key before the block. Use a window of thousands of "
-                "tokens, or null for full attention."
-            )
-        if self.algorithm != "dflash" and window is not None and window < self.ttt_steps:
-            raise ValueError(
-                f"sliding_window = {window} is less than ttt_steps = {self.ttt_steps}: a guess "
+                f"sliding_window = {self.sliding_window} is less than {name} = {least}: a guess "
                 "must at least see those before it. Use a window of thousands of tokens, or null for full "
                 "attention."
             )
@@ -545,22 +541,19 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _blocks_are_not_offloaded(self) -> Recipe:
-        if self.draft.algorithm == "dflash" and self.train.activation == "offload":
+    def _blocks_are_trained_so(self) -> Recipe:
+        if self.draft.algorithm != "dflash":
+            return self
+        if self.train.activation == "offload":
             raise ValueError(
-                "train.activation is offload and draft.algorithm is dflash, whose blocks keep what they keep "
-                "on the device. Set train.activation to recompute, which keeps least, or keep."
+                "train.activation is offload and draft.algorithm is dflash, whose pass moves nothing to the "
+                "host. Use recompute, or keep."
             )
-        return self
-
-    @model_validator(mode="after")
-    def _anchors_of_a_store(self) -> Recipe:
-        share, states = self.draft.anchor_share, self.data.hidden_states
-        if share < 1.0 and states != "offline":
+        if self.draft.anchor_share < 1 and self.data.hidden_states in ("stream", "online"):
             raise ValueError(
-                f"draft.anchor_share is {share} and data.hidden_states is {states}: which rows a rank needs "
-                "is planned there before anchors are chosen. Set draft.anchor_share to 1.0, or "
-                "data.hidden_states to offline."
+                f"draft.anchor_share is {self.draft.anchor_share} and data.hidden_states is "
+                f"{self.data.hidden_states}: who reads which hidden states is decided before anchors are "
+                "drawn. Use a store (data.hidden_states: offline), or anchor_share 1."
             )
         return self
 

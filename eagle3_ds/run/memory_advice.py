@@ -48,7 +48,10 @@ def advise_on_memory(reason: str, recipe: Recipe, ranks_per_host: int) -> str | 
     setup = counted_setup(recipe, shape, target, recipe.parallel.draft_dp)
     opening = "If memory was the reason: " if _PERHAPS in reason else ""
     files, notes = deepspeed_files(recipe, setup.world_size)
-    advice = explain_shortage(setup, memory_per_rank(ranks_per_host), files)
+    try:
+        advice = explain_shortage(setup, memory_per_rank(ranks_per_host), files)
+    except ValueError as error:  # an algorithm that is not counted
+        advice = f"no advice on memory: {error}"
     return "\n".join([opening + advice, *(f"note: {note}" for note in notes)])
 
 

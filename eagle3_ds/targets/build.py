@@ -85,7 +85,7 @@ def build_target(
     try:
         aside.chmod(0o755)
         documents = _gather(build, texts, conversations)
-        tokenizer = _train_tokenizer(build, documents)
+        tokenizer = train_tokenizer(build, documents)
         rows = _tokenise(build, tokenizer, documents)
         model, losses = _train_model(build, tokenizer, rows, progress)
         model.save_pretrained(aside)
@@ -163,7 +163,7 @@ def _gather(
     return documents
 
 
-def _train_tokenizer(
+def train_tokenizer(
     build: TargetBuild, documents: list[str | Messages]
 ) -> transformers.PreTrainedTokenizerFast:
     """A byte-level BPE, which can encode any text, with the special tokens and template of the chat."""
@@ -237,7 +237,7 @@ def _train_model(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(build.seed)
-        model = transformers.LlamaForCausalLM(_model_config(build, tokenizer)).float()
+        model = transformers.LlamaForCausalLM(model_config(build, tokenizer)).float()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -265,7 +265,7 @@ def _train_model(
     return model.eval(), losses
 
 
-def _model_config(build: TargetBuild, tokenizer: Any) -> transformers.LlamaConfig:
+def model_config(build: TargetBuild, tokenizer: Any) -> transformers.LlamaConfig:
     return transformers.LlamaConfig(
         vocab_size=build.vocab_size,
         hidden_size=build.hidden_size,

@@ -29,7 +29,7 @@ from eagle3_ds.config import Recipe
 from eagle3_ds.draft import Draft, LossInputs, LossSum, LossTaps, tiled_loss
 from eagle3_ds.layout import LocalBatch
 from eagle3_ds.topology import Topology, ZeroGroupMpu
-from eagle3_ds.train.shared_memory import unname_segment
+from eagle3_ds.train.extensions import prepare_extensions
 
 
 class DraftWithLoss(nn.Module):
@@ -92,8 +92,8 @@ def build_engine(
     # DeepSpeed keeps the mpu in a global, and an engine without one takes what is there: a second trainer in
     # one process would reduce its gradients over the groups of the first.
     groups.mpu = mpu
+    prepare_extensions()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config, mpu=mpu)
-    unname_segment(topology)
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         _undo_synthetic_step(engine.optimizer)
     return engine, float(topology.draft_dp if by_draft_dp else topology.mesh.world_size)

@@ -430,7 +430,7 @@ class RolloutTrainer:
 
 def _check_anchors(recipe: Recipe) -> None:
     """Raises ValueError where the recipe draws anchors, which the loader of documents does by their ids."""
-    if recipe.draft.anchor_share < 1.0:
+    if algorithm_of(recipe).anchors(recipe) is not None:
         raise ValueError(
             f"draft.anchor_share is {recipe.draft.anchor_share}: anchors are drawn by document and epoch, "
             "and rollouts have neither. Set it to 1.0, which makes every slot that can be one an anchor."

@@ -33,8 +33,8 @@ from eagle3_ds.targets import (
     teacher_tokens,
 )
 from eagle3_ds.topology import Topology
+from eagle3_ds.train.extensions import prepare_extensions
 from eagle3_ds.train.quiet import ignore_renamed_collectives
-from eagle3_ds.train.shared_memory import unname_segment
 
 PROBE_LENGTHS = (37, 11)
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-1}
@@ -203,8 +203,8 @@ def _hook_up(forward: SpanForward, topology: Topology) -> Any:
     mlps = {type(layer.mlp) for layer in forward.decoder.layers if hasattr(layer, "mlp")}
     if mlps:
         set_z3_leaf_modules(forward, list(mlps))
+    prepare_extensions()
     engine, *_ = deepspeed.initialize(model=forward, config=_settings())
-    unname_segment(topology)
     engine.eval()
     return engine
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -15,19 +14,18 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import LlamaConfig
 
-import eagle3_ds.algorithms.dflash.model as product
 from eagle3_ds.algorithms.dflash.anchors import SampledAnchors
 from eagle3_ds.algorithms.dflash.model import DFlashModel
 from eagle3_ds.algorithms.dflash.step import BlockSettings
 from eagle3_ds.algorithms.dflash.supervision import BlockSupervision
-from eagle3_ds.attention import patch_attention, prefix_kv
-from eagle3_ds.attention.rotary import RotaryFrequencies
+from eagle3_ds.attention import patch_attention
 from eagle3_ds.draft import LossInputs, LossTaps, loss_tiles, tiled_loss
 from eagle3_ds.draft.geometry import aux_keys, window_keys
-from eagle3_ds.kernels import Tile, select_kernel
+from eagle3_ds.kernels import select_kernel
 from eagle3_ds.layout import LocalBatch, PackedSequence, SpanPlan, live_slots, prepare_usp_input, stream_rows
 from eagle3_ds.losses.kl import KL
 from eagle3_ds.topology import Topology, maybe_setup_distributed
+from judge.block_faults import blocks_too_late, future_context, leaking_document
 from judge.collective_calls import CollectiveCalls
 from judge.dense_reference import Frozen, LossRules, MicroBatch, StepResult
 from judge.dflash_reference import dflash_step
@@ -290,47 +288,7 @@ def test_a_layer_sends_what_the_page_says(run_ranks: Any, ring: int, ulysses: in
         assert result["sent"] == expected
 
 
-def future_context() -> Any:
-    """A block sees the captured state of its own newest token, where its document has one."""
-    honest = prefix_kv.gathered_tiles
-
-    def tiles(plan: SpanPlan, ring_rank: int, window: int | None) -> tuple[Tile, ...]:
-        found = []
-        for tile in honest(plan, ring_rank, window):
-            ends = int(plan.document[tile.k_stop - 1] != plan.document[tile.k_stop])
-            found.append(tile if ends else tile._replace(k_stop=tile.k_stop + 1))
-        return tuple(found)
-
-    return mock.patch.object(prefix_kv, "gathered_tiles", tiles)
-
-
-def leaking_document() -> Any:
-    """A block sees all documents of its pack that come before its own."""
-    honest = prefix_kv.gathered_tiles
-
-    def tiles(plan: SpanPlan, ring_rank: int, window: int | None) -> tuple[Tile, ...]:
-        return tuple(tile._replace(k_start=0) for tile in honest(plan, ring_rank, window))
-
-    return mock.patch.object(prefix_kv, "gathered_tiles", tiles)
-
-
-class _BlocksTooLate(RotaryFrequencies):
-    """Positions one too large where the blocks stand; the context's are right."""
-
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        # The inputs of a block stand beside each other, whole blocks at a time; a rank's slots do not.
-        rows = positions.unflatten(0, (-1, SIZE)) if len(positions) % SIZE == 0 else positions[:, None]
-        is_blocks = rows.shape[1] == SIZE and bool((rows.diff(dim=1) == 1).all())
-        return super().angles(positions + 1 if is_blocks else positions)
-
-
-def late_positions() -> Any:
-    """The inputs of a block stand one position too late."""
-    honest = product.rotary_frequencies
-    return mock.patch.object(product, "rotary_frequencies", lambda *a: _BlocksTooLate(*honest(*a)))
-
-
-FAULTS = {"future": future_context, "leak": leaking_document, "late": late_positions}
+FAULTS = {"future": future_context, "leak": leaking_document, "late": blocks_too_late}
 
 
 @pytest.mark.ranks

@@ -267,6 +267,19 @@ def no_vocabulary(target: str, output: Path) -> str:
     raise AssertionError("a vocabulary was made up")
 
 
+def sampled_anchors(target: str, output: Path) -> str:
+    recipe = make_recipe(target, output, 1, 1, 2).model_dump()
+    recipe["draft"] = {"algorithm": "dflash", "vocab_size": 320, "anchor_share": 0.5}
+    with pytest.raises(ValueError) as refused:
+        RolloutTrainer(Recipe.model_validate(recipe))
+    return str(refused.value)
+
+
+def test_anchors_are_not_drawn_from_what_is_seen_once(run_ranks, target: str, tmp_path: Path) -> None:
+    (message,) = run_ranks(1, sampled_anchors, target, tmp_path)
+    assert "draft.anchor_share is 0.5" in message and "Set it to 1" in message
+
+
 def test_a_draft_vocabulary_is_not_made_up(run_ranks, target: str, tmp_path: Path) -> None:
     (message,) = run_ranks(1, no_vocabulary, target, tmp_path)
     assert (

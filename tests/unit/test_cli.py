@@ -45,7 +45,9 @@ SHIPPED = {
     "quickstart_dflash": ((), "draft_dp 1 x ring 2 x ulysses 2 = 4 ranks"),
     "llama3.1-8b_8k_zero2": (("--num_gpus", "8"), "draft_dp 8 x ring 1 x ulysses 1 = 8 ranks"),
     "llama3.1-8b_128k_usp": (("--num_gpus", "8"), "draft_dp 1 x ring 2 x ulysses 4 = 8 ranks"),
+    "llama3.1-8b_128k_peagle": (("--num_gpus", "8"), "draft_dp 1 x ring 2 x ulysses 4 = 8 ranks"),
     "qwen3-8b_128k_usp": (("--num_gpus", "8"), "draft_dp 1 x ring 1 x ulysses 8 = 8 ranks"),
+    "qwen3-8b_128k_dflash": (("--num_gpus", "8"), "draft_dp 1 x ring 1 x ulysses 8 = 8 ranks"),
     "qwen3-32b_128k_2nodes": (TWO_NODES, "draft_dp 1 x ring 2 x ulysses 8 = 16 ranks"),
 }
 

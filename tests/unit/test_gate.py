@@ -74,7 +74,7 @@ def test_tests_lie_in_tests_alone() -> None:
 
 def test_launch_and_ci_run_that_very_command() -> None:
     launch = (ROOT / "launch.sh").read_text(encoding="utf-8")
-    assert '"$python" -m pytest tests --numprocesses 2 --dist loadgroup "$@"' in launch
+    assert '"$python" -m pytest tests --numprocesses 2 "$@"' in launch
     assert '"$python" -m ruff check .' in launch and '"$python" -m mypy' in launch
     assert "exec ./launch.sh test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "./launch.sh test " in (ROOT / "README.md").read_text(encoding="utf-8")
