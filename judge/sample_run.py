@@ -118,8 +118,8 @@ class SampleRun:
         setup = Setup.of(self.recipe(), self.deepspeed or {}, self.shape, self.draft_dp, device="cpu")
         supervision = ALGORITHMS[self.algorithm].supervision(self.recipe())
         live = live_slots(self.lengths or (self.length,), self.loss_mask(), supervision, self.anchors())
-        # What is counted has been drawn already.
-        return replace(setup, supervised=float(live.mean()), anchor_share=1.0)
+        # Of the live slots a share has been drawn already.
+        return replace(setup, supervised=float(live.mean()) / setup.anchor_share)
 
     def anchors(self) -> Tensor | None:
         """bool [length], as `PackedSequence.anchors`; the same in every pack."""

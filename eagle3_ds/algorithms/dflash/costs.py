@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from eagle3_ds.attention.costs import (
+    SHORT,
     attention_backward,
     gradient_exchange,
     keys_and_values,
@@ -167,6 +168,13 @@ def _rows(setup: Setup) -> int:
     return setup.live_slots * _inputs(setup)
 
 
+def _scattered(setup: Setup) -> bool:
+    """Whether anchors are drawn so sparsely that runs of them are short, on average shorter than the rows
+    that `FoldedKernel` leaves as they are.
+    """
+    return 1 - setup.anchor_share > 1 / SHORT
+
+
 def _wide(setup: Setup) -> Setup:
     """One step of anchors whose query heads are those of all inputs of their blocks."""
     shape = replace(setup.shape, num_heads=setup.shape.num_heads * _inputs(setup))
@@ -258,7 +266,12 @@ def _moments_of_layer(setup: Setup, shape: DFlashShape, layer: int) -> list[Part
     after = sum(weights[name] for name in ("o", "gate", "up", "down"))
     # The sum over the later layers of the gradient of fc's output.
     states = {"gradient of fc's output": slots * H * item if layer < shape.num_layers else 0}
-    mlp = rows * (2 * H + A) * item + _sums(setup, after) + _tile_after(setup, shape)
+    if setup.activation == "keep":
+        # The gradient of the layer's output and of `down`, those of silu(gate) * up and of its two factors;
+        # the product itself is no longer kept.
+        mlp = (rows * (H + 2 * shape.intermediate_size) + weights["down"]) * item
+    else:
+        mlp = rows * (2 * H + A) * item + _sums(setup, after) + _tile_after(setup, shape)
     # The gradient of the layer's input, of the attention's output in both orders, and the block's own.
     passing = rows * (H + 3 * A + 2 * kv) * item
     context_sums = keys_and_values(setup)["step-0 KV"] // shape.num_layers // item * FP32
@@ -268,7 +281,7 @@ def _moments_of_layer(setup: Setup, shape: DFlashShape, layer: int) -> list[Part
             **half,
             **states,
             "KV gradients": context_sums,
-            "attention's backward": passing + attention_backward(wide),
+            "attention's backward": passing + attention_backward(wide, _scattered(setup)),
         },
     ]
     if exchanged := gradient_exchange(wide):
@@ -293,7 +306,4 @@ def _moments_of_layer(setup: Setup, shape: DFlashShape, layer: int) -> list[Part
 def _tile_after(setup: Setup, shape: DFlashShape) -> int:
     """Bytes of one tile of what follows the attention: repeated, with its gradients."""
     H, inner, item = shape.hidden_size, shape.intermediate_size, setup.itemsize
-    if setup.activation == "keep":
-        # The gradients of silu(gate) * up, of gate and of up; autograd has kept everything else.
-        return _rows(setup) * 3 * inner * item
     return _tile_rows(setup, _rows(setup)) * (6 * inner * item + H * (2 * item + norm_entries(setup)))
