@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from eagle3_ds.algorithms.dflash.costs import DFlashShape
 from eagle3_ds.algorithms.eagle3 import Eagle3Shape
 from eagle3_ds.algorithms.peagle import PEagleShape
 from eagle3_ds.plan import predict_memory
@@ -66,6 +67,8 @@ def varied_runs() -> dict[str, SampleRun]:
         SHAPE, hidden_size=192, intermediate_size=512, num_heads=6, target_size=256, aux_size=768
     )
     masked = PEagleShape(**vars(SHAPE))
+    # A block has 8 inputs, so fewer slots than EAGLE-3's keep as much.
+    blocks = DFlashShape(256, 768, 8, 2, 32, 4096, 2048, num_layers=2, aux_size=768, own_mask=True)
     turned = replace(SHAPE, head_dim=64, rotated_size=16, aux_size=5 * 256)
     return {
         "one rank, fp32": run("zero0"),
@@ -94,6 +97,23 @@ def varied_runs() -> dict[str, SampleRun]:
         ),
         "P-EAGLE, ring 2, streamed, two layers": run(
             "zero2", ring=2, kv_exchange="ring", shape=replace(masked, num_layers=2), ttt_steps=3
+        ),
+        "DFlash, ulysses 2, bf16": run(
+            "zero2", dtype="bfloat16", ulysses=2, shape=blocks, length=1024, ttt_steps=3
+        ),
+        "DFlash, ring 2, fp32, keep, answers of a half": run(
+            "zero3", ring=2, shape=blocks, activation="keep", answered=0.5, length=1024, ttt_steps=3
+        ),
+        "DFlash, ring 2, gathered, a tenth of the anchors": run(
+            "zero2", ring=2, shape=blocks, anchor_share=0.1
+        ),
+        "DFlash, ring 2, streamed, one layer": run(
+            "zero2",
+            ring=2,
+            kv_exchange="ring",
+            shape=replace(blocks, num_layers=1),
+            length=1024,
+            ttt_steps=3,
         ),
         "short, the model is all": run("zero2", length=64, ttt_steps=1, dtype="bfloat16"),
     }

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eagle3_ds.algorithms.eagle3 import DraftModel
+from eagle3_ds.algorithms.eagle3 import DraftModel, Eagle3Shape
 from eagle3_ds.algorithms.eagle3.supervision import TTTSupervision
 from eagle3_ds.config import fill_deepspeed_config
 from eagle3_ds.draft import LossInputs
@@ -67,6 +67,7 @@ class LongRun(SampleRun):
         """Made anew, so that no rank keeps a second copy. Norms are not all ones, and the attention has its
         SHARPNESS.
         """
+        assert isinstance(self.shape, Eagle3Shape)
         model = make_model(StepShape(self.shape, self.ttt_steps))
         generator = torch.Generator().manual_seed(3)
         for name, weight in model.weights.items():

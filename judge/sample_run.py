@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from eagle3_ds.algorithms import ALGORITHMS
+from eagle3_ds.algorithms.dflash.config import dflash_keys
+from eagle3_ds.algorithms.dflash.costs import DFlashShape
 from eagle3_ds.algorithms.eagle3 import Eagle3Shape
-from eagle3_ds.algorithms.eagle3.supervision import TTTSupervision
 from eagle3_ds.algorithms.peagle import PEagleShape
 from eagle3_ds.config import Recipe, fill_deepspeed_config
 from eagle3_ds.costs import Setup
 from eagle3_ds.draft import VocabularyMap
-from eagle3_ds.draft.geometry import aux_keys
+from eagle3_ds.draft.geometry import aux_keys, window_keys
 from eagle3_ds.layout import PackedSequence, live_slots
 from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.trainer import DraftTrainer
@@ -34,10 +35,12 @@ class SampleRun:
     Attributes:
         lengths: documents of each packed sequence; None is one document of `length`.
         deepspeed: the DeepSpeed JSON as a mapping.
+        ttt_steps: K, the guesses of a slot; a DFlash block has one input more.
         answered: share of each document, at its end, that the assistant said, so that is supervised.
+        anchor_share, window: of a DFlash draft.
     """
 
-    shape: Eagle3Shape
+    shape: Eagle3Shape | DFlashShape
     length: int
     ttt_steps: int = 7
     draft_dp: int = 1
@@ -55,6 +58,8 @@ class SampleRun:
     kernel: str = "auto"
     lengths: tuple[int, ...] | None = None
     answered: float = 1.0
+    anchor_share: float = 1.0
+    window: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -63,6 +68,8 @@ class SampleRun:
     @property
     def algorithm(self) -> str:
         """The one whose shape it is."""
+        if isinstance(self.shape, DFlashShape):
+            return "dflash"
         return "peagle" if isinstance(self.shape, PEagleShape) else "eagle3"
 
     @property
@@ -72,13 +79,15 @@ class SampleRun:
 
     def recipe(self) -> Recipe:
         """`target` and `data` are there because a recipe has them, and are never opened."""
+        blocks = {"block_size": self.ttt_steps + 1, "anchor_share": self.anchor_share}
         sections: dict[str, Any] = {
             "target": {"path": "none"},
             "draft": {
                 "algorithm": self.algorithm,
                 "vocab_size": self.shape.draft_vocab_size,
-                "ttt_steps": self.ttt_steps,
                 "num_layers": self.shape.num_layers,
+                "sliding_window": self.window,
+                **(blocks if self.algorithm == "dflash" else {"ttt_steps": self.ttt_steps}),
             },
             "data": {"train": ("none",), "max_length": self.length},
             "parallel": {
@@ -98,6 +107,7 @@ class SampleRun:
                 "activation": self.activation,
                 "tile_bytes": self.tile_bytes,
             },
+            "eval": {"draft_tokens": self.ttt_steps},
             "deepspeed": "none",
             "output_dir": "none",
         }
@@ -106,8 +116,16 @@ class SampleRun:
     def setup(self) -> Setup:
         """The same as the planner sees it."""
         setup = Setup.of(self.recipe(), self.deepspeed or {}, self.shape, self.draft_dp, device="cpu")
-        live = live_slots(self.lengths or (self.length,), self.loss_mask(), TTTSupervision(self.ttt_steps))
-        return replace(setup, supervised=float(live.mean()))
+        supervision = ALGORITHMS[self.algorithm].supervision(self.recipe())
+        live = live_slots(self.lengths or (self.length,), self.loss_mask(), supervision, self.anchors())
+        # Of the live slots a share has been drawn already.
+        return replace(setup, supervised=float(live.mean()) / setup.anchor_share)
+
+    def anchors(self) -> Tensor | None:
+        """bool [length], as `PackedSequence.anchors`; the same in every pack."""
+        recipe, lengths = self.recipe(), self.lengths or (self.length,)
+        draw = ALGORITHMS[self.algorithm].anchors(recipe)
+        return None if draw is None else draw(0, range(len(lengths)), lengths, self.loss_mask())
 
     def config(self) -> LlamaConfig:
         shape, rope = self.shape, ROPE
@@ -126,8 +144,16 @@ class SampleRun:
             max_position_embeddings=self.length,
             rope_parameters=rope,
             tie_word_embeddings=False,
-            **({"mask_token_id": 0} if self.algorithm == "peagle" else {}),
+            **self._own_keys(),
         )
+
+    def _own_keys(self) -> dict[str, Any]:
+        """The config's keys that not every algorithm has."""
+        if self.algorithm == "dflash":
+            assert isinstance(self.shape, DFlashShape)
+            keys = dflash_keys(self.ttt_steps + 1, 0, self.shape.own_mask, block_causal=False)
+            return {**keys, **window_keys(self.window, self.shape.num_layers)}
+        return {"mask_token_id": 0} if self.algorithm == "peagle" else {}
 
     def topology(self) -> Topology:
         """Joins the world. Collective."""
@@ -169,6 +195,7 @@ class SampleRun:
             token_ids=tokens(shape.vocab_size),
             loss_mask=self.loss_mask(),
             lengths=self.lengths or (length,),
+            anchors=self.anchors(),
             teacher_token=tokens(shape.draft_vocab_size),
             aux=hidden(self.aux_size),
             teacher=hidden(shape.target_hidden_size),

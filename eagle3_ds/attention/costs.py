@@ -5,11 +5,17 @@ Legend: S slots of a rank, Q live ones, K TTT steps, Hq / Hkv heads, D head size
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from eagle3_ds.costs import FP32, ExchangeName, Parts, Setup, Traffic
 
 BACKWARD_BLOCK = 2**12
 """The value of `TileKernel.backward_block`: the most rows, and about the most keys, of one call of an
 attention kernel's backward.
+"""
+JOINED, SHORT = 16, 32
+"""Those of `FoldedKernel`: the most scattered rows that it joins, each with its query heads of one key head,
+and the fewest rows together that are not scattered.
 """
 
 
@@ -102,8 +108,12 @@ def keys_and_values(setup: Setup) -> Parts:
     return {"step-0 KV": step_0, "diagonal KV": diagonals}
 
 
-def attention_backward(setup: Setup) -> int:
-    """Bytes that the backward of one step's attention allocates beside what is kept (`attend_backward`)."""
+def attention_backward(setup: Setup, folded: bool = False) -> int:
+    """Bytes that the backward of one step's attention allocates beside what is kept (`attend_backward`).
+
+    Args:
+        folded: whether the live slots are scattered, and the kernel folds their query heads (`FoldedKernel`).
+    """
     shape, S, item = setup.shape, setup.live_slots, setup.itemsize
     query, statistic = S * shape.query_size * item, S * shape.num_heads * FP32
     wide_query = S * shape.query_size * FP32
@@ -116,7 +126,13 @@ def attention_backward(setup: Setup) -> int:
         total += 2 * query + 2 * statistic
     # The kernel's dq in fp32, and the stand-in output that it computes delta from.
     total += wide_query + query
-    return total + _kernel_workspace(setup) + _passing_blocks(setup)
+    if not folded:
+        return total + _kernel_workspace(setup, *_kernel_block(setup)) + _passing_blocks(setup)
+    # Of all rows and heads: dout, q, lse and delta folded, and dq before it is unfolded.
+    total += 2 * query + 2 * statistic + wide_query
+    group = shape.num_heads // shape.num_kv_heads
+    alone = replace(setup, shape=replace(shape, num_heads=shape.num_kv_heads))
+    return total + _kernel_workspace(alone, JOINED * group, _kernel_block(setup)[1]) + _passing_blocks(setup)
 
 
 def gradient_exchange(setup: Setup) -> int:
@@ -150,12 +166,11 @@ def _passing_blocks(setup: Setup) -> int:
     return setup.live_slots * setup.shape.query_size * FP32 + copies * block_bytes(setup)
 
 
-def _kernel_workspace(setup: Setup) -> int:
-    """Bytes of what a flash kernel's backward allocates for one block: gradients in the inputs' dtype, those
-    of keys and values for every query head before they are summed over the group.
+def _kernel_workspace(setup: Setup, rows: int, keys: int) -> int:
+    """Bytes of what a flash kernel's backward allocates for one block of so many rows and keys: gradients in
+    the inputs' dtype, those of keys and values for every query head before they are summed over the group.
     """
     shape, item = setup.shape, setup.itemsize
-    rows, keys = _kernel_block(setup)
     query, kv = shape.query_size // setup.ulysses, 2 * shape.kv_size // setup.ulysses
     grouped = shape.num_heads > shape.num_kv_heads
     expanded = keys * 2 * query * item

@@ -168,6 +168,7 @@ class Setup:
         decoder_bytes, decoder_draft_bytes: weights of the whole target, and of the whole draft, with which
             rank 0 decodes between two steps (`eval.during`).
         supervised: the share of tokens in the loss, taken as the share of live slots too.
+        anchor_share: the share of those that are trained in an epoch, as in the recipe.
         window: the most keys that a position of the draft sees; None for no limit.
         device: decides the attention kernel's workspace; "cuda" stands for any accelerator.
     """
@@ -192,6 +193,7 @@ class Setup:
     decoder_bytes: int = 0
     decoder_draft_bytes: int = 0
     supervised: float = 1.0
+    anchor_share: float = 1.0
     window: int | None = None
     device: Literal["cuda", "cpu"] = "cuda"
 
@@ -231,6 +233,7 @@ class Setup:
             tile_bytes=recipe.train.tile_bytes,
             loss_tile_bytes=recipe.loss.tile_bytes,
             chunks_per_rank=parallel.chunks_per_rank,
+            anchor_share=recipe.draft.anchor_share,
             window=recipe.draft.sliding_window,
             device=device,
         )
@@ -278,8 +281,13 @@ class Setup:
         return self.live_slots * self.ulysses
 
     @property
+    def live_share(self) -> float:
+        """The share of slots that the loss reads."""
+        return self.supervised * self.anchor_share
+
+    @property
     def _slots(self) -> tuple[int, int]:
-        live = round(self.length * self.supervised) if self.shape.live_slots_alone else self.length
+        live = round(self.length * self.live_share) if self.shape.live_slots_alone else self.length
         return slots_of_a_rank(self.length, live, self.ring, self.ulysses, self.chunks_per_rank)
 
     @property

@@ -28,9 +28,9 @@ from eagle3_ds.kernels.base import AttentionKernel, accumulation_dtype, merge_pa
 from eagle3_ds.kernels.tile import Tile
 
 # Tiles of so many rows stay as they are: each head of them is a product large enough, and needs no copy.
-_SHORT = 32
+SHORT = 32
 # The most rows that are joined. With 8, 32 and 64 the scattered rows above took 2 to 14% longer.
-_JOINED = 16
+JOINED = 16
 
 
 class FoldedKernel(AttentionKernel):
@@ -101,7 +101,7 @@ def _parted(tiles: Sequence[Tile], group: int) -> tuple[list[Tile], list[Tile]]:
     """The short tiles, folded and joined, and the others. `group` is G."""
     if group == 1:
         return [], list(tiles)
-    short = [tile for tile in tiles if tile.num_queries < _SHORT]
+    short = [tile for tile in tiles if tile.num_queries < SHORT]
     # By the first key, so that the rows that see one document, or one block of a ring, stand together.
     rows = sorted((row for tile in short for row in _rows(tile)), key=lambda row: (row.start, row.row))
     folded = [
@@ -109,7 +109,7 @@ def _parted(tiles: Sequence[Tile], group: int) -> tuple[list[Tile], list[Tile]]:
         for first, last, start, stop in _joined(rows)
         if stop > start
     ]
-    return folded, [tile for tile in tiles if tile.num_queries >= _SHORT]
+    return folded, [tile for tile in tiles if tile.num_queries >= SHORT]
 
 
 def _rows(tile: Tile) -> Iterator[_Row]:
@@ -135,7 +135,7 @@ def _joined(rows: Sequence[_Row]) -> Iterator[tuple[int, int, int, int]]:
     joined: list[_Row] = []
     for row in rows:
         if joined and not (
-            len(joined) < _JOINED
+            len(joined) < JOINED
             and row.row == joined[-1].row + 1
             and row.start == joined[0].start
             and joined[0].stop <= row.stop <= 2 * joined[0].stop - row.start

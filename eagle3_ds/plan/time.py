@@ -50,7 +50,7 @@ def attention_pairs(setup: Setup, documents: Sequence[int] | None = None) -> int
     Raises:
         ValueError: `documents` do not suit the length of `setup` (`SpanPlan.make`).
     """
-    counted = np.floor(np.arange(setup.length + 1) * setup.supervised)
+    counted = np.floor(np.arange(setup.length + 1) * setup.live_share)
     live = np.diff(counted) > 0 if setup.shape.live_slots_alone else None
     plan = SpanPlan.make(
         documents or (setup.length,), setup.ring, setup.ulysses, setup.chunks_per_rank, live, setup.window

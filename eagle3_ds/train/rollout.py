@@ -84,6 +84,7 @@ class RolloutTrainer:
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+        _check_anchors(self.recipe)
         folder = resolve_path(self.recipe.target.path)
         full_config = load_full_config(folder)
         config = full_config.get_text_config()
@@ -96,11 +97,6 @@ class RolloutTrainer:
         topology = _topology(self.recipe)
         torch.manual_seed(self.recipe.train.seed)
         algorithm = algorithm_of(self.recipe)
-        if algorithm.anchors(self.recipe) is not None:
-            raise ValueError(
-                f"draft.anchor_share is {self.recipe.draft.anchor_share}: anchors are drawn by visits of a "
-                "document, and a rollout is seen once. Set it to 1."
-            )
         draft_config = algorithm.build_config(config, self.recipe)
         if has_own_embedding(draft_config):
             raise ValueError(
@@ -430,6 +426,15 @@ class RolloutTrainer:
             raise mistake
         if wrong.item():
             raise ValueError(f"{wrong.item()} other rank(s) {what}")
+
+
+def _check_anchors(recipe: Recipe) -> None:
+    """Raises ValueError where the recipe draws anchors, which the loader of documents does by their ids."""
+    if algorithm_of(recipe).anchors(recipe) is not None:
+        raise ValueError(
+            f"draft.anchor_share is {recipe.draft.anchor_share}: anchors are drawn by document and epoch, "
+            "and rollouts have neither. Set it to 1.0, which makes every slot that can be one an anchor."
+        )
 
 
 def _topology(recipe: Recipe) -> Topology:

@@ -39,10 +39,11 @@ class Job:
     folder: Path
     overrides: tuple[str, ...]
     output: str = ""
+    recipe: str = QUICKSTART
 
     def launch(self) -> subprocess.CompletedProcess[str]:
         """`./launch.sh RECIPE OVERRIDES`, as a user does it."""
-        line = [str(ROOT / "launch.sh"), QUICKSTART, *self.overrides]
+        line = [str(ROOT / "launch.sh"), self.recipe, *self.overrides]
         return subprocess.run(
             line, check=False, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -53,7 +54,7 @@ class Job:
         the same."""
         said = io.StringIO()
         with _working_in(ROOT), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            status = main([command, QUICKSTART, *self.overrides, *arguments])
+            status = main([command, self.recipe, *self.overrides, *arguments])
         return status, said.getvalue()
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -71,11 +72,14 @@ def _working_in(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def small_job(shared: Path, folder: Path, *more: str) -> Job:
-    """`shared` holds what a second run uses again: the target, and cached documents and hidden states."""
+def small_job(shared: Path, folder: Path, *more: str, recipe: str = QUICKSTART) -> Job:
+    """Of the quickstart, or of a recipe with the same target and data.
+
+    `shared` holds what a second run uses again: the target, and cached documents and hidden states.
+    """
     places = (
         f"target.path={shared / 'target'}",
         f"data.cache_dir={shared / 'cache'}",
         f"output_dir={folder}",
     )
-    return Job(folder, (*SMALLER, *places, *more))
+    return Job(folder, (*SMALLER, *places, *more), recipe=recipe)

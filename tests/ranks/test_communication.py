@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.comm import SMALL, counted_step
+from eagle3_ds.algorithms.dflash.costs import DFlashShape
 from eagle3_ds.algorithms.eagle3 import Eagle3Shape
 from eagle3_ds.algorithms.peagle import PEagleShape
 from eagle3_ds.costs import Setup
@@ -14,6 +15,7 @@ from judge.sample_run import SampleRun
 pytestmark = pytest.mark.ranks
 BASE = SampleRun(SMALL, 128, ttt_steps=3)
 ZERO_3 = {"zero_optimization": {"stage": 3}}
+BLOCKS = DFlashShape(64, 96, 8, 4, 8, 256, 128, num_layers=2, aux_size=192)
 # Of one layer on a ring of 4, fp32: 32 columns of 2 * 4 * 8 entries, 4 bytes each and 4 more of their
 # gradient.
 BLOCK = 32 * 64 * 8
@@ -54,6 +56,12 @@ RUNS = {
     ),
     "P-EAGLE, ring 2, two layers, replicas summed": replace(
         BASE, shape=PEagleShape(**{**vars(SMALL), "num_layers": 2}), ring=2, zero_group="draft_dp"
+    ),
+    "DFlash, ulysses 2 x ring 2, bf16, two layers, a third of the anchors": replace(
+        BASE, shape=BLOCKS, ring=2, ulysses=2, dtype="bfloat16", anchor_share=0.33
+    ),
+    "DFlash, ring 2, streamed, a window": replace(
+        BASE, shape=BLOCKS, ring=2, kv_exchange="ring", window=40, anchor_share=0.5
     ),
     "ring 4, all blocks kept": replace(BASE, ring=4, kv_exchange="ring", kv_bytes=3 * BLOCK, ttt_steps=2),
 }

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from eagle3_ds.algorithms.dflash.costs import DFlashShape
 from eagle3_ds.algorithms.eagle3 import Eagle3Shape
 from eagle3_ds.algorithms.peagle import PEagleShape
 from eagle3_ds.plan import attention_pairs, step_flops
@@ -11,6 +12,7 @@ from judge.sample_run import SampleRun
 
 pytestmark = pytest.mark.ranks
 SHAPE = Eagle3Shape(128, 384, 4, 2, 32, 1024, 512)
+BLOCKS = DFlashShape(128, 384, 4, 2, 32, 1024, 512, num_layers=2, aux_size=384)
 
 
 def product_flops(_total, a, b, **_):
@@ -30,7 +32,9 @@ def counted_matmuls(run):
 
 @pytest.mark.parametrize("activation", ["keep", "recompute"])
 @pytest.mark.parametrize("answered", [1.0, 0.25])
-@pytest.mark.parametrize("shape", [SHAPE, PEagleShape(**vars(SHAPE))], ids=["eagle3", "peagle"])
+@pytest.mark.parametrize(
+    "shape", [SHAPE, PEagleShape(**vars(SHAPE)), BLOCKS], ids=["eagle3", "peagle", "dflash"]
+)
 def test_matmuls_are_those_of_the_step(run_ranks, activation, answered, shape):
     run = SampleRun(
         shape,

@@ -11,6 +11,7 @@ import torch
 from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.config import load_recipe
 from eagle3_ds.draft import VocabularyMap
+from eagle3_ds.train.rollout import RolloutTrainer
 from eagle3_ds.train.rollout_inputs import (
     Rollout,
     check_supervised,
@@ -169,3 +170,9 @@ def test_the_vocabulary_comes_from_counts_from_a_file_or_from_the_output_folder(
 def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
         draft_vocabulary(recipe_of(3, tmp_path), given, 6)
+
+
+def test_drawn_anchors_are_refused() -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "quickstart_dflash.yaml"
+    with pytest.raises(ValueError, match=r"draft\.anchor_share is 0\.5: .*rollouts have neither.* to 1\.0"):
+        RolloutTrainer(recipe, ["draft.anchor_share=0.5"])
