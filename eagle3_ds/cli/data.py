@@ -28,7 +28,7 @@ SAMPLING = (
 @click.group(
     cls=Commands,
     what="action",
-    short_help="look at rows, judge all, or answer prompts anew: data inspect | check | regenerate",
+    short_help="show, judge or answer rows: data inspect | check | regenerate",
 )
 def data() -> None:
     """look at a row of the data, judge all rows, or let the target answer the prompts of a data set anew"""
