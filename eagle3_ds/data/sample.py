@@ -17,9 +17,7 @@ from eagle3_ds.data.sources import Row, expand_sources
 ROWS = 512
 """Rows of a sample."""
 BYTES = 2**26
-"""Bytes of its rows at which a sample ends, so that it takes a minute at most where each row has 100,000
-tokens.
-"""
+"""Bytes of its rows at which a sample ends, so that rows of 100,000 tokens do not take for ever."""
 UNBOUNDED = 2**40
 
 
