@@ -6,11 +6,12 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 usage() {
   cat <<'TEXT'
 usage: ./launch.sh RECIPE [OPTIONS] [section.key=value ...]   the main job, e.g. ./launch.sh recipes/quickstart.yaml
+       ./launch.sh init TARGET --data F [--gpus N]            write a recipe that runs, e.g. ./launch.sh init Qwen/Qwen3-8B --data chats.jsonl
        ./launch.sh test [PYTEST OPTIONS]                      lint, types and tests, e.g. ./launch.sh test -k topology
        ./launch.sh prepare|evaluate|export|report RECIPE      one stage alone, e.g. ./launch.sh report recipes/quickstart.yaml
        ./launch.sh serve-check RECIPE --python P              does a real vLLM serve the exports as they were trained
        ./launch.sh capture RECIPE [OPTIONS]                   hidden states by all ranks, e.g. ./launch.sh capture RECIPE --num_gpus 8
-       ./launch.sh data inspect|regenerate ...                look at rows, let the target answer, e.g. ./launch.sh data inspect RECIPE
+       ./launch.sh data inspect|check|regenerate ...          look at rows, judge all, let the target answer, e.g. ./launch.sh data inspect RECIPE
        ./launch.sh plan RECIPE [--gpus N --gpu-memory GIB]    what it costs, how long it may be, e.g. ./launch.sh plan RECIPE --gpus 8
        ./launch.sh store verify|info|import ...               hidden states on disk, e.g. ./launch.sh store verify output/cache/hidden-0
        ./launch.sh doctor [--head-dim D] [--hostfile F]       versions, devices, which attention kernels run here; reach hosts
@@ -108,6 +109,6 @@ if [ "$mode" = test ]; then
   exec "$python" -m pytest tests --numprocesses 2 "$@"
 fi
 case "$1" in
-  --version | prepare | capture | evaluate | export | serve-check | report | plan | data | doctor | store) exec "$python" -m eagle3_ds.cli "$@" ;;
+  --version | init | prepare | capture | evaluate | export | serve-check | report | plan | data | doctor | store) exec "$python" -m eagle3_ds.cli "$@" ;;
   *) exec "$python" -m eagle3_ds.cli launch "$@" ;;
 esac

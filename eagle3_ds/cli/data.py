@@ -1,5 +1,5 @@
-"""`eagle3-ds data`: look at a row as the draft will learn it, or let the target answer a data set's prompts
-anew.
+"""`eagle3-ds data`: look at a row as the draft will learn it, judge all rows, or let the target answer a data
+set's prompts anew.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ SAMPLING = (
 
 
 @click.group(
-    cls=Commands, what="action", short_help="look at rows, or answer prompts anew: data inspect | regenerate"
+    cls=Commands,
+    what="action",
+    short_help="show, judge or answer rows: data inspect | check | regenerate",
 )
 def data() -> None:
-    """look at a row of the data, or let the target answer the prompts of a data set anew"""
+    """look at a row of the data, judge all rows, or let the target answer the prompts of a data set anew"""
 
 
 @data.command()
@@ -72,6 +74,39 @@ def inspect(
     else:
         console.print(as_text(found, console.is_terminal))
     write(console, found.summary)
+
+
+@data.command()
+@recipe_words
+@log_level
+def check(recipe: str, overrides: tuple[str, ...], log_level: str | None) -> int:
+    """judge every row of a recipe's data as a run would: all bad rows, by what is wrong; writes nothing
+
+    The exit status is 1 when the run would stop at them.
+    """
+    with telling_recipe(recipe, overrides, log_level) as loaded:
+        from eagle3_ds.data.findings import note_lines
+        from eagle3_ds.run.inspection import check_data_rows
+
+        found = check_data_rows(loaded)
+    console, counts = terminal(), found.events
+    for source, shape in found.shapes.items():
+        write(console, f"{source}: {'no row' if shape is None else f'shape {shape}'}")
+    for fault in found.findings.all_faults():
+        write(console, fault)
+    for line in note_lines({note: count for note, (count, _) in found.findings.notes.items()}):
+        write(console, f"note: {line}")
+    for name in ("too_long_dropped", "truncated", "split", "unsupervised_dropped"):
+        if counts[name]:
+            write(console, f"{name.replace('_', ' ')}: {counts[name]:,}")
+    write(
+        console,
+        f"{counts['conversations']:,} rows, {found.findings.bad_rows:,} of them bad: {found.documents:,} "
+        f"documents of {found.tokens:,} tokens, {found.supervised:,} of them learnt from",
+    )
+    for refusal in found.refusals:
+        write(console, f"a run would stop: {refusal}")
+    return 1 if found.refusals else 0
 
 
 def sampling_options(function: Function) -> Function:

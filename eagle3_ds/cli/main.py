@@ -15,6 +15,7 @@ import click
 import eagle3_ds
 from eagle3_ds.cli.data import data
 from eagle3_ds.cli.doctor import doctor
+from eagle3_ds.cli.init import init
 from eagle3_ds.cli.launch import capture, launch
 from eagle3_ds.cli.plan import plan
 from eagle3_ds.cli.serve_check import serve_check
@@ -58,6 +59,7 @@ def commands() -> None:
 
 
 for command in (
+    init,
     launch,
     prepare,
     capture,

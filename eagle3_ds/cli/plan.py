@@ -113,6 +113,8 @@ def plan(
 def _show(planned: Planned, console: Console) -> None:
     setup, device, budget = planned.setup, planned.device, planned.budget
     _show_setup(setup, device, budget, console)
+    if planned.mesh_note is not None:
+        write(console, planned.mesh_note)
     for note in planned.notes:
         write(console, f"draft: {note}")
     _show_memory(setup, budget, console)

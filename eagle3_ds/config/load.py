@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 
 from eagle3_ds.config.schema import Recipe
 from eagle3_ds.config.shipped import find_shipped, names_near, shipped
+from eagle3_ds.config.sizes import infer_sizes
 from eagle3_ds.config.yaml_strict import parse_yaml, read_text
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def find_recipe(path: str | Path) -> Path:
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, tuple[str, ...]]:
     """As `load_recipe`, which logs what is returned here beside the recipe: where it was found, if by name,
-    and what it leaves to be inferred from the file's name or to a shipped file.
+    and what it leaves to be inferred from the file's name, the target's sizes, or to a shipped file.
     """
     given, path = str(path), find_recipe(path)
     told = [] if path == Path(given) else [f"recipe: {given} is no file here; taken: the shipped {path}"]
@@ -78,6 +79,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
     if "output_dir" not in tree:
         tree["output_dir"] = f"output/{path.stem}"
         told.append(f"inferred: output_dir = {tree['output_dir']}, by the name of the recipe")
+    told += infer_sizes(tree)
     try:
         # Validated as JSON, because pydantic's strict mode accepts a list for a tuple only in JSON.
         return Recipe.model_validate_json(json.dumps(tree)), tuple(told)

@@ -20,6 +20,7 @@ from pydantic import (
 
 from eagle3_ds.config.rope import RopeSection, check_rotated
 from eagle3_ds.config.section import Section
+from eagle3_ds.config.sizes import LENGTH, VOCABULARY
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -191,7 +192,8 @@ def _keys_of_others(algorithm: str) -> set[str]:
 class DraftSection(Section):
     algorithm: Literal["eagle3", "peagle", "dflash"] = "eagle3"
     """Name of a folder in eagle3_ds/algorithms."""
-    vocab_size: Positive = 32000
+    vocab_size: Positive = VOCABULARY
+    """Not given in a file: the target's where that is smaller (sizes.py)."""
     ttt_steps: Annotated[int, Field(ge=1, le=16)] = 7
     """How many guesses of a slot are trained: steps of EAGLE-3's unroll, P-EAGLE's guesses in parallel."""
     block_size: Annotated[int, Field(ge=2, le=64)] = 8
@@ -297,8 +299,10 @@ class DataSection(Section):
     heldout: tuple[Text, ...] = ()
     """Held-out data, named as in `train`. Empty: `heldout_fraction` of the training conversations."""
     heldout_fraction: BelowOne = 0.02
-    max_length: Positive = 4096
-    """The most tokens of a pack: documents are laid end to end up to this length."""
+    max_length: Positive = LENGTH
+    """The most tokens of a pack: documents are laid end to end up to this length. Not given in a file: the
+    target's positions where they are fewer (sizes.py).
+    """
     max_conversations: Positive | None = None
     on_too_long: Literal["error", "drop", "truncate", "split"] = "error"
     """What to do with conversations longer than `max_length`; they are counted and reported."""

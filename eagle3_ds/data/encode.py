@@ -118,7 +118,8 @@ class RowEncoder:
             if len(rows) == 1:
                 findings = Findings()
                 findings.add_bad(rows[0].place, str(error))
-                return _gather([], [], [], Counter(conversations=1), findings)
+                events = Counter(conversations=1, recipe_refuses=int(isinstance(error, RecipeError)))
+                return _gather([], [], [], events, findings)
         # Halves until the bad rows stand alone: the others are encoded in batches as ever.
         middle = len(rows) // 2
         return _joined(self.encode(rows[:middle]), self.encode(rows[middle:]))

@@ -52,6 +52,14 @@ class Findings:
         lines = [_told(told, places) for told, places in faults[:FAULTS]]
         return [*lines, f"and {len(faults) - FAULTS} further faults"] if len(faults) > FAULTS else lines
 
+    def all_faults(self) -> list[str]:
+        """For each fault, the most frequent first: how it is told, and every row that has it."""
+        faults = sorted(self.faults.values(), key=lambda fault: -len(fault[1]))
+        return [
+            f"{len(places):,} {'row' if len(places) == 1 else 'rows'}: {told}\n{_listed(places)}"
+            for told, places in faults
+        ]
+
     def error(self, read: int) -> ValueError:
         """All bad rows of the `read` ones at once, and what is rare among the others."""
         lines = self.told_faults()
@@ -80,6 +88,30 @@ def _told(told: str, places: Sequence[str]) -> str:
         return f"{places[0]}: {told}"
     more = ", ..." if len(places) > PLACES else ""
     return f"{places[0]}: {told} [{len(places):,} rows, further {', '.join(places[1:PLACES])}{more}]"
+
+
+def _listed(places: Sequence[str]) -> str:
+    """Places ("file, line 3") by what stands before their number, with runs of numbers in one: "3-5"."""
+    groups: dict[str, list[int]] = {}
+    others = []
+    for place in places:
+        found = re.fullmatch(r"(.*?)(\d+)", place, flags=re.DOTALL)
+        if found is None:
+            others.append(place)
+        else:
+            groups.setdefault(found[1], []).append(int(found[2]))
+    lines = [f"    {before}{_runs(numbers)}" for before, numbers in groups.items()]
+    return "\n".join([*lines, *(f"    {place}" for place in others)])
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def note_lines(notes: Mapping[str, int]) -> list[str]:

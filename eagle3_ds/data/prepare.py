@@ -203,7 +203,7 @@ def heldout_mask(hashes: np.ndarray, fraction: float) -> np.ndarray:
     return hashes <= np.sort(hashes)[wanted - 1]
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     """The rows in turn, a long one by itself: what a process gets at once is as long as what others get."""
     batch: list[Row] = []
     size = 0
@@ -280,7 +280,7 @@ class _Builder:
         progress = progress_bar(
             desc=f"tokenise {side}", unit=" tokens", unit_scale=True, disable=not self.show_progress
         )
-        with progress, closing(map_batches(self.encoder.encode, _batches(rows), workers)) as encoded:
+        with progress, closing(map_batches(self.encoder.encode, batches(rows), workers)) as encoded:
             for batch in encoded:
                 self._write_batch(writer, batch, kept)
                 read = self.events["conversations"] - before["conversations"]

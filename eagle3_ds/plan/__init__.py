@@ -7,7 +7,7 @@ from eagle3_ds.plan.advice import explain_shortage, helpful_changes
 from eagle3_ds.plan.communication import attention_traffic, separate_all_to_alls, state_traffic, step_traffic
 from eagle3_ds.plan.devices import DEVICES, Assumptions, Device
 from eagle3_ds.plan.memory import Memory, predict_memory
-from eagle3_ds.plan.search import Candidate, fastest, largest_length
+from eagle3_ds.plan.search import Candidate, fastest, largest_length, meshes
 from eagle3_ds.plan.time import StepTime, attention_pairs, predict_time, step_flops
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "fastest",
     "helpful_changes",
     "largest_length",
+    "meshes",
     "predict_memory",
     "predict_time",
     "separate_all_to_alls",

@@ -30,18 +30,18 @@ def counted_setup(
     setup = Setup.of(recipe, load_deepspeed_config(recipe.deepspeed), shape, draft_dp)
     setup = replace(setup, supervised=supervised)
     if recipe.data.hidden_states == "online":
-        setup = replace(setup, target_bytes=_weight_bytes(target, recipe.target.dtype))
+        setup = replace(setup, target_bytes=weight_bytes(target, recipe.target.dtype))
     if recipe.eval.during:
         # Target and draft, both in the target's dtype.
         draft = shape.num_parameters * getattr(torch, recipe.target.dtype).itemsize
-        decoder = _weight_bytes(target, recipe.target.dtype)
+        decoder = weight_bytes(target, recipe.target.dtype)
         setup = replace(setup, decoder_bytes=decoder, decoder_draft_bytes=draft)
     if recipe.parallel.kv_exchange == "auto":
         setup = replace(setup, kv_exchange=choose_kv_exchange(setup))
     return setup
 
 
-def _weight_bytes(config: Any, dtype: str) -> int:
+def weight_bytes(config: Any, dtype: str) -> int:
     """Bytes of the weights of the whole target, which is built from its config on the meta device."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from eagle3_ds.config import TargetSection, find_shipped, load_recipe
+from eagle3_ds.config import Recipe, TargetSection, find_shipped, load_recipe
 from eagle3_ds.config.schema import DataSection
+from eagle3_ds.data.check import DataCheck, check_rows
 from eagle3_ds.data.inspect import Inspection, inspect_document, inspect_row
 from eagle3_ds.run.stages import tokenise
-from eagle3_ds.targets import load_tokenizer
+from eagle3_ds.targets import load_text_config, load_tokenizer, resolve_path
 
 
 def inspect_source(
@@ -40,6 +41,17 @@ def inspect_source(
     if row < 1:
         raise ValueError(f"--row is {row}, but rows are counted from 1.")
     return inspect_row(section, load_tokenizer(target_section), row)
+
+
+def check_data_rows(recipe: Recipe) -> DataCheck:
+    """Judge every row of the recipe's data, as a run would, and write nothing.
+
+    Raises:
+        ValueError: a source, the tokenizer or the chat template cannot be used.
+    """
+    tokenizer = load_tokenizer(recipe.target)
+    config = load_text_config(resolve_path(recipe.target.path, recipe.target.build is not None))
+    return check_rows(recipe.data, tokenizer, config.vocab_size)
 
 
 def _is_recipe(source: str) -> bool:

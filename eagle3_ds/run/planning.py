@@ -30,6 +30,7 @@ from eagle3_ds.plan import (
 from eagle3_ds.run.checks import server_warning
 from eagle3_ds.run.counted_setup import counted_setup
 from eagle3_ds.run.memory_advice import deepspeed_files
+from eagle3_ds.run.mesh_choice import choose_mesh, leaves_mesh
 from eagle3_ds.run.target_config import built_config, llama_config
 from eagle3_ds.run.target_sizes import SHAPES, SIZES
 from eagle3_ds.store import RowFormat
@@ -78,6 +79,7 @@ class Planned:
     warnings: about the recipe and the target.
     notes: what of the draft's shape is neither the recipe's nor plainly the target's.
     disk: what a store of hidden states takes, in words.
+    mesh_note: how the mesh was chosen, where the recipe gives none.
     shortage: what is missing and would help; None where the recipe fits as it stands.
     """
 
@@ -90,6 +92,7 @@ class Planned:
     warnings: Sequence[str] = ()
     notes: Sequence[str] = ()
     disk: str = ""
+    mesh_note: str | None = None
 
 
 def plan_recipe(
@@ -125,7 +128,10 @@ def plan_recipe(
     files, notes = deepspeed_files(recipe, mesh.world_size)
     for note in notes:
         logger.info("note: %s", note)
-    setup = counted_setup(recipe, draft, target, mesh.draft_dp, supervised)
+    setup, mesh_note = counted_setup(recipe, draft, target, mesh.draft_dp, supervised), None
+    if leaves_mesh(recipe):
+        chosen = choose_mesh(recipe, setup, machines.gpus, budget, machines.gpus_per_node)
+        setup, mesh_note = chosen.setup, chosen.note
     fits = predict_memory(setup).peak <= budget
     candidates = fastest(setup, machines.gpus, budget, device, files, machines.gpus_per_node)
     shortage = None if fits else explain_shortage(setup, budget, files)
@@ -136,7 +142,8 @@ def plan_recipe(
     server = None if shape or sizes else server_warning(recipe)
     warnings = tuple(told for told in (warning, server) if told)
     where = (setup, device, machines.gpus_per_node, budget)
-    return Planned(*where, candidates, shortage, warnings, shape_notes, _disk_text(recipe, config))
+    disk = _disk_text(recipe, config)
+    return Planned(*where, candidates, shortage, warnings, shape_notes, disk, mesh_note)
 
 
 def _disk_text(recipe: Recipe, draft: LlamaConfig) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.config import Recipe
 from eagle3_ds.launch.command import CAPTURE_MODULE, LaunchOptions, LaunchPlan, plan_launch, resolve_hosts
 from eagle3_ds.run.checks import (
@@ -24,6 +25,9 @@ from eagle3_ds.run.checks import (
     server_warning,
     target_config,
 )
+from eagle3_ds.run.counted_setup import counted_setup
+from eagle3_ds.run.memory_advice import memory_per_rank
+from eagle3_ds.run.mesh_choice import RESERVE, choose_mesh, leaves_mesh
 from eagle3_ds.targets import beyond_positions, positions
 from eagle3_ds.topology import Mesh, detect_accelerator
 
@@ -50,8 +54,9 @@ class ResolvedRun:
     """A recipe that passed every check, and how it will be launched.
 
     Attributes:
-        given: the recipe as it was given; without `parallel.draft_dp` its mesh depends on the devices found.
-        recipe: the same with `parallel.draft_dp` filled in.
+        given: the recipe as it was given; without a mesh, or `parallel.draft_dp`, it depends on the devices
+            found.
+        recipe: the same with the whole mesh filled in.
         options: the options that it was resolved with.
         plan, capture_plan: how to launch the ranks that train, and those that capture.
         notes: messages for the user.
@@ -86,11 +91,15 @@ def resolve_run(recipe: Recipe, options: RunOptions | None = None) -> ResolvedRu
     wanted = sp * parallel.draft_dp if parallel.draft_dp else devices or sp
     hosts = resolve_hosts(options.where, accelerator, devices, wanted)
     world_size = sum(len(slots) for slots in hosts.values())
+    given, told = recipe, list[str]()
+    if leaves_mesh(recipe):
+        ranks_per_host = max(len(slots) for slots in hosts.values())
+        recipe, told = _infer_mesh(recipe, world_size, ranks_per_host, accelerator, options.dry_run)
+        parallel = recipe.parallel
     mesh = Mesh.from_world(world_size, parallel.ring, parallel.ulysses, parallel.draft_dp)
-    given = recipe
     recipe = recipe.model_copy(update={"parallel": parallel.model_copy(update={"draft_dp": mesh.draft_dp})})
     check_deepspeed(recipe, mesh)
-    notes = _check_rest(recipe, accelerator, options)
+    notes = [*_check_rest(recipe, accelerator, options), *told]
     if parallel.draft_dp is None:
         notes.append(
             f"inferred: parallel.draft_dp = {mesh.draft_dp}, the {world_size} ranks over ulysses "
@@ -98,11 +107,29 @@ def resolve_run(recipe: Recipe, options: RunOptions | None = None) -> ResolvedRu
         )
     checkpoint, resume = None, "latest" if options.resume else None
     if not options.dry_run:
-        checkpoint, told = check_output(recipe, options.resume, options.overwrite)
-        notes, resume = [*notes, *told], checkpoint.name if checkpoint else None
+        checkpoint, found = check_output(recipe, options.resume, options.overwrite)
+        notes, resume = [*notes, *found], checkpoint.name if checkpoint else None
     plan = plan_launch(options.where, hosts, accelerator, recipe, resume, os.environ)
     capture_plan = plan_launch(options.where, hosts, accelerator, recipe, None, os.environ, CAPTURE_MODULE)
     return ResolvedRun(given, recipe, options, mesh, plan, capture_plan, tuple(notes), checkpoint)
+
+
+def _infer_mesh(
+    recipe: Recipe, world_size: int, ranks_per_host: int, accelerator: str, dry_run: bool
+) -> tuple[Recipe, list[str]]:
+    """The recipe with a mesh where the planner can choose one, and how that came about, in lines."""
+    target = target_config(recipe, dry_run)
+    if world_size == 1 or target is None:
+        return recipe, []  # nothing to choose, or nothing known: every rank on a pack of its own
+    algorithm = algorithm_of(recipe)
+    shape = algorithm.shape(algorithm.build_config(target, recipe))
+    try:
+        setup = counted_setup(recipe, shape, target, world_size)
+    except ValueError as error:
+        return recipe, [f"the planner chose no mesh: {error}"]
+    budget = memory_per_rank(ranks_per_host) - (0 if accelerator == "cpu" else RESERVE)
+    chosen = choose_mesh(recipe, setup, world_size, budget, ranks_per_host)
+    return chosen.recipe, [chosen.note]
 
 
 def _check_rest(recipe: Recipe, accelerator: str, options: RunOptions) -> list[str]:

@@ -598,7 +598,7 @@ def test_every_command_tells_all_its_options(
     [
         (
             ("docter",),
-            "eagle3-ds: there is no command 'docter'. Did you mean doctor? Commands: launch, prepare, ",
+            "eagle3-ds: there is no command 'docter'. Did you mean doctor? Commands: init, launch, prepare, ",
         ),
         (("store", "verfy"), "eagle3-ds store: there is no action 'verfy'. Did you mean verify? Actions: "),
         (("launch",), "eagle3-ds launch: Missing argument 'RECIPE'."),

@@ -80,12 +80,57 @@ def test_inspect(recipe: str, target: Path, tmp_path: Path, capsys: pytest.Captu
         assert status == 2 and message in text, text
 
 
+def test_check_names_every_bad_row_by_its_kind(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [json.dumps({"messages": chat("What is f3?", "It adds 3.")}) for _ in range(4)]
+    silent = json.dumps({"messages": [{"role": "user", "content": "hi"}]})
+    long = json.dumps({"messages": chat("What is f3?", "It adds 3 to x. " * 100)})
+    lines = [good[0], silent, silent, silent, good[1], "{", long, silent, *good[2:]]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(lines) + "\n")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"target: {{path: {target}, dtype: float32}}\n"
+        f"data: {{train: [{rows}], max_length: 128, workers: 1}}\n"
+        f"train: {{steps: 1}}\noutput_dir: {tmp_path / 'run'}\n"
+    )
+    status, text = said(capsys, "check", path)
+    assert status == 1, text
+    assert "4 rows: " in text and "rows.jsonl, line 2-4, 8\n" in text
+    assert "1 row: not valid JSON" in text and "rows.jsonl, line 6\n" in text
+    assert "1 row: the conversation has" in text and "rows.jsonl, line 7\n" in text
+    assert "10 rows, 6 of them bad: 4 documents of " in text
+    assert "a run would stop: 6 rows are refused (data.on_bad_row: error)" in text
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["recipe.yaml", "rows.jsonl"]
+
+    status, text = said(capsys, "check", path, "data.on_bad_row=drop")
+    assert status == 1 and "a run would stop: 1 rows are refused, which data.on_bad_row: drop" in text
+    status, text = said(capsys, "check", path, "data.on_bad_row=drop", "data.on_too_long=drop")
+    assert status == 0 and "too long dropped: 1" in text and "a run would stop" not in text
+    assert "10 rows, 5 of them bad: 4 documents of " in text
+
+    rows.write_text("\n".join([silent] * 2))
+    status, text = said(capsys, "check", path, "data.on_bad_row=drop")
+    assert status == 1 and "a run would stop: data.train: no row of " in text
+    assert said(capsys, "check", path, "data.train=[none.jsonl]")[0] == 2
+
+
+def test_check_reads_held_out_rows_too(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said(capsys, "check", recipe)[0] == 0
+    (tmp_path / "held.jsonl").write_text('{"messages": []}\n')
+    status, text = said(capsys, "check", recipe, f"data.heldout=[{tmp_path / 'held.jsonl'}]")
+    assert status == 1 and "held.jsonl, line 1\n" in text and "5 rows, 1 of them bad" in text
+
+
 def test_actions_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     status, text = said(capsys, "--help")
     assert status == 0 and "inspect" in text and "regenerate" in text
     assert said(capsys)[0] == 2
-    assert "there is no action 'look'. Actions: inspect, regenerate." in said(capsys, "look")[1]
-    assert main(["--help"]) == 0 and "data inspect | regenerate" in capsys.readouterr().out
+    assert "there is no action 'look'. Actions: inspect, check, regenerate." in said(capsys, "look")[1]
+    assert main(["--help"]) == 0 and "data inspect | check | regenerate" in capsys.readouterr().out
 
 
 def test_regenerate(recipe: str, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from eagle3_ds.config.load import read_recipe, recipe_differences
 from eagle3_ds.run.checks import check_data
 
 ROOT = Path(__file__).parents[2]
+SIZES_ALONE = ["inferred: draft.vocab_size", "inferred: data.max_length"]
 MINIMAL = """
 target: {path: some/target}
 data: {train: [stdlib]}
@@ -386,7 +387,8 @@ def test_a_shipped_name_is_found_from_anywhere_and_a_file_comes_first(
     assert load_deepspeed_config("zero3")["zero_optimization"]["stage"] == 3
     Path("quickstart").write_text(MINIMAL)
     recipe, told = read_recipe("quickstart")
-    assert recipe.output_dir == "output/run" and told == ()
+    assert recipe.output_dir == "output/run"
+    assert [line.partition(" = ")[0] for line in told] == SIZES_ALONE
     with pytest.raises(ValueError, match=r"shipped name: quickstart, quickstart_"):
         load_recipe("quikstart")
     with pytest.raises(ValueError, match=r"shipped name: zero3_hpz, zero3"):
@@ -416,11 +418,47 @@ def test_what_the_file_leaves_out_is_inferred_and_told(tmp_path: Path) -> None:
     path.write_text("\n".join(lines))
     recipe, told = read_recipe(path)
     assert (recipe.deepspeed, recipe.output_dir) == ("zero2", "output/mine")
-    assert [line.partition(" = ")[0] for line in told] == ["inferred: deepspeed", "inferred: output_dir"]
-    given, told = read_recipe(path, ["deepspeed=zero0", "output_dir=o"])
-    assert (given.deepspeed, given.output_dir, told) == ("zero0", "o", ())
+    names = ["inferred: deepspeed", "inferred: output_dir", *SIZES_ALONE]
+    assert [line.partition(" = ")[0] for line in told] == names
+    given = ["deepspeed=zero0", "output_dir=o", "draft.vocab_size=9", "data.max_length=8"]
+    other, told = read_recipe(path, given)
+    assert (other.deepspeed, other.output_dir, told) == ("zero0", "o", ())
+    assert (other.draft.vocab_size, other.data.max_length) == (9, 8)
     path.write_text(dump_recipe(recipe))
     assert read_recipe(path) == (recipe, ()), "the resolved recipe leaves nothing to be inferred"
+
+
+@pytest.mark.parametrize(
+    ("config", "vocabulary", "length"),
+    [
+        ({"vocab_size": 151936, "max_position_embeddings": 40960}, 32000, 4096),
+        ({"vocab_size": 320, "max_position_embeddings": 512}, 320, 512),
+        ({"text_config": {"vocab_size": 320}, "vocab_size": 7, "max_position_embeddings": 9}, 320, 4096),
+        ({"vocab_size": "many", "max_position_embeddings": 0}, 32000, 4096),
+        ([], 32000, 4096),
+        (None, 32000, 4096),
+    ],
+)
+def test_sizes_left_out_are_the_usual_ones_or_the_targets_where_those_are_smaller(
+    config: object, vocabulary: int, length: int, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    if config is not None:
+        target.mkdir()
+        (target / "config.json").write_text(json.dumps(config))
+    recipe, told = read_recipe(write(tmp_path, MINIMAL), [f"target.path={target}"])
+    assert (recipe.draft.vocab_size, recipe.data.max_length) == (vocabulary, length)
+    assert [line.partition(", ")[0] for line in told] == [
+        f"inferred: draft.vocab_size = {vocabulary}",
+        f"inferred: data.max_length = {length}",
+    ]
+
+
+def test_sizes_of_a_target_that_is_built_are_those_of_its_build(tmp_path: Path) -> None:
+    build = ["target.build.vocab_size=500", "target.build.max_positions=99"]
+    recipe, told = read_recipe(write(tmp_path, MINIMAL), build)
+    assert (recipe.draft.vocab_size, recipe.data.max_length) == (500, 99)
+    assert told[0].endswith("all of the target's vocab_size")
 
 
 def test_a_recipe_without_data_is_one_for_rollouts_alone(tmp_path: Path) -> None:

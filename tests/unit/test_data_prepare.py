@@ -525,14 +525,14 @@ def test_long_rows_are_batches_by_themselves():
     rows = [
         Row(f"{number}", "messages", b"x" * size) for number, size in enumerate([9, 9, 70_000, 9, 99_999])
     ]
-    assert [[row.place for row in batch] for batch in prepare._batches(rows)] == [["0", "1", "2"], ["3", "4"]]
-    assert [len(batch) for batch in prepare._batches(rows[:1] * 150)] == [64, 64, 22]
-    assert [len(batch) for batch in prepare._batches([Row("r", "messages", {"a": "x" * 66_000})] * 3)] == [
+    assert [[row.place for row in batch] for batch in prepare.batches(rows)] == [["0", "1", "2"], ["3", "4"]]
+    assert [len(batch) for batch in prepare.batches(rows[:1] * 150)] == [64, 64, 22]
+    assert [len(batch) for batch in prepare.batches([Row("r", "messages", {"a": "x" * 66_000})] * 3)] == [
         1,
         1,
         1,
     ]
-    assert list(prepare._batches([])) == []
+    assert list(prepare.batches([])) == []
 
 
 def test_the_bar_moves_by_tokens(tmp_path, monkeypatch):
