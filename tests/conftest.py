@@ -10,6 +10,11 @@ import os
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# A machine that does other work beside the tests is slow now and then, which says nothing of the code.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported: two threads in each of two processes wait for each other most of the time.

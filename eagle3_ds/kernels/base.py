@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -140,7 +141,8 @@ def sum_over_group(x: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
     return x.unflatten(1, (num_kv_heads, -1)).sum(2, dtype=dtype)
 
 
-class Call(NamedTuple):
+@dataclass(frozen=True)
+class Call:
     """Tiles that one call of a backend computes together.
 
     All have the same `causal` and `left`. Each begins, in rows and in keys, where the one before it ends or
@@ -158,12 +160,12 @@ class Call(NamedTuple):
     def left(self) -> int | None:
         return self.tiles[0].left
 
-    @property
+    @cached_property
     def rows(self) -> list[slice]:
         """Query rows of all tiles, adjacent ranges joined."""
         return _joined((tile.q_start, tile.q_stop) for tile in self.tiles)
 
-    @property
+    @cached_property
     def keys(self) -> list[slice]:
         """Key rows of all tiles, adjacent ranges joined."""
         return _joined((tile.k_start, tile.k_stop) for tile in self.tiles)
@@ -234,7 +236,7 @@ class TileKernel(AttentionKernel):
         self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float
     ) -> tuple[Tensor, Tensor]:
         """As `AttentionKernel.forward`: computes the calls and merges their results row by row."""
-        calls = self.calls(_nonempty(tiles))
+        calls = _planned(self, tuple(tiles), None)
         dtype = accumulation_dtype(q.dtype)
         if len(calls) == 1 and calls[0].rows == [slice(0, len(q))]:
             out, lse = self._forward_call(q, k, v, calls[0], scale)
@@ -266,8 +268,7 @@ class TileKernel(AttentionKernel):
         """As `AttentionKernel.backward`: cuts tiles to `backward_block` and adds up the calls' gradients."""
         dq = torch.zeros_like(q, dtype=accumulation_dtype(q.dtype), memory_format=torch.contiguous_format)
         delta = self.delta_form(dout, delta)
-        blocks = (block for tile in _nonempty(tiles) for block in cut_into_blocks(tile, self.backward_block))
-        for call in self.calls(blocks, self.backward_block):
+        for call in _planned(self, tuple(tiles), self.backward_block):
             dout_rows, q_rows, lse_rows, delta_rows = (_take(x, call.rows) for x in (dout, q, lse, delta))
             k_rows, v_rows = _take(k, call.keys), _take(v, call.keys)
             grads = self.call_backward(dout_rows, q_rows, k_rows, v_rows, lse_rows, delta_rows, call, scale)
@@ -282,6 +283,17 @@ class TileKernel(AttentionKernel):
         self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float
     ) -> tuple[Tensor, Tensor]:
         return self.call_forward(_take(q, call.rows), _take(k, call.keys), _take(v, call.keys), call, scale)
+
+
+@lru_cache(maxsize=64)
+def _planned(kernel: TileKernel, tiles: tuple[Tile, ...], most: int | None) -> list[Call]:
+    """The calls for `tiles`, cut to `most` rows where it is given. All layers, and all steps of a pack that
+    see the same keys, ask for the same.
+    """
+    parts = _nonempty(tiles)
+    if most is not None:
+        parts = (block for tile in parts for block in cut_into_blocks(tile, most))
+    return kernel.calls(parts, most)
 
 
 def _nonempty(tiles: Sequence[Tile]) -> Iterator[Tile]:

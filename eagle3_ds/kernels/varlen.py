@@ -15,6 +15,8 @@ from torch import Tensor
 from eagle3_ds.kernels.base import Call, TileKernel, out_with_delta
 from eagle3_ds.kernels.tile import Tile
 
+_LOOKED_AT = 64
+
 
 class Lengths(NamedTuple):
     """Where the tiles of one call begin and end: rows [cu_q[i], cu_q[i + 1]) see keys [cu_k[i], cu_k[i + 1]).
@@ -71,16 +73,25 @@ class VarlenKernel(TileKernel):
         """
 
     def calls(self, tiles: Iterable[Tile], most: int | None = None) -> list[Call]:
-        """Join tiles greedily: each goes into the first call of the same mask that ends before it."""
-        groups: list[list[Tile]] = []
-        for tile in sorted(tiles, key=lambda tile: tile[:4]):
-            open_groups = (group for group in groups if most is None or _have_room(group, tile, most))
-            group = next((group for group in open_groups if _follows(tile, group[-1])), None)
+        """Join tiles greedily: each goes into the oldest call of the same mask that ends before it and has
+        room. The time grows with the number of tiles: a call that no tile could join is looked at no more,
+        and under a limit at most `_LOOKED_AT` others are.
+        """
+        ordered = sorted(tiles, key=lambda tile: tile[:4])
+        sizes = [(tile.num_queries, tile.num_keys) for tile in ordered]
+        least = tuple(map(min, *sizes)) if len(sizes) > 1 else (0, 0)
+        groups: list[_Group] = []
+        looked_at: dict[tuple[bool, int | None], list[_Group]] = {}
+        for tile in ordered:
+            of_mask = looked_at.setdefault((tile.causal, tile.left), [])
+            group = next((group for group in of_mask if group.takes(tile, most)), None)
             if group is None:
-                groups.append([tile])
-            else:
-                group.append(tile)
-        return [Call(tuple(group)) for group in groups]
+                groups.append(group := _Group())
+                of_mask.append(group)
+            group.add(tile)
+            if most is not None and (group.is_full(least, most) or len(of_mask) > _LOOKED_AT):
+                of_mask.remove(group if group.is_full(least, most) else of_mask[0])
+        return [Call(tuple(group.tiles)) for group in groups]
 
     def delta_form(self, dout: Tensor, delta: Tensor) -> Tensor:
         """delta [L, H] -> the stand-in output [L, H, D] of `out_with_delta`."""
@@ -109,15 +120,26 @@ class VarlenKernel(TileKernel):
         )
 
 
-def _follows(tile: Tile, last: Tile) -> bool:
-    same_kind = (tile.causal, tile.left) == (last.causal, last.left)
-    return same_kind and last.q_stop <= tile.q_start and last.k_stop <= tile.k_start
+class _Group:
+    """Tiles that one call computes, while others may still join them."""
 
+    def __init__(self) -> None:
+        self.tiles: list[Tile] = []
+        self.rows = self.keys = 0
 
-def _have_room(group: Sequence[Tile], tile: Tile, most: int) -> bool:
-    rows = sum(member.num_queries for member in group) + tile.num_queries
-    keys = sum(member.num_keys for member in group) + tile.num_keys
-    return max(rows, keys) <= most
+    def takes(self, tile: Tile, most: int | None) -> bool:
+        last = self.tiles[-1]
+        if last.q_stop > tile.q_start or last.k_stop > tile.k_start:
+            return False
+        return most is None or max(self.rows + tile.num_queries, self.keys + tile.num_keys) <= most
+
+    def add(self, tile: Tile) -> None:
+        self.tiles.append(tile)
+        self.rows, self.keys = self.rows + tile.num_queries, self.keys + tile.num_keys
+
+    def is_full(self, least: Sequence[int], most: int) -> bool:
+        """Whether no tile of at least `least` rows and keys could join."""
+        return self.rows + least[0] > most or self.keys + least[1] > most
 
 
 def _offsets(sizes: list[int], device: torch.device) -> Tensor:

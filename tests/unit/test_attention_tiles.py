@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eagle3_ds.attention.tiles import block_tiles, gathered_tiles
-from eagle3_ds.kernels import AttentionKernel, Tile, TileKernel, select_kernel
+from eagle3_ds.kernels import AttentionKernel, Tile, TileKernel, select_kernel, varlen
+from eagle3_ds.kernels.blockwise import BlockwiseKernel
 from eagle3_ds.kernels.cuda import CudaKernel
 from eagle3_ds.kernels.tile import cut_into_blocks
 from eagle3_ds.layout import SpanPlan
@@ -171,3 +172,45 @@ def test_calls_of_a_varlen_kernel_share_out_the_tiles(
         documents = [run.document_start for run in plan.live_runs(rank)]
         if window is None and most is None:
             assert len(calls) == max(map(documents.count, documents), default=0)
+
+
+@pytest.mark.parametrize("length", [2**19])
+def test_planning_a_backward_takes_a_time_that_grows_with_its_blocks(length: int) -> None:
+    """A document of 512k tokens is 8,256 blocks, each a call of its own. Looking at every earlier call for
+    each block took minutes.
+    """
+    looks = 0
+    takes = varlen._Group.takes
+
+    def counted(group: varlen._Group, tile: Tile, most: int | None) -> bool:
+        nonlocal looks
+        looks += 1
+        return takes(group, tile, most)
+
+    blocks = list(cut_into_blocks(Tile(0, length, 0, length, True), 4096))
+    with mock.patch.object(varlen._Group, "takes", counted):
+        calls = CudaKernel().calls(blocks, 4096)
+        assert len(calls) == len(blocks) == 8256
+        assert looks <= len(blocks)
+        looks = 0
+        # Blocks that leave a little room keep their calls open, but no block looks at more than a few.
+        documents = [Tile(at, at + 3000, at, at + 3000, True) for at in range(0, length, 3000)]
+        short = Tile(length, length + 1, length, length + 1, True)
+        calls = CudaKernel().calls([*documents, short], 4096)
+        assert len(calls) == len(documents)
+        assert looks <= 65 * len(documents)
+
+
+def test_a_backward_is_planned_once_for_all_steps() -> None:
+    kernel, generator = BlockwiseKernel(), torch.Generator()
+    q, k, v, dout = (torch.randn(16, 2, 8, generator=generator, dtype=torch.float64) for _ in range(4))
+    tiles = [Tile(0, 16, 0, 16, True)]
+    with mock.patch.object(
+        BlockwiseKernel, "calls", autospec=True, side_effect=BlockwiseKernel.calls
+    ) as planned:
+        for _ in range(3):
+            out, lse = kernel.forward(q, k, v, tiles, 1.0)
+            delta = (dout * out).sum(-1)
+            sums = torch.zeros_like(k), torch.zeros_like(v)
+            kernel.backward(dout, q, k, v, lse, delta, tiles, 1.0, *sums)
+    assert planned.call_count == 2
