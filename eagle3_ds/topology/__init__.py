@@ -3,6 +3,7 @@
 from eagle3_ds.topology.groups import Topology, detect_accelerator, maybe_setup_distributed
 from eagle3_ds.topology.mesh import Mesh, Place, check_heads
 from eagle3_ds.topology.mpu import ZeroGroupMpu
+from eagle3_ds.topology.patience import outlast_watchdog
 
 __all__ = [
     "Mesh",
@@ -12,4 +13,5 @@ __all__ = [
     "check_heads",
     "detect_accelerator",
     "maybe_setup_distributed",
+    "outlast_watchdog",
 ]

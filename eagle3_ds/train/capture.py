@@ -26,7 +26,7 @@ from eagle3_ds.guard.heart import Heart, beating
 from eagle3_ds.say import progress_bar, telling
 from eagle3_ds.store import HiddenStateWriter, RowFormat
 from eagle3_ds.targets import choose_aux_layers, load_text_config, resolve_path
-from eagle3_ds.topology import Topology, maybe_setup_distributed
+from eagle3_ds.topology import Topology, maybe_setup_distributed, outlast_watchdog
 from eagle3_ds.train.target_engine import SpanStates, TargetEngine
 
 
@@ -64,6 +64,7 @@ def capture(recipe: Recipe, heart: Heart) -> None:
     """
     parallel = recipe.parallel
     topology = maybe_setup_distributed(parallel.ulysses, parallel.ring, parallel.draft_dp)
+    outlast_watchdog(recipe.faults.watchdog_seconds)
     prepared: dict[str, Any] = json.loads((Path(recipe.output_dir) / "prepared.json").read_text())
     data = PreparedData.open(Path(prepared["data"]), prepared["data_fingerprint"])
     config = load_text_config(resolve_path(recipe.target.path))
@@ -75,6 +76,8 @@ def capture(recipe: Recipe, heart: Heart) -> None:
     )
     missing = _agreed(writer.missing(), topology)
     engine = TargetEngine(recipe, topology)
+    # DeepSpeed has made groups of its own.
+    outlast_watchdog(recipe.faults.watchdog_seconds)
     lengths = [writer.lengths[document] for document in missing]
     packs = [
         [missing[place] for place in places]

@@ -35,7 +35,7 @@ from eagle3_ds.layout import PackedSequence
 from eagle3_ds.say import telling
 from eagle3_ds.store.reader import HiddenStateStore
 from eagle3_ds.targets import load_embedding_and_head, load_text_config, resolve_path
-from eagle3_ds.topology import Topology, maybe_setup_distributed
+from eagle3_ds.topology import Topology, maybe_setup_distributed, outlast_watchdog
 from eagle3_ds.train.decoded import DecodedAcceptance
 from eagle3_ds.train.loop import run_training, save_weights
 from eagle3_ds.train.online import OnlineStates
@@ -175,6 +175,7 @@ def train(recipe: Recipe, resume: str | None, heart: Heart) -> None:
     """
     parallel, output_dir = recipe.parallel, Path(recipe.output_dir)
     topology = maybe_setup_distributed(parallel.ulysses, parallel.ring, parallel.draft_dp)
+    outlast_watchdog(recipe.faults.watchdog_seconds)
     is_first = topology.place.rank == 0
     require_same_identity(recipe, topology)
     with ExitStack() as stack:
@@ -183,6 +184,8 @@ def train(recipe: Recipe, resume: str | None, heart: Heart) -> None:
         # After an error too, no thread that waits for a server keeps this rank from ending.
         stack.callback(states.close)
         trainer = build_trainer(recipe, topology)
+        # DeepSpeed has made groups of its own.
+        outlast_watchdog(recipe.faults.watchdog_seconds)
         checkpoints = output_dir / CHECKPOINTS
         resumed = None
         if resume is not None:
