@@ -174,7 +174,10 @@ def _layer(
         return weights[f"layers.{layer}.{name}.weight"]
 
     def heads(x: Tensor, name: str) -> Tensor:
-        return (x @ weight(f"self_attn.{name}_proj").T).view(len(x), -1, config.head_dim).transpose(0, 1)
+        projected = x @ weight(f"self_attn.{name}_proj").T
+        # The number of heads is written out: a pack without an anchor has no row to infer it from.
+        heads = projected.shape[1] // config.head_dim
+        return projected.unflatten(1, (heads, config.head_dim)).transpose(0, 1)
 
     at, of_context = ((p[:, None].double() * rotary_frequencies(config)).to(hidden.dtype) for p in positions)
     x = rms_norm(hidden, weight("input_layernorm"), config)
