@@ -102,19 +102,17 @@ def _given(words: Sequence[str], cache_dir: str | None) -> tuple[list[Given], li
 
 
 def _show(folder: Path, found: Sequence[Entry]) -> None:
-    from rich.table import Column, Table
-
-    what = Column("what", overflow="fold", min_width=24)
-    table = Table(what, "bytes", "tokens", "made", "last used", "whole", Column("used by", overflow="fold"))
-    for entry in found:
-        if entry.kind is not None:
-            tokens = "" if entry.tokens is None else f"{entry.tokens:,}"
-            dates = _date(entry.made), _date(entry.last_used)
-            whole = entry.problem or "yes"
-            table.add_row(entry.path.name, f"{entry.bytes:,}", tokens, *dates, whole, _users(entry))
+    """A line for each folder, and not a table, whose columns a narrow terminal would cut."""
     console = terminal()
     write(console, f"{folder}: {sum(entry.bytes for entry in found if entry.kind):,} bytes")
-    console.print(table)
+    for entry in found:
+        if entry.kind is None:
+            continue
+        tokens = "" if entry.tokens is None else f", {entry.tokens:,} tokens"
+        dates = f"made {_date(entry.made)}, last used {_date(entry.last_used)}"
+        whole = f"NOT whole ({entry.problem})" if entry.problem else "whole"
+        size = f"{entry.bytes:,} bytes of {entry.kind}{tokens}"
+        write(console, f"{entry.path.name}: {size}, {dates}, {whole}; used by {_users(entry)}")
     for entry in found:
         if entry.kind is None:
             write(console, f"not recognised: {entry.path} ({entry.strange})")
