@@ -14,6 +14,7 @@ usage: ./launch.sh RECIPE [OPTIONS] [section.key=value ...]   the main job, e.g.
        ./launch.sh data inspect|check|regenerate ...          look at rows, judge all, let the target answer, e.g. ./launch.sh data inspect RECIPE
        ./launch.sh plan RECIPE [--gpus N --gpu-memory GIB]    what it costs, how long it may be, e.g. ./launch.sh plan RECIPE --gpus 8
        ./launch.sh store verify|info|import ...               hidden states on disk, e.g. ./launch.sh store verify output/cache/hidden-0
+       ./launch.sh cache list|prune ...                       what the cache folder holds, and removing what nobody uses, e.g. ./launch.sh cache list RECIPE
        ./launch.sh doctor [--head-dim D] [--hostfile F]       versions, devices, which attention kernels run here; reach hosts
 
   --hostfile F          hosts of a multi-node run          --hostfile recipes/2nodes.hostfile
@@ -109,6 +110,6 @@ if [ "$mode" = test ]; then
   exec "$python" -m pytest tests --numprocesses 2 "$@"
 fi
 case "$1" in
-  --version | init | prepare | capture | evaluate | export | serve-check | report | plan | data | doctor | store) exec "$python" -m eagle3_ds.cli "$@" ;;
+  --version | init | prepare | capture | evaluate | export | serve-check | report | plan | data | doctor | store | cache) exec "$python" -m eagle3_ds.cli "$@" ;;
   *) exec "$python" -m eagle3_ds.cli launch "$@" ;;
 esac

@@ -37,6 +37,7 @@ from eagle3_ds.attention.usp import LlamaUSPFlashAttention, pack_heads, unpack_h
 from eagle3_ds.collectives import all_heads_to_sequence, all_sequence_to_heads, start_sequence_to_heads
 from eagle3_ds.kernels import FoldedKernel, accumulation_dtype
 from eagle3_ds.layout import SpanPlan
+from eagle3_ds.parts import ATTENTION, marked
 
 _TILE_BYTES = 2**23
 """Bytes of the scores of some blocks with their own inputs: small beside the operands."""
@@ -74,6 +75,7 @@ class _AttendBlocks(torch.autograd.Function):
     """Forward: the formulas above, for q [Q, N * I, D] -> out [Q, N * I, D]. Backward: theirs."""
 
     @staticmethod
+    @marked(ATTENTION)
     def forward(
         ctx: Any,
         q: Tensor,
@@ -99,6 +101,7 @@ class _AttendBlocks(torch.autograd.Function):
         return out
 
     @staticmethod
+    @marked(ATTENTION)
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k_own, v_own, out, lse = ctx.saved_tensors
         group, scale = ctx.attention.ulysses_group, ctx.attention.scale

@@ -39,6 +39,7 @@ from eagle3_ds.collectives import (
 from eagle3_ds.costs import ExchangeName
 from eagle3_ds.kernels import AttentionKernel, accumulation_dtype
 from eagle3_ds.layout import SpanPlan
+from eagle3_ds.parts import ATTENTION, marked
 
 EXCHANGES: Mapping[str, Callable[[Tensor, Tensor, RingPlace], KVExchange]] = {
     "gather": PrefixKV,
@@ -158,6 +159,7 @@ class LlamaUSPFlashAttention(nn.Module):
         out, unroll.ticket = _Attend.apply(q, k, v, unroll.ticket, self, unroll)
         return out.flatten(1)
 
+    @marked(ATTENTION)
     def attend_forward(self, q: Tensor, k: Tensor, v: Tensor, unroll: UnrollKV) -> Attended:
         """`attend` without autograd: q [Q, Hq, D], k, v [S or Q, Hkv, D] -> out [Q, Hq, D], lse [Q, Hq].
 
@@ -175,6 +177,7 @@ class LlamaUSPFlashAttention(nn.Module):
         out0, lse0 = self.home_with_statistics(out_heads.to(q.dtype), lse_heads)
         return Attended(*merge_diagonals(out0, lse0, q, unroll.keys, unroll.values, self.scale))
 
+    @marked(ATTENTION)
     def attend_backward(
         self, dout: Tensor, q: Tensor, attended: Attended, unroll: UnrollKV, step: int
     ) -> tuple[Tensor, Tensor, Tensor]:

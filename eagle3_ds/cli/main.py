@@ -13,6 +13,7 @@ from importlib import metadata
 import click
 
 import eagle3_ds
+from eagle3_ds.cli.cache import cache
 from eagle3_ds.cli.data import data
 from eagle3_ds.cli.doctor import doctor
 from eagle3_ds.cli.init import init
@@ -71,6 +72,7 @@ for command in (
     data,
     plan,
     store,
+    cache,
 ):
     commands.add_command(command)
 

@@ -121,6 +121,8 @@ def _show(planned: Planned, console: Console) -> None:
     _show_lengths(setup, budget, console)
     write(console, planned.disk)
     _show_time(setup, device, planned.ranks_per_node, console)
+    for line in planned.whole:
+        write(console, line)
     _show_candidates(planned.candidates, budget, console)
     for warning in planned.warnings:
         write(console, f"warning: {warning}")
@@ -179,8 +181,7 @@ def _show_lengths(setup: Setup, budget: int, console: Console) -> None:
     from eagle3_ds.plan import largest_length
 
     lengths = {
-        mode: largest_length(replace(setup, activation=mode), budget)
-        for mode in ("keep", "recompute", "offload")
+        mode: largest_length(replace(setup, activation=mode), budget) for mode in setup.shape.activations
     }
     text = ", ".join(f"{mode} {length}" for mode, length in lengths.items())
     write(console, f"longest sequence that fits this mesh, in tokens, by train.activation: {text}")
@@ -188,13 +189,16 @@ def _show_lengths(setup: Setup, budget: int, console: Console) -> None:
 
 def _show_time(setup: Setup, device: Device, ranks_per_node: int, console: Console) -> None:
     from eagle3_ds.plan import attention_pairs, predict_time, step_flops
+    from eagle3_ds.run.whole_run import figure
 
     pairs = attention_pairs(setup)
     time, flops = predict_time(setup, device, pairs, ranks_per_node), step_flops(setup, pairs)
-    parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in time.parts.items() if seconds >= 5e-4)
+    # Half a millisecond is nothing to a real step, but all there is to one of a tiny draft.
+    least = min(5e-4, time.seconds / 1000)
+    parts = ", ".join(f"{name} {figure(seconds)}" for name, seconds in time.parts.items() if seconds >= least)
     write(
         console,
-        f"predicted step: {time.seconds:.3f} s, {time.tokens_per_second:.0f} tokens/s, "
+        f"predicted step: {figure(time.seconds)} s, {time.tokens_per_second:.0f} tokens/s, "
         f"{flops.total / 1e12:.1f} TFLOP per rank and sequence; in seconds: {parts}",
     )
     share = (

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from eagle3_ds.parts import EXCHANGE, marked
+
 
 class PendingRows:
     """An exchange under way. It keeps the sent buffer alive until `wait`."""
@@ -20,6 +22,7 @@ class PendingRows:
     def __init__(self, received: Tensor, work: dist.Work | None = None, sent: Tensor | None = None) -> None:
         self._received, self._work, self._sent = received, work, sent
 
+    @marked(EXCHANGE)
     def wait(self) -> Tensor:
         """The result of `sequence_to_heads`, [u * S, H / u, D]."""
         if self._work is not None:
@@ -28,6 +31,7 @@ class PendingRows:
         return self._received
 
 
+@marked(EXCHANGE)
 def start_sequence_to_heads(x: Tensor, group: dist.ProcessGroup | None) -> PendingRows:
     """Begin `sequence_to_heads` of x [S, H, D] and return at once, so that work can overlap with it.
 
@@ -107,6 +111,7 @@ def all_heads_to_sequence(parts: Sequence[Tensor], group: dist.ProcessGroup | No
     ]
 
 
+@marked(EXCHANGE)
 def _exchange_flat(parts: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
     """One all-to-all of parts [u, n_i]: row r of each goes to rank r. Row r of a result, of the same shape,
     comes from rank r.

@@ -12,11 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from eagle3_ds.parts import EXCHANGE, marked
+
 # torch 2.13 renamed both and warns about the old names; torch 2.11 has only those.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+@marked(EXCHANGE)
 def all_gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """x [S, ...], of the same shape on all ranks -> [n * S, ...] in rank order. Without autograd."""
     if group is None:
@@ -26,6 +29,7 @@ def all_gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return gathered
 
 
+@marked(EXCHANGE)
 def reduce_scatter_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """x [n * S, ...] of every rank -> [S, ...]: this rank's rows, summed over the ranks. Without autograd.
 

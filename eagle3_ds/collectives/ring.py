@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from eagle3_ds.parts import EXCHANGE, marked
+
 
 class RingTransfer:
     """One exchange under way. It keeps the sent buffers alive until `wait`.
@@ -28,6 +30,7 @@ class RingTransfer:
         self._works, self._sent, self._received = works, sent, received
         self._layout = [(tensor.dtype, tensor.shape) for tensor in like]
 
+    @marked(EXCHANGE)
     def wait(self) -> list[Tensor]:
         """The tensors of the previous rank, as views of the received buffers. Call it once."""
         for work in self._works:
@@ -54,6 +57,7 @@ class RingExchange:
             place = group.rank()
             self._next, self._previous = ranks[(place + 1) % self.size], ranks[(place - 1) % self.size]
 
+    @marked(EXCHANGE)
     def start(self, tensors: Sequence[Tensor]) -> RingTransfer:
         """Send `tensors`, of any shapes, to the next rank and receive the previous rank's, of the same ones.
 

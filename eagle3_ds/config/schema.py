@@ -409,7 +409,24 @@ class TrainSection(Section):
     """Folder of an exported draft to start from, in either layout of the export section."""
     trackers: tuple[TrackerName, ...] = ()
     """Where rank 0 writes the lines of metrics.jsonl as well, each by its own package."""
+    profile_steps: tuple[Positive, Positive] | None = None
+    """The first and the last optimizer step, from 1, of which a trace is written. Null: none."""
+    profile_ranks: Literal["first", "all"] = "first"
+    """Which ranks write a trace."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _steps_to_profile(self) -> TrainSection:
+        if self.profile_steps is None:
+            return self
+        first, last = self.profile_steps
+        if first > last or (self.steps is not None and last > self.steps):
+            raise ValueError(
+                f"profile_steps is {[first, last]}: they are the first and the last of the steps to profile, "
+                f"from 1 to {self.steps or 'the last'}. Use for example [{min(10, self.steps or 10)}, "
+                f"{min(12, self.steps or 12)}]."
+            )
+        return self
 
     @model_validator(mode="after")
     def _each_tracker_once(self) -> TrainSection:

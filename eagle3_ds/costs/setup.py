@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from eagle3_ds.config import Activation, ExchangeName, Recipe, ZeroGroup
 from eagle3_ds.costs.amounts import Flops, SequenceBytes, Traffic
@@ -71,6 +71,11 @@ class DraftShape:
     def layer_weights(self, layer: int) -> dict[str, int]:
         """Parameters of each matrix of a layer."""
         raise NotImplementedError
+
+    @property
+    def activations(self) -> tuple[Activation, ...]:
+        """What `train.activation` may be for this draft."""
+        return get_args(Activation)
 
     @property
     def live_slots_alone(self) -> bool:

@@ -66,6 +66,42 @@ def prepare_data(
     without supervised token, documents longer than `data.max_length` unless `data.on_too_long` says what to
     do, and a full disk.
     """
+    place = _place(recipe, tokenizer, tokenizer_fingerprint, vocab_size)
+    if not place.path.is_dir():
+        encoder = RowEncoder(tokenizer, place.template, recipe.data, place.vocab_size)
+        _build(encoder, place.shapes, place.train_files, place.heldout_files, place.path, show_progress)
+    data = PreparedData.open(place.path, place.fingerprint)
+    # the cache knows contents, and these may have had other names when it was made
+    return replace(data, statistics=replace(data.statistics, sources=place.shapes))
+
+
+def documents_folder(
+    recipe: Recipe, tokenizer: Any, tokenizer_fingerprint: str, vocab_size: int | None = None
+) -> tuple[Path, str]:
+    """The folder that `prepare_data` with these arguments opens or makes, and its fingerprint; nothing is
+    written.
+
+    Raises:
+        ValueError: a source or the template cannot be used.
+    """
+    place = _place(recipe, tokenizer, tokenizer_fingerprint, vocab_size)
+    return place.path, place.fingerprint
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the documents of a recipe belong, and what they are made from."""
+
+    path: Path
+    fingerprint: str
+    train_files: Sequence[str]
+    heldout_files: Sequence[str]
+    shapes: Mapping[str, Shape | None]
+    template: ChatTemplate | None
+    vocab_size: int
+
+
+def _place(recipe: Recipe, tokenizer: Any, tokenizer_fingerprint: str, vocab_size: int | None) -> _Place:
     section = recipe.data
     train_files = expand_sources(section.train, "data.train")
     heldout_files = expand_sources(section.heldout, "data.heldout")
@@ -82,12 +118,7 @@ def prepare_data(
         section, template, tokenizer_fingerprint, vocab_size, train_files, heldout_files
     )
     path = Path(section.cache_dir) / f"data-{fingerprint[:16]}"
-    if not path.is_dir():
-        encoder = RowEncoder(tokenizer, template, section, vocab_size)
-        _build(encoder, shapes, train_files, heldout_files, path, show_progress)
-    data = PreparedData.open(path, fingerprint)
-    # the cache knows contents, and these may have had other names when it was made
-    return replace(data, statistics=replace(data.statistics, sources=shapes))
+    return _Place(path, fingerprint, train_files, heldout_files, shapes, template, vocab_size)
 
 
 def source_shapes(sources: Sequence[str], section: DataSection) -> dict[str, Shape | None]:

@@ -32,6 +32,7 @@ from torch.nn import functional
 
 from eagle3_ds.draft.taps import LossTaps
 from eagle3_ds.draft.tile_loss import TileLoss
+from eagle3_ds.parts import LOSS, marked
 
 IntArray = NDArray[np.int64]
 
@@ -114,6 +115,7 @@ class LossSum(NamedTuple):
     joint_acceptance: Tensor
 
 
+@marked(LOSS)
 def tiled_loss(taps: LossTaps, norm_weight: Tensor, head_weight: Tensor, inputs: LossInputs) -> LossSum:
     """The loss of the K steps in `taps`, whose hidden states it drops.
 
@@ -224,6 +226,7 @@ class _TiledLoss(torch.autograd.Function):
         return total, *reported
 
     @staticmethod
+    @marked(LOSS)
     def backward(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         dnorm, dhead = ctx.saved_tensors
         ctx.taps.scale = dtotal

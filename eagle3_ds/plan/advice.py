@@ -77,7 +77,9 @@ def explain_shortage(setup: Setup, budget: int, deepspeed: Mapping[str, ZeroSett
 
 def _single_changes(setup: Setup, deepspeed: Mapping[str, ZeroSettings]) -> list[tuple[str, Setup]]:
     found = [
-        (f"train.activation={mode}", replace(setup, activation=mode)) for mode in ("recompute", "offload")
+        (f"train.activation={mode}", replace(setup, activation=mode))
+        for mode in setup.shape.activations
+        if mode != "keep"
     ]
     found += [(f"deepspeed={file}", replace(setup, zero=zero)) for file, zero in deepspeed.items()]
     found += [

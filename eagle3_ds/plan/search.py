@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from eagle3_ds.costs import Activation, ExchangeName, Setup, ZeroGroup, ZeroSettings
+from eagle3_ds.costs import ExchangeName, Setup, ZeroGroup, ZeroSettings
 from eagle3_ds.plan.devices import Device
 from eagle3_ds.plan.memory import Memory, predict_memory
 from eagle3_ds.plan.time import StepTime, attention_pairs, predict_time
 
 GRAIN = 1024
 """`largest_length` searches multiples of this many tokens."""
-ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 EXCHANGES: tuple[ExchangeName, ...] = get_args(ExchangeName)
 ZERO_GROUPS: tuple[ZeroGroup, ...] = get_args(ZeroGroup)
 
@@ -74,7 +73,7 @@ def variants(setup: Setup, deepspeed: Mapping[str, ZeroSettings]) -> Iterator[tu
                 group != "all" or setup.world_size % zero.secondary_partition
             ):
                 continue
-            for activation in ACTIVATIONS:
+            for activation in setup.shape.activations:
                 for exchange in exchanges:
                     yield (
                         file,

@@ -69,6 +69,7 @@ BYPRODUCTS = (
     "deepspeed.env",
     "logs",
     TRACKERS,
+    "profile",
 )
 # Keys that must not change when a run is resumed. All other keys may.
 FIXED_ON_RESUME = ("target.", "draft.", "data.", "loss.", "train.seed", "train.init_from")

@@ -4,7 +4,6 @@ settings.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,16 +15,17 @@ from transformers import AutoConfig, LlamaConfig
 from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.config import Recipe
 from eagle3_ds.costs import Setup
-from eagle3_ds.data import PreparedData
 from eagle3_ds.draft import aux_size
 from eagle3_ds.draft.geometry import target_hidden_size
 from eagle3_ds.plan import (
     DEVICES,
     Candidate,
     Device,
+    attention_pairs,
     explain_shortage,
     fastest,
     predict_memory,
+    predict_time,
 )
 from eagle3_ds.run.checks import server_warning
 from eagle3_ds.run.counted_setup import counted_setup
@@ -33,6 +33,7 @@ from eagle3_ds.run.memory_advice import deepspeed_files
 from eagle3_ds.run.mesh_choice import choose_mesh, leaves_mesh
 from eagle3_ds.run.target_config import built_config, llama_config
 from eagle3_ds.run.target_sizes import SHAPES, SIZES
+from eagle3_ds.run.whole_run import Counted, capture_text, counted_documents, run_text
 from eagle3_ds.store import RowFormat
 from eagle3_ds.store.index import DTYPES
 from eagle3_ds.targets import (
@@ -80,6 +81,7 @@ class Planned:
     notes: what of the draft's shape is neither the recipe's nor plainly the target's.
     disk: what a store of hidden states takes, in words.
     mesh_note: how the mesh was chosen, where the recipe gives none.
+    whole: steps and time of the whole run, and time and disk of the capture, in words.
     shortage: what is missing and would help; None where the recipe fits as it stands.
     """
 
@@ -93,6 +95,7 @@ class Planned:
     notes: Sequence[str] = ()
     disk: str = ""
     mesh_note: str | None = None
+    whole: Sequence[str] = ()
 
 
 def plan_recipe(
@@ -142,15 +145,21 @@ def plan_recipe(
     server = None if shape or sizes else server_warning(recipe)
     warnings = tuple(told for told in (warning, server) if told)
     where = (setup, device, machines.gpus_per_node, budget)
-    disk = _disk_text(recipe, config)
-    return Planned(*where, candidates, shortage, warnings, shape_notes, disk, mesh_note)
+    # Documents are those of the target's own tokenizer: sizes that are given have none.
+    counted = None if shape or sizes else counted_documents(recipe)
+    disk = _disk_text(recipe, config, counted)
+    time = predict_time(setup, device, attention_pairs(setup), machines.gpus_per_node)
+    row_bytes = RowFormat(aux_size(config), target_hidden_size(config), recipe.data.hidden_dtype).row_bytes
+    capture = capture_text(recipe, counted, target, device, machines.gpus, row_bytes)
+    whole = [run_text(recipe, counted, setup.draft_dp, time.seconds), *([capture] if capture else [])]
+    return Planned(*where, candidates, shortage, warnings, shape_notes, disk, mesh_note, whole)
 
 
-def _disk_text(recipe: Recipe, draft: LlamaConfig) -> str:
+def _disk_text(recipe: Recipe, draft: LlamaConfig, counted: Counted | None) -> str:
     """What a hidden-state store takes, for each `data.hidden_dtype`: for a token, and for the documents where
     they are prepared.
     """
-    tokens, aux_width = _prepared_tokens(recipe), aux_size(draft)
+    tokens, aux_width = None if counted is None else counted.tokens, aux_size(draft)
     parts = []
     for dtype in DTYPES:
         row_bytes = RowFormat(aux_width, target_hidden_size(draft), dtype).row_bytes
@@ -161,18 +170,6 @@ def _disk_text(recipe: Recipe, draft: LlamaConfig) -> str:
         f"hidden states on disk, per token{of}: {', '.join(parts)}; data.hidden_dtype is "
         f"{recipe.data.hidden_dtype}. No disk: data.hidden_states=stream (from a server) or online"
     )
-
-
-def _prepared_tokens(recipe: Recipe) -> int | None:
-    """Tokens of the documents that an earlier `prepare` of this output folder made; None without."""
-    file = Path(recipe.output_dir) / "prepared.json"
-    if not file.is_file():
-        return None
-    prepared = json.loads(file.read_text())
-    folder = Path(prepared["data"])
-    if not folder.is_dir():
-        return None
-    return sum(PreparedData.open(folder, prepared["data_fingerprint"]).lengths().values())
 
 
 def _target_config(recipe: Recipe, shape: str | None, given: Mapping[str, int]) -> Any:

@@ -16,6 +16,7 @@ from eagle3_ds.checkpoint.format import VOCABULARY
 from eagle3_ds.config import Recipe, as_recipe, dump_recipe
 from eagle3_ds.data import PreparedData, prepare_data
 from eagle3_ds.data.corpora import CORPORA
+from eagle3_ds.data.prepare import documents_folder
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.eval import draw_report, in_process, loop_warning
 from eagle3_ds.eval.heldout import prompts_during
@@ -23,13 +24,14 @@ from eagle3_ds.eval.served_picture import curves, warnings_of_comparison
 from eagle3_ds.export import check_push, push_folder
 from eagle3_ds.launch.command import LaunchPlan, write_environment_file
 from eagle3_ds.launch.ranks import run_ranks
+from eagle3_ds.run.cache_uses import in_use
 from eagle3_ds.run.checks import RESOLVED, check_data, check_target_structure
 from eagle3_ds.run.draft_embedding import write_draft_embedding
 from eagle3_ds.run.eval_file import read_eval
 from eagle3_ds.run.finish import evaluate_run, export_draft
 from eagle3_ds.run.states import place_of_states
 from eagle3_ds.store import RowFormat
-from eagle3_ds.store.fingerprint import Fingerprint
+from eagle3_ds.store.fingerprint import Fingerprint, store_folder
 from eagle3_ds.targets import (
     beyond_positions,
     build_target,
@@ -76,6 +78,13 @@ def prepare(recipe: Recipe | str | Path, checkpoint: Path | None = None) -> None
         ValueError: target, data or initial draft do not fit the recipe, or the disk is too small.
     """
     recipe = as_recipe(recipe)
+    with in_use(recipe) as use:
+        use.preparing()
+        use.names(_prepare(recipe, checkpoint))
+
+
+def _prepare(recipe: Recipe, checkpoint: Path | None) -> list[Path]:
+    """Does what `prepare` says; returns what it left or found in the cache folder."""
     check_data(recipe)
     save_resolved(recipe)
     section = recipe.target
@@ -118,6 +127,7 @@ def prepare(recipe: Recipe | str | Path, checkpoint: Path | None = None) -> None
         "warnings": list(documents.warnings),
     }
     (output_dir / "prepared.json").write_text(json.dumps(prepared, indent=2) + "\n")
+    return [path for path in (data.path, store) if path is not None]
 
 
 def tokenise(recipe: Recipe) -> Documents:
@@ -128,21 +138,44 @@ def tokenise(recipe: Recipe) -> Documents:
         ValueError: the target is missing, or the data are not usable.
     """
     section = recipe.target
-    folder = resolve_path(section.path)
-    config = load_text_config(folder)
-    check_supported(config, section.path)
+    config, aux_layers, fingerprint = _target_read(recipe)
     warning = beyond_positions(recipe.data.max_length, positions(config))
-    warnings = tuple(told for told in (warning, no_known_server(load_full_config(folder))) if told)
+    strange = no_known_server(load_full_config(resolve_path(section.path)))
+    warnings = tuple(told for told in (warning, strange) if told)
     for line in warnings:
         logger.warning("%s", line)
-    aux_layers = choose_aux_layers(config.num_hidden_layers, section.aux_layers)
-    fingerprint = target_fingerprint(folder, aux_layers, section.dtype)
     data = prepare_data(recipe, load_tokenizer(section), fingerprint["tokenizer"], config.vocab_size)
     for line in data.statistics.lines():
         logger.info("data: %s", line)
     logger.info("data: %s, its lengths drawn in lengths.png", data.path)
     layout = RowFormat(len(aux_layers) * config.hidden_size, config.hidden_size, recipe.data.hidden_dtype)
     return Documents(data, layout, {**fingerprint, "documents": data.fingerprint}, warnings)
+
+
+def places_in_cache(recipe: Recipe) -> tuple[Path, Path]:
+    """The folders of a recipe's documents and of the store of their hidden states, whether they exist or not.
+    Nothing is written; the data are read once.
+
+    Raises:
+        ValueError: the target is missing, or a source of the data cannot be used.
+    """
+    config, _, fingerprint = _target_read(recipe)
+    tokenizer = load_tokenizer(recipe.target)
+    folder, documents = documents_folder(recipe, tokenizer, fingerprint["tokenizer"], config.vocab_size)
+    made_from = {**fingerprint, "documents": documents}
+    return folder, store_folder(recipe.data.cache_dir, made_from, recipe.data.hidden_dtype)
+
+
+def _target_read(recipe: Recipe) -> tuple[Any, Sequence[int], dict[str, str]]:
+    """The target's text config, the layers whose inputs are captured, and what documents and hidden states
+    depend on.
+    """
+    section = recipe.target
+    folder = resolve_path(section.path, section.build is not None)
+    config = load_text_config(folder)
+    check_supported(config, section.path)
+    aux_layers = choose_aux_layers(config.num_hidden_layers, section.aux_layers)
+    return config, aux_layers, target_fingerprint(folder, aux_layers, section.dtype)
 
 
 def save_resolved(recipe: Recipe) -> None:

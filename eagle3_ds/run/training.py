@@ -10,6 +10,7 @@ from eagle3_ds.checkpoint.format import FINAL_WEIGHTS
 from eagle3_ds.config import Recipe, as_recipe
 from eagle3_ds.launch.command import LaunchPlan, write_environment_file
 from eagle3_ds.launch.ranks import Outcome, run_with_restarts
+from eagle3_ds.run.cache_uses import in_use
 from eagle3_ds.run.checks import check_places, clear_output
 from eagle3_ds.run.memory_advice import advise_on_memory
 from eagle3_ds.run.resolve import ResolvedRun, RunOptions, resolve_run
@@ -71,13 +72,14 @@ def train_run(run: ResolvedRun) -> Trained:
     output_dir = Path(run.recipe.output_dir)
     if run.checkpoint is None:
         clear_output(output_dir)
-    prepare(run.recipe, run.checkpoint)
-    status = capture(run.recipe, run.capture_plan)
-    if status:
-        return Trained(status, finished=False)
-    write_environment_file(run.plan)
-    with streaming(run.recipe, len(run.plan.hosts)):
-        outcome = run_with_restarts(run.plan, lambda: _plan_again(run), run.recipe.faults.max_restarts)
+    with in_use(run.recipe):
+        prepare(run.recipe, run.checkpoint)
+        status = capture(run.recipe, run.capture_plan)
+        if status:
+            return Trained(status, finished=False)
+        write_environment_file(run.plan)
+        with streaming(run.recipe, len(run.plan.hosts)):
+            outcome = run_with_restarts(run.plan, lambda: _plan_again(run), run.recipe.faults.max_restarts)
     if outcome.status:
         _advise(run, outcome)
         return Trained(outcome.status, False, outcome.reason)
@@ -93,8 +95,9 @@ def train_run(run: ResolvedRun) -> Trained:
 def capture_run(run: ResolvedRun) -> int:
     """Prepare, and hidden states by all ranks, nothing after; returns the launcher's exit status."""
     check_places(run.recipe, run.capture_plan, run.options.where.launcher)
-    prepare(run.recipe)
-    return capture(run.recipe, run.capture_plan)
+    with in_use(run.recipe):
+        prepare(run.recipe)
+        return capture(run.recipe, run.capture_plan)
 
 
 def finish_run(recipe: Recipe) -> None:
@@ -106,8 +109,9 @@ def finish_run(recipe: Recipe) -> None:
             what is there.
     """
     try:
-        export(recipe)
-        evaluate(recipe)
+        with in_use(recipe):
+            export(recipe)
+            evaluate(recipe)
     finally:
         add_report(recipe, report(recipe))
 

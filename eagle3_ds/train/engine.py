@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from eagle3_ds.config import Recipe
 from eagle3_ds.draft import Draft, LossInputs, LossSum, LossTaps, tiled_loss
 from eagle3_ds.layout import LocalBatch
+from eagle3_ds.parts import EXCHANGE, OPTIMIZER, marked
 from eagle3_ds.topology import Topology, ZeroGroupMpu
 from eagle3_ds.train.extensions import prepare_extensions
 
@@ -113,12 +114,14 @@ def _undo_synthetic_step(wrapper: FP16_UnfusedOptimizer) -> None:
                 master.copy_(parameter)
 
 
+@marked(EXCHANGE)
 def _sum_over_group(group: dist.ProcessGroup, gradient: Tensor) -> Tensor:
     summed = gradient.contiguous().clone()
     dist.all_reduce(summed, group=group)
     return summed
 
 
+@marked(OPTIMIZER)
 def step_and_norm(engine: Any) -> float:
     """Take the optimizer step after the last micro-batch. Collective over the world.
 

@@ -21,9 +21,11 @@ from eagle3_ds.guard.heart import Heart
 from eagle3_ds.guard.replicas import require_same_replicas, weights_compared_before_update
 from eagle3_ds.guard.stop import REASONS, StopRequest
 from eagle3_ds.layout import PackedSequence
+from eagle3_ds.parts import DATA, marked
 from eagle3_ds.say import progress_bar
 from eagle3_ds.train.decoded import DecodedAcceptance
 from eagle3_ds.train.metrics import MetricsFile, peak_memory_bytes
+from eagle3_ds.train.profile import StepProfile, check_profile, profiled_step
 from eagle3_ds.train.state import EngineState
 from eagle3_ds.train.tracking import Tracking
 from eagle3_ds.train.trainer import DraftTrainer, learning_rate_at
@@ -92,6 +94,8 @@ def run_training(
             f"The checkpoint is of step {done}, the run ends after step {last}. Raise train.steps or "
             "train.epochs."
         )
+    check_profile(recipe, done, last)
+    profile = StepProfile.of(trainer, output_dir)
     metrics = MetricsFile(output_dir / "metrics.jsonl", done, tracking) if is_first else None
     if is_first:
         # Final weights of an earlier, shorter run: while this one has not ended, they must not look like its.
@@ -107,7 +111,7 @@ def run_training(
         save_now = _due(done + 1, recipe.train.save_every, last)
         check_now = save_now or _due(done + 1, recipe.faults.check_every, last)
         with weights_compared_before_update(trainer, done) if check_now else nullcontext():
-            record = _step(trainer, loader, guard, done, last)
+            record = _step(trainer, loader, guard, done, last, profile)
         done += 1
         record |= _judge(trainer, heldout, decoded, heart, done, last)
         if metrics is not None:
@@ -121,6 +125,8 @@ def run_training(
         progress.set_postfix(loss=f"{record['loss']:.3f}", tau=f"{record['tau']:.2f}", refresh=False)
         progress.update()
     progress.close()
+    if profile is not None:
+        profile.close()
     if reason and saved != done:
         saver.save(Progress(done, loader.packs_before(done), skipped_in_a_row=guard.in_a_row))
     saver.finish()
@@ -172,15 +178,23 @@ def _between_steps(stop: StopRequest, saver: CheckpointSaver, trainer: DraftTrai
 
 
 def _step(
-    trainer: DraftTrainer, loader: StepSource, guard: DivergenceGuard, index: int, last: int
+    trainer: DraftTrainer,
+    loader: StepSource,
+    guard: DivergenceGuard,
+    index: int,
+    last: int,
+    profile: StepProfile | None,
 ) -> dict[str, Any]:
     """Take optimizer step `index` (from 0), and return its record for metrics.jsonl."""
     rate = learning_rate_at(trainer.recipe, index, last)
     started = time.perf_counter()
-    packs = loader.step(index)
-    waited = time.perf_counter() - started
-    report = trainer.step(packs, rate)
-    seconds = time.perf_counter() - started
+    with profiled_step(profile, index + 1):
+        packs = marked(DATA)(loader.step)(index)
+        waited = time.perf_counter() - started
+        if profile is not None:
+            profile.count(packs)
+        report = trainer.step(packs, rate)
+        seconds = time.perf_counter() - started
     return {
         "step": index + 1,
         "lr": rate,

@@ -27,6 +27,7 @@ from eagle3_ds.draft import Draft, LossInputs, LossSum, VocabularyMap, loss_tile
 from eagle3_ds.kernels import checked_kernel
 from eagle3_ds.layout import LocalBatch, PackedSequence, prepare_usp_input, stream_rows
 from eagle3_ds.losses import loss_of
+from eagle3_ds.parts import BACKWARD, EXCHANGE, FORWARD, INPUTS, REPORT, marked
 from eagle3_ds.topology import Topology
 from eagle3_ds.train.engine import DraftWithLoss, build_engine, full_parameters, step_and_norm
 from eagle3_ds.train.quiet import ignore_renamed_collectives
@@ -96,9 +97,9 @@ class DraftTrainer:
         kernel = checked_kernel(recipe.attention.kernel, device, self.dtype, draft.config.head_dim)
         self.kernel_name = kernel.name
         shape = self.algorithm.shape(draft.config)
-        setup = Setup.of(recipe, deepspeed_config, shape, topology.draft_dp)
+        self.setup = Setup.of(recipe, deepspeed_config, shape, topology.draft_dp)
         asked = recipe.parallel.kv_exchange
-        self.kv_exchange = choose_kv_exchange(setup) if asked == "auto" else asked
+        self.kv_exchange = choose_kv_exchange(self.setup) if asked == "auto" else asked
         groups = (topology.ulysses_group, topology.ring_group)
         patch_attention(
             draft,
@@ -138,11 +139,11 @@ class DraftTrainer:
         batches, inputs, normalizer = self._prepare(packs)
         sums = []
         for micro, (batch, constants) in enumerate(zip(batches, inputs, strict=True), start=1):
-            loss: LossSum = self.engine(batch, constants)
+            loss = self._forward(batch, constants)
             # The gradients of a loss that is not finite may be finite. They are made NaN, which makes the
             # reduced norm NaN on every rank, so that all ranks skip the step.
             scale = torch.where(loss.total.isfinite(), self.loss_scale, math.nan)
-            self.engine.backward(loss.total * scale, scale_wrt_gas=False)
+            self._backward(loss.total * scale)
             # Keep the sums without their graph, which would hold the keys and values of every micro-batch
             # until the step is over.
             sums.append(LossSum(*(value.detach() for value in loss)))
@@ -152,6 +153,15 @@ class DraftTrainer:
         grad_norm = step_and_norm(self.engine)
         tokens = sum(sum(pack.lengths) for pack in packs)
         return replace(self._report(sums, normalizer, tokens), grad_norm=grad_norm)
+
+    @marked(FORWARD)
+    def _forward(self, batch: LocalBatch, constants: LossInputs) -> LossSum:
+        found: LossSum = self.engine(batch, constants)
+        return found
+
+    @marked(BACKWARD)
+    def _backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)
 
     @torch.no_grad()
     def evaluate(self, packs: Sequence[PackedSequence]) -> StepReport:
@@ -210,6 +220,7 @@ class DraftTrainer:
             for name, tensor in full_parameters(self.engine.module, keep).items()
         }
 
+    @marked(INPUTS)
     def _prepare(self, packs: Sequence[PackedSequence]) -> tuple[list[LocalBatch], list[LossInputs], Tensor]:
         recipe, place = self.recipe, self.topology.place
         ranks = (place.ring_rank, place.ulysses_rank)
@@ -268,6 +279,7 @@ class DraftTrainer:
             loss=self._loss,
         )
 
+    @marked(REPORT)
     def _report(self, sums: Sequence[LossSum], normalizer: Tensor, own_tokens: int) -> StepReport:
         names = ("step_loss", "hits", "counts", "joint_hits", "joint_counts", "joint_acceptance")
         count = torch.tensor([float(own_tokens)], dtype=torch.float64, device=self.topology.device)
@@ -285,6 +297,7 @@ class DraftTrainer:
             tokens=int(tokens) // self.topology.sp_world_size,
         )
 
+    @marked(EXCHANGE)
     def _sum_over_world(self, tensor: Tensor) -> None:
         if dist.is_initialized():
             dist.all_reduce(tensor)

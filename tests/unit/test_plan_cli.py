@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,13 @@ import pytest
 from eagle3_ds.cli import plan as plan_command
 from eagle3_ds.cli.main import main
 from eagle3_ds.config import load_recipe
+from eagle3_ds.data import PackedLoader, PreparedData
 from eagle3_ds.plan import DEVICES
+from eagle3_ds.run.target_config import built_config
+from eagle3_ds.run.whole_run import capture_seconds, duration
 from eagle3_ds.store import HiddenStateStore
 from tests.unit.data_samples import write_jsonl
-from tests.unit.tiny_target import CONVERSATIONS, build_tiny_target
+from tests.unit.tiny_target import CONVERSATIONS, build_tiny_target, tiny_build
 
 ROOT = Path(__file__).parents[2]
 LLAMA = ("recipes/llama3.1-8b_128k_usp.yaml", "--shape", "llama3.1-8b")
@@ -101,6 +105,87 @@ def test_the_disk_of_a_store_is_told_for_each_dtype_and_for_documents_that_are_p
     tokens = sum(HiddenStateStore.open(folder).lengths.values())
     text = planned(capsys, "recipes/quickstart.yaml", "--gpus", "4", *here)
     assert f"in brackets for the {tokens} tokens that are prepared: float32 0.5 KiB (0.0 GiB)" in text
+
+
+def test_the_whole_run_and_the_capture_are_told_once_documents_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", CONVERSATIONS)
+    target = build_tiny_target(tmp_path / "target")
+    here = [f"data.train=[{rows}]", f"target.path={target}", "target.build=null", "draft.vocab_size=128"]
+    here += [f"output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}", "eval.num_prompts=0"]
+    here += ["data.max_length=64", "train.accumulation=2", "parallel.draft_dp=1", "train.steps=null"]
+    command = ("recipes/quickstart.yaml", "--gpus", "4", *here, "train.epochs=3")
+    text = planned(capsys, *command)
+    assert "whole run: its steps follow from train.epochs = 3 and the data" in text
+    assert "capture of the hidden states: its time and disk need the documents" in text
+    by_steps = planned(capsys, *command, "train.epochs=null", "train.steps=70")
+    assert "whole run: 70 steps (train.steps) of " in by_steps
+    assert main(["prepare", "recipes/quickstart.yaml", *here, "train.epochs=3"]) == 0
+    capsys.readouterr()
+    (folder,) = (tmp_path / "cache").glob("hidden-*")
+    store = HiddenStateStore.open(folder)
+    prepared = json.loads((tmp_path / "run" / "prepared.json").read_text())
+    data = PreparedData.open(Path(prepared["data"]), prepared["data_fingerprint"])
+    loader = PackedLoader(data.train, store, 64, 1, 0, accumulation=2)
+    text = planned(capsys, *command)
+    assert (
+        f"whole run: {loader.steps_in(3)} steps (train.epochs 3 of {loader.num_packs} packs, 2 in a" in text
+    )
+    assert f"{sum(store.lengths.values())} tokens: done already, " in text
+    shutil.rmtree(folder)
+    text = planned(capsys, *command)
+    assert " on one H100 (target.capture), writing not counted; " in text
+    assert "are not prepared for" in planned(capsys, *command, "data.max_length=128")
+    assert "capture of" not in planned(capsys, *command, "data.hidden_states=online")
+
+
+def test_the_seconds_of_a_capture_are_those_of_the_targets_products(tmp_path: Path) -> None:
+    """Two documents and one layer more: what is added is what the formula of that layer says."""
+    config = built_config(tiny_build())
+    deeper = built_config(tiny_build(num_layers=8))
+    recipe, device = load_recipe("recipes/quickstart.yaml", ["target.dtype=bfloat16"]), DEVICES["H100"]
+    lengths = (100, 300)
+    added = capture_seconds(recipe, lengths, deeper, device) - capture_seconds(
+        recipe, lengths, config, device
+    )
+    # Hidden 32, 4 heads and 2 of keys of 8 channels, inner 64, and two norms.
+    weights = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64 + 2 * 32
+    pairs = 100 * 101 // 2 + 300 * 301 // 2
+    expected = (2 * weights * 400 / 0.75 + 4 * 32 * pairs / 0.6) / 989e12
+    assert added == pytest.approx(expected, rel=1e-9)
+
+
+def test_times_are_told_in_units_that_say_something() -> None:
+    told = [duration(seconds) for seconds in (2e-6, 1.5, 119, 121, 7199, 7200, 1e6)]
+    assert told == [
+        "2e-06 s",
+        "1.500 s",
+        "119.000 s",
+        "2.0 minutes",
+        "120.0 minutes",
+        "2.0 hours",
+        "277.8 hours",
+    ]
+
+
+def test_what_a_draft_of_blocks_refuses_is_not_offered_to_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for memory, offers in (("80", "longest sequence that fits this mesh"), ("10", "What would help most")):
+        command = ["recipes/qwen3-8b_128k_dflash.yaml", "--shape", "qwen3-8b", "--gpu-memory", memory]
+        assert main(["plan", *command]) in (0, 1, 2)
+        said = capsys.readouterr()
+        text = said.out + said.err
+        assert offers in text and "offload" not in text.replace("zero3_offload", "")
+
+
+def test_the_parts_of_a_step_are_told_of_the_smallest_draft_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = planned(capsys, "recipes/quickstart.yaml", "--gpus", "4", f"target.path={tmp_path / 'none'}")
+    line = next(line for line in text.splitlines() if line.startswith("predicted step: "))
+    parts = dict(part.rsplit(" ", 1) for part in line.split("in seconds: ")[1].split(", "))
+    step = float(line.split()[2])
+    assert "layers" in parts and sum(map(float, parts.values())) == pytest.approx(step, rel=0.2)
 
 
 def test_sizes_over_a_shape(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from eagle3_ds.attention.costs import (
     unroll_traffic,
 )
 from eagle3_ds.attention.rotary import rotated_channels
-from eagle3_ds.costs import FP32, INT64, DraftShape, Flops, Parts, SequenceBytes, Setup, Traffic
+from eagle3_ds.costs import FP32, INT64, Activation, DraftShape, Flops, Parts, SequenceBytes, Setup, Traffic
 from eagle3_ds.draft.costs import loss_parts, norm_entries
 from eagle3_ds.draft.geometry import aux_size, has_own_embedding, target_hidden_size
 
@@ -79,6 +79,11 @@ class DFlashShape(DraftShape):
         for layer in range(self.num_layers):
             sizes += [*self.layer_weights(layer).values(), self.head_dim, self.head_dim, hidden, hidden]
         return (*sizes, hidden, self.draft_vocab_size * hidden)
+
+    @property
+    def activations(self) -> tuple[Activation, ...]:
+        """The pass over the blocks moves nothing to the host (the recipe refuses `offload`)."""
+        return ("keep", "recompute")
 
     @property
     def live_slots_alone(self) -> bool:
