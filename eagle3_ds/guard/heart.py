@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, BinaryIO
@@ -135,13 +135,29 @@ def last_collective() -> tuple[str, bool, int]:
     if not entries:
         return "", False, 0
     entries.sort(key=lambda entry: entry["time_created_ns"])
-    unfinished = [entry for entry in entries if not entry["retired"]]
+    # torch never retires the sends and receives of a batch (`batch_isend_irecv` under NCCL): the batch has an
+    # entry of its own behind them, which it does retire.
+    batches = {_point_to_point(entry) for entry in entries if _is_batch(entry)}
+    unfinished = [
+        entry
+        for entry in entries
+        if not entry["retired"] and (_is_batch(entry) or _point_to_point(entry) not in batches)
+    ]
     entry = unfinished[0] if unfinished else entries[-1]
     sizes = " ".join("x".join(map(str, size)) or "scalar" for size in entry["input_sizes"])
     number = entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"]
     group = entry["process_group"][0]
     words = f"{entry['profiling_name']} number {number} of group {group} on {sizes or 'nothing'}"
     return words, bool(unfinished), entry["time_created_ns"]
+
+
+def _is_batch(entry: Mapping[str, Any]) -> bool:
+    return bool(entry["is_p2p"]) and str(entry["profiling_name"]).endswith(":coalesced")
+
+
+def _point_to_point(entry: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Group and number of a send, a receive or a batch of them; None of a collective."""
+    return (entry["process_group"][0], entry["p2p_seq_id"]) if entry["is_p2p"] else None
 
 
 def _is_of_a_peer(error: BaseException) -> bool:

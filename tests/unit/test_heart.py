@@ -98,3 +98,14 @@ def test_the_collective_that_is_waited_for_comes_before_later_ones(monkeypatch: 
     assert last_collective() == ("gloo:broadcast number 3 of group 0 on 4x2 scalar", False, 3)
     records["_dump_nccl_trace_json"] = [entry("nccl:send", 2, False, is_p2p=True, input_sizes=[])]
     assert last_collective() == ("nccl:send number 9 of group 0 on nothing", True, 2)
+    # A batch of both: its parts are never retired, it is.
+    batch = [entry(f"nccl:{name}", at, False, is_p2p=True) for at, name in ((2, "send"), (4, "recv"))]
+    whole = entry("nccl:coalesced", 5, True, is_p2p=True, input_sizes=[])
+    records["_dump_nccl_trace_json"] = [*batch, whole]
+    assert last_collective() == ("nccl:coalesced number 9 of group 0 on nothing", False, 5)
+    records["_dump_nccl_trace_json"] = [*batch, {**whole, "retired": False}]
+    assert last_collective() == ("nccl:coalesced number 9 of group 0 on nothing", True, 5)
+    # Of another group, or alone, they are waited for.
+    elsewhere = {**whole, "process_group": ["7", "ring"]}
+    records["_dump_nccl_trace_json"] = [*batch, elsewhere]
+    assert last_collective() == ("nccl:send number 9 of group 0 on 4x2 scalar", True, 2)
