@@ -1,5 +1,5 @@
-"""What the gate lets through: every test file is collected, every Python file is linted and typed, and the
-README's table of what is proven says truly which of its commands run in continuous integration."""
+"""What the gate lets through: every test file is collected, every Python file is linted and typed, and
+docs/proofs.md says truly which of its commands run in continuous integration."""
 
 from __future__ import annotations
 
@@ -103,9 +103,9 @@ def test_the_check_of_names_can_fail() -> None:
     assert not hiding_folders([ROOT / "tests" / "ranks" / "a.py"])
 
 
-def proven_rows(readme: str) -> list[tuple[str, str, str]]:
-    """Claim, commands and when they ran last, of each row of the README's table of what is proven."""
-    section = readme.partition("## What is proven")[2].partition("\n## ")[0]
+def proven_rows(page: str) -> list[tuple[str, str, str]]:
+    """Claim, commands and when they ran last, of each row of the table of what is proven."""
+    section = page.partition("## What is proven")[2].partition("\n## ")[0]
     rows = [
         re.split(r"(?<!\\)\|", line.strip().strip("|"))
         for line in section.splitlines()
@@ -114,7 +114,7 @@ def proven_rows(readme: str) -> list[tuple[str, str, str]]:
     return [(claim.strip(), command.strip(), when.strip()) for claim, command, when in rows[2:]]
 
 
-ROWS = proven_rows((ROOT / "README.md").read_text(encoding="utf-8"))
+ROWS = proven_rows((ROOT / "docs" / "proofs.md").read_text(encoding="utf-8"))
 
 
 def test_the_table_is_there() -> None:
@@ -138,7 +138,7 @@ def test_every_claim_names_a_command_and_when_it_ran(row: tuple[str, str, str]) 
     assert ("CI" in when) == bool(tests), "CI runs every test file of tests/, and nothing else"
     results = [
         json.loads((ROOT / path).read_text())
-        for path in re.findall(r"\]\((benchmarks/results/\S+?\.json)\)", command)
+        for path in re.findall(r"\]\(\.\./(benchmarks/results/\S+?\.json)\)", command)
     ]
     assert DATE.findall(when) == [result["date"] for result in results], "the dates of the result files"
     assert len(results) == len(modules), "every measurement has its result file beside it"
