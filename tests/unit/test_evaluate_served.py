@@ -125,7 +125,8 @@ def test_what_is_sent(run: Run, server: CountingServer, tmp_path: Path) -> None:
 def test_several_at_a_time_have_no_interval(run: Run, server: CountingServer, tmp_path: Path) -> None:
     assert run()[0] == 0
     alone = written(tmp_path)["served"]
-    server.delay = lambda text: 0.05
+    # Long enough for the third to be asked for on a machine that has other work.
+    server.delay = lambda text: 0.5
     status, said = run("--concurrency", "3")
     assert status == 0 and "do not tell them apart" in said
     result = written(tmp_path)["served"]

@@ -50,7 +50,8 @@ def run(
     def one(*arguments: str, url: str | None = None, output: str = "answers.jsonl") -> tuple[int, str]:
         recipe = tmp_path / "r.yaml"
         recipe.write_text(
-            f"target: {{path: {target}, dtype: float32}}\ndata: {{train: [{rows}]}}\n"
+            f"target: {{path: {target}, dtype: float32}}\n"
+            f"data: {{train: [{rows}], max_length: 512}}\ndraft: {{vocab_size: 128}}\n"
             "sampling: {max_new_tokens: 40}\ntrain: {steps: 1}\ndeepspeed: x.json\noutput_dir: out\n"
         )
         words = ["data", "regenerate", str(recipe), "--output", str(tmp_path / output)]
