@@ -1,4 +1,4 @@
-"""Deliberate faults of drafts that guess a block: patches of the product, which a comparison must reject."""
+"""Deliberate faults that a draft of blocks shows: patches of the product, which a comparison must reject."""
 
 from __future__ import annotations
 

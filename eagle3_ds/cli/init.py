@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from eagle3_ds.cli.plan import COUNT, DEVICES, GIBIBYTES
+from eagle3_ds.cli.plan import COUNT, DEVICES, GIBIBYTES, GPUS_PER_NODE
 from eagle3_ds.cli.words import terminal, write
 
 
@@ -26,9 +26,7 @@ from eagle3_ds.cli.words import terminal, write
     help="tokens of a pack, e.g. --length 131072 (else by the conversations and the memory)",
 )
 @click.option("--gpus", type=COUNT, metavar="N", help="ranks of the run, e.g. --gpus 8 (else those here)")
-@click.option(
-    "--gpus-per-node", type=COUNT, default=8, metavar="N", help="ranks with fast links between them (else 8)"
-)
+@GPUS_PER_NODE
 @click.option(
     "--gpu-memory",
     type=GIBIBYTES,

@@ -44,12 +44,15 @@ def size_options(function: Function) -> Function:
     return function
 
 
+GPUS_PER_NODE = click.option(
+    "--gpus-per-node", type=COUNT, default=8, metavar="N", help="ranks with fast links between them (else 8)"
+)
+
+
 @click.command()
 @recipe_words
 @click.option("--gpus", type=COUNT, default=8, metavar="N", help="ranks of the run, e.g. --gpus 16 (else 8)")
-@click.option(
-    "--gpus-per-node", type=COUNT, default=8, metavar="N", help="ranks with fast links between them (else 8)"
-)
+@GPUS_PER_NODE
 @click.option(
     "--gpu-memory",
     type=GIBIBYTES,

@@ -26,12 +26,11 @@ from eagle3_ds.config.schema import (
     ParallelSection,
     Recipe,
     SamplingSection,
-    TargetBuild,
-    TargetSection,
     TrainSection,
     ZeroGroup,
 )
 from eagle3_ds.config.shipped import find_shipped, shipped
+from eagle3_ds.config.target import TargetBuild, TargetSection
 from eagle3_ds.config.yaml_strict import read_text
 
 __all__ = [

@@ -1,8 +1,17 @@
-"""What all sections of a recipe have in common."""
+"""What the sections of a recipe have in common: their base, and the kinds of values."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+Text = Annotated[str, Field(min_length=1)]
+FloatDtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Section(BaseModel):

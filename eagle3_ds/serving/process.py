@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import urlopen
 
-from eagle3_ds.config.schema import ServerSection
+from eagle3_ds.config.target import ServerSection
 
 CONNECTOR = Path(__file__).with_name("connector.py")
 MODULE, CLASS = "eagle3_ds_connector", "RowsConnector"

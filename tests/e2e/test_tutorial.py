@@ -54,6 +54,8 @@ def test_every_command_does_what_the_page_says(
         ran.append(arguments[0])
     assert ran == ["init", "data", "data", "my.yaml", "data", "data", "my.yaml"]
     (run,) = (path.parent for path in (tmp_path / "output").glob("*/metrics.jsonl"))
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 2
     assert json.loads((run / "eval.json").read_text())["lossless"]
     for name in ("report.png", "draft/serve.md", "draft-speculators/config.json"):
         assert (run / name).is_file()

@@ -17,7 +17,7 @@ import torch
 from eagle3_ds import serving
 from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.config import Recipe, SamplingSection, TargetSection
-from eagle3_ds.config.schema import ServerSection
+from eagle3_ds.config.target import ServerSection
 from eagle3_ds.data.answer_server import AnswerServer
 from eagle3_ds.export import export_vllm
 from eagle3_ds.patient_http import PatientClient

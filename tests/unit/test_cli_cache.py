@@ -96,9 +96,9 @@ def test_list_tells_size_tokens_age_and_whose(
     for entry in found.values():
         assert entry.bytes == sum(file.stat().st_size for file in entry.path.iterdir())
         assert not entry.problem and entry.holder is None and len(entry.uses) == 1
-    tokens = {entry.uses[0].output_dir.name: set() for entry in found.values()}  # type: ignore[var-annotated]
+    tokens: dict[str, set[int | None]] = {}
     for entry in found.values():
-        tokens[entry.uses[0].output_dir.name].add(entry.tokens)
+        tokens.setdefault(entry.uses[0].output_dir.name, set()).add(entry.tokens)
     assert {name: len(counts) for name, counts in tokens.items()} == {"a": 1, "b": 1}, "documents = states"
     status, text = say(capsys, "list", two / "a.yaml", "--cache-dir", tmp_path / "cache")
     assert status == 0 and all(name in text for name in found)

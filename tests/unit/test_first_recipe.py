@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -146,11 +147,11 @@ def test_a_length_that_does_not_fit_is_halved_unless_it_was_asked_for(
     long = write_jsonl(tmp_path / "long.jsonl", [chat("hi", "word " * 1500), *[chat("a", "b")] * 5])
     real, asked = first_recipe.plan_recipe, []
 
-    def only_short(recipe: Recipe, *arguments: object) -> object:
+    def only_short(recipe: Recipe, *arguments: Any) -> object:
         asked.append(recipe.data.max_length)
         if recipe.data.max_length > 3000:
             raise ValueError("too long for these ranks")
-        return real(recipe, *arguments)  # type: ignore[arg-type]
+        return real(recipe, *arguments)
 
     monkeypatch.setattr(first_recipe, "plan_recipe", only_short)
     words = (target, "--data", long, "--gpus", 1)

@@ -20,7 +20,7 @@ import torch
 from pydantic import ValidationError
 
 from eagle3_ds.config import TargetSection
-from eagle3_ds.config.schema import ServerSection
+from eagle3_ds.config.target import ServerSection
 from eagle3_ds.serving import client, rows, written
 from eagle3_ds.serving.process import CONNECTOR, own_server, server_command
 from eagle3_ds.serving.rows import Expected, read_rows
@@ -122,7 +122,7 @@ def test_the_server_ends_when_the_run_is_killed(tmp_path: Path) -> None:
     code = f"""
 import time
 from pathlib import Path
-from eagle3_ds.config.schema import ServerSection
+from eagle3_ds.config.target import ServerSection
 from eagle3_ds.serving.process import own_server
 place = Path({str(tmp_path)!r})
 with own_server(ServerSection(python={section.python!r}), place, "float32", (7,), 9, place / "log"):
