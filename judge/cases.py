@@ -94,6 +94,8 @@ ROPE: Mapping[str, Mapping[str, Any]] = {
 }
 LONG_FACTORS = (1.0, 1.1, 1.3, 1.7, 2.5, 4.0, 6.0, 9.0)
 """Of longrope, for the pairs of channels, again and again."""
+_ALONE = {"unsupervised_rank": "many_unaligned"}
+"""What stands for documents that one rank alone cannot have."""
 HIDDEN, VOCABULARY, DRAFT_VOCABULARY = 64, 160, 128
 MASK_TOKEN = 7
 """Texts hold it now and then, which no user's should: they must read the learned row too."""
@@ -241,6 +243,23 @@ def short_matrix(max_world: int = 4) -> list[Case]:
         missing -= _values(best)
         chosen.append(best)
     return chosen
+
+
+def on_one_device(cases: Sequence[Case]) -> list[Case]:
+    """The same cases without other ranks, each once: what one GPU can be asked."""
+    folded = (
+        replace(
+            case,
+            draft_dp=1,
+            ring=1,
+            ulysses=1,
+            zero_group="all",
+            kv_exchange="gather",
+            documents=_ALONE.get(case.documents, case.documents),
+        )
+        for case in cases
+    )
+    return list(dict.fromkeys(folded))
 
 
 def _values(case: Case) -> set[Value]:

@@ -1,25 +1,29 @@
 """`python -m judge.exactness`: compares the parallel product with the dense reference in one process.
 
-Each case trains NUM_STEPS optimizer steps with both, the product on CPU ranks. It prints the relative errors
-of each case, and writes them to benchmarks/results/exactness.json. The exit status is 1 when any case exceeds
-its tolerance (fp32 1e-5, bf16 2e-2).
+Each case trains NUM_STEPS optimizer steps with both, the product on CPU ranks, or with `--device cuda` on one
+GPU, where every case has one rank. It prints the relative errors of each case, and writes them to
+benchmarks/results/exactness.json (exactness_cuda.json). The exit status is 1 when any case exceeds its
+tolerance (fp32 1e-5, bf16 2e-2).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from judge.cases import OPTIMIZATION, Case, full_matrix, make_inputs, short_matrix
+from judge.cases import OPTIMIZATION, Case, full_matrix, make_inputs, on_one_device, short_matrix
 from judge.dense_reference import Guesses, StepResult, reference_train, unroll
 from judge.dflash_reference import block_guesses
 from judge.peagle_reference import peagle_guesses
@@ -192,17 +196,25 @@ def _worst(errors: Mapping[str, float]) -> str:
     return max(errors, key=lambda name: errors[name])
 
 
-def run_matrix(cases: Sequence[Case], seed: int, path: Path, command: str) -> bool:
+def run_matrix(
+    cases: Sequence[Case], seed: int, path: Path, command: str, device: str = "cpu", at_once: int = 1
+) -> bool:
     """Run all cases, and print and write the result of each. Returns whether all passed.
 
     Args:
         command: the command line, for the file of results.
+        device: `cpu` or `cuda`, of the product; the reference stays on the CPU.
+        at_once: cases that run beside each other, each with processes of its own.
     """
     verdicts = []
-    for number, case in enumerate(cases, 1):
-        verdicts.append(judge(case, seed))
-        print(f"[{number}/{len(cases)}] {verdicts[-1].line()}", flush=True)
-        write_result(path.stem, command, _record(verdicts, len(cases), seed), path.parent)
+    # Spawned, because a process that has started torch's threads must not be forked.
+    with ProcessPoolExecutor(
+        at_once, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+    ) as of:
+        for verdict in of.map(partial(judge, seed=seed, device=device), cases):
+            verdicts.append(verdict)
+            print(f"[{len(verdicts)}/{len(cases)}] {verdict.line()}", flush=True)
+            write_result(path.stem, command, _record(verdicts, len(cases), seed), path.parent)
     failed = [verdict for verdict in verdicts if not verdict.passed]
     print(f"{len(verdicts) - len(failed)} of {len(verdicts)} cases passed; {path}")
     for verdict in failed:
@@ -233,25 +245,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--short", action="store_true", help="a few cases that show every value, at most 4 ranks"
     )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="where the result goes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--json", type=Path, default=FOLDER / "exactness.json", metavar="PATH", help="where the result goes"
+        "--at-once", type=int, default=1, metavar="N", help="cases beside each other, on as many cores"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="only cases whose printed line contains TEXT"
     )
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    cases = [
-        case for case in (short_matrix() if options.short else full_matrix()) if options.only in str(case)
-    ]
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device here.")
+    cases = short_matrix() if options.short else full_matrix()
+    if options.device == "cuda":
+        cases = on_one_device(cases)
+    cases = [case for case in cases if options.only in str(case)]
     if not cases:
         parser.error(f"--only {options.only!r} matches no case.")
-    return (
-        0
-        if run_matrix(cases, options.seed, options.json, " ".join(("python -m judge.exactness", *arguments)))
-        else 1
+    name = "exactness.json" if options.device == "cpu" else "exactness_cuda.json"
+    passed = run_matrix(
+        cases,
+        options.seed,
+        options.json or FOLDER / name,
+        " ".join(("python -m judge.exactness", *arguments)),
+        options.device,
+        options.at_once,
     )
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
