@@ -11,6 +11,7 @@ programs do not lengthen; otherwise elapsed time.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -140,12 +141,12 @@ def make_operands(case: str, length: int, setting: Setting, device: torch.device
     """Random operands of one case; its tiles come from the product's plan."""
     plan = SpanPlan.make([length // NUM_DOCUMENTS] * NUM_DOCUMENTS if case == "eight documents" else [length])
     window = length // WINDOW_SHARE if case == "sliding window" else None
-    generator = torch.Generator().manual_seed(0)
+    # Drawn where they are needed: a host takes longer over them than a GPU over their attention.
+    generator = torch.Generator(device).manual_seed(0)
 
     def rows(num_heads: int) -> Tensor:
-        return torch.randn(length, num_heads, setting.head_dim, generator=generator).to(
-            device, _dtype(setting)
-        )
+        size = (length, num_heads, setting.head_dim)
+        return torch.randn(size, generator=generator, device=device).to(_dtype(setting))
 
     q, k, v, dout = (
         rows(n) for n in (setting.num_heads, setting.num_kv_heads, setting.num_kv_heads, setting.num_heads)
@@ -189,11 +190,17 @@ def bare_operator_passes(operands: Operands) -> tuple[Callable[[], object], Call
     )
 
 
-def measure(setting: Setting, device: torch.device, repeats: int, limit: float) -> list[Rate]:
-    """Every usable kernel on every case. `limit`: longest time of one pass in seconds, extrapolated from the
-    length before.
+def measure(
+    setting: Setting, device: torch.device, repeats: int, limit: float, kernels: Sequence[str] | None = None
+) -> list[Rate]:
+    """Every usable kernel on every case.
+
+    Args:
+        limit: longest time of one pass in seconds, extrapolated from the length before.
+        kernels: only these; None for all but `reference`.
     """
-    usable = [kernel for kernel in KERNELS if kernel.name != "reference" and _runs(kernel, setting, device)]
+    chosen = kernels or [kernel.name for kernel in KERNELS if kernel.name != "reference"]
+    usable = [kernel for kernel in KERNELS if kernel.name in chosen and _runs(kernel, setting, device)]
     rates: list[Rate] = []
     for case in ("one document", "eight documents", "sliding window"):
         slowest = dict.fromkeys([kernel.name for kernel in usable], 0.0)
@@ -257,6 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens, ascending, each a multiple of 8")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each pass; the shortest counts")
     parser.add_argument(
+        "--kernels", nargs="+", choices=[kernel.name for kernel in KERNELS], help="only these"
+    )
+    parser.add_argument(
         "--limit", type=float, default=20.0, help="leave out a pass that would take more seconds than this"
     )
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the JSON goes")
@@ -270,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.lengths:
         setting = Setting(**{**asdict(setting), "lengths": tuple(options.lengths)})
     matmul = matmul_tflops(setting, device, options.repeats)
-    rates = measure(setting, device, options.repeats, options.limit)
+    rates = measure(setting, device, options.repeats, options.limit, options.kernels)
     show(rates, matmul, Console())
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -280,7 +290,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for rate in rates
     ]
     body = {"device": f"{device}: {name}", "setting": asdict(setting), "matmul_tflops": matmul, "rates": rows}
-    print(write_result("attention", "python -m benchmarks.attention", body, options.folder))
+    command = " ".join(
+        ("python -m benchmarks.attention", *(sys.argv[1:] if arguments is None else arguments))
+    )
+    print(write_result("attention", command, body, options.folder))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from eagle3_ds.targets import (
     resolve_path,
     target_fingerprint,
 )
+from eagle3_ds.topology import detect_accelerator
 from eagle3_ds.train.initial_draft import write_initial_draft
 from eagle3_ds.train.tracking import failed_trackers
 
@@ -91,7 +92,8 @@ def _prepare(recipe: Recipe, checkpoint: Path | None) -> list[Path]:
     if section.build is not None:
         logger.info("target: %s", section.path)
         corpus = CORPORA[section.build.text]
-        build_target(section, corpus.texts(), (row["messages"] for row in corpus.conversations()))
+        conversations = (row["messages"] for row in corpus.conversations())
+        build_target(section, corpus.texts(), conversations, device=detect_accelerator())
     check_target_structure(recipe)
     for note in algorithm_of(recipe).notes(load_text_config(resolve_path(section.path)), recipe):
         logger.info("draft: %s", note)

@@ -54,6 +54,7 @@ def build_target(
     texts: Iterable[str],
     conversations: Iterable[Messages] = (),
     progress: bool = True,
+    device: torch.device | str = "cpu",
 ) -> Path:
     """Train the target of `section.build` and save it at `section.path`, unless it is there already.
 
@@ -61,6 +62,7 @@ def build_target(
         texts: plain documents; no more are read than the training needs.
         conversations: lists of messages (role, content), rendered with the chat template. They make up half
             of the training text.
+        device: trains it; the weights that are drawn first are the same on all.
 
     Returns:
         The folder, as `save_pretrained` writes it, with fp32 weights, and with the values of `section.build`
@@ -87,7 +89,7 @@ def build_target(
         documents = _gather(build, texts, conversations)
         tokenizer = train_tokenizer(build, documents)
         rows = _tokenise(build, tokenizer, documents)
-        model, losses = _train_model(build, tokenizer, rows, progress)
+        model, losses = _train_model(build, tokenizer, rows, progress, torch.device(device))
         model.save_pretrained(aside)
         for weights in aside.glob("*.safetensors"):
             weights.chmod(0o644)  # safetensors writes them readable by their owner only
@@ -224,7 +226,11 @@ def _tokenise(
 
 
 def _train_model(
-    build: TargetBuild, tokenizer: transformers.PreTrainedTokenizerFast, rows: Tensor, progress: bool
+    build: TargetBuild,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    rows: Tensor,
+    progress: bool,
+    device: torch.device,
 ) -> tuple[transformers.LlamaForCausalLM, list[float]]:
     """Train with AdamW, a short warm-up, a cosine schedule to zero, and gradients clipped at norm 1. The
     caller's random state does not change.
@@ -233,11 +239,11 @@ def _train_model(
         rows: int64 [N, sequence_length + 1].
 
     Returns:
-        The model in eval mode, and the loss of each step.
+        The model in eval mode, on `device`, and the loss of each step.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(build.seed)
-        model = transformers.LlamaForCausalLM(model_config(build, tokenizer)).float()
+        model = transformers.LlamaForCausalLM(model_config(build, tokenizer)).float().to(device)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -254,8 +260,9 @@ def _train_model(
     for step, batch in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = build.learning_rate * _schedule(step, build.steps)
-        logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-        loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        ids = batch.to(device)
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
