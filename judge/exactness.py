@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -207,11 +208,13 @@ def run_matrix(
         at_once: cases that run beside each other, each with processes of its own.
     """
     verdicts = []
-    # Spawned, because a process that has started torch's threads must not be forked.
-    with ProcessPoolExecutor(
-        at_once, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
-    ) as of:
-        for verdict in of.map(partial(judge, seed=seed, device=device), cases):
+    one = partial(judge, seed=seed, device=device)
+    with ExitStack() as stack:
+        if at_once > 1:
+            # Spawned, because a process that has started torch's threads must not be forked.
+            spawn = multiprocessing.get_context("spawn")
+            workers = stack.enter_context(ProcessPoolExecutor(at_once, spawn, torch.set_num_threads, (1,)))
+        for verdict in workers.map(one, cases) if at_once > 1 else map(one, cases):
             verdicts.append(verdict)
             print(f"[{len(verdicts)}/{len(cases)}] {verdict.line()}", flush=True)
             write_result(path.stem, command, _record(verdicts, len(cases), seed), path.parent)
@@ -255,6 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--only", default="", metavar="TEXT", help="only cases whose printed line contains TEXT"
     )
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here.")
     cases = short_matrix() if options.short else full_matrix()

@@ -230,7 +230,7 @@ class LossSection(Section):
     mask_alignment: MaskAlignment = "served"
     """Which tokens must be the assistant's for a guess to count (docs/semantics.md, docs/dflash.md)."""
     reduction: Literal["supervised", "slots"] = "supervised"
-    tile_bytes: Positive = 2**28
+    tile_bytes: Positive = 2**30
     """Bytes that the logits of one tile of the loss may take."""
 
 

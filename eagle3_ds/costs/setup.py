@@ -192,7 +192,7 @@ class Setup:
     accumulation: int = 1
     kv_bytes: int = 2**33
     tile_bytes: int = 2**30
-    loss_tile_bytes: int = 2**28
+    loss_tile_bytes: int = 2**30
     chunks_per_rank: int = 8
     target_bytes: int = 0
     decoder_bytes: int = 0

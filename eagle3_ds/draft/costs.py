@@ -40,7 +40,9 @@ def tile_after_attention(setup: Setup) -> int:
     # sum (`accumulate_product`). It exists when one of the tile's six tensors [t, I] has been freed, so only
     # what exceeds that tensor adds to the peak.
     slots = tile_slots(setup)
-    product = max(0, (0 if setup.dtype == "float32" else largest * item) - slots * inner * item)
+    # On CUDA the matmul adds to the sum itself.
+    in_place = setup.dtype == "float32" or setup.device == "cuda"
+    product = max(0, (0 if in_place else largest * item) - slots * inner * item)
     return slots * (6 * inner * item + H * (item + norm_entries(setup))) + product
 
 
@@ -49,17 +51,23 @@ def loss_parts(setup: Setup, columns: int) -> Parts:
     head's gradient, and one tile of logits.
     """
     shape, item, K = setup.shape, setup.itemsize, setup.ttt_steps
-    per_row, per_column = (8 + item) * shape.draft_vocab_size, (12 + item) * shape.draft_vocab_size
+    vocabulary, hidden = shape.draft_vocab_size, shape.hidden_size
+    per_row, per_column = (8 + item) * vocabulary, (8 + item + K * item) * vocabulary
     tile_columns = max(1, min(columns, (setup.loss_tile_bytes - (K - 1) * per_row) // (per_row + per_column)))
-    # At the worst moment a tile has fp32 teacher probabilities of its t + K - 1 rows, fp32 logits of its t
-    # columns and, in a half dtype, their gradient in the head's dtype and the product that goes into dhead.
-    tile = (2 * tile_columns + K - 1) * shape.draft_vocab_size * FP32
-    head = shape.draft_vocab_size * shape.hidden_size
-    if setup.dtype != "float32":
-        tile += tile_columns * shape.draft_vocab_size * item + head * item
-    # Teacher rows [t, Ht]; the draft's hidden states, their norm and their gradient [t, H].
+    half, on_cuda = setup.dtype != "float32", setup.device == "cuda"
+    # While the guesses' logits are computed: fp32 teacher probabilities of t + K - 1 rows, and the t columns'
+    # logits as the matmul returns them and, where no kernel reads those, in fp32.
+    wide = FP32 if not (half and on_cuda) else 0
+    logits = (tile_columns + K - 1) * FP32 + tile_columns * (wide + (item if half else 0))
+    # Afterwards: the product that goes into dhead, where the matmul cannot add, and the gradient of the norm.
+    product = shape.hidden_size * item if half and not on_cuda else 0
+    after = product * vocabulary + K * tile_columns * hidden * item
+    # At both times the gradients of the K guesses' logits.
+    tile = max(logits * vocabulary, after) + K * tile_columns * vocabulary * item
+    # Teacher rows [t, Ht]; the draft's hidden states and their norm [K, t, H].
     tile += tile_columns * shape.target_hidden_size * item
-    tile += tile_columns * shape.hidden_size * (3 * item + norm_entries(setup))
+    tile += K * tile_columns * hidden * (item + norm_entries(setup))
+    head = vocabulary * hidden
     return {
         "loss gradients": K * columns * shape.hidden_size * item,
         "weight-gradient sums": head * FP32,

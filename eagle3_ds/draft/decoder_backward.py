@@ -26,11 +26,20 @@ from eagle3_ds.draft.decoder import AfterWeights, rms_norm
 
 
 def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total [m, n] += a [m, t] @ b [t, n]; makes a temporary only if total has another dtype than a."""
+    """total [m, n] += a [m, t] @ b [t, n]. On CUDA the matmul itself adds to an fp32 total; elsewhere a total
+    of another dtype than a takes a temporary of its size in the dtype of a.
+    """
     if total.dtype == a.dtype:
         total.addmm_(a, b)
+    elif adds_in_product(total.device.type):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.add_(a @ b)
+
+
+def adds_in_product(device: str) -> bool:
+    """Whether a product of half dtypes is added to an fp32 sum without a temporary on this kind of device."""
+    return device == "cuda" and torch.version.hip is None
 
 
 class NormTile:

@@ -11,6 +11,9 @@ w_k = decay**k / N_k and p_k the teacher's probabilities, a tile adds to the los
     dz_i = w_k c_k[i] d(loss) / d(z_i)       d(head) += dz^T x
     dx = dz head         d(h_k), d(norm) from dx through the RMSNorm (decoder_backward.py)
 
+The logits of one step exist at a time. dz of all K steps waits in the dtype of the head, so that d(head),
+which is as large as the head and in fp32, is read and written once per tile.
+
 These are gradients for d(total) = 1. Backward multiplies them by the gradient that arrives; d(h_k) waits at
 the taps (taps.py) for that.
 
@@ -28,10 +31,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
+from eagle3_ds.draft.decoder_backward import NormTile, accumulate_product
 from eagle3_ds.draft.taps import LossTaps
-from eagle3_ds.draft.tile_loss import TileLoss
+from eagle3_ds.draft.tile_loss import TileLoss, weighted_terms
 from eagle3_ds.parts import LOSS, marked
 
 IntArray = NDArray[np.int64]
@@ -139,9 +142,9 @@ def loss_tiles(
 ) -> list[LossTile]:
     """Cut the columns that some step supervises into tiles whose temporary memory fits a byte budget.
 
-    A tile holds the teacher's probabilities of its R rows, and logits, target and gradient of its t columns.
-    R is t + K - 1 for neighbouring columns, and up to t * K for scattered ones. Ranks may have different
-    numbers of tiles, because no collective runs inside the loss.
+    A tile holds the teacher's probabilities of its R rows, and of its t columns the logits, the target and
+    the gradients of all K steps. R is t + K - 1 for neighbouring columns, and up to t * K for scattered ones.
+    Ranks may have different numbers of tiles, because no collective runs inside the loss.
 
     Args:
         row: int64 [Q], ascending, each slot's row in the extended buffers; step k reads row + 1 + k.
@@ -156,7 +159,7 @@ def loss_tiles(
     """
     steps = len(supervised)
     check_tile_bytes(tile_bytes, vocabulary, steps, itemsize)
-    per_row, per_column = _row_and_column_bytes(vocabulary, itemsize)
+    per_row, per_column = _row_and_column_bytes(vocabulary, steps, itemsize)
     columns = np.flatnonzero(supervised.any(0))
     ahead = 1 + np.arange(steps)[:, None]
     tiles: list[LossTile] = []
@@ -187,7 +190,7 @@ def check_tile_bytes(tile_bytes: int, vocabulary: int, steps: int, itemsize: int
     Raises:
         ValueError: it does not.
     """
-    per_row, per_column = _row_and_column_bytes(vocabulary, itemsize)
+    per_row, per_column = _row_and_column_bytes(vocabulary, steps, itemsize)
     smallest = steps * per_row + per_column
     if tile_bytes < smallest:
         raise ValueError(
@@ -196,11 +199,12 @@ def check_tile_bytes(tile_bytes: int, vocabulary: int, steps: int, itemsize: int
         )
 
 
-def _row_and_column_bytes(vocabulary: int, itemsize: int) -> tuple[int, int]:
-    """Bytes of one row (teacher's logits and probabilities) and of one column (logits, target and gradient)
-    of a tile: fp32, and the logits once more in the dtype in which the matmul returns them.
+def _row_and_column_bytes(vocabulary: int, steps: int, itemsize: int) -> tuple[int, int]:
+    """Bytes of one row (teacher's logits and probabilities) and of one column (logits and target of one step,
+    gradients of all) of a tile: fp32, and the logits once more in the dtype in which the matmul returns them,
+    which is that of the gradients too.
     """
-    return vocabulary * (4 + 4 + itemsize), vocabulary * (4 + 4 + 4 + itemsize)
+    return vocabulary * (4 + 4 + itemsize), vocabulary * (4 + 4 + itemsize + steps * itemsize)
 
 
 class _TiledLoss(torch.autograd.Function):
@@ -274,50 +278,41 @@ class _Tally:
 
     def add(self, tile: LossTile, teacher: Tensor) -> None:
         """Add a tile; teacher [R, Ht] are its rows of the target's hidden states."""
-        inputs, device = self.inputs, self.head.device
+        inputs, steps, device = self.inputs, len(self.hidden), self.head.device
         columns = torch.from_numpy(tile.columns).to(device, non_blocking=True)
         tokens = inputs.teacher_token[torch.from_numpy(tile.rows).to(device, non_blocking=True)]
         probability = (teacher @ inputs.teacher_head.T).to(self.dtype).softmax(-1)
+        # The K steps one after another: [K * t, H].
+        norm = NormTile(torch.cat([hidden[columns] for hidden in self.hidden]), self.norm, inputs.eps)
+        size = (steps, len(columns), len(self.head))
+        gradient = self.head.new_empty(size) if self.needs_grad else None
+        contributing, supervised, weight = (
+            x[:, columns] for x in (inputs.contributing, inputs.supervised, self.weight)
+        )
         all_right = torch.ones(len(columns), dtype=torch.bool, device=device)
         all_accepted = torch.ones(len(columns), dtype=self.dtype, device=device)
-        for k, hidden in enumerate(self.hidden):
+        for k, x in enumerate(norm.output.unflatten(0, size[:2])):
+            # dz = w_k c_k d(loss) / dz is rounded to the head's dtype, so that both products run in it.
+            dlogits = None if gradient is None else gradient[k]
             target, token = _read(probability, tile, k), _read(tokens, tile, k)
-            best, accepted = self._add_step(k, hidden[columns], target, columns)
-            right = (inputs.draft_to_target[best] == token) & inputs.supervised[k, columns]
+            terms = weighted_terms(inputs.loss, x @ self.head.T, target, weight[k], dlogits)
+            accepted = torch.where(contributing[k], terms.acceptance, 0.0)
+            right = (inputs.draft_to_target[terms.best] == token) & supervised[k]
             all_right &= right
             all_accepted *= accepted
+            self.step_loss[k] += torch.where(contributing[k], terms.value, 0.0).sum()
             self.hits[k] += right.sum()
             self.joint_hits[k] += all_right.sum()
             self.acceptance[k] += accepted.sum()
             self.joint_acceptance[k] += all_accepted.sum()
+        if gradient is not None:
+            del probability, target
+            dlogits = gradient.flatten(0, 1)
+            accumulate_product(self.dhead, dlogits.T, norm.output)
+            dhidden = norm.backward(dlogits @ self.head, self.dnorm).unflatten(0, size[:2])
+            for (_, of_step), dhidden_k in zip(self.gradients, dhidden, strict=True):
+                of_step[self.done : self.done + len(columns)] = dhidden_k
         self.done += len(columns)
-
-    def _add_step(self, k: int, hidden: Tensor, target: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Add step k of one tile: hidden [t, H], target [t, Vd], columns int64 [t].
-
-        Returns the draft's argmax, int64 [t], and the chance that its guess is accepted, [t], which is 0
-        where the column does not contribute.
-        """
-        with torch.enable_grad():
-            leaves = (hidden.requires_grad_(), self.norm.detach().requires_grad_())
-            normed = functional.rms_norm(hidden, (hidden.shape[-1],), leaves[1], self.inputs.eps)
-        x = normed.detach()
-        logits = (x @ self.head.T).to(self.dtype)
-        best = logits.argmax(-1)
-        terms = self.inputs.loss(logits, target)
-        contributing = self.inputs.contributing[k, columns]
-        self.step_loss[k] += torch.where(contributing, terms.value, 0.0).sum()
-        if self.needs_grad:
-            # dz = w_k c_k d(loss) / dz. It is rounded to the head's dtype, so that both products run in it.
-            dlogits = terms.dlogits.mul_(self.weight[k, columns, None]).to(self.head.dtype)
-            if self.dhead.dtype == dlogits.dtype:
-                self.dhead.addmm_(dlogits.T, x)
-            else:
-                self.dhead.add_(dlogits.T @ x)
-            dhidden, dnorm = torch.autograd.grad(normed, leaves, dlogits @ self.head)
-            self.gradients[k][1][self.done : self.done + len(columns)] = dhidden
-            self.dnorm += dnorm
-        return best, torch.where(contributing, terms.acceptance, 0.0)
 
 
 def _read(rows: Tensor, tile: LossTile, step: int) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eagle3_ds.draft.tile_loss import TileTerms
+from eagle3_ds.draft.tile_loss import FusedTerms, TileTerms
 
 
 class KL:
@@ -26,6 +26,16 @@ class KL:
         # sum min(p, q) = 1 - 1/2 sum |q - p|; rounding may make it slightly negative.
         acceptance = (1 - 0.5 * torch.linalg.vector_norm(dlogits, 1, dim=-1)).clamp(min=0)
         return TileTerms(value, acceptance, dlogits)
+
+    def fused(self, logits: Tensor) -> FusedTerms | None:
+        """On CUDA, where each pass over a tile costs what reading it from memory costs. It computes in fp32,
+        so fp64 (gradient checks) stays with torch.
+        """
+        if not logits.is_cuda or logits.dtype == torch.float64:
+            return None
+        from eagle3_ds.losses.kl_triton import fused_kl
+
+        return fused_kl
 
     def plain(self, logits: Tensor, target: Tensor) -> Tensor:
         return -(target * logits.log_softmax(-1)).sum(-1)

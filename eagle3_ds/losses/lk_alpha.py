@@ -29,5 +29,8 @@ class LKAlpha:
         factor = torch.where(alpha < SMALLEST, 0.0, -1 / alpha.clamp(min=SMALLEST))
         return TileTerms(-alpha.clamp(min=SMALLEST).log(), alpha, gradient.mul_(factor[:, None]))
 
+    def fused(self, logits: Tensor) -> None:
+        """No kernel of its own."""
+
     def plain(self, logits: Tensor, target: Tensor) -> Tensor:
         return -torch.minimum(logits.softmax(-1), target).sum(-1).clamp(min=SMALLEST).log()

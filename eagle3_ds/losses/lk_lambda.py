@@ -38,6 +38,9 @@ class LKLambda:
         gradient.mul_(weight[:, None] - 1)
         return TileTerms(value, alpha, gradient.addcmul_(q.sub_(target), weight[:, None]))
 
+    def fused(self, logits: Tensor) -> None:
+        """No kernel of its own."""
+
     def plain(self, logits: Tensor, target: Tensor) -> Tensor:
         log_q = logits.log_softmax(-1)
         divergence = (torch.special.xlogy(target, target) - target * log_q).sum(-1)

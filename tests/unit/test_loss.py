@@ -16,8 +16,8 @@ from eagle3_ds.losses import LOSSES, loss_of
 K, S, H, HT, VD, V = 3, 23, 8, 6, 17, 40
 ROWS = S + K + 4
 EPS = 1e-5
-# One fp64 slot reads K rows.
-SMALLEST = K * VD * (4 + 4 + 8) + VD * (4 + 4 + 4 + 8)
+# One fp64 slot reads K rows and has K gradients.
+SMALLEST = K * VD * (4 + 4 + 8) + VD * (4 + 4 + 8 + K * 8)
 
 
 def make(seed=0, supervised_share=0.6, tile_bytes=2**14, kind="kl"):
@@ -191,8 +191,8 @@ def test_tiles_hold_every_supervised_column_once_and_keep_to_the_budget(data):
     row = np.cumsum(gaps) - gaps[0]
     generator = np.random.default_rng(data.draw(st.integers(0, 9)))
     supervised = generator.random((steps, slots)) < data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
-    per_row, per_column = 10 * 12, 10 * 16
-    budget = data.draw(st.integers(steps * per_row + per_column, 40 * per_row))
+    per_row, per_column = 10 * 12, 10 * (12 + 4 * steps)
+    budget = data.draw(st.integers(steps * per_row + per_column, 80 * per_row))
     tiles = loss_tiles(row, supervised, budget, vocabulary=10, itemsize=4)
     columns = np.concatenate([tile.columns for tile in tiles]) if tiles else np.empty(0)
     assert columns.tolist() == np.flatnonzero(supervised.any(0)).tolist()
