@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from eagle3_ds.costs import FP32, ExchangeName, Parts, Setup, Traffic
 
-BACKWARD_BLOCK = 2**12
-"""The value of `TileKernel.backward_block`: the most rows, and about the most keys, of one call of an
-attention kernel's backward.
+BACKWARD_BLOCK, FLASH_BACKWARD_BLOCK = 2**12, 2**14
+"""The most rows, and about the most keys, of one call of an attention kernel's backward:
+`TileKernel.backward_block`, and that of `VarlenKernel`, of which the flash kernels of GPUs are.
 """
 JOINED, SHORT = 16, 32
 """Those of `FoldedKernel`: the most scattered rows that it joins, each with its query heads of one key head,
@@ -195,7 +195,9 @@ def _kernel_block(setup: Setup) -> tuple[int, int]:
         keys = (
             setup.padded_length if setup.kv_exchange == "gather" else setup.columns // setup.chunks_per_rank
         )
+    flash = setup.device == "cuda" and setup.dtype != "float32"
+    block = FLASH_BACKWARD_BLOCK if flash else BACKWARD_BLOCK
     if setup.window is not None:
         # A block's own keys and the window before them.
-        return min(rows, BACKWARD_BLOCK), min(keys, min(rows, BACKWARD_BLOCK) + setup.window)
-    return min(rows, BACKWARD_BLOCK), min(keys, BACKWARD_BLOCK)
+        return min(rows, block), min(keys, min(rows, block) + setup.window)
+    return min(rows, block), min(keys, block)

@@ -89,6 +89,10 @@ class AttentionKernel(ABC):
         """
 
 
+_STAND_IN_ROWS = 2**13
+"""Rows of one part of `out_with_delta`."""
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums and softmax statistics of tensors of `dtype`: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -127,13 +131,22 @@ def out_with_delta(dout: Tensor, delta: Tensor) -> Tensor:
     Returns:
         o' [L, H, D] in the dtype of dout.
     """
+    found = torch.empty_like(dout, memory_format=torch.contiguous_format)
+    # Part by part, because the fp32 copies of all rows would be the largest tensors of the backward.
+    for start in range(0, len(dout), _STAND_IN_ROWS):
+        rows = slice(start, start + _STAND_IN_ROWS)
+        found[rows] = _stand_in(dout[rows], delta[rows])
+    return found
+
+
+def _stand_in(dout: Tensor, delta: Tensor) -> Tensor:
     wide = dout.to(delta.dtype)
     largest = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(delta.dtype).tiny)
     # Divided by its largest entry first, because the square of a tiny gradient would underflow. The squares
     # of `unit` then sum to at least 1, except in a row of zeros, whose delta is 0 too.
     unit = wide / largest
     square = unit.square().sum(-1, keepdim=True).clamp_min(1.0)
-    return (unit * (delta[..., None] / largest / square)).to(dout.dtype)
+    return unit.mul_(delta[..., None] / largest / square)
 
 
 def sum_over_group(x: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:

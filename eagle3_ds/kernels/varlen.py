@@ -44,7 +44,12 @@ class VarlenKernel(TileKernel):
 
     The backend takes q [total_q, Hq, D] and k, v [total_k, Hkv, D] with unit stride in D, aligns `causal` and
     `left` at the bottom right corner of each tile, and its log-sum-exp is fp32 [Hq, total_q].
+
+    Its calls are longer than those of other kernels: a GPU has memory for them, and fewer calls keep more of
+    its units busy and add up fewer parts.
     """
+
+    backward_block = 2**14
 
     @abstractmethod
     def varlen_forward(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 
 from eagle3_ds.cli.main import main
-from eagle3_ds.kernels import KERNELS, select
+from eagle3_ds.kernels import KERNELS, Tile, select, selfcheck
+from eagle3_ds.kernels.base import Call
 from eagle3_ds.kernels.blockwise import BlockwiseKernel
 from eagle3_ds.kernels.selfcheck import TOLERANCE, checked_kernel, measured_error
 
@@ -72,17 +74,38 @@ def test_measured_error_sees_a_wrong_row_without_keys() -> None:
     assert measured_error(Filled(), device, torch.float32, 16) == float("inf")
 
 
-def test_a_kernel_that_computes_wrongly_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Scaled(BlockwiseKernel):
-        name = "scaled"
+class Scaled(BlockwiseKernel):
+    name = "scaled"
 
-        def backward(self, *arguments: Any) -> torch.Tensor:
-            return 1.01 * super().backward(*arguments)
+    def backward(self, *arguments: Any) -> torch.Tensor:
+        return 1.01 * super().backward(*arguments)
 
+
+class Forgetful(BlockwiseKernel):
+    """Right for one document in a call, wrong for several of one mask."""
+
+    name = "forgetful"
+
+    def calls(self, tiles: Iterable[Tile], most: int | None = None) -> list[Call]:
+        seen = {(tile.causal, tile.left): tile for tile in tiles}
+        return super().calls(tuple(seen.values()), most)
+
+
+@pytest.mark.parametrize("wrong", [Scaled(), Forgetful()], ids=lambda kernel: kernel.name)
+def test_a_kernel_that_computes_wrongly_is_refused_before_training(
+    wrong: BlockwiseKernel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     device = torch.device("cpu")
-    monkeypatch.setattr(select, "KERNELS", (Scaled(), BlockwiseKernel()))
-    assert checked_kernel("blockwise", device, torch.float32, 16).name == "blockwise"
+    for room in (select, selfcheck):
+        monkeypatch.setattr(room, "KERNELS", (wrong, BlockwiseKernel()))
     with pytest.raises(
-        ValueError, match=r"attention.kernel 'scaled' computes wrongly on cpu .* 1.0e-02, .*such as blockwise"
+        ValueError, match=rf"attention.kernel {wrong.name!r} computes wrongly on cpu .*such as blockwise"
     ):
+        checked_kernel(wrong.name, device, torch.float32, 16)
+    # auto tells of it and takes the next.
+    assert checked_kernel("auto", device, torch.float32, 16).name == "blockwise"
+    assert f"{wrong.name!r} computes wrongly" in caplog.text
+    monkeypatch.setattr(select, "KERNELS", (wrong,))
+    monkeypatch.setattr(selfcheck, "KERNELS", (wrong,))
+    with pytest.raises(ValueError, match="computes wrongly"):
         checked_kernel("auto", device, torch.float32, 16)

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eagle3_ds.algorithms.eagle3 import DraftModel, Eagle3Shape, build_draft_config
-from eagle3_ds.attention.costs import BACKWARD_BLOCK, JOINED, SHORT, choose_kv_exchange
+from eagle3_ds.attention.costs import BACKWARD_BLOCK, FLASH_BACKWARD_BLOCK, JOINED, SHORT, choose_kv_exchange
 from eagle3_ds.config import DraftSection, load_recipe
 from eagle3_ds.costs import Setup, ZeroSettings
 from eagle3_ds.kernels import TileKernel, folded
+from eagle3_ds.kernels.varlen import VarlenKernel
 from eagle3_ds.layout import SpanPlan
 from eagle3_ds.plan import (
     DEVICES,
@@ -147,7 +148,7 @@ def test_a_step_of_the_8b_shape_takes_the_flops_of_the_design() -> None:
 
 
 def test_blocks_of_the_backward_are_those_of_the_kernels() -> None:
-    assert TileKernel.backward_block == BACKWARD_BLOCK
+    assert (TileKernel.backward_block, VarlenKernel.backward_block) == (BACKWARD_BLOCK, FLASH_BACKWARD_BLOCK)
     assert (folded.JOINED, folded.SHORT) == (JOINED, SHORT)
 
 
