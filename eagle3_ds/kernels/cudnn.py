@@ -8,6 +8,8 @@ each of which would need a plan, and cuDNN refuses a tile of a single key.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from eagle3_ds.kernels.base import Call
 from eagle3_ds.kernels.cuda import CudaKernel
 from eagle3_ds.kernels.nvidia import nvidia_reason
 from eagle3_ds.kernels.squares import SquareKernel
+from eagle3_ds.kernels.varlen import VarlenKernel
 
 _SMALLEST = 128
 # Older versions demand that the gradient of the output has the strides of the output.
@@ -25,6 +28,7 @@ class CudnnKernel(SquareKernel):
     """cuDNN for tiles of `_SMALLEST` rows and keys or more, `CudaKernel` for smaller ones."""
 
     name = "cudnn"
+    backward_block = VarlenKernel.backward_block
 
     def __init__(self) -> None:
         self._flash = CudaKernel()
@@ -101,14 +105,20 @@ class CudnnKernel(SquareKernel):
 
 def _statistics(lse: Tensor, q: Tensor) -> Tensor:
     """lse [Lq, Hq] in the shape that the backward takes: [1, Hq, Lq] or [1, Hq, Lq, 1], depending on the
-    version of torch. A small forward is run to see which of them this version returns.
+    version of torch.
     """
-    x = q.new_zeros(1, 1, _SMALLEST, q.shape[-1])
-    _, given, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+    lse_1HL = lse.T.contiguous()[None]
+    return lse_1HL if _statistics_dim(q.device, q.dtype, q.shape[-1]) == 3 else lse_1HL[..., None]
+
+
+@cache
+def _statistics_dim(device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
+    """Dimensions of the log-sum-exp that this torch's forward returns: a small one is run to see."""
+    x = torch.zeros(1, 1, _SMALLEST, head_dim, dtype=dtype, device=device)
+    _, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         x, x, x, None, True, 0.0, False, False, scale=1.0
     )
-    lse_1HL = lse.T.contiguous()[None]
-    return lse_1HL if given.dim() == 3 else lse_1HL[..., None]
+    return int(lse.dim())
 
 
 def _is_small(call: Call) -> bool:
