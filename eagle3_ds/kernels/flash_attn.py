@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from eagle3_ds.kernels.base import Call
 from eagle3_ds.kernels.nvidia import nvidia_reason
+from eagle3_ds.kernels.tile import Tile
 from eagle3_ds.kernels.varlen import Lengths, VarlenKernel
 
 
@@ -141,9 +144,18 @@ class FlashAttn3Kernel(VarlenKernel):
 
 
 class FlashAttn4Kernel(VarlenKernel):
-    """The package flash-attn-4, for Hopper and newer GPUs."""
+    """The package flash-attn-4, for Hopper and newer GPUs. It compiles its kernels at their first calls, for
+    tens of seconds.
+    """
 
     name = "flash_attn4"
+
+    def calls(self, tiles: Iterable[Tile], most: int | None = None) -> list[Call]:
+        """In the backward, for which `most` is given, one call per tile: on an H200 the gradients of several
+        documents in one call were wrong, by as much as themselves (flash-attn-4 4.0.0b36, nvidia-cutlass-dsl
+        4.8.1), and those of one document right. The forward was right for both.
+        """
+        return super().calls(tiles) if most is None else [Call((tile,)) for tile in tiles]
 
     def unavailable_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if reason := nvidia_reason(device, dtype, head_dim, max_head_dim=128):

@@ -462,6 +462,8 @@ def fa4_backward(
 ) -> tuple[Tensor, ...]:
     assert softcap == 0.0 and window_size_right is None and softmax_scale is not None
     assert deterministic == torch.are_deterministic_algorithms_enabled()
+    # The real one, on Hopper, is wrong for more.
+    assert len(cu_seqlens_q) == len(cu_seqlens_k) == 2
     left = -1 if window_size_left is None else window_size_left
     return varlen_backward(
         dout,
