@@ -37,15 +37,17 @@ class Assumptions:
     """Estimates, not measurements of your machine.
 
     Attributes:
-        matmul, attention_forward, attention_backward: the share of the arithmetic peak that is reached.
+        matmul, attention_forward, attention_backward: the share of the arithmetic peak that is reached. They
+            were read off a step of 32,768 slots on an H200, whose attention was torch's own FlashAttention 2
+            with heads of 128 (docs/lab-notes.md). FlashAttention 3 publishes about twice its rates.
         memory, link: the share of a bandwidth that is reached.
         call_seconds: the fixed cost of one collective.
         host_memory_gbs: memory bandwidth of an optimizer that runs on the host, GB/s per rank.
     """
 
-    matmul: float = 0.75
-    attention_forward: float = 0.60
-    attention_backward: float = 0.50
+    matmul: float = 0.74
+    attention_forward: float = 0.33
+    attention_backward: float = 0.27
     memory: float = 0.80
     link: float = 0.80
     call_seconds: float = 30e-6

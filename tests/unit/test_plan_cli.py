@@ -152,7 +152,7 @@ def test_the_seconds_of_a_capture_are_those_of_the_targets_products(tmp_path: Pa
     # Hidden 32, 4 heads and 2 of keys of 8 channels, inner 64, and two norms.
     weights = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64 + 2 * 32
     pairs = 100 * 101 // 2 + 300 * 301 // 2
-    expected = (2 * weights * 400 / 0.75 + 4 * 32 * pairs / 0.6) / 989e12
+    expected = (2 * weights * 400 / 0.74 + 4 * 32 * pairs / 0.33) / 989e12
     assert added == pytest.approx(expected, rel=1e-9)
 
 
