@@ -28,6 +28,16 @@ OPERATORS = {
     "send": ("send", 0),
 }
 UNCOUNTED = ("recv_", "barrier", "monitored_barrier_")
+SENT_EVERYWHERE = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.int8,
+    torch.uint8,
+)
+"""What gloo, NCCL and HCCL take in every collective. HCCL reduces no float64, NCCL no bool and no float8."""
 
 
 @dataclass
@@ -40,7 +50,8 @@ class Count:
 
 
 class CollectiveCalls(TorchDispatchMode):
-    """Inside its `with` block, counts this rank's calls, in forward and backward.
+    """Inside its `with` block, counts this rank's calls, in forward and backward. A call that sends a dtype
+    outside `SENT_EVERYWHERE` raises TypeError.
 
     Attributes:
         counts: {(axis, kind): count}; an axis is a key of `groups`, or "world" for any other group.
@@ -67,8 +78,15 @@ class CollectiveCalls(TorchDispatchMode):
         count = self.counts.setdefault(
             (self._axis.get(group.group_name, "world"), kind), Count(ranks=group.size())
         )
+        sent = [leaf for leaf in tree_leaves(args[position]) if isinstance(leaf, Tensor)]
+        for tensor in sent:
+            # A float64 without dimensions is DeepSpeed's norm, which is float32 on devices that need it.
+            if tensor.dtype not in SENT_EVERYWHERE and not (
+                tensor.dtype == torch.float64 and not tensor.dim()
+            ):
+                raise TypeError(f"{operator} sends {tensor.dtype}, which not every backend takes.")
         count.calls += 1
-        count.payload += sum(leaf.nbytes for leaf in tree_leaves(args[position]) if isinstance(leaf, Tensor))
+        count.payload += sum(tensor.nbytes for tensor in sent)
 
 
 def _group_of(args: tuple[Any, ...]) -> dist.ProcessGroup:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 def max_over_ranks(values: Sequence[int], device: torch.device) -> list[int]:
@@ -19,6 +20,26 @@ def max_over_ranks(values: Sequence[int], device: torch.device) -> list[int]:
 def sum_over_ranks(values: Sequence[int], device: torch.device) -> list[int]:
     """The sum of each value over all ranks; `device` is where the collective runs."""
     return _reduced(values, device, dist.ReduceOp.SUM)
+
+
+def sum_reals_over_ranks(own: Tensor, device: torch.device) -> Tensor:
+    """The sum over all ranks of float64 [n] on the host, bitwise equal on all of them.
+
+    Each value travels as two fp32 numbers, its rounding and the rest, because HCCL does not reduce float64
+    (Ascend 910B): 48 bits of it, and they are added on the host in the order of the ranks.
+
+    Args:
+        own: float64 [n] on the host. device: where the collective runs.
+    """
+    if not dist.is_initialized():
+        return own
+    rounded = own.float()
+    # What is left of an infinity would be no number.
+    rest = torch.where(rounded.isfinite(), own - rounded.double(), 0.0).float()
+    sent = torch.stack((rounded, rest)).to(device)
+    received = sent.new_empty(dist.get_world_size() * len(sent), len(own))
+    dist.all_gather_into_tensor(received, sent)
+    return received.cpu().double().unflatten(0, (-1, len(sent))).sum(1).sum(0)
 
 
 def gather_bytes(row: bytes, device: torch.device) -> list[bytes]:

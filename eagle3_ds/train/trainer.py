@@ -21,6 +21,7 @@ from torch import Tensor
 from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.attention import patch_attention
 from eagle3_ds.attention.costs import choose_kv_exchange
+from eagle3_ds.collectives.agreement import sum_reals_over_ranks
 from eagle3_ds.config import Recipe
 from eagle3_ds.costs import Setup
 from eagle3_ds.draft import Draft, LossInputs, LossSum, VocabularyMap, loss_tiles, sliding_window
@@ -255,7 +256,7 @@ class DraftTrainer:
             counts = torch.stack([counted.sum(1) for counted in contributing]).sum(0)
         counts = counts.to(self.topology.device)
         self._sum_over_world(counts)
-        return counts.double().cpu()
+        return counts.cpu().double()
 
     def _loss_inputs(self, batch: LocalBatch, contributing: Tensor, step_weight: Tensor) -> LossInputs:
         device = self.topology.device
@@ -282,10 +283,11 @@ class DraftTrainer:
     @marked(REPORT)
     def _report(self, sums: Sequence[LossSum], normalizer: Tensor, own_tokens: int) -> StepReport:
         names = ("step_loss", "hits", "counts", "joint_hits", "joint_counts", "joint_acceptance")
-        count = torch.tensor([float(own_tokens)], dtype=torch.float64, device=self.topology.device)
-        flat = torch.cat([*(sum(getattr(s, name).double() for s in sums) for name in names), count])
-        self._sum_over_world(flat)
-        *columns, tokens = flat.cpu().split([len(normalizer)] * len(names) + [1])
+        of_packs = torch.stack([torch.cat([getattr(s, name) for name in names]) for s in sums]).cpu()
+        count = torch.tensor([float(own_tokens)], dtype=torch.float64)
+        own = torch.cat([of_packs.double().sum(0), count])
+        flat = self._sum_reals(own)
+        *columns, tokens = flat.split([len(normalizer)] * len(names) + [1])
         loss, hits, counts, joint_hits, joint_counts, joint_acceptance = columns
         step_loss = loss / normalizer.clamp(min=1)
         return StepReport(
@@ -296,6 +298,10 @@ class DraftTrainer:
             acceptance_length=1.0 + float((joint_acceptance / joint_counts.clamp(min=1)).sum()),
             tokens=int(tokens) // self.topology.sp_world_size,
         )
+
+    @marked(EXCHANGE)
+    def _sum_reals(self, own: Tensor) -> Tensor:
+        return sum_reals_over_ranks(own, self.topology.device)
 
     @marked(EXCHANGE)
     def _sum_over_world(self, tensor: Tensor) -> None:

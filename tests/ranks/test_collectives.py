@@ -6,6 +6,7 @@ every rank builds all of them, and the whole that it compares with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ from eagle3_ds.collectives import (
     sequence_to_heads,
     start_sequence_to_heads,
 )
+from eagle3_ds.collectives.agreement import sum_reals_over_ranks
+from judge.collective_calls import CollectiveCalls
 from judge.ranks import RankFailure, RankPools
 
 pytestmark = pytest.mark.ranks
@@ -299,6 +302,32 @@ def test_all_to_all_4d_refuses_other_dims() -> None:
         all_to_all_4D(torch.zeros(1, 2, 3, 4), 0, 1, None)
     with pytest.raises(ValueError, match=r"the input is \(2, 3, 4\)"):
         all_to_all_4D(torch.zeros(2, 3, 4), 2, 1, None)
+
+
+def summed_reals(own: list[list[float]]) -> list[float]:
+    mine = torch.tensor(own[dist.get_rank()], dtype=torch.float64)
+    return sum_reals_over_ranks(mine, torch.device("cpu")).tolist()
+
+
+def test_reals_are_summed_to_48_bits_and_equally_on_all_ranks(run_ranks: RankPools) -> None:
+    third, large, infinite = 1 / 3, float(2**40 + 1), float("inf")
+    own = [[third, large, infinite, -1e-300], [1e-9, -3.0, 1.0, float("nan")]]
+    first, second = run_ranks(2, summed_reals, own)
+    assert str(first) == str(second)
+    assert first[0] == pytest.approx(third + 1e-9, rel=2**-46)
+    assert first[1] == large - 3.0
+    assert first[2] == infinite
+    assert math.isnan(first[3])
+
+
+def test_a_dtype_that_some_backend_refuses_is_not_sent(run_ranks: RankPools) -> None:
+    with pytest.raises(RankFailure, match="allreduce_ sends torch.float64"):
+        run_ranks(2, send_doubles)
+
+
+def send_doubles() -> None:
+    with CollectiveCalls({}):
+        dist.all_reduce(torch.ones(2, dtype=torch.float64))
 
 
 def test_a_broken_rank_fails_the_test_and_the_pool_recovers(run_ranks: RankPools) -> None:
