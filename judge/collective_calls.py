@@ -74,7 +74,7 @@ class CollectiveCalls(TorchDispatchMode):
         if operator not in OPERATORS:
             raise NotImplementedError(f"c10d.{operator} is not known here. Add it to OPERATORS.")
         kind, position = OPERATORS[operator]
-        group = _group_of(args)
+        group = group_of(args)
         count = self.counts.setdefault(
             (self._axis.get(group.group_name, "world"), kind), Count(ranks=group.size())
         )
@@ -89,7 +89,8 @@ class CollectiveCalls(TorchDispatchMode):
         count.payload += sum(tensor.nbytes for tensor in sent)
 
 
-def _group_of(args: tuple[Any, ...]) -> dist.ProcessGroup:
+def group_of(args: tuple[Any, ...]) -> dist.ProcessGroup:
+    """The group of a c10d operator that is called with `args`."""
     boxed = next(
         arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())
     )
