@@ -91,6 +91,8 @@ class AttentionKernel(ABC):
 
 _STAND_IN_ROWS = 2**13
 """Rows of one part of `out_with_delta`."""
+_FEW_RANGES = 4
+"""That are read and written one by one."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -154,6 +156,56 @@ def sum_over_group(x: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
     return x.unflatten(1, (num_kv_heads, -1)).sum(2, dtype=dtype)
 
 
+class Rows:
+    """Some rows of a tensor, ascending, as few ranges.
+
+    Attributes:
+        ranges: adjacent ones joined: (0, 30), (30, 90), (100, 120) -> 0:90, 100:120.
+    """
+
+    def __init__(self, ranges: tuple[slice, ...]) -> None:
+        self.ranges = ranges
+        self._indices: dict[torch.device, Tensor] = {}
+
+    @staticmethod
+    def of(ranges: Iterable[tuple[int, int]]) -> Rows:
+        joined: list[slice] = []
+        for start, stop in ranges:
+            if joined and joined[-1].stop == start:
+                joined[-1] = slice(joined[-1].start, stop)
+            else:
+                joined.append(slice(start, stop))
+        return Rows(tuple(joined))
+
+    def take(self, x: Tensor) -> Tensor:
+        """These rows of x [L, ...]; a view when they are one range."""
+        if len(self.ranges) == 1:
+            return x[self.ranges[0]]
+        if len(self.ranges) <= _FEW_RANGES:
+            return torch.cat([x[part] for part in self.ranges])
+        return x.index_select(0, self._index(x.device))
+
+    def places(self, device: torch.device) -> Iterator[tuple[slice | Tensor, slice]]:
+        """Where the rows of what `take` returned are written: pairs of a place and its part. Each of few
+        ranges is a pair; many are one, because every pair costs launches.
+        """
+        if len(self.ranges) > _FEW_RANGES:
+            yield self._index(device), slice(None)
+            return
+        start = 0
+        for place in self.ranges:
+            stop = start + place.stop - place.start
+            yield place, slice(start, stop)
+            start = stop
+
+    def _index(self, device: torch.device) -> Tensor:
+        """int64, made and copied to the device once for all layers and steps of a pack."""
+        if device not in self._indices:
+            index = torch.cat([torch.arange(part.start, part.stop) for part in self.ranges])
+            self._indices[device] = index.to(device)
+        return self._indices[device]
+
+
 @dataclass(frozen=True)
 class Call:
     """Tiles that one call of a backend computes together.
@@ -174,14 +226,14 @@ class Call:
         return self.tiles[0].left
 
     @cached_property
-    def rows(self) -> list[slice]:
-        """Query rows of all tiles, adjacent ranges joined."""
-        return _joined((tile.q_start, tile.q_stop) for tile in self.tiles)
+    def rows(self) -> Rows:
+        """Query rows of all tiles."""
+        return Rows.of((tile.q_start, tile.q_stop) for tile in self.tiles)
 
     @cached_property
-    def keys(self) -> list[slice]:
-        """Key rows of all tiles, adjacent ranges joined."""
-        return _joined((tile.k_start, tile.k_stop) for tile in self.tiles)
+    def keys(self) -> Rows:
+        """Key rows of all tiles."""
+        return Rows.of((tile.k_start, tile.k_stop) for tile in self.tiles)
 
 
 class TileKernel(AttentionKernel):
@@ -239,6 +291,10 @@ class TileKernel(AttentionKernel):
         """
         return [Call((tile,)) for tile in tiles]
 
+    def arranged(self, tiles: list[Tile]) -> list[Tile]:
+        """The non-empty tiles, cut as suits `calls`; here as they are."""
+        return tiles
+
     def delta_form(self, dout: Tensor, delta: Tensor) -> Tensor:
         """Convert delta [Lq, Hq] to what the backend takes: itself here; for backends that compute delta from
         an output, such an output [Lq, Hq, D] (`out_with_delta`). dout [Lq, Hq, D].
@@ -251,7 +307,7 @@ class TileKernel(AttentionKernel):
         """As `AttentionKernel.forward`: computes the calls and merges their results row by row."""
         calls = _planned(self, tuple(tiles), None)
         dtype = accumulation_dtype(q.dtype)
-        if len(calls) == 1 and calls[0].rows == [slice(0, len(q))]:
+        if len(calls) == 1 and calls[0].rows.ranges == (slice(0, len(q)),):
             out, lse = self._forward_call(q, k, v, calls[0], scale)
             return out.to(q.dtype).contiguous(), lse.to(dtype).contiguous()
         merging = _share_rows(calls)
@@ -260,7 +316,7 @@ class TileKernel(AttentionKernel):
         lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
         for call in calls:
             new_out, new_lse = self._forward_call(q, k, v, call, scale)
-            for rows, part in _places(call.rows):
+            for rows, part in call.rows.places(q.device):
                 new = new_out[part], new_lse[part]
                 out[rows], lse[rows] = merge_partial(out[rows], lse[rows], *new) if merging else new
         return out.to(q.dtype), lse
@@ -282,20 +338,20 @@ class TileKernel(AttentionKernel):
         dq = torch.zeros_like(q, dtype=accumulation_dtype(q.dtype), memory_format=torch.contiguous_format)
         delta = self.delta_form(dout, delta)
         for call in _planned(self, tuple(tiles), self.backward_block):
-            dout_rows, q_rows, lse_rows, delta_rows = (_take(x, call.rows) for x in (dout, q, lse, delta))
-            k_rows, v_rows = _take(k, call.keys), _take(v, call.keys)
+            dout_rows, q_rows, lse_rows, delta_rows = (call.rows.take(x) for x in (dout, q, lse, delta))
+            k_rows, v_rows = call.keys.take(k), call.keys.take(v)
             grads = self.call_backward(dout_rows, q_rows, k_rows, v_rows, lse_rows, delta_rows, call, scale)
             for total, new, ranges in zip(
                 (dq, dk_accum, dv_accum), grads, (call.rows, call.keys, call.keys), strict=True
             ):
-                for place, part in _places(ranges):
+                for place, part in ranges.places(q.device):
                     total[place] += new[part]
         return dq
 
     def _forward_call(
         self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float
     ) -> tuple[Tensor, Tensor]:
-        return self.call_forward(_take(q, call.rows), _take(k, call.keys), _take(v, call.keys), call, scale)
+        return self.call_forward(call.rows.take(q), call.keys.take(k), call.keys.take(v), call, scale)
 
 
 @lru_cache(maxsize=64)
@@ -303,7 +359,7 @@ def _planned(kernel: TileKernel, tiles: tuple[Tile, ...], most: int | None) -> l
     """The calls for `tiles`, cut to `most` rows where it is given. All layers, and all steps of a pack that
     see the same keys, ask for the same.
     """
-    parts = _nonempty(tiles)
+    parts: Iterable[Tile] = kernel.arranged(list(_nonempty(tiles)))
     if most is not None:
         parts = (block for tile in parts for block in cut_into_blocks(tile, most))
     return kernel.calls(parts, most)
@@ -316,32 +372,7 @@ def _nonempty(tiles: Sequence[Tile]) -> Iterator[Tile]:
             yield tile
 
 
-def _joined(ranges: Iterable[tuple[int, int]]) -> list[slice]:
-    """Join adjacent ranges of an ascending list: (0, 30), (30, 90), (100, 120) -> 0:90, 100:120."""
-    joined: list[slice] = []
-    for start, stop in ranges:
-        if joined and joined[-1].stop == start:
-            joined[-1] = slice(joined[-1].start, stop)
-        else:
-            joined.append(slice(start, stop))
-    return joined
-
-
-def _take(x: Tensor, ranges: list[slice]) -> Tensor:
-    """The rows of x [L, ...] in `ranges`, concatenated; a view when there is one range."""
-    return x[ranges[0]] if len(ranges) == 1 else torch.cat([x[part] for part in ranges])
-
-
-def _places(ranges: list[slice]) -> Iterator[tuple[slice, slice]]:
-    """Each range with the range that its rows have in the result of `_take`."""
-    start = 0
-    for place in ranges:
-        stop = start + place.stop - place.start
-        yield place, slice(start, stop)
-        start = stop
-
-
 def _share_rows(calls: Sequence[Call]) -> bool:
     """Whether some query row is in two calls, so that their outputs must be merged."""
-    ordered = sorted((rows.start, rows.stop) for call in calls for rows in call.rows)
+    ordered = sorted((rows.start, rows.stop) for call in calls for rows in call.rows.ranges)
     return any(stop > start for (_, stop), (start, _) in zip(ordered, ordered[1:], strict=False))

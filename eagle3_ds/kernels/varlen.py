@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from eagle3_ds.kernels.base import Call, TileKernel, out_with_delta
+from eagle3_ds.kernels.halves import cut_in_halves
 from eagle3_ds.kernels.tile import Tile
 
 _LOOKED_AT = 64
@@ -76,6 +77,10 @@ class VarlenKernel(TileKernel):
         dout, q, out [total_q, Hq, D], k, v [total_k, Hkv, D] -> dq, dk, dv in the shapes of q, k, v. `out` is
         the stand-in of `out_with_delta`, not the output of `varlen_forward`.
         """
+
+    def arranged(self, tiles: list[Tile]) -> list[Tile]:
+        """Short tiles that see the same keys could not share a call: they are cut in halves."""
+        return cut_in_halves(tiles)
 
     def calls(self, tiles: Iterable[Tile], most: int | None = None) -> list[Call]:
         """Join tiles greedily: each goes into the oldest call of the same mask that ends before it and has

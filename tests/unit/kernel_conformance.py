@@ -55,6 +55,22 @@ CASES = {
             Tile(30, 48, 42, 90, True),
         ),
     ),
+    "answers of two documents": Case(
+        39,
+        100,
+        4,
+        2,
+        (
+            Tile(0, 6, 0, 20, True),
+            Tile(6, 10, 0, 31, True),
+            Tile(10, 17, 0, 38, True),
+            Tile(17, 20, 0, 41, True),
+            Tile(20, 29, 0, 60, True),
+            Tile(29, 30, 60, 70, True),
+            Tile(30, 34, 60, 79, True),
+            Tile(34, 39, 60, 100, True),
+        ),
+    ),
     "rows in several tiles": Case(
         30, 70, 4, 2, (Tile(0, 30, 0, 25, False), Tile(10, 30, 40, 60, True), Tile(5, 12, 60, 70, False))
     ),

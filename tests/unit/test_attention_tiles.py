@@ -19,6 +19,7 @@ from eagle3_ds.attention.tiles import block_tiles, gathered_tiles
 from eagle3_ds.kernels import AttentionKernel, Tile, TileKernel, select_kernel, varlen
 from eagle3_ds.kernels.blockwise import BlockwiseKernel
 from eagle3_ds.kernels.cuda import CudaKernel
+from eagle3_ds.kernels.halves import cut_in_halves
 from eagle3_ds.kernels.tile import cut_into_blocks
 from eagle3_ds.layout import SpanPlan
 from tests.unit.span_plans import span_plans
@@ -87,6 +88,37 @@ def test_blocks_of_a_tile_show_the_same(plan: SpanPlan, window: int | None, most
             for block in blocks:
                 assert block.num_queries <= most or (block.left is not None and not block.causal)
                 assert block.num_keys < 2 * most or block.left is not None
+
+
+@settings(deadline=None)
+@given(plans, windows, st.booleans())
+def test_halves_show_the_same(plan: SpanPlan, window: int | None, gathered: bool) -> None:
+    size = plan.ulysses * plan.live_per_rank
+    for rank in range(plan.ring):
+        tiles = gathered_tiles(plan, rank, window) if gathered else block_tiles(plan, rank, 0, window)
+        num_keys = plan.padded_length if gathered else plan.columns_per_ring_rank
+        halves = cut_in_halves(tiles)
+        assert (shown(halves, size, num_keys) == shown(tiles, size, num_keys)).all()
+        for tile in halves:
+            tile.check()
+
+
+def test_answers_of_a_long_document_are_a_few_calls() -> None:
+    """Of 256 turns of 512 tokens the last 128 are live, in two documents; the flash kernels' own calls."""
+    turns, answer, turn = 256, 128, 512
+    tiles = [
+        Tile(i * answer, (i + 1) * answer, i // 128 * 128 * turn, (i + 1) * turn, True) for i in range(turns)
+    ]
+    calls = CudaKernel().calls(cut_in_halves(tiles))
+    # One of what each answer has for itself, and one for each depth of the halves of 128.
+    assert len(calls) == 1 + 7
+    for call in calls:
+        for before, after in pairwise(call.tiles):
+            assert before.q_stop <= after.q_start and before.k_stop <= after.k_start
+    pairs = sum(tile.num_queries * tile.num_keys for call in calls for tile in call.tiles)
+    assert pairs == sum(tile.num_queries * tile.num_keys for tile in tiles)
+    few = [Tile(0, 2048, 0, 4096, True), Tile(2048, 4096, 0, 8192, True), Tile(4096, 6144, 0, 12288, True)]
+    assert cut_in_halves(few) == few
 
 
 @settings(deadline=None)

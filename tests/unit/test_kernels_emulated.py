@@ -547,7 +547,7 @@ def test_a_pack_of_documents_is_one_call(name: str) -> None:
     assert isinstance(kernel, TileKernel)
     documents = [Tile(10 * i, 10 * i + 10, 10 * i, 10 * i + 10, True, 4) for i in range(50)]
     (call,) = kernel.calls(documents)
-    assert call.rows == call.keys == [slice(0, 500)]
+    assert call.rows.ranges == call.keys.ranges == (slice(0, 500),)
     # Two chunks of one document share keys, and so do not fit into one call.
     chunks = [Tile(0, 10, 0, 10, True), Tile(10, 20, 0, 20, True), Tile(20, 30, 20, 30, True)]
     assert [len(call.tiles) for call in kernel.calls(chunks)] == [2, 1]
