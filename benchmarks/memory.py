@@ -26,7 +26,7 @@ from judge.result_file import print_table, write_result
 from judge.sample_run import SampleRun, small_buckets
 from judge.tensor_bytes import TensorBytes
 
-TOLERANCE = 0.10
+TOLERANCE = 0.05
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 SHAPE = Eagle3Shape(256, 768, 8, 2, 32, 4096, 2048)
 
@@ -155,11 +155,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for row in rows
         ],
     )
-    path = write_result(
-        "memory", "python -m benchmarks.memory", {"tolerance": TOLERANCE, "rows": rows}, threads=1
-    )
     off = [row["name"] for row in rows if any(abs(ratio - 1) > TOLERANCE for ratio in row["ratio"].values())]
-    print(f"{len(rows) - len(off)} of {len(rows)} within {TOLERANCE:.0%}; {path}")
+    print(f"{len(rows) - len(off)} of {len(rows)} within {TOLERANCE:.0%}")
+    # A part does not replace the record of all.
+    if not options.only:
+        body = {"tolerance": TOLERANCE, "rows": rows}
+        print(write_result("memory", "python -m benchmarks.memory", body, threads=1))
     return 1 if off else 0
 
 

@@ -198,12 +198,12 @@ def _worst(errors: Mapping[str, float]) -> str:
 
 
 def run_matrix(
-    cases: Sequence[Case], seed: int, path: Path, command: str, device: str = "cpu", at_once: int = 1
+    cases: Sequence[Case], seed: int, path: Path | None, command: str, device: str = "cpu", at_once: int = 1
 ) -> bool:
     """Run all cases, and print and write the result of each. Returns whether all passed.
 
     Args:
-        command: the command line, for the file of results.
+        path: of the results; None writes none. command: the command line, for that file.
         device: `cpu` or `cuda`, of the product; the reference stays on the CPU.
         at_once: cases that run beside each other, each with processes of its own.
     """
@@ -217,9 +217,10 @@ def run_matrix(
         for verdict in workers.map(one, cases) if at_once > 1 else map(one, cases):
             verdicts.append(verdict)
             print(f"[{len(verdicts)}/{len(cases)}] {verdict.line()}", flush=True)
-            write_result(path.stem, command, _record(verdicts, len(cases), seed), path.parent)
+            if path is not None:
+                write_result(path.stem, command, _record(verdicts, len(cases), seed), path.parent)
     failed = [verdict for verdict in verdicts if not verdict.passed]
-    print(f"{len(verdicts) - len(failed)} of {len(verdicts)} cases passed; {path}")
+    print(f"{len(verdicts) - len(failed)} of {len(verdicts)} cases passed" + (f"; {path}" if path else ""))
     for verdict in failed:
         if verdict.failure is not None:
             print(f"\n{verdict.case}\n{verdict.failure}", file=sys.stderr)
@@ -248,7 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--short", action="store_true", help="a few cases that show every value, at most 4 ranks"
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="where the result goes")
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="where the result goes; needed to keep that of a part"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--at-once", type=int, default=1, metavar="N", help="cases beside each other, on as many cores"
@@ -267,11 +270,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = [case for case in cases if options.only in str(case)]
     if not cases:
         parser.error(f"--only {options.only!r} matches no case.")
-    name = "exactness.json" if options.device == "cpu" else "exactness_cuda.json"
+    # A part does not replace the record of all.
+    whole = {"cpu": "exactness.json", "cuda": "exactness_cuda.json"}[options.device]
+    of_all = None if options.short or options.only else FOLDER / whole
     passed = run_matrix(
         cases,
         options.seed,
-        options.json or FOLDER / name,
+        options.json or of_all,
         " ".join(("python -m judge.exactness", *arguments)),
         options.device,
         options.at_once,

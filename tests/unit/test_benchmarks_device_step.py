@@ -56,8 +56,8 @@ def test_exchanges_are_those_of_the_planner(mesh):
     counts = count_step(step)
     reported = {"inputs", "report"}
     calls = [one for one in counts.launches.elements() if one.kind == "exchange" and one.part not in reported]
-    # Two calls over the world are not the attention's: the sum of the normalizer, and the gathered report, two
-    # fp32 numbers for each of six sums per guess and for the tokens.
+    # Two calls over the world are not the attention's: the sum of the normalizer, and the gathered report,
+    # two fp32 numbers for each of six sums per guess and for the tokens.
     traffic = attention_traffic(step.setup())
     assert [one.operator for one in calls].count("allreduce_") == 1
     assert len(calls) - 2 == sum(one.calls for one in traffic)
