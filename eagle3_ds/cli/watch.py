@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 EVERY_SECONDS = 3
 PIPE_WIDTH = 10_000
 STATE_WIDTH, LINE_WIDTH = 30, 9
-SPARKS = 48
+STATE = 2
+"""Column of the ranks' states."""
+SPARKS, LEAST_SPARKS, BESIDE_SPARKS = 48, 8, 62
 SHOWN_RANKS = 16
 """Of a live view, whose terminal has an end; those in trouble first."""
 
@@ -55,7 +57,7 @@ def watch(run: Path, once: bool, html: Path | None) -> None:
         _write_page(view, html, None)
     else:
         view = _follow(reader, view, html, console)
-    console.print(_drawn(view, len(view.ranks)))
+    console.print(_drawn(view, len(view.ranks), console.width))
 
 
 def _follow(reader: RunReader, view: RunView, html: Path | None, console: Console) -> RunView:
@@ -65,7 +67,7 @@ def _follow(reader: RunReader, view: RunView, html: Path | None, console: Consol
     try:
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
-                live.update(_drawn(view, SHOWN_RANKS), refresh=True)
+                live.update(_drawn(view, SHOWN_RANKS, console.width), refresh=True)
                 _write_page(view, html, None if view.has_ended else EVERY_SECONDS)
                 if view.has_ended:
                     return view
@@ -86,7 +88,7 @@ def _write_page(view: RunView, html: Path | None, refresh_seconds: int | None) -
     os.replace(aside, html)
 
 
-def _drawn(view: RunView, most_ranks: int) -> RenderableType:
+def _drawn(view: RunView, most_ranks: int, width: int) -> RenderableType:
     """The view from its title to its ranks, which may not all fit on a screen."""
     from rich.console import Group
     from rich.text import Text
@@ -99,30 +101,35 @@ def _drawn(view: RunView, most_ranks: int) -> RenderableType:
         Text(view.state),
         Text(progress_words(view.progress)),
         Text(""),
-        _curves(view),
+        _curves(view, width),
+        Text(""),
         Text("last messages of rank 0", style="bold"),
         *(Text(f"  {line}", no_wrap=True, overflow="ellipsis") for line in view.messages),
         Text(""),
-        _ranks(view, most_ranks),
+        _ranks(view, most_ranks, width),
         Text(f"{view.folder}, read {read}", style="dim"),
     )
 
 
-def _curves(view: RunView) -> RenderableType:
+def _curves(view: RunView, width: int) -> RenderableType:
     from rich.table import Table
+    from rich.text import Text
 
     from eagle3_ds.watch import curve_words, sparkline
 
+    if not view.curves:
+        return Text("no curve yet")
     table = Table(box=None, pad_edge=False)
     for name in ("curve", "", "last", "first", "lowest", "highest"):
         table.add_column(name, no_wrap=True)
+    sparks = min(SPARKS, max(LEAST_SPARKS, width - BESIDE_SPARKS))
     for name, points in view.curves.items():
         told = curve_words(points)
-        table.add_row(name, sparkline(points, SPARKS), told.last, told.first, told.lowest, told.highest)
+        table.add_row(name, sparkline(points, sparks), told.last, told.first, told.lowest, told.highest)
     return table
 
 
-def _ranks(view: RunView, most: int) -> RenderableType:
+def _ranks(view: RunView, most: int, width: int) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -131,12 +138,13 @@ def _ranks(view: RunView, most: int) -> RenderableType:
 
     shown = sorted(view.ranks, key=lambda rank: (not rank.is_troubled, rank.rank))[:most]
     rows = [rank_words(rank, view.time) for rank in shown]
+    lengths = [max(map(len, column)) for column in zip(RANK_COLUMNS, *rows, strict=True)]
+    lengths[STATE] = min(lengths[STATE], STATE_WIDTH)
+    # The last line gets what the others leave: rich would take it from the states, which matter more.
+    lengths[-1] = max(LINE_WIDTH, width - sum(lengths[:-1]) - 2 * (len(lengths) - 1))
     table = Table(box=None, pad_edge=False)
-    for number, name in enumerate(RANK_COLUMNS):
-        longest = max(len(row[number]) for row in (RANK_COLUMNS, *rows))
-        # A narrow terminal cuts the last lines, and breaks the states of ranks that failed.
-        least = {"last line": LINE_WIDTH, "state": min(longest, STATE_WIDTH)}.get(name, longest)
-        table.add_column(name, no_wrap=name != "state", overflow="ellipsis", min_width=least)
+    for number, (name, most_wide) in enumerate(zip(RANK_COLUMNS, lengths, strict=True)):
+        table.add_column(name, no_wrap=number != STATE, overflow="ellipsis", max_width=most_wide)
     for rank, row in zip(shown, rows, strict=True):
         table.add_row(*map(Text, row), style="red" if rank.is_troubled else "")
     left = len(view.ranks) - len(shown)

@@ -17,12 +17,12 @@ CURVES: dict[str, tuple[str | int, ...]] = {
     "loss": ("loss",),
     "held-out loss": ("heldout", "loss"),
     "acceptance length": ("acceptance_length",),
-    "held-out acceptance length": ("heldout", "acceptance_length"),
-    "decoded acceptance length": ("acceptance_length_decoded",),
-    "accuracy of the first guess": ("step_accuracy", 0),
-    "held-out accuracy of the first guess": ("heldout", "step_accuracy", 0),
+    "held-out acceptance": ("heldout", "acceptance_length"),
+    "decoded acceptance": ("acceptance_length_decoded",),
+    "accuracy": ("step_accuracy", 0),
+    "held-out accuracy": ("heldout", "step_accuracy", 0),
 }
-"""What is drawn, by its place in a line of metrics.jsonl."""
+"""What is drawn, by its place in a line of metrics.jsonl. Accuracies are those of the first guess."""
 
 
 @dataclass
