@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from eagle3_ds.config import load_recipe
+from eagle3_ds.launch.state import Steps, read_steps
 from eagle3_ds.watch import RunReader
 from tests.e2e.small_quickstart import QUICKSTART, ROOT, STEPS, Job
 
@@ -46,6 +47,7 @@ def test_metrics_have_a_line_per_step(finished: Job) -> None:
 
 
 def test_the_run_can_be_watched_when_it_is_over(finished: Job) -> None:
+    assert read_steps(finished.folder) == Steps(0, STEPS)
     view = RunReader(finished.folder).read()
     assert (view.state, view.has_ended) == ("finished", True)
     assert (view.progress.step, view.progress.last) == (STEPS, STEPS)
