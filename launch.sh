@@ -9,6 +9,7 @@ usage: ./launch.sh RECIPE [OPTIONS] [section.key=value ...]   the main job, e.g.
        ./launch.sh init TARGET --data F [--gpus N]            write a recipe that runs, e.g. ./launch.sh init Qwen/Qwen3-8B --data chats.jsonl
        ./launch.sh test [PYTEST OPTIONS]                      lint, types and tests, e.g. ./launch.sh test -k topology
        ./launch.sh prepare|evaluate|export|report RECIPE      one stage alone, e.g. ./launch.sh report recipes/quickstart.yaml
+       ./launch.sh watch RUN [--once] [--html FILE]           how a run is, by the files of its output_dir, e.g. ./launch.sh watch output/quickstart
        ./launch.sh serve-check RECIPE --python P              does a real vLLM serve the exports as they were trained
        ./launch.sh capture RECIPE [OPTIONS]                   hidden states by all ranks, e.g. ./launch.sh capture RECIPE --num_gpus 8
        ./launch.sh data inspect|check|regenerate ...          look at rows, judge all, let the target answer, e.g. ./launch.sh data inspect RECIPE
@@ -110,6 +111,6 @@ if [ "$mode" = test ]; then
   exec "$python" -m pytest tests --numprocesses 2 "$@"
 fi
 case "$1" in
-  --version | init | prepare | capture | evaluate | export | serve-check | report | plan | data | doctor | store | cache) exec "$python" -m eagle3_ds.cli "$@" ;;
+  --version | init | prepare | capture | evaluate | export | serve-check | report | watch | plan | data | doctor | store | cache) exec "$python" -m eagle3_ds.cli "$@" ;;
   *) exec "$python" -m eagle3_ds.cli launch "$@" ;;
 esac

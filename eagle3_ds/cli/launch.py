@@ -15,9 +15,6 @@ from eagle3_ds.launch.command import LAUNCHERS, LaunchOptions
 if TYPE_CHECKING:
     from eagle3_ds.run.resolve import ResolvedRun
 
-# EX_TEMPFAIL of sysexits.h: not done, and worth trying again.
-STOPPED = 75
-
 PLACES = (
     click.option(
         "--hostfile", metavar="F", help="hosts of a multi-node run, e.g. --hostfile recipes/2nodes.hostfile"
@@ -134,7 +131,7 @@ def launch(
         if trained.finished:
             finish_run(run.recipe)
             _show_summary(run.recipe)
-        return trained.status if trained.finished or trained.status else STOPPED
+        return trained.exit_status
 
 
 @click.command()

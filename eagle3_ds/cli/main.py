@@ -22,6 +22,7 @@ from eagle3_ds.cli.plan import plan
 from eagle3_ds.cli.serve_check import serve_check
 from eagle3_ds.cli.stages import evaluate, export, prepare, report
 from eagle3_ds.cli.store import store
+from eagle3_ds.cli.watch import watch
 from eagle3_ds.cli.words import Commands
 from eagle3_ds.launch.logs import NO_BARS
 
@@ -68,6 +69,7 @@ for command in (
     export,
     serve_check,
     report,
+    watch,
     doctor,
     data,
     plan,

@@ -9,7 +9,15 @@ from eagle3_ds.config.deepspeed import (
     load_deepspeed_config,
     missing_packages,
 )
-from eagle3_ds.config.load import as_recipe, dump_recipe, load_recipe, read_recipe, recipe_differences
+from eagle3_ds.config.load import (
+    RESOLVED,
+    as_recipe,
+    dump_recipe,
+    load_recipe,
+    read_recipe,
+    recipe_differences,
+    title_of,
+)
 from eagle3_ds.config.rope import PER_PAIR, SCALINGS, RopeSection, check_rotated, rotated_size
 from eagle3_ds.config.schema import (
     Activation,
@@ -35,6 +43,7 @@ from eagle3_ds.config.yaml_strict import read_text
 
 __all__ = [
     "PER_PAIR",
+    "RESOLVED",
     "SCALINGS",
     "Activation",
     "BestBy",
@@ -70,4 +79,5 @@ __all__ = [
     "recipe_differences",
     "rotated_size",
     "shipped",
+    "title_of",
 ]

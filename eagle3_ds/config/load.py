@@ -19,6 +19,8 @@ from eagle3_ds.config.sizes import infer_sizes
 from eagle3_ds.config.yaml_strict import parse_yaml, read_text
 
 logger = logging.getLogger(__name__)
+RESOLVED = "recipe.resolved.yaml"
+"""The recipe of a run, every key written out, in its output folder."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -101,6 +103,16 @@ def as_recipe(recipe: Recipe | str | Path) -> Recipe:
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every key written out. `load_recipe` reads an equal recipe from it."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def title_of(recipe: Recipe) -> str:
+    """A run in one line: its folder, algorithm, target and mesh."""
+    mesh = recipe.parallel
+    replicas = "" if mesh.draft_dp is None else f"draft_dp {mesh.draft_dp} x "
+    return (
+        f"{Path(recipe.output_dir).name}: {recipe.draft.algorithm} draft of {recipe.target.path}, up to "
+        f"{recipe.data.max_length:,} tokens, mesh {replicas}ring {mesh.ring} x ulysses {mesh.ulysses}"
+    )
 
 
 def _found_from(name: str, folder: Path) -> str:

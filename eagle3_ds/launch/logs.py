@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -124,7 +125,9 @@ class Logs:
 
     def ends(self, world_size: int) -> dict[int, RankEnd]:
         """{rank: how it ended}, without the ranks whose end was not written."""
-        paths = {rank: self.end(rank) for rank in range(world_size)}
-        return {
-            rank: RankEnd(**json.loads(path.read_text())) for rank, path in paths.items() if path.is_file()
-        }
+        found = {}
+        for rank in range(world_size):
+            # Who only looks on may look while `prepare` removes it.
+            with suppress(FileNotFoundError):
+                found[rank] = RankEnd(**json.loads(self.end(rank).read_text()))
+        return found

@@ -23,6 +23,7 @@ from eagle3_ds.checkpoint.format import (
     require_intact,
 )
 from eagle3_ds.config import (
+    RESOLVED,
     Recipe,
     deepspeed_name,
     fill_deepspeed_config,
@@ -36,6 +37,7 @@ from eagle3_ds.draft import DRAFT_EMBEDDING, check_tile_bytes, slots_per_tile
 from eagle3_ds.kernels import select_kernel
 from eagle3_ds.launch import hosts
 from eagle3_ds.launch.command import LaunchPlan
+from eagle3_ds.launch.state import STATE, STEPS
 from eagle3_ds.run.target_config import built_config
 from eagle3_ds.targets import (
     attention_size,
@@ -56,7 +58,6 @@ from eagle3_ds.topology import Mesh, check_heads, detect_accelerator
 from eagle3_ds.train.trackers import missing_trackers
 from eagle3_ds.train.tracking import FOLDER as TRACKERS
 
-RESOLVED = "recipe.resolved.yaml"
 # Files that only a run which has begun to train leaves, and further files that --overwrite removes with them.
 RESULTS = ("metrics.jsonl", CHECKPOINTS, FINAL_WEIGHTS, "eval.json", "report.png", "draft")
 BYPRODUCTS = (
@@ -68,6 +69,8 @@ BYPRODUCTS = (
     "draft-speculators",
     "deepspeed.env",
     "logs",
+    STATE,
+    STEPS,
     TRACKERS,
     "profile",
 )

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from eagle3_ds.algorithms import algorithm_of
-from eagle3_ds.checkpoint.format import VOCABULARY
-from eagle3_ds.config import Recipe, as_recipe, dump_recipe
+from eagle3_ds.checkpoint.format import VOCABULARY, write_durably
+from eagle3_ds.config import RESOLVED, Recipe, as_recipe, dump_recipe, title_of
 from eagle3_ds.data import PreparedData, prepare_data
 from eagle3_ds.data.corpora import CORPORA
 from eagle3_ds.data.prepare import documents_folder
@@ -25,7 +25,7 @@ from eagle3_ds.export import check_push, push_folder
 from eagle3_ds.launch.command import LaunchPlan, write_environment_file
 from eagle3_ds.launch.ranks import run_ranks
 from eagle3_ds.run.cache_uses import in_use
-from eagle3_ds.run.checks import RESOLVED, check_data, check_target_structure
+from eagle3_ds.run.checks import check_data, check_target_structure
 from eagle3_ds.run.draft_embedding import write_draft_embedding
 from eagle3_ds.run.eval_file import read_eval
 from eagle3_ds.run.finish import evaluate_run, export_draft
@@ -184,7 +184,7 @@ def save_resolved(recipe: Recipe) -> None:
     """Write recipe.resolved.yaml to the output folder, and make the folder if necessary."""
     folder = Path(recipe.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESOLVED).write_text(dump_recipe(recipe), encoding="utf-8")
+    write_durably(folder / RESOLVED, dump_recipe(recipe))
 
 
 def capture(recipe: Recipe, plan: LaunchPlan) -> int:
@@ -270,16 +270,6 @@ def export(recipe: Recipe | str | Path, push: str | None = None, private: bool =
     return list(errors)
 
 
-def _title(recipe: Recipe) -> str:
-    """A run in one line: its folder, target and mesh."""
-    mesh = recipe.parallel
-    replicas = "" if mesh.draft_dp is None else f"draft_dp {mesh.draft_dp} x "
-    return (
-        f"{Path(recipe.output_dir).name}: {recipe.draft.algorithm} draft of {recipe.target.path}, up to "
-        f"{recipe.data.max_length:,} tokens, mesh {replicas}ring {mesh.ring} x ulysses {mesh.ulysses}"
-    )
-
-
 def report(recipe: Recipe, compare: Sequence[str | Path] = ()) -> Path:
     """Draw report.png from metrics.jsonl, and from eval.json if there is one; returns its path.
 
@@ -300,7 +290,7 @@ def report(recipe: Recipe, compare: Sequence[str | Path] = ()) -> Path:
     warnings = json.loads(prepared.read_text()).get("warnings", []) if prepared.is_file() else []
     own, compared = read_eval(folder), _evaluations(compare)
     warnings += warnings_of_comparison(own, compared)
-    told = draw_report(metrics, own or None, picture, warnings, _title(recipe), compared)
+    told = draw_report(metrics, own or None, picture, warnings, title_of(recipe), compared)
     for line in warnings:
         logger.warning("report: %s", line)
     logger.info("report: %s", told)

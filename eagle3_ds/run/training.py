@@ -9,13 +9,15 @@ from pathlib import Path
 from eagle3_ds.checkpoint.format import FINAL_WEIGHTS
 from eagle3_ds.config import Recipe, as_recipe
 from eagle3_ds.launch.command import LaunchPlan, write_environment_file
+from eagle3_ds.launch.logs import Logs
 from eagle3_ds.launch.ranks import Outcome, run_with_restarts
+from eagle3_ds.launch.state import STOPPED, Notes, noted
 from eagle3_ds.run.cache_uses import in_use
 from eagle3_ds.run.checks import check_places, clear_output
 from eagle3_ds.run.memory_advice import advise_on_memory
 from eagle3_ds.run.resolve import ResolvedRun, RunOptions, resolve_run
 from eagle3_ds.run.served_states import streaming
-from eagle3_ds.run.stages import capture, evaluate, export, prepare, report
+from eagle3_ds.run.stages import capture, evaluate, export, prepare, report, save_resolved
 from eagle3_ds.train.tracking import add_report
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,11 @@ class Trained:
     status: int
     finished: bool
     reason: str = ""
+
+    @property
+    def exit_status(self) -> int:
+        """0 after the last step, 75 after a request to stop, else `status`."""
+        return self.status if self.finished or self.status else STOPPED
 
 
 def train(recipe: Recipe | str | Path, options: RunOptions | None = None) -> Path | None:
@@ -72,18 +79,31 @@ def train_run(run: ResolvedRun) -> Trained:
     output_dir = Path(run.recipe.output_dir)
     if run.checkpoint is None:
         clear_output(output_dir)
+    save_resolved(run.recipe)
+    with noted(output_dir) as notes:
+        trained = _prepare_and_train(run, notes)
+        notes.ended(trained.exit_status, trained.reason)
+    return trained
+
+
+def _prepare_and_train(run: ResolvedRun, notes: Notes) -> Trained:
     with in_use(run.recipe):
+        notes.at("preparing")
+        # How the ranks of the run before ended is not how these do.
+        Logs(run.plan.logs).prepare()
         prepare(run.recipe, run.checkpoint)
+        notes.at("capturing")
         status = capture(run.recipe, run.capture_plan)
         if status:
             return Trained(status, finished=False)
         write_environment_file(run.plan)
+        notes.at("training")
         with streaming(run.recipe, len(run.plan.hosts)):
             outcome = run_with_restarts(run.plan, lambda: _plan_again(run), run.recipe.faults.max_restarts)
     if outcome.status:
         _advise(run, outcome)
         return Trained(outcome.status, False, outcome.reason)
-    finished = (output_dir / FINAL_WEIGHTS).is_file()
+    finished = (Path(run.recipe.output_dir) / FINAL_WEIGHTS).is_file()
     if not finished:
         logger.info(
             "training was stopped before its end: the same command with --resume goes on, then exports "
@@ -108,12 +128,15 @@ def finish_run(recipe: Recipe) -> None:
         ValueError, NotLosslessError: of the export or the evaluation; the report is drawn all the same, from
             what is there.
     """
-    try:
-        with in_use(recipe):
-            export(recipe)
-            evaluate(recipe)
-    finally:
-        add_report(recipe, report(recipe))
+    with noted(Path(recipe.output_dir)) as notes:
+        notes.at("finishing")
+        try:
+            with in_use(recipe):
+                export(recipe)
+                evaluate(recipe)
+        finally:
+            add_report(recipe, report(recipe))
+        notes.ended(0)
 
 
 def _plan_again(run: ResolvedRun) -> LaunchPlan:

@@ -20,6 +20,7 @@ from eagle3_ds.guard.divergence import DivergenceGuard
 from eagle3_ds.guard.heart import Heart
 from eagle3_ds.guard.replicas import require_same_replicas, weights_compared_before_update
 from eagle3_ds.guard.stop import REASONS, StopRequest
+from eagle3_ds.launch.state import Steps, write_steps
 from eagle3_ds.layout import PackedSequence
 from eagle3_ds.parts import DATA, marked
 from eagle3_ds.say import progress_bar
@@ -100,6 +101,7 @@ def run_training(
     if is_first:
         # Final weights of an earlier, shorter run: while this one has not ended, they must not look like its.
         (output_dir / FINAL_WEIGHTS).unlink(missing_ok=True)
+        write_steps(output_dir, Steps(done, last))
     saver = CheckpointSaver(EngineState(trainer), output_dir / CHECKPOINTS)
     saved, reason = resumed.step if resumed else None, ""
     progress = progress_bar(total=last, initial=done, desc="training", unit="step", disable=not is_first)

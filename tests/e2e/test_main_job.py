@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from eagle3_ds.config import load_recipe
+from eagle3_ds.launch.state import Steps, read_steps
+from eagle3_ds.watch import RunReader
 from tests.e2e.small_quickstart import QUICKSTART, ROOT, STEPS, Job
 
 pytestmark = pytest.mark.e2e
@@ -19,7 +21,9 @@ TTT_STEPS, NUM_RANKS = 7, 4
 
 
 def test_the_output_folder_holds_everything(finished: Job) -> None:
-    for name in ("recipe.resolved.yaml", "metrics.jsonl", "eval.json", "report.png"):
+    for name in (
+        "recipe.resolved.yaml", "metrics.jsonl", "eval.json", "report.png", "state.json", "steps.json"
+    ):  # fmt: skip
         assert (finished.folder / name).stat().st_size > 0, name
     for name in ("checkpoints", "draft", "draft-speculators"):
         assert any((finished.folder / name).iterdir()), name
@@ -40,6 +44,18 @@ def test_metrics_have_a_line_per_step(finished: Job) -> None:
         assert ("heldout" in record) == (record["step"] % 2 == 0)
     assert records[-1]["loss"] < records[0]["loss"]
     assert records[-1]["heldout"]["loss"] < records[1]["heldout"]["loss"]
+
+
+def test_the_run_can_be_watched_when_it_is_over(finished: Job) -> None:
+    assert read_steps(finished.folder) == Steps(0, STEPS)
+    view = RunReader(finished.folder).read()
+    assert (view.state, view.has_ended) == ("finished", True)
+    assert (view.progress.step, view.progress.last) == (STEPS, STEPS)
+    assert view.progress.tokens == sum(record["tokens"] for record in finished.metrics())
+    assert [rank.state for rank in view.ranks] == [f"finished after step {STEPS}"] * NUM_RANKS
+    assert [rank.peak_bytes for rank in view.ranks] == finished.metrics()[-1]["peak_memory_bytes"]
+    assert len(view.curves["loss"]) == STEPS and len(view.curves["held-out loss"]) == STEPS // 2
+    assert any(line.startswith("mesh Mesh(draft_dp=1, ring=2, ulysses=2)") for line in view.messages)
 
 
 def test_evaluation_is_lossless_and_complete(finished: Job) -> None:

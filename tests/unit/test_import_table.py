@@ -31,15 +31,16 @@ TABLE: dict[str, set[str]] = {
     "eval": {"config", "data", "draft", "algorithms", "targets"},
     "train": {
         "config", "topology", "layout", "collectives", "kernels", "costs", "attention", "draft", "algorithms",
-        "losses", "targets", "store", "data", "serving", "checkpoint", "guard", "export", "eval",
+        "losses", "targets", "store", "data", "serving", "checkpoint", "guard", "export", "eval", "launch",
     },
+    "watch": {"config", "launch"},
     "run": {
         "config", "topology", "layout", "kernels", "costs", "attention", "draft", "algorithms", "targets",
         "store", "data", "serving", "plan", "checkpoint", "launch", "eval", "export", "train",
     },
     "cli": {
         "config", "topology", "layout", "kernels", "costs", "attention", "draft", "algorithms", "targets",
-        "store", "data", "plan", "checkpoint", "launch", "run",
+        "store", "data", "plan", "checkpoint", "launch", "run", "watch",
     },
 }  # fmt: skip
 

@@ -15,7 +15,9 @@ from eagle3_ds.config import Recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-CHECKED = [ROOT / "docs" / name for name in ("glossary.md", "how-it-works.md", "troubleshooting.md")]
+CHECKED = [
+    ROOT / "docs" / name for name in ("glossary.md", "how-it-works.md", "troubleshooting.md", "watching.md")
+]
 OTHER_OPTIONS = {"--max-model-len"}
 """Of vLLM, in our own messages."""
 

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from eagle3_ds.checkpoint.format import FINAL_WEIGHTS
 from eagle3_ds.cli import launch as launch_command
 from eagle3_ds.cli.main import main
 from eagle3_ds.config import load_recipe
 from eagle3_ds.launch.command import LaunchOptions
+from eagle3_ds.launch.ranks import Outcome
+from eagle3_ds.launch.state import STOPPED, noted, read_state
 from eagle3_ds.run import resolve, training
 from eagle3_ds.run.planning import Machines, plan_recipe
 from eagle3_ds.run.resolve import ResolvedRun, RunOptions, resolve_run
@@ -142,3 +145,69 @@ def test_exports_come_first_and_outlive_the_evaluation(
     with contextlib.nullcontext() if crash is None else pytest.raises(crash, match="the evaluation crashed"):
         finish_run(recipe)
     assert done == ["export", "evaluate", "report"]
+    state = read_state(tmp_path)
+    assert state is not None and state.phase == "ended"
+    if crash is None:
+        assert (state.status, state.message) == (0, "")
+    else:
+        assert state.status is None and state.message.endswith(f"{crash.__name__}: the evaluation crashed")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "weights", "ended"),
+    [
+        (Outcome(0, False), True, (0, "")),
+        (Outcome(0, True), False, (STOPPED, "")),
+        (Outcome(7, False, "ValueError: a bad row"), False, (7, "ValueError: a bad row")),
+        (ValueError("a bad row"), False, (None, "ValueError: a bad row")),
+    ],
+)
+def test_a_run_notes_what_it_does_and_how_it_ended(
+    outcome: Outcome | Exception,
+    weights: bool,
+    ended: tuple[int | None, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, phases = tmp_path / "run", []
+
+    def note(*_arguments: object) -> int:
+        state = read_state(folder)
+        phases.append(None if state is None else state.phase)
+        return 0
+
+    def run_ranks(*_arguments: object) -> Outcome:
+        note()
+        if isinstance(outcome, Exception):
+            raise outcome
+        if weights:
+            (folder / FINAL_WEIGHTS).touch()
+        return outcome
+
+    given = [f"output_dir={folder}", f"data.cache_dir={tmp_path / 'cache'}", "parallel.draft_dp=1"]
+    run = resolve_run(
+        load_recipe(QUICKSTART, given), RunOptions(LaunchOptions(num_ranks=4), overwrite=True, dry_run=True)
+    )
+    (folder / "logs").mkdir(parents=True)
+    (folder / "logs" / "rank_0.end.json").write_text("{}")
+    monkeypatch.setattr(training, "check_places", lambda *_: None)
+    monkeypatch.setattr(training, "clear_output", lambda _folder: None)
+    monkeypatch.setattr(training, "prepare", note)
+    monkeypatch.setattr(training, "capture", note)
+    monkeypatch.setattr(training, "run_with_restarts", run_ranks)
+    monkeypatch.setattr(training, "_advise", lambda *_: None)
+    with pytest.raises(ValueError) if isinstance(outcome, Exception) else contextlib.nullcontext():
+        training.train_run(run)
+    assert phases == ["preparing", "capturing", "training"]
+    state = read_state(folder)
+    assert state is not None and state.phase == "ended" and (state.status, state.message) == ended
+    assert load_recipe(folder / "recipe.resolved.yaml") == run.recipe
+    assert not (folder / "logs" / "rank_0.end.json").exists(), "the ends of the run before"
+
+
+def test_a_run_goes_on_where_its_state_cannot_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with noted(tmp_path / "gone") as notes:
+        notes.at("training")
+    assert "state.json: not written (" in caplog.text and "shows an older state" in caplog.text
