@@ -289,22 +289,22 @@ class _Tally:
         contributing, supervised, weight = (
             x[:, columns] for x in (inputs.contributing, inputs.supervised, self.weight)
         )
-        all_right = torch.ones(len(columns), dtype=torch.bool, device=device)
-        all_accepted = torch.ones(len(columns), dtype=self.dtype, device=device)
+        found = []
         for k, x in enumerate(norm.output.unflatten(0, size[:2])):
             # dz = w_k c_k d(loss) / dz is rounded to the head's dtype, so that both products run in it.
             dlogits = None if gradient is None else gradient[k]
-            target, token = _read(probability, tile, k), _read(tokens, tile, k)
-            terms = weighted_terms(inputs.loss, x @ self.head.T, target, weight[k], dlogits)
-            accepted = torch.where(contributing[k], terms.acceptance, 0.0)
-            right = (inputs.draft_to_target[terms.best] == token) & supervised[k]
-            all_right &= right
-            all_accepted *= accepted
-            self.step_loss[k] += torch.where(contributing[k], terms.value, 0.0).sum()
-            self.hits[k] += right.sum()
-            self.joint_hits[k] += all_right.sum()
-            self.acceptance[k] += accepted.sum()
-            self.joint_acceptance[k] += all_accepted.sum()
+            target = _read(probability, tile, k)
+            found.append(weighted_terms(inputs.loss, x @ self.head.T, target, weight[k], dlogits))
+        # [K, t] each: all guesses at once, because on a GPU every operator is a launch.
+        value, acceptance, best = (torch.stack(of_steps) for of_steps in zip(*found, strict=True))
+        token = torch.stack([_read(tokens, tile, k) for k in range(steps)])
+        accepted = torch.where(contributing, acceptance, 0.0)
+        right = (inputs.draft_to_target[best] == token) & supervised
+        self.step_loss += torch.where(contributing, value, 0.0).sum(1)
+        self.hits += right.sum(1)
+        self.joint_hits += right.cumprod(0).sum(1)
+        self.acceptance += accepted.sum(1)
+        self.joint_acceptance += accepted.cumprod(0).sum(1)
         if gradient is not None:
             del probability, target
             dlogits = gradient.flatten(0, 1)
