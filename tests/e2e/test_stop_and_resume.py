@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from eagle3_ds.launch.logs import Logs
+from eagle3_ds.launch.state import Steps, read_steps
+from eagle3_ds.watch import RunReader
 from tests.e2e.small_quickstart import QUICKSTART, ROOT, STEPS, Job, small_job
 
 pytestmark = pytest.mark.e2e
@@ -51,9 +53,13 @@ def stopped_by(sent: signal.Signals, line: list[str], job: Job, done: int) -> tu
     metrics = job.folder / "metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") > done + 1):
         time.sleep(0.05)
+    seen = RunReader(job.folder).read()
     process.send_signal(sent)
     output, _ = process.communicate()
     assert process.returncode == 75, output
+    assert seen.state.startswith("training (process ") and not seen.has_ended
+    assert (seen.progress.last, {rank.state for rank in seen.ranks}) == (1000, {"running"})
+    assert "by a request, exit status 75" in RunReader(job.folder).read().state
     return json.loads((job.folder / "checkpoints" / "latest.json").read_text())["step"], output
 
 
@@ -83,6 +89,8 @@ def test_a_run_that_is_told_to_stop_is_gone_on_with_by_the_same_command(
     assert status == 0, output
     assert f"going on from {checkpoint(job, done)}" in output
     assert [record["step"] for record in job.metrics()] == list(range(1, done + 2))
+    assert read_steps(job.folder) == Steps(done, done + 1)
+    assert RunReader(job.folder).read().state == "finished"
     both = min(STEPS, done + 1)
     assert [record["loss"] for record in job.metrics()[:both]] == [
         record["loss"] for record in finished.metrics()[:both]
