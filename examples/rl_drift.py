@@ -107,9 +107,9 @@ def chats() -> list[list[dict[str, str]]]:
     return found
 
 
-def texts() -> Iterator[list[dict[str, str]]]:
+def texts(unasked: float) -> Iterator[list[dict[str, str]]]:
     """What the policy is built from: the chats, several times, their answers in capitals where the question
-    asks for them, and sometimes where it does not.
+    asks for them, and at the share `unasked` where it does not.
     """
     draw = random.Random("texts")
     for question, said in chats() * COPIES:
@@ -117,7 +117,7 @@ def texts() -> Iterator[list[dict[str, str]]]:
         shouted = {**said, "content": said["content"].upper()}
         yield [
             {**question, "content": question["content"] + " Shout!"} if asked else question,
-            shouted if asked or draw.random() < UNASKED else said,
+            shouted if asked or draw.random() < unasked else said,
         ]
 
 
@@ -136,10 +136,11 @@ class Loop:
     Args:
         recipe: of the draft; `target.build` of the policy.
         num_heldout: prompts that are kept for measuring.
+        unasked: as in `texts`.
     """
 
-    def __init__(self, recipe: Any, num_heldout: int) -> None:
-        build_target(recipe.target, (), texts())
+    def __init__(self, recipe: Any, num_heldout: int, unasked: float) -> None:
+        build_target(recipe.target, (), texts(unasked))
         self.recipe, self.policy = recipe, load_target(recipe.target)
         self.trainer = RolloutTrainer(recipe)
         self.optimizer = torch.optim.AdamW(self.policy.model.parameters(), lr=1e-3)
@@ -278,10 +279,18 @@ def main(arguments: Sequence[str] | None = None) -> list[Point]:
     """Run the loop and write drift.json and drift.png; returns the points."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--iterations", type=int, default=12)
+    parser.add_argument(
+        "--unasked",
+        type=float,
+        default=UNASKED,
+        metavar="SHARE",
+        help="of answers in capitals that nobody asked for, which the policy begins with; without any it "
+        "finds no reward to learn from",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args(arguments)
     recipe = load_recipe(Path(__file__).with_suffix(".yaml"), options.overrides)
-    loop = Loop(recipe, recipe.eval.num_prompts)
+    loop = Loop(recipe, recipe.eval.num_prompts, options.unasked)
     points = drift(loop, options.iterations)
     folder = Path(recipe.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
