@@ -35,7 +35,8 @@ def counted_step(run: SampleRun) -> dict[tuple[str, str], tuple[int, int]]:
     topology = run.topology()
     trainer, packs = run.trainer(topology), run.packs(topology.place.dp_rank)
     trainer.step(packs)
-    with CollectiveCalls({"ulysses": topology.ulysses_group, "ring": topology.ring_group}) as calls:
+    groups = {"ulysses": topology.ulysses_group, "ring": topology.ring_group}
+    with CollectiveCalls(groups, everywhere=True) as calls:
         trainer.step(packs)
     return {key: (count.calls, count.payload) for key, count in calls.counts.items()}
 

@@ -50,16 +50,20 @@ class Count:
 
 
 class CollectiveCalls(TorchDispatchMode):
-    """Inside its `with` block, counts this rank's calls, in forward and backward. A call that sends a dtype
-    outside `SENT_EVERYWHERE` raises TypeError.
+    """Inside its `with` block, counts this rank's calls, in forward and backward.
 
     Attributes:
         counts: {(axis, kind): count}; an axis is a key of `groups`, or "world" for any other group.
     """
 
-    def __init__(self, groups: Mapping[str, dist.ProcessGroup | None]) -> None:
-        """`groups` are the groups whose calls are counted apart, by axis; None: the axis has no group."""
+    def __init__(self, groups: Mapping[str, dist.ProcessGroup | None], everywhere: bool = False) -> None:
+        """
+        Args:
+            groups: those whose calls are counted apart, by axis; None: the axis has no group.
+            everywhere: a call that sends a dtype outside `SENT_EVERYWHERE` raises TypeError.
+        """
         super().__init__()
+        self._everywhere = everywhere
         self.counts: dict[tuple[str, str], Count] = {}
         self._axis = {group.group_name: axis for axis, group in groups.items() if group is not None}
 
@@ -81,9 +85,8 @@ class CollectiveCalls(TorchDispatchMode):
         sent = [leaf for leaf in tree_leaves(args[position]) if isinstance(leaf, Tensor)]
         for tensor in sent:
             # A float64 without dimensions is DeepSpeed's norm, which is float32 on devices that need it.
-            if tensor.dtype not in SENT_EVERYWHERE and not (
-                tensor.dtype == torch.float64 and not tensor.dim()
-            ):
+            is_norm = tensor.dtype == torch.float64 and not tensor.dim()
+            if self._everywhere and tensor.dtype not in SENT_EVERYWHERE and not is_norm:
                 raise TypeError(f"{operator} sends {tensor.dtype}, which not every backend takes.")
         count.calls += 1
         count.payload += sum(tensor.nbytes for tensor in sent)
