@@ -183,23 +183,10 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection, devic
             message = connection.recv_bytes()
         except EOFError:
             break
-        # Now, because all ranks have answered the call before: nobody waits in its groups.
-        _end_groups()
         connection.send_bytes(_answer(message))
     dist.destroy_process_group()
     # Exit without the interpreter's shutdown, which takes seconds per rank with torch; nothing is unsaved.
     os._exit(0)
-
-
-def _end_groups() -> None:
-    """End all groups but the world. Each has threads of its own that wake a hundred times a second: after a
-    hundred calls they would take most of the processor.
-    """
-    import torch.distributed as dist
-
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
 
 
 def _leave_with_parent() -> None:
