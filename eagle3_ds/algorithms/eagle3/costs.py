@@ -8,7 +8,7 @@ draft vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from eagle3_ds.algorithms.eagle3.variants import flag, norm_sizes
 from eagle3_ds.attention.costs import (
@@ -21,6 +21,8 @@ from eagle3_ds.attention.rotary import rotated_channels
 from eagle3_ds.costs import FP32, INT64, DraftShape, Flops, Parts, SequenceBytes, Setup, Traffic
 from eagle3_ds.draft.costs import loss_parts, norm_entries, tile_after_attention, tile_slots
 from eagle3_ds.draft.geometry import aux_size, has_own_embedding, target_hidden_size
+
+ShapeT = TypeVar("ShapeT", bound="Eagle3Shape")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Eagle3Shape(DraftShape):
     norm_output: bool = False
 
     @classmethod
-    def of(cls, config: Any) -> Self:
+    def of(cls: type[ShapeT], config: Any) -> ShapeT:
         """From the draft's transformers config (`build_draft_config`)."""
         rotated = rotated_channels(config)
         return cls(
