@@ -45,6 +45,7 @@ def npu_fusion_attention(
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
     largest = torch.empty_like(lse)
     lengths = check_lengths(query, key, actual_seq_qlen, actual_seq_kvlen)
+    query, key, value = query.float(), key.float(), value.float()
     for rows, keys in lengths:
         shown = mask_of(rows, keys, atten_mask, sparse_mode, pre_tockens, next_tockens)
         out[rows], heads_first = dense_forward(query[rows], key[keys], value[keys], scale, shown)
@@ -97,6 +98,7 @@ def npu_fusion_attention_grad(
     # exp(s - m) / l: the logarithm of l belongs to what is subtracted.
     lse = largest + total.log()
     dq, dk, dv = (torch.empty_like(x) for x in (query, key, value))
+    query, key, value, dy, attention_in = (x.float() for x in (query, key, value, dy, attention_in))
     for rows, keys in lengths:
         shown = mask_of(rows, keys, atten_mask, sparse_mode, pre_tockens, next_tockens)
         dq[rows], dk[keys], dv[keys] = dense_backward(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
 
-from eagle3_ds.kernels import KERNELS, Tile, select_kernel
+from eagle3_ds.config import load_recipe
+from eagle3_ds.kernels import KERNELS, FoldedKernel, Tile, select_kernel
 from eagle3_ds.kernels import npu as npu_module
 from eagle3_ds.kernels.npu import NpuKernel
+from eagle3_ds.kernels.selfcheck import TOLERANCE, measured_error
 from tests.unit import emulated_npu
 from tests.unit import kernel_conformance as conformance
 from tests.unit.kernel_conformance import Case
 
+ROOT = Path(__file__).parents[2]
 KERNEL = next(kernel for kernel in KERNELS if isinstance(kernel, NpuKernel))
 
 
@@ -194,6 +198,33 @@ def test_says_that_its_fp32_backward_is_not_deterministic(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert KERNEL.unavailable_reason(DEVICE, torch.bfloat16, 128) is None
     assert "deterministic" in str(KERNEL.unavailable_reason(DEVICE, torch.float32, 128))
+
+
+@pytest.mark.usefixtures("torch_npu")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_passes_the_check_before_training(dtype: torch.dtype) -> None:
+    assert measured_error(KERNEL, torch.device("cpu"), dtype, 64) <= TOLERANCE[dtype]
+    conformance.check_rows_without_gradient(KERNEL, "cpu", dtype)
+
+
+@pytest.mark.usefixtures("torch_npu")
+def test_folds_the_rows_of_blocks() -> None:
+    """DFlash's scattered anchors, many heads of one row each."""
+    case = Case(40, 90, 12, 2, (Tile(0, 1, 0, 20, True), Tile(1, 3, 0, 50, True), Tile(3, 40, 0, 90, True)))
+    inputs = conformance.make_inputs(case, "cpu", torch.float32)
+    out, lse = FoldedKernel(KERNEL).forward(inputs.q, inputs.k, inputs.v, case.tiles, scale=conformance.SCALE)
+    wanted_out, wanted_lse, *_ = conformance.expected(inputs, case, with_others=False)
+    assert conformance.error(out, wanted_out) < 1e-5 and conformance.error(lse, wanted_lse) < 1e-5
+
+
+def test_the_recipe_of_the_page_is_a_recipe(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "ascend.md").read_text("utf-8")
+    path = tmp_path / "ascend.yaml"
+    path.write_text(page.split("```yaml\n")[1].split("```")[0])
+    recipe = load_recipe(path)
+    assert (recipe.attention.kernel, recipe.parallel.ulysses, recipe.data.max_length) == ("auto", 8, 131072)
+    path.write_text(path.read_text().replace("kernel: auto", "kernel: npu"))
+    assert load_recipe(path).attention.kernel == "npu"
 
 
 def test_says_that_torch_npu_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
