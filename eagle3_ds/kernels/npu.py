@@ -29,6 +29,7 @@ _CHIPS = re.compile(r"Ascend(910B\d|910_93|950)")
 """The names, as torch_npu tells them, of the chips that the operator is made for: those of Atlas A2 and A3
 trainers, and the Ascend 950. The plain Ascend910B, without a digit, is older.
 """
+# What the operator takes in one call; docs/ascend.md says where each limit is written.
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_HEAD_DIM = 512
 _MOST_HEADS = 256
