@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eagle3_ds.device.runtime import pinned
+
 IntArray = NDArray[np.int64]
 
 
@@ -77,7 +79,7 @@ def stream_rows(
 
     def fetch(tile: IntArray) -> Tensor:
         # Pinned, because a copy from pageable memory would make the host wait for the device.
-        return rows.take(tile).pin_memory()
+        return pinned(rows.take(tile))
 
     with ThreadPoolExecutor(max_workers=1) as reader:
         ahead = None
