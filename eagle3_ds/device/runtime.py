@@ -86,6 +86,13 @@ def profiler_activity(device: torch.device) -> ProfilerActivity | None:
     return activity if device.type != CPU and activity in supported_activities() else None
 
 
+def keeps_parameters(device: torch.device) -> bool:
+    """Whether the parameters of a module stay the same objects when the module is moved from the host to this
+    device. torch makes new ones for kinds that come from another package, unless that says otherwise.
+    """
+    return torch._has_compatible_shallow_copy_type(torch.empty(0), torch.empty(0, device=device))
+
+
 def adds_in_product(kind: str) -> bool:
     """Whether torch adds a product of half dtypes to an fp32 sum without a temporary on this kind of device.
     torch has it for CUDA, and not for ROCm, whose devices are of the same kind.

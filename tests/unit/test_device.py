@@ -35,7 +35,8 @@ class FakeModule:
     """torch's module of a vendor with `count` devices, of which one is current."""
 
     def __init__(self, count: int) -> None:
-        self.count, self.current = count, None
+        self.count = count
+        self.current: int | None = None
 
     def is_available(self) -> bool:
         return self.count > 0
