@@ -20,13 +20,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import _create_work_from_future
+from torch._C import _distributed_c10d
 from torch.utils import cpp_extension
 
 KIND = "pretend"
 PACKAGE = Path(__file__).parents[2] / "eagle3_ds"
 MAY_ASK = (PACKAGE / "device", PACKAGE / "kernels")
 STEPS = 3
+# torch's stubs know neither what a group in Python returns nor that it may have fewer arguments.
+_C10D: Any = _distributed_c10d
+_Group: Any = dist.ProcessGroup
 
 
 class Watched(ModuleType):
@@ -46,7 +49,7 @@ class Watched(ModuleType):
         return ModuleType.__getattribute__(self, name)
 
 
-class Alone(dist.ProcessGroup):
+class Alone(_Group):
     """The process group of one rank, for a device that has no library of collectives."""
 
     @classmethod
@@ -54,22 +57,22 @@ class Alone(dist.ProcessGroup):
         assert size == 1, "this backend has one rank"
         return cls(rank, size)
 
-    def allreduce(self, tensors: Any, options: Any = None) -> Any:
+    def allreduce(self, tensors: Any, opts: Any = None) -> Any:
         return _done(tensors)
 
     broadcast = reduce = allreduce_coalesced = allreduce
 
-    def allgather(self, outputs: Any, inputs: Any, options: Any = None) -> Any:
+    def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         for (output,), one in zip(outputs, inputs, strict=True):
             output.copy_(one)
         return _done(outputs)
 
-    def _allgather_base(self, output: Any, one: Any, options: Any = None) -> Any:
+    def _allgather_base(self, output: Any, one: Any, opts: Any = None) -> Any:
         return _done(output.copy_(one.view_as(output)))
 
     all_gather_single = _reduce_scatter_base = reduce_scatter_single = _allgather_base
 
-    def barrier(self, options: Any = None) -> Any:
+    def barrier(self, opts: Any = None) -> Any:
         return _done(None)
 
     def getBackendName(self) -> str:  # noqa: N802 - torch's name
@@ -79,7 +82,7 @@ class Alone(dist.ProcessGroup):
 def _done(result: Any) -> Any:
     future: torch.futures.Future[Any] = torch.futures.Future()
     future.set_result(result)
-    return _create_work_from_future(future)
+    return _C10D._create_work_from_future(future)
 
 
 def install() -> None:
@@ -92,7 +95,7 @@ def install() -> None:
     torch.utils.rename_privateuse1_backend(KIND)
     torch._register_device_module(KIND, _module(device))
     dist.Backend.register_backend("alone", Alone.make, devices=["cpu", KIND])
-    torch.cuda.__class__ = Watched  # type: ignore[assignment]
+    torch.cuda.__class__ = Watched
     _tell_deepspeed()
 
     from eagle3_ds.device import kinds
@@ -125,8 +128,8 @@ def _module(device: Any) -> Watched:
     return module
 
 
-def _only_the_first(index: int) -> None:
-    assert index == 0, f"there is no {KIND}:{index}"
+def _only_the_first(device: int | torch.device) -> None:
+    assert device in (0, torch.device(KIND, 0)), f"there is no {device} of {KIND}"
 
 
 def _tell_deepspeed() -> None:
@@ -146,7 +149,7 @@ def _tell_deepspeed() -> None:
         def device(self, device_index: int | None = None) -> Any:
             return torch.device(KIND, device_index or 0)
 
-        def set_device(self, device_index: int) -> None:
+        def set_device(self, device_index: int | torch.device) -> None:
             _only_the_first(device_index)
 
         def current_device(self) -> int:

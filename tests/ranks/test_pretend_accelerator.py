@@ -67,7 +67,7 @@ def trained(kind: str, activation: str, deepspeed_config: str) -> dict[str, Any]
 
 @pytest.mark.parametrize(
     ("activation", "deepspeed_config", "tolerance"),
-    [("recompute", "zero0", 1e-6), ("offload", "zero2", 1e-3)],
+    [("recompute", "zero0", 1e-6), ("offload", "zero2", 1e-3), ("recompute", "zero3", 1e-3)],
 )
 def test_the_step_runs_on_a_kind_that_is_not_cuda(
     activation: str, deepspeed_config: str, tolerance: float
