@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from eagle3_ds.algorithms.eagle3 import DraftModel
 from eagle3_ds.config import Recipe, fill_deepspeed_config, load_deepspeed_config
 from eagle3_ds.costs import Setup
+from eagle3_ds.costs.setup import DeviceSort
+from eagle3_ds.device.kinds import CPU
 from eagle3_ds.layout import PackedSequence
 from eagle3_ds.topology import maybe_setup_distributed
 from eagle3_ds.train.trainer import DraftTrainer
@@ -68,7 +70,7 @@ class ProductStep:
 
     def setup(self, length: int) -> Setup:
         """The planner's description of a step over a pack of `length` tokens."""
-        kind: Literal["cuda", "cpu"] = "cuda" if self.device.type == "cuda" else "cpu"
+        kind: DeviceSort = "cpu" if self.device.type == CPU else "accelerator"
         return replace(
             Setup.of(self.trainer.recipe, self._deepspeed_config, self._shape, 1, kind), length=length
         )
