@@ -15,6 +15,7 @@ from eagle3_ds.config import load_recipe
 from eagle3_ds.launch.state import Steps, read_steps
 from eagle3_ds.watch import RunReader
 from tests.e2e.small_quickstart import QUICKSTART, ROOT, STEPS, Job
+from tests.unit.printed_commands import printed_commands, require_usable
 
 pytestmark = pytest.mark.e2e
 TTT_STEPS, NUM_RANKS = 7, 4
@@ -79,7 +80,21 @@ def test_exports_hold_the_trained_weights(finished: Job) -> None:
 def test_the_terminal_tells_the_result(finished: Job) -> None:
     for words in ("mesh: draft_dp 1 x ring 2 x ulysses 2 = 4 ranks", "acceptance length", "lossless: True"):
         assert words in finished.output
-    assert f"everything is in {finished.folder}" in finished.output
+    assert finished.output.count(f"everything is in {finished.folder}") == 1
+
+
+def test_the_commands_that_the_run_ends_with_are_for_this_run(finished: Job, shared: Path) -> None:
+    found = printed_commands(finished.output)
+    assert [words[1] for words in found] == [
+        "evaluate",
+        "serve-check",
+        "serve",
+        "evaluate",
+        "export",
+        "watch",
+    ]
+    for words in found:
+        require_usable(words, str(ROOT / "launch.sh"), shared / "target")
 
 
 def test_single_stages_run_again_and_say_the_same(finished: Job) -> None:
