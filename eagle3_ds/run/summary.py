@@ -16,7 +16,6 @@ from eagle3_ds.run.whole_run import duration
 from eagle3_ds.train.tracking import failed_trackers
 
 METRICS, REPORT = "metrics.jsonl", "report.png"
-READERS = {"vllm": "for vLLM and SGLang", "speculators": "for speculators and vLLM"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def exports(folder: Path) -> dict[str, Path]:
 
 
 def _made(folder: Path, is_evaluated: bool) -> dict[str, str]:
-    drafts = [f"{path.name} {READERS[layout]}" for layout, path in exports(folder).items()]
+    drafts = [f"{path.name} ({layout} layout)" for layout, path in exports(folder).items()]
     made = {"drafts": ", ".join(drafts)} if drafts else {}
     made |= {"evaluation": FILE} if is_evaluated else {}
     return made | ({"report": REPORT} if (folder / REPORT).is_file() else {})

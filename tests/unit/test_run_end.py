@@ -64,7 +64,7 @@ def test_what_was_made_and_its_figures_in_a_line(tmp_path: Path, capsys: pytest.
     lines = shown(finished_run(tmp_path), capsys).splitlines()
     start = lines.index(f"everything is in {tmp_path / 'my run'}")
     assert lines[start + 1 : start + 5] == [
-        "  drafts: draft for vLLM and SGLang, draft-speculators for speculators and vLLM",
+        "  drafts: draft (vllm layout), draft-speculators (speculators layout)",
         "  evaluation: eval.json",
         "  report: report.png",
         "acceptance length 2.35 [2.20, 2.50] tokens per forward of the target, untrained 1.00, "
