@@ -7,7 +7,7 @@ usage() {
   cat <<'TEXT'
 usage: ./launch.sh RECIPE [OPTIONS] [section.key=value ...]   the main job, e.g. ./launch.sh recipes/quickstart.yaml
        ./launch.sh init TARGET --data F [--gpus N]            write a recipe that runs, e.g. ./launch.sh init Qwen/Qwen3-8B --data chats.jsonl
-       ./launch.sh test [PYTEST OPTIONS]                      lint, types and tests, e.g. ./launch.sh test -k topology
+       ./launch.sh test [PYTEST OPTIONS]                      lint, types and tests, e.g. ./launch.sh test -k topology; those of servers only when named: test tests/served
        ./launch.sh prepare|evaluate|export|report RECIPE      one stage alone, e.g. ./launch.sh report recipes/quickstart.yaml
        ./launch.sh watch RUN [--once] [--html FILE]           how a run is, by the files of its output_dir, e.g. ./launch.sh watch output/quickstart
        ./launch.sh serve-check RECIPE --python P              does a real vLLM serve the exports as they were trained
@@ -107,8 +107,11 @@ if [ "$mode" = test ]; then
   "$python" -m ruff check .
   "$python" -m ruff format --check --quiet .
   "$python" -m mypy
-  # In two processes, which tests/conftest.py says how to share; `-n 0` runs them in one.
-  exec "$python" -m pytest tests --numprocesses 2 "$@"
+  # All tests, unless some are named. In two processes, which tests/conftest.py says how to share; `-n 0` runs them in one.
+  case " $*" in
+    *" tests/"*) exec "$python" -m pytest --numprocesses 2 "$@" ;;
+    *) exec "$python" -m pytest tests --numprocesses 2 "$@" ;;
+  esac
 fi
 # Commands that the run ends with are to be copied, so they call this script as it was called.
 case "$0" in

@@ -1,7 +1,9 @@
 """The environment with servers that nobody here wrote, and one process in it for each target.
 
-It is looked for in this order: the Python that EAGLE3_DS_SERVED_PYTHON names; the cached environment of
-make_environment.sh; with EAGLE3_DS_MAKE_SERVED=1 that environment is made. Else the tests are skipped.
+These tests take most of an hour, so they run when they are named (`pytest tests/served`), and are skipped in
+a run of all tests, wherever that is. The environment is looked for in this order: the Python that
+EAGLE3_DS_SERVED_PYTHON names; the cached environment of make_environment.sh; with EAGLE3_DS_MAKE_SERVED=1
+that environment is made. Else the tests are skipped too.
 """
 
 from __future__ import annotations
@@ -23,9 +25,20 @@ SCRIPT = Path(__file__).with_name("make_environment.sh")
 DECODE = Path(serving.__file__).with_name("decode.py")
 
 
+FOLDER = Path(__file__).parent
+
+
+def is_named(argument: str) -> bool:
+    """Whether an argument of pytest is this folder, or something in it."""
+    path = Path(argument.partition("::")[0]).resolve()
+    return path == FOLDER or FOLDER in path.parents
+
+
 @pytest.fixture(scope="session")
-def served_python() -> str:
+def served_python(pytestconfig: pytest.Config) -> str:
     """A Python that has vLLM, speculators and SpecForge."""
+    if not any(map(is_named, pytestconfig.args)):
+        pytest.skip("these tests take most of an hour: name them, e.g. pytest tests/served")
     named = os.environ.get("EAGLE3_DS_SERVED_PYTHON")
     if named:
         assert os.access(named, os.X_OK), f"EAGLE3_DS_SERVED_PYTHON = {named} is no program"

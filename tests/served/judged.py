@@ -61,8 +61,9 @@ TARGETS = {
     "granite": Kind("granite"),
     "gemma4": Kind("gemma4_text", WIDE),
 }
-# Prompts begin at token 3.
-PEAGLE = {"algorithm": "peagle", "mask_token_id": 2, "ttt_steps": DRAFT_TOKENS}
+MASK_TOKEN = 2
+"""Prompts begin at token 3."""
+PEAGLE = {"algorithm": "peagle", "mask_token_id": MASK_TOKEN, "ttt_steps": DRAFT_TOKENS}
 VARIANTS: dict[tuple[str, str], Variant] = {
     ("llama", "plain"): Variant((DRAFT, SPECULATORS, ALONE)),
     ("llama", "two layers"): Variant((DRAFT, SPECULATORS), {"num_layers": 2}),
