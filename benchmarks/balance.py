@@ -18,6 +18,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from eagle3_ds.colors import COLORS, MARKERS
 from eagle3_ds.layout import SpanPlan, attention_work
 from eagle3_ds.layout.plan import IntArray
 from judge.result_file import FOLDER, PICTURES, print_table, write_result
@@ -101,30 +102,31 @@ def run(num_packs: int) -> list[Balance]:
 
 
 def draw(found: Sequence[Balance], path: Path) -> None:
-    """Box plots, one group per kind of pack: whiskers from the 10th to the 90th percentile."""
+    """A row for each kind of pack, a point and its number for each cut: the median of the packs, with a bar
+    from the 10th to the 90th percentile.
+    """
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    colors = ("tab:blue", "tab:orange", "tab:gray")
-    for place, (cut, color) in enumerate(zip(CUTS, colors, strict=True)):
-        boxes = axes.boxplot(
-            [balance.ratios[cut] for balance in found],
-            positions=np.arange(len(found)) + (place - 1) * 0.26,
-            widths=0.22,
-            whis=(10, 90),
-            showfliers=False,
-            patch_artist=True,
-            medianprops={"color": "black"},
-        )
-        for box in boxes["boxes"]:
-            box.set_facecolor(color)
-        axes.plot([], [], color=color, linewidth=8, label=cut)
-    axes.set_xticks(range(len(found)), [balance.documents for balance in found])
-    axes.set_ylabel("largest / mean attention work of a ring rank")
-    axes.set_title(f"Packs of {LENGTH} tokens, ring {RING}")
-    axes.axhline(1.0, color="black", linewidth=0.5)
-    axes.legend()
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    for place, (cut, color, marker) in enumerate(zip(CUTS, COLORS, MARKERS, strict=False)):
+        rows = np.arange(len(found)) + (place - 1) * 0.26
+        low, median, high = ([balance.quantile(cut, share) for balance in found] for share in (0.1, 0.5, 0.9))
+        axes.hlines(rows, low, high, color=color, linewidth=2)
+        axes.plot(median, rows, marker, color=color, markersize=7, label=cut)
+        for row, value, end in zip(rows, median, high, strict=True):
+            axes.annotate(f"{value:.2f}", (end, row), (7, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(found)), [balance.documents for balance in found])
+    axes.invert_yaxis()
+    axes.set_ylabel("documents of a pack")
+    axes.set_xlabel(
+        "largest / mean attention work of a rank (1 is perfect); median, bar from 10th to 90th percentile"
+    )
+    axes.set_title(f"Attention work of {RING} ring ranks, packs of {LENGTH:,} tokens, by how they are cut")
+    axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

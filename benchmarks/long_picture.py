@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from eagle3_ds.eval.served_picture import COLORS, MARKERS
+from eagle3_ds.colors import COLORS, MARKERS
 
 SPREAD = 0.06
 """How far the lines stand apart, so that their intervals do not lie on each other; lengths are 1 apart."""

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from eagle3_ds.algorithms.eagle3 import Eagle3Shape
+from eagle3_ds.colors import BLUE, GREEN, SKY, VERMILION
 from eagle3_ds.layout import PackedSequence
 from judge.dense_baseline import ATTENTION_FORMS, DenseDraft
 from judge.product_step import ProductStep
@@ -232,35 +233,39 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (time_axis, byte_axis) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (time_axis, byte_axis) = pyplot.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     shares = sorted({row.supervised for row in rows}, reverse=True)
-    for share in shares:
+    for share, color, marker in zip(shares, (BLUE, SKY, GREEN), "o^D", strict=False):
         of_share = [row for row in rows if row.supervised == share]
         lengths = [row.length for row in of_share]
-        label = "eagle3_ds" if share == 1 else f"eagle3_ds, {share:.0%} supervised"
-        time_axis.plot(lengths, [row.ours.seconds for row in of_share], "o-", label=label)
-        byte_axis.plot(lengths, [row.ours.peak_bytes / 1e9 for row in of_share], "o-", label=label)
+        label = "eagle3_ds" if share == 1 else f"eagle3_ds, {share:.0%} of the tokens supervised"
+        style = {"color": color, "marker": marker, "label": label}
+        time_axis.plot(lengths, [row.ours.seconds for row in of_share], **style)
+        byte_axis.plot(lengths, [row.ours.peak_bytes / 1e9 for row in of_share], **style)
     of_share = [row for row in rows if row.supervised == shares[0]]
-    lengths, dense = (
-        [row.length for row in of_share],
-        [(row.length, row.dense) for row in of_share if row.dense],
-    )
+    lengths = [row.length for row in of_share]
+    dense = [(row.length, row.dense) for row in of_share if row.dense]
     dense_lengths = [length for length, _ in dense]
-    time_axis.plot(dense_lengths, [side.seconds for _, side in dense], "s-", label="dense")
-    time_axis.plot(
-        lengths, [row.flops / row.matmul_rate for row in of_share], "k:", label="operations / matmul rate"
-    )
-    byte_axis.plot(dense_lengths, [side.peak_bytes / 1e9 for _, side in dense], "s-", label="dense")
-    for axis, label in ((time_axis, "seconds per step"), (byte_axis, "peak GB of tensors beyond the states")):
-        axis.set(xscale="log", yscale="log", xlabel="slots", ylabel=label)
+    style = {"color": VERMILION, "marker": "s", "label": "dense, as in the paper's code"}
+    time_axis.plot(dense_lengths, [side.seconds for _, side in dense], **style)
+    byte_axis.plot(dense_lengths, [side.peak_bytes / 1e9 for _, side in dense], **style)
+    bound = [row.flops / row.matmul_rate for row in of_share]
+    time_axis.plot(lengths, bound, "k:", label="eagle3_ds at the rate of a matrix product")
+    time_axis.set_title("seconds of a step, forward and backward")
+    byte_axis.set_title("peak GB of tensors, without weights and optimizer")
+    for axis in (time_axis, byte_axis):
+        axis.set(xscale="log", yscale="log", xlabel="tokens of the pack")
         axis.set_xticks(
             lengths,
             [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths],
             minor=False,
         )
         axis.minorticks_off()
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.spines[["top", "right"]].set_visible(False)
+    # Below the axes, where no curve is.
+    figure.legend(*time_axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -10,11 +10,12 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from eagle3_ds.colors import BLUE, GREY
 from eagle3_ds.data.findings import note_lines
 
 NAMED = 3
 """Sources that are named when a shape is told."""
-SUPERVISED, OTHER = "#1f6f8b", "#b8b8b8"
+SUPERVISED, OTHER = BLUE, GREY
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from eagle3_ds.colors import BLUE, GREY, ORANGE, VERMILION
 from eagle3_ds.eval.evaluate import in_process
 from eagle3_ds.eval.served_picture import LINES_ABOVE, curves, draw_lengths, draw_speeds
 
-# Okabe and Ito's colours, which people with any kind of colour blindness tell apart; hatches tell bars apart
-# in grey too.
-TRAINED, UNTRAINED, NGRAM, HELDOUT = "#0072b2", "#999999", "#e69f00", "#d55e00"
+TRAINED, UNTRAINED, NGRAM, HELDOUT = BLUE, GREY, ORANGE, VERMILION
 DRAFTS = (("untrained", "_untrained", UNTRAINED, ""), ("n-gram look-up", "_ngram", NGRAM, "//"))
 """What the trained draft is compared with: name, suffix of its keys in eval.json, colour, hatch."""
 WARNING_WIDTH = 150

@@ -8,9 +8,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, as in the rest of the report; markers tell the lines apart in grey.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+from eagle3_ds.colors import COLORS, MARKERS
+
 LINES_ABOVE = 3
 """Curves that a line of the legend names."""
 SPREAD = 0.08

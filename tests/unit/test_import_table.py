@@ -104,7 +104,7 @@ def test_no_file_outside_the_rooms_imports_what_one_room_alone_may() -> None:
 
 
 def test_what_every_room_may_use_uses_no_room() -> None:
-    for shared in ("say.py", "patient_http.py", "parts.py"):
+    for shared in ("say.py", "patient_http.py", "parts.py", "colors.py"):
         modules = imported_modules((PACKAGE / shared).read_text(encoding="utf-8"))
         assert not {name for name in modules if name.split(".")[0] == "eagle3_ds"}, shared
 
