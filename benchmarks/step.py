@@ -244,11 +244,20 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         byte_axis.plot(lengths, [row.ours.peak_bytes / 1e9 for row in of_share], **style)
     of_share = [row for row in rows if row.supervised == shares[0]]
     lengths = [row.length for row in of_share]
-    dense = [(row.length, row.dense) for row in of_share if row.dense]
-    dense_lengths = [length for length, _ in dense]
-    style = {"color": VERMILION, "marker": "s", "label": "dense, as in the paper's code"}
-    time_axis.plot(dense_lengths, [side.seconds for _, side in dense], **style)
-    byte_axis.plot(dense_lengths, [side.peak_bytes / 1e9 for _, side in dense], **style)
+    dense = [row for row in of_share if row.dense is not None]
+    for axis, side_of, times in (
+        (time_axis, lambda side: side.seconds, lambda row: row.faster),
+        (byte_axis, lambda side: side.peak_bytes / 1e9, lambda row: row.smaller),
+    ):
+        places = [(row.length, side_of(row.dense)) for row in dense]
+        label = "dense, as in the paper's code, and how many times that is"
+        axis.plot(*zip(*places, strict=True), color=VERMILION, marker="s", label=label)
+        for place, row in zip(places, dense, strict=True):
+            axis.annotate(f"{times(row):.2g}x", place, (0, 7), textcoords="offset points", ha="center")
+    missing = next((row for row in of_share if row.dense is None), None)
+    if missing is not None:
+        said = f"dense at {missing.length:,}:\n{missing.dense_missing}".replace(", ", ",\n")
+        byte_axis.text(0.98, 0.98, said, transform=byte_axis.transAxes, ha="right", va="top", color=VERMILION)
     bound = [row.flops / row.matmul_rate for row in of_share]
     time_axis.plot(lengths, bound, "k:", label="eagle3_ds at the rate of a matrix product")
     time_axis.set_title("seconds of a step, forward and backward")
@@ -261,11 +270,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             minor=False,
         )
         axis.minorticks_off()
+        axis.margins(x=0.08, y=0.1)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     # Below the axes, where no curve is.
-    figure.legend(*time_axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*time_axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
