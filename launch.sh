@@ -110,6 +110,11 @@ if [ "$mode" = test ]; then
   # In two processes, which tests/conftest.py says how to share; `-n 0` runs them in one.
   exec "$python" -m pytest tests --numprocesses 2 "$@"
 fi
+# Commands that the run ends with are to be copied, so they call this script as it was called.
+case "$0" in
+  */*) export EAGLE3_DS_CALLED="$0" ;;
+  *) export EAGLE3_DS_CALLED="./$0" ;;
+esac
 case "$1" in
   --version | init | prepare | capture | evaluate | export | serve-check | report | watch | plan | data | doctor | store | cache) exec "$python" -m eagle3_ds.cli "$@" ;;
   *) exec "$python" -m eagle3_ds.cli launch "$@" ;;

@@ -47,7 +47,7 @@ def run_ranks(
     threads: int = 1,
 ) -> list[Any]:
     """Results by rank of a module-level `function(*args)`, called on every rank of a new world on `cpu` or
-    `cuda`.
+    another kind of device.
 
     Args:
         threads: how many each rank's torch may use.
@@ -188,10 +188,13 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection, devic
     import torch
     import torch.distributed as dist
 
+    from eagle3_ds.device.kinds import backend_of
+
     torch.set_num_threads(threads)
     # The rendezvous is a file, because a port could be taken by another process.
-    backend = "gloo" if device == "cpu" else "nccl"
-    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        backend_of(device), init_method=f"file://{store}", rank=rank, world_size=world_size
+    )
     while True:
         try:
             message = connection.recv_bytes()

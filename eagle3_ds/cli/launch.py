@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from eagle3_ds.cli.words import Function, log_level, recipe_words, telling_recipe, terminal, write
+from eagle3_ds.cli.words import (
+    CALLED,
+    PROGRAM,
+    Function,
+    log_level,
+    recipe_words,
+    telling_recipe,
+    terminal,
+    write,
+)
 from eagle3_ds.config import Recipe, dump_recipe, load_recipe
 from eagle3_ds.launch.command import LAUNCHERS, LaunchOptions
 
@@ -192,29 +202,18 @@ def _show_run(run: ResolvedRun) -> None:
 
 
 def _show_summary(recipe: Recipe) -> None:
-    """The run in a few lines."""
-    from rich.table import Table
-
-    from eagle3_ds.run.stages import summary
+    """What the run has made, its figures in a line, and the commands to go on with."""
+    from eagle3_ds.run.next_steps import next_steps
+    from eagle3_ds.run.summary import summary
 
     console, told = terminal(), summary(recipe)
-    table = Table("what", "first step", "last step", title=f"{told.steps} optimizer steps")
-    for name in ("loss", "tau", "tokens_per_s"):
-        table.add_row(name, f"{told.first[name]:.3f}", f"{told.last[name]:.3f}")
-    table.add_row("peak memory, GiB per rank", "", f"{told.peak_bytes / 2**30:.2f}")
-    console.print(table)
-    result = told.evaluation
-    if result is not None:
-        lengths = [result[name] for name in ("acceptance_length", "acceptance_length_untrained")]
-        # None: every text ended before the draft had a say.
-        trained, untrained = ("none" if length is None else f"{length:.2f}" for length in lengths)
-        write(
-            console,
-            f"acceptance length {trained} tokens per forward of the target, untrained {untrained}; "
-            f"lossless: {result['lossless']}",
-        )
-        if told.warning is not None:
-            write(console, f"warning: {told.warning}")
     for name, why in told.failed_trackers.items():
         write(console, f"warning: the tracker {name} does not hold the whole run: it stopped {why}")
-    write(console, f"everything is in {recipe.output_dir}")
+    write(console, f"\neverything is in {recipe.output_dir}")
+    for what, names in told.made.items():
+        write(console, f"  {what}: {names}")
+    write(console, told.figures)
+    write(console, "\nnext, for this run:")
+    for step in next_steps(recipe, os.environ.get(CALLED, PROGRAM)):
+        write(console, f"  # {step.what}")
+        write(console, f"  {step.command}")

@@ -23,10 +23,9 @@ from eagle3_ds.cli.serve_check import serve_check
 from eagle3_ds.cli.stages import evaluate, export, prepare, report
 from eagle3_ds.cli.store import store
 from eagle3_ds.cli.watch import watch
-from eagle3_ds.cli.words import Commands
+from eagle3_ds.cli.words import PROGRAM, Commands
 from eagle3_ds.launch.logs import NO_BARS
 
-PROGRAM = "eagle3-ds"
 PACKAGES = ("torch", "deepspeed", "transformers")
 USAGE, INTERRUPTED = 2, 130
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 logger = logging.getLogger(__name__)
 
+PROGRAM = "eagle3-ds"
+CALLED = "EAGLE3_DS_CALLED"
+"""The environment variable in which launch.sh says how it was called, for commands that can be copied."""
 LEVELS = ("debug", "info", "warning", "error")
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 

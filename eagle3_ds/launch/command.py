@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eagle3_ds.config import Recipe, read_text
-from eagle3_ds.launch.places import VISIBLE, free_port, visible_devices
+from eagle3_ds.device.kinds import VISIBLE
+from eagle3_ds.launch.places import free_port, visible_devices
 from eagle3_ds.launch.probe import is_here
 
 SUPERVISOR_MODULE = "eagle3_ds.launch.supervisor"
@@ -384,7 +385,8 @@ def _local_command(
     else:
         which = f"--include=localhost:{','.join(map(str, slots))}"
     head = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={NO_HOSTFILE}", which]
-    tail = [f"--master_port={port}", "--log_level=warning", "--no_local_rank", "--module"]
+    # Warnings are left out because the launcher has a single one, that there is no hostfile.
+    tail = [f"--master_port={port}", "--log_level=error", "--no_local_rank", "--module"]
     return (*head, *tail, *script)
 
 

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eagle3_ds.device.runtime import pinned
+
 IntArray = NDArray[np.int64]
 
 
@@ -100,7 +102,7 @@ def stream_rows(
 
     def fetch(tile: IntArray) -> Tensor:
         # Pinned, because a copy from pageable memory would make the host wait for the device.
-        return rows.take_coded(tile).pin_memory()
+        return pinned(rows.take_coded(tile))
 
     def arrived(host: Future[Tensor]) -> Tensor:
         return rows.decoded(host.result().to(device, non_blocking=True)).to(dtype)

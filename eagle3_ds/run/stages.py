@@ -17,8 +17,9 @@ from eagle3_ds.config import RESOLVED, Recipe, as_recipe, dump_recipe, title_of
 from eagle3_ds.data import PreparedData, prepare_data
 from eagle3_ds.data.corpora import CORPORA
 from eagle3_ds.data.prepare import documents_folder
+from eagle3_ds.device.found import detect_accelerator
 from eagle3_ds.draft import VocabularyMap
-from eagle3_ds.eval import draw_report, in_process, loop_warning
+from eagle3_ds.eval import draw_report, loop_warning
 from eagle3_ds.eval.heldout import prompts_during
 from eagle3_ds.eval.served_picture import curves, warnings_of_comparison
 from eagle3_ds.export import check_push, push_folder
@@ -45,9 +46,7 @@ from eagle3_ds.targets import (
     resolve_path,
     target_fingerprint,
 )
-from eagle3_ds.topology import detect_accelerator
 from eagle3_ds.train.initial_draft import write_initial_draft
-from eagle3_ds.train.tracking import failed_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -231,14 +230,10 @@ def evaluate(recipe: Recipe | str | Path) -> dict[str, Any]:
         return {}
     result = evaluate_run(recipe)
     logger.info("evaluation: %d tokens after %d prompts, lossless", result["new_tokens"], result["prompts"])
-    _warn_of_loops("evaluation", result)
-    return result
-
-
-def _warn_of_loops(stage: str, result: dict[str, Any]) -> None:
     warning = loop_warning(result)
     if warning is not None:
-        logger.warning("%s: %s", stage, warning)
+        logger.warning("evaluation: %s", warning)
+    return result
 
 
 def export(recipe: Recipe | str | Path, push: str | None = None, private: bool = False) -> list[Path]:
@@ -294,7 +289,6 @@ def report(recipe: Recipe, compare: Sequence[str | Path] = ()) -> Path:
     for line in warnings:
         logger.warning("report: %s", line)
     logger.info("report: %s", told)
-    _warn_of_loops("report", own)
     return picture
 
 
@@ -321,35 +315,3 @@ def _evaluations(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
             )
         found[name if names.count(name) == 1 else str(folder)] = result
     return found
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The main figures of a finished run.
-
-    Attributes:
-        steps: optimizer steps done.
-        first, last: records of the first and the last step in metrics.jsonl.
-        peak_bytes: peak memory of the rank that needed most.
-        evaluation: the content of eval.json; None when the draft was not evaluated.
-        warning: what to say of an evaluation whose target repeats itself, or None.
-        failed_trackers: {tracker: after which step and why it stopped}.
-    """
-
-    steps: int
-    first: dict[str, Any]
-    last: dict[str, Any]
-    peak_bytes: int
-    evaluation: dict[str, Any] | None
-    warning: str | None
-    failed_trackers: dict[str, str]
-
-
-def summary(recipe: Recipe) -> Summary:
-    """The main figures of a run, from metrics.jsonl and eval.json."""
-    folder = Path(recipe.output_dir)
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    result = in_process(read_eval(folder))
-    peak = max(records[-1]["peak_memory_bytes"])
-    warning = None if result is None else loop_warning(result)
-    return Summary(len(records), records[0], records[-1], peak, result, warning, failed_trackers(recipe))

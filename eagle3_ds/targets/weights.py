@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from eagle3_ds.targets.quiet import ignore_remarks_on_rope
 from eagle3_ds.targets.structure import fold_factor, logits_factor
 
 # The last parts of the names that families give to the two tensors, the most frequent first.
@@ -61,6 +62,7 @@ def load_full_config(path: str | Path) -> Any:
             f"target.path = {str(path)!r} holds no config.json: it is not a Hugging Face model folder. Name "
             "the folder that save_pretrained wrote."
         )
+    ignore_remarks_on_rope()
     try:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

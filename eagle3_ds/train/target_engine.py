@@ -73,6 +73,8 @@ class TargetEngine:
 
     def __init__(self, recipe: Recipe, topology: Topology) -> None:
         ignore_renamed_collectives()
+        # Before the weights are sharded, which sets up DeepSpeed's communication already.
+        prepare_extensions()
         self.recipe, self.topology = recipe, topology
         path = resolve_path(recipe.target.path)
         check_parallel(
@@ -203,7 +205,6 @@ def _hook_up(forward: SpanForward, topology: Topology) -> Any:
     mlps = {type(layer.mlp) for layer in forward.decoder.layers if hasattr(layer, "mlp")}
     if mlps:
         set_z3_leaf_modules(forward, list(mlps))
-    prepare_extensions()
     engine, *_ = deepspeed.initialize(model=forward, config=_settings())
     engine.eval()
     return engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -15,9 +16,14 @@ from eagle3_ds.config import load_recipe
 from eagle3_ds.launch.state import Steps, read_steps
 from eagle3_ds.watch import RunReader
 from tests.e2e.small_quickstart import QUICKSTART, ROOT, STEPS, Job
+from tests.unit.printed_commands import printed_commands, require_usable
 
 pytestmark = pytest.mark.e2e
 TTT_STEPS, NUM_RANKS = 7, 4
+# Ours begin with "warning: "; the rest is how Python, transformers, DeepSpeed and its extensions speak.
+FOREIGN = re.compile(
+    r"(?<!^)warning|Warning|WARNING|^\[transformers\]|\[(INFO|ERROR)\]|built successfully|deprecated"
+)
 
 
 def test_the_output_folder_holds_everything(finished: Job) -> None:
@@ -79,7 +85,28 @@ def test_exports_hold_the_trained_weights(finished: Job) -> None:
 def test_the_terminal_tells_the_result(finished: Job) -> None:
     for words in ("mesh: draft_dp 1 x ring 2 x ulysses 2 = 4 ranks", "acceptance length", "lossless: True"):
         assert words in finished.output
-    assert f"everything is in {finished.folder}" in finished.output
+    assert finished.output.count(f"everything is in {finished.folder}") == 1
+
+
+def test_the_commands_that_the_run_ends_with_are_for_this_run(finished: Job, shared: Path) -> None:
+    found = printed_commands(finished.output)
+    assert [words[1] for words in found] == [
+        "evaluate",
+        "serve-check",
+        "serve",
+        "evaluate",
+        "export",
+        "watch",
+    ]
+    for words in found:
+        require_usable(words, str(ROOT / "launch.sh"), shared / "target")
+
+
+def test_nobody_else_warns_in_a_first_run(finished: Job) -> None:
+    logs = [(finished.folder / "logs" / f"rank_{rank}.log").read_text() for rank in range(NUM_RANKS)]
+    lines = [line for text in (finished.output, *logs) for line in text.splitlines()]
+    assert len(lines) > 50
+    assert [line for line in lines if FOREIGN.search(line)] == []
 
 
 def test_single_stages_run_again_and_say_the_same(finished: Job) -> None:

@@ -173,7 +173,7 @@ def _saved_by_step(setup: Setup) -> tuple[int, int]:
     before = S * ((2 * H + 2 * A) * item + 2 * shape.angle_size * FP32)
     # The norm's output, gate, up, silu(gate) and their product.
     after = S * (H + 4 * inner) * item
-    if setup.device == "cuda":
+    if setup.device == "accelerator":
         # A fused norm keeps its input: before the attention the embedding and the hidden state, after it the
         # hidden state.
         return before + 2 * S * H * item, after + S * H * item
@@ -190,7 +190,7 @@ def _saved_of_rest(setup: Setup) -> int:
     H = shape.hidden_size
     if setup.activation != "keep":
         return rest * H * item
-    norms = 2 * H * item if setup.device == "cuda" else 3 * H * FP32
+    norms = 2 * H * item if setup.device == "accelerator" else 3 * H * FP32
     return rest * (2 * H * item + norms + 2 * shape.angle_size * FP32)
 
 
@@ -282,7 +282,7 @@ def _tile_before_attention(setup: Setup) -> int:
     shape, item = setup.shape, setup.itemsize
     turned = shape.query_size + shape.kv_size
     # The embedding, the concatenated norms [t, 2H], their gradient, and the backward of one norm.
-    norm_backward = item if setup.device == "cuda" else 3 * FP32
+    norm_backward = item if setup.device == "accelerator" else 3 * FP32
     return tile_slots(setup) * (
         turned * item + shape.hidden_size * (5 * item + 2 * norm_entries(setup) + norm_backward)
     )
