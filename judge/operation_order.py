@@ -95,19 +95,27 @@ def _missing_rank(orders: Orders) -> str | None:
 
 
 def _collective_fault(orders: Orders) -> str | None:
-    """The first collective of a communicator that its members did not issue alike."""
-    for communicator, group in _communicators(orders):
-        issued = {rank: _collectives(orders[rank], communicator, group) for rank in group}
-        first = group[0]
-        for other in group[1:]:
-            for number, pair in enumerate(zip_longest(issued[first], issued[other])):
-                fault = _difference(first, other, *pair)
-                if fault is not None:
-                    return f"collective {number} on ranks {list(group)} ({communicator}): {fault}"
-        for number, members in enumerate(zip(*(issued[rank] for rank in group), strict=True)):
-            fault = _split_fault(members)
+    """Of each communicator, the first collective that its members did not issue alike.
+
+    All of them are told: ranks that went apart wait in different communicators, and only the two ends
+    together show where.
+    """
+    faults = [_fault_of(group, communicator, orders) for communicator, group in _communicators(orders)]
+    return "; ".join(fault for fault in faults if fault) or None
+
+
+def _fault_of(group: tuple[int, ...], communicator: str, orders: Orders) -> str | None:
+    issued = {rank: _collectives(orders[rank], communicator, group) for rank in group}
+    first = group[0]
+    for other in group[1:]:
+        for number, pair in enumerate(zip_longest(issued[first], issued[other])):
+            fault = _difference(first, other, *pair)
             if fault is not None:
                 return f"collective {number} on ranks {list(group)} ({communicator}): {fault}"
+    for number, members in enumerate(zip(*(issued[rank] for rank in group), strict=True)):
+        fault = _split_fault(members)
+        if fault is not None:
+            return f"collective {number} on ranks {list(group)} ({communicator}): {fault}"
     return None
 
 
@@ -129,7 +137,8 @@ def _split_fault(members: Sequence[Operation]) -> str | None:
                 continue
             given, awaited = sent.splits[0][receiver], received.splits[1][sender]
             if given != awaited:
-                return f"rank {group[sender]} sends {given} rows to rank {group[receiver]}, which awaits {awaited}"
+                ends = f"rank {group[sender]} sends {given} rows to rank {group[receiver]}"
+                return f"{ends}, which awaits {awaited}"
     return None
 
 

@@ -125,17 +125,20 @@ def judge_order(case: Case, fault: str | None = None, timeout: float = 240.0) ->
             run_ranks(case.world_size, train_recorded, case, folder, fault, timeout=timeout)
         except RankFailure as error:
             failure = str(error)
-        return _verdict(case, read_orders(folder, case.world_size), failure)
+        return judged(case, read_orders(folder, case.world_size), failure)
 
 
-def _verdict(case: Case, orders: Orders, failure: str | None) -> Verdict:
+def judged(case: Case, orders: Orders, failure: str | None) -> Verdict:
+    """The verdict on what the ranks of a case recorded; `failure`: how the run failed, None if it did not."""
+    silent = [rank for rank in range(case.world_size) if not orders.get(rank)]
+    unrecorded = f"ranks {silent} recorded no operation" if silent else None
     everything = [operation for order in orders.values() for operation in order]
     return Verdict(
         case,
         dict(Counter(operation.kind for operation in everything)),
         len({(operation.communicator, operation.group) for operation in everything}),
         sum(not amount for operation in everything for _, amount in operation.amounts),
-        order_fault(orders) or failure,
+        order_fault(orders) or failure or unrecorded,
     )
 
 

@@ -67,11 +67,17 @@ WRONG: dict[str, tuple[Orders, tuple[str, ...]]] = {
     ),
     "swapped on one group": (
         {0: [reduced(0, 1), reduced(0, 1, tensor=TABLE)], 1: [reduced(0, 1, tensor=TABLE), reduced(0, 1)]},
-        ("collective 0 on ranks [0, 1]", "rank 0 issued all_reduce float32[4]", "rank 1 issued all_reduce float32[8, 2]"),
+        ("collective 0 on ranks [0, 1]", "rank 0 issued all_reduce float32[4]",
+         "rank 1 issued all_reduce float32[8, 2]"),
     ),
     "a rank that skips": (
         {0: [reduced(0, 1, 2)], 1: [reduced(0, 1, 2)], 2: []},
         ("rank 0 issued all_reduce float32[4] on ranks [0, 1, 2]", "which rank 2 did not"),
+    ),
+    "a rank that skips and waits elsewhere": (
+        {0: [reduced(0, 1), reduced(0, 1, 2)], 1: [reduced(0, 1, 2)],
+         2: [reduced(0, 1, 2), reduced(2, 3)], 3: []},
+        ("on ranks [0, 1] (0-1): rank 0 issued", "which rank 1 did not; collective 0 on ranks [2, 3]"),
     ),
     "a rank without an order": ({0: [reduced(0, 1)]}, ("operation 0", "ranks [1] have no order")),
     "a rank that is no member": ({0: [], 1: [], 2: [reduced(0, 1)]}, ("rank 2", "no member")),
@@ -107,15 +113,18 @@ WRONG: dict[str, tuple[Orders, tuple[str, ...]]] = {
     ),
     "a ring that sends before it receives": (
         {rank: hop(rank, 3, None) for rank in range(3)},
-        ("a circle", "rank 0 waits in its turn 0, send to rank 1", "rank 2 waits in its turn 0, send to rank 0"),
+        ("a circle", "rank 0 waits in its turn 0, send to rank 1",
+         "rank 2 waits in its turn 0, send to rank 0"),
     ),
     "a hop before a sum on one rank, after it on the other": (
         {0: [*hop(0, 2, 0), reduced(0, 1)], 1: [reduced(0, 1), *hop(1, 2, 0)]},
         ("a circle", "rank 0 waits in its turn 0, send to rank 1", "rank 1 waits in its turn 0, all_reduce"),
     ),
     "three ranks over three groups": (
-        {0: [reduced(0, 1), reduced(0, 2)], 1: [reduced(1, 2), reduced(0, 1)], 2: [reduced(0, 2), reduced(1, 2)]},
-        ("a circle", "on ranks [0, 1] (0-1), for rank 1", "on ranks [1, 2] (1-2), for rank 2", "on ranks [0, 2] (0-2), for rank 0"),
+        {0: [reduced(0, 1), reduced(0, 2)], 1: [reduced(1, 2), reduced(0, 1)],
+         2: [reduced(0, 2), reduced(1, 2)]},
+        ("a circle", "on ranks [0, 1] (0-1), for rank 1", "on ranks [1, 2] (1-2), for rank 2",
+         "on ranks [0, 2] (0-2), for rank 0"),
     ),
 }  # fmt: skip
 
