@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 import numpy as np
@@ -304,10 +305,13 @@ def _balance(work: IntArray, ring: int) -> tuple[int, ...]:
     """
     capacity = len(work) // ring
     owner = np.zeros(len(work), dtype=np.int64)
-    load, count = [0] * ring, [0] * ring
+    count = [0] * ring
+    # A heap of (load, rank) of the ranks with room: a ring of hundreds has tens of thousands of chunks.
+    with_room = [(0, rank) for rank in range(ring)]
     for chunk in sorted(range(len(work)), key=lambda c: (-int(work[c]), c)):
-        rank = min((r for r in range(ring) if count[r] < capacity), key=lambda r: (load[r], r))
+        load, rank = heappop(with_room)
         owner[chunk] = rank
-        load[rank] += int(work[chunk])
         count[rank] += 1
+        if count[rank] < capacity:
+            heappush(with_room, (load + int(work[chunk]), rank))
     return tuple(int(rank) for rank in owner)

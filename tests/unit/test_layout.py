@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle3_ds.algorithms.eagle3.supervision import TTTSupervision
-from eagle3_ds.layout import PackedSequence, SpanPlan, live_slots, prepare_usp_input, slots_of_a_rank
+from eagle3_ds.layout import (
+    PackedSequence,
+    SpanPlan,
+    attention_work,
+    live_slots,
+    prepare_usp_input,
+    slots_of_a_rank,
+)
 from tests.unit.span_plans import span_plans
 
 plans = span_plans()
@@ -127,6 +134,19 @@ def test_greedy_plan_is_balanced_on_simulated_128k_packs(median):
         ratios.append(work.max() / work.mean())
     assert np.median(ratios) <= 1.03
     assert np.quantile(ratios, 0.9) <= 1.05
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_chunk_goes_to_the_rank_with_the_least_work_that_has_room(seed):
+    lengths = np.random.default_rng(seed).integers(1, 200, size=20).tolist()
+    plan = SpanPlan.make(lengths, ring=6, chunks_per_rank=4)
+    size = plan.slots_per_rank // 4
+    work = attention_work(plan.position, plan.document >= 0).reshape(24, size).sum(1)
+    owned: list[list[int]] = [[] for _ in range(6)]
+    for chunk in sorted(range(24), key=lambda c: (-work[c], c)):
+        with_room = [chunks for chunks in owned if len(chunks) < 4]
+        min(with_room, key=lambda chunks: sum(work[chunks])).append(chunk)
+    assert (plan.live[:, 0, ::size] // size).tolist() == [sorted(chunks) for chunks in owned]
 
 
 @pytest.mark.parametrize(
