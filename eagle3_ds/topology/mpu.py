@@ -27,8 +27,10 @@ class ZeroGroupMpu:
         """Make the groups. Collective over the world. DeepSpeed needs a process group even for one rank, so
         these are never None.
         """
-        rank, world_size = topology.place.rank, topology.mesh.world_size
-        solo = [dist.new_group([other]) for other in range(world_size)][rank]
+        rank = topology.place.rank
+        # Each rank makes its own alone. All ranks do so at this place: where a group is split from the
+        # world's communicator, they split it once, together.
+        solo = dist.new_group([rank], use_local_synchronization=True)
         ranks = next(group for group in topology.mesh.dp_groups() if rank in group)
         return cls(topology.dp_group or solo, tuple(ranks), solo)
 
