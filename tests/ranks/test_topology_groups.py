@@ -28,7 +28,9 @@ def sums(ulysses: int, ring: int) -> dict[str, float | int | None]:
     found["mpu_dp"] = value.item()
     found["mpu_dp_rank"] = mpu.get_data_parallel_rank()
     found["mpu_dp_size"] = mpu.get_data_parallel_world_size()
-    found["mpu_model_size"] = dist.get_world_size(mpu.get_model_parallel_group())
+    value = torch.tensor(2.0**topology.place.rank)
+    dist.all_reduce(value, group=mpu.get_model_parallel_group())
+    found["mpu_model"] = value.item()
     return found
 
 
@@ -49,4 +51,4 @@ def test_groups_hold_the_ranks_of_the_mesh(run_ranks: RankPools, ring: int, ulys
         group = next(group for group in mesh.dp_groups() if rank in group)
         assert found["mpu_dp"] == sum(2.0**other for other in group)
         assert (found["mpu_dp_rank"], found["mpu_dp_size"]) == (mesh.place(rank).dp_rank, len(group))
-        assert found["mpu_model_size"] == 1
+        assert found["mpu_model"] == 2.0**rank

@@ -25,7 +25,7 @@ def test_a_world_of_eight() -> None:
     world = large_world.plan_world(Mesh(2, 2, 2), LENGTH)
     assert world.faults == []
     # 4 of ulysses, 4 of the ring, 2 of a sequence, 4 of draft_dp; a rank is in one of each, and in the world.
-    assert (world.groups_made, world.groups_of_a_rank, world.groups_made_for_zero) == (14, 5, 8)
+    assert (world.groups_made, world.groups_of_a_rank, world.groups_made_for_zero) == (14, 5, 1)
     assert world.slots_of_a_rank == LENGTH // 4
     # Five arrays have an int64 for each slot: live with rest, document, position, ring_slots, sequence_order.
     assert world.plan_bytes == 5 * LENGTH * 8
