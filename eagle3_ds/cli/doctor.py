@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 
 from eagle3_ds.cli.words import terminal, write
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from eagle3_ds.launch.host_table import HostRow
+
+HOST_COLUMNS = (
+    "host", "slots", "ssh", "packages and code", "devices", "output folder", "free there", "clock",
+    "connects to the first", "ready",
+)  # fmt: skip
 
 
 @click.command()
@@ -16,18 +29,28 @@ from eagle3_ds.cli.words import terminal, write
     help="size of one attention head, e.g. --head-dim 64 (else 128)",
 )
 @click.option(
-    "--hostfile", metavar="F", help="reach every host of it too, e.g. --hostfile recipes/2nodes.hostfile"
+    "--hostfile", metavar="F", help="look at every host of it too, e.g. --hostfile recipes/2nodes.hostfile"
 )
-def doctor(head_dim: int, hostfile: str | None) -> int:
+@click.option(
+    "--output_dir",
+    type=click.Path(path_type=Path),
+    metavar="D",
+    help="with --hostfile: where the run will write, e.g. --output_dir /shared/run (else this folder)",
+)
+def doctor(head_dim: int, hostfile: str | None, output_dir: Path | None) -> int:
     """versions, devices, and which attention kernels run here, each checked on a small case
 
     The exit status is 1 when a kernel that says it runs here fails or computes something else, or a host
     cannot be used.
     """
+    if output_dir is not None and hostfile is None:
+        raise click.UsageError(
+            "--output_dir is what the hosts share. Name them by --hostfile, or leave it out"
+        )
     import torch
     from rich.table import Table
 
-    from eagle3_ds.run.machine import DTYPES, check_hosts, check_kernels, devices, versions
+    from eagle3_ds.run.machine import DTYPES, check_kernels, devices, versions
     from eagle3_ds.topology import detect_accelerator
 
     console, device = terminal(), torch.device(detect_accelerator())
@@ -48,10 +71,21 @@ def doctor(head_dim: int, hostfile: str | None) -> int:
         console.print(table)
     failures = [failure for kernel in checked for failure in kernel.failures]
     if hostfile is not None:
-        reached, problems = check_hosts(hostfile)
-        for line in reached:
-            write(console, line)
-        failures += problems
+        from eagle3_ds.launch.host_table import host_table
+
+        rows = host_table(hostfile, output_dir or Path())
+        console.print(_table_of_hosts(rows))
+        failures += [problem for row in rows for problem in row.problems]
     for failure in failures:
         write(console, f"broken: {failure}")
     return 1 if failures else 0
+
+
+def _table_of_hosts(rows: list[HostRow]) -> Table:
+    from rich.table import Table
+
+    table = Table(*HOST_COLUMNS, title="hosts, seen from this machine")
+    for row in rows:
+        told = (row.ssh, row.packages, row.devices, row.folder, row.disk, row.clock, row.meets)
+        table.add_row(row.host, str(row.slots), *told, "no" if row.problems else "yes")
+    return table

@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
+import shutil
 import socket
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,12 +29,14 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     """Answer a question about this host.
 
     Args:
-        question: the packages, the folder of the code, files that must exist, and for the first host a port
-            that must be free and an address that must be its own, else null.
+        question: the packages, the folder of the code, files that must exist, a folder whose disk is looked
+            at, and for the first host a port that must be free and an address that must be its own, else
+            null.
 
     Returns:
-        `versions` of the packages and the code, the files that are `missing`, whether the port is `free`, and
-        whether the address is its `own`.
+        `versions` of the packages and the code, the files that are `missing`, whether the port is `free`,
+        whether the address is its `own`; `devices` by kind, `cores`, `disk_free` in bytes, and the `time`
+        here, in seconds since 1970, at the end.
     """
     code = Path(question["code"])
     versions = {"Python": platform.python_version()}
@@ -40,7 +45,31 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     missing = [path for path in question["paths"] if not Path(path).exists()]
     free = question["port"] is None or is_free(question["port"])
     own = question["address"] is None or is_here(question["address"])
-    return {"versions": versions, "missing": missing, "free": free, "own": own}
+    return {
+        "versions": versions,
+        "missing": missing,
+        "free": free,
+        "own": own,
+        "devices": devices(),
+        "cores": len(os.sched_getaffinity(0)),
+        "disk_free": disk_free(Path(question["disk"])),
+        "time": time.time(),
+    }
+
+
+def devices() -> dict[str, int]:
+    """{kind: how many}, by the files of their drivers; empty where there are none."""
+    found = {
+        name: sum(path.name.removeprefix(name).isdigit() for path in Path("/dev").glob(f"{name}*"))
+        for name in ("nvidia", "davinci")
+    }
+    return {name: count for name, count in found.items() if count}
+
+
+def disk_free(folder: Path) -> int:
+    """Bytes free on the disk of a folder, or of the nearest folder above it that exists."""
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    return shutil.disk_usage(there).free
 
 
 def _version(package: str) -> str:

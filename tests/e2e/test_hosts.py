@@ -85,7 +85,12 @@ def test_hosts_are_reached_before_anything_starts(hosts: TwoHosts, inputs: Path,
     doctor = [str(ROOT / "launch.sh"), "doctor", "--hostfile"]
     log = tmp_path / "doctor.log"
     assert hosts.start([*doctor, str(hosts.hostfile)], ROOT, log).wait() == 0, log.read_text()
-    assert log.read_text().count(": reached, the same versions, code and folder; 2 slots") == 2
+    rows = {line.split()[1]: line for line in log.read_text().splitlines() if "│ 198.18.0." in line}
+    assert list(rows) == list(two_hosts.ADDRESSES)
+    for row in rows.values():
+        assert "the same" in row and " shared" in row and row.rstrip("│ ").endswith("yes")
+    assert f"is the first, {two_hosts.ADDRESSES[0]}" in rows[two_hosts.ADDRESSES[0]]
+    assert " ms " in rows[two_hosts.ADDRESSES[1]]
     # An address of the same kind that no host has.
     far = tmp_path / "far"
     far.write_text(hosts.hostfile.read_text().replace(two_hosts.ADDRESSES[1], "198.18.0.3"))

@@ -5,6 +5,7 @@ host.
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 
 from eagle3_ds.cli.main import main
 from eagle3_ds.launch import hosts
+from eagle3_ds.launch.host_table import host_table
 from eagle3_ds.launch.hosts import reach
 from eagle3_ds.launch.places import free_port
 
@@ -21,12 +23,18 @@ ROOT = Path(__file__).parents[2]
 SSH = """#!/bin/sh
 while [ "$1" = -o ]; do shift 2; done
 case "$1" in
-    good*) exec sh -c "$2" ;;
+    good*|localhost) exec sh -c "$2" ;;
     chatty) echo welcome; exec sh -c "$2" ;;
     alone) sh -c "$(echo "$2" | sed 's/seen-by-all/unseen/g')" | sed 's/unseen/seen-by-all/g' ;;
     other) exec sh -c "$(echo "$2" | sed 's/"torch"/"torhc"/')" ;;
+    slept) sh -c "$2" | sed 's/"time": [0-9]*/"time": 1700000000/' ;;
+    fast) sh -c "$2" | sed 's/"time": 1/"time": 2/' ;;
+    full) sh -c "$2" | sed 's/"disk_free": [0-9]*/"disk_free": 1000/' ;;
+    gpus*) sh -c "$2" | sed 's/"devices": {}/"devices": {"nvidia": 2}/' ;;
+    walled) exec sh -c "$(echo "$2" | sed 's/"port": [0-9][0-9]*/"port": 1/')" ;;
+    nameless) exec sh -c "$(echo "$2" | sed 's/"name": "[a-z]*"/"name": "no.invalid"/')" ;;
     bare) echo "no python" >&2; exit 127 ;;
-    slow) exec sleep 30 ;;
+    slow*) exec sleep 30 ;;
     *) echo "ssh: connect to host $1 port 22: No route to host" >&2; exit 255 ;;
 esac
 """
@@ -138,17 +146,94 @@ def test_a_port_of_this_machine_that_is_taken(tmp_path: Path, capsys: pytest.Cap
     assert f"this machine: somebody listens on port {port} already" in said
 
 
-def test_doctor_reaches_the_hosts(
+def hostfile(folder: Path, *names: str) -> str:
+    """The first is this machine, by a name that it knows."""
+    path = folder / "hosts"
+    path.write_text("".join(f"{name} slots=2\n" for name in names))
+    return str(path)
+
+
+def test_a_table_of_hosts_that_are_ready(tmp_path: Path) -> None:
+    folder = tmp_path / "output"
+    first, second = host_table(hostfile(tmp_path, "localhost", "chatty"), folder)
+    assert first.problems == second.problems == ()
+    assert (first.host, first.slots, first.ssh, first.packages, first.folder) == (
+        "localhost", 2, "yes", "the same", "shared",
+    )  # fmt: skip
+    free = shutil.disk_usage(folder).free
+    assert float(first.disk.removesuffix(" GiB").replace(",", "")) == pytest.approx(free / 2**30, abs=1.5)
+    assert second.clock.startswith("within ")
+    assert first.meets.startswith("is the first, ")
+    assert 0 < float(second.meets.removesuffix(" ms")) < 5000
+
+
+@pytest.mark.parametrize(
+    ("host", "column", "value", "words"),
+    [
+        ("down", "ssh", "no", "ssh does not get there"),
+        ("bare", "ssh", "no", "Python does not run there as it does here"),
+        ("other", "packages", "others", "Use the same checkout and environment on all hosts"),
+        ("alone", "folder", "not shared", "Put it on storage that all hosts share"),
+        ("full", "disk", "0 GiB", "0.00 GiB are free for the output folder, less than one. Make room"),
+        ("fast", "clock", "+9999999", "ahead of this machine's. Set both by NTP"),
+        ("slept", "clock", "-", "behind this machine's. Set both by NTP"),
+        ("walled", "meets", "no", "Connection refused"),
+        ("nameless", "meets", "", "it does not know the name localhost"),
+    ],
+)
+def test_what_is_wrong_with_a_host_stands_in_its_row_with_the_fix(
+    host: str, column: str, value: str, words: str, tmp_path: Path
+) -> None:
+    first, second = host_table(hostfile(tmp_path, "localhost", host), tmp_path / "output")
+    assert first.problems == ()
+    assert getattr(second, column).startswith(value)
+    (line,) = second.problems
+    assert line.startswith(f"{host}: ") and words in line
+
+
+def test_a_first_host_that_is_down_leaves_nobody_to_connect_to(tmp_path: Path) -> None:
+    first, second = host_table(hostfile(tmp_path, "down", "good"), tmp_path)
+    assert (first.meets, second.meets) == ("?", "?")
+    assert len(first.problems) == 1 and second.problems == ()
+
+
+def test_devices_are_wanted_where_a_host_has_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = hostfile(tmp_path, "localhost", "gpus")
+    first, second = host_table(path, tmp_path)
+    assert second.devices == "2 nvidia" and first.problems == second.problems == ()
+    monkeypatch.delenv("DS_ACCELERATOR")
+    first, second = host_table(path, tmp_path)
+    assert second.problems == ()
+    assert "localhost: the hostfile says slots=2, but 0 devices are there" in first.problems[0]
+
+
+def test_a_host_that_is_silent_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "ANSWER_SECONDS", 5.0)
+    start = time.monotonic()
+    rows = host_table(hostfile(tmp_path, "localhost", "slow", "slow-too", "chatty"), tmp_path)
+    assert time.monotonic() - start < 25
+    assert [row.ssh for row in rows] == ["yes", "no", "no", "yes"]
+    assert "no answer within 5 s" in rows[1].problems[0] and rows[3].meets.endswith(" ms")
+
+
+def test_doctor_shows_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("eagle3_ds.run.machine.check_kernels", lambda *_: [])
     monkeypatch.setenv("COLUMNS", "300")
-    path = tmp_path / "hosts"
-    path.write_text("good slots=2\n")
-    assert main(["doctor", "--hostfile", str(path)]) == 0
-    assert "host good: reached, the same versions, code and folder; 2 slots" in capsys.readouterr().out
-    path.write_text("good slots=2\ndown slots=2\n")
-    assert main(["doctor", "--hostfile", str(path)]) == 1
+    output = ["--output_dir", str(tmp_path / "output")]
+    assert main(["doctor", "--hostfile", hostfile(tmp_path, "localhost"), *output]) == 0
     said = capsys.readouterr().out
-    assert "broken: down: ssh does not get there" in said and "host good: reached" in said
-    assert not list(ROOT.glob(".seen-by-all-hosts-*"))
+    assert "broken" not in said
+    (row,) = [line for line in said.splitlines() if line.startswith("│ localhost")]
+    assert [cell.strip() for cell in row.split("│")[2:7]][:3] == ["2", "yes", "the same"]
+    assert row.rstrip("│ ").endswith("yes")
+    assert main(["doctor", "--hostfile", hostfile(tmp_path, "localhost", "down"), *output]) == 1
+    said = capsys.readouterr().out
+    assert "broken: down: ssh does not get there" in said
+    assert [line for line in said.splitlines() if line.startswith("│ down")][0].rstrip("│ ").endswith("no")
+
+
+def test_an_output_folder_is_asked_of_hosts_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--output_dir", "x"]) == 2
+    assert "--hostfile" in capsys.readouterr().err
