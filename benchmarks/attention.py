@@ -25,6 +25,9 @@ from rich.table import Table
 from torch import Tensor
 
 from eagle3_ds.attention.tiles import gathered_tiles
+from eagle3_ds.device.found import detect_accelerator, device_name
+from eagle3_ds.device.kinds import CPU, KINDS
+from eagle3_ds.device.runtime import synchronize
 from eagle3_ds.kernels import KERNELS, AttentionKernel, Tile
 from eagle3_ds.layout import SpanPlan
 from judge.result_file import FOLDER, write_result
@@ -48,7 +51,7 @@ class Setting:
 
 SETTINGS = {
     "cpu": Setting(8, 8, 64, "float32", (1024, 2048, 4096), 2048),
-    "cuda": Setting(32, 8, 128, "bfloat16", (8192, 16384, 32768, 65536, 131072), 8192),
+    "accelerator": Setting(32, 8, 128, "bfloat16", (8192, 16384, 32768, 65536, 131072), 8192),
 }
 
 
@@ -119,10 +122,10 @@ def best_seconds(
     best = [float("inf")] * len(functions)
     for turn in range(repeats + 1):
         for i, function in enumerate(functions):
-            _synchronize(device)
+            synchronize(device)
             started = clock()
             function()
-            _synchronize(device)
+            synchronize(device)
             if turn:
                 best[i] = min(best[i], clock() - started)
     return best
@@ -252,15 +255,9 @@ def _dtype(setting: Setting) -> torch.dtype:
     return dtype
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    default = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
-    parser.add_argument("--device", choices=tuple(SETTINGS), default=default)
+    parser.add_argument("--device", choices=tuple(KINDS), default=detect_accelerator())
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens, ascending, each a multiple of 8")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each pass; the shortest counts")
     parser.add_argument(
@@ -271,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the JSON goes")
     options = parser.parse_args(arguments)
-    device, setting = torch.device(options.device), SETTINGS[options.device]
+    device, setting = torch.device(options.device), SETTINGS[CPU if options.device == CPU else "accelerator"]
     if options.lengths and any(length < 1 or length % NUM_DOCUMENTS for length in options.lengths):
         parser.error(
             f"--lengths {options.lengths}: each is cut into {NUM_DOCUMENTS} documents, so use multiples of "
@@ -282,9 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     matmul = matmul_tflops(setting, device, options.repeats)
     rates = measure(setting, device, options.repeats, options.limit, options.kernels)
     show(rates, matmul, Console())
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    )
+    name = f"{torch.get_num_threads()} threads" if device.type == CPU else device_name(device.type)
     rows = [
         asdict(rate) | {"forward_tflops": rate.forward_tflops, "backward_tflops": rate.backward_tflops}
         for rate in rates

@@ -1,5 +1,5 @@
-"""`python -m benchmarks.gpu`: every check and every measurement that needs a CUDA device, in one command of a
-few minutes.
+"""`python -m benchmarks.gpu`: every check and every measurement that needs an accelerator, in one command of
+a few minutes.
 
 First `pytest tests/gpu`, then the training step of an 8B-shaped draft in bf16 at growing lengths: by
 attention kernel and activation mode, and beside it the plain dense implementation. Hidden states come from
@@ -31,6 +31,9 @@ import torch
 
 from eagle3_ds.algorithms.eagle3 import Eagle3Shape
 from eagle3_ds.config.schema import TrainSection
+from eagle3_ds.device.found import detect_accelerator, device_name
+from eagle3_ds.device.kinds import CPU
+from eagle3_ds.device.runtime import peak_allocated, restart_peak
 from eagle3_ds.kernels import KERNELS, select_kernel
 from eagle3_ds.layout import PackedSequence
 from eagle3_ds.plan import DEVICES, attention_pairs, predict_memory, predict_time
@@ -208,10 +211,10 @@ def _make_side(series: Series, model: StepModel, device: torch.device) -> Side:
 
 def _run(side: Side, pack: PackedSequence, rounds: int, device: torch.device) -> tuple[int, list[TimedStep]]:
     """Peak bytes of one step, and `rounds` timed ones after it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if device.type != CPU:
+        restart_peak(device)
         side.run(pack)
-        peak = torch.cuda.max_memory_allocated(device)
+        peak = peak_allocated(device)
     else:
         with TensorBytes() as counted:
             side.run(pack)
@@ -247,7 +250,7 @@ def _prediction(side: Side, length: int, device: torch.device) -> dict[str, Any]
     if not isinstance(side, ProductStep):
         return {}
     setup = side.setup(length)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    name = device_name(device.type) if device.type != CPU else ""
     known = next((of for key, of in DEVICES.items() if key in name), None)
     seconds = None
     if known is not None:
@@ -280,7 +283,7 @@ def run_series(job: Job) -> list[Measurement]:
 
 def _threads(device: str) -> int:
     """Beside a GPU the host has nothing else to do; in tiny there is nothing to share."""
-    return len(os.sched_getaffinity(0)) if device == "cuda" else 1
+    return len(os.sched_getaffinity(0)) if device != CPU else 1
 
 
 def run_gpu_tests(seconds: float) -> dict[str, Any]:
@@ -386,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(arguments)
     command, deadline = " ".join(("python -m benchmarks.gpu", *arguments)), time.time() + 60 * options.minutes
-    device, shape = ("cpu", SHAPE_TINY) if options.tiny else ("cuda", SHAPE_8B)
+    device, shape = (CPU, SHAPE_TINY) if options.tiny else (detect_accelerator(), SHAPE_8B)
     auto, others = _kernels(torch.device(device), shape.draft.head_dim)
     activations = get_args(TrainSection.model_fields["activation"].annotation)
     modes = [mode for mode in ("recompute", "offload") if mode in activations]
@@ -435,8 +438,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             f"--tiny measures nothing, so {options.folder} is no place for it: give --folder one outside of "
             f"{FOLDER}."
         )
-    if not options.tiny and not torch.cuda.is_available():
-        parser.error("no CUDA device here. --tiny --folder DIR runs this program in tiny on the CPU.")
+    if not options.tiny and detect_accelerator() == CPU:
+        parser.error("no accelerator here. --tiny --folder DIR runs this program in tiny on the CPU.")
     return options
 
 

@@ -5,6 +5,10 @@ It begins with weights that can look back (long_start.py), and training keeps an
 has rows that nothing else predicts. Each stage is a number of steps at one length; the training writes its
 whole state now and then and goes on from there. Answers weigh most in the loss: they are quotations.
 
+Short rows are stretched: their positions jump at a few places, so that a row of 512 tokens asks for what
+stands 16,000 positions back (Zhu et al., "PoSE", 2023, section 3). Long rows cost too much for more than a
+few steps, and a target that had learnt at short distances alone lost what it could do at long ones.
+
 Legend: B rows of a step, T tokens of a row, V vocabulary.
 """
 
@@ -13,8 +17,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +53,8 @@ SAVE_EVERY = 50
 """Steps between states that are written, and of the losses that are noted."""
 TOKENS_AT_ONCE = 16_384
 """Rows of a step are read together up to so many tokens."""
+JUMPS = 3
+"""Of a stretched row's positions, at most."""
 TEXT, ANSWER, FRESH, COPY = range(4)
 """What a token is: of a text, of an answer in it; random, or copied. No loss is of the random ones."""
 NOTED = {"answers": ANSWER, "text": TEXT, "copies": COPY}
@@ -55,13 +63,16 @@ STATE, RECORD = "training.pt", "long_target.json"
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps at one length. `texts` and `copies` rows of `length` tokens each are one step."""
+    """Steps at one length. `texts` and `copies` rows of `length` tokens each are one step; the positions of a
+    row end anywhere up to `reach`, where that is more than `length`.
+    """
 
     length: int
     texts: int
     copies: int
     steps: int
     learning_rate: float
+    reach: int = 0
 
 
 def sizes(max_positions: int) -> TargetBuild:
@@ -150,10 +161,13 @@ class _Training:
         for group in self._optimizer.param_groups:
             group["lr"] = stage.learning_rate * _schedule(step, stage.steps)
         ids, kinds = self._batch(stage)
+        places = torch.stack(
+            [stretched(self._number + row, stage.length, stage.reach) for row in range(len(ids))]
+        )
         weights = torch.tensor([TEXT_WEIGHT, 1.0, 0.0, 1.0])[kinds]
         found = torch.empty(kinds.shape)
         for rows in torch.arange(len(ids)).split(max(1, TOKENS_AT_ONCE // stage.length)):
-            losses = token_losses(self.model, ids[rows])
+            losses = token_losses(self.model, ids[rows], places[rows])
             ((losses * weights[rows]).sum() / weights.sum()).backward()
             found[rows] = losses.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -241,12 +255,36 @@ def render(tokenizer: Any, number: int, characters: int, answered: float) -> tup
     return rendered["input_ids"], rendered["assistant_masks"]
 
 
-def token_losses(model: Any, ids: Tensor) -> Tensor:
+def stretched(number: int, length: int, reach: int) -> Tensor:
+    """Positions of a row of `length` tokens, int64 [length]: they jump at up to JUMPS places and end anywhere
+    up to `reach`, as often near as far. Without jumps where `reach` is no more than `length`.
+
+    Args:
+        number: the row depends on it and on the sizes alone.
+    """
+    places = torch.arange(length)
+    if reach <= length:
+        return places
+    rng = random.Random(f"positions {number} of {length} to {reach}")
+    skipped = round(math.exp(rng.uniform(0, math.log(reach - length))))
+    cuts = sorted(rng.randint(0, skipped) for _ in range(JUMPS - 1))
+    for jump in [after - before for before, after in pairwise([0, *cuts, skipped])]:
+        places[rng.randrange(1, length) :] += jump
+    return places
+
+
+def token_losses(model: Any, ids: Tensor, places: Tensor | None = None) -> Tensor:
     """Cross entropy of each token but the first, in nats: int64 [B, T + 1] -> fp32 [B, T]. Where gradients
     are wanted, matrix products are in bf16.
+
+    Args:
+        places: positions of all tokens but the last, int64 [B, T]. None: 0 to T - 1.
     """
+    ids_read = ids[:, :-1]
+    # A mask, though it hides nothing: without one transformers takes a jump for the start of a document.
+    shown = torch.ones_like(ids_read)
     with torch.autocast("cpu", torch.bfloat16, enabled=torch.is_grad_enabled()):
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        logits = model(input_ids=ids_read, position_ids=places, attention_mask=shown, use_cache=False).logits
     losses = functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return losses.view(ids.shape[0], -1)
 

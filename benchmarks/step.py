@@ -212,13 +212,14 @@ def _too_large(last: Row | None, length: int) -> str | None:
     if last.dense is None:
         return last.dense_missing
     expected = last.dense.peak_bytes * (length / last.length) ** 2
-    free = _free_memory()
+    free = free_memory()
     if expected <= _MEMORY_SHARE * free:
         return None
     return f"needs about {expected / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free"
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
+    """Bytes that this machine has left."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     assert found is not None, "/proc/meminfo has no MemAvailable"
     return int(found[1]) * 1024

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eagle3_ds.device.found import is_available
+from eagle3_ds.device.kinds import CPU, KINDS
 from judge.cases import OPTIMIZATION, Case, full_matrix, make_inputs, on_one_device, short_matrix
 from judge.dense_reference import Guesses, StepResult, reference_train, unroll
 from judge.dflash_reference import block_guesses
@@ -204,7 +206,7 @@ def run_matrix(
 
     Args:
         path: of the results; None writes none. command: the command line, for that file.
-        device: `cpu` or `cuda`, of the product; the reference stays on the CPU.
+        device: kind of device, of the product; the reference stays on the CPU.
         at_once: cases that run beside each other, each with processes of its own.
     """
     verdicts = []
@@ -252,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--json", type=Path, metavar="PATH", help="where the result goes; needed to keep that of a part"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=tuple(KINDS), default=CPU)
     parser.add_argument(
         "--at-once", type=int, default=1, metavar="N", help="cases beside each other, on as many cores"
     )
@@ -262,16 +264,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device here.")
+    if options.device != CPU and not is_available(options.device):
+        parser.error(f"no {options.device} device here.")
     cases = short_matrix() if options.short else full_matrix()
-    if options.device == "cuda":
+    if options.device != CPU:
         cases = on_one_device(cases)
     cases = [case for case in cases if options.only in str(case)]
     if not cases:
         parser.error(f"--only {options.only!r} matches no case.")
     # A part does not replace the record of all.
-    whole = {"cpu": "exactness.json", "cuda": "exactness_cuda.json"}[options.device]
+    whole = "exactness.json" if options.device == CPU else f"exactness_{options.device}.json"
     of_all = None if options.short or options.only else FOLDER / whole
     passed = run_matrix(
         cases,

@@ -3,8 +3,8 @@ many calls.
 
 `run_ranks` starts new ranks, because DeepSpeed keeps module-level state that must not pass from one case to
 the next. CPU ranks are forked from a server that has imported torch and DeepSpeed, which takes seconds; GPU
-ranks are spawned, because CUDA does not work after a fork. `RankPools` keeps ranks for hundreds of calls that
-leave no state, such as tests of attention and collectives.
+ranks are spawned, because CUDA does not work after a fork. `RankPools` keeps ranks for many calls that leave
+no state, such as tests of attention and collectives.
 
 Arguments and results are pickled, so that tensors are copied: a tensor in shared memory is lost when the
 process that made it ends.
@@ -29,6 +29,11 @@ from typing import Any
 PRELOADED = ["judge.product", "eagle3_ds.train.main", "deepspeed.runtime.zero.muon.original_muon"]
 
 
+CALLS_OF_A_WORLD = 25
+"""That ranks of a pool answer. The process groups of a call stay until its ranks end, each with threads that
+wake up again and again: after hundreds of calls they took more of the processor than the calls."""
+
+
 class RankFailure(RuntimeError):  # noqa: N818 - "failure" is what tests call it
     """A rank raised, died or did not answer in time."""
 
@@ -42,7 +47,7 @@ def run_ranks(
     threads: int = 1,
 ) -> list[Any]:
     """Results by rank of a module-level `function(*args)`, called on every rank of a new world on `cpu` or
-    `cuda`.
+    another kind of device.
 
     Args:
         threads: how many each rank's torch may use.
@@ -50,13 +55,7 @@ def run_ranks(
     Raises:
         RankFailure: a rank raised (with its traceback), died, or did not answer in `timeout` seconds.
     """
-    context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
-    if device == "cpu":
-        context.set_forkserver_preload(PRELOADED)
-    # DeepSpeed and OpenMP read these on import: set them before the server or a rank starts.
-    os.environ.update(DS_ACCELERATOR=device, OMP_NUM_THREADS="1")
-    _own_ninja_first()
-    world = _World(context, world_size, device, threads)
+    world = _World(world_size, device, threads)
     grace = 0.0
     try:
         results = world.call(function, args, timeout)
@@ -82,16 +81,18 @@ class RankPools:
             RankFailure: with the traceback of the first rank that raised, or which ranks died or did not
                 answer. The world is started anew for the next call.
         """
-        if world_size not in self._worlds:
-            self._worlds[world_size] = _World(
-                multiprocessing.get_context("spawn"), world_size, "cpu", threads=1
-            )
+        world = self._worlds.get(world_size)
+        if world is None:
+            world = self._worlds[world_size] = _World(world_size, "cpu", threads=1)
         try:
-            return self._worlds[world_size].call(function, args, timeout)
+            results = world.call(function, args, timeout)
         except BaseException:
             # Other ranks may wait for ever in a collective that the failed rank never reached.
             self._worlds.pop(world_size).close(grace=0.0)
             raise
+        if world.calls >= CALLS_OF_A_WORLD:
+            self._worlds.pop(world_size).close(grace=10.0)
+        return results
 
     def close(self) -> None:
         for world in self._worlds.values():
@@ -102,7 +103,9 @@ class RankPools:
 class _World:
     """Some ranks that have joined one process group and answer calls."""
 
-    def __init__(self, context: Any, world_size: int, device: str, threads: int) -> None:
+    def __init__(self, world_size: int, device: str, threads: int) -> None:
+        self.calls = 0
+        context = _context(device)
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         store = str(Path(self._folder.name) / "store")
         self._connections: list[Connection] = []
@@ -117,6 +120,7 @@ class _World:
             self._processes.append(process)
 
     def call(self, function: Callable[..., Any], args: Sequence[Any], timeout: float) -> list[Any]:
+        self.calls += 1
         message = pickle.dumps((sys.path, pickle.dumps((function, args))))
         for rank, connection in enumerate(self._connections):
             try:
@@ -161,6 +165,16 @@ class _World:
         self._folder.cleanup()
 
 
+def _context(device: str) -> Any:
+    context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
+    if device == "cpu":
+        context.set_forkserver_preload(PRELOADED)
+    # DeepSpeed and OpenMP read these on import: set them before the server or a rank starts.
+    os.environ.update(DS_ACCELERATOR=device, OMP_NUM_THREADS="1")
+    _own_ninja_first()
+    return context
+
+
 def _serve(rank: int, world_size: int, store: str, connection: Connection, device: str, threads: int) -> None:
     """The main function of a rank: join the process group, then answer calls until the connection closes."""
     os.environ.update(
@@ -174,10 +188,13 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection, devic
     import torch
     import torch.distributed as dist
 
+    from eagle3_ds.device.kinds import backend_of
+
     torch.set_num_threads(threads)
     # The rendezvous is a file, because a port could be taken by another process.
-    backend = "gloo" if device == "cpu" else "nccl"
-    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        backend_of(device), init_method=f"file://{store}", rank=rank, world_size=world_size
+    )
     while True:
         try:
             message = connection.recv_bytes()

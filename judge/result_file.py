@@ -18,6 +18,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from eagle3_ds.device.found import detect_accelerator, device_count, device_module
+from eagle3_ds.device.kinds import CPU
+from eagle3_ds.device.runtime import synchronize
+
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "results"
 VERSIONED = ("torch", "deepspeed", "transformers", "numpy")
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
@@ -50,8 +54,9 @@ def write_result(
 
 
 def describe_machine() -> dict[str, Any]:
-    """CPU model, cores that this process may use, and the name and memory (bytes) of each GPU."""
-    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    """CPU model, cores that this process may use, and the name and memory (bytes) of each accelerator."""
+    kind = detect_accelerator()
+    gpus = [device_module(kind).get_device_properties(index) for index in range(device_count(kind))]
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -65,7 +70,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
 
     `size` rows and columns; by default one that takes some ten milliseconds on two cores, or on a GPU.
     """
-    size = size or (8192 if device.type == "cuda" else 2048)
+    size = size or (2048 if device.type == CPU else 8192)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(6):
@@ -77,8 +82,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
 
 def now(device: torch.device) -> float:
     """Seconds on a clock, once the device has done all it was asked to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter()
 
 

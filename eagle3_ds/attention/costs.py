@@ -195,7 +195,7 @@ def _kernel_block(setup: Setup) -> tuple[int, int]:
         keys = (
             setup.padded_length if setup.kv_exchange == "gather" else setup.columns // setup.chunks_per_rank
         )
-    flash = setup.device == "cuda" and setup.dtype != "float32"
+    flash = setup.device == "accelerator" and setup.dtype != "float32"
     block = FLASH_BACKWARD_BLOCK if flash else BACKWARD_BLOCK
     if setup.window is not None:
         # A block's own keys and the window before them.

@@ -28,6 +28,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from eagle3_ds.device.kinds import runs_triton
 from eagle3_ds.kernels import accumulation_dtype
 
 # Bytes of one temporary: small beside the operands, but large enough that the cost of the calls does not
@@ -120,7 +121,7 @@ def merge_diagonals_backward(
 
 def _is_fused(q: Tensor) -> bool:
     """Whether the Triton kernels run. They compute in fp32, so fp64 (gradient checks) stays with torch."""
-    return q.is_cuda and q.dtype != torch.float64
+    return runs_triton(q.device.type) and q.dtype != torch.float64
 
 
 def _add_over_group(total_BND: Tensor, weight_BNG: Tensor, x_BNGD: Tensor) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eagle3_ds.device.runtime import random_state, restore_random_state
+
 PREFIX = "rng/"
 
 
@@ -27,7 +29,7 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
         "numpy_gauss": torch.tensor([arrays["gauss"]], dtype=torch.float64),
     }
     if device.type != "cpu":
-        states["device"] = getattr(torch, device.type).get_rng_state(device)
+        states["device"] = random_state(device)
     return {f"{PREFIX}{name}": state for name, state in states.items()}
 
 
@@ -42,4 +44,4 @@ def restore_random_states(states: dict[str, Tensor], device: torch.device) -> No
     keys = states["numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, *states["numpy_position"].tolist(), states["numpy_gauss"].item()))
     if device.type != "cpu" and "device" in states:
-        getattr(torch, device.type).set_rng_state(states["device"], device)
+        restore_random_state(states["device"], device)

@@ -50,8 +50,8 @@ def doctor(head_dim: int, hostfile: str | None, output_dir: Path | None) -> int:
     import torch
     from rich.table import Table
 
+    from eagle3_ds.device.found import detect_accelerator
     from eagle3_ds.run.machine import DTYPES, check_kernels, devices, versions
-    from eagle3_ds.topology import detect_accelerator
 
     console, device = terminal(), torch.device(detect_accelerator())
     checked = check_kernels(device, head_dim)

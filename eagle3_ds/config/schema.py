@@ -216,7 +216,16 @@ class ParallelSection(Section):
 
 class AttentionSection(Section):
     kernel: Literal[
-        "auto", "reference", "blockwise", "cpu", "cuda", "cudnn", "flash_attn2", "flash_attn3", "flash_attn4"
+        "auto",
+        "reference",
+        "blockwise",
+        "cpu",
+        "cuda",
+        "cudnn",
+        "npu",
+        "flash_attn2",
+        "flash_attn3",
+        "flash_attn4",
     ] = "auto"
 
 

@@ -10,6 +10,8 @@ from eagle3_ds.config import Activation, ExchangeName, Recipe, ZeroGroup
 from eagle3_ds.costs.amounts import Flops, SequenceBytes, Traffic
 from eagle3_ds.layout import slots_of_a_rank
 
+DeviceSort = Literal["accelerator", "cpu"]
+
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 
@@ -175,7 +177,8 @@ class Setup:
         supervised: the share of tokens in the loss, taken as the share of live slots too.
         anchor_share: the share of those that are trained in an epoch, as in the recipe.
         window: the most keys that a position of the draft sees; None for no limit.
-        device: decides the attention kernel's workspace; "cuda" stands for any accelerator.
+        device: decides the attention kernel's workspace. An accelerator is taken to have the fused
+            kernels of CUDA.
     """
 
     shape: DraftShape
@@ -200,7 +203,7 @@ class Setup:
     supervised: float = 1.0
     anchor_share: float = 1.0
     window: int | None = None
-    device: Literal["cuda", "cpu"] = "cuda"
+    device: DeviceSort = "accelerator"
 
     @classmethod
     def of(
@@ -209,7 +212,7 @@ class Setup:
         deepspeed_config: Mapping[str, Any],
         shape: DraftShape,
         draft_dp: int,
-        device: Literal["cuda", "cpu"] = "cuda",
+        device: DeviceSort = "accelerator",
     ) -> Setup:
         """From a recipe. `kv_exchange: auto` is taken as gather; `choose_kv_exchange` decides it later.
 

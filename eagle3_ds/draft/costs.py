@@ -21,7 +21,7 @@ def tile_slots(setup: Setup) -> int:
 
 def norm_entries(setup: Setup) -> int:
     """Bytes per entry of its input that one RMSNorm holds for its backward, its output included."""
-    if setup.device == "cuda":
+    if setup.device == "accelerator":
         return setup.itemsize
     # On CPUs the norm is composed of elementwise operators. They hold the output, the normalised input in
     # fp32 and, in a half dtype, an fp32 copy of the input.
@@ -41,7 +41,7 @@ def tile_after_attention(setup: Setup) -> int:
     # what exceeds that tensor adds to the peak.
     slots = tile_slots(setup)
     # On CUDA the matmul adds to the sum itself.
-    in_place = setup.dtype == "float32" or setup.device == "cuda"
+    in_place = setup.dtype == "float32" or setup.device == "accelerator"
     product = max(0, (0 if in_place else largest * item) - slots * inner * item)
     return slots * (6 * inner * item + H * (item + norm_entries(setup))) + product
 
@@ -54,13 +54,13 @@ def loss_parts(setup: Setup, columns: int) -> Parts:
     vocabulary, hidden = shape.draft_vocab_size, shape.hidden_size
     per_row, per_column = (8 + item) * vocabulary, (8 + item + K * item) * vocabulary
     tile_columns = max(1, min(columns, (setup.loss_tile_bytes - (K - 1) * per_row) // (per_row + per_column)))
-    half, on_cuda = setup.dtype != "float32", setup.device == "cuda"
+    half, on_accelerator = setup.dtype != "float32", setup.device == "accelerator"
     # While the guesses' logits are computed: fp32 teacher probabilities of t + K - 1 rows, and the t columns'
     # logits as the matmul returns them and, where no kernel reads those, in fp32.
-    wide = FP32 if not (half and on_cuda) else 0
+    wide = FP32 if not (half and on_accelerator) else 0
     logits = (tile_columns + K - 1) * FP32 + tile_columns * (wide + (item if half else 0))
     # Afterwards: the product that goes into dhead, where the matmul cannot add, and the gradient of the norm.
-    product = shape.hidden_size * item if half and not on_cuda else 0
+    product = shape.hidden_size * item if half and not on_accelerator else 0
     after = product * vocabulary + K * tile_columns * hidden * item
     # At both times the gradients of the K guesses' logits.
     tile = max(logits * vocabulary, after) + K * tile_columns * vocabulary * item

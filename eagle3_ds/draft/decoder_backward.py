@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from eagle3_ds.device.runtime import adds_in_product
 from eagle3_ds.draft.decoder import AfterWeights, rms_norm
 
 
@@ -35,11 +36,6 @@ def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.add_(a @ b)
-
-
-def adds_in_product(device: str) -> bool:
-    """Whether a product of half dtypes is added to an fp32 sum without a temporary on this kind of device."""
-    return device == "cuda" and torch.version.hip is None
 
 
 class NormTile:

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eagle3_ds.device.kinds import CPU
+from eagle3_ds.device.runtime import current_stream, empty_pinned_like, new_stream, on_stream
+
 
 class HostStash:
     """A stack of tensors in host memory: put in order, taken in reverse order.
@@ -20,8 +23,7 @@ class HostStash:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._streams = None if device.type == "cpu" else torch.get_device_module(device)
-        self._stream = None if self._streams is None else self._streams.Stream(device)
+        self._stream = None if device.type == CPU else new_stream(device)
         self._put: list[tuple[Tensor, ...]] = []
         self._arriving: dict[int, tuple[Tensor, ...]] = {}
 
@@ -40,21 +42,21 @@ class HostStash:
         starts to copy those of the place before.
         """
         assert place == len(self._put) - 1, "taken out of order"
-        if self._streams is None:
+        if self._stream is None:
             return self._put.pop()
         self._fetch(place)
-        self._streams.current_stream(self._device).wait_stream(self._stream)
+        current_stream(self._device).wait_stream(self._stream)
         tensors = self._arriving.pop(place)
         for tensor in tensors:
-            tensor.record_stream(self._streams.current_stream(self._device))
+            tensor.record_stream(current_stream(self._device))
         self._put.pop()
         self._fetch(place - 1)
         return tensors
 
     def _copy_out(self, tensor: Tensor) -> Tensor:
-        assert self._streams is not None and self._stream is not None
+        assert self._stream is not None
         try:
-            host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            host = empty_pinned_like(tensor)
         except RuntimeError as error:
             held = sum(t.nbytes for tensors in self._put for t in tensors)
             raise ValueError(
@@ -62,8 +64,8 @@ class HostStash:
                 f"already pinned ({error}). Raise the limit on locked memory (ulimit -l) or the host's "
                 "memory, shorten data.max_length, or use train.activation: recompute."
             ) from error
-        self._stream.wait_stream(self._streams.current_stream(self._device))
-        with self._streams.stream(self._stream):
+        self._stream.wait_stream(current_stream(self._device))
+        with on_stream(self._device, self._stream):
             host.copy_(tensor, non_blocking=True)
         # The allocator must not reuse the device memory before the copy has read it.
         tensor.record_stream(self._stream)
@@ -73,8 +75,7 @@ class HostStash:
         """Start to copy the tensors of a place to the device, unless that has started."""
         if place < 0 or place in self._arriving:
             return
-        assert self._streams is not None
-        with self._streams.stream(self._stream):
+        with on_stream(self._device, self._stream):
             self._arriving[place] = tuple(
                 host.to(self._device, non_blocking=True) for host in self._put[place]
             )

@@ -10,6 +10,7 @@ from eagle3_ds.kernels.cpu import CpuKernel
 from eagle3_ds.kernels.cuda import CudaKernel
 from eagle3_ds.kernels.cudnn import CudnnKernel
 from eagle3_ds.kernels.flash_attn import FlashAttn2Kernel, FlashAttn3Kernel, FlashAttn4Kernel
+from eagle3_ds.kernels.npu import NpuKernel
 from eagle3_ds.kernels.reference import ReferenceKernel
 
 # `auto` takes the first that runs, so faster kernels come first. It never gets past blockwise, which runs
@@ -19,6 +20,7 @@ KERNELS: tuple[AttentionKernel, ...] = (
     FlashAttn4Kernel(),
     FlashAttn2Kernel(),
     CudaKernel(),
+    NpuKernel(),
     CpuKernel(),
     BlockwiseKernel(),
     CudnnKernel(),

@@ -1,4 +1,4 @@
-"""The base of the flash kernels: many tiles in one variable-length call, and a backward that computes delta
+"""The bases of the flash kernels: many tiles in one variable-length call, and a backward that computes delta
 from an output.
 """
 
@@ -39,44 +39,15 @@ class Lengths(NamedTuple):
         return Lengths(_offsets(rows, device), _offsets(keys, device), max(rows), max(keys))
 
 
-class VarlenKernel(TileKernel):
+class JoiningKernel(TileKernel):
     """Joins tiles of the same mask that share no row and no key into one call, so that a pack of many
-    documents is one launch.
+    documents is one launch; its backend computes delta from an output.
 
-    The backend takes q [total_q, Hq, D] and k, v [total_k, Hkv, D] with unit stride in D, aligns `causal` and
-    `left` at the bottom right corner of each tile, and its log-sum-exp is fp32 [Hq, total_q].
-
-    Its calls are longer than those of other kernels: a GPU has memory for them, and fewer calls keep more of
-    its units busy and add up fewer parts.
+    Its calls are longer than those of other kernels: an accelerator has memory for them, and fewer calls keep
+    more of its units busy and add up fewer parts.
     """
 
     backward_block = 2**14
-
-    @abstractmethod
-    def varlen_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, causal: bool, left: int | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """q [total_q, Hq, D], k, v [total_k, Hkv, D] -> out [total_q, Hq, D], lse fp32 [Hq, total_q]."""
-
-    @abstractmethod
-    def varlen_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        lengths: Lengths,
-        causal: bool,
-        left: int | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients under the merged lse [Hq, total_q]; the backend computes delta = rowsum(dout * out).
-
-        dout, q, out [total_q, Hq, D], k, v [total_k, Hkv, D] -> dq, dk, dv in the shapes of q, k, v. `out` is
-        the stand-in of `out_with_delta`, not the output of `varlen_forward`.
-        """
 
     def arranged(self, tiles: list[Tile]) -> list[Tile]:
         """Short tiles that see the same keys could not share a call: they are cut in halves."""
@@ -106,6 +77,40 @@ class VarlenKernel(TileKernel):
     def delta_form(self, dout: Tensor, delta: Tensor) -> Tensor:
         """delta [L, H] -> the stand-in output [L, H, D] of `out_with_delta`."""
         return out_with_delta(dout, delta)
+
+
+class VarlenKernel(JoiningKernel):
+    """A joining kernel with the arguments of FlashAttention.
+
+    The backend takes q [total_q, Hq, D] and k, v [total_k, Hkv, D] with unit stride in D, aligns `causal` and
+    `left` at the bottom right corner of each tile, and its log-sum-exp is fp32 [Hq, total_q].
+    """
+
+    @abstractmethod
+    def varlen_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, causal: bool, left: int | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """q [total_q, Hq, D], k, v [total_k, Hkv, D] -> out [total_q, Hq, D], lse fp32 [Hq, total_q]."""
+
+    @abstractmethod
+    def varlen_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        lengths: Lengths,
+        causal: bool,
+        left: int | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients under the merged lse [Hq, total_q]; the backend computes delta = rowsum(dout * out).
+
+        dout, q, out [total_q, Hq, D], k, v [total_k, Hkv, D] -> dq, dk, dv in the shapes of q, k, v. `out` is
+        the stand-in of `out_with_delta`, not the output of `varlen_forward`.
+        """
 
     def call_forward(
         self, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eagle3_ds.config import Recipe, read_text
-from eagle3_ds.launch.places import VISIBLE, free_port, visible_devices
+from eagle3_ds.device.kinds import VISIBLE
+from eagle3_ds.launch.places import free_port, visible_devices
 from eagle3_ds.launch.probe import is_here
 
 SUPERVISOR_MODULE = "eagle3_ds.launch.supervisor"

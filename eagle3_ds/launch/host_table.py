@@ -114,8 +114,8 @@ def _row(
     if abs(ahead) > CLOCK_SECONDS:
         way = "ahead of" if ahead > 0 else "behind"
         problems.append(
-            f"{host}: its clock is at least {abs(ahead):.1f} s {way} this machine's. Set both by NTP, for example "
-            "by `chronyc makestep`."
+            f"{host}: its clock is at least {abs(ahead):.1f} s {way} this machine's. Set both by NTP, for "
+            "example by `chronyc makestep`."
         )
     return HostRow(
         host,

@@ -6,19 +6,9 @@ import random
 import socket
 from collections.abc import Mapping
 
+from eagle3_ds.device.kinds import VISIBLE
 from eagle3_ds.launch.probe import is_free
 
-# {accelerator: the variable by which DeepSpeed gives devices to a rank}. ROCm's HIP_VISIBLE_DEVICES and
-# ROCR_VISIBLE_DEVICES are left out: DeepSpeed does not set them, so ranks inherit them, and the devices that
-# they name are counted from 0.
-VISIBLE: Mapping[str, str] = {
-    "cuda": "CUDA_VISIBLE_DEVICES",
-    "npu": "ASCEND_RT_VISIBLE_DEVICES",
-    "xpu": "ZE_AFFINITY_MASK",
-    "mlu": "MLU_VISIBLE_DEVICES",
-    "sdaa": "SDAA_VISIBLE_DEVICES",
-    "supa": "SUPA_VISIBLE_DEVICES",
-}
 # Below the ports that operating systems give to outgoing connections: such a connection could take the port
 # before the ranks start, which may be long after it was chosen.
 _PORTS = range(20_000, 30_000)

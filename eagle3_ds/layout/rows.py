@@ -7,13 +7,15 @@ holds one tile of them, plus the next one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from eagle3_ds.device.runtime import pinned
 
 IntArray = NDArray[np.int64]
 
@@ -22,6 +24,19 @@ class Rows(Protocol):
     """Rows that can be read a slice at a time: a tensor, or a view of a store on disk."""
 
     def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
+@runtime_checkable
+class CodedRows(Rows, Protocol):
+    """Rows that lie in fewer bytes than they have. So they go to a device, which decodes them."""
+
+    def coded(self, rows: slice, /) -> Tensor:
+        """What lies there, uint8 [n, bytes of a row]. A row of zero bytes is a row of zeros."""
+        ...
+
+    def decoded(self, codes: Tensor, /) -> Tensor:
+        """The rows of `coded`, on the device of `codes`."""
+        ...
 
 
 class LocalRows:
@@ -36,24 +51,34 @@ class LocalRows:
 
     def __init__(self, rows: Rows, slots: IntArray, length: int) -> None:
         self._rows, self._slots, self._length = rows, slots, length
+        self._lying = rows.coded if isinstance(rows, CodedRows) else rows.__getitem__
 
     def __len__(self) -> int:
         return len(self._slots)
 
     def __getitem__(self, rows: slice) -> Tensor:
         """The local rows of a slice, [n, ...]."""
-        return self._read(self._slots[rows])
+        return self.decoded(self._read(self._slots[rows]))
 
     def take(self, indices: IntArray) -> Tensor:
         """The local rows of `indices`, int64 [n], ascending -> [n, ...]."""
+        return self.decoded(self.take_coded(indices))
+
+    def take_coded(self, indices: IntArray) -> Tensor:
+        """The local rows of `indices` as they lie: what `decoded` makes them of, [n, ...]."""
         return self._read(self._slots[indices])
+
+    def decoded(self, rows: Tensor) -> Tensor:
+        """The rows of `take_coded`, wherever they have been copied."""
+        return self._rows.decoded(rows) if isinstance(self._rows, CodedRows) else rows
 
     def _read(self, slots: IntArray) -> Tensor:
         """Read one contiguous slice per span of consecutive slots, because a store on disk is fastest so."""
         inside = slots[slots < self._length]
         breaks = np.flatnonzero(np.diff(inside) != 1) + 1
         spans = [span for span in np.split(inside, breaks) if len(span)]
-        parts = [self._rows[int(span[0]) : int(span[-1]) + 1] for span in spans] or [self._rows[0:0]]
+        parts = [self._lying(slice(int(span[0]), int(span[-1]) + 1)) for span in spans]
+        parts = parts or [self._lying(slice(0, 0))]
         missing = len(slots) - len(inside)
         if missing:
             parts.append(parts[0].new_zeros((missing, *parts[0].shape[1:])))
@@ -64,7 +89,7 @@ def stream_rows(
     rows: LocalRows, tiles: Iterable[IntArray], device: torch.device, dtype: torch.dtype
 ) -> Iterator[Tensor]:
     """Yield the rows of each tile on `device` in `dtype`. While the caller uses one tile, a thread reads the
-    next. On a CPU nothing is read ahead.
+    next. On a CPU nothing is read ahead. Coded rows are decoded on the device.
 
     Args:
         rows: this rank's rows.
@@ -77,17 +102,20 @@ def stream_rows(
 
     def fetch(tile: IntArray) -> Tensor:
         # Pinned, because a copy from pageable memory would make the host wait for the device.
-        return rows.take(tile).pin_memory()
+        return pinned(rows.take_coded(tile))
+
+    def arrived(host: Future[Tensor]) -> Tensor:
+        return rows.decoded(host.result().to(device, non_blocking=True)).to(dtype)
 
     with ThreadPoolExecutor(max_workers=1) as reader:
-        ahead = None
+        ahead: Future[Tensor] | None = None
         for tile in tiles:
             following = reader.submit(fetch, tile)
             if ahead is not None:
-                yield ahead.result().to(device, non_blocking=True).to(dtype)
+                yield arrived(ahead)
             ahead = following
         if ahead is not None:
-            yield ahead.result().to(device, non_blocking=True).to(dtype)
+            yield arrived(ahead)
 
 
 def row_tiles(num_rows: int, size: int) -> list[IntArray]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eagle3_ds.device.kinds import runs_triton
 from eagle3_ds.draft.tile_loss import FusedTerms, TileTerms
 
 
@@ -31,7 +32,7 @@ class KL:
         """On CUDA, where each pass over a tile costs what reading it from memory costs. It computes in fp32,
         so fp64 (gradient checks) stays with torch.
         """
-        if not logits.is_cuda or logits.dtype == torch.float64:
+        if not runs_triton(logits.device.type) or logits.dtype == torch.float64:
             return None
         from eagle3_ds.losses.kl_triton import fused_kl
 

@@ -33,6 +33,7 @@ from eagle3_ds.config import (
     recipe_differences,
 )
 from eagle3_ds.data.sources import expand_sources
+from eagle3_ds.device.found import detect_accelerator
 from eagle3_ds.draft import DRAFT_EMBEDDING, check_tile_bytes, slots_per_tile
 from eagle3_ds.kernels import select_kernel
 from eagle3_ds.launch import hosts
@@ -54,7 +55,7 @@ from eagle3_ds.targets import (
     no_known_server,
     resolve_path,
 )
-from eagle3_ds.topology import Mesh, check_heads, detect_accelerator
+from eagle3_ds.topology import Mesh, check_heads
 from eagle3_ds.train.trackers import missing_trackers
 from eagle3_ds.train.tracking import FOLDER as TRACKERS
 

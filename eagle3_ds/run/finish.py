@@ -16,6 +16,7 @@ from eagle3_ds import __version__
 from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.config import Recipe, dump_recipe
 from eagle3_ds.data import PreparedData
+from eagle3_ds.device.found import detect_accelerator
 from eagle3_ds.draft import Draft, VocabularyMap
 from eagle3_ds.eval import evaluate_draft, in_process
 from eagle3_ds.eval.heldout import heldout_prompts, longest_prompt
@@ -30,7 +31,6 @@ from eagle3_ds.export import (
 from eagle3_ds.run.draft_embedding import own_embedding
 from eagle3_ds.run.eval_file import SERVED, WEIGHTS, read_eval, write_evaluation
 from eagle3_ds.targets import load_embedding_and_head, load_target, load_text_config, resolve_path
-from eagle3_ds.topology import detect_accelerator
 
 logger = logging.getLogger(__name__)
 MADE_BY = ("torch", "transformers", "deepspeed")

@@ -18,6 +18,7 @@ from eagle3_ds.config import Recipe, TargetSection, load_recipe
 from eagle3_ds.config.schema import DataSection
 from eagle3_ds.config.sizes import LENGTH, VOCABULARY
 from eagle3_ds.data.sample import DataSample, sample_data
+from eagle3_ds.device.found import detect_accelerator, device_count, device_name
 from eagle3_ds.plan import DEVICES, Candidate, predict_memory
 from eagle3_ds.run.checks import check_target_on_ranks, check_target_structure
 from eagle3_ds.run.counted_setup import weight_bytes
@@ -34,7 +35,6 @@ from eagle3_ds.targets import (
     positions,
     resolve_path,
 )
-from eagle3_ds.topology import detect_accelerator
 
 GIB = 2**30
 EPOCHS = 2
@@ -173,8 +173,8 @@ def _machine(wishes: Wishes) -> _Machine:
         )
         return _Machine(Machines(1, 1, memory, reserve=memory / 4), True, why, times=False)
     here = accelerator != "cpu"
-    gpus = wishes.gpus or (int(getattr(torch, accelerator).device_count()) if here else 1)
-    name = str(getattr(torch, accelerator).get_device_name(0)) if here else ""
+    gpus = wishes.gpus or (device_count(accelerator) if here else 1)
+    name = device_name(accelerator) if here else ""
     device = wishes.device or next((known for known in DEVICES if known.lower() in name.lower()), None)
     memory = wishes.gpu_memory or (memory_per_rank(1) / GIB if here else DEVICES[device or "H100"].memory)
     given = wishes.gpus is not None

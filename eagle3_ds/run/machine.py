@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from eagle3_ds.device.found import built_with, described_devices
 from eagle3_ds.kernels import KERNELS, AttentionKernel, select_kernel
 from eagle3_ds.kernels.selfcheck import TOLERANCE, measured_error
 from eagle3_ds.launch.command import read_hostfile
@@ -39,12 +40,10 @@ class CheckedKernel(NamedTuple):
 
 def versions() -> list[tuple[str, str]]:
     """(name, version) of Python, of the packages that this project uses, and of what torch was built with."""
-    cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
     return [
         ("python", platform.python_version()),
         *((package, _version(package)) for package in PACKAGES),
-        ("CUDA of torch", torch.version.cuda or "none: this torch is built without CUDA"),
-        ("cuDNN of torch", str(cudnn) if cudnn else "none"),
+        *built_with(),
     ]
 
 
@@ -60,13 +59,7 @@ def devices(device: torch.device) -> list[tuple[str, str, str]]:
     if device.type == "cpu":
         cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
         return [("cpu", f"{cpu}, {torch.get_num_threads()} threads", "")]
-    backend, rows = getattr(torch, device.type), []
-    for index in range(backend.device_count()):
-        found = backend.get_device_properties(index)
-        capability = f", compute capability {found.major}.{found.minor}" if device.type == "cuda" else ""
-        memory = f"{found.total_memory / 2**30:.0f} GiB"
-        rows.append((f"{device.type}:{index}", found.name + capability, memory))
-    return rows
+    return described_devices(device.type)
 
 
 def check_kernels(device: torch.device, head_dim: int) -> list[CheckedKernel]:

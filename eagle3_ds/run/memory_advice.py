@@ -7,8 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.config import (
     Recipe,
@@ -20,10 +18,10 @@ from eagle3_ds.config import (
     shipped,
 )
 from eagle3_ds.costs import ZeroSettings
+from eagle3_ds.device.found import detect_accelerator, device_memory
 from eagle3_ds.plan import explain_shortage
 from eagle3_ds.run.counted_setup import counted_setup
 from eagle3_ds.targets import load_text_config, resolve_path
-from eagle3_ds.topology import detect_accelerator
 
 _SHORTAGE = re.compile(r"out ?of ?memory|MemoryError|can't allocate memory|not enough memory", re.IGNORECASE)
 _PERHAPS = "(SIGKILL)"
@@ -60,7 +58,7 @@ def memory_per_rank(ranks_per_host: int) -> int:
     accelerator = detect_accelerator()
     if accelerator == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_per_host
-    return int(getattr(torch, accelerator).get_device_properties(0).total_memory)
+    return device_memory(accelerator)
 
 
 def deepspeed_files(recipe: Recipe, world: int) -> tuple[dict[str, ZeroSettings], list[str]]:

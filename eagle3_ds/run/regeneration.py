@@ -20,6 +20,7 @@ from eagle3_ds.data.chat import ChatTemplate, load_chat_template
 from eagle3_ds.data.prepare import recipe_rows
 from eagle3_ds.data.regenerate import Generate, Regenerator
 from eagle3_ds.data.sources import Row, expand_sources, source_fingerprint
+from eagle3_ds.device.found import detect_accelerator
 from eagle3_ds.patient_http import PatientClient
 from eagle3_ds.say import progress_bar
 from eagle3_ds.targets import (
@@ -31,7 +32,6 @@ from eagle3_ds.targets import (
     resolve_path,
     target_fingerprint,
 )
-from eagle3_ds.topology import detect_accelerator
 
 logger = logging.getLogger(__name__)
 

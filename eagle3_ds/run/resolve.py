@@ -8,10 +8,9 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from eagle3_ds.algorithms import algorithm_of
 from eagle3_ds.config import Recipe
+from eagle3_ds.device.found import detect_accelerator, device_count
 from eagle3_ds.launch.command import CAPTURE_MODULE, LaunchOptions, LaunchPlan, plan_launch, resolve_hosts
 from eagle3_ds.run.checks import (
     check_data,
@@ -29,7 +28,7 @@ from eagle3_ds.run.counted_setup import counted_setup
 from eagle3_ds.run.memory_advice import memory_per_rank
 from eagle3_ds.run.mesh_choice import RESERVE, choose_mesh, leaves_mesh
 from eagle3_ds.targets import beyond_positions, positions
-from eagle3_ds.topology import Mesh, detect_accelerator
+from eagle3_ds.topology import Mesh
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def resolve_run(recipe: Recipe, options: RunOptions | None = None) -> ResolvedRu
     options = options or RunOptions()
     accelerator = detect_accelerator()
     parallel = recipe.parallel
-    devices = 0 if options.dry_run else _device_count(accelerator)
+    devices = 0 if options.dry_run else device_count(accelerator)
     sp = parallel.ring * parallel.ulysses
     wanted = sp * parallel.draft_dp if parallel.draft_dp else devices or sp
     hosts = resolve_hosts(options.where, accelerator, devices, wanted)
@@ -168,8 +167,3 @@ def _check_rest(recipe: Recipe, accelerator: str, options: RunOptions) -> list[s
 
             load_initial_draft(recipe)
     return notes
-
-
-def _device_count(accelerator: str) -> int:
-    """The number of accelerators of this machine; 0 on a CPU, which can run any number of ranks."""
-    return 0 if accelerator == "cpu" else int(getattr(torch, accelerator).device_count())

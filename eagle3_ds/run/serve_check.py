@@ -24,6 +24,7 @@ from eagle3_ds.algorithms import ALGORITHMS
 from eagle3_ds.config import Recipe, TargetSection
 from eagle3_ds.data.prompts import prompt_tokens, read_prompts_file
 from eagle3_ds.data.stdlib_corpus import stdlib_conversations
+from eagle3_ds.device.found import detect_accelerator
 from eagle3_ds.draft import has_own_embedding
 from eagle3_ds.draft.geometry import aux_size
 from eagle3_ds.eval import Round, decode_alone, in_process, speculative_decode
@@ -34,7 +35,6 @@ from eagle3_ds.export.vllm import AUX_LAYERS
 from eagle3_ds.run.eval_file import read_eval
 from eagle3_ds.run.finish import FOLDERS, prompts_of_run
 from eagle3_ds.targets import Target, load_target, load_text_config, load_tokenizer, resolve_path
-from eagle3_ds.topology import detect_accelerator
 
 ALONE, WITHOUT, RECORDED = "speculators layout alone", "the target alone", "eval.json"
 NAMES = {"vllm": "vLLM layout", "speculators": "speculators layout"}

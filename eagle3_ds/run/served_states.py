@@ -17,6 +17,7 @@ from torch import Tensor
 
 from eagle3_ds.config import Recipe
 from eagle3_ds.data import PreparedData
+from eagle3_ds.device.found import detect_accelerator
 from eagle3_ds.say import progress_bar
 from eagle3_ds.serving.client import ServerClient, require_key
 from eagle3_ds.serving.fill import Document, fill_store, require_lengths, require_same_head
@@ -25,7 +26,6 @@ from eagle3_ds.serving.rows import Expected
 from eagle3_ds.store import HiddenStateWriter
 from eagle3_ds.targets import load_text_config, resolve_path
 from eagle3_ds.targets.end import load_target_end
-from eagle3_ds.topology import detect_accelerator
 from eagle3_ds.train.streamed import files_of
 
 logger = logging.getLogger(__name__)

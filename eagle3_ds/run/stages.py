@@ -17,6 +17,7 @@ from eagle3_ds.config import RESOLVED, Recipe, as_recipe, dump_recipe, title_of
 from eagle3_ds.data import PreparedData, prepare_data
 from eagle3_ds.data.corpora import CORPORA
 from eagle3_ds.data.prepare import documents_folder
+from eagle3_ds.device.found import detect_accelerator
 from eagle3_ds.draft import VocabularyMap
 from eagle3_ds.eval import draw_report, loop_warning
 from eagle3_ds.eval.heldout import prompts_during
@@ -45,7 +46,6 @@ from eagle3_ds.targets import (
     resolve_path,
     target_fingerprint,
 )
-from eagle3_ds.topology import detect_accelerator
 from eagle3_ds.train.initial_draft import write_initial_draft
 
 logger = logging.getLogger(__name__)

@@ -11,13 +11,13 @@ import torch
 
 from eagle3_ds.config import Recipe
 from eagle3_ds.data import PreparedData
+from eagle3_ds.device.found import detect_accelerator
 from eagle3_ds.run.served_states import SERVED, capture_from_server
 from eagle3_ds.say import progress_bar
 from eagle3_ds.store import HiddenStateStore, HiddenStateWriter, RowFormat
 from eagle3_ds.store.fingerprint import Fingerprint, store_folder
 from eagle3_ds.store.writer import CAPTURED
 from eagle3_ds.targets import capture_hidden_states, load_target, teacher_tokens
-from eagle3_ds.topology import detect_accelerator
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from eagle3_ds.config import Recipe
+from eagle3_ds.device.found import detect_accelerator
 from eagle3_ds.run.import_check import COMPARED_SAMPLES, compare_with_target
 from eagle3_ds.run.stages import Documents, tokenise
 from eagle3_ds.say import progress_bar
@@ -26,7 +27,6 @@ from eagle3_ds.targets import (
     resolve_path,
 )
 from eagle3_ds.targets.end import TargetEnd, load_target_end
-from eagle3_ds.topology import detect_accelerator
 
 logger = logging.getLogger(__name__)
 

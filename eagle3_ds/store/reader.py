@@ -110,6 +110,22 @@ class HiddenStateStore:
         Raises:
             ValueError: the store lacks the document, or a file is damaged.
         """
+        return self.decoded(self.rows_as_stored(document_id, name, start, stop), name)
+
+    def decoded(self, stored: Tensor, name: ColumnName) -> Tensor:
+        """The rows of what `rows_as_stored` gave, on any device."""
+        if not self.is_coded(name):
+            return stored
+        (width,) = self.layout.width(name)
+        codes, exponents = stored.split([width, stored.shape[1] - width], 1)
+        return decode_float8(codes.view(torch.float8_e4m3fn), exponents.view(torch.int8))
+
+    def is_coded(self, name: ColumnName) -> bool:
+        """Whether rows of this column are stored in float8."""
+        return self.layout.dtype == FLOAT8 and name != "teacher_token"
+
+    def rows_as_stored(self, document_id: int, name: ColumnName, start: int, stop: int) -> Tensor:
+        """As `rows`, but of float8 the codes and then the exponents of rows, uint8 [stop - start, W + G]."""
         if document_id not in self._runs:
             raise ValueError(
                 f"document {document_id} is not in the hidden-state store {self.path}: capture again"
@@ -127,7 +143,7 @@ class HiddenStateStore:
 
     def view(self, documents: Sequence[int], name: ColumnName) -> PackedRows:
         """One column of several documents laid end to end; rows are read when they are sliced."""
-        return PackedRows(self, documents, name)
+        return (CodedPackedRows if self.is_coded(name) else PackedRows)(self, documents, name)
 
     def states(
         self, documents: Sequence[int], token_ids: Tensor, loss_mask: Tensor, lengths: Sequence[int]
@@ -203,10 +219,12 @@ class HiddenStateStore:
 
     def _read(self, run: _Run, name: ColumnName, start: int, stop: int) -> Tensor:
         first, last = start - run.piece.start, stop - run.piece.start
-        rows = self._slice(run.shard, run.piece, name)[first:last]
-        if self.layout.dtype != FLOAT8 or name == "teacher_token":
+        rows: Tensor = self._slice(run.shard, run.piece, name)[first:last]
+        if not self.is_coded(name):
             return rows
-        return decode_float8(rows, self._slice(run.shard, run.piece, exponent_of(name))[first:last])
+        exponents = self._slice(run.shard, run.piece, exponent_of(name))[first:last]
+        # Side by side in one tensor, so that they are joined and copied as rows of any other kind.
+        return torch.cat([rows.view(torch.uint8), exponents.view(torch.uint8)], 1)
 
     def _slice(self, shard: Shard, piece: Piece, name: str) -> Any:
         """A stored tensor of a piece; its rows are read when they are sliced.
@@ -255,9 +273,16 @@ class HiddenStateStore:
 
     def _join(self, parts: Sequence[Tensor], name: ColumnName) -> Tensor:
         if not parts:
-            dtype = torch.int32 if name == "teacher_token" else self.layout.read_dtype
-            return torch.empty((0, *self.layout.width(name)), dtype=dtype)
+            return self.no_rows(name)
         return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+    def no_rows(self, name: ColumnName) -> Tensor:
+        """What `rows_as_stored` gives of no rows."""
+        if self.is_coded(name):
+            (width,) = self.layout.width(name)
+            return torch.empty((0, width + width // self.layout.teacher_width), dtype=torch.uint8)
+        dtype = torch.int32 if name == "teacher_token" else self.layout.read_dtype
+        return torch.empty((0, *self.layout.width(name)), dtype=dtype)
 
 
 def _runs(pieces: Sequence[tuple[Piece, Shard]]) -> tuple[_Run, ...]:
@@ -323,6 +348,9 @@ class PackedRows:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> Tensor:
+        return self.store.decoded(self._as_stored(rows), self.name)
+
+    def _as_stored(self, rows: slice) -> Tensor:
         start, stop, step = rows.indices(len(self))
         if step != 1:
             raise ValueError(f"rows of a hidden-state store are read in order, not in steps of {step}")
@@ -332,8 +360,22 @@ class PackedRows:
             length = self.store.lengths[document]
             first, last = max(start - offset, 0), min(stop - offset, length)
             if first < last:
-                parts.append(self.store.rows(document, self.name, first, last))
+                parts.append(self.store.rows_as_stored(document, self.name, first, last))
             offset += length
         if not parts:
-            return torch.empty((0, *self.shape[1:]), dtype=self.dtype)
+            return self.store.no_rows(self.name)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class CodedPackedRows(PackedRows):
+    """Of a column in float8: its bytes can be had as they are stored, and be decoded elsewhere
+    (`eagle3_ds.layout.CodedRows`).
+    """
+
+    def coded(self, rows: slice) -> Tensor:
+        """uint8 [n, W + G]: the codes and then the exponents of each row."""
+        return self._as_stored(rows)
+
+    def decoded(self, codes: Tensor) -> Tensor:
+        """Rows [n, W] bfloat16 of `coded`, on its device."""
+        return self.store.decoded(codes, self.name)

@@ -51,9 +51,21 @@ def encode_float8(rows: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
 
 
 def decode_float8(codes: Tensor, exponents: Tensor) -> Tensor:
-    """Decode codes float8_e4m3fn [L, W] and exponents int8 [L, G] to rows bfloat16 [L, W], exactly."""
+    """Decode codes float8_e4m3fn [L, W] and exponents int8 [L, G] to rows bfloat16 [L, W], exactly, on the
+    device where they are.
+    """
     scale = power_of_two(exponents.int()).bfloat16()
-    return (codes.bfloat16().unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
+    # Of what torch runs on, CPUs and CUDA know float8; elsewhere a table of the 256 codes says the same.
+    known = codes.device.type in ("cpu", "cuda", "meta")
+    rows = codes.bfloat16() if known else by_table(codes.view(torch.uint8))
+    rows.unflatten(1, (scale.shape[1], -1)).mul_(scale[..., None])
+    return rows
+
+
+def by_table(codes: Tensor) -> Tensor:
+    """The bfloat16 of the bits of float8_e4m3fn, uint8 of any shape."""
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).bfloat16()
+    return every.to(codes.device)[codes.int()]
 
 
 def fitted(rows: Tensor, dtype: str) -> tuple[Tensor, int | None]:

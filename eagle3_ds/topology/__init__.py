@@ -1,6 +1,6 @@
 """The mesh draft_dp x ring x ulysses, its process groups, and the `mpu` that tells DeepSpeed about them."""
 
-from eagle3_ds.topology.groups import Topology, detect_accelerator, maybe_setup_distributed
+from eagle3_ds.topology.groups import Topology, maybe_setup_distributed
 from eagle3_ds.topology.mesh import Mesh, Place, check_heads
 from eagle3_ds.topology.mpu import ZeroGroupMpu
 from eagle3_ds.topology.patience import outlast_watchdog
@@ -11,7 +11,6 @@ __all__ = [
     "Topology",
     "ZeroGroupMpu",
     "check_heads",
-    "detect_accelerator",
     "maybe_setup_distributed",
     "outlast_watchdog",
 ]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from eagle3_ds.device.found import detect_accelerator, take_device
+from eagle3_ds.device.world import join_world
 from eagle3_ds.launch.announced import announcement
 from eagle3_ds.topology.mesh import Mesh, Place
-
-_BACKEND = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
 @dataclass(frozen=True)
@@ -57,26 +57,6 @@ class Topology:
         return self.mesh.draft_dp
 
 
-def detect_accelerator() -> str:
-    """The accelerator of this machine's ranks: `cuda`, `npu` or `cpu`. DeepSpeed's environment variable
-    DS_ACCELERATOR overrides what torch finds.
-
-    Raises:
-        ValueError: DS_ACCELERATOR names another accelerator.
-    """
-    forced = os.environ.get("DS_ACCELERATOR")
-    if forced:
-        if forced not in _BACKEND:
-            raise ValueError(
-                f"DS_ACCELERATOR is {forced!r}, but only {', '.join(_BACKEND)} are supported. Unset it."
-            )
-        return forced
-    if torch.cuda.is_available():
-        return "cuda"
-    npu = getattr(torch, "npu", None)
-    return "npu" if npu is not None and npu.is_available() else "cpu"
-
-
 def maybe_setup_distributed(
     ulysses: int = 1, ring: int = 1, draft_dp: int | None = None, backend: str | None = None
 ) -> Topology:
@@ -89,10 +69,11 @@ def maybe_setup_distributed(
         ulysses, ring: sequence-parallel degrees.
         draft_dp: data-parallel degree: how many packed sequences are trained on side by side. None divides
             the world size by ulysses x ring.
-        backend: torch.distributed backend; None picks the device's (gloo, nccl, hccl).
+        backend: torch.distributed backend; None picks that of the device's kind.
 
     Raises:
-        ValueError: the world size is not draft_dp x ring x ulysses, or DS_ACCELERATOR is not supported.
+        ValueError: the world size is not draft_dp x ring x ulysses, DS_ACCELERATOR is not supported, or this
+            rank has no device.
     """
     kind = detect_accelerator()
     # mpirun and srun give rank and world size by other names than RANK and WORLD_SIZE, which torch and
@@ -105,9 +86,9 @@ def maybe_setup_distributed(
     # in the rendezvous.
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
     mesh = Mesh.from_world(world_size, ring, ulysses, draft_dp)
-    device = _set_device(kind)
+    device = take_device(kind)
     if not dist.is_initialized():
-        dist.init_process_group(backend or _BACKEND[kind])
+        join_world(device, backend)
     place = mesh.place(dist.get_rank())
     ulysses_group = _make_group(mesh.ulysses_groups(), place.rank)
     ring_group = _make_group(mesh.ring_groups(), place.rank)
@@ -124,15 +105,6 @@ def maybe_setup_distributed(
         dp_group=_make_group(mesh.dp_groups(), place.rank),
         world_group=dist.group.WORLD if world_size > 1 else None,
     )
-
-
-def _set_device(kind: str) -> torch.device:
-    """Make LOCAL_RANK's device the current one, on which NCCL and new tensors are put."""
-    if kind == "cpu":
-        return torch.device("cpu")
-    index = int(os.environ.get("LOCAL_RANK", "0"))
-    getattr(torch, kind).set_device(index)
-    return torch.device(kind, index)
 
 
 def _make_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
+
+from eagle3_ds.device.runtime import release_cached_memory
 
 
 class SleepingMemory:
@@ -46,7 +47,7 @@ class SleepingMemory:
         for storage in found.values():
             storage.resize_(0)
         gc.collect()
-        get_accelerator().empty_cache()
+        release_cached_memory(device)
 
     @property
     def num_bytes(self) -> int:

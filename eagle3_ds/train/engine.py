@@ -26,6 +26,7 @@ from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import Tensor, nn
 
 from eagle3_ds.config import Recipe
+from eagle3_ds.device.runtime import keeps_parameters
 from eagle3_ds.draft import Draft, LossInputs, LossSum, LossTaps, tiled_loss
 from eagle3_ds.layout import LocalBatch
 from eagle3_ds.parts import EXCHANGE, OPTIMIZER, marked
@@ -73,6 +74,10 @@ def build_engine(
         The engine, and the factor that each rank's share of the loss is multiplied by before backward.
     """
     by_draft_dp = recipe.parallel.zero_group == "draft_dp"
+    if not keeps_parameters(topology.device):
+        # DeepSpeed moves the model after hooks and optimizer were given its parameters, and these would keep
+        # the ones that are trained no more.
+        model.to(topology.device)
     if by_draft_dp and topology.sp_group is not None:
         for parameter in model.parameters():
             # A tensor hook sees the gradient of one micro-batch, before it is added to `grad`: no

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from eagle3_ds.checkpoint.format import sync_file, write_durably
+from eagle3_ds.device.runtime import peak_allocated
 from eagle3_ds.train.tracking import Tracking
 
 
@@ -59,7 +60,7 @@ def peak_memory_bytes(device: torch.device) -> list[int]:
     if device.type == "cpu":
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     else:
-        own = getattr(torch, device.type).max_memory_allocated(device)
+        own = peak_allocated(device)
     if not dist.is_initialized():
         return [own]
     peaks = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)

@@ -2,8 +2,9 @@
 
 In `OUTPUT/profile/`, for each rank that is profiled: `rank-00000.trace.json`, which https://ui.perfetto.dev
 and chrome://tracing open, and `rank-00000.parts.json`, the table by parts of the step (parts.py). A part's
-time is what is spent in it and in no part inside it: on a CPU, the host's time; on CUDA, that of the kernels
-that it starts, where kernels side by side on two streams count twice.
+time is what is spent in it and in no part inside it: on a CPU, the host's time; on an accelerator that
+torch's profiler sees, that of the kernels that it starts, where kernels side by side on two streams count
+twice.
 
 FLOPs are those of the matrix products, by the shapes that the profiler has seen, and of the attention by the
 planner's formula for the query-key pairs of this rank. They are compared with the rate of one large matrix
@@ -27,6 +28,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from eagle3_ds.config import Recipe
+from eagle3_ds.device.kinds import CPU
+from eagle3_ds.device.runtime import profiler_activity
 from eagle3_ds.layout import PackedSequence
 from eagle3_ds.parts import ATTENTION, BACKWARD, PREFIX
 from eagle3_ds.train.spans import plan_spans
@@ -68,6 +71,7 @@ class StepProfile:
         self.trainer, self.folder = trainer, output_dir / FOLDER
         self.first, self.last = trainer.recipe.train.profile_steps
         self._device = trainer.topology.device
+        self._sees = profiler_activity(self._device)
         self._profile: profile | None = None
         self._packs: list[Sequence[PackedSequence]] = []
         self._steps: list[int] = []
@@ -89,15 +93,22 @@ class StepProfile:
             return
         if self._profile is None:
             self._rate = matmul_rate(self._device, self.trainer.dtype)
-            activities = [ProfilerActivity.CPU]
-            activities += [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
-            self._profile = profile(activities=activities, record_shapes=True)
+            self._profile = profile(activities=self._activities(), record_shapes=True)
             self._profile.start()
         with record_function(f"{STEP}{number}"):
             yield
         self._steps.append(number)
         if number == self.last:
             self.close()
+
+    def _activities(self) -> list[ProfilerActivity]:
+        if self._device.type != CPU and self._sees is None:
+            logger.warning(
+                "train.profile_steps: torch's profiler does not see the work of %s; the parts get the host's "
+                "time, which says where the host waits and not what the device does",
+                self._device,
+            )
+        return [ProfilerActivity.CPU, *([] if self._sees is None else [self._sees])]
 
     def count(self, packs: Sequence[PackedSequence]) -> None:
         """What the step of this moment trains on."""
@@ -114,12 +125,13 @@ class StepProfile:
         name = f"rank-{self.trainer.topology.place.rank:05}"
         trace = self.folder / f"{name}.trace.json"
         finished.export_chrome_trace(str(trace))
-        seconds, flops = by_part(finished.events(), self._device.type)
+        seconds, flops = by_part(finished.events(), of_device=self._sees is not None)
         flops[ATTENTION] += attention_flops(self.trainer, self._packs)
         parts = table(seconds, flops, self._rate)
         found = {
             "steps": self._steps,
             "device": self._device.type,
+            "seconds_of": "host" if self._sees is None else "device",
             "matmul_flops_per_s": self._rate,
             "parts": {name: asdict(one) for name, one in parts.items()},
         }
@@ -155,8 +167,10 @@ def check_profile(recipe: Recipe, done: int, last: int) -> None:
         )
 
 
-def by_part(events: Any, device: str) -> tuple[Counter[str], Counter[str]]:
-    """Seconds and FLOPs of matrix products by part, from the profiler's events within the steps."""
+def by_part(events: Any, of_device: bool) -> tuple[Counter[str], Counter[str]]:
+    """Seconds, the device's or the host's, and FLOPs of matrix products by part, from the profiler's events
+    within the steps.
+    """
     seconds: Counter[str] = Counter()
     flops: Counter[str] = Counter()
     for event in events:
@@ -165,7 +179,7 @@ def by_part(events: Any, device: str) -> tuple[Counter[str], Counter[str]]:
         name = _part_of(event)
         if name is None:
             continue
-        spent = event.self_cpu_time_total if device != "cuda" else event.self_device_time_total
+        spent = event.self_device_time_total if of_device else event.self_cpu_time_total
         seconds[name] += spent / 1e6
         flops[name] += product_flops(event.name, event.input_shapes)
     return seconds, flops

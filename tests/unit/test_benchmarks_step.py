@@ -94,7 +94,7 @@ def test_another_loss_or_gradient_fails():
 
 
 def test_a_dense_step_that_would_not_fit_is_left_out_with_its_size(monkeypatch):
-    monkeypatch.setattr(step, "_free_memory", lambda: 10 * 10**9)
+    monkeypatch.setattr(step, "free_memory", lambda: 10 * 10**9)
     assert step._too_large(None, 1024) is None
     assert step._too_large(row_at(1024, 2 * 10**9), 2048) is None
     reason = step._too_large(row_at(1024, 3 * 10**9), 2048)

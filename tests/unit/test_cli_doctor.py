@@ -32,6 +32,7 @@ def test_lists_every_kernel_with_its_error_or_reason(capsys: pytest.CaptureFixtu
     assert row["blockwise"].count("error") == 2 and "auto" not in row["blockwise"]
     for name in ("cuda", "cudnn", "flash_attn2", "flash_attn3", "flash_attn4"):
         assert "NVIDIA GPUs" in row[name] and "error" not in row[name]
+    assert "Ascend NPUs" in row["npu"] and "error" not in row["npu"]
     assert any("torch" in line and torch.__version__ in line for line in lines)
     assert any("flash-attn-4" in line for line in lines)
 

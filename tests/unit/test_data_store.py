@@ -70,13 +70,13 @@ def test_a_view_slices_like_the_concatenation(shared_store, order, start, stop):
 def test_a_view_reads_only_the_rows_asked_for(tmp_path, monkeypatch):
     store = filled(tmp_path / "s")
     asked = []
-    original = HiddenStateStore.rows
+    original = HiddenStateStore.rows_as_stored
 
     def rows(self, *args):
         asked.append(args)
         return original(self, *args)
 
-    monkeypatch.setattr(HiddenStateStore, "rows", rows)
+    monkeypatch.setattr(HiddenStateStore, "rows_as_stored", rows)
     store.view([4, 1, 0], "aux")[8:12]
     assert asked == [(4, "aux", 8, 9), (1, "aux", 0, 1), (0, "aux", 0, 2)]
     with pytest.raises(ValueError, match="not in steps of 2"):

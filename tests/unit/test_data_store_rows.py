@@ -7,10 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle3_ds.algorithms.eagle3.supervision import TTTSupervision
-from eagle3_ds.layout import PackedSequence, SpanPlan, prepare_usp_input
+from eagle3_ds.layout import LocalRows, PackedSequence, SpanPlan, prepare_usp_input, stream_rows
 from eagle3_ds.store import rows as rows_module
 from eagle3_ds.store.index import RowFormat
-from eagle3_ds.store.rows import decode_float8, encode_float8, first_beyond, power_of_two, row_checksums
+from eagle3_ds.store.rows import (
+    by_table,
+    decode_float8,
+    encode_float8,
+    first_beyond,
+    power_of_two,
+    row_checksums,
+)
 from eagle3_ds.store.writer import HiddenStateWriter
 
 WIDTH = 128
@@ -174,3 +181,40 @@ def shape_bytes(layout, name, length):
         for tensor, (shape, dtype) in layout.tensors(length).items()
         if tensor in (name, f"{name}_exponent")
     )
+
+
+def test_rows_go_to_a_device_as_they_are_stored(store, monkeypatch):
+    """A tile of float8 rows is codes and exponents until it is on the device; padding is zeros there too."""
+    documents = list(store.lengths)
+    slots = np.array([*range(590, 640), *range(3000, 3010), 8192, 8193])
+    rows = LocalRows(store.view(documents, "aux"), slots, 8192)
+    tiles = [np.arange(40), np.arange(40, len(slots))]
+    for tile in tiles:
+        stored, expected = rows.take_coded(tile), rows.take(tile)
+        if store.layout.dtype == "float8":
+            assert stored.dtype == torch.uint8 and stored.shape == (len(tile), 3 * WIDTH + 3)
+        else:
+            assert stored.dtype == torch.bfloat16 and stored.shape == (len(tile), 3 * WIDTH)
+        assert expected.dtype == torch.bfloat16 and torch.equal(rows.decoded(stored), expected)
+    assert expected[:-2].abs().amax(1).min() > 0 and not expected[-2:].any()
+    places, decoded = [], rows.decoded
+
+    def noted(codes):
+        places.append((codes.device.type, codes.dtype))
+        return decoded(codes)
+
+    monkeypatch.setattr(rows, "decoded", noted)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    arrived = list(stream_rows(rows, tiles, torch.device("meta"), torch.float32))
+    dtype = torch.uint8 if store.layout.dtype == "float8" else torch.bfloat16
+    assert places == [("meta", dtype)] * 2
+    assert [(part.shape, part.dtype) for part in arrived] == [
+        ((len(tile), 3 * WIDTH), torch.float32) for tile in tiles
+    ]
+
+
+def test_a_table_decodes_where_float8_is_unknown():
+    codes = torch.arange(256, dtype=torch.uint8)
+    expected = codes.view(torch.float8_e4m3fn).bfloat16()
+    assert torch.equal(by_table(codes).isnan(), expected.isnan()) and int(expected.isnan().sum()) == 2
+    assert torch.equal(by_table(codes)[~expected.isnan()], expected[~expected.isnan()])

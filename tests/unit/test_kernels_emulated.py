@@ -1,9 +1,9 @@
-"""The kernels for GPUs without a GPU: real operator schemas and package signatures, with an emulation behind
-them.
+"""The kernels for GPUs and NPUs without one: real operator schemas and package signatures, with an emulation
+behind them.
 
 Their calls are checked against what the operators and packages document; the arithmetic is checked where a
-GPU is, by tests/gpu. The emulations compute dense attention from the documented masks and share no code with
-the kernels.
+GPU is, by tests/gpu, and that of NPUs nowhere yet. The emulations compute dense attention from the documented
+masks and share no code with the kernels.
 """
 
 from __future__ import annotations
@@ -21,42 +21,16 @@ from torch import Tensor
 import eagle3_ds.kernels.cudnn as cudnn_module
 from eagle3_ds.kernels import KERNELS, AttentionKernel, Tile, select_kernel
 from eagle3_ds.kernels.base import TileKernel
+from tests.unit import emulated_npu
 from tests.unit import kernel_conformance as conformance
+from tests.unit.emulated_dense import dense_backward, dense_forward
 from tests.unit.kernel_conformance import Case, each_case
 
-NAMES = ("cuda", "cudnn", "flash_attn2", "flash_attn3", "flash_attn4")
+NAMES = ("cuda", "cudnn", "npu", "flash_attn2", "flash_attn3", "flash_attn4")
 
 
 def kernel_called(name: str) -> AttentionKernel:
     return next(kernel for kernel in KERNELS if kernel.name == name)
-
-
-def scores_of(q: Tensor, k: Tensor, scale: float, shown: Tensor) -> Tensor:
-    """[Hq, Lq, Lk], -inf where the key is not shown."""
-    wide = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    return torch.einsum("qhd,khd->hqk", q, wide).mul(scale).masked_fill(~shown, -torch.inf)
-
-
-def dense_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, shown: Tensor) -> tuple[Tensor, Tensor]:
-    """out [Lq, Hq, D], lse [Hq, Lq]."""
-    assert shown.any(-1).all(), "the kernel made an empty row"
-    scores = scores_of(q, k, scale, shown)
-    wide = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), wide), scores.logsumexp(-1)
-
-
-def dense_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, shown: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv under a given lse [Hq, Lq], delta being the row sum of dout * out."""
-    group = q.shape[1] // k.shape[1]
-    p = (scores_of(q, k, scale, shown) - lse[..., None]).exp()
-    dp = torch.einsum("qhd,khd->hqk", dout, v.repeat_interleave(group, dim=1))
-    ds = p * (dp - (dout * out).sum(-1).T[..., None]) * scale
-    dq = torch.einsum("hqk,khd->qhd", ds, k.repeat_interleave(group, dim=1))
-    dk = torch.einsum("hqk,qhd->khd", ds, q).unflatten(1, (-1, group)).sum(2)
-    dv = torch.einsum("hqk,qhd->khd", p, dout).unflatten(1, (-1, group)).sum(2)
-    return dq, dk, dv
 
 
 def varlen_masks(
@@ -490,7 +464,7 @@ def module_with(name: str, **functions: object) -> types.ModuleType:
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every operator and package behind the GPU kernels, computing on the CPU."""
+    """Every operator and package behind these kernels, computing on the CPU."""
     aten = torch.library.Library("aten", "IMPL")
     fa3 = torch.library.Library("flash_attn_3", "FRAGMENT")
     try:
@@ -509,6 +483,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             },
             "flash_attn_3._C": {},
             "flash_attn.cute.interface": {"_flash_attn_fwd": fa4_forward, "_flash_attn_bwd": fa4_backward},
+            "torch_npu": emulated_npu.OPERATORS,
         }
         for name, functions in modules.items():
             monkeypatch.setitem(sys.modules, name, module_with(name, **functions))

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from eagle3_ds.config import Recipe, load_recipe
+from eagle3_ds.device.kinds import VISIBLE
 from eagle3_ds.launch.command import (
     LaunchOptions,
     LaunchPlan,
@@ -21,7 +22,7 @@ from eagle3_ds.launch.command import (
     resolve_hosts,
     write_environment_file,
 )
-from eagle3_ds.launch.places import VISIBLE, free_port, visible_devices
+from eagle3_ds.launch.places import free_port, visible_devices
 from eagle3_ds.launch.probe import is_free, is_here
 
 ROOT = Path(__file__).parents[2]

@@ -110,6 +110,33 @@ def test_a_target_finds_copies_before_it_is_trained() -> None:
         assert row["second"] < 0.2 * row["first"]
 
 
+def test_stretched_positions_reach_as_far_as_they_may() -> None:
+    assert torch.equal(long_target.stretched(3, 64, 64), torch.arange(64))
+    ends = []
+    for number in range(40):
+        places = long_target.stretched(number, 64, 4096)
+        steps = places.diff()
+        assert places[0] == 0 and (steps >= 1).all()
+        assert (steps > 1).sum() <= long_target.JUMPS
+        ends.append(int(places[-1]))
+    assert 64 <= min(ends) < 100 and 2000 < max(ends) < 4096
+    assert torch.equal(places, long_target.stretched(39, 64, 4096))
+
+
+def test_a_stretched_row_is_one_document() -> None:
+    """A token before a jump is seen after it, and further back than it stands."""
+    tokenizer = train_tokenizer(SIZES, [conversation(number, 3000)["messages"] for number in range(40)])
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(model_config(SIZES, tokenizer)).eval()
+    places = torch.cat([torch.arange(10), torch.arange(200, 210)])[None]
+    ids = torch.randint(3, 512, (1, 21))
+    other = ids.clone()
+    other[0, 3] += 1
+    losses, changed = (long_target.token_losses(model, each, places)[0] for each in (ids, other))
+    assert (losses[10:] != changed[10:]).all()
+    assert (long_target.token_losses(model, ids)[0][10:] != losses[10:]).all()
+
+
 @pytest.mark.parametrize(
     "wrong", [{"num_layers": 1}, {"num_heads": 2}, {"num_kv_heads": 1}, {"hidden_size": 32}, None]
 )

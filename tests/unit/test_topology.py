@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from eagle3_ds.topology import Mesh, check_heads, detect_accelerator, maybe_setup_distributed
+from eagle3_ds.device.found import detect_accelerator
+from eagle3_ds.topology import Mesh, check_heads, maybe_setup_distributed
 
 SIZES = [Mesh(*sizes) for sizes in itertools.product((1, 2, 3), (1, 2, 4), (1, 2, 4))]
 

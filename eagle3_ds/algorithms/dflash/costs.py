@@ -190,7 +190,7 @@ def _norm(setup: Setup, entries: int) -> int:
     """Bytes that autograd keeps of a norm of so many entries: its input, or, where it is composed of
     elementwise operators, its input and the normalised input in fp32.
     """
-    return entries * (setup.itemsize if setup.device == "cuda" else 2 * FP32)
+    return entries * (setup.itemsize if setup.device == "accelerator" else 2 * FP32)
 
 
 def _kept_of_layer(setup: Setup, shape: DFlashShape) -> tuple[int, int]:

@@ -8,7 +8,7 @@ draft vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from eagle3_ds.algorithms.eagle3.variants import flag, norm_sizes
 from eagle3_ds.attention.costs import (
@@ -21,6 +21,8 @@ from eagle3_ds.attention.rotary import rotated_channels
 from eagle3_ds.costs import FP32, INT64, DraftShape, Flops, Parts, SequenceBytes, Setup, Traffic
 from eagle3_ds.draft.costs import loss_parts, norm_entries, tile_after_attention, tile_slots
 from eagle3_ds.draft.geometry import aux_size, has_own_embedding, target_hidden_size
+
+ShapeT = TypeVar("ShapeT", bound="Eagle3Shape")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Eagle3Shape(DraftShape):
     norm_output: bool = False
 
     @classmethod
-    def of(cls, config: Any) -> Self:
+    def of(cls: type[ShapeT], config: Any) -> ShapeT:
         """From the draft's transformers config (`build_draft_config`)."""
         rotated = rotated_channels(config)
         return cls(
@@ -171,7 +173,7 @@ def _saved_by_step(setup: Setup) -> tuple[int, int]:
     before = S * ((2 * H + 2 * A) * item + 2 * shape.angle_size * FP32)
     # The norm's output, gate, up, silu(gate) and their product.
     after = S * (H + 4 * inner) * item
-    if setup.device == "cuda":
+    if setup.device == "accelerator":
         # A fused norm keeps its input: before the attention the embedding and the hidden state, after it the
         # hidden state.
         return before + 2 * S * H * item, after + S * H * item
@@ -188,7 +190,7 @@ def _saved_of_rest(setup: Setup) -> int:
     H = shape.hidden_size
     if setup.activation != "keep":
         return rest * H * item
-    norms = 2 * H * item if setup.device == "cuda" else 3 * H * FP32
+    norms = 2 * H * item if setup.device == "accelerator" else 3 * H * FP32
     return rest * (2 * H * item + norms + 2 * shape.angle_size * FP32)
 
 
@@ -280,7 +282,7 @@ def _tile_before_attention(setup: Setup) -> int:
     shape, item = setup.shape, setup.itemsize
     turned = shape.query_size + shape.kv_size
     # The embedding, the concatenated norms [t, 2H], their gradient, and the backward of one norm.
-    norm_backward = item if setup.device == "cuda" else 3 * FP32
+    norm_backward = item if setup.device == "accelerator" else 3 * FP32
     return tile_slots(setup) * (
         turned * item + shape.hidden_size * (5 * item + 2 * norm_entries(setup) + norm_backward)
     )

@@ -35,5 +35,5 @@ class PEagleShape(Eagle3Shape):
         entries = setup.live_slots * self.hidden_size
         if setup.activation != "keep":
             return entries * setup.itemsize
-        norms = 2 * setup.itemsize if setup.device == "cuda" else 3 * FP32
+        norms = 2 * setup.itemsize if setup.device == "accelerator" else 3 * FP32
         return entries * (2 * setup.itemsize + norms)
