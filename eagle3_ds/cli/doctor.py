@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from eagle3_ds.launch.host_table import HostRow
 
 HOST_COLUMNS = (
-    "host", "slots", "ssh", "packages and code", "devices", "output folder", "free there", "clock",
-    "connects to the first", "ready",
+    "host", "ready", "slots", "ssh", "packages and code", "devices", "output folder", "clock", "all-reduce",
 )  # fmt: skip
 
 
@@ -73,9 +72,9 @@ def doctor(head_dim: int, hostfile: str | None, output_dir: Path | None) -> int:
     if hostfile is not None:
         from eagle3_ds.launch.host_table import host_table
 
-        rows = host_table(hostfile, output_dir or Path())
-        console.print(_table_of_hosts(rows))
-        failures += [problem for row in rows for problem in row.problems]
+        hosts = host_table(hostfile, output_dir or Path())
+        console.print(_table_of_hosts(hosts))
+        failures += [problem for host in hosts for problem in host.problems]
     for failure in failures:
         write(console, f"broken: {failure}")
     return 1 if failures else 0
@@ -85,7 +84,9 @@ def _table_of_hosts(rows: list[HostRow]) -> Table:
     from rich.table import Table
 
     table = Table(*HOST_COLUMNS, title="hosts, seen from this machine")
+    # Names are what one looks for; the other cells may take several lines in a narrow terminal.
+    table.columns[0].no_wrap = True
     for row in rows:
-        told = (row.ssh, row.packages, row.devices, row.folder, row.disk, row.clock, row.meets)
-        table.add_row(row.host, str(row.slots), *told, "no" if row.problems else "yes")
+        told = (row.ssh, row.packages, row.devices, row.folder, row.clock, row.meets)
+        table.add_row(row.host, "no" if row.problems else "yes", str(row.slots), *told)
     return table

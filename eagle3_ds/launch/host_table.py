@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from eagle3_ds.device.kinds import CPU, forced_kind
 from eagle3_ds.launch import meeting, probe
 from eagle3_ds.launch.command import read_hostfile
-from eagle3_ds.launch.hosts import (
-    ANSWER_SECONDS,
-    CONNECT_SECONDS,
-    ask_all,
-    judge,
-    marked,
-    question_of,
-    ssh_command,
-    text_of,
-)
+from eagle3_ds.launch.hosts import ANSWER_SECONDS, ask_all, judge, marked, question_of
+from eagle3_ds.launch.probe import PORTS
 
 CLOCK_SECONDS = 2.0
 """Clocks further apart tell wrongly which rank failed first."""
+REACH_SECONDS = 20.0
+"""How long a host tries to reach rank 0."""
 LEAST_DISK = 2**30
 GIB = 2**30
 UNKNOWN = "?"
@@ -40,10 +30,9 @@ class HostRow:
     Attributes:
         ssh: whether it answers.
         packages: whether Python, packages and code are those of this machine.
-        folder: whether the output folder is shared with this machine.
-        disk: free there.
+        folder: whether the output folder is shared with this machine, and what is free there.
         clock: how far it is ahead of this machine's, as far as its answer tells.
-        meets: how long it takes to connect to the first host, where rank 0 listens.
+        meets: the backend and time of a small all-reduce over all hosts that answer.
         problems: what is wrong, each a line that begins with the host and ends with the fix.
     """
 
@@ -53,20 +42,20 @@ class HostRow:
     packages: str = UNKNOWN
     devices: str = UNKNOWN
     folder: str = UNKNOWN
-    disk: str = UNKNOWN
     clock: str = UNKNOWN
     meets: str = UNKNOWN
     problems: tuple[str, ...] = ()
 
 
 def host_table(hostfile: str, output_dir: Path) -> list[HostRow]:
-    """Ask all hosts of a hostfile at the same time, then let all connect to the first one.
+    """Ask all hosts of a hostfile at the same time, then let those that answer try an all-reduce.
 
     Args:
         output_dir: the folder that a run would write to. It is made, and holds a file while this runs.
 
     Raises:
-        ValueError: the hostfile is missing or malformed, or this machine has no ssh.
+        ValueError: the hostfile is missing or malformed, this machine has no ssh, or one of its variables
+            cannot be handed to ranks.
     """
     slots = read_hostfile(hostfile)
     if shutil.which("ssh") is None:
@@ -76,18 +65,17 @@ def host_table(hostfile: str, output_dir: Path) -> list[HostRow]:
     with marked([output_dir]) as marks:
         question = question_of(list(marks), output_dir)
         own = probe.answer(question)["versions"]
-        answers = ask_all(tuple(slots), probe, [question] * len(slots))
+        answers = dict(zip(slots, ask_all(tuple(slots), probe, [question] * len(slots)), strict=True))
+    good = {host: answer for host, answer in answers.items() if not isinstance(answer, str)}
     # Where no host has devices, or DS_ACCELERATOR says so, ranks run on processors.
-    wants_devices = os.environ.get("DS_ACCELERATOR") != "cpu" and any(
-        isinstance(answer, dict) and answer["devices"] for answer in answers
-    )
+    wants_devices = forced_kind() != CPU and any(answer["devices"] for answer in good.values())
     rows = [
         HostRow(host, len(numbers), problems=(answer,))
         if isinstance(answer, str)
         else _row(host, len(numbers), answer, own, marks, wants_devices)
-        for (host, numbers), answer in zip(slots.items(), answers, strict=True)
+        for (host, answer), numbers in zip(answers.items(), slots.values(), strict=True)
     ]
-    return _met(rows)
+    return _met(rows, good)
 
 
 def _row(
@@ -122,9 +110,8 @@ def _row(
         slots,
         "yes",
         "the same" if answer["versions"] == dict(own) else "others",
-        ", ".join(f"{count} {kind}" for kind, count in counts.items()) or f"none, {answer['cores']} cores",
-        "not shared" if answer["missing"] else "shared",
-        f"{free / GIB:,.0f} GiB",
+        ", ".join(f"{count} {kind}" for kind, count in counts.items()) or f"{answer['cores']} cores",
+        f"{'not shared' if answer['missing'] else 'shared'}, {free / GIB:,.0f} GiB free",
         f"{ahead:+.1f} s" if ahead else f"within {answer['heard'] - answer['asked']:.1f} s",
         problems=tuple(problems),
     )
@@ -138,74 +125,46 @@ def _ahead(answer: Mapping[str, Any]) -> float:
     return float(max(0.0, there - heard) or min(0.0, there - asked))
 
 
-def _met(rows: Sequence[HostRow]) -> list[HostRow]:
-    """The rows with what came of connecting to the first host, for those that answer."""
-    first = rows[0]
-    others = [row.host for row in rows[1:] if row.ssh == "yes"]
-    if first.ssh != "yes":
+def _met(rows: Sequence[HostRow], answers: Mapping[str, Mapping[str, Any]]) -> list[HostRow]:
+    """The rows with what came of an all-reduce over one rank on each host that answers.
+
+    Args:
+        answers: {host: what it answered to the probe}, in the order of the hostfile.
+    """
+    if len(answers) < 2:
         return list(rows)
-    if not others:
-        return [replace(first, meets="is the first"), *rows[1:]]
-    with _listening(first.host, len(others)) as place:
-        if isinstance(place, str):
-            return [replace(first, meets="no", problems=(*first.problems, place)), *rows[1:]]
-        visit = {"listens": False, "name": first.host, **place, "seconds": CONNECT_SECONDS}
-        answers = dict(zip(others, ask_all(others, meeting, [visit] * len(others)), strict=True))
-    where = f"{place['address']}, port {place['port']}"
-    return [
-        replace(first, meets=f"is the first, {place['address']}"),
-        *(_visitor(row, first.host, answers.get(row.host), where) for row in rows[1:]),
+    first = next(iter(answers))
+    place = {"address": answers[first]["address"] or first, "port": answers[first]["port"]}
+    questions = [
+        {**place, "rank": rank, "ranks": len(answers), "seconds": REACH_SECONDS}
+        for rank in range(len(answers))
     ]
+    # Python and torch may come from a slow file system, and a rank takes twice REACH_SECONDS at most.
+    found = ask_all(tuple(answers), meeting, questions, ANSWER_SECONDS + 2 * REACH_SECONDS)
+    met = dict(zip(answers, found, strict=True))
+    absent = [host for host, what in met.items() if isinstance(what, str) or not what["reached"]]
+    where = f"{first}, address {place['address']}, port {place['port']}"
+    return [_met_row(row, met[row.host], absent, where) if row.host in met else row for row in rows]
 
 
-def _visitor(row: HostRow, first: str, answer: dict[str, Any] | str | None, where: str) -> HostRow:
-    if answer is None:
-        return row
-    if isinstance(answer, str):
-        return replace(row, meets="no", problems=(*row.problems, answer))
-    problems = list(row.problems)
-    if answer["unresolved"]:
-        problems.append(
-            f"{row.host}: it does not know the name {first} ({answer['unresolved']}). Put it into DNS or "
-            "/etc/hosts, or write addresses into the hostfile."
+def _met_row(row: HostRow, found: Mapping[str, Any] | str, absent: Sequence[str], where: str) -> HostRow:
+    if isinstance(found, str):
+        return replace(row, meets="no", problems=(*row.problems, found))
+    backend, why = found["backend"], found["why"]
+    if not why:
+        return replace(row, meets=f"{backend}, {1000 * found['seconds']:.1f} ms")
+    if not found["reached"]:
+        problem = (
+            f"{row.host}: it does not reach rank 0 on {where} ({why}). Open ports {PORTS.start} to "
+            f"{PORTS.stop - 1} between the hosts, or name another address of that host by --master_addr and "
+            "an open port by --master_port."
         )
-    if answer["unreached"]:
-        problems.append(
-            f"{row.host}: it does not reach {first} at {where} ({answer['unreached']}), where rank 0 would "
-            "listen. Open ports 20000 to 29999 between the hosts, or name another address of it by "
-            "--master_addr and a port that is open by --master_port."
+    elif absent:
+        problem = f"{row.host}: its all-reduce by {backend} waited for {', '.join(absent)}: see there."
+    else:
+        problem = (
+            f"{row.host}: an all-reduce by {backend} over the hosts fails ({why}). Let the hosts connect to "
+            "all ports of each other, and name the interface between them by NCCL_SOCKET_IFNAME, "
+            "GLOO_SOCKET_IFNAME or your backend's variable."
         )
-    meets = "no" if answer["unreached"] else f"{1000 * answer['seconds']:.1f} ms"
-    return replace(row, meets=meets, problems=tuple(problems))
-
-
-@contextmanager
-def _listening(host: str, visitors: int) -> Iterator[dict[str, Any] | str]:
-    """During the block the host listens: yields its `address` and `port`, or why it does not."""
-    question = {"listens": True, "name": host, "visitors": visitors, "seconds": ANSWER_SECONDS}
-    with subprocess.Popen(
-        ssh_command(host, question),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    ) as process:
-        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-        limit = threading.Timer(ANSWER_SECONDS, process.kill)
-        limit.start()
-        try:
-            # Where ssh has ended already, its last words say why.
-            with suppress(BrokenPipeError):
-                process.stdin.write(text_of(meeting))
-                process.stdin.close()
-            # A login shell's greeting may come before the place.
-            told = next((line for line in process.stdout if line.startswith("{")), None)
-            if told is not None:
-                yield json.loads(told)
-            else:
-                said = (process.stderr.read().strip().splitlines() or ["it said nothing"])[-1]
-                yield f"{host}: it cannot listen for the others ({said}). Free a port from 20000 to 29999."
-        finally:
-            limit.cancel()
-            process.kill()
+    return replace(row, meets=f"{backend}: no", problems=(*row.problems, problem))

@@ -12,22 +12,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from types import ModuleType
 from typing import Any
 
 from eagle3_ds.launch import probe
-from eagle3_ds.launch.command import MPI_LAUNCHERS, LaunchPlan
+from eagle3_ds.launch.command import MPI_LAUNCHERS, LaunchPlan, exported_variables
 from eagle3_ds.launch.probe import is_free
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy", "pydantic")
 CONNECT_SECONDS = 5
 # How long a host may take to answer; it may have to read Python from a slow file system.
 ANSWER_SECONDS = 20.0
-_MOST_AT_ONCE = 64
-# Variables without which Python may not start on a host, or not find its packages.
-_CARRIED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
 # {launcher: the program that DeepSpeed looks for when it uses it}.
 _PROGRAMS: Mapping[str, str] = {
     "pdsh": "pdsh",
@@ -120,15 +118,23 @@ def question_of(paths: Sequence[str], disk: Path | None = None) -> dict[str, Any
 
 
 def ask_all(
-    hosts: Sequence[str], program: ModuleType, questions: Sequence[Mapping[str, Any]]
+    hosts: Sequence[str],
+    program: ModuleType,
+    questions: Sequence[Mapping[str, Any]],
+    seconds: float | None = None,
 ) -> list[dict[str, Any] | str]:
-    """Run a program of the standard library on all hosts at the same time, each with its question as JSON.
+    """Send a program's text to all hosts and run it there at the same time, each with its question as JSON.
+
+    Args:
+        seconds: how long an answer may take; None is `ANSWER_SECONDS`.
 
     Returns:
         What each answered by its last line, or why there is no answer and what to do, in a line.
     """
-    with ThreadPoolExecutor(min(len(hosts), _MOST_AT_ONCE)) as pool:
-        return list(pool.map(_ask, hosts, [program] * len(hosts), questions))
+    ask = partial(_ask, program, ANSWER_SECONDS if seconds is None else seconds)
+    # None waits for a thread: the hosts may wait for each other.
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        return list(pool.map(ask, hosts, questions))
 
 
 @contextmanager
@@ -143,34 +149,33 @@ def marked(folders: Sequence[Path]) -> Iterator[Mapping[str, Path]]:
         yield marks
 
 
-def ssh_command(host: str, question: Mapping[str, Any]) -> list[str]:
-    """The command that runs a program on a host, whose text it takes from its input."""
-    carried = [f"{name}={os.environ[name]}" for name in _CARRIED if os.environ.get(name)]
+def _ssh_command(host: str, question: Mapping[str, Any]) -> list[str]:
+    """The command that runs a program on a host as ranks are run, with its text as input."""
+    variables = exported_variables(os.environ)
+    if os.environ.get("PYTHONPATH"):
+        # DeepSpeed hands it to ranks by itself.
+        variables["PYTHONPATH"] = os.environ["PYTHONPATH"]
+    carried = [f"{name}={value}" for name, value in variables.items()]
     there = shlex.join(["env", *carried, sys.executable, "-", json.dumps(question)])
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
     return ["ssh", *options, host, f"cd {shlex.quote(os.getcwd())} && {there}"]
 
 
-def text_of(program: ModuleType) -> str:
-    """The source of a program that is sent to hosts."""
-    return Path(str(program.__file__)).read_text(encoding="utf-8")
-
-
-def _ask(host: str, program: ModuleType, question: Mapping[str, Any]) -> dict[str, Any] | str:
+def _ask(program: ModuleType, seconds: float, host: str, question: Mapping[str, Any]) -> dict[str, Any] | str:
     """A host's answer and when it was asked and heard, in seconds since 1970; or why there is none."""
     asked = time.time()
     try:
         done = subprocess.run(
-            ssh_command(host, question),
-            input=text_of(program),
+            _ssh_command(host, question),
+            input=Path(str(program.__file__)).read_text(encoding="utf-8"),
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=ANSWER_SECONDS,
+            timeout=seconds,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"{host}: no answer within {ANSWER_SECONDS:.0f} s. See whether `ssh {host} true` ends."
+        return f"{host}: no answer within {seconds:.0f} s. See whether `ssh {host} true` ends."
     # A login shell's greeting may come before the answer.
     last = done.stdout.strip().rpartition("\n")[2]
     if done.returncode == 0 and last.startswith("{"):

@@ -1,78 +1,71 @@
-"""The program by which hosts try whether they reach the first one, as ranks will. Like `probe.py` its text is
-sent through ssh, so only the standard library is imported.
+"""The program by which one rank per host tries an all-reduce, over the backend and the network that training
+uses. Its text is sent through ssh.
 """
 
 from __future__ import annotations
 
 import json
-import random
-import socket
-import subprocess
+import os
 import sys
 import time
-from contextlib import suppress
+from datetime import timedelta
+from threading import Timer
 from typing import Any
 
-# The ports that a run takes its own from.
-PORTS = range(20_000, 30_000)
-TRIES = 100
+import torch
+import torch.distributed as dist
+
+from eagle3_ds.device.found import detect_accelerator, take_device
+from eagle3_ds.device.kinds import backend_of
 
 
-def main_address(name: str) -> str:
-    """The address of this host that DeepSpeed gives to the ranks: the first that `hostname -I` tells, or the
-    name by which the hostfile knows it.
+def meet(address: str, port: int, rank: int, ranks: int, seconds: float) -> None:
+    """Meet the other ranks at rank 0's address, sum a number of each, and print what came of it as JSON.
+
+    It prints the `backend`, whether rank 0 was `reached`, `why` there is no right sum (empty if there is),
+    and the `seconds` that a second sum took, for which all connections are made.
+
+    Args:
+        seconds: how long rank 0 is tried to be reached; the whole takes at most twice as long.
     """
-    with suppress(OSError, subprocess.SubprocessError):
-        told = subprocess.run(["hostname", "-I"], capture_output=True, text=True, timeout=5, check=True)
-        if told.stdout.split():
-            return told.stdout.split()[0]
-    return name
-
-
-def listen(name: str, visitors: int, seconds: float) -> None:
-    """Listen on a free port, print where as JSON, and end after so many visitors or seconds."""
-    address = main_address(name)
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with _server(family) as server:
-        print(json.dumps({"address": address, "port": server.getsockname()[1]}), flush=True)
-        end = time.monotonic() + seconds
-        for _ in range(visitors):
-            server.settimeout(max(0.01, end - time.monotonic()))
-            try:
-                server.accept()[0].close()
-            except TimeoutError:
-                return
-
-
-def _server(family: int) -> socket.socket:
-    for port in random.SystemRandom().sample(PORTS, TRIES):
-        with suppress(OSError):
-            return socket.create_server(("", port), family=family)
-    raise OSError(f"none of {TRIES} ports from {PORTS.start} on is free")
-
-
-def visit(name: str, address: str, port: int, seconds: float) -> dict[str, Any]:
-    """Resolve the first host's name and connect to its address.
-
-    Returns:
-        `unresolved` and `unreached`: why not, each empty if it went well; `seconds` that connecting took.
-    """
-    unresolved = unreached = ""
+    said: dict[str, Any] = {"backend": "", "reached": False, "why": "", "seconds": 0.0}
+    # Not every backend's own time limit raises an error: NCCL's ends the process.
+    limit = Timer(2 * seconds, _give_up, [said, 2 * seconds])
+    limit.daemon = True
+    limit.start()
     try:
-        socket.getaddrinfo(name, None)
-    except (OSError, UnicodeError) as error:
-        unresolved = str(error)
-    began = time.monotonic()
-    try:
-        socket.create_connection((address, port), timeout=seconds).close()
-    except OSError as error:
-        unreached = str(error)
-    return {"unresolved": unresolved, "unreached": unreached, "seconds": time.monotonic() - began}
+        kind = detect_accelerator()
+        said["backend"] = backend_of(kind)
+        device = take_device(kind)
+        store = dist.TCPStore(
+            address, port, ranks, rank == 0, timedelta(seconds=seconds), wait_for_workers=False
+        )
+        said["reached"] = True
+        dist.init_process_group(said["backend"], store=store, rank=rank, world_size=ranks)
+        total = _sum_of(rank + 1, device)
+        if total != ranks * (ranks + 1) / 2:
+            said["why"] = f"the sum of 1 to {ranks} is {total:g}"
+        began = time.monotonic()
+        _sum_of(rank + 1, device)
+        said["seconds"] = time.monotonic() - began
+        dist.destroy_process_group()
+    except Exception as error:
+        said["why"] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    limit.cancel()
+    print(json.dumps(said), flush=True)
+
+
+def _sum_of(value: float, device: torch.device) -> float:
+    """The sum over the ranks of a number of each."""
+    tensor = torch.tensor([float(value)], device=device)
+    dist.all_reduce(tensor)
+    return float(tensor.item())
+
+
+def _give_up(said: dict[str, Any], seconds: float) -> None:
+    print(json.dumps({**said, "why": f"no end within {seconds:.0f} s"}), flush=True)
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    if asked.pop("listens"):
-        listen(**asked)
-    else:
-        print(json.dumps(visit(**asked)))
+    meet(**json.loads(sys.argv[1]))
