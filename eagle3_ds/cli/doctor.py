@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
     from eagle3_ds.launch.host_table import HostRow
 
-HOST_COLUMNS = (
-    "host", "ready", "slots", "ssh", "packages and code", "devices", "output folder", "clock", "all-reduce",
-)  # fmt: skip
+HOST_COLUMNS = ("host", "ready", "ssh", "versions", "devices", "output folder", "clock", "all-\nreduce")
 
 
 @click.command()
@@ -83,10 +81,11 @@ def doctor(head_dim: int, hostfile: str | None, output_dir: Path | None) -> int:
 def _table_of_hosts(rows: list[HostRow]) -> Table:
     from rich.table import Table
 
-    table = Table(*HOST_COLUMNS, title="hosts, seen from this machine")
-    # Names are what one looks for; the other cells may take several lines in a narrow terminal.
-    table.columns[0].no_wrap = True
+    table = Table(title="hosts, seen from this machine")
+    for column in HOST_COLUMNS:
+        # In a narrow terminal a cell takes several lines, and nothing of it is left out.
+        table.add_column(column, overflow="fold", no_wrap=column in ("host", "ready", "ssh"))
     for row in rows:
-        told = (row.ssh, row.packages, row.devices, row.folder, row.clock, row.meets)
-        table.add_row(row.host, "no" if row.problems else "yes", str(row.slots), *told)
+        told = (row.ssh, row.versions, row.devices, row.folder, row.clock, row.meets)
+        table.add_row(row.host, "no" if row.problems else "yes", *told)
     return table

@@ -29,7 +29,8 @@ class HostRow:
 
     Attributes:
         ssh: whether it answers.
-        packages: whether Python, packages and code are those of this machine.
+        versions: whether those of Python, packages and code are this machine's.
+        devices: how many there are, or cores where none are, and how many the hostfile says.
         folder: whether the output folder is shared with this machine, and what is free there.
         clock: how far it is ahead of this machine's, as far as its answer tells.
         meets: the backend and time of a small all-reduce over all hosts that answer.
@@ -37,9 +38,8 @@ class HostRow:
     """
 
     host: str
-    slots: int
     ssh: str = "no"
-    packages: str = UNKNOWN
+    versions: str = UNKNOWN
     devices: str = UNKNOWN
     folder: str = UNKNOWN
     clock: str = UNKNOWN
@@ -70,7 +70,7 @@ def host_table(hostfile: str, output_dir: Path) -> list[HostRow]:
     # Where no host has devices, or DS_ACCELERATOR says so, ranks run on processors.
     wants_devices = forced_kind() != CPU and any(answer["devices"] for answer in good.values())
     rows = [
-        HostRow(host, len(numbers), problems=(answer,))
+        HostRow(host, problems=(answer,))
         if isinstance(answer, str)
         else _row(host, len(numbers), answer, own, marks, wants_devices)
         for (host, answer), numbers in zip(answers.items(), slots.values(), strict=True)
@@ -105,14 +105,14 @@ def _row(
             f"{host}: its clock is at least {abs(ahead):.1f} s {way} this machine's. Set both by NTP, for "
             "example by `chronyc makestep`."
         )
+    there = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or f"{answer['cores']} cores"
     return HostRow(
         host,
-        slots,
         "yes",
         "the same" if answer["versions"] == dict(own) else "others",
-        ", ".join(f"{count} {kind}" for kind, count in counts.items()) or f"{answer['cores']} cores",
+        f"{there}, {slots} slots",
         f"{'not shared' if answer['missing'] else 'shared'}, {free / GIB:,.0f} GiB free",
-        f"{ahead:+.1f} s" if ahead else f"within {answer['heard'] - answer['asked']:.1f} s",
+        f"{ahead:+.1f} s" if ahead else f"±{answer['heard'] - answer['asked']:.1f} s",
         problems=tuple(problems),
     )
 

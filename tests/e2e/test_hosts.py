@@ -92,8 +92,8 @@ def test_hosts_are_reached_before_anything_starts(hosts: TwoHosts, inputs: Path,
     assert list(rows) == list(two_hosts.ADDRESSES)
     for row in rows.values():
         cells = [cell.strip() for cell in row.split("│")[2:-1]]
-        assert cells[:4] == ["yes", "2", "yes", "the same"]
-        assert cells[5].startswith("shared, ") and re.fullmatch(r"gloo, \d+\.\d ms", cells[7])
+        assert cells[:3] == ["yes", "yes", "the same"] and cells[3].endswith(" cores, 2 slots")
+        assert cells[4].startswith("shared, ") and re.fullmatch(r"gloo, \d+\.\d ms", cells[6])
     # An address of the same kind that no host has.
     far = tmp_path / "far"
     far.write_text(hosts.hostfile.read_text().replace(two_hosts.ADDRESSES[1], "198.18.0.3"))

@@ -4,6 +4,7 @@ host.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from eagle3_ds.cli.main import main
-from eagle3_ds.launch import hosts
+from eagle3_ds.launch import hosts, meeting
 from eagle3_ds.launch.host_table import host_table
 from eagle3_ds.launch.hosts import reach
 from eagle3_ds.launch.probe import free_port
@@ -166,14 +167,15 @@ def test_a_table_of_hosts_that_are_ready(tmp_path: Path) -> None:
     rows = host_table(hostfile(tmp_path, "localhost", "chatty", "good"), folder)
     assert [row.problems for row in rows] == [(), (), ()]
     first, second, _ = rows
-    assert (first.host, first.slots, first.ssh, first.packages, first.devices) == (
-        "localhost", 2, "yes", "the same", f"{len(os.sched_getaffinity(0))} cores",
+    cores = len(os.sched_getaffinity(0))
+    assert (first.host, first.ssh, first.versions, first.devices) == (
+        "localhost", "yes", "the same", f"{cores} cores, 2 slots",
     )  # fmt: skip
     free = shutil.disk_usage(folder).free
     shared, told = second.folder.split(", ")
     assert shared == "shared"
     assert float(told.removesuffix(" GiB free").replace(",", "")) == pytest.approx(free / 2**30, abs=1.5)
-    assert second.clock.startswith("within ")
+    assert second.clock.startswith("±")
     for row in rows:
         assert 0 < float(row.meets.removeprefix("gloo, ").removesuffix(" ms")) < 5000
 
@@ -183,7 +185,7 @@ def test_a_table_of_hosts_that_are_ready(tmp_path: Path) -> None:
     [
         ("down", "ssh", "no", "ssh does not get there"),
         ("bare", "ssh", "no", "Python does not run there as it does here"),
-        ("other", "packages", "others", "Use the same checkout and environment on all hosts"),
+        ("other", "versions", "others", "Use the same checkout and environment on all hosts"),
         ("alone", "folder", "not shared", "Put it on storage that all hosts share"),
         ("full", "folder", "shared, 0 GiB", "0.00 GiB are free for the output folder, less than one. Make"),
         ("fast", "clock", "+2", "ahead of this machine's. Set both by NTP"),
@@ -216,7 +218,18 @@ def test_an_interface_that_a_host_does_not_have(tmp_path: Path) -> None:
         assert row.meets == "gloo: no"
         (line,) = row.problems
         assert line.startswith(f"{row.host}: an all-reduce by gloo over the hosts fails (")
-    assert "nowhere" in rows[1].problems[0]
+    assert "no end within 12 s" in rows[0].problems[0] and "nowhere" in rows[1].problems[0]
+
+
+def test_a_sum_that_is_not_right_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meeting.meet("127.0.0.1", free_port(), rank=0, ranks=1, seconds=20.0)
+    right = json.loads(capsys.readouterr().out)
+    assert (right["backend"], right["reached"], right["why"]) == ("gloo", True, "")
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: tensor.add_(1.0))
+    meeting.meet("127.0.0.1", free_port(), rank=0, ranks=1, seconds=20.0)
+    assert json.loads(capsys.readouterr().out)["why"] == "the sum of 1 to 1 is 2"
 
 
 def test_one_host_that_answers_has_nobody_to_meet(tmp_path: Path) -> None:
@@ -230,7 +243,7 @@ def test_devices_are_wanted_where_a_host_has_some(
 ) -> None:
     path = hostfile(tmp_path, "localhost", "gpus")
     first, second = host_table(path, tmp_path)
-    assert second.devices == "2 nvidia" and first.problems == second.problems == ()
+    assert second.devices == "2 nvidia, 2 slots" and first.problems == second.problems == ()
     monkeypatch.delenv("DS_ACCELERATOR")
     first, second = host_table(path, tmp_path)
     assert second.problems == ()
@@ -267,12 +280,12 @@ def test_doctor_shows_the_table(
     said = capsys.readouterr().out
     assert "broken" not in said
     (row,) = [line for line in said.splitlines() if line.startswith("│ localhost")]
-    assert [cell.strip() for cell in row.split("│")[2:6]] == ["yes", "2", "yes", "the same"]
+    assert [cell.strip() for cell in row.split("│")[2:5]] == ["yes", "yes", "the same"]
     assert main(["doctor", "--hostfile", hostfile(tmp_path, "localhost", "down"), *output]) == 1
     said = capsys.readouterr().out
     assert "broken: down: ssh does not get there" in said
     (row,) = [line for line in said.splitlines() if line.startswith("│ down")]
-    assert [cell.strip() for cell in row.split("│")[2:6]] == ["no", "2", "no", "?"]
+    assert [cell.strip() for cell in row.split("│")[2:5]] == ["no", "no", "?"]
 
 
 def test_an_output_folder_is_asked_of_hosts_only(capsys: pytest.CaptureFixture[str]) -> None:
