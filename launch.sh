@@ -16,7 +16,7 @@ usage: ./launch.sh RECIPE [OPTIONS] [section.key=value ...]   the main job, e.g.
        ./launch.sh plan RECIPE [--gpus N --gpu-memory GIB]    what it costs, how long it may be, e.g. ./launch.sh plan RECIPE --gpus 8
        ./launch.sh store verify|info|import ...               hidden states on disk, e.g. ./launch.sh store verify output/cache/hidden-0
        ./launch.sh cache list|prune ...                       what the cache folder holds, and removing what nobody uses, e.g. ./launch.sh cache list RECIPE
-       ./launch.sh doctor [--head-dim D] [--hostfile F]       versions, devices, which attention kernels run here; reach hosts
+       ./launch.sh doctor [--head-dim D] [--hostfile F]       versions, devices, which attention kernels run here; a table of hosts
 
   --hostfile F          hosts of a multi-node run          --hostfile recipes/2nodes.hostfile
   --num_gpus N          ranks per host (or --num_ranks)    --num_gpus 8

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from eagle3_ds.config import Recipe, read_text
 from eagle3_ds.device.kinds import VISIBLE
-from eagle3_ds.launch.places import free_port, visible_devices
-from eagle3_ds.launch.probe import is_here
+from eagle3_ds.launch.places import visible_devices
+from eagle3_ds.launch.probe import free_port, is_here
 
 SUPERVISOR_MODULE = "eagle3_ds.launch.supervisor"
 SUPERVISOR_FILE = Path(__file__).parent / "supervisor.py"
@@ -344,7 +344,7 @@ def plan_launch(
         # their values are split at commas.
         exported = rendezvous
     else:
-        exported = _exported(
+        exported = exported_variables(
             {**environ, **environment, **(rendezvous if options.launcher in MPI_LAUNCHERS else {})}
         )
     environment["DS_ENV_FILE"] = str(output_dir / "deepspeed.env")
@@ -416,7 +416,7 @@ def _command(
     return (*command, "--module", *script)
 
 
-def _exported(environ: Mapping[str, str]) -> dict[str, str]:
+def exported_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables that every host gets.
 
     Raises:

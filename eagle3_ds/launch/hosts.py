@@ -8,24 +8,24 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from types import ModuleType
 from typing import Any
 
 from eagle3_ds.launch import probe
-from eagle3_ds.launch.command import MPI_LAUNCHERS, LaunchPlan
+from eagle3_ds.launch.command import MPI_LAUNCHERS, LaunchPlan, exported_variables
 from eagle3_ds.launch.probe import is_free
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy", "pydantic")
 CONNECT_SECONDS = 5
 # How long a host may take to answer; it may have to read Python from a slow file system.
 ANSWER_SECONDS = 20.0
-_MOST_AT_ONCE = 64
-# Variables without which Python may not start on a host, or not find its packages.
-_CARRIED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
 # {launcher: the program that DeepSpeed looks for when it uses it}.
 _PROGRAMS: Mapping[str, str] = {
     "pdsh": "pdsh",
@@ -88,28 +88,57 @@ def reach(
         return [
             "there is no ssh on this machine's PATH, so no host can be reached. Install OpenSSH's client."
         ]
-    with _marked(folders) as marks:
-        question = {
-            "packages": PACKAGES,
-            "code": str(Path(__file__).parents[1]),
-            "paths": [*marks, *(str(path.resolve()) for path in paths)],
-            "port": None,
-            "address": None,
-        }
+    with marked(folders) as marks:
+        question = question_of([*marks, *(str(path.resolve()) for path in paths)])
         own = probe.answer(question)["versions"]
-        with ThreadPoolExecutor(min(len(hosts), _MOST_AT_ONCE)) as pool:
-            first = {**question, "port": port, "address": address}
-            asked = [first, *[question] * (len(hosts) - 1)]
-            answers = list(pool.map(_ask, hosts, asked))
+        first = {**question, "port": port, "address": address}
+        answers = ask_all(hosts, probe, [first, *[question] * (len(hosts) - 1)])
     return [
         line
         for host, found in zip(hosts, answers, strict=True)
-        for line in ([found] if isinstance(found, str) else _judge(host, found, own, marks, port))
+        for line in ([found] if isinstance(found, str) else judge(host, found, own, marks, port))
     ]
 
 
+def question_of(paths: Sequence[str], disk: Path | None = None) -> dict[str, Any]:
+    """What `probe.answer` is asked of any host.
+
+    Args:
+        paths: files that must exist.
+        disk: the folder whose disk is looked at; None is the current one.
+    """
+    return {
+        "packages": PACKAGES,
+        "code": str(Path(__file__).parents[1]),
+        "paths": paths,
+        "disk": str((disk or Path()).resolve()),
+        "port": None,
+        "address": None,
+    }
+
+
+def ask_all(
+    hosts: Sequence[str],
+    program: ModuleType,
+    questions: Sequence[Mapping[str, Any]],
+    seconds: float | None = None,
+) -> list[dict[str, Any] | str]:
+    """Send a program's text to all hosts and run it there at the same time, each with its question as JSON.
+
+    Args:
+        seconds: how long an answer may take; None is `ANSWER_SECONDS`.
+
+    Returns:
+        What each answered by its last line, or why there is no answer and what to do, in a line.
+    """
+    ask = partial(_ask, program, ANSWER_SECONDS if seconds is None else seconds)
+    # None waits for a thread: the hosts may wait for each other.
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        return list(pool.map(ask, hosts, questions))
+
+
 @contextmanager
-def _marked(folders: Sequence[Path]) -> Iterator[Mapping[str, Path]]:
+def marked(folders: Sequence[Path]) -> Iterator[Mapping[str, Path]]:
     """During the block, each folder has a file with a unique name, by which other hosts recognise it."""
     with ExitStack() as stack:
         marks = {}
@@ -120,27 +149,37 @@ def _marked(folders: Sequence[Path]) -> Iterator[Mapping[str, Path]]:
         yield marks
 
 
-def _ask(host: str, question: Mapping[str, Any]) -> dict[str, Any] | str:
-    """A host's answer, or why there is none."""
-    carried = [f"{name}={os.environ[name]}" for name in _CARRIED if os.environ.get(name)]
+def _ssh_command(host: str, question: Mapping[str, Any]) -> list[str]:
+    """The command that runs a program on a host as ranks are run, with its text as input."""
+    variables = exported_variables(os.environ)
+    if os.environ.get("PYTHONPATH"):
+        # DeepSpeed hands it to ranks by itself.
+        variables["PYTHONPATH"] = os.environ["PYTHONPATH"]
+    carried = [f"{name}={value}" for name, value in variables.items()]
     there = shlex.join(["env", *carried, sys.executable, "-", json.dumps(question)])
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
+    return ["ssh", *options, host, f"cd {shlex.quote(os.getcwd())} && {there}"]
+
+
+def _ask(program: ModuleType, seconds: float, host: str, question: Mapping[str, Any]) -> dict[str, Any] | str:
+    """A host's answer and when it was asked and heard, in seconds since 1970; or why there is none."""
+    asked = time.time()
     try:
         done = subprocess.run(
-            ["ssh", *options, host, f"cd {shlex.quote(os.getcwd())} && {there}"],
-            input=Path(probe.__file__).read_text(encoding="utf-8"),
+            _ssh_command(host, question),
+            input=Path(str(program.__file__)).read_text(encoding="utf-8"),
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=ANSWER_SECONDS,
+            timeout=seconds,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"{host}: no answer within {ANSWER_SECONDS:.0f} s. See whether `ssh {host} true` ends."
+        return f"{host}: no answer within {seconds:.0f} s. See whether `ssh {host} true` ends."
     # A login shell's greeting may come before the answer.
     last = done.stdout.strip().rpartition("\n")[2]
     if done.returncode == 0 and last.startswith("{"):
-        return dict(json.loads(last))
+        return {**json.loads(last), "asked": asked, "heard": time.time()}
     said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
     # 255 is ssh's own exit status; any other is that of the command on the host.
     if done.returncode == 255:
@@ -154,7 +193,7 @@ def _ask(host: str, question: Mapping[str, Any]) -> dict[str, Any] | str:
     )
 
 
-def _judge(
+def judge(
     host: str, found: Mapping[str, Any], own: Mapping[str, str], marks: Mapping[str, Path], port: int | None
 ) -> list[str]:
     """The problems of a host that has answered."""

@@ -1,18 +1,10 @@
-"""This machine before anything starts on it: which devices are visible, and which port is free."""
+"""This machine before anything starts on it: which devices are visible."""
 
 from __future__ import annotations
 
-import random
-import socket
 from collections.abc import Mapping
 
 from eagle3_ds.device.kinds import VISIBLE
-from eagle3_ds.launch.probe import is_free
-
-# Below the ports that operating systems give to outgoing connections: such a connection could take the port
-# before the ranks start, which may be long after it was chosen.
-_PORTS = range(20_000, 30_000)
-_TRIES = 100
 
 
 def visible_devices(accelerator: str, environ: Mapping[str, str]) -> tuple[int, ...] | None:
@@ -35,13 +27,3 @@ def visible_devices(accelerator: str, environ: Mapping[str, str]) -> tuple[int, 
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"{name} is {text!r}, which names a device twice. Name each once.")
     return numbers
-
-
-def free_port() -> int:
-    """A TCP port on which nobody listens now, so that two runs on one machine have different ones."""
-    for port in random.SystemRandom().sample(_PORTS, _TRIES):
-        if is_free(port):
-            return port
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

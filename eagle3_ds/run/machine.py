@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,8 +11,6 @@ import torch
 from eagle3_ds.device.found import built_with, described_devices
 from eagle3_ds.kernels import KERNELS, AttentionKernel, select_kernel
 from eagle3_ds.kernels.selfcheck import TOLERANCE, measured_error
-from eagle3_ds.launch.command import read_hostfile
-from eagle3_ds.launch.hosts import reach
 from eagle3_ds.train.trackers import PACKAGES as TRACKERS
 
 PACKAGES = (
@@ -109,22 +106,3 @@ def _check(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, he
         if error <= TOLERANCE[dtype]
         else f"wrong by {error:.0e}, over {TOLERANCE[dtype]:.0e}"
     )
-
-
-def check_hosts(hostfile: str) -> tuple[list[str], list[str]]:
-    """Check all hosts of a hostfile at once.
-
-    Returns:
-        A line for each host that can be used, and a line for each problem of another one.
-
-    Raises:
-        ValueError: the hostfile is missing or malformed.
-    """
-    hosts = read_hostfile(hostfile)
-    problems = reach(tuple(hosts), [Path()])
-    good = [
-        f"host {host}: reached, the same versions, code and folder; {len(slots)} slots"
-        for host, slots in hosts.items()
-        if not any(problem.startswith(f"{host}:") for problem in problems)
-    ]
-    return good, problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -84,8 +85,15 @@ def write_recipe(inputs: Path, shape: Shape, output: Path) -> Path:
 def test_hosts_are_reached_before_anything_starts(hosts: TwoHosts, inputs: Path, tmp_path: Path) -> None:
     doctor = [str(ROOT / "launch.sh"), "doctor", "--hostfile"]
     log = tmp_path / "doctor.log"
-    assert hosts.start([*doctor, str(hosts.hostfile)], ROOT, log).wait() == 0, log.read_text()
-    assert log.read_text().count(": reached, the same versions, code and folder; 2 slots") == 2
+    # The table's cells take one line each in a terminal this wide.
+    wide = {"COLUMNS": "200"}
+    assert hosts.start([*doctor, str(hosts.hostfile)], ROOT, log, **wide).wait() == 0, log.read_text()
+    rows = {line.split()[1]: line for line in log.read_text().splitlines() if "│ 198.18.0." in line}
+    assert list(rows) == list(two_hosts.ADDRESSES)
+    for row in rows.values():
+        cells = [cell.strip() for cell in row.split("│")[2:-1]]
+        assert cells[:3] == ["yes", "yes", "the same"] and cells[3].endswith(" cores, 2 slots")
+        assert cells[4].startswith("shared, ") and re.fullmatch(r"gloo, \d+\.\d ms", cells[6])
     # An address of the same kind that no host has.
     far = tmp_path / "far"
     far.write_text(hosts.hostfile.read_text().replace(two_hosts.ADDRESSES[1], "198.18.0.3"))

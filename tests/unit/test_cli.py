@@ -34,7 +34,7 @@ from eagle3_ds.launch.command import (
     resolve_hosts,
     write_environment_file,
 )
-from eagle3_ds.launch.places import free_port
+from eagle3_ds.launch.probe import free_port
 from eagle3_ds.run.checks import RESULTS, check_output, clear_output
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,9 @@ host.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -13,20 +15,27 @@ from pathlib import Path
 import pytest
 
 from eagle3_ds.cli.main import main
-from eagle3_ds.launch import hosts
+from eagle3_ds.launch import hosts, meeting
+from eagle3_ds.launch.host_table import host_table
 from eagle3_ds.launch.hosts import reach
-from eagle3_ds.launch.places import free_port
+from eagle3_ds.launch.probe import free_port
 
 ROOT = Path(__file__).parents[2]
 SSH = """#!/bin/sh
 while [ "$1" = -o ]; do shift 2; done
 case "$1" in
-    good*) exec sh -c "$2" ;;
+    good*|localhost) exec sh -c "$2" ;;
     chatty) echo welcome; exec sh -c "$2" ;;
     alone) sh -c "$(echo "$2" | sed 's/seen-by-all/unseen/g')" | sed 's/unseen/seen-by-all/g' ;;
     other) exec sh -c "$(echo "$2" | sed 's/"torch"/"torhc"/')" ;;
+    slept) sh -c "$2" | sed 's/"time": [0-9]*/"time": 1700000000/' ;;
+    fast) sh -c "$2" | sed 's/"time": [0-9]*/"time": 4000000000/' ;;
+    full) sh -c "$2" | sed 's/"disk_free": [0-9]*/"disk_free": 1000/' ;;
+    gpus*) sh -c "$2" | sed 's/"devices": {}/"devices": {"nvidia": 2}/' ;;
+    walled*) exec sh -c "$(echo "$2" | sed 's/"port": [0-9][0-9]*/"port": 1/')" ;;
+    misnamed) GLOO_SOCKET_IFNAME=nowhere exec sh -c "$2" ;;
     bare) echo "no python" >&2; exit 127 ;;
-    slow) exec sleep 30 ;;
+    slow*) exec sleep 30 ;;
     *) echo "ssh: connect to host $1 port 22: No route to host" >&2; exit 255 ;;
 esac
 """
@@ -41,8 +50,10 @@ def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(hosts, "ANSWER_SECONDS", 10.0)
+    monkeypatch.setattr("eagle3_ds.launch.host_table.REACH_SECONDS", 6.0)
     yield
     assert not list(tmp_path.glob("**/.seen-by-all-hosts-*"))
 
@@ -138,17 +149,145 @@ def test_a_port_of_this_machine_that_is_taken(tmp_path: Path, capsys: pytest.Cap
     assert f"this machine: somebody listens on port {port} already" in said
 
 
-def test_doctor_reaches_the_hosts(
+def hostfile(folder: Path, *names: str) -> str:
+    """The first is this machine, by a name that it knows."""
+    path = folder / "hosts"
+    path.write_text("".join(f"{name} slots=2\n" for name in names))
+    return str(path)
+
+
+@pytest.fixture
+def unmet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No all-reduce is tried, for which each host imports torch."""
+    monkeypatch.setattr("eagle3_ds.launch.host_table._met", lambda rows, answers: list(rows))
+
+
+def test_a_table_of_hosts_that_are_ready(tmp_path: Path) -> None:
+    folder = tmp_path / "output"
+    rows = host_table(hostfile(tmp_path, "localhost", "chatty", "good"), folder)
+    assert [row.problems for row in rows] == [(), (), ()]
+    first, second, _ = rows
+    cores = len(os.sched_getaffinity(0))
+    assert (first.host, first.ssh, first.versions, first.devices) == (
+        "localhost", "yes", "the same", f"{cores} cores, 2 slots",
+    )  # fmt: skip
+    free = shutil.disk_usage(folder).free
+    shared, told = second.folder.split(", ")
+    assert shared == "shared"
+    assert float(told.removesuffix(" GiB free").replace(",", "")) == pytest.approx(free / 2**30, abs=1.5)
+    assert second.clock.startswith("±")
+    for row in rows:
+        assert 0 < float(row.meets.removeprefix("gloo, ").removesuffix(" ms")) < 5000
+
+
+@pytest.mark.parametrize(
+    ("host", "column", "value", "words"),
+    [
+        ("down", "ssh", "no", "ssh does not get there"),
+        ("bare", "ssh", "no", "Python does not run there as it does here"),
+        ("other", "versions", "others", "Use the same checkout and environment on all hosts"),
+        ("alone", "folder", "not shared", "Put it on storage that all hosts share"),
+        ("full", "folder", "shared, 0 GiB", "0.00 GiB are free for the output folder, less than one. Make"),
+        ("fast", "clock", "+2", "ahead of this machine's. Set both by NTP"),
+        ("slept", "clock", "-", "behind this machine's. Set both by NTP"),
+    ],
+)
+def test_what_is_wrong_with_a_host_stands_in_its_row_with_the_fix(
+    host: str, column: str, value: str, words: str, tmp_path: Path, unmet: None
+) -> None:
+    first, second = host_table(hostfile(tmp_path, "localhost", host), tmp_path / "output")
+    assert first.problems == ()
+    assert getattr(second, column).startswith(value)
+    (line,) = second.problems
+    assert line.startswith(f"{host}: ") and words in line
+
+
+def test_a_host_that_does_not_reach_rank_0_is_told_from_those_that_wait_for_it(tmp_path: Path) -> None:
+    first, second, third = host_table(hostfile(tmp_path, "localhost", "walled", "good"), tmp_path)
+    assert [row.meets for row in (first, second, third)] == ["gloo: no"] * 3
+    (line,) = second.problems
+    assert line.startswith("walled: it does not reach rank 0 on localhost, address ")
+    assert "Open ports 20000 to 29999 between the hosts" in line
+    assert first.problems == ("localhost: its all-reduce by gloo waited for walled: see there.",)
+    assert third.problems == ("good: its all-reduce by gloo waited for walled: see there.",)
+
+
+def test_an_interface_that_a_host_does_not_have(tmp_path: Path) -> None:
+    rows = host_table(hostfile(tmp_path, "localhost", "misnamed"), tmp_path)
+    for row in rows:
+        assert row.meets == "gloo: no"
+        (line,) = row.problems
+        assert line.startswith(f"{row.host}: an all-reduce by gloo over the hosts fails (")
+    assert "no end within 12 s" in rows[0].problems[0] and "nowhere" in rows[1].problems[0]
+
+
+def test_a_sum_that_is_not_right_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meeting.meet("127.0.0.1", free_port(), rank=0, ranks=1, seconds=20.0)
+    right = json.loads(capsys.readouterr().out)
+    assert (right["backend"], right["reached"], right["why"]) == ("gloo", True, "")
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: tensor.add_(1.0))
+    meeting.meet("127.0.0.1", free_port(), rank=0, ranks=1, seconds=20.0)
+    assert json.loads(capsys.readouterr().out)["why"] == "the sum of 1 to 1 is 2"
+
+
+def test_one_host_that_answers_has_nobody_to_meet(tmp_path: Path) -> None:
+    first, second = host_table(hostfile(tmp_path, "down", "good"), tmp_path)
+    assert (first.meets, second.meets) == ("?", "?")
+    assert len(first.problems) == 1 and second.problems == ()
+
+
+def test_devices_are_wanted_where_a_host_has_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unmet: None
+) -> None:
+    path = hostfile(tmp_path, "localhost", "gpus")
+    first, second = host_table(path, tmp_path)
+    assert second.devices == "2 nvidia, 2 slots" and first.problems == second.problems == ()
+    monkeypatch.delenv("DS_ACCELERATOR")
+    first, second = host_table(path, tmp_path)
+    assert second.problems == ()
+    assert "localhost: the hostfile says slots=2, but 0 devices are there" in first.problems[0]
+
+
+def test_a_host_that_is_silent_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unmet: None
+) -> None:
+    monkeypatch.setattr(hosts, "ANSWER_SECONDS", 5.0)
+    start = time.monotonic()
+    rows = host_table(hostfile(tmp_path, "localhost", "slow", "slow-too", "chatty"), tmp_path)
+    assert time.monotonic() - start < 15
+    assert [row.ssh for row in rows] == ["yes", "no", "no", "yes"]
+    assert "no answer within 5 s" in rows[1].problems[0]
+
+
+def test_hosts_get_the_variables_that_ranks_get(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0,ib1")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    command = tmp_path / "command"
+    (tmp_path / "bin" / "ssh").write_text(f'#!/bin/sh\necho "$@" > {command}\nexit 255\n')
+    reach(("good",), [])
+    assert "NCCL_SOCKET_IFNAME=ib0,ib1" in command.read_text() and "secret" not in command.read_text()
+
+
+def test_doctor_shows_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("eagle3_ds.run.machine.check_kernels", lambda *_: [])
     monkeypatch.setenv("COLUMNS", "300")
-    path = tmp_path / "hosts"
-    path.write_text("good slots=2\n")
-    assert main(["doctor", "--hostfile", str(path)]) == 0
-    assert "host good: reached, the same versions, code and folder; 2 slots" in capsys.readouterr().out
-    path.write_text("good slots=2\ndown slots=2\n")
-    assert main(["doctor", "--hostfile", str(path)]) == 1
+    output = ["--output_dir", str(tmp_path / "output")]
+    assert main(["doctor", "--hostfile", hostfile(tmp_path, "localhost"), *output]) == 0
     said = capsys.readouterr().out
-    assert "broken: down: ssh does not get there" in said and "host good: reached" in said
-    assert not list(ROOT.glob(".seen-by-all-hosts-*"))
+    assert "broken" not in said
+    (row,) = [line for line in said.splitlines() if line.startswith("│ localhost")]
+    assert [cell.strip() for cell in row.split("│")[2:5]] == ["yes", "yes", "the same"]
+    assert main(["doctor", "--hostfile", hostfile(tmp_path, "localhost", "down"), *output]) == 1
+    said = capsys.readouterr().out
+    assert "broken: down: ssh does not get there" in said
+    (row,) = [line for line in said.splitlines() if line.startswith("│ down")]
+    assert [cell.strip() for cell in row.split("│")[2:5]] == ["no", "no", "?"]
+
+
+def test_an_output_folder_is_asked_of_hosts_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--output_dir", "x"]) == 2
+    assert "--hostfile" in capsys.readouterr().err

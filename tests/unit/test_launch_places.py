@@ -22,8 +22,8 @@ from eagle3_ds.launch.command import (
     resolve_hosts,
     write_environment_file,
 )
-from eagle3_ds.launch.places import free_port, visible_devices
-from eagle3_ds.launch.probe import is_free, is_here
+from eagle3_ds.launch.places import visible_devices
+from eagle3_ds.launch.probe import free_port, is_free, is_here
 
 ROOT = Path(__file__).parents[2]
 CUDA = "CUDA_VISIBLE_DEVICES"
