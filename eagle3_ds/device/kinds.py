@@ -21,6 +21,7 @@ class Kind:
         binds_groups: whether a process group that is told its device makes its communicators when it is made,
             instead of in the first collective.
         runs_triton: whether this package's Triton kernels were found right there.
+        casts_float8: whether torch makes float8 numbers wider there.
         package: what gives torch this kind; None where torch has it built in.
     """
 
@@ -28,12 +29,13 @@ class Kind:
     visible: str | None = None
     binds_groups: bool = False
     runs_triton: bool = False
+    casts_float8: bool = False
     package: str | None = None
 
 
 KINDS: Mapping[str, Kind] = {
-    CPU: Kind("gloo"),
-    "cuda": Kind("nccl", "CUDA_VISIBLE_DEVICES", binds_groups=True, runs_triton=True),
+    CPU: Kind("gloo", casts_float8=True),
+    "cuda": Kind("nccl", "CUDA_VISIBLE_DEVICES", binds_groups=True, runs_triton=True, casts_float8=True),
     "npu": Kind("hccl", "ASCEND_RT_VISIBLE_DEVICES", package="torch_npu"),
     "xpu": Kind("xccl", "ZE_AFFINITY_MASK"),
 }
@@ -76,3 +78,8 @@ def backend_of(kind: str) -> str:
 def runs_triton(kind: str) -> bool:
     """Whether this package's Triton kernels run on devices of a kind, which need not be in `KINDS`."""
     return kind in KINDS and KINDS[kind].runs_triton
+
+
+def casts_float8(kind: str) -> bool:
+    """Whether torch makes float8 numbers wider on devices of a kind, which need not be in `KINDS`."""
+    return kind in KINDS and KINDS[kind].casts_float8

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eagle3_ds.device.kinds import casts_float8
+
 LARGEST_CODE = 448.0
 """Largest finite value of float8_e4m3fn, 0.875 * 2**9."""
 LARGEST_FLOAT8 = LARGEST_CODE * 2.0**119
@@ -55,8 +57,8 @@ def decode_float8(codes: Tensor, exponents: Tensor) -> Tensor:
     device where they are.
     """
     scale = power_of_two(exponents.int()).bfloat16()
-    # Of what torch runs on, CPUs and CUDA know float8; elsewhere a table of the 256 codes says the same.
-    known = codes.device.type in ("cpu", "cuda", "meta")
+    # Where torch does not know float8, a table of the 256 codes says the same.
+    known = casts_float8(codes.device.type)
     rows = codes.bfloat16() if known else by_table(codes.view(torch.uint8))
     rows.unflatten(1, (scale.shape[1], -1)).mul_(scale[..., None])
     return rows

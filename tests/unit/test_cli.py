@@ -472,6 +472,8 @@ def started_by_deepspeed(plan: LaunchPlan, monkeypatch: pytest.MonkeyPatch) -> l
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     # Read once, when its module was imported.
     monkeypatch.setattr(runner, "DEEPSPEED_ENVIRONMENT_NAME", plan.environment["DS_ENV_FILE"])
+    # It would set the level of pytest's handlers too, for all tests that follow.
+    monkeypatch.setattr(runner, "set_log_level_from_string", lambda _: None)
     write_environment_file(plan)
     runner.main(list(plan.command[3:]))
     (command,) = started

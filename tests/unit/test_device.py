@@ -24,7 +24,7 @@ from eagle3_ds.device.found import (
     device_name,
     take_device,
 )
-from eagle3_ds.device.kinds import KINDS, VISIBLE, backend_of, forced_kind, runs_triton
+from eagle3_ds.device.kinds import KINDS, VISIBLE, backend_of, casts_float8, forced_kind, runs_triton
 from eagle3_ds.device.world import join_world
 
 ROOT = Path(__file__).parents[2]
@@ -181,14 +181,15 @@ def test_a_cpu_waits_for_nothing() -> None:
 
 def test_what_one_kind_alone_can() -> None:
     assert [kind for kind in (*KINDS, "meta") if runs_triton(kind)] == ["cuda"]
+    assert [kind for kind in (*KINDS, "meta") if casts_float8(kind)] == ["cpu", "cuda"]
     assert not any(runtime.adds_in_product(kind) for kind in (*KINDS, "meta") if kind != "cuda")
     assert runtime.adds_in_product("cuda") is (torch.version.hip is None)
 
 
 VENDOR_NAMES = {"cuda", "is_cuda", "hip", "cudnn", "npu", "is_npu", "xpu", "is_xpu", "mps", "nccl", "hccl"}
 ALLOWED = {
-    # A kernel's name in a recipe, not a device.
-    "config/schema.py": {"cuda", "cudnn"},
+    # Names of kernels in a recipe, not devices.
+    "config/schema.py": {"cuda", "cudnn", "npu"},
 }
 
 

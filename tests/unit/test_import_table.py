@@ -23,7 +23,7 @@ TABLE: dict[str, set[str]] = {
     "losses": {"config", "device", "draft"},
     "plan": {"layout", "costs"},
     "targets": {"config", "layout", "attention"},
-    "store": {"layout"},
+    "store": {"device", "layout"},
     "data": {"config", "layout"},
     "serving": {"config", "store", "targets"},
     "checkpoint": {"config", "device", "topology", "collectives", "draft"},

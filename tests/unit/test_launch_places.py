@@ -63,6 +63,8 @@ def started(plan: LaunchPlan, monkeypatch: pytest.MonkeyPatch, devices: int = 4)
     monkeypatch.setattr(runner.subprocess, "check_call", lambda *_, **__: 0)
     monkeypatch.setattr(runner.subprocess, "check_output", lambda *_, **__: b"10.0.0.7\n")
     monkeypatch.setattr(runner.signal, "signal", lambda *_: None)
+    # It would set the level of pytest's handlers too, for all tests that follow.
+    monkeypatch.setattr(runner, "set_log_level_from_string", lambda _: None)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(type(runner.get_accelerator()), "device_count", lambda _: devices)
     if plan.exported is not None:
