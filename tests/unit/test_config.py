@@ -380,6 +380,7 @@ def test_a_shipped_name_is_found_from_anywhere_and_a_file_comes_first(
     recipe, told = read_recipe("quickstart")
     assert told == (
         f"recipe: quickstart is no file here; taken: the shipped {ROOT / 'recipes/quickstart.yaml'}",
+        "inferred: output_dir = output/quickstart, by the name of the recipe",
     )
     assert recipe.deepspeed == "zero3" and load_deepspeed_config("zero3.json") == load_deepspeed_config(
         "zero3"
