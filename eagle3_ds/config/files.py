@@ -32,7 +32,7 @@ def find_recipe(name: str | Path, folder: Path = Path(), asked_by: str = "recipe
     Raises:
         ValueError: there is none. The message begins with `asked_by`.
     """
-    if (folder / name).is_file():
+    if _is_file(folder / name):
         return folder / name
     found = find_shipped("recipes", name)
     if found is None:
@@ -48,7 +48,7 @@ def find_deepspeed(name: str, folder: Path) -> str:
     or from the folder above that one. As it is, where there is none: who reads the file says so.
     """
     places = [Path(name), folder / name, folder.absolute().parent / name]
-    found = next((place for place in places if place.is_file()), None)
+    found = next((place for place in places if _is_file(place)), None)
     return name if found in (None, places[0]) else str(found)
 
 
@@ -102,6 +102,14 @@ def merge_files(files: Sequence[RecipeFile]) -> dict[str, Any]:
 def files_with(files: Sequence[RecipeFile], location: Sequence[int | str]) -> list[Path]:
     """The files in which the key at `location` stands, that whose value counts first."""
     return [file.path for file in files if _stands_in(file.tree, location)]
+
+
+def _is_file(path: Path) -> bool:
+    """False also for a name that no file can have."""
+    try:
+        return path.is_file()
+    except OSError:  # longer than the file system takes
+        return False
 
 
 def _read_tree(path: Path) -> dict[str, Any]:

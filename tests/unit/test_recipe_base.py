@@ -142,6 +142,8 @@ def test_a_circle_is_refused_with_its_files(tmp_path: Path) -> None:
         ("famly.yaml", "famly.yaml is not a file, and no recipe of that name is shipped"),
         ("quikstart", "shipped name: quickstart, quickstart_"),
         (".", "is not a file"),
+        ("x" * 5000, "is not a file"),
+        ('"a\\0b"', "is not a file"),
     ],
 )
 def test_what_is_no_base_is_refused(tmp_path: Path, base: str, words: str) -> None:
