@@ -52,8 +52,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, tuple[str, ...]]:
-    """As `load_recipe`, which logs what is returned here beside the recipe: where it was found, if by name,
-    and what it leaves to be inferred from the file's name, the target's sizes, or to a shipped file.
+    """As `load_recipe`, which logs what is returned here beside the recipe: where it and its bases were
+    found, if by name, and what it leaves to be inferred from the file's name, the target's sizes, or
+    to a shipped file.
     """
     given, path = str(path), find_recipe(path)
     told = [] if path == Path(given) else [f"recipe: {given} is no file here; taken: the shipped {path}"]
@@ -158,11 +159,13 @@ def _place(detail: ErrorDetails, files: Sequence[RecipeFile], overridden: Sequen
     if any(location[: len(keys)] == keys for keys in overridden):
         return ""
     places = files_with(files, location)
-    if not isinstance(detail["input"], dict):
+    is_section = isinstance(detail["input"], dict)
+    if not is_section:
         places = places[:1]  # the others' values are replaced by this one's
     if places in ([], [files[0].path]):
         return ""
-    return f" It stands in {' and '.join(map(str, places))}."
+    what = f"The keys of {'.'.join(map(str, location)) or 'the recipe'} stand" if is_section else "It stands"
+    return f" {what} in {' and '.join(map(str, places))}."
 
 
 def _section_fields(location: Sequence[int | str]) -> list[str]:

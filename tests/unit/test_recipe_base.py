@@ -196,7 +196,11 @@ def test_keys_that_do_not_go_together_are_told_with_both_files(tmp_path: Path) -
     own, base = tmp_path / "own.yaml", tmp_path / "family.yaml"
     message = refusal(own)
     assert "draft: ttt_steps is 7 and algorithm is 'dflash'" in message
-    assert message.endswith(f"It stands in {own} and {base}.")
+    assert message.endswith(f"The keys of draft stand in {own} and {base}.")
+    write(tmp_path, own="base: family.yaml\nloss: {mask_alignment: predicted}\n")
+    message = refusal(own)
+    assert "recipe: loss.mask_alignment is predicted and draft.algorithm is eagle3" in message
+    assert message.endswith(f"The keys of the recipe stand in {own} and {base}.")
 
 
 def test_the_command_line_refuses_a_circle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
