@@ -1,4 +1,4 @@
-"""Reading a YAML file and `section.key=value` overrides into a `Recipe`. An error lists all mistakes."""
+"""Reading a recipe's files and `section.key=value` overrides into a `Recipe`. An error lists all mistakes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from eagle3_ds.config.files import (
+    BASE,
+    RecipeFile,
+    files_with,
+    find_deepspeed,
+    find_recipe,
+    merge_files,
+    read_files,
+)
 from eagle3_ds.config.schema import Recipe
-from eagle3_ds.config.shipped import find_shipped, names_near, shipped
 from eagle3_ds.config.sizes import infer_sizes
-from eagle3_ds.config.yaml_strict import parse_yaml, read_text
+from eagle3_ds.config.yaml_strict import parse_yaml
 
 logger = logging.getLogger(__name__)
 RESOLVED = "recipe.resolved.yaml"
@@ -27,8 +35,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe, and log one line for each key of it that has no value there and gets one here.
 
     Args:
-        path: the YAML file, or the name of a shipped one. A relative `deepspeed` is looked for from the
-            working directory, then from this file's folder, then from the folder above that, then among the
+        path: the YAML file, or the name of a shipped one. Its `base`, if it has one, is another recipe whose
+            keys count where this one and its overrides have none: a path from this file's folder, or the
+            name of a shipped one. A relative `deepspeed` is looked for from the working directory, then from
+            the folder of the file in which it stands, then from the folder above that, then among the
             shipped ones; the recipe gets the path where it was found.
         overrides: `section.key=value` each, the value written as in YAML. Later ones win.
 
@@ -41,38 +51,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def find_recipe(path: str | Path) -> Path:
-    """The file of a recipe that is given by its path, or by its name where it is shipped.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if Path(path).is_file():
-        return Path(path)
-    found = find_shipped("recipes", path)
-    if found is None:
-        raise ValueError(
-            f"recipe: {path} is not a file, and no recipe of that name is shipped. Give the path of one, or "
-            f"a shipped name: {names_near(path, shipped('recipes'))}."
-        )
-    return found
-
-
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, tuple[str, ...]]:
-    """As `load_recipe`, which logs what is returned here beside the recipe: where it was found, if by name,
-    and what it leaves to be inferred from the file's name, the target's sizes, or to a shipped file.
+    """As `load_recipe`, which logs what is returned here beside the recipe: where it and its bases were
+    found, if by name, and what it leaves to be inferred from the file's name, the target's sizes, or
+    to a shipped file.
     """
     given, path = str(path), find_recipe(path)
     told = [] if path == Path(given) else [f"recipe: {given} is no file here; taken: the shipped {path}"]
-    tree = parse_yaml(read_text(path), str(path))
-    if not isinstance(tree, dict):
-        raise ValueError(
-            f"{path}: a recipe is a mapping of sections, not {type(tree).__name__}. See docs/recipe.md."
-        )
-    for override in overrides:
-        _apply_override(tree, override)
-    if isinstance(tree.get("deepspeed"), str):
-        tree["deepspeed"] = _found_from(tree["deepspeed"], path.parent)
+    files, taken = read_files(path)
+    told += taken
+    tree = merge_files(files)
+    overridden = [_apply_override(tree, override) for override in overrides]
+    if ("deepspeed",) in overridden and isinstance(tree["deepspeed"], str):
+        tree["deepspeed"] = find_deepspeed(tree["deepspeed"], path.parent)
     if "deepspeed" not in tree:
         told.append(
             "inferred: deepspeed = zero2, the shipped JSON: optimizer states and gradients are sharded over "
@@ -86,7 +77,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
         # Validated as JSON, because pydantic's strict mode accepts a list for a tuple only in JSON.
         return Recipe.model_validate_json(json.dumps(tree)), tuple(told)
     except ValidationError as error:
-        problems = [_explain(detail) for detail in error.errors()]
+        problems = [_explain(detail) + _place(detail, files, overridden) for detail in error.errors()]
         number = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise ValueError("\n  ".join([f"{path}: {number} in the recipe:", *problems])) from error
 
@@ -115,26 +106,23 @@ def title_of(recipe: Recipe) -> str:
     )
 
 
-def _found_from(name: str, folder: Path) -> str:
-    """`name` where it is a file: from the working directory, from the recipe's folder, or from the folder
-    above that one. As it is, where there is none: who reads the file says so.
-    """
-    places = [Path(name), folder / name, folder.absolute().parent / name]
-    found = next((place for place in places if place.is_file()), None)
-    return name if found in (None, places[0]) else str(found)
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set the key of an override, for example `parallel.ulysses=4`, in `tree`.
+def _apply_override(tree: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Set the key of an override, for example `parallel.ulysses=4`, in `tree`, and return its path there.
 
     Raises:
-        ValueError: the override has another form, or a part of its path is a value and not a section.
+        ValueError: the override has another form, names a base, or a part of its path is a value and not a
+            section.
     """
     dotted, equals, text = override.partition("=")
-    keys = dotted.split(".")
+    keys = tuple(dotted.split("."))
     if not equals or not all(keys):
         raise ValueError(
             f"override {override!r}: not of the form section.key=value, for example parallel.ulysses=4."
+        )
+    if keys[0] == BASE:
+        raise ValueError(
+            f"override {override!r}: a base counts less than the file that names it, and an override counts "
+            f"more. Write `{BASE}` into the recipe."
         )
     node = tree
     for depth, key in enumerate(keys[:-1]):
@@ -145,13 +133,14 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise ValueError(f"override {override!r}: {prefix} is a value ({node[key]!r}), not a section.")
         node = node[key]
     node[keys[-1]] = parse_yaml(text, f"override {override!r}")
+    return keys
 
 
 def _explain(detail: ErrorDetails) -> str:
     """Describe a pydantic error in one line: key, value, rule and fix."""
     path = ".".join(str(part) for part in detail["loc"]) or "recipe"
     if detail["type"] == "extra_forbidden":
-        fields = _section_fields(detail["loc"][:-1])
+        fields = [*_section_fields(detail["loc"][:-1]), *([BASE] if len(detail["loc"]) == 1 else [])]
         close = difflib.get_close_matches(str(detail["loc"][-1]), fields, n=1)
         fix = f"Did you mean `{close[0]}`?" if close else f"Known keys here: {', '.join(fields)}."
         return f"{path}: unknown key. {fix}"
@@ -162,6 +151,21 @@ def _explain(detail: ErrorDetails) -> str:
     rule = detail["msg"].removeprefix("Input should be ")
     value = json.dumps(detail["input"])
     return f"{path}: the value is {value}, but it should be {rule}. Change it in the recipe."
+
+
+def _place(detail: ErrorDetails, files: Sequence[RecipeFile], overridden: Sequence[tuple[str, ...]]) -> str:
+    """Where to look for a mistake, in words, if that is not the recipe's own file alone."""
+    location = detail["loc"]
+    if any(location[: len(keys)] == keys for keys in overridden):
+        return ""
+    places = files_with(files, location)
+    is_section = isinstance(detail["input"], dict)
+    if not is_section:
+        places = places[:1]  # the others' values are replaced by this one's
+    if places in ([], [files[0].path]):
+        return ""
+    what = f"The keys of {'.'.join(map(str, location)) or 'the recipe'} stand" if is_section else "It stands"
+    return f" {what} in {' and '.join(map(str, places))}."
 
 
 def _section_fields(location: Sequence[int | str]) -> list[str]:

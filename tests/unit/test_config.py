@@ -371,6 +371,7 @@ def test_a_deepspeed_json_is_found_from_where_one_is_and_from_the_recipe(
     assert load_recipe(recipe).deepspeed == "one.json", "the working directory comes first"
     with pytest.raises(ValueError, match=r"nor from the recipe's folder or the one above it"):
         load_deepspeed_config(load_recipe(recipe, ["deepspeed=two.json"]).deepspeed)
+    assert load_recipe(recipe, [f"deepspeed={'x' * 5000}"]).deepspeed == "x" * 5000, "refused by who reads it"
 
 
 def test_a_shipped_name_is_found_from_anywhere_and_a_file_comes_first(
@@ -380,6 +381,7 @@ def test_a_shipped_name_is_found_from_anywhere_and_a_file_comes_first(
     recipe, told = read_recipe("quickstart")
     assert told == (
         f"recipe: quickstart is no file here; taken: the shipped {ROOT / 'recipes/quickstart.yaml'}",
+        "inferred: output_dir = output/quickstart, by the name of the recipe",
     )
     assert recipe.deepspeed == "zero3" and load_deepspeed_config("zero3.json") == load_deepspeed_config(
         "zero3"

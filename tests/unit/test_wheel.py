@@ -106,3 +106,12 @@ def test_a_shipped_recipe_runs_from_an_empty_folder(installed: Path, tmp_path: P
     assert "deepspeed: zero3" in told and f"--recipe={tmp_path}/output/quickstart/" in told
     assert "cache_dir: output/cache" in told and "path: output/quickstart-target" in told
     assert not list(tmp_path.iterdir()), "neither plan nor a dry run writes"
+
+
+def test_a_shipped_recipe_is_a_base_anywhere(installed: Path, tmp_path: Path) -> None:
+    told = eagle3_ds(installed, tmp_path, "launch", "quickstart_peagle", "--dry-run")
+    assert "algorithm: peagle" in told and "path: output/quickstart-target" in told
+    (tmp_path / "mine.yaml").write_text("base: quickstart\ntrain: {steps: 20}\n")
+    told = eagle3_ds(installed, tmp_path, "launch", "mine.yaml", "--dry-run")
+    assert "steps: 20" in told and "path: output/quickstart-target" in told
+    assert f"--recipe={tmp_path}/output/mine/" in told
