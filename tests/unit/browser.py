@@ -55,7 +55,7 @@ def pixels(page: Path, scheme: Scheme, size: tuple[int, int], folder: Path) -> P
     """The page as it is seen: [height, width, 3], red, green and blue from 0 to 255.
 
     Args:
-        size: width and height of the window.
+        size: width and height of the window; below 500 and 200 Chromium paints a part of it only.
         folder: where the browser may write.
 
     Raises:

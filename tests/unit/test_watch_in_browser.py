@@ -14,7 +14,6 @@ from tests.unit.watched_run import WatchedRun, record
 
 pytestmark = needs_browser
 WIDE, NARROW = (1200, 1200), (500, 2400)
-"""Chromium makes no window narrower than that."""
 GROUND = {"light": "#ffffff", "dark": "#16181c"}
 TEXT = {"light": "#111111", "dark": "#e8e8e8"}
 CURVES = {"light": (BLUE, VERMILION), "dark": (SKY, ORANGE)}
@@ -86,9 +85,9 @@ def test_these_checks_can_fail(tmp_path: Path) -> None:
     """A page that is blank, and light whatever is wished, and one whose script complains."""
     page = tmp_path / "page.html"
     page.write_text("<html><body style='background: #ffffff'></body></html>")
-    blank = pixels(page, "dark", (200, 100), tmp_path)
-    assert blank.shape == (100, 200, 3) and share(blank, GROUND["light"], 0) == 1.0
+    blank = pixels(page, "dark", (500, 300), tmp_path)
+    assert blank.shape == (300, 500, 3) and share(blank, GROUND["light"], 0) == 1.0
     assert share(blank, GROUND["dark"]) == share(blank, TEXT["dark"]) == 0.0
     page.write_text("<html><body><script>console.error('no such thing')</script></body></html>")
     with pytest.raises(AssertionError, match="no such thing"):
-        pixels(page, "light", (200, 100), tmp_path)
+        pixels(page, "light", (500, 300), tmp_path)
