@@ -6,24 +6,47 @@ import time
 from collections.abc import Sequence
 from html import escape
 
+from eagle3_ds.colors import BLUE, ORANGE, SKY, VERMILION
 from eagle3_ds.watch.curves import Points, thinned
 from eagle3_ds.watch.reading import RankView, RunView
 from eagle3_ds.watch.words import RANK_COLUMNS, curve_words, progress_words, rank_words
 
 WIDTH, HEIGHT, EDGE = 480, 120, 4
 MOST_POINTS = 480
-TRAINING, HELDOUT = "#0072b2", "#d55e00"
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; padding: 0 1em; }
-.curves { display: flex; flex-wrap: wrap; gap: 1.5em; }
-figure { margin: 0; }
-figcaption span { color: #666; }
-svg { background: #f6f6f6; display: block; max-width: 100%; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .2em .6em; border-bottom: 1px solid #ddd; vertical-align: top; }
-td.line, pre { font: 13px/1.4 ui-monospace, monospace; overflow-wrap: anywhere; white-space: pre-wrap; }
-.trouble { color: #b00020; }
+STYLE = f"""
+:root {{
+  color-scheme: light dark;
+  --ground: #ffffff; --text: #111111; --faint: #5f5f5f; --rule: #dddddd; --field: #f6f6f6;
+  --training: {BLUE}; --heldout: {VERMILION}; --trouble: #b00020;
+}}
+@media (prefers-color-scheme: dark) {{
+  :root {{
+    --ground: #16181c; --text: #e8e8e8; --faint: #a8a8a8; --rule: #44474d; --field: #23262b;
+    --training: {SKY}; --heldout: {ORANGE}; --trouble: #ff8a80;
+  }}
+}}
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; padding: 0 1em; }}
+body {{ background: var(--ground); color: var(--text); }}
+h1 {{ font-size: 1.5em; overflow-wrap: anywhere; }}
+.curves {{ display: grid; gap: 1.5em; }}
+.curves {{ grid-template-columns: repeat(auto-fill, minmax(min(100%, 30em), 1fr)); }}
+figure {{ margin: 0; }}
+figcaption span {{ color: var(--faint); }}
+svg {{ background: var(--field); display: block; width: 100%; height: auto; }}
+polyline {{ stroke: var(--training); stroke-width: 1.5; }}
+circle {{ fill: var(--training); }}
+.heldout polyline {{ stroke: var(--heldout); }}
+.heldout circle {{ fill: var(--heldout); }}
+.ranks {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; width: 100%; }}
+th, td {{ text-align: left; padding: .2em .6em; border-bottom: 1px solid var(--rule); vertical-align: top; }}
+th, td:not(.state, .line) {{ white-space: nowrap; }}
+td.line, pre {{ font: 13px/1.4 ui-monospace, monospace; overflow-wrap: anywhere; white-space: pre-wrap; }}
+td.line {{ min-width: 20em; }}
+td.state {{ min-width: 12em; overflow-wrap: anywhere; }}
+.trouble {{ color: var(--trouble); }}
 """
+"""Light and dark, as the reader's browser asks for."""
 
 
 def page(view: RunView, refresh_seconds: int | None = None) -> str:
@@ -71,17 +94,17 @@ def _figure(name: str, points: Points) -> str:
 
 def _svg(name: str, points: Points) -> str:
     """A curve over the steps, from its lowest to its highest value; a single point is a dot."""
-    color = HELDOUT if name.startswith(("held-out", "decoded")) else TRAINING
+    kind = "heldout" if name.startswith(("held-out", "decoded")) else "training"
     places = thinned(points, MOST_POINTS)
     xs = _scaled([step for step, _ in places], EDGE, WIDTH - EDGE)
     ys = _scaled([value for _, value in places], HEIGHT - EDGE, EDGE)
     if len(places) == 1:
-        mark = f'<circle cx="{xs[0]:.1f}" cy="{ys[0]:.1f}" r="3" fill="{color}"/>'
+        mark = f'<circle cx="{xs[0]:.1f}" cy="{ys[0]:.1f}" r="3"/>'
     else:
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
-        mark = f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.5"/>'
+        mark = f'<polyline points="{line}" fill="none"/>'
     size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
-    return f'<svg {size} role="img" aria-label="{escape(name)}">{mark}</svg>'
+    return f'<svg class="{kind}" {size} role="img" aria-label="{escape(name)}">{mark}</svg>'
 
 
 def _scaled(values: Sequence[float], start: float, end: float) -> list[float]:
@@ -95,10 +118,11 @@ def _scaled(values: Sequence[float], start: float, end: float) -> list[float]:
 def _ranks(ranks: Sequence[RankView], now: float) -> str:
     head = "".join(f"<th>{name}</th>" for name in RANK_COLUMNS)
     rows = [_row(rank, now) for rank in ranks]
-    return "\n".join([f"<table>\n<tr>{head}</tr>", *rows, "</table>"])
+    return "\n".join([f'<div class="ranks">\n<table>\n<tr>{head}</tr>', *rows, "</table>\n</div>"])
 
 
 def _row(rank: RankView, now: float) -> str:
-    *cells, line = map(escape, rank_words(rank, now))
+    words = zip(RANK_COLUMNS, rank_words(rank, now), strict=True)
+    cells = [f'<td class="{name.rpartition(" ")[2]}">{escape(word)}</td>' for name, word in words]
     trouble = ' class="trouble"' if rank.is_troubled else ""
-    return f'<tr{trouble}>{"".join(f"<td>{cell}</td>" for cell in cells)}<td class="line">{line}</td></tr>'
+    return f"<tr{trouble}>{''.join(cells)}</tr>"

@@ -6,8 +6,8 @@ import json
 import shlex
 from pathlib import Path
 
-from eagle3_ds.cli.main import commands
 from eagle3_ds.config import load_recipe
+from tests.unit.page_commands import parsed
 
 HEAD = "next, for this run:"
 
@@ -26,8 +26,7 @@ def require_usable(words: list[str], program: str, target: Path) -> None:
         assert (Path(speculative["model"]) / "model.safetensors").is_file()
         return
     assert words[0] == program
-    with commands.commands[words[1]].make_context(words[1], words[2:]) as context:
-        given = context.params
+    given = parsed(words[1:])
     if "recipe" in given:
         load_recipe(given["recipe"], given["overrides"])
     else:

@@ -12,9 +12,11 @@ import pytest
 
 from eagle3_ds.cli.main import commands
 from eagle3_ds.config import Recipe
+from tests.unit.page_commands import OURS, fault_of_span
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+WRITTEN_NOW = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "CHANGELOG.md", *WRITTEN_NOW]
 CHECKED = [
     ROOT / "docs" / name for name in ("glossary.md", "how-it-works.md", "troubleshooting.md", "watching.md")
 ]
@@ -25,6 +27,11 @@ OTHER_OPTIONS = {"--max-model-len"}
 def prose(text: str) -> str:
     """The page without its fenced blocks."""
     return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def spans_of(text: str) -> list[str]:
+    """What stands between backticks."""
+    return re.findall(r"`([^`\n]+)`", prose(text))
 
 
 def anchors(text: str) -> set[str]:
@@ -76,36 +83,10 @@ def unknown_messages(text: str) -> list[str]:
     return wrong
 
 
-def options_of(command: click.Command) -> set[str]:
-    return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
-
-
 def all_options(command: click.Command) -> set[str]:
     below = command.commands.values() if isinstance(command, click.Group) else ()
-    return options_of(command).union(*(all_options(one) for one in below))
-
-
-def fault_of_command(line: str) -> str | None:
-    """What is wrong with a command of ours; None for one that is right or somebody else's."""
-    words = line.split()
-    if words[0] == "./launch.sh":
-        words = ["eagle3-ds", *([] if words[1] in commands.commands else ["launch"]), *words[1:]]
-    if words[:2] == ["python", "-m"]:
-        path = ROOT / words[2].replace(".", "/")
-        return None if path.with_suffix(".py").is_file() else f"no module {words[2]}"
-    if words[0] == "python":
-        return None if (ROOT / words[1]).is_file() else f"no file {words[1]}"
-    if words[0] != "eagle3-ds":
-        return None
-    command: click.Command = commands
-    rest = words[1:]
-    while isinstance(command, click.Group):
-        if not rest or rest[0] not in command.commands:
-            return f"no command {' '.join(words)}"
-        command, rest = command.commands[rest[0]], rest[1:]
-    unknown = {word for word in rest if word.startswith("--")} - options_of(command)
-    keys = {word.partition("=")[0] for word in rest if "=" in word} - recipe_keys()
-    return f"{line}: unknown {sorted(unknown | keys)}" if unknown or keys else None
+    own = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    return own.union(*(all_options(one) for one in below))
 
 
 @cache
@@ -122,12 +103,9 @@ def recipe_keys() -> frozenset[str]:
 
 
 def faults_of_code(text: str) -> list[str]:
-    """Commands, options and recipe keys, in blocks or between backticks, that do not exist."""
-    blocks = re.findall(r"^```\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    spans = re.findall(r"`([^`\n]+)`", prose(text))
-    lines = [line for block in blocks for line in block.splitlines() if line.strip()]
-    starts = ("eagle3-ds ", "./launch.sh ", "python ")
-    found = [fault_of_command(line) for line in (*lines, *(s for s in spans if s.startswith(starts)))]
+    """Options and recipe keys between backticks that do not exist."""
+    spans = spans_of(text)
+    found: list[str] = []
     sections = {
         name for name, field in Recipe.model_fields.items() if hasattr(field.annotation, "model_fields")
     }
@@ -139,7 +117,13 @@ def faults_of_code(text: str) -> list[str]:
         # eval.json is a file of a run.
         if dotted and name not in recipe_keys() | {"eval.json"}:
             found.append(f"no recipe key {name}")
-    return [fault for fault in found if fault]
+    return found
+
+
+def faults_of_commands(text: str) -> list[str]:
+    """Our commands between backticks that the programs would refuse."""
+    spans = [span for span in spans_of(text) if span.partition(" ")[0] in OURS and " " in span]
+    return [f"{span}: {fault}" for span in spans if (fault := fault_of_span(span))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -152,6 +136,11 @@ def test_what_a_page_names_exists(page: Path) -> None:
     text = page.read_text("utf-8")
     assert unknown_messages(text) == []
     assert faults_of_code(text) == []
+
+
+@pytest.mark.parametrize("page", WRITTEN_NOW, ids=lambda page: page.name)
+def test_commands_in_the_text_are_understood(page: Path) -> None:
+    assert faults_of_commands(page.read_text("utf-8")) == []
 
 
 def test_every_symptom_quotes_or_commands() -> None:
@@ -173,9 +162,15 @@ def test_these_checks_can_fail() -> None:
     assert unknown_messages("> the server never asked its mother\n> waited ... s in ...") == [
         "the server never asked its mother"
     ]
-    wrong = "```\neagle3-ds planer R\neagle3-ds plan R --gpu 8\neagle3-ds plan R train.step=1\n```\n"
-    wrong += "`--no-such` `train.stepz: 3` `python -m benchmarks.none` `./launch.sh data lose R`"
-    assert len(faults_of_code(wrong)) == 7
-    right = "```\neagle3-ds plan R --gpus 8 train.steps=1\n```\n`--resume auto` `eval.json` "
-    right += "`./launch.sh R --dry-run`"
-    assert faults_of_code(right) == []
+    assert len(faults_of_code("`--no-such` `train.stepz: 3`")) == 2
+    assert faults_of_code("`--resume auto` `eval.json`") == []
+    wrong = "`eagle3-ds planer R` `eagle3-ds plan R --gpu 8` `eagle3-ds plan R train.step=1` "
+    wrong += "`python -m benchmarks.none` `python -m judge.exactness --shrt` `pytest tests/none.py` "
+    wrong += "`./launch.sh data lose R` `eagle3-ds launch quickstrt` `./launch.sh recipes/none.yaml` "
+    wrong += "`./launch.sh R --resume never`"
+    assert len(faults_of_commands(wrong)) == len(spans_of(wrong)) == 10
+    right = (
+        "`eagle3-ds plan R --gpus N train.steps=20` `./launch.sh R --dry-run` `eagle3-ds cache list | prune` "
+    )
+    right += "`eagle3-ds evaluate` `pytest tests/unit -k pages` `python -m judge.exactness --only TEXT`"
+    assert faults_of_commands(right) == []
