@@ -51,7 +51,9 @@ GPUS_PER_NODE = click.option(
 
 @click.command()
 @recipe_words
-@click.option("--gpus", type=COUNT, default=8, metavar="N", help="ranks of the run, e.g. --gpus 16 (else 8)")
+@click.option(
+    "--gpus", type=COUNT, metavar="N", help="ranks of the run, e.g. --gpus 16 (else those of its mesh, or 8)"
+)
 @GPUS_PER_NODE
 @click.option(
     "--gpu-memory",
@@ -88,7 +90,7 @@ GPUS_PER_NODE = click.option(
 def plan(
     recipe: str,
     overrides: tuple[str, ...],
-    gpus: int,
+    gpus: int | None,
     gpus_per_node: int,
     gpu_memory: float | None,
     reserve: float,
@@ -103,11 +105,15 @@ def plan(
     """
     from eagle3_ds.run.planning import Machines, plan_recipe
 
-    machines = Machines(gpus, gpus_per_node, gpu_memory, reserve, device)
     given = {name: size for name, size in sizes.items() if size is not None}
     loaded, told = read_recipe(recipe, overrides)
+    mesh = loaded.parallel
+    if gpus is None and mesh.draft_dp is not None:
+        gpus = mesh.draft_dp * mesh.ring * mesh.ulysses
+        told = (*told, f"inferred: --gpus {gpus}, by the recipe's mesh")
     for line in told:
         write(terminal(), line)
+    machines = Machines(gpus or Machines.gpus, gpus_per_node, gpu_memory, reserve, device)
     planned = plan_recipe(loaded, machines, supervised, shape, given)
     _show(planned, terminal())
     return 0 if planned.shortage is None else 1
@@ -135,9 +141,11 @@ def _show(planned: Planned, console: Console) -> None:
 
 def _show_setup(setup: Setup, device: Device, budget: int, console: Console) -> None:
     shape = setup.shape
+    millions = shape.num_parameters / 1e6
+    digits = 0 if millions >= 10 else 2
     write(
         console,
-        f"draft: {shape.num_parameters / 1e6:.0f} M trained parameters, hidden {shape.hidden_size}, "
+        f"draft: {millions:,.{digits}f} M trained parameters, hidden {shape.hidden_size}, "
         f"{shape.num_heads}/{shape.num_kv_heads} heads of {shape.head_dim}, draft vocabulary "
         f"{shape.draft_vocab_size}, K {setup.ttt_steps}",
     )

@@ -56,6 +56,16 @@ def test_a_target_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert best.parallel.ulysses * best.parallel.ring * (best.parallel.draft_dp or 0) == 8
 
 
+def test_ranks_are_those_of_the_recipes_mesh(capsys: pytest.CaptureFixture[str]) -> None:
+    text = planned(capsys, "quickstart")
+    assert "inferred: --gpus 4, by the recipe's mesh" in text
+    assert "draft_dp x ring x ulysses = 1 x 2 x 2" in text and "0.38 M trained" in text
+    text = planned(capsys, "quickstart", "--gpus", "8", "parallel.draft_dp=2")
+    assert "inferred: --gpus" not in text and "draft_dp x ring x ulysses = 2 x 2 x 2" in text
+    # Without draft_dp the mesh does not say how many there are.
+    assert "draft_dp x ring x ulysses = 2 x 2 x 2" in planned(capsys, "quickstart", "parallel.draft_dp=null")
+
+
 def test_a_target_that_will_be_built_and_one_of_which_only_the_config_is_here(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
