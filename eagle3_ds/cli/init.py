@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
 from eagle3_ds.cli.plan import COUNT, DEVICES, GIBIBYTES, GPUS_PER_NODE
-from eagle3_ds.cli.words import terminal, write
+from eagle3_ds.cli.words import CALLED, PROGRAM, terminal, write
 
 
 @click.command()
@@ -70,4 +71,7 @@ def init(
     console = terminal()
     for line in first.told:
         write(console, line)
-    write(console, f"written: {file}; next: {first.command}")
+    # launch.sh starts the main job without a word for it.
+    called = os.environ.get(CALLED)
+    start = first.command if called is None else first.command.replace(f"{PROGRAM} launch", called, 1)
+    write(console, f"written: {file}; next: {start}")

@@ -65,6 +65,15 @@ def plain(file: str) -> str:
     return " ".join(Path(file).read_text().replace("#", " ").split())
 
 
+def test_the_next_command_is_called_as_this_one_was(
+    rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_target(tmp_path / "llama", "llama")
+    monkeypatch.setenv("EAGLE3_DS_CALLED", "./launch.sh")
+    status, said = init(capsys, folder, "--data", rows, "--gpus", 2, "--gpu-memory", 16)
+    assert status == 0 and "\nwritten: llama.yaml; next: ./launch.sh llama.yaml\n" in said
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_recipe_for_a_target_of_this_kind_is_accepted(
     family: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
