@@ -8,10 +8,12 @@ the arithmetic is checked where a GPU is, by tests/gpu, and that of NPUs nowhere
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from tests.unit import emulated_npu, emulated_nvidia
 from tests.unit import kernel_conformance as conformance
 from tests.unit.kernel_conformance import Case, each_case
 
+PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 TAKEN_CASES = (
     "causal rectangle",
     "one row",
@@ -144,6 +147,41 @@ def test_cudnn_follows_the_shape_of_the_statistics(monkeypatch: pytest.MonkeyPat
 
 NVIDIA = tuple(emulated_nvidia.OPERATORS)
 VARLEN = tuple(name for name in NVIDIA if name != "cudnn")
+
+
+def arguments_of(operator: Any) -> list[str]:
+    return [argument.name for argument in operator._schema.arguments]
+
+
+@pytest.mark.usefixtures("operators")
+def test_the_page_lists_the_arguments_in_their_order() -> None:
+    """Each operator's in the installed torch; those of packages as the emulations have them."""
+    text = PAGE.read_text("utf-8")
+    listed = {
+        name: [part.strip() for part in arguments.replace("*,", "").split(",")]
+        for block in re.findall(r"```text\n(.*?)```", text, flags=re.DOTALL)
+        for name, arguments in re.findall(r"^(\w+)\((.*?)\)$", block, flags=re.DOTALL | re.MULTILINE)
+    }
+    aten, fa3 = torch.ops.aten, torch.ops.flash_attn_3
+    for name in ("_flash_attention_backward", "_scaled_dot_product_cudnn_attention"):
+        assert listed[name] == arguments_of(getattr(aten, name).default)
+    backward = aten._scaled_dot_product_cudnn_attention_backward.default
+    assert listed["_scaled_dot_product_cudnn_attention_backward"] == arguments_of(backward)
+    forward = arguments_of(aten._flash_attention_forward.default)
+    # torch 2.13 has two more at the end.
+    assert listed["_flash_attention_forward"] == forward[:15]
+    assert set(forward[15:]) <= {"block_table", "num_splits"}
+    assert listed["fwd"] == arguments_of(fa3.fwd.default)
+    assert listed["bwd"] == arguments_of(fa3.bwd.default)
+    for name, operator in (
+        ("_flash_attn_varlen_forward", emulated_nvidia.fa2_forward),
+        ("_flash_attn_varlen_backward", emulated_nvidia.fa2_backward),
+        ("_flash_attn_fwd", emulated_nvidia.fa4_forward),
+        ("_flash_attn_bwd", emulated_nvidia.fa4_backward),
+    ):
+        given = [argument for argument in inspect.signature(operator).parameters if argument in listed[name]]
+        assert given == [argument for argument in listed[name] if argument in given]
+        assert given == list(inspect.signature(operator).parameters)
 
 
 @pytest.mark.parametrize("dtype", emulated_nvidia.HALF_DTYPES, ids=str)
