@@ -1,17 +1,19 @@
 """The kernels for GPUs and NPUs without one: real operator schemas and package signatures, with an emulation
 behind them.
 
-Their calls are checked against what the operators and packages document; the arithmetic is checked where a
-GPU is, by tests/gpu, and that of NPUs nowhere yet. The emulations compute dense attention from the documented
-masks and share no code with the kernels.
+Their calls are checked against what the operators and packages document (docs/kernels.md, docs/ascend.md);
+the arithmetic is checked where a GPU is, by tests/gpu, and that of NPUs nowhere yet.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,10 +23,19 @@ from torch import Tensor
 import eagle3_ds.kernels.cudnn as cudnn_module
 from eagle3_ds.kernels import KERNELS, AttentionKernel, Tile, select_kernel
 from eagle3_ds.kernels.base import TileKernel
-from tests.unit import emulated_npu
+from tests.unit import emulated_npu, emulated_nvidia
 from tests.unit import kernel_conformance as conformance
-from tests.unit.emulated_dense import dense_backward, dense_forward
 from tests.unit.kernel_conformance import Case, each_case
+
+PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
+TAKEN_CASES = (
+    "causal rectangle",
+    "one row",
+    "chunks of documents",
+    "rows in several tiles",
+    "window over documents",
+)
+"""With every kind of call among them: one and several sequences, full, causal, windows, single rows."""
 
 NAMES = ("cuda", "cudnn", "npu", "flash_attn2", "flash_attn3", "flash_attn4")
 
@@ -33,465 +44,78 @@ def kernel_called(name: str) -> AttentionKernel:
     return next(kernel for kernel in KERNELS if kernel.name == name)
 
 
-def varlen_masks(
-    q: Tensor,
-    k: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_q: int,
-    max_k: int,
-    causal: bool,
-    left: int,
-    right: int,
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, keys and mask of each sequence as FlashAttention 2 and 3 define them; -1: an unlimited side."""
-    for x, offsets in ((q, cu_q), (k, cu_k)):
-        assert x.dim() == 3 and x.stride(-1) == 1
-        assert offsets.dtype == torch.int32 and offsets[0] == 0 and offsets[-1] == len(x)
-    sizes_q, sizes_k = cu_q.diff(), cu_k.diff()
-    assert (
-        (max_q, max_k) == (int(sizes_q.max()), int(sizes_k.max())) and sizes_q.min() > 0 and sizes_k.min() > 0
-    )
-    if causal:
-        right = 0
-    if left >= max_k:
-        left = -1
-    if left >= 0 and right < 0:
-        right = max_k
-    for i in range(len(sizes_q)):
-        num_q, num_k = int(sizes_q[i]), int(sizes_k[i])
-        back = (torch.arange(num_q)[:, None] + num_k - num_q) - torch.arange(num_k)
-        shown = (back <= left if left >= 0 else back == back) & (
-            back >= -right if right >= 0 else back == back
-        )
-        yield slice(int(cu_q[i]), int(cu_q[i + 1])), slice(int(cu_k[i]), int(cu_k[i + 1])), shown
-
-
-def varlen_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_q: int,
-    max_k: int,
-    causal: bool,
-    left: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    for rows, keys, shown in varlen_masks(q, k, cu_q, cu_k, max_q, max_k, causal, left, -1):
-        out[rows], lse[:, rows] = dense_forward(q[rows], k[keys], v[keys], scale, shown)
-    return out, lse
-
-
-def varlen_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_q: int,
-    max_k: int,
-    causal: bool,
-    left: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    assert lse.shape == (q.shape[1], q.shape[0]) and lse.is_contiguous() and lse.dtype == torch.float32
-    assert out.dtype == dout.dtype == q.dtype and dout.stride(-1) == out.stride(-1) == 1
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    for rows, keys, shown in varlen_masks(q, k, cu_q, cu_k, max_q, max_k, causal, left, -1):
-        dq[rows], dk[keys], dv[keys] = dense_backward(
-            dout[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows], scale, shown
-        )
-    return dq, dk, dv
-
-
-def aten_flash_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cum_seq_q: Tensor,
-    cum_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    dropout_p: float,
-    is_causal: bool,
-    return_debug_mask: bool,
-    *,
-    scale: float,
-    window_size_left: int | None = None,
-) -> tuple[Tensor, ...]:
-    assert dropout_p == 0.0 and not return_debug_mask
-    left = -1 if window_size_left is None else window_size_left
-    out, lse = varlen_forward(q, k, v, cum_seq_q, cum_seq_k, max_q, max_k, is_causal, left, scale)
-    return out, lse, torch.empty(2, dtype=torch.uint64), torch.empty((), dtype=torch.uint64), q.new_empty(0)
-
-
-def aten_flash_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cum_seq_q: Tensor,
-    cum_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    dropout_p: float,
-    is_causal: bool,
-    rng_state: Tensor,
-    unused: Tensor,
-    *,
-    scale: float,
-    window_size_left: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    assert dropout_p == 0.0 and rng_state.dtype == unused.dtype == torch.uint64
-    left = -1 if window_size_left is None else window_size_left
-    return varlen_backward(
-        dout, q, k, v, out, lse, cum_seq_q, cum_seq_k, max_q, max_k, is_causal, left, scale
-    )
-
-
-def top_left(q: Tensor, k: Tensor, is_causal: bool) -> Tensor:
-    shown = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
-    return shown.tril() if is_causal else shown
-
-
-def cudnn_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_bias: None,
-    compute_log_sumexp: bool,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    return_debug_mask: bool = False,
-    *,
-    scale: float,
-) -> tuple[Tensor | int, ...]:
-    """[1, H, L, D], causal at the top left, lse [1, H, L, 1] or, in other versions of torch, [1, H, L]."""
-    assert (attn_bias, compute_log_sumexp, dropout_p, return_debug_mask) == (None, True, 0.0, False)
-    assert k.shape[2] > 1 and k.transpose(1, 2).is_contiguous() and q.transpose(1, 2).is_contiguous()
-    query, key, value = (x[0].transpose(0, 1) for x in (q, k, v))
-    out, lse = dense_forward(query, key, value, scale, top_left(q, k, is_causal))
-    nothing = q.new_empty(0)
-    return (
-        out.transpose(0, 1)[None],
-        lse[None, ..., None],
-        nothing,
-        nothing,
-        q.shape[2],
-        k.shape[2],
-        nothing,
-        nothing,
-        nothing,
-    )
-
-
-def cudnn_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    philox_seed: Tensor,
-    philox_offset: Tensor,
-    attn_bias: None,
-    cum_seq_q: None,
-    cum_seq_k: None,
-    max_q: int,
-    max_k: int,
-    dropout_p: float,
-    is_causal: bool,
-    *,
-    scale: float,
-) -> tuple[Tensor, ...]:
-    assert (attn_bias, cum_seq_q, cum_seq_k, dropout_p) == (None, None, None, 0.0)
-    assert (max_q, max_k) == (
-        q.shape[2],
-        k.shape[2],
-    ) and philox_seed.dtype == philox_offset.dtype == torch.int64
-    assert lse.shape == (*q.shape[:3], 1) and lse.is_contiguous() and lse.dtype == torch.float32
-    assert all(x.transpose(1, 2).is_contiguous() for x in (dout, q, k, v, out))
-    gradient, query, key, value, output = (x[0].transpose(0, 1) for x in (dout, q, k, v, out))
-    shown = top_left(q, k, is_causal)
-    grads = dense_backward(gradient, query, key, value, output, lse[0, ..., 0], scale, shown)
-    return tuple(x.transpose(0, 1)[None] for x in grads)
-
-
-def fa2_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int = -1,
-    window_size_right: int = -1,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    return_softmax: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The arguments of flash-attn 2.8's function that come before those for paged keys."""
-    assert (dropout_p, window_size_right, softcap, alibi_slopes, return_softmax) == (
-        0.0,
-        -1,
-        0.0,
-        None,
-        False,
-    )
-    out, lse = varlen_forward(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        causal,
-        window_size_left,
-        softmax_scale,
-    )
-    return out, lse, q.new_empty(0), torch.empty(2, dtype=torch.int64)
-
-
-def fa2_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int,
-    window_size_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    deterministic: bool,
-    rng_state: Tensor | None = None,
-    zero_tensors: bool = False,
-) -> Tensor:
-    """All the arguments of flash-attn 2.8's function; the gradients are written into what it is given."""
-    assert (dropout_p, window_size_right, softcap, alibi_slopes, rng_state, zero_tensors) == (
-        0.0,
-        -1,
-        0.0,
-        None,
-        None,
-        False,
-    )
-    assert deterministic == torch.are_deterministic_algorithms_enabled()
-    grads = varlen_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        causal,
-        window_size_left,
-        softmax_scale,
-    )
-    for given, grad in zip((dq, dk, dv), grads, strict=True):
-        assert given.is_contiguous()
-        given.copy_(grad)
-    return softmax_lse
-
-
-FA3_FORWARD = """fwd(Tensor q, Tensor k, Tensor v, Tensor(k_new!)? k_new = None, Tensor(v_new!)? v_new = None,
-Tensor? q_v = None, Tensor(out!)? out = None, Tensor? cu_seqlens_q = None, Tensor? cu_seqlens_k = None,
-Tensor? cu_seqlens_k_new = None, Tensor? seqused_q = None, Tensor? seqused_k = None, int? max_seqlen_q = None,
-int? max_seqlen_k = None, Tensor? page_table = None, Tensor? kv_batch_idx = None, Tensor? leftpad_k = None,
-Tensor? rotary_cos = None, Tensor? rotary_sin = None, Tensor? seqlens_rotary = None, Tensor? q_descale = None,
-Tensor? k_descale = None, Tensor? v_descale = None, float? softmax_scale = None, bool is_causal = False,
-int window_size_left = -1, int window_size_right = -1, int attention_chunk = 0, float softcap = 0.0,
-bool is_rotary_interleaved = False, Tensor? scheduler_metadata = None, int num_splits = 0,
-bool? pack_gqa = None, int sm_margin = 0) -> (Tensor(out!), Tensor, Tensor, Tensor)"""
-FA3_BACKWARD = """bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse,
-Tensor(dq!)? dq = None, Tensor(dk!)? dk = None, Tensor(dv!)? dv = None, Tensor? cu_seqlens_q = None,
-Tensor? cu_seqlens_k = None, Tensor? seqused_q = None, Tensor? seqused_k = None,
-int? max_seqlen_q = None, int? max_seqlen_k = None, float? softmax_scale = None, bool is_causal = False,
-int window_size_left = -1, int window_size_right = -1, float softcap = 0.0, bool deterministic = False,
-int sm_margin = 0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"""
-
-
-def fa3_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, ...]:
-    names = [argument.name for argument in torch.ops.flash_attn_3.fwd.default._schema.arguments]
-    given = {**dict(zip(names[3:], rest, strict=False)), **options}
-    assert given["num_splits"] == 1
-    assert given.get("window_size_right", -1) == -1 and not given.get("attention_chunk")
-    out, lse = varlen_forward(
-        q,
-        k,
-        v,
-        given["cu_seqlens_q"],
-        given["cu_seqlens_k"],
-        given["max_seqlen_q"],
-        given["max_seqlen_k"],
-        given.get("is_causal", False),
-        given.get("window_size_left", -1),
-        given["softmax_scale"],
-    )
-    return out, lse, q.new_empty(0), q.new_empty(0)
-
-
-def fa3_backward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
-    names = [argument.name for argument in torch.ops.flash_attn_3.bwd.default._schema.arguments]
-    given = {**dict(zip(names, arguments, strict=False)), **options}
-    assert given.get("window_size_right", -1) == -1
-    grads = varlen_backward(
-        given["dout"],
-        given["q"],
-        given["k"],
-        given["v"],
-        given["out"],
-        given["softmax_lse"],
-        given["cu_seqlens_q"],
-        given["cu_seqlens_k"],
-        given["max_seqlen_q"],
-        given["max_seqlen_k"],
-        given.get("is_causal", False),
-        given.get("window_size_left", -1),
-        given["softmax_scale"],
-    )
-    for name, grad in zip(("dq", "dk", "dv"), grads, strict=True):
-        given[name].copy_(grad)
-    return tuple(given["dout"].new_empty(0) for _ in range(5))
-
-
-def fa4_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    qv: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    seqused_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    min_seqlen_k: int | None = None,
-    page_table: Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    softcap: float | None = None,
-    window_size_left: int | None = None,
-    window_size_right: int | None = None,
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor | None, None, None]:
-    assert (
-        qv is seqused_q is seqused_k is min_seqlen_k is page_table is softcap is window_size_right is None
-        and return_lse
-    )
-    assert cu_seqlens_q is not None and max_seqlen_q is not None and softmax_scale is not None
-    assert cu_seqlens_k is not None and max_seqlen_k is not None
-    left = -1 if window_size_left is None else window_size_left
-    out, lse = varlen_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, left, softmax_scale
-    )
-    return out, lse, None, None
-
-
-def fa4_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    dout: Tensor,
-    lse: Tensor,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    softcap: float = 0.0,
-    window_size_left: int | None = None,
-    window_size_right: int | None = None,
-    *,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    deterministic: bool = False,
-) -> tuple[Tensor, ...]:
-    assert softcap == 0.0 and window_size_right is None and softmax_scale is not None
-    assert deterministic == torch.are_deterministic_algorithms_enabled()
-    # The real one, on Hopper, is wrong for more.
-    assert len(cu_seqlens_q) == len(cu_seqlens_k) == 2
-    left = -1 if window_size_left is None else window_size_left
-    return varlen_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        causal,
-        left,
-        softmax_scale,
-    )
-
-
 def module_with(name: str, **functions: object) -> types.ModuleType:
     module = types.ModuleType(name)
     vars(module).update(functions)
     return module
 
 
+class Recorder:
+    """Passes calls on to emulated operators and keeps them: operator and its arguments by name."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Callable[..., Any], dict[str, Any]]] = []
+
+    def __call__(self, operator: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(operator)
+
+        def recorded(*arguments: Any, **options: Any) -> Any:
+            bound = signature.bind(*arguments, **options)
+            named = {**bound.arguments, **bound.arguments.get("others", {})}
+            named.pop("others", None)
+            self.calls.append((operator, named))
+            return operator(*arguments, **options)
+
+        return recorded
+
+    def first(self, operator: Callable[..., Any]) -> dict[str, Any]:
+        return next(arguments for called, arguments in self.calls if called is operator)
+
+
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every operator and package behind these kernels, computing on the CPU."""
+def operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    """Every operator and package behind these kernels, on the CPU, with what they are documented to take."""
+    recorder = Recorder()
+    forward, backward = (
+        {name: recorder(pair[i]) for name, pair in emulated_nvidia.OPERATORS.items()} for i in (0, 1)
+    )
     aten = torch.library.Library("aten", "IMPL")
     fa3 = torch.library.Library("flash_attn_3", "FRAGMENT")
     try:
-        aten.impl("_flash_attention_forward", aten_flash_forward, "CPU")
-        aten.impl("_flash_attention_backward", aten_flash_backward, "CPU")
-        aten.impl("_scaled_dot_product_cudnn_attention", cudnn_forward, "CPU")
-        aten.impl("_scaled_dot_product_cudnn_attention_backward", cudnn_backward, "CPU")
-        fa3.define(FA3_FORWARD)
-        fa3.define(FA3_BACKWARD)
-        fa3.impl("fwd", fa3_forward, "CPU")
-        fa3.impl("bwd", fa3_backward, "CPU")
-        modules = {
+        aten.impl("_flash_attention_forward", forward["cuda"], "CPU")
+        aten.impl("_flash_attention_backward", backward["cuda"], "CPU")
+        aten.impl("_scaled_dot_product_cudnn_attention", forward["cudnn"], "CPU")
+        aten.impl("_scaled_dot_product_cudnn_attention_backward", backward["cudnn"], "CPU")
+        fa3.define(emulated_nvidia.FA3_FORWARD)
+        fa3.define(emulated_nvidia.FA3_BACKWARD)
+        fa3.impl("fwd", emulated_nvidia.by_name("fwd", forward["flash_attn3"]), "CPU")
+        fa3.impl("bwd", emulated_nvidia.by_name("bwd", backward["flash_attn3"]), "CPU")
+        modules: dict[str, dict[str, Any]] = {
             "flash_attn.flash_attn_interface": {
-                "_flash_attn_varlen_forward": fa2_forward,
-                "_flash_attn_varlen_backward": fa2_backward,
+                "_flash_attn_varlen_forward": forward["flash_attn2"],
+                "_flash_attn_varlen_backward": backward["flash_attn2"],
             },
             "flash_attn_3._C": {},
-            "flash_attn.cute.interface": {"_flash_attn_fwd": fa4_forward, "_flash_attn_bwd": fa4_backward},
+            "flash_attn.cute.interface": {
+                "_flash_attn_fwd": forward["flash_attn4"],
+                "_flash_attn_bwd": backward["flash_attn4"],
+            },
             "torch_npu": emulated_npu.OPERATORS,
         }
         for name, functions in modules.items():
             monkeypatch.setitem(sys.modules, name, module_with(name, **functions))
         monkeypatch.setattr(cudnn_module, "_SMALLEST", 8)
-        yield
+        yield recorder
     finally:
         aten._destroy()
         fa3._destroy()
+        cudnn_module._statistics_dim.cache_clear()
+
+
+@pytest.fixture
+def emulated(operators: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operators that take fp32 as well, so that masks and formulas are held to 1e-5."""
+    monkeypatch.setattr(emulated_nvidia, "dtypes", (*emulated_nvidia.HALF_DTYPES, torch.float32))
 
 
 @each_case
@@ -509,11 +133,190 @@ def test_operands_may_be_strided_and_gradients_zero(name: str) -> None:
     conformance.check_rows_without_gradient(kernel_called(name), "cpu", torch.float32)
 
 
+@pytest.mark.parametrize("dim", [3, 4])
 @pytest.mark.usefixtures("emulated")
-def test_cudnn_follows_the_shape_of_the_statistics() -> None:
+def test_cudnn_follows_the_shape_of_the_statistics(monkeypatch: pytest.MonkeyPatch, dim: int) -> None:
+    monkeypatch.setattr(emulated_nvidia, "statistics_dim", dim)
     q = torch.zeros(12, 2, 16)
     lse = torch.arange(24.0).view(12, 2)
-    assert torch.equal(cudnn_module._statistics(lse, q), lse.T[None, ..., None])
+    assert torch.equal(cudnn_module._statistics(lse, q), lse.T[None, ..., None] if dim == 4 else lse.T[None])
+    case = conformance.CASES["causal square"]
+    conformance.check_forward(kernel_called("cudnn"), "cpu", torch.float32, case)
+    conformance.check_backward(kernel_called("cudnn"), "cpu", torch.float32, case, with_others=True)
+
+
+NVIDIA = tuple(emulated_nvidia.OPERATORS)
+VARLEN = tuple(name for name in NVIDIA if name != "cudnn")
+
+
+def arguments_of(operator: Any) -> list[str]:
+    return [argument.name for argument in operator._schema.arguments]
+
+
+@pytest.mark.usefixtures("operators")
+def test_the_page_lists_the_arguments_in_their_order() -> None:
+    """Each operator's in the installed torch; those of packages as the emulations have them."""
+    text = PAGE.read_text("utf-8")
+    listed = {
+        name: [part.strip() for part in arguments.replace("*,", "").split(",")]
+        for block in re.findall(r"```text\n(.*?)```", text, flags=re.DOTALL)
+        for name, arguments in re.findall(r"^(\w+)\((.*?)\)$", block, flags=re.DOTALL | re.MULTILINE)
+    }
+    aten, fa3 = torch.ops.aten, torch.ops.flash_attn_3
+    for name in ("_flash_attention_backward", "_scaled_dot_product_cudnn_attention"):
+        assert listed[name] == arguments_of(getattr(aten, name).default)
+    backward = aten._scaled_dot_product_cudnn_attention_backward.default
+    assert listed["_scaled_dot_product_cudnn_attention_backward"] == arguments_of(backward)
+    forward = arguments_of(aten._flash_attention_forward.default)
+    # torch 2.13 has two more at the end.
+    assert listed["_flash_attention_forward"] == forward[:15]
+    assert set(forward[15:]) <= {"block_table", "num_splits"}
+    assert listed["fwd"] == arguments_of(fa3.fwd.default)
+    assert listed["bwd"] == arguments_of(fa3.bwd.default)
+    for name, operator in (
+        ("_flash_attn_varlen_forward", emulated_nvidia.fa2_forward),
+        ("_flash_attn_varlen_backward", emulated_nvidia.fa2_backward),
+        ("_flash_attn_fwd", emulated_nvidia.fa4_forward),
+        ("_flash_attn_bwd", emulated_nvidia.fa4_backward),
+    ):
+        given = [argument for argument in inspect.signature(operator).parameters if argument in listed[name]]
+        assert given == [argument for argument in listed[name] if argument in given]
+        assert given == list(inspect.signature(operator).parameters)
+
+
+@pytest.mark.parametrize("dtype", emulated_nvidia.HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("case", TAKEN_CASES)
+@pytest.mark.parametrize("name", NVIDIA)
+@pytest.mark.usefixtures("operators")
+def test_every_call_is_one_that_the_operators_take(name: str, case: str, dtype: torch.dtype) -> None:
+    conformance.check_forward(kernel_called(name), "cpu", dtype, conformance.CASES[case])
+    conformance.check_backward(kernel_called(name), "cpu", dtype, conformance.CASES[case], with_others=True)
+
+
+@pytest.mark.parametrize("name", NVIDIA)
+@pytest.mark.usefixtures("operators")
+def test_strided_operands_are_ones_that_the_operators_take(name: str) -> None:
+    conformance.check_strided_operands(kernel_called(name), "cpu", torch.bfloat16)
+
+
+def run_both(name: str, operators: Recorder, case: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first call of the forward and of the backward that a kernel makes for a case, which were taken."""
+    conformance.check_forward(kernel_called(name), "cpu", torch.bfloat16, conformance.CASES[case])
+    conformance.check_backward(
+        kernel_called(name), "cpu", torch.bfloat16, conformance.CASES[case], with_others=True
+    )
+    forward, backward = (operators.first(operator) for operator in emulated_nvidia.OPERATORS[name])
+    return forward, backward
+
+
+def named(call: dict[str, Any], *names: str) -> str:
+    """Which of these names an operator gives to an argument."""
+    return next(name for name in names if name in call)
+
+
+def refused(operator: Callable[..., Any], call: dict[str, Any], rule: str, **changed: Any) -> None:
+    """The operator takes the call, and refuses it with some arguments changed, by the rule."""
+    operator(**call)
+    with pytest.raises(AssertionError, match=rule):
+        operator(**{**call, **changed})
+
+
+def spread(x: Tensor) -> Tensor:
+    """The same values with a stride in the last dimension."""
+    return torch.stack((x, x), dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("name", NVIDIA)
+def test_wrong_operands_are_refused(name: str, operators: Recorder) -> None:
+    for operator, call in zip(
+        emulated_nvidia.OPERATORS[name], run_both(name, operators, "causal square"), strict=True
+    ):
+        q, k, v = (named(call, short, long) for short, long in (("q", "query"), ("k", "key"), ("v", "value")))
+        operands = {key: call[key] for key in (q, k, v)}
+        heads = call[q].dim() - 2 if name != "cudnn" else 1
+        refused(operator, call, "dtype", **{key: x.float() for key, x in operands.items()})
+        refused(operator, call, "dtype", **{v: call[v].half()})
+        refused(operator, call, "last dimension", **{k: spread(call[k])})
+        refused(operator, call, "head size 12", **{key: x[..., :12] for key, x in operands.items()})
+        wide = {key: torch.cat([x] * 17, dim=-1) for key, x in operands.items()}
+        refused(operator, call, "head size 272", **wide)
+        three = {key: call[key].narrow(heads, 0, 3) for key in (k, v)}
+        refused(operator, call, "heads", **three)
+
+
+@pytest.mark.parametrize("name", NVIDIA)
+def test_a_wrong_output_or_log_sum_exp_is_refused(name: str, operators: Recorder) -> None:
+    operator = emulated_nvidia.OPERATORS[name][1]
+    _, call = run_both(name, operators, "causal square")
+    lse, dout = named(call, "lse", "softmax_lse", "logsumexp"), named(call, "dout", "grad_out")
+    right = call[lse]
+    refused(operator, call, "log-sum-exp of torch.float64", **{lse: right.double()})
+    refused(operator, call, "log-sum-exp of torch.bfloat16", **{lse: right.bfloat16()})
+    refused(operator, call, "log-sum-exp of shape", **{lse: right.transpose(-1, -2).contiguous()})
+    refused(operator, call, "log-sum-exp of shape", **{lse: right[None]})
+    refused(operator, call, "log-sum-exp with strides", **{lse: spread(right)})
+    refused(operator, call, "dtype", out=call["out"].float())
+    refused(operator, call, "dtype", **{dout: call[dout].half()})
+    refused(operator, call, "last dimension of dout", **{dout: spread(call[dout])})
+    refused(operator, call, "shape", out=call["out"][..., :8])
+
+
+@pytest.mark.parametrize("name", VARLEN)
+def test_wrong_lengths_are_refused(name: str, operators: Recorder) -> None:
+    operator = emulated_nvidia.OPERATORS[name][0]
+    call, _ = run_both(name, operators, "documents")
+    cu_q, cu_k = named(call, "cu_seqlens_q", "cum_seq_q"), named(call, "cu_seqlens_k", "cum_seq_k")
+    max_q, max_k = named(call, "max_seqlen_q", "max_q"), named(call, "max_seqlen_k", "max_k")
+    assert call[cu_q].tolist() == call[cu_k].tolist() == [0, 21, 22, 60] and call[max_q] == 38
+
+    def lengths(*values: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    refused(operator, call, "cumulated lengths of torch.int64", **{cu_q: call[cu_q].long()})
+    refused(operator, call, "cumulated lengths", **{cu_k: spread(call[cu_k])})
+    refused(operator, call, "do not cover", **{cu_k: lengths(0, 21, 22, 59)})
+    refused(operator, call, "do not cover", **{cu_q: lengths(1, 21, 22, 60)})
+    refused(operator, call, "not as many", **{cu_k: lengths(0, 22, 60)})
+    refused(operator, call, "an empty sequence", **{cu_q: lengths(0, 22, 22, 60)})
+    refused(operator, call, "longest sequence: 37", **{max_q: 37})
+    refused(operator, call, "longest sequence: 39", **{max_k: 39})
+    refused(operator, call, "empty row", **{cu_k: lengths(0, 20, 22, 60)})
+
+
+@pytest.mark.parametrize("name", ["flash_attn2", "flash_attn3"])
+def test_wrong_places_for_gradients_are_refused(name: str, operators: Recorder) -> None:
+    operator = emulated_nvidia.OPERATORS[name][1]
+    _, call = run_both(name, operators, "causal square")
+    refused(operator, call, "dtype", dq=call["dq"].float())
+    refused(operator, call, "shape", dk=call["dk"][1:])
+    refused(operator, call, "last dimension of a gradient", dv=spread(call["dv"]))
+
+
+def test_what_else_cudnn_refuses(operators: Recorder) -> None:
+    forward, backward = emulated_nvidia.OPERATORS["cudnn"]
+    of_forward, of_backward = run_both("cudnn", operators, "causal square")
+    one_key = {name: of_forward[name][:, :, :1] for name in ("key", "value")}
+    refused(forward, of_forward, "a single key", **one_key, is_causal=False)
+    refused(forward, of_forward, "strides", query=of_forward["query"].contiguous())
+    refused(backward, of_backward, "strides", grad_out=of_backward["grad_out"].contiguous())
+    refused(backward, of_backward, "longest sequence", max_q=7)
+
+
+def test_what_else_flash_attn_refuses(operators: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, call = run_both("flash_attn3", operators, "causal square")
+    backward = emulated_nvidia.OPERATORS["flash_attn3"][1]
+    refused(backward, call, "must be provided", max_seqlen_k=None)
+    wide = {
+        name: torch.cat([call[name]] * 16, dim=-1)
+        for name in ("dout", "q", "k", "v", "out", "dq", "dk", "dv")
+    }
+    backward(**{**call, **wide})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        refused(backward, {**call, "deterministic": True}, "is not deterministic", **wide)
+    forward, alone = run_both("flash_attn4", operators, "documents")
+    several = {name: forward[name] for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    refused(emulated_nvidia.OPERATORS["flash_attn4"][1], alone, "several sequences", **several)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "cudnn"])
