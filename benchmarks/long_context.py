@@ -64,6 +64,7 @@ class Size:
         stages: of the target's training.
         short, middle, long: tokens of a conversation; `long` is the packing length of every draft.
         steps: optimizer steps of each draft, `long` tokens each.
+        passes: how often a draft reads its text in these steps.
         prompts, new_tokens: at each length of `lengths`.
     """
 
@@ -72,6 +73,7 @@ class Size:
     middle: int
     long: int
     steps: int
+    passes: int
     lengths: tuple[int, ...]
     prompts: int
     new_tokens: int
@@ -87,7 +89,8 @@ SIZES = {
         1024,
         4096,
         16384,
-        150,
+        600,
+        4,
         (1024, 2048, 4096, 8192, 16384),
         16,
         96,
@@ -98,6 +101,7 @@ SIZES = {
         512,
         1024,
         3,
+        1,
         (256, 1024),
         2,
         16,
@@ -136,9 +140,9 @@ def variants(size: Size) -> dict[str, Variant]:
 
 
 def write_data(folder: Path, tokenizer: Any, size: Size) -> dict[str, Path]:
-    """The texts of the drafts, as tokenised rows: as many tokens in each file as all steps take."""
+    """The texts of the drafts, as tokenised rows: as many tokens in each file as a pass takes."""
     folder.mkdir(parents=True, exist_ok=True)
-    total = size.steps * size.long
+    total = size.steps * size.long // size.passes
     parts = {
         "short": [(size.short, FIRST_SHORT, total)],
         "long": [(size.long, FIRST_LONG, total)],
@@ -339,7 +343,10 @@ def main(arguments: list[str] | None = None) -> int:
     body = {
         "size": chosen.size,
         "target": target,
-        "drafts": {name: {"what": variant.what, "steps": size.steps} for name, variant in drafts.items()},
+        "drafts": {
+            name: {"what": variant.what, "steps": size.steps, "passes": size.passes}
+            for name, variant in drafts.items()
+        },
         "by_context": judged,
         "served": served,
     }
