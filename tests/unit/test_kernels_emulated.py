@@ -159,7 +159,7 @@ def test_the_page_lists_the_arguments_in_their_order() -> None:
     text = PAGE.read_text("utf-8")
     listed = {
         name: [part.strip() for part in arguments.replace("*,", "").split(",")]
-        for block in re.findall(r"```text\n(.*?)```", text, flags=re.DOTALL)
+        for block in re.findall(r"```signatures\n(.*?)```", text, flags=re.DOTALL)
         for name, arguments in re.findall(r"^(\w+)\((.*?)\)$", block, flags=re.DOTALL | re.MULTILINE)
     }
     aten, fa3 = torch.ops.aten, torch.ops.flash_attn_3
