@@ -39,6 +39,7 @@ from eagle3_ds.parts import OPTIMIZER
 from eagle3_ds.plan import DEVICES, Device, StepTime, attention_pairs, predict_time, step_flops
 from eagle3_ds.plan.devices import ESTIMATES
 from eagle3_ds.topology import Topology, maybe_setup_distributed
+from eagle3_ds.train.scale import ScaleCheck
 from eagle3_ds.train.trainer import DraftTrainer
 from judge.dense_reference import Frozen
 from judge.device_counts import DEVICE, Amount, DeviceCounts
@@ -186,8 +187,13 @@ class _Engine:
 
 @contextmanager
 def _without_engine(counts: DeviceCounts) -> Iterator[None]:
-    def build(recipe: Recipe, settings: Any, topology: Topology, model: nn.Module) -> tuple[_Engine, float]:
-        return _Engine(model.to(torch.bfloat16)), float(topology.mesh.world_size)
+    def build(
+        recipe: Recipe, settings: Any, topology: Topology, model: nn.Module
+    ) -> tuple[_Engine, float, ScaleCheck]:
+        check = ScaleCheck(model, torch.bfloat16, recipe.parallel.zero_group)
+        # It belongs to the first step alone, and there is no DeepSpeed to ask.
+        check.stop()
+        return _Engine(model.to(torch.bfloat16)), float(topology.mesh.world_size), check
 
     with (
         patch("eagle3_ds.train.trainer.build_engine", build),

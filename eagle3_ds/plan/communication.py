@@ -19,7 +19,8 @@ def state_traffic(setup: Setup) -> list[Traffic]:
     the ranks of a sequence.
 
     Gradients and weights count as one call each, because DeepSpeed's buckets change the number of calls and
-    not the bytes, on which the time depends.
+    not the bytes, on which the time depends. The check of DeepSpeed's scale, in the first step alone, is left
+    out.
     """
     zero, item = setup.zero, setup.itemsize
     weights = setup.shape.num_parameters * item

@@ -9,7 +9,8 @@ are, and so which ranks ZeRO shards over:
   is multiplied by draft_dp; a hook on each parameter first sums its gradient over the sp ranks, which hold
   replicas of it.
 
-Both give the same gradient at every ZeRO stage.
+Both give the same gradient at every ZeRO stage. The first step asks whether the installed DeepSpeed keeps
+to that (`scale`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from eagle3_ds.layout import LocalBatch
 from eagle3_ds.parts import EXCHANGE, OPTIMIZER, marked
 from eagle3_ds.topology import Topology, ZeroGroupMpu
 from eagle3_ds.train.extensions import prepare_extensions
+from eagle3_ds.train.scale import ScaleCheck
 
 
 class DraftWithLoss(nn.Module):
@@ -63,7 +65,7 @@ class DraftWithLoss(nn.Module):
 
 def build_engine(
     recipe: Recipe, deepspeed_config: dict[str, Any], topology: Topology, model: DraftWithLoss
-) -> tuple[Any, float]:
+) -> tuple[Any, float, ScaleCheck]:
     """Initialise DeepSpeed. Collective over the world.
 
     Args:
@@ -71,13 +73,15 @@ def build_engine(
         model: on every rank with the same whole fp32 weights.
 
     Returns:
-        The engine, and the factor that each rank's share of the loss is multiplied by before backward.
+        The engine, the factor that each rank's share of the loss is multiplied by before backward, and the
+        check that DeepSpeed averages over that number.
     """
     by_draft_dp = recipe.parallel.zero_group == "draft_dp"
     if not keeps_parameters(topology.device):
         # DeepSpeed moves the model after hooks and optimizer were given its parameters, and these would keep
         # the ones that are trained no more.
         model.to(topology.device)
+    scale_check = ScaleCheck(model, getattr(torch, recipe.train.dtype), recipe.parallel.zero_group)
     if by_draft_dp and topology.sp_group is not None:
         for parameter in model.parameters():
             # A tensor hook sees the gradient of one micro-batch, before it is added to `grad`: no
@@ -102,7 +106,7 @@ def build_engine(
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config, mpu=mpu)
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         _undo_synthetic_step(engine.optimizer)
-    return engine, float(topology.draft_dp if by_draft_dp else topology.mesh.world_size)
+    return engine, float(topology.draft_dp if by_draft_dp else topology.mesh.world_size), scale_check
 
 
 def _undo_synthetic_step(wrapper: FP16_UnfusedOptimizer) -> None:

@@ -114,7 +114,9 @@ class DraftTrainer:
         self._in_vocabulary = vocabulary.t2d.cpu()
         self._teacher_head = self._draft_rows(head)
         model = DraftWithLoss(draft, embedding.to(device, self.dtype), self.algorithm.settings(recipe))
-        self.engine, self.loss_scale = build_engine(recipe, deepspeed_config, topology, model)
+        self.engine, self.loss_scale, self.scale_check = build_engine(
+            recipe, deepspeed_config, topology, model
+        )
         self._loss = loss_of(recipe.loss)
         self._decay = recipe.loss.decay ** torch.arange(self.supervision.num_guesses, dtype=torch.float64)
 
@@ -127,6 +129,8 @@ class DraftTrainer:
 
         Raises:
             ValueError: the number of packs is not `train.accumulation`.
+            RuntimeError: the installed DeepSpeed averages gradients otherwise than this trainer counts on
+                (`scale`); asked in the first step alone.
         """
         if len(packs) != self.recipe.train.accumulation:
             raise ValueError(
@@ -151,6 +155,7 @@ class DraftTrainer:
             del loss
             if micro < len(batches):
                 self.engine.step()
+        self.scale_check.compare(self.engine, self.loss_scale)
         grad_norm = step_and_norm(self.engine)
         tokens = sum(sum(pack.lengths) for pack in packs)
         return replace(self._report(sums, normalizer, tokens), grad_norm=grad_norm)
