@@ -17,7 +17,7 @@ STEP = {"steps": 300, "tokens": 600_000, "step_seconds": 0.5}
 
 
 def test_steps_are_counted_once_and_timed_after_the_first(tmp_path: Path) -> None:
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"step": step, "tokens": 2000, "tokens_per_s": 100 if step < 6 else 4000} for step in range(1, 9)
     ]
     # Step 8 was taken twice, because the run was stopped before it was kept; an evaluation is no step.
