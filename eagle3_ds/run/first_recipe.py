@@ -25,6 +25,7 @@ from eagle3_ds.run.counted_setup import weight_bytes
 from eagle3_ds.run.memory_advice import memory_per_rank
 from eagle3_ds.run.planning import Machines, plan_recipe
 from eagle3_ds.run.recipe_text import TOP, Line, recipe_text, recipe_tree
+from eagle3_ds.run.whole_run import duration
 from eagle3_ds.store import RowFormat
 from eagle3_ds.targets import (
     check_supported,
@@ -37,10 +38,14 @@ from eagle3_ds.targets import (
 )
 
 GIB = 2**30
-EPOCHS = 2
-LEARNING_RATE = 1e-4
+EPOCHS, MOST_EPOCHS = 2, 10
+"""Passes over the data, and over little data: more would teach the draft the conversations by heart."""
+LEARNING_RATE, WIDTH, HIGHEST_RATE = 1e-4, 4096, 2e-3
+"""Of a draft of that width, as in the shipped recipes, and of the quickstart's narrow one."""
 FEWEST_STEPS = 100
 """Optimizer steps that a run should have, if its data allow: more replicas would leave fewer."""
+ENOUGH_STEPS = 1000
+"""Of fewer, a draft that begins at random weights learns little."""
 CACHE = "output/cache"
 DISK_SHARE = 0.8
 """Share of the free disk that hidden states may take."""
@@ -258,16 +263,21 @@ def _choose_setting(case: _Case, length: int, why: str) -> _Choice:
         ValueError: none fits.
     """
     head = _lines_of_target(case) + _lines_of_data(case, length, why)
-    asked = case.recipe([*head, Line("train", "epochs", EPOCHS), Line("train", "dtype", case.dtype), *_END])
+    epochs = min(MOST_EPOCHS, max(EPOCHS, -(-ENOUGH_STEPS // max(1, case.packs(length)))))
+    asked = case.recipe([*head, Line("train", "epochs", epochs), Line("train", "dtype", case.dtype), *_END])
     planned = plan_recipe(asked, case.machine.machines, case.sample.supervised_share)
     if not planned.candidates:
         raise ValueError(planned.shortage or f"{length} tokens fit no mesh of these ranks.")
-    packs = EPOCHS * case.packs(length)
+    packs = epochs * case.packs(length)
     most = max(packs // one.setup.draft_dp for one in planned.candidates)
     enough = [one for one in planned.candidates if packs // one.setup.draft_dp >= min(FEWEST_STEPS, most)]
     best = enough[0]
     steps = max(1, packs // best.setup.draft_dp)
-    lines = [*head, *_lines_of_mesh(best, planned.candidates[0]), *_lines_of_training(case, best, steps)]
+    lines = [
+        *head,
+        *_lines_of_mesh(best, planned.candidates[0]),
+        *_lines_of_training(case, best, epochs, steps),
+    ]
     lines += [*_lines_of_evaluation(case), *_lines_of_end(case, best)]
     return _Choice(tuple(lines), best, steps)
 
@@ -368,17 +378,25 @@ def _lines_of_mesh(best: Candidate, fastest: Candidate) -> list[Line]:
     return lines
 
 
-def _lines_of_training(case: _Case, best: Candidate, steps: int) -> list[Line]:
+def _lines_of_training(case: _Case, best: Candidate, epochs: int, steps: int) -> list[Line]:
     meanings = {
         "keep": "everything that a backward needs fits the device: nothing is computed twice",
         "recompute": "what a backward needs is computed again, step by step: less memory, more time",
         "offload": "what a backward needs waits in the host's memory: the least memory on the device",
     }
     every = min(500, max(1, steps // 4))
+    times = "twice" if epochs == EPOCHS else f"as the data are few, {epochs} times"
+    width = best.setup.shape.hidden_size
+    rate = min(HIGHEST_RATE, float(f"{LEARNING_RATE * WIDTH / width:.1g}"))
     return [
-        Line("train", "epochs", EPOCHS, f"twice over the data, about {steps} optimizer steps"),
+        Line("train", "epochs", epochs, f"{times} over the data, about {steps} optimizer steps"),
         Line("train", "dtype", case.dtype),
-        Line("train", "learning_rate", LEARNING_RATE),
+        Line(
+            "train",
+            "learning_rate",
+            rate,
+            f"{LEARNING_RATE:g} for a draft {WIDTH} wide, more for a narrower one; this one is {width} wide",
+        ),
         Line("train", "warmup_steps", min(100, steps // 10)),
         Line("train", "activation", best.setup.activation, meanings[best.setup.activation]),
         Line("train", "eval_every", every, "four times in the run, or every 500 steps"),
@@ -436,7 +454,7 @@ def _costs(case: _Case, choice: _Choice) -> tuple[str, ...]:
     memory = predict_memory(setup)
     seconds = choice.candidate.time.seconds
     time = (
-        f"time: {choice.steps} optimizer steps of {seconds:.2f} s, {choice.steps * seconds / 3600:.2f} h by "
+        f"time: {choice.steps} optimizer steps of {seconds:.2f} s, {duration(choice.steps * seconds)} by "
         f"the peaks of {machines.device}; the target's own work is not counted"
         if case.machine.times
         else f"time: {choice.steps} optimizer steps; how long one takes is not predicted for this device"
@@ -454,6 +472,18 @@ def _costs(case: _Case, choice: _Choice) -> tuple[str, ...]:
         f"disk: {(stored + tokens * DOCUMENT_BYTES) / GIB:.2f} GiB of hidden states and documents in "
         f"{CACHE}, {checkpoint / GIB:.2f} GiB for each checkpoint (two newest and the best are kept)",
         *(f"note: {line}" for line in case.sample.findings.told_faults()),
+        *_few_steps(choice.steps),
+    )
+
+
+def _few_steps(steps: int) -> tuple[str, ...]:
+    """What to expect of a short run, and what helps."""
+    if steps >= ENOUGH_STEPS:
+        return ()
+    return (
+        f"note: {steps} optimizer steps are few for a draft that begins at random weights: expect few "
+        "accepted guesses. More conversations help most (prompts are enough, `data regenerate` lets the "
+        "target answer them); train.init_from begins at a draft that was trained before",
     )
 
 

@@ -74,6 +74,17 @@ def test_the_next_command_is_called_as_this_one_was(
     assert status == 0 and "\nwritten: llama.yaml; next: ./launch.sh llama.yaml\n" in said
 
 
+def test_enough_data_are_read_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_target(tmp_path / "llama", "llama")
+    many = write_jsonl(tmp_path / "many.jsonl", [chat(f"What is {n}?", f"It is {n}.") for n in range(4000)])
+    status, said = init(
+        capsys, folder, "--data", many, "--length", 64, "--gpus", 1, "--gpu-memory", 16, "--output", "m.yaml"
+    )
+    assert status == 0 and "steps are few" not in said
+    assert load_recipe("m.yaml").train.epochs == 2
+    assert "twice over the data" in plain("m.yaml")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_recipe_for_a_target_of_this_kind_is_accepted(
     family: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -87,6 +98,9 @@ def test_a_recipe_for_a_target_of_this_kind_is_accepted(
     recipe = load_recipe(f"{family}.yaml")
     own = json.loads((folder / "config.json").read_text())["vocab_size"]
     assert (recipe.draft.vocab_size, recipe.data.max_length) == (own, 4096)
+    # Few data, and a narrow draft.
+    assert (recipe.train.epochs, recipe.train.learning_rate) == (10, 2e-3)
+    assert " optimizer steps are few for a draft that begins at random weights" in said
     mesh = recipe.parallel
     assert mesh.ulysses * mesh.ring * (mesh.draft_dp or 0) == 2
     assert main(["launch", f"{family}.yaml", "--dry-run"]) == 0
