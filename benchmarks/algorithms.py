@@ -31,7 +31,7 @@ RECIPES = {"EAGLE-3": "quickstart", "P-EAGLE": "quickstart_peagle", "DFlash": "q
 WARM = 5
 """Steps at the start that are not timed."""
 TOLERANCE = 0.01
-LAYOUT = "vllm"
+LAYOUT, BUCKETS = "vllm", "gradient buckets"
 
 
 def overrides(folder: Path, name: str) -> list[str]:
@@ -66,10 +66,13 @@ def trained(metrics: Path) -> dict[str, Any]:
 
 
 def predicted_bytes(recipe: Recipe) -> int:
-    """The peak of a rank's tensors in a step, by the planner."""
+    """The peak of a rank's tensors in a step, by the planner, without the buckets in which DeepSpeed sends
+    gradients: these have the size that its JSON says, which dwarfs so small a draft.
+    """
     mesh = recipe.parallel
     ranks = (mesh.draft_dp or 1) * mesh.ring * mesh.ulysses
-    return predict_memory(plan_recipe(recipe, Machines(gpus=ranks)).setup).peak
+    phases = predict_memory(plan_recipe(recipe, Machines(gpus=ranks)).setup).phases
+    return max(sum(size for part, size in parts.items() if part != BUCKETS) for parts in phases.values())
 
 
 def figures(

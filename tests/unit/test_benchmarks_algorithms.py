@@ -60,6 +60,14 @@ def test_the_three_recipes_train_on_the_same_packs(tmp_path: Path) -> None:
     assert len({recipe.output_dir for recipe in recipes}) == 3
 
 
+def test_bytes_are_those_of_the_draft_and_not_of_deepspeeds_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(algorithms.ROOT / "recipes" / "quickstart.yaml")
+    without = algorithms.predicted_bytes(recipe)
+    assert 10**6 < without < 10**8
+    monkeypatch.setattr(algorithms, "BUCKETS", "no part has this name")
+    assert algorithms.predicted_bytes(recipe) > 10 * without
+
+
 def test_a_python_without_vllm_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         algorithms.main(["--python", "/no/such/python"])
