@@ -49,28 +49,42 @@ def measured_error(kernel: AttentionKernel, device: torch.device, dtype: torch.d
 
 def checked_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionKernel:
     """`select_kernel`, then a check, of milliseconds, that the chosen kernel computes correctly here. `auto`
-    passes over a kernel that does not, with a warning.
+    passes over a kernel that fails or does not, with a warning.
 
     Raises:
-        ValueError: there is no such kernel, it cannot run here, or its results are wrong.
+        ValueError: there is no such kernel, it cannot run here, it fails, or its results are wrong.
+        torch.OutOfMemoryError: the device has no room for the check.
     """
     kernel = select_kernel(name, device, dtype, head_dim)
     chosen = [kernel]
     if name == "auto":
         chosen = [each for each in KERNELS[KERNELS.index(kernel) :] if _runs(each, device, dtype, head_dim)]
     for kernel in chosen:
-        error = measured_error(kernel, device, dtype, head_dim)
-        if error <= TOLERANCE[dtype]:
+        fault = _fault(kernel, device, dtype, head_dim)
+        if fault is None:
             return kernel
-        wrong = (
-            f"attention.kernel {kernel.name!r} computes wrongly on {device} with {dtype} heads of "
-            f"{head_dim}: its relative error against the reference is {error:.1e}, and rounding explains "
-            f"{TOLERANCE[dtype]:.0e}."
-        )
         if kernel is not chosen[-1]:
-            logger.warning("%s Taking the next.", wrong)
+            logger.warning("%s Taking the next.", fault)
     raise ValueError(
-        f"{wrong} Set attention.kernel to another, such as blockwise; `eagle3-ds doctor` checks them all."
+        f"{fault} Set attention.kernel to another, such as blockwise; `eagle3-ds doctor` checks them all."
+    )
+
+
+def _fault(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What is wrong with a kernel here; None when nothing is."""
+    where = f"on {device} with {dtype} heads of {head_dim}"
+    try:
+        error = measured_error(kernel, device, dtype, head_dim)
+    except torch.OutOfMemoryError:
+        raise  # Of the device, not of the kernel.
+    except RuntimeError as refusal:
+        said = (str(refusal).strip().splitlines() or ["it said nothing"])[0].rstrip(".")
+        return f"attention.kernel {kernel.name!r} fails {where}: {said}."
+    if error <= TOLERANCE[dtype]:
+        return None
+    return (
+        f"attention.kernel {kernel.name!r} computes wrongly {where}: its relative error against the "
+        f"reference is {error:.1e}, and rounding explains {TOLERANCE[dtype]:.0e}."
     )
 
 

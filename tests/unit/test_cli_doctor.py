@@ -110,3 +110,37 @@ def test_a_kernel_that_computes_wrongly_is_refused_before_training(
     monkeypatch.setattr(selfcheck, "KERNELS", (wrong,))
     with pytest.raises(ValueError, match="computes wrongly"):
         checked_kernel("auto", device, torch.float32, 16)
+
+
+class Refusing(BlockwiseKernel):
+    """As an operator of a driver that does not go with this torch."""
+
+    name = "refusing"
+
+    def __init__(self, error: RuntimeError) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        raise self.error
+
+
+def test_a_kernel_that_fails_is_refused_or_passed_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    device, error = torch.device("cpu"), RuntimeError("no kernel image is available.\nmore of it")
+    for room in (select, selfcheck):
+        monkeypatch.setattr(room, "KERNELS", (Refusing(error), BlockwiseKernel()))
+    said = r"'refusing' fails on cpu with torch.float32 heads of 16: no kernel image is available\."
+    with pytest.raises(ValueError, match=said):
+        checked_kernel("refusing", device, torch.float32, 16)
+    assert checked_kernel("auto", device, torch.float32, 16).name == "blockwise"
+    assert "no kernel image is available. Taking the next." in caplog.text
+
+
+def test_a_device_without_room_is_no_fault_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Refusing(torch.OutOfMemoryError("CUDA out of memory"))
+    for room in (select, selfcheck):
+        monkeypatch.setattr(room, "KERNELS", (full, BlockwiseKernel()))
+    with pytest.raises(torch.OutOfMemoryError):
+        checked_kernel("auto", torch.device("cpu"), torch.float32, 16)
