@@ -129,8 +129,9 @@ def test_a_kernel_that_fails_is_refused_or_passed_over(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     device, error = torch.device("cpu"), RuntimeError("no kernel image is available.\nmore of it")
+    kernels = (Refusing(error), BlockwiseKernel())
     for room in (select, selfcheck):
-        monkeypatch.setattr(room, "KERNELS", (Refusing(error), BlockwiseKernel()))
+        monkeypatch.setattr(room, "KERNELS", kernels)
     said = r"'refusing' fails on cpu with torch.float32 heads of 16: no kernel image is available\."
     with pytest.raises(ValueError, match=said):
         checked_kernel("refusing", device, torch.float32, 16)
