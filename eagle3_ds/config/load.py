@@ -23,7 +23,7 @@ from eagle3_ds.config.files import (
     read_files,
 )
 from eagle3_ds.config.schema import Recipe
-from eagle3_ds.config.sizes import infer_sizes
+from eagle3_ds.config.sizes import infer_guesses, infer_sizes
 from eagle3_ds.config.yaml_strict import parse_yaml
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
         tree["output_dir"] = f"output/{path.stem}"
         told.append(f"inferred: output_dir = {tree['output_dir']}, by the name of the recipe")
     told += infer_sizes(tree)
+    told += infer_guesses(tree)
     try:
         # Validated as JSON, because pydantic's strict mode accepts a list for a tuple only in JSON.
         return Recipe.model_validate_json(json.dumps(tree)), tuple(told)

@@ -19,7 +19,7 @@ from pydantic import (
 
 from eagle3_ds.config.rope import RopeSection, check_rotated
 from eagle3_ds.config.section import BelowOne, FloatDtype, Fraction, NonNegative, Positive, Section, Text
-from eagle3_ds.config.sizes import LENGTH, VOCABULARY
+from eagle3_ds.config.sizes import BLOCK_SIZE, LENGTH, TTT_STEPS, VOCABULARY
 from eagle3_ds.config.target import TargetSection, check_grouping
 
 # Names that other rooms take over: each list stands here alone.
@@ -55,9 +55,9 @@ class DraftSection(Section):
     """Name of a folder in eagle3_ds/algorithms."""
     vocab_size: Positive = VOCABULARY
     """Not given in a file: the target's where that is smaller (sizes.py)."""
-    ttt_steps: Annotated[int, Field(ge=1, le=16)] = 7
+    ttt_steps: Annotated[int, Field(ge=1, le=16)] = TTT_STEPS
     """How many guesses of a slot are trained: steps of EAGLE-3's unroll, P-EAGLE's guesses in parallel."""
-    block_size: Annotated[int, Field(ge=2, le=64)] = 8
+    block_size: Annotated[int, Field(ge=2, le=64)] = BLOCK_SIZE
     """DFlash: inputs of a block, the newest token and `block_size` - 1 masks, a guess for each mask."""
     mask_token_id: NonNegative | None = None
     """P-EAGLE and DFlash: the id that is fed where a token is yet to be guessed; P-EAGLE learns its row of
@@ -337,7 +337,8 @@ class EvalSection(Section):
     num_prompts: NonNegative = 16
     """Held-out prompts decoded speculatively after training; 0 skips the evaluation."""
     max_new_tokens: Positive = 128
-    draft_tokens: Positive = 7
+    draft_tokens: Positive = TTT_STEPS
+    """Not given in a file: as many as the draft is trained for (sizes.py)."""
     context_buckets: Annotated[tuple[Positive, ...], Field(min_length=1)] = (512, 2048, 8192, 32768, 131072)
     """Acceptance is reported by tokens of context; these are the upper ends of the buckets."""
     dtype: FloatDtype = "float32"

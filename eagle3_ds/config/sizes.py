@@ -1,4 +1,6 @@
-"""The sizes that a recipe may leave to its target: `draft.vocab_size` and `data.max_length`."""
+"""What a recipe may leave out: `draft.vocab_size` and `data.max_length`, which its target bounds, and
+`eval.draft_tokens`, which its draft says.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,10 @@ LENGTH = 4096
 and trains on at once, so it decides memory and the number of optimizer steps, which nobody would look for
 behind the name of a target. A conversation that is longer is an error unless `data.on_too_long` says else.
 """
+
+
+TTT_STEPS, BLOCK_SIZE = 7, 8
+"""Guesses that EAGLE-3 and P-EAGLE train, and inputs of DFlash's block: seven guesses too."""
 
 
 class _Size(NamedTuple):
@@ -58,6 +64,26 @@ def infer_sizes(tree: dict[str, Any]) -> list[str]:
         )
         told.append(f"inferred: {section}.{key} = {keys[key]}, {meaning}; {bound}")
     return told
+
+
+def infer_guesses(tree: dict[str, Any]) -> list[str]:
+    """Set `eval.draft_tokens` in `tree`, where it is left out, to the guesses that the draft is trained for.
+
+    Returns:
+        A line, where the number is not the usual one.
+    """
+    draft, settings = tree.get("draft", {}), tree.setdefault("eval", {})
+    if not isinstance(draft, dict) or not isinstance(settings, dict) or "draft_tokens" in settings:
+        return []
+    is_block = draft.get("algorithm") == "dflash"
+    key, usual, less = ("block_size", BLOCK_SIZE, 1) if is_block else ("ttt_steps", TTT_STEPS, 0)
+    size = draft.get(key, usual)
+    if type(size) is not int or size <= less:
+        return []  # refused with the rest of the recipe
+    settings["draft_tokens"] = size - less
+    if size == usual:
+        return []
+    return [f"inferred: eval.draft_tokens = {size - less}, as many guesses as draft.{key} trains"]
 
 
 def _sizes_of(target: Mapping[str, Any]) -> dict[str, int]:

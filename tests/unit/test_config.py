@@ -143,6 +143,32 @@ def test_keys_of_a_block(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "guesses", "line"),
+    [
+        ((), 7, None),
+        (("draft.ttt_steps=5",), 5, "eval.draft_tokens = 5, as many guesses as draft.ttt_steps trains"),
+        (("draft={algorithm: peagle, ttt_steps: 4}",), 4, "eval.draft_tokens = 4, as many guesses as"),
+        (("draft={algorithm: dflash}",), 7, None),
+        (
+            ("draft={algorithm: dflash, block_size: 16}",),
+            15,
+            "15, as many guesses as draft.block_size trains",
+        ),
+        (("draft.ttt_steps=5", "eval.draft_tokens=3"), 3, None),
+    ],
+)
+def test_guesses_of_a_round_are_those_that_are_trained(
+    tmp_path: Path, overrides: tuple[str, ...], guesses: int, line: str | None
+) -> None:
+    recipe, told = read_recipe(write(tmp_path, MINIMAL), overrides)
+    assert recipe.eval.draft_tokens == guesses
+    lines = [each for each in told if "eval.draft_tokens" in each]
+    assert (line is None and not lines) or (line is not None and len(lines) == 1 and line in lines[0])
+    again, told = read_recipe(write(tmp_path, dump_recipe(recipe)))
+    assert again == recipe and not [each for each in told if "eval.draft_tokens" in each]
+
+
+@pytest.mark.parametrize(
     ("overrides", "words"),
     [
         (("eval.draft_tokens=3",), "eval.draft_tokens is 3 and draft.block_size is 8, which makes 7 guesses"),
