@@ -28,7 +28,6 @@ from eagle3_ds.cli.main import commands, main
 from eagle3_ds.config import Recipe, dump_recipe, load_recipe
 from eagle3_ds.launch.command import (
     LaunchOptions,
-    LaunchPlan,
     plan_launch,
     read_hostfile,
     resolve_hosts,
@@ -36,6 +35,7 @@ from eagle3_ds.launch.command import (
 )
 from eagle3_ds.launch.probe import free_port
 from eagle3_ds.run.checks import RESULTS, check_output, clear_output
+from tests.unit.started_command import started
 
 ROOT = Path(__file__).parents[2]
 TWO_NODES = ("--hostfile", "recipes/2nodes.hostfile")
@@ -454,32 +454,6 @@ def test_environment_reaches_the_other_hosts(tmp_path: Path) -> None:
         plan_launch(options, plan.hosts, "cuda", quickstart(tmp_path), None, {"NCCL_X": "a\nb"})
 
 
-def started_by_deepspeed(plan: LaunchPlan, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What DeepSpeed's runner makes of a plan, where every launcher is installed and nothing is started."""
-    runner = pytest.importorskip("deepspeed.launcher.runner")
-    started: list[list[str]] = []
-
-    class Process:
-        returncode = 0
-
-        def __init__(self, command: list[str], env: dict[str, str]) -> None:
-            started.append(command)
-
-        def wait(self) -> None: ...
-
-    monkeypatch.setattr(runner.subprocess, "Popen", Process)
-    monkeypatch.setattr(runner.subprocess, "check_call", lambda *_, **__: pytest.fail("asks for ssh"))
-    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
-    # Read once, when its module was imported.
-    monkeypatch.setattr(runner, "DEEPSPEED_ENVIRONMENT_NAME", plan.environment["DS_ENV_FILE"])
-    # It would set the level of pytest's handlers too, for all tests that follow.
-    monkeypatch.setattr(runner, "set_log_level_from_string", lambda _: None)
-    write_environment_file(plan)
-    runner.main(list(plan.command[3:]))
-    (command,) = started
-    return command
-
-
 def test_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = quickstart(tmp_path)
     options = LaunchOptions(
@@ -489,7 +463,7 @@ def test_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_launch(
         options, hosts, "cuda", recipe, "step-000010", {"NCCL_IB_HCA": "mlx5_0,mlx5_1", "PATH": "/bin"}
     )
-    command = started_by_deepspeed(plan, monkeypatch)
+    command = started(plan, monkeypatch, may_ask=False)
     assert command[:3] == ["srun", "-n", "8"] and command[command.index("--gpus-per-node") + 1] == "4"
     (export,) = (argument for argument in command if argument.startswith("--export="))
     assert export.startswith("--export=ALL,") and "MASTER_ADDR=node-0,MASTER_PORT=29501" in export

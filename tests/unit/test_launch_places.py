@@ -17,13 +17,12 @@ from eagle3_ds.config import Recipe, load_recipe
 from eagle3_ds.device.kinds import VISIBLE
 from eagle3_ds.launch.command import (
     LaunchOptions,
-    LaunchPlan,
     plan_launch,
     resolve_hosts,
-    write_environment_file,
 )
 from eagle3_ds.launch.places import visible_devices
 from eagle3_ds.launch.probe import free_port, is_free, is_here
+from tests.unit.started_command import started
 
 ROOT = Path(__file__).parents[2]
 CUDA = "CUDA_VISIBLE_DEVICES"
@@ -40,40 +39,6 @@ def hostfile(tmp_path: Path) -> str:
     path = tmp_path / "hosts"
     path.write_text("node-0 slots=2\nnode-1 slots=2\n")
     return str(path)
-
-
-def started(plan: LaunchPlan, monkeypatch: pytest.MonkeyPatch, devices: int = 4) -> list[str]:
-    """The command that DeepSpeed's runner makes of a plan on a machine with so many devices; nothing is
-    started.
-    """
-    runner = pytest.importorskip("deepspeed.launcher.runner")
-    commands: list[list[str]] = []
-
-    class Process:
-        returncode = 0
-
-        def __init__(self, command: list[str], env: dict[str, str]) -> None:
-            commands.append(command)
-
-        def wait(self) -> None: ...
-
-    for name, value in plan.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(runner.subprocess, "Popen", Process)
-    monkeypatch.setattr(runner.subprocess, "check_call", lambda *_, **__: 0)
-    monkeypatch.setattr(runner.subprocess, "check_output", lambda *_, **__: b"10.0.0.7\n")
-    monkeypatch.setattr(runner.signal, "signal", lambda *_: None)
-    # It would set the level of pytest's handlers too, for all tests that follow.
-    monkeypatch.setattr(runner, "set_log_level_from_string", lambda _: None)
-    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(type(runner.get_accelerator()), "device_count", lambda _: devices)
-    if plan.exported is not None:
-        Path(plan.environment["DS_ENV_FILE"]).parent.mkdir(parents=True, exist_ok=True)
-        monkeypatch.setattr(runner, "DEEPSPEED_ENVIRONMENT_NAME", plan.environment["DS_ENV_FILE"])
-        write_environment_file(plan)
-    runner.main(list(plan.command[3:]))
-    (command,) = commands
-    return command
 
 
 def world(command: list[str]) -> Any:
