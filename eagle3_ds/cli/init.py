@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import click
@@ -72,6 +73,5 @@ def init(
     for line in first.told:
         write(console, line)
     # launch.sh starts the main job without a word for it.
-    called = os.environ.get(CALLED)
-    start = first.command if called is None else first.command.replace(f"{PROGRAM} launch", called, 1)
-    write(console, f"written: {file}; next: {start}")
+    start = [os.environ[CALLED]] if CALLED in os.environ else [PROGRAM, "launch"]
+    write(console, f"written: {file}; next: {shlex.join([*start, *first.arguments])}")

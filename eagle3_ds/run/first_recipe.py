@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -85,11 +84,13 @@ class Wishes:
 
 @dataclass(frozen=True)
 class FirstRecipe:
-    """`text`: of the file. `told`: what the run will cost, a line each. `command`: what starts it."""
+    """`text`: of the file. `told`: what the run will cost, a line each. `arguments`: of the command that
+    starts it.
+    """
 
     text: str
     told: tuple[str, ...]
-    command: str
+    arguments: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def make_first_recipe(wishes: Wishes) -> FirstRecipe:
     # Where the weights are still to come, the config alone is judged.
     check_target_structure(recipe, dry_run=not list(folder.glob("*.safetensors")))
     check_target_on_ranks(recipe)
-    return FirstRecipe(recipe_text(_opening(case), choice.lines), _costs(case, choice), _command(case))
+    return FirstRecipe(recipe_text(_opening(case), choice.lines), _costs(case, choice), _arguments(case))
 
 
 def write_first_recipe(first: FirstRecipe, output: Path) -> Recipe:
@@ -487,9 +488,7 @@ def _few_steps(steps: int) -> tuple[str, ...]:
     )
 
 
-def _command(case: _Case) -> str:
+def _arguments(case: _Case) -> tuple[str, ...]:
     machines = case.machine.machines
-    words = ["eagle3-ds", "launch", str(case.wishes.output)]
-    if machines.gpus > machines.gpus_per_node:
-        words += ["--hostfile", "HOSTFILE"]
-    return shlex.join(words)
+    hosts = ("--hostfile", "HOSTFILE") if machines.gpus > machines.gpus_per_node else ()
+    return (str(case.wishes.output), *hosts)

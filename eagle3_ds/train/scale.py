@@ -25,6 +25,7 @@ differ by a factor of two or more, which puts the gradients apart by a half at l
 TELLING = 0.5
 """The least norm of the sum over the ranks, as a share of the root of the sum of their squared norms. Where
 the gradients of the ranks cancel out more than that, what is left may be mostly rounding."""
+_FIX = "Install the version of DeepSpeed in constraints.txt, and report this message as an issue."
 
 
 class ScaleCheck:
@@ -111,6 +112,3 @@ class ScaleCheck:
             f"DeepSpeed {deepspeed.__version__} (ZeRO stage {engine.zero_optimization_stage()}, "
             f"parallel.zero_group {self._zero_group}, parameter {self._name.removeprefix('draft.')})"
         )
-
-
-_FIX = "Install the version of DeepSpeed in constraints.txt, and report this message as an issue."
