@@ -33,7 +33,7 @@ from eagle3_ds.run.memory_advice import deepspeed_files
 from eagle3_ds.run.mesh_choice import choose_mesh, leaves_mesh
 from eagle3_ds.run.target_config import built_config, llama_config
 from eagle3_ds.run.target_sizes import SHAPES, SIZES
-from eagle3_ds.run.whole_run import Counted, capture_text, counted_documents, run_text
+from eagle3_ds.run.whole_run import Counted, Uncounted, capture_text, counted_documents, run_text
 from eagle3_ds.store import RowFormat
 from eagle3_ds.store.index import DTYPES
 from eagle3_ds.targets import (
@@ -146,7 +146,8 @@ def plan_recipe(
     warnings = tuple(told for told in (warning, server) if told)
     where = (setup, device, machines.gpus_per_node, budget)
     # Documents are those of the target's own tokenizer: sizes that are given have none.
-    counted = None if shape or sizes else counted_documents(recipe)
+    sizes_given = Uncounted("not counted: they depend on the target's tokenizer, and only sizes are given")
+    counted = sizes_given if shape or sizes else counted_documents(recipe)
     disk = _disk_text(recipe, config, counted)
     time = predict_time(setup, device, attention_pairs(setup), machines.gpus_per_node)
     row_bytes = RowFormat(aux_size(config), target_hidden_size(config), recipe.data.hidden_dtype).row_bytes
@@ -155,11 +156,12 @@ def plan_recipe(
     return Planned(*where, candidates, shortage, warnings, shape_notes, disk, mesh_note, whole)
 
 
-def _disk_text(recipe: Recipe, draft: LlamaConfig, counted: Counted | None) -> str:
+def _disk_text(recipe: Recipe, draft: LlamaConfig, counted: Counted | Uncounted) -> str:
     """What a hidden-state store takes, for each `data.hidden_dtype`: for a token, and for the documents where
     they are prepared.
     """
-    tokens, aux_width = None if counted is None else counted.tokens, aux_size(draft)
+    tokens = counted.tokens if isinstance(counted, Counted) else None
+    aux_width = aux_size(draft)
     parts = []
     for dtype in DTYPES:
         row_bytes = RowFormat(aux_width, target_hidden_size(draft), dtype).row_bytes

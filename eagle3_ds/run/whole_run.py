@@ -39,38 +39,51 @@ class Counted:
         return sum(self.lengths)
 
 
-def counted_documents(recipe: Recipe) -> Counted | None:
-    """The documents that an earlier `prepare` of this recipe made; None where there are none, or the recipe
-    has changed so that they are others.
-
-    Raises:
-        ValueError: the folder of the documents is damaged, or a source of the data is gone.
+@dataclass(frozen=True)
+class Uncounted:
+    """Attributes:
+    why: there are no prepared documents to count, as the end of a sentence about the documents.
     """
+
+    why: str
+
+
+def counted_documents(recipe: Recipe) -> Counted | Uncounted:
+    """The documents that an earlier `prepare` of this recipe made, unless there are none, or the recipe has
+    changed so that they are others.
+
+    A plan needs the target's config alone. So whatever else is missing here (the target's weights or its
+    tokenizer, a source of the data) is told, and the plan goes on without these counts.
+    """
+    unprepared = "not prepared for this recipe as it stands: `eagle3-ds prepare` makes and counts them"
     # Without the first nothing was prepared; a hub name would be downloaded only to be counted.
     prepared = Path(recipe.output_dir) / "prepared.json"
     if not prepared.is_file() or not Path(recipe.target.path).expanduser().is_dir():
-        return None
-    folder, store = places_in_cache(recipe)
-    if not folder.is_dir():
-        return None
-    data = PreparedData.open(folder, "")
+        return Uncounted(unprepared)
+    try:
+        folder, store = places_in_cache(recipe)
+        if not folder.is_dir():
+            return Uncounted(unprepared)
+        data = PreparedData.open(folder, "")
+    except ValueError as error:
+        return Uncounted(f"not counted: {error}")
     return Counted(tuple(data.lengths().values()), data.statistics.packs, store.is_dir())
 
 
-def run_text(recipe: Recipe, counted: Counted | None, draft_dp: int, step_seconds: float) -> str:
+def run_text(recipe: Recipe, counted: Counted | Uncounted, draft_dp: int, step_seconds: float) -> str:
     """Steps and time of training."""
     train = recipe.train
     if train.steps is not None:
         steps, why = train.steps, "train.steps"
-    elif counted is not None:
+    elif isinstance(counted, Counted):
         epochs = train.epochs or 1
         # As data/loader.py counts them: every pack is seen so often at least.
         steps = -(-epochs * counted.packs // (train.accumulation * draft_dp))
         why = f"train.epochs {epochs} of {counted.packs} packs, {train.accumulation * draft_dp} in a step"
     else:
         return (
-            f"whole run: its steps follow from train.epochs = {train.epochs or 1} and the data, which are "
-            "not prepared for this recipe as it stands: `eagle3-ds prepare` counts them, or set train.steps"
+            f"whole run: its steps follow from train.epochs = {train.epochs or 1} and the data (or set "
+            f"train.steps), which are {counted.why}"
         )
     return (
         f"whole run: {steps} steps ({why}) of {figure(step_seconds)} s, {duration(steps * step_seconds)} by "
@@ -79,16 +92,13 @@ def run_text(recipe: Recipe, counted: Counted | None, draft_dp: int, step_second
 
 
 def capture_text(
-    recipe: Recipe, counted: Counted | None, target: Any, device: Device, ranks: int, row_bytes: int
+    recipe: Recipe, counted: Counted | Uncounted, target: Any, device: Device, ranks: int, row_bytes: int
 ) -> str:
     """Time and disk of the hidden states of the data set; empty where none are stored."""
     if recipe.data.hidden_states != "offline":
         return ""
-    if counted is None:
-        return (
-            "capture of the hidden states: its time and disk need the documents, which are not prepared for "
-            "this recipe as it stands: `eagle3-ds prepare` makes and counts them (and captures)"
-        )
+    if isinstance(counted, Uncounted):
+        return f"capture of the hidden states: its time and disk need the documents, which are {counted.why}"
     of = f"capture of the hidden states of {len(counted.lengths)} documents, {counted.tokens} tokens"
     disk = f"{counted.tokens * row_bytes / 1e9:.3g} GB on disk as {recipe.data.hidden_dtype}"
     if counted.is_captured:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -148,6 +149,35 @@ def test_the_whole_run_and_the_capture_are_told_once_documents_are_counted(
     assert " on one H100 (target.capture), writing not counted; " in text
     assert "are not prepared for" in planned(capsys, *command, "data.max_length=128")
     assert "capture of" not in planned(capsys, *command, "data.hidden_states=online")
+
+
+@pytest.mark.parametrize(
+    ("gone", "why"),
+    [
+        ("target/*.safetensors", "not counted: .*holds neither model.safetensors"),
+        ("target/tokenizer*", "not counted: target.path = .* holds no tokenizer"),
+        ("rows.jsonl", "not counted: .*rows.jsonl"),
+        ("cache/data-*/*.json", "not counted: .*data-"),
+    ],
+)
+def test_a_plan_goes_on_without_counts_where_something_that_was_prepared_from_has_gone(
+    gone: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The target's config is enough for it: weights may come late, or lie on another machine."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", CONVERSATIONS)
+    target = build_tiny_target(tmp_path / "target")
+    here = [f"data.train=[{rows}]", f"target.path={target}", "target.build=null", "draft.vocab_size=128"]
+    here += [f"output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}", "eval.num_prompts=0"]
+    assert main(["prepare", "recipes/quickstart.yaml", *here]) == 0
+    capsys.readouterr()
+    assert "that are prepared: " in planned(capsys, "recipes/quickstart.yaml", "--gpus", "4", *here)
+    taken = list(tmp_path.glob(gone))
+    assert taken
+    for path in taken:
+        path.unlink()
+    text = planned(capsys, "recipes/quickstart.yaml", "--gpus", "4", *here)
+    assert re.search(f"need the documents, which are {why}", text)
+    assert "that are prepared: " not in text
 
 
 def test_the_seconds_of_a_capture_are_those_of_the_targets_products(tmp_path: Path) -> None:
