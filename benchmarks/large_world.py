@@ -3,13 +3,14 @@
 Worlds of 256 to 4,096 ranks and one document of 1,048,576 tokens, the last quarter of each turn of 4,096
 supervised. The product's own functions make, in this process and for a few ranks of each world: the process
 groups, on torch's fake backend, which makes a group's object and talks to nobody; the span plan and a rank's
-share of it; its attention tiles for both exchanges; and the messages that an online target's rows travel in.
+share of it; its attention tiles for both exchanges; the messages that an online target's rows travel in; and
+what it reads of a checkpoint that as many ranks have written (large_resume.py).
 Seconds are those of the slowest of these ranks on one core. What no single process can see is not in them:
 waiting for other ranks, and making NCCL's communicators. DeepSpeed's own groups are not in them either.
 
 Prints a table and writes benchmarks/results/large_world.json. The exit status is 1 if a rank is in a wrong
-group, a slot is dealt to no rank or to two, a query-key pair is in no tile or in two, or one rank sends
-another number of rows than the other awaits.
+group, a slot is dealt to no rank or to two, a query-key pair is in no tile or in two, one rank sends another
+number of rows than the other awaits, or a rank reads other elements of the checkpoint than were written.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 from torch.distributed import distributed_c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks.large_resume import Resume, resume_world
 from eagle3_ds.attention.tiles import block_tiles, gathered_tiles
 from eagle3_ds.kernels import Tile
 from eagle3_ds.layout import SpanPlan
@@ -97,6 +99,7 @@ class World:
         largest_over_mean_work: query-key pairs of a ring rank.
         plan_bytes: of the plan's arrays, which every rank holds whole.
         tiles, block_tiles, receives_from: as in `Share`.
+        resume: what going on from a checkpoint takes.
         seconds: by what they go to.
         faults: empty when all is right.
     """
@@ -111,6 +114,7 @@ class World:
     tiles: int
     block_tiles: int
     receives_from: int
+    resume: Resume
     seconds: dict[str, float]
     faults: list[str]
 
@@ -225,7 +229,8 @@ def plan_world(mesh: Mesh, length: int = LENGTH) -> World:
     sp_ranks = sorted({0, mesh.sp // 2, mesh.sp - 1})
     shares, exchanges = zip(*(make_share(plan, sp_rank) for sp_rank in sp_ranks), strict=True)
     work = plan.ring_work()
-    faults = [fault for made in (*groups, *shares) for fault in made.faults]
+    resume = resume_world(mesh.world_size, ranks)
+    faults = [fault for made in (*groups, *shares, resume) for fault in made.faults]
     return World(
         mesh=mesh,
         groups_made=groups[0].made,
@@ -237,6 +242,7 @@ def plan_world(mesh: Mesh, length: int = LENGTH) -> World:
         tiles=max(share.tiles for share in shares),
         block_tiles=max(share.block_tiles for share in shares),
         receives_from=max(share.receives_from for share in shares),
+        resume=resume,
         seconds={
             "groups": max(made.seconds for made in groups),
             "draft_dp's groups": max(made.seconds_for_zero for made in groups),
@@ -244,6 +250,7 @@ def plan_world(mesh: Mesh, length: int = LENGTH) -> World:
             "view": max(share.view_seconds for share in shares),
             "tiles": max(share.tile_seconds for share in shares),
             "messages": max(share.message_seconds for share in shares),
+            "resume": resume.seconds,
         },
         faults=faults + wrong_deal(plan) + wrong_messages(sp_ranks, exchanges),
     )
@@ -279,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     worlds = [plan_world(mesh) for mesh in WORLDS]
     columns = [
         "draft_dp x ring x ulysses", "groups made", "a rank's", "made for draft_dp", "tiles", "block tiles",
-        "plan MB", *(f"s, {name}" for name in worlds[0].seconds),
+        "plan MB", "files opened", "orders read/s", *(f"s, {name}" for name in worlds[0].seconds),
     ]  # fmt: skip
     print_table(f"one rank, a document of {LENGTH:,} tokens", columns, map(_row, worlds))
     body = {
@@ -303,6 +310,8 @@ def _row(world: World) -> tuple[object, ...]:
         world.tiles,
         world.block_tiles,
         f"{world.plan_bytes / 1e6:.1f}",
+        world.resume.opened,
+        f"{world.resume.orders_a_second:.0f}",
         *(f"{seconds:.3f}" for seconds in world.seconds.values()),
     )
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -27,9 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from eagle3_ds.config import BestBy
@@ -42,6 +40,7 @@ CHECKPOINTS = "checkpoints"
 INITIAL_WEIGHTS, FINAL_WEIGHTS = "draft-initial.safetensors", "draft-final.safetensors"
 LATEST, MANIFEST, VOCABULARY = "latest.json", "manifest.json", "vocabulary.safetensors"
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
+RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
 
 # A plain name without separators or a leading dot: a manifest cannot name a file outside its folder.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}$")]
@@ -366,60 +365,6 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class FragmentReader:
-    """Reads any run of elements of a parameter's state from the files of all ranks, whichever way those had
-    cut it.
-
-    Raises:
-        ValueError: a file is not safetensors, or the fragments do not cover every parameter exactly once.
-    """
-
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._fragments: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
-        for name in sorted(manifest.files):
-            if name.startswith("rank-"):
-                self._index(folder / name)
-        for parameter, shape in manifest.parameters.items():
-            for kind in KINDS:
-                self._check_cover(folder, kind, parameter, math.prod(shape))
-
-    def _index(self, path: Path) -> None:
-        try:
-            file = safe_open(path, framework="pt")
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                kind, _, rest = key.partition("/")
-                name, _, start = rest.rpartition("/")
-                if kind in KINDS:
-                    entry = (int(start), file.get_slice(key).get_shape()[0], file, key)
-                    self._fragments.setdefault((kind, name), []).append(entry)
-        except (SafetensorError, ValueError, IndexError) as error:
-            raise ValueError(f"{path} is not a file of a checkpoint: {error}") from error
-
-    def _check_cover(self, folder: Path, kind: str, parameter: str, numel: int) -> None:
-        found = sorted(self._fragments.get((kind, parameter), []), key=lambda entry: entry[:2])
-        end = 0
-        for start, size, *_ in found:
-            if start != end:
-                raise ValueError(
-                    f"{folder}: {kind} of {parameter} has a gap or an overlap at element {min(start, end)}."
-                )
-            end += size
-        if end != numel:
-            raise ValueError(f"{folder}: {kind} of {parameter} has {end} elements instead of {numel}.")
-
-    def read(self, kind: str, fragment: Fragment) -> Tensor:
-        """The elements of a fragment, fp32 [fragment.numel] on the CPU, of one of `KINDS`."""
-        out = torch.empty(fragment.numel)
-        last = fragment.start + fragment.numel
-        for start, size, file, key in self._fragments[kind, fragment.name]:
-            low, high = max(start, fragment.start), min(start + size, last)
-            if low < high:
-                out[low - fragment.start : high - fragment.start] = file.get_slice(key)[
-                    low - start : high - start
-                ]
-        return out
 
 
 def read_prefix(path: Path, prefix: str) -> dict[str, Tensor]:

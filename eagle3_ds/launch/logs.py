@@ -1,9 +1,9 @@
 """The folder `output_dir/logs`, through which the processes of a run communicate. All hosts must share it.
 
 `rank_N.log` has the output of rank N, `rank_N.end.json` how it ended. Every supervisor reads the file
-`control` once a second: a failure so reaches all hosts within seconds, even if their ranks wait in a
-collective. The file is made before the run and opened again for each read, because NFS shows changes of a
-file when it is opened, but a new file in a folder much later.
+`control` every half second, in large worlds every few: a failure so reaches all hosts within seconds, even if
+their ranks wait in a collective. The file is made before the run and opened again for each read, because NFS
+shows changes of a file when it is opened, but a new file in a folder much later.
 """
 
 from __future__ import annotations
@@ -20,9 +20,18 @@ How = Literal["finished", "raised", "killed", "silent", "hung", "ended"]
 collective that did not end; or because another rank failed.
 """
 
+# How often all supervisors together open the control file, which lies on shared storage.
+LOOKS_A_SECOND = 200
 
 # Progress bars of transformers and datasets redraw their line, and would fill a log file.
 NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+
+
+def seconds_between_looks(world_size: int) -> float:
+    """How long a supervisor waits before it reads the control file again: at most 5 s, whatever it costs the
+    storage.
+    """
+    return min(max(0.5, world_size / LOOKS_A_SECOND), 5.0)
 
 
 @dataclass(frozen=True)

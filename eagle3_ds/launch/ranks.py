@@ -15,7 +15,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from eagle3_ds.launch.command import LaunchPlan
-from eagle3_ds.launch.logs import Logs, RankEnd
+from eagle3_ds.launch.logs import Logs, RankEnd, seconds_between_looks
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ LOOK_SECONDS = 0.5
 # After a failure the supervisors end their ranks within seconds. A launcher that runs longer than this waits
 # for a host that is lost.
 END_SECONDS = 15.0
-# How long the file with a rank's end may take to appear on a shared file system.
+# How long the file with a rank's end may take to appear on a shared file system once it is written.
 LATE_SECONDS = 3.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -123,7 +123,7 @@ def _ends(logs: Logs, world_size: int) -> Mapping[int, RankEnd]:
 
     Ranks that have lost their launcher are ended: they must not train on beside those of a restart.
     """
-    deadline = time.monotonic() + LATE_SECONDS
+    deadline = time.monotonic() + LATE_SECONDS + seconds_between_looks(world_size)
     ends = logs.ends(world_size)
     if len(ends) < world_size:
         logs.order("end the launcher that started this rank is gone")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import selectors
 import signal
@@ -25,7 +26,7 @@ from types import FrameType
 from typing import BinaryIO
 
 from eagle3_ds.launch.announced import announcement
-from eagle3_ds.launch.logs import NO_BARS, How, Logs, RankEnd, Status
+from eagle3_ds.launch.logs import NO_BARS, How, Logs, RankEnd, Status, seconds_between_looks
 
 TICK_SECONDS = 0.5
 # How long a rank may take to exit after it has reported an exception. It may hang there while it destroys a
@@ -77,10 +78,11 @@ class Rank:
 
 
 class Supervisor:
-    """Runs one rank to its end and writes how it ended."""
+    """Runs one rank of `world_size` to its end and writes how it ended."""
 
-    def __init__(self, logs: Logs, rank: int, limit: float, command: Sequence[str]) -> None:
+    def __init__(self, logs: Logs, rank: int, world_size: int, limit: float, command: Sequence[str]) -> None:
         self.logs, self.rank, self.limit = logs, rank, limit
+        self.between_looks, self.looked = seconds_between_looks(world_size), -math.inf
         self.parent = os.getppid()
         self.selector = selectors.DefaultSelector()
         log = logs.output(rank).open("ab")
@@ -139,11 +141,11 @@ class Supervisor:
             if now - self.concluded > EXIT_SECONDS:
                 self._kill()
             return
-        orders = self.logs.orders()
+        orders = self._new_orders(now)
         if self.child.poll() is not None:
             # The rank died before it was told to end, so its death may be the reason for the order.
             return
-        for order in orders[self.obeyed :]:
+        for order in orders:
             word, _, rest = order.partition(" ")
             if word == "signal":
                 self._forward(signal.Signals[rest], None)
@@ -151,13 +153,22 @@ class Supervisor:
                 if word == "kill" or not self._is_dying():
                     self._stop(*self._why_ended(now, rest))
                 return
-        self.obeyed = len(orders)
+        self.obeyed += len(orders)
         trouble = self.state.trouble(now, self.limit)
         if trouble is not None:
             how, seconds = trouble
             self._stop(how, self._describe(how, seconds))
         elif os.getppid() != self.parent:
             self._stop("killed", "the launcher that started this rank is gone")
+
+    def _new_orders(self, now: float) -> list[str]:
+        """Orders that are not obeyed yet. A rank that writes much does not make its supervisor look more
+        often.
+        """
+        if now - self.looked < self.between_looks:
+            return []
+        self.looked = now
+        return self.logs.orders()[self.obeyed :]
 
     def _is_dying(self) -> bool:
         """Whether the rank ends by itself within `DYING_SECONDS`, so that its death may be the reason for the
@@ -302,9 +313,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("module", help="the module that is the rank")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     options = parser.parse_args(arguments)
-    rank = int({**os.environ, **announcement(os.environ)}.get("RANK", "0"))
+    environment = {**os.environ, **announcement(os.environ)}
+    rank, world_size = (int(environment.get(*name)) for name in (("RANK", "0"), ("WORLD_SIZE", "1")))
     command = [sys.executable, "-u", "-m", options.module, *options.arguments]
-    return Supervisor(Logs(options.log_folder), rank, options.limit, command).run()
+    return Supervisor(Logs(options.log_folder), rank, world_size, options.limit, command).run()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from eagle3_ds.checkpoint.format import (
     KINDS,
     MANIFEST,
     Fragment,
-    FragmentReader,
     Manifest,
     damage,
     file_entry,
@@ -31,6 +30,7 @@ from eagle3_ds.checkpoint.format import (
     read_manifest,
     write_manifest,
 )
+from eagle3_ds.checkpoint.fragments import FragmentReader, pieces_in
 from eagle3_ds.cli.main import main
 from eagle3_ds.config import dump_recipe, load_recipe
 from eagle3_ds.config.schema import DataSection
@@ -237,13 +237,12 @@ class Manifests(Subject):
         problem = damage(self.folder, manifest)
         if problem is not None:
             raise ValueError(problem)
-        reader = FragmentReader(self.folder, manifest)
-        for name, shape in manifest.parameters.items():
-            numel = math.prod(shape)
-            assert (name, numel) == ("w", 6), manifest.parameters
-            assert all(
-                torch.equal(reader.read(kind, Fragment(name, 0, 0, numel)), self.values) for kind in KINDS
-            )
+        with FragmentReader(self.folder, manifest, pieces_in(self.folder, manifest.files)) as reader:
+            for name, shape in manifest.parameters.items():
+                numel = math.prod(shape)
+                assert (name, numel) == ("w", 6), manifest.parameters
+                whole = Fragment(name, 0, 0, numel)
+                assert all(torch.equal(reader.read(kind, whole), self.values) for kind in KINDS)
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

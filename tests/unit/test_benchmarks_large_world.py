@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from benchmarks import large_world
+from benchmarks import large_resume, large_world
 from eagle3_ds.layout import SpanPlan
 from eagle3_ds.topology.mesh import Mesh
 
@@ -95,3 +95,21 @@ def test_supervised_slots_end_each_turn() -> None:
     live = large_world.supervised(2 * large_world.TURN)
     assert np.flatnonzero(np.diff(live)).tolist() == [3071, 4095, 7167]
     assert live.mean() == 0.25
+
+
+def test_a_rank_that_resumes_opens_its_share_of_the_files_and_those_of_its_own_elements(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In an equal world both are its own file. Elements of others are a fault that is named."""
+    resumed = large_resume.resume_world(12, [0, 5, 11])
+    assert (resumed.opened, resumed.orders_a_second, resumed.faults) == (2, 24.0, [])
+    values = large_resume._values
+    monkeypatch.setattr(large_resume, "_wrong", lambda rank, world, read: [f"rank {rank}"])
+    assert large_resume.resume_world(3, [1]).faults == ["rank 1"]
+    monkeypatch.undo()
+    parts = {kind: [values(kind, own) for own in large_resume._own(1, 3)] for kind in large_resume.KINDS}
+    assert large_resume._wrong(1, 3, parts) == []
+    parts["exp_avg"][4][7] += 1
+    assert large_resume._wrong(1, 3, parts) == [
+        "rank 1 has read other elements of exp_avg of parameter.4 than were written"
+    ]

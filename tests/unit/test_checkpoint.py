@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import save_file
 
 from eagle3_ds.checkpoint import format as checkpoint_format
+from eagle3_ds.checkpoint import fragments
 from eagle3_ds.checkpoint.format import (
     KINDS,
     LATEST,
     MANIFEST,
     Fragment,
-    FragmentReader,
     Manifest,
     aside_folder,
     damage,
@@ -38,6 +38,7 @@ from eagle3_ds.checkpoint.format import (
     step_folders,
     write_manifest,
 )
+from eagle3_ds.checkpoint.fragments import FragmentReader, as_bytes, from_bytes, pieces_in
 from eagle3_ds.checkpoint.rng import random_states, restore_random_states
 from eagle3_ds.train.metrics import MetricsFile
 
@@ -96,6 +97,17 @@ def write_checkpoint(
     return folder
 
 
+def reader_of(folder: Path) -> FragmentReader:
+    """Of pieces that have travelled between ranks, padded as there."""
+    manifest = read_manifest(folder)
+    pieces = [
+        piece
+        for name in sorted(manifest.files, reverse=True)
+        for piece in from_bytes(as_bytes(pieces_in(folder, [name])).ljust(2000))
+    ]
+    return FragmentReader(folder, manifest, pieces)
+
+
 def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
@@ -123,10 +135,33 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("read_by", [1, 2, 5])
 def test_any_cut_is_read_by_any_other(tmp_path: Path, written_by: int, read_by: int) -> None:
     folder = write_checkpoint(tmp_path, 1, written_by)
-    reader = FragmentReader(folder, read_manifest(folder))
-    for (kind, name), flat in whole_state().items():
-        fragments = [Fragment(name, 0, 0, len(flat)).share(index, read_by) for index in range(read_by)]
-        assert torch.equal(torch.cat([reader.read(kind, fragment) for fragment in fragments]), flat)
+    with reader_of(folder) as reader:
+        for (kind, name), flat in whole_state().items():
+            cuts = [Fragment(name, 0, 0, len(flat)).share(index, read_by) for index in range(read_by)]
+            assert torch.equal(torch.cat([reader.read(kind, cut) for cut in cuts]), flat)
+
+
+def test_a_rank_opens_only_the_files_that_hold_its_own_elements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of 15 ranks wrote one element of the large parameter; elements 3 to 5 lie in three files."""
+    folder = write_checkpoint(tmp_path, 1, ranks=15)
+    opened: list[str] = []
+    whole = fragments.safe_open
+
+    def counted(path: Path, **settings: str) -> object:
+        opened.append(path.name)
+        return whole(path, **settings)
+
+    monkeypatch.setattr(fragments, "safe_open", counted)
+    with reader_of(folder) as reader:
+        assert sorted(opened) == [rank_file(rank) for rank in range(15)]
+        opened.clear()
+        for kind in KINDS:
+            read = reader.read(kind, Fragment("fc.weight", 3, 100, 3))
+            assert torch.equal(read, whole_state()[kind, "fc.weight"][3:6])
+            assert len(reader.read(kind, Fragment("fc.weight", 15, 0, 0))) == 0
+    assert opened == [rank_file(3), rank_file(4), rank_file(5)]
 
 
 def _truncate(path: Path) -> None:
@@ -248,10 +283,20 @@ def test_a_gap_is_found_before_anything_is_read(tmp_path: Path, key: str, words:
         folder / rank_file(1),
     )
     with pytest.raises(ValueError, match=words):
-        FragmentReader(folder, read_manifest(folder))
+        reader_of(folder)
     save_file({k: v for k, v in tensors.items() if k != key}, folder / rank_file(1))
     with pytest.raises(ValueError, match=f"{kind} of {name} has {start} elements instead of"):
-        FragmentReader(folder, read_manifest(folder))
+        reader_of(folder)
+
+
+def test_a_file_that_is_none_of_a_checkpoint_is_named(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 1)
+    save_file({"master/fc.weight/first": torch.zeros(3)}, folder / rank_file(0))
+    (folder / rank_file(1)).write_bytes(b"no tensors")
+    for rank in range(2):
+        with pytest.raises(ValueError, match=f"{rank_file(rank)} is not a file of a checkpoint"):
+            pieces_in(folder, [rank_file(rank)])
+    assert pieces_in(folder, [MANIFEST, "vocabulary.safetensors"]) == []
 
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ import pytest
 
 from eagle3_ds.launch.announced import announcement
 from eagle3_ds.launch.command import LaunchPlan
-from eagle3_ds.launch.logs import How, Logs, RankEnd, Status
+from eagle3_ds.launch.logs import How, Logs, RankEnd, Status, seconds_between_looks
 from eagle3_ds.launch.ranks import describe_failure, run_ranks, run_with_restarts
-from eagle3_ds.launch.supervisor import START_SECONDS, Rank
+from eagle3_ds.launch.supervisor import START_SECONDS, Rank, Supervisor
 from eagle3_ds.say import telling
 
 FAKES = Path(__file__).parent
@@ -327,3 +327,19 @@ def test_causes_come_before_what_follows_from_them(
     told = describe_failure({end.rank: end for end in ends}, 4, 1, Logs(tmp_path))
     assert f"First error, of rank {first} on host-{first}" in told.splitlines()[-1]
     assert "rank 3: no word" in told
+
+
+def test_large_worlds_look_for_orders_less_often(tmp_path: Path) -> None:
+    """1,024 supervisors that each open a file of the shared storage twice a second are felt by others."""
+    assert [seconds_between_looks(world) for world in (1, 100, 400, 4096)] == [0.5, 0.5, 2.0, 5.0]
+    logs = Logs(tmp_path / "logs")
+    logs.prepare()
+    watching = Supervisor(logs, 0, 400, LIMIT, [sys.executable, "-c", "pass"])
+    try:
+        assert watching._new_orders(100.0) == []
+        logs.order("signal SIGUSR1")
+        assert watching._new_orders(101.9) == []
+        assert watching._new_orders(102.1) == ["signal SIGUSR1"]
+    finally:
+        watching.child.kill()
+        watching.child.communicate()
