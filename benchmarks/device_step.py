@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -42,7 +42,7 @@ from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.scale import ScaleCheck
 from eagle3_ds.train.trainer import DraftTrainer
 from judge.dense_reference import Frozen
-from judge.device_counts import DEVICE, Amount, DeviceCounts
+from judge.device_counts import DEVICE, Amount, DeviceCounts, Kind
 from judge.pretend_device import CountedCudaKernel, pretend_cuda
 from judge.product import vocabulary_map
 from judge.result_file import FOLDER, print_table, write_result
@@ -229,6 +229,31 @@ def _pack(step: Step) -> PackedSequence:
     return make_pack(_model(step.shape), step.length, rows_of_all, step.supervised)
 
 
+def rooflines(counts: DeviceCounts) -> dict[str, dict[str, float]]:
+    """Seconds at the peaks of every device that the planner knows, by device and part; "all" is their sum."""
+    parts = {part: part for part in counts.parts()} | {"all": None}
+    return {
+        name: {
+            told: round(counts.amount(device, ESTIMATES, part).peak_seconds, 4)
+            for told, part in parts.items()
+        }
+        for name, device in DEVICES.items()
+    }
+
+
+def attention_calls(counts: DeviceCounts) -> dict[str, int]:
+    """How often the attention kernel is called in forward and backward; both are of one step."""
+    kinds: tuple[Kind, Kind] = ("attention forward", "attention backward")
+    return {kind: sum(times for one, times in counts.launches.items() if one.kind == kind) for kind in kinds}
+
+
+def show_rooflines(step: Step, found: Mapping[str, Mapping[str, float]]) -> None:
+    """The table of `rooflines`."""
+    parts = next(iter(found.values()))
+    rows = [(part, *(f"{of_device[part]:.3f}" for of_device in found.values())) for part in parts]
+    print_table(f"{step.length} slots, seconds at the peaks of", ["part", *found], rows)
+
+
 def show(counted: Counted, device: Device) -> None:
     """The table of one step, and a line that compares it with the planner."""
 
@@ -282,15 +307,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = []
     for length in options.length:
         step = Step(SHAPE_8B, length, options.supervised, options.ring, options.ulysses)
-        found.append(compare(step, count_step(step), device))
-        show(found[-1], device)
+        counts = count_step(step)
+        counted, of_devices = compare(step, counts, device), rooflines(counts)
+        show(counted, device)
+        show_rooflines(step, of_devices)
+        calls = attention_calls(counts)
+        print(f"calls of the attention kernel: {calls}\n")
+        of_step = {"attention_calls": calls, "peak_seconds_of_devices": of_devices}
+        found.append({**counted.as_dict(), **of_step})
     record = {
         "shape": asdict(SHAPE_8B),
         "dtype": "bfloat16",
         "kernel": "cuda",
         "device": asdict(device),
         "shares": asdict(ESTIMATES),
-        "steps": [counted.as_dict() for counted in found],
+        "steps": found,
     }
     command = " ".join(("python -m benchmarks.device_step", *arguments))
     print(write_result("device_step", command, record, options.folder))

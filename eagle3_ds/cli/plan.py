@@ -26,7 +26,7 @@ GIB, MIB = 2**30, 2**20
 CACHE_ITEMSIZE = 2  # bfloat16, which servers keep a cache in unless told otherwise
 SHOWN = 6
 # The planner's own table says more of each; it waits for torch, which `--help` does not.
-DEVICES = ("A100", "Ascend910B", "H100", "H200")
+DEVICES = ("A100", "Ascend910B", "Ascend910C", "B200", "H100", "H200")
 COUNT = click.IntRange(min=1)
 GIBIBYTES = click.FloatRange(min=0, min_open=True, max=float("inf"), max_open=True)
 

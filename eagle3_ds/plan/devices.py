@@ -1,7 +1,7 @@
 """The accelerators that the planner knows, and its assumptions about how much of a peak is reached.
 
 Peaks are the vendors' published figures for dense arithmetic, bandwidths those of one direction. Published
-figures of the Ascend 910B differ between its variants; the lowest are used.
+figures of the Ascends differ; the lowest are used. A device of the Ascend 910C is one of its two dies.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Assumptions:
     Attributes:
         matmul, attention_forward, attention_backward: the share of the arithmetic peak that is reached. They
             were read off a step of 32,768 slots on an H200, whose attention was torch's own FlashAttention 2
-            with heads of 128 (docs/lab-notes.md). FlashAttention 3 publishes about twice its rates.
+            with heads of 128 (docs/lab-notes.md). FlashAttention 3 publishes about twice its rates. A B200
+            reaches such shares only with kernels that use its own matrix units (cuDNN, FlashAttention 4).
         memory, link: the share of a bandwidth that is reached.
         call_seconds: the fixed cost of one collective.
         host_memory_gbs: memory bandwidth of an optimizer that runs on the host, GB/s per rank.
@@ -58,9 +59,11 @@ ESTIMATES = Assumptions()
 DEVICES = {
     device.name: device
     for device in (
+        Device("B200", 179, 2250, 80, 8000, 900, 50, 55),
         Device("H100", 80, 989, 67, 3350, 450, 50, 55),
         Device("H200", 141, 989, 67, 4800, 450, 50, 55),
         Device("A100", 80, 312, 19.5, 2039, 300, 25, 25),
         Device("Ascend910B", 64, 280, 75, 1600, 196, 25, 25),
+        Device("Ascend910C", 64, 376, 75, 1600, 196, 12.5, 25),
     )
 }

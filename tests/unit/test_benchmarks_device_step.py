@@ -66,6 +66,22 @@ def test_exchanges_are_those_of_the_planner(mesh):
     assert sent == pytest.approx(sum(one.sent for one in traffic), abs=len(calls))
 
 
+def test_rooflines_are_the_counts_over_each_devices_own_peaks():
+    counts = count_step(LONG)
+    found = device_step.rooflines(counts)
+    assert set(found) == set(DEVICES)
+    assert found["H200"]["all"] == pytest.approx(total(counts).peak_seconds, abs=1e-4)
+    for of_device in found.values():
+        parts = sum(seconds for part, seconds in of_device.items() if part != "all")
+        assert parts == pytest.approx(of_device["all"], abs=1e-3)
+
+
+def test_one_document_is_one_call_of_the_kernel_for_each_step_of_the_unrolling():
+    """Without a window, and short enough for one block of keys in backward."""
+    calls = device_step.attention_calls(count_step(LONG))
+    assert calls == dict.fromkeys(("attention forward", "attention backward"), SHAPE_TINY.ttt_steps)
+
+
 def test_smaller_tiles_launch_more_and_compute_the_same():
     shape = SHAPE_TINY.draft
     per_slot = (7 * shape.intermediate_size + 8 * shape.hidden_size) * 2
