@@ -16,8 +16,10 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -127,9 +129,10 @@ def peagle_by_speculators(case: Case, attention: str) -> Loaded:
     mask = torch.ones(length, dtype=torch.long)
     if case["drawn"]:
         mask[:2] = 0  # A supervised first slot would make a chain of slot -1.
+        guesses: AbstractContextManager[Any] = nullcontext()
     else:
         every = _every_guess(length - 1, case["guesses"])
-        core.generate_cod_sample_indices = lambda **_: every
+        guesses = mock.patch.object(core, "generate_cod_sample_indices", lambda **_: every)
     batch = shift_batch(
         {
             "input_ids": case["tokens"],
@@ -147,7 +150,8 @@ def peagle_by_speculators(case: Case, attention: str) -> Loaded:
 
     def loss() -> Tensor:
         torch.manual_seed(0)
-        return model(**inputs, num_depths=case["guesses"])[1]
+        with guesses:
+            return model(**inputs, num_depths=case["guesses"])[1]
 
     return Loaded(loss, _trained(model))
 

@@ -9,9 +9,11 @@ from dataclasses import replace
 
 from eagle3_ds.costs import FP32, ExchangeName, Parts, Setup, Traffic
 
-BACKWARD_BLOCK, FLASH_BACKWARD_BLOCK = 2**12, 2**14
-"""The most rows, and about the most keys, of one call of an attention kernel's backward:
-`TileKernel.backward_block`, and that of `VarlenKernel`, of which the flash kernels of GPUs are.
+BACKWARD_ROWS = 2**12
+"""The most rows, and about the most keys, of one call of an attention kernel's backward."""
+FLASH_BACKWARD_ELEMENTS, MOST_FLASH_BACKWARD_ROWS = 2**26, 2**18
+"""The same for the flash kernels of accelerators: rows times the channels of all heads, and the most rows
+(`eagle3_ds.kernels.varlen.backward_rows`).
 """
 JOINED, SHORT = 16, 32
 """Those of `FoldedKernel`: the most scattered rows that it joins, each with its query heads of one key head,
@@ -196,7 +198,8 @@ def _kernel_block(setup: Setup) -> tuple[int, int]:
             setup.padded_length if setup.kv_exchange == "gather" else setup.columns // setup.chunks_per_rank
         )
     flash = setup.device == "accelerator" and setup.dtype != "float32"
-    block = FLASH_BACKWARD_BLOCK if flash else BACKWARD_BLOCK
+    query_size = setup.shape.query_size // setup.ulysses
+    block = min(FLASH_BACKWARD_ELEMENTS // query_size, MOST_FLASH_BACKWARD_ROWS) if flash else BACKWARD_ROWS
     if setup.window is not None:
         # A block's own keys and the window before them.
         return min(rows, block), min(keys, min(rows, block) + setup.window)

@@ -239,14 +239,16 @@ class Call:
 class TileKernel(AttentionKernel):
     """A kernel whose backend computes one call at a time: a subclass computes the calls, this class loops
     over them and merges their results.
-
-    Attributes:
-        backward_block: the most query rows of one call of the backward, and about the most keys. A backend
-            allocates gradients for every query head of the rows and the keys of a call, and workspace of its
-            own; without this bound, that temporary memory would grow with the longest document.
     """
 
-    backward_block = 2**12
+    def backward_rows(self, query_size: int) -> int:
+        """The most query rows of one call of the backward, and about the most keys, for rows of `query_size`
+        channels, those of all heads together.
+
+        A backend allocates gradients for every query head of the rows and the keys of a call, and workspace
+        of its own; without this bound, that temporary memory would grow with the longest document.
+        """
+        return 2**12
 
     @abstractmethod
     def call_forward(
@@ -334,10 +336,10 @@ class TileKernel(AttentionKernel):
         dk_accum: Tensor,
         dv_accum: Tensor,
     ) -> Tensor:
-        """As `AttentionKernel.backward`: cuts tiles to `backward_block` and adds up the calls' gradients."""
+        """As `AttentionKernel.backward`: cuts tiles to `backward_rows` and adds up the calls' gradients."""
         dq = torch.zeros_like(q, dtype=accumulation_dtype(q.dtype), memory_format=torch.contiguous_format)
         delta = self.delta_form(dout, delta)
-        for call in _planned(self, tuple(tiles), self.backward_block):
+        for call in _planned(self, tuple(tiles), self.backward_rows(q.shape[1] * q.shape[2])):
             dout_rows, q_rows, lse_rows, delta_rows = (call.rows.take(x) for x in (dout, q, lse, delta))
             k_rows, v_rows = call.keys.take(k), call.keys.take(v)
             grads = self.call_backward(dout_rows, q_rows, k_rows, v_rows, lse_rows, delta_rows, call, scale)

@@ -17,7 +17,7 @@ from eagle3_ds.kernels.base import Call
 from eagle3_ds.kernels.cuda import CudaKernel
 from eagle3_ds.kernels.nvidia import nvidia_reason
 from eagle3_ds.kernels.squares import SquareKernel
-from eagle3_ds.kernels.varlen import VarlenKernel
+from eagle3_ds.kernels.varlen import backward_rows
 
 _SMALLEST = 128
 # Older versions demand that the gradient of the output has the strides of the output.
@@ -28,10 +28,13 @@ class CudnnKernel(SquareKernel):
     """cuDNN for tiles of `_SMALLEST` rows and keys or more, `CudaKernel` for smaller ones."""
 
     name = "cudnn"
-    backward_block = VarlenKernel.backward_block
 
     def __init__(self) -> None:
         self._flash = CudaKernel()
+
+    def backward_rows(self, query_size: int) -> int:
+        """As those of the flash kernels."""
+        return backward_rows(query_size)
 
     def unavailable_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if reason := nvidia_reason(device, dtype, head_dim, max_head_dim=128):

@@ -17,6 +17,8 @@ from eagle3_ds.kernels.halves import cut_in_halves
 from eagle3_ds.kernels.tile import Tile
 
 _LOOKED_AT = 64
+BACKWARD_ELEMENTS, MOST_BACKWARD_ROWS = 2**26, 2**18
+"""Limits of one call of the backward: rows times the channels of all heads, and rows."""
 
 
 class Lengths(NamedTuple):
@@ -39,6 +41,11 @@ class Lengths(NamedTuple):
         return Lengths(_offsets(rows, device), _offsets(keys, device), max(rows), max(keys))
 
 
+def backward_rows(query_size: int) -> int:
+    """The most rows of one call of an accelerator's backward: 16,384 of 32 heads of 128 channels."""
+    return min(BACKWARD_ELEMENTS // query_size, MOST_BACKWARD_ROWS)
+
+
 class JoiningKernel(TileKernel):
     """Joins tiles of the same mask that share no row and no key into one call, so that a pack of many
     documents is one launch; its backend computes delta from an output.
@@ -47,7 +54,9 @@ class JoiningKernel(TileKernel):
     more of its units busy and add up fewer parts.
     """
 
-    backward_block = 2**14
+    def backward_rows(self, query_size: int) -> int:
+        """As the base's, by elements: a rank of Ulysses has fewer heads, and as much memory for more rows."""
+        return backward_rows(query_size)
 
     def arranged(self, tiles: list[Tile]) -> list[Tile]:
         """Short tiles that see the same keys could not share a call: they are cut in halves."""

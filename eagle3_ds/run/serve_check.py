@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from eagle3_ds.run.finish import FOLDERS, prompts_of_run
 from eagle3_ds.targets import Target, load_target, load_text_config, load_tokenizer, resolve_path
 
 ALONE, WITHOUT, RECORDED = "speculators layout alone", "the target alone", "eval.json"
+NEVER_ASKED = "has no acceptance: every text ended before the draft was asked"
 NAMES = {"vllm": "vLLM layout", "speculators": "speculators layout"}
 STDLIB_PROMPTS = 8
 # A server's line that tells of a trouble, behind the time and place that it begins with. Lines of a traceback
@@ -185,7 +186,7 @@ def run_check(check: Check, python: str, tolerance: float, folder: Path) -> Repo
         tolerance: how far the server's acceptance length may be from ours, relative.
         folder: where the server's log goes; made when it is not there.
     """
-    expected, rounds = decode_here(check)
+    expected, rounds = decode_here(check, ended=True)
     answers, log = _decode_there(check, python, folder)
     texts = log.read_text(encoding="utf-8", errors="replace")
     warnings = dict.fromkeys(match[1] for match in WARNING.finditer(texts))
@@ -194,8 +195,11 @@ def run_check(check: Check, python: str, tolerance: float, folder: Path) -> Repo
     for layout in check.drafts:
         for way in _ways(layout):
             found = answers.get(way, missing)
-            ours = by_position(rounds[way], check.draft_tokens)
-            ways.append(judge(way, found, expected, ours, tolerance))
+            if rounds[way]:
+                ours = by_position(rounds[way], check.draft_tokens)
+                ways.append(judge(way, found, expected, ours, tolerance))
+            else:
+                ways.append(replace(judge(way, found, expected, None, tolerance), note=NEVER_ASKED))
     if check.recorded is not None:
         ways.append(judge_recorded(check, rounds.get(RECORDED), tolerance))
     return Report(tuple(ways), tuple(warnings), log)
@@ -205,24 +209,41 @@ def _ways(layout: str) -> tuple[str, ...]:
     return (NAMES[layout], ALONE) if layout == "speculators" else (NAMES[layout],)
 
 
-def decode_here(check: Check) -> tuple[list[list[int]], dict[str, list[Round]]]:
-    """The target's own answers, to the full length, and the rounds of each way; of `RECORDED` those of texts
-    that end at the end token, as an evaluation's do.
+def decode_here(check: Check, ended: bool = False) -> tuple[list[list[int]], dict[str, list[Round]]]:
+    """The target's own answers and the rounds of each way; of `RECORDED` those of texts that end at the end
+    token, as an evaluation's do.
+
+    Args:
+        ended: the answers and rounds of all ways stop with the end token too, but as a server counts: a last
+            round is whole, with what is accepted behind that token. Without it they go to the full length.
     """
     target: Target = load_target(check.target, check.dtype, detect_accelerator())
     expected = [decode_alone(target, prompt, check.max_new_tokens, None) for prompt in check.prompts]
+    end = target.tokenizer.eos_token_id
+    short = [answer[: answer.index(end) + 1] if end in answer else answer for answer in expected]
+    stops = [len(answer) for answer in (short if ended else expected)]
     rounds: dict[str, list[Round]] = {}
+
+    def of_way(folder: Path, draft_tokens: int) -> list[Round]:
+        found = _rounds(check, target, folder, expected, draft_tokens)
+        return [
+            each
+            for prompt, stop, of_prompt in zip(check.prompts, stops, found, strict=True)
+            for each in of_prompt
+            if each.context < len(prompt) + stop
+        ]
+
     for layout, folder in check.drafts.items():
-        rounds[NAMES[layout]] = _rounds(check, target, folder, expected, check.draft_tokens)
+        rounds[NAMES[layout]] = of_way(folder, check.draft_tokens)
         if layout == "speculators":
             own = own_draft_tokens(folder)
             same = own == check.draft_tokens
-            rounds[ALONE] = rounds[NAMES[layout]] if same else _rounds(check, target, folder, expected, own)
+            rounds[ALONE] = rounds[NAMES[layout]] if same else of_way(folder, own)
     if check.recorded is not None and not other_settings(check):
-        end, folder = target.tokenizer.eos_token_id, next(iter(check.drafts.values()))
-        ended = [answer[: answer.index(end) + 1] if end in answer else answer for answer in expected]
-        rounds[RECORDED] = _rounds(check, target, folder, ended, check.draft_tokens, end)
-    return expected, rounds
+        folder = next(iter(check.drafts.values()))
+        found = _rounds(check, target, folder, short, check.draft_tokens, end)
+        rounds[RECORDED] = [each for of_prompt in found for each in of_prompt]
+    return short if ended else expected, rounds
 
 
 def _rounds(
@@ -232,8 +253,12 @@ def _rounds(
     expected: Sequence[Sequence[int]],
     draft_tokens: int,
     end: int | None = None,
-) -> list[Round]:
-    """Of an export, which is read as others read it: from its folder. `end`: the token that ends a text."""
+) -> list[list[Round]]:
+    """Of each prompt, with an export, which is read as others read it: from its folder.
+
+    Args:
+        end: the token that ends a text.
+    """
     config, state, vocabulary = load_export(folder)
     algorithm = ALGORITHMS[check.algorithm]
     if aux_size(config) != len(target.aux_layers) * target.config.hidden_size:
@@ -252,7 +277,7 @@ def _rounds(
     for prompt, answer in zip(check.prompts, expected, strict=True):
         guesser = algorithm.guesser(draft, shared, vocabulary)
         sizes = (check.max_new_tokens, draft_tokens, end, answer)
-        rounds += speculative_decode(target, guesser, prompt, *sizes)[1]
+        rounds.append(speculative_decode(target, guesser, prompt, *sizes)[1])
     return rounds
 
 
@@ -283,6 +308,7 @@ def _decode_there(check: Check, python: str, folder: Path) -> tuple[dict[str, An
         "draft_tokens": check.draft_tokens,
         "dtype": check.dtype,
         "max_model_len": longest,
+        "end": load_tokenizer(check.target).eos_token_id,
         "engines": engines,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -358,7 +384,7 @@ def judge_recorded(check: Check, rounds: Sequence[Round] | None, tolerance: floa
         return Served(RECORDED, (), note=f"is of other settings and not compared: {other}")
     recorded = check.recorded["acceptance_length"]
     if not rounds or recorded is None:
-        return Served(RECORDED, (), note="has no acceptance: every text ended before the draft was asked")
+        return Served(RECORDED, (), note=NEVER_ASKED)
     theirs = [row["accepted"] for row in check.recorded["acceptance_by_position"]]
     pairs = tuple(zip(theirs, by_position(rounds, len(theirs)), strict=True))
     lengths = (recorded, sum(each.emitted for each in rounds) / len(rounds))

@@ -4,9 +4,10 @@ Runs inside the server's Python, as a file: `python decode.py JOBS ANSWERS`. Tha
 this package, so nothing of it is imported here.
 
 JOBS is a JSON file: {"prompts": [[token, ...], ...], "max_new_tokens": n, "draft_tokens": k, "dtype": name,
-"max_model_len": n or null, "engines": [{"name": ..., "model": folder, "draft": folder or null,
-"speculative": what vLLM is told of the draft's kind, or absent for EAGLE-3}, ...]}. An engine whose model is
-a speculators export brings its target and its draft by itself; `draft` is null then.
+"max_model_len": n or null, "end": the token that ends an answer, null or absent for none, "engines":
+[{"name": ..., "model": folder, "draft": folder or null, "speculative": what vLLM is told of the draft's kind,
+or absent for EAGLE-3}, ...]}. An engine whose model is a speculators export brings its target and draft by
+itself; `draft` is null then.
 
 ANSWERS maps each engine's name to what `judge` returns, or to {"error": ...} where vLLM refuses to load it.
 It is written anew after every engine, so that a crash of one leaves those before it.
@@ -69,9 +70,14 @@ def judge(engine: Mapping[str, Any], jobs: Mapping[str, Any]) -> dict[str, Any]:
         skip_tokenizer_init=True,
         **more,
     )
-    # To the full length: whether a text ends early is not what is judged, and a last round counts whole.
+    # The end token is said, and the model's own generation config does not count.
+    end = jobs.get("end")
     sampling = SamplingParams(
-        temperature=0, max_tokens=jobs["max_new_tokens"], ignore_eos=True, detokenize=False
+        temperature=0,
+        max_tokens=jobs["max_new_tokens"],
+        ignore_eos=True,
+        stop_token_ids=[] if end is None else [end],
+        detokenize=False,
     )
     found: dict[str, Any] = {"answers": [], "seconds": [], "counts": []}
     before = counters(llm)

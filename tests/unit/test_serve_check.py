@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,14 @@ import pytest
 from eagle3_ds.cli.main import main
 from eagle3_ds.config import TargetSection
 from eagle3_ds.eval import Round
+from eagle3_ds.run import serve_check
 from eagle3_ds.run.serve_check import (
+    NEVER_ASKED,
     WARNING,
+    WITHOUT,
     Check,
     by_position,
+    decode_here,
     judge,
     judge_recorded,
     run_check,
@@ -90,11 +95,49 @@ def test_the_evaluation_of_the_run_is_held_against_its_export() -> None:
     assert judge_recorded(recorded(acceptance_length=None), [], 0.0).note.startswith("has no acceptance")
 
 
+def test_a_text_stops_with_its_end_token_and_its_last_round_counts_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first text ends with its second token, in a round that goes on behind it; the other does not."""
+    answers = [[5, 0, 7, 8], [9, 9, 9, 9]]
+    rounds = [[Round(3, 2, 1, 2)], [Round(2, 1, 0, 1), Round(3, 2, 1, 2)]]
+    behind = [Round(5, 1, 0, 1)]
+    target = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=0))
+    monkeypatch.setattr(serve_check, "load_target", lambda *_: target)
+    monkeypatch.setattr(serve_check, "decode_alone", lambda _, prompt, *__: answers[len(prompt) == 1])
+    asked: list[Any] = []
+
+    def of_prompts(check: Check, target: Any, folder: Path, expected: Any, guesses: int, end: Any = None):
+        asked.append((expected, end))
+        return [rounds[0] + behind, rounds[1]]
+
+    monkeypatch.setattr(serve_check, "_rounds", of_prompts)
+    expected, found = decode_here(recorded(), ended=True)
+    assert expected == [[5, 0], [9, 9, 9, 9]]
+    assert found["vLLM layout"] == rounds[0] + rounds[1]
+    # The rounds of a server are those of the whole text; the evaluation's are of texts that end.
+    assert asked == [(answers, None), (expected, 0)]
+    whole, found = decode_here(CHECK)
+    assert whole == answers and found["vLLM layout"] == rounds[0] + behind + rounds[1]
+
+
+def test_drafts_that_are_never_asked_are_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every answer is one token, which ends it."""
+    short = [[0], [0]]
+    answers = {name: found(answers=short, counts=[None, None]) for name in (WITHOUT, "vLLM layout")}
+    monkeypatch.setattr(serve_check, "decode_here", lambda *_, **__: (short, {"vLLM layout": []}))
+    monkeypatch.setattr(serve_check, "_decode_there", lambda *_: (answers, tmp_path / "log"))
+    (tmp_path / "log").write_text("")
+    report = run_check(CHECK, sys.executable, 0.0, tmp_path)
+    assert not report.failures and report.ways[1].note == NEVER_ASKED
+
+
 def test_a_server_that_dies_fails_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "eagle3_ds.run.serve_check.decode_here", lambda check: (EXPECTED, {"vLLM layout": ROUNDS})
+        "eagle3_ds.run.serve_check.decode_here", lambda *_, **__: (EXPECTED, {"vLLM layout": ROUNDS})
     )
-    monkeypatch.setattr("eagle3_ds.run.serve_check.resolve_path", lambda path: tmp_path)
+    monkeypatch.setattr(serve_check, "resolve_path", lambda path: tmp_path)
+    monkeypatch.setattr(serve_check, "load_tokenizer", lambda target: SimpleNamespace(eos_token_id=0))
     report = run_check(CHECK, sys.executable, 0.0, tmp_path / "out")  # this Python has no vLLM
     assert len(report.failures) == 2 and all("does not load" in failure for failure in report.failures)
     assert report.log is not None and "No module named 'vllm'" in report.log.read_text()
