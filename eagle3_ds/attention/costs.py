@@ -8,17 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from eagle3_ds.costs import FP32, ExchangeName, Parts, Setup, Traffic
+from eagle3_ds.kernels import folded
+from eagle3_ds.kernels.base import BACKWARD_ROWS
+from eagle3_ds.kernels.varlen import backward_rows
 
-BACKWARD_ROWS = 2**12
-"""The most rows, and about the most keys, of one call of an attention kernel's backward."""
-FLASH_BACKWARD_ELEMENTS, MOST_FLASH_BACKWARD_ROWS = 2**26, 2**18
-"""The same for the flash kernels of accelerators: rows times the channels of all heads, and the most rows
-(`eagle3_ds.kernels.varlen.backward_rows`).
-"""
-JOINED, SHORT = 16, 32
-"""Those of `FoldedKernel`: the most scattered rows that it joins, each with its query heads of one key head,
-and the fewest rows together that are not scattered.
-"""
+SHORT = folded.SHORT
+"""Runs of fewer slots are scattered: their query heads are folded."""
 
 
 def unroll_traffic(setup: Setup) -> list[Traffic]:
@@ -110,11 +105,11 @@ def keys_and_values(setup: Setup) -> Parts:
     return {"step-0 KV": step_0, "diagonal KV": diagonals}
 
 
-def attention_backward(setup: Setup, folded: bool = False) -> int:
+def attention_backward(setup: Setup, is_scattered: bool = False) -> int:
     """Bytes that the backward of one step's attention allocates beside what is kept (`attend_backward`).
 
     Args:
-        folded: whether the live slots are scattered, and the kernel folds their query heads (`FoldedKernel`).
+        is_scattered: whether the live slots are, so that the kernel folds their query heads (`FoldedKernel`).
     """
     shape, S, item = setup.shape, setup.live_slots, setup.itemsize
     query, statistic = S * shape.query_size * item, S * shape.num_heads * FP32
@@ -128,13 +123,17 @@ def attention_backward(setup: Setup, folded: bool = False) -> int:
         total += 2 * query + 2 * statistic
     # The kernel's dq in fp32, and the stand-in output that it computes delta from.
     total += wide_query + query
-    if not folded:
+    if not is_scattered:
         return total + _kernel_workspace(setup, *_kernel_block(setup)) + _passing_blocks(setup)
     # Of all rows and heads: dout, q, lse and delta folded, and dq before it is unfolded.
     total += 2 * query + 2 * statistic + wide_query
     group = shape.num_heads // shape.num_kv_heads
     alone = replace(setup, shape=replace(shape, num_heads=shape.num_kv_heads))
-    return total + _kernel_workspace(alone, JOINED * group, _kernel_block(setup)[1]) + _passing_blocks(setup)
+    return (
+        total
+        + _kernel_workspace(alone, folded.JOINED * group, _kernel_block(setup)[1])
+        + _passing_blocks(setup)
+    )
 
 
 def gradient_exchange(setup: Setup) -> int:
@@ -198,8 +197,7 @@ def _kernel_block(setup: Setup) -> tuple[int, int]:
             setup.padded_length if setup.kv_exchange == "gather" else setup.columns // setup.chunks_per_rank
         )
     flash = setup.device == "accelerator" and setup.dtype != "float32"
-    query_size = setup.shape.query_size // setup.ulysses
-    block = min(FLASH_BACKWARD_ELEMENTS // query_size, MOST_FLASH_BACKWARD_ROWS) if flash else BACKWARD_ROWS
+    block = backward_rows(setup.shape.query_size // setup.ulysses) if flash else BACKWARD_ROWS
     if setup.window is not None:
         # A block's own keys and the window before them.
         return min(rows, block), min(keys, min(rows, block) + setup.window)

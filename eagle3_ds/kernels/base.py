@@ -89,6 +89,8 @@ class AttentionKernel(ABC):
         """
 
 
+BACKWARD_ROWS = 2**12
+"""The most rows of one call of the backward, where a kernel does not say another number."""
 _STAND_IN_ROWS = 2**13
 """Rows of one part of `out_with_delta`."""
 _FEW_RANGES = 4
@@ -248,7 +250,7 @@ class TileKernel(AttentionKernel):
         A backend allocates gradients for every query head of the rows and the keys of a call, and workspace
         of its own; without this bound, that temporary memory would grow with the longest document.
         """
-        return 2**12
+        return BACKWARD_ROWS
 
     @abstractmethod
     def call_forward(

@@ -314,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     options = parser.parse_args(arguments)
     environment = {**os.environ, **announcement(os.environ)}
-    rank, world_size = (int(environment.get(*name)) for name in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, world_size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     command = [sys.executable, "-u", "-m", options.module, *options.arguments]
     return Supervisor(Logs(options.log_folder), rank, world_size, options.limit, command).run()
 

@@ -40,6 +40,15 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().err
 
 
+def small_run(folder: Path) -> list[str]:
+    """Overrides of the quickstart: a target and conversations made in `folder`, where all else goes too."""
+    rows = write_jsonl(folder / "rows.jsonl", CONVERSATIONS)
+    target = build_tiny_target(folder / "target")
+    places = [f"output_dir={folder / 'run'}", f"data.cache_dir={folder / 'cache'}"]
+    of_target = [f"target.path={target}", "target.build=null", "draft.vocab_size=128"]
+    return [f"data.train=[{rows}]", *of_target, *places, "eval.num_prompts=0"]
+
+
 def test_a_target_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
     text = planned(capsys, *LLAMA, "--gpus", "8", "--gpu-memory", "80")
     assert "425 M trained parameters" in text
@@ -106,10 +115,7 @@ def test_the_disk_of_a_store_is_told_for_each_dtype_and_for_documents_that_are_p
     )
     assert f"hidden states on disk, per token: {told}; data.hidden_dtype is bfloat16" in text
     assert "data.hidden_states=stream" in text
-    rows = write_jsonl(tmp_path / "rows.jsonl", CONVERSATIONS)
-    target = build_tiny_target(tmp_path / "target")
-    here = [f"data.train=[{rows}]", f"target.path={target}", "target.build=null", "draft.vocab_size=128"]
-    here += [f"output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}", "eval.num_prompts=0"]
+    here = small_run(tmp_path)
     assert main(["prepare", "recipes/quickstart.yaml", *here]) == 0
     capsys.readouterr()
     (folder,) = (tmp_path / "cache").glob("hidden-*")
@@ -121,10 +127,7 @@ def test_the_disk_of_a_store_is_told_for_each_dtype_and_for_documents_that_are_p
 def test_the_whole_run_and_the_capture_are_told_once_documents_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = write_jsonl(tmp_path / "rows.jsonl", CONVERSATIONS)
-    target = build_tiny_target(tmp_path / "target")
-    here = [f"data.train=[{rows}]", f"target.path={target}", "target.build=null", "draft.vocab_size=128"]
-    here += [f"output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}", "eval.num_prompts=0"]
+    here = small_run(tmp_path)
     here += ["data.max_length=64", "train.accumulation=2", "parallel.draft_dp=1", "train.steps=null"]
     command = ("recipes/quickstart.yaml", "--gpus", "4", *here, "train.epochs=3")
     text = planned(capsys, *command)
@@ -164,10 +167,7 @@ def test_a_plan_goes_on_without_counts_where_something_that_was_prepared_from_ha
     gone: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The target's config is enough for it: weights may come late, or lie on another machine."""
-    rows = write_jsonl(tmp_path / "rows.jsonl", CONVERSATIONS)
-    target = build_tiny_target(tmp_path / "target")
-    here = [f"data.train=[{rows}]", f"target.path={target}", "target.build=null", "draft.vocab_size=128"]
-    here += [f"output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}", "eval.num_prompts=0"]
+    here = small_run(tmp_path)
     assert main(["prepare", "recipes/quickstart.yaml", *here]) == 0
     capsys.readouterr()
     assert "that are prepared: " in planned(capsys, "recipes/quickstart.yaml", "--gpus", "4", *here)
