@@ -98,10 +98,10 @@ def test_the_evaluation_of_the_run_is_held_against_its_export() -> None:
 def test_a_text_stops_with_its_end_token_and_its_last_round_counts_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first text ends with its second token, in a round that goes on behind it; the other does not."""
-    answers = [[5, 0, 7, 8], [9, 9, 9, 9]]
-    rounds = [[Round(3, 2, 1, 2)], [Round(2, 1, 0, 1), Round(3, 2, 1, 2)]]
-    behind = [Round(5, 1, 0, 1)]
+    """The first text ends with the last token of a round, the other within one."""
+    answers = [[5, 0, 7, 8], [9, 0, 9, 9]]
+    rounds = [[Round(3, 1, 0, 1)], [Round(2, 2, 2, 3)]]
+    behind = [Round(4, 2, 1, 2)]
     target = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=0))
     monkeypatch.setattr(serve_check, "load_target", lambda *_: target)
     monkeypatch.setattr(serve_check, "decode_alone", lambda _, prompt, *__: answers[len(prompt) == 1])
@@ -113,7 +113,7 @@ def test_a_text_stops_with_its_end_token_and_its_last_round_counts_whole(
 
     monkeypatch.setattr(serve_check, "_rounds", of_prompts)
     expected, found = decode_here(recorded(), ended=True)
-    assert expected == [[5, 0], [9, 9, 9, 9]]
+    assert expected == [[5, 0], [9, 0]]
     assert found["vLLM layout"] == rounds[0] + rounds[1]
     # The rounds of a server are those of the whole text; the evaluation's are of texts that end.
     assert asked == [(answers, None), (expected, 0)]
