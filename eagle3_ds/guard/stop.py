@@ -17,6 +17,9 @@ class StopRequest:
     """Inside its `with` block, notes SIGINT, SIGTERM and SIGUSR1 instead of ending the process. Between steps
     the loop reads `reason`, and all ranks agree on it. A second SIGINT ends the process at once.
 
+    When the block has ended without an exception, the process is about to end, and ignores these signals: a
+    request reaches the ranks at different times, so that a rank may be told to stop after all have stopped.
+
     Args:
         timeout_minutes: time limit, counted from now; None for no limit. Only rank 0 gets it: clocks differ,
             and one rank's request stops all.
@@ -31,9 +34,9 @@ class StopRequest:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if error is None else handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._noted = self._noted or REASONS.index(signal.Signals(number).name)

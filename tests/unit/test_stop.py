@@ -7,22 +7,51 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from eagle3_ds.guard.stop import REASONS, SIGNALS, TIMEOUT, StopRequest
 
 
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Pytest's own are there again after each test."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_noted_and_the_first_one_counts(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
     with StopRequest() as stop:
         assert REASONS[stop.reason] == ""
         os.kill(os.getpid(), number)
         assert REASONS[stop.reason] == number.name
         os.kill(os.getpid(), signal.SIGUSR1)
         assert REASONS[stop.reason] == number.name
-    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_request_that_comes_when_the_run_has_stopped_is_ignored(number: signal.Signals) -> None:
+    """Also while the interpreter goes down, when it has taken its own handlers away."""
+    code = (
+        "import os, sys\nfrom eagle3_ds.guard.stop import StopRequest\n"
+        "class Late:\n    def __del__(self, kill=os.kill, own=os.getpid()):\n"
+        f"        kill(own, {int(number)})\n"
+        f"with StopRequest():\n    pass\nos.kill(os.getpid(), {int(number)})\nsys.late = Late()\n"
+        "print('whole')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "whole\n")
+
+
+def test_a_run_that_fails_can_be_ended_as_before() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(ValueError, match="a bad row"), StopRequest():
+        raise ValueError("a bad row")
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
