@@ -292,7 +292,8 @@ def run_gpu_tests(seconds: float) -> dict[str, Any]:
     """
     workers = str(max(1, min(12, len(os.sched_getaffinity(0)) * 3 // 4)))
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-rs", "-n", workers]
-    command += ["-p", "no:cacheprovider"]
+    # pytest-benchmark, where it is installed, warns in every worker.
+    command += ["-p", "no:cacheprovider", "-p", "no:benchmark"]
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as said:
         # One thread each: the references on the CPU would share the cores badly.

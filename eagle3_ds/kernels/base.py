@@ -46,6 +46,14 @@ class AttentionKernel(ABC):
         The text completes a message, e.g. "it runs on CPUs, and the device is cuda:0".
         """
 
+    def suits(self, device: torch.device) -> bool:
+        """Whether `auto` may take this kernel on a device that it runs on."""
+        return True
+
+    def for_short_tiles(self) -> AttentionKernel:
+        """The kernel as short checks run it: all its ways of computing are taken for short tiles too."""
+        return self
+
     @abstractmethod
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float

@@ -1,5 +1,5 @@
-"""A tile of the attention mask, and how it is cut for backends that know only full rectangles and causal
-squares.
+"""A tile of the attention mask, and how it is cut: for backends that know only full rectangles and causal
+squares, and for those to which every new size is costly.
 """
 
 from __future__ import annotations
@@ -114,3 +114,55 @@ def cut_into_squares(tile: Tile) -> Iterator[Tile]:
             yield Tile(
                 q + part.q_start, q + part.q_stop, k + part.k_start, k + part.k_stop, part.causal, part.left
             )
+
+
+def cut_into_powers(tile: Tile, least: int, most: int) -> Iterator[Tile]:
+    """Cut `tile` into full rectangles and causal squares whose sides are powers of two, `least` or more, and
+    what remains, that show the same pairs. `least` and `most` are powers of two.
+
+    The rows become blocks, the largest first, of at most `most`; the keys before a block become rectangles
+    of any such size. So a backend meets few sizes, whatever the lengths of the documents. For least = 2, a
+    causal tile of 7 rows is blocks of 4 and 2 rows and a last row that remains:
+
+        x x x x
+        x x x x
+        x x x x
+        x x x x
+        y y y y | z z
+        y y y y | z z
+        r r r r   r r r
+
+    What remains is fewer than `least` rows, which keep all their keys, and the keys before the first whole
+    rectangle. A tile with `left` or with fewer rows or keys than `least` remains whole.
+    """
+    if tile.left is not None or min(tile.num_queries, tile.num_keys) < least:
+        yield tile
+        return
+    # The keys before a causal tile's own are seen by all its rows.
+    diagonal = tile.k_stop - tile.num_queries if tile.causal else tile.k_stop
+    first = tile.k_start + (diagonal - tile.k_start) % least
+    start = tile.q_start
+    for rows in _powers(tile.num_queries, least, most):
+        block, key = Tile(start, start + rows, 0, 0, False), first
+        before = diagonal + start - tile.q_start if tile.causal else diagonal
+        for keys in _powers(before - first, least):
+            yield block._replace(k_start=key, k_stop=key + keys)
+            key += keys
+        if tile.causal:
+            yield block._replace(k_start=before, k_stop=before + rows, causal=True)
+        start += rows
+    if first > tile.k_start:
+        yield Tile(tile.q_start, start, tile.k_start, first, False)
+    if start < tile.q_stop:
+        yield tile._replace(q_start=start)
+
+
+def _powers(length: int, least: int, most: int | None = None) -> Iterator[int]:
+    """Powers of two from `least` to `most`, the largest first, whose sum is the largest multiple of `least`
+    up to `length`.
+    """
+    while length >= least:
+        size = 1 << (length.bit_length() - 1)
+        size = size if most is None else min(size, most)
+        yield size
+        length -= size

@@ -5,7 +5,7 @@ window.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from unittest import mock
 
 import numpy as np
@@ -19,8 +19,9 @@ from eagle3_ds.attention.tiles import block_tiles, gathered_tiles
 from eagle3_ds.kernels import AttentionKernel, Tile, select_kernel, varlen
 from eagle3_ds.kernels.blockwise import BlockwiseKernel
 from eagle3_ds.kernels.cuda import CudaKernel
+from eagle3_ds.kernels.cudnn import CudnnKernel
 from eagle3_ds.kernels.halves import cut_in_halves
-from eagle3_ds.kernels.tile import cut_into_blocks
+from eagle3_ds.kernels.tile import cut_into_blocks, cut_into_powers
 from eagle3_ds.layout import SpanPlan
 from tests.unit.span_plans import span_plans
 
@@ -101,6 +102,46 @@ def test_halves_show_the_same(plan: SpanPlan, window: int | None, gathered: bool
         assert (shown(halves, size, num_keys) == shown(tiles, size, num_keys)).all()
         for tile in halves:
             tile.check()
+
+
+@settings(deadline=None)
+@given(plans, windows, st.booleans(), st.integers(0, 3), st.integers(0, 3), st.integers(1, 40))
+def test_powers_show_the_same(
+    plan: SpanPlan, window: int | None, gathered: bool, lower: int, more: int, most: int
+) -> None:
+    least, largest, size = 2**lower, 2 ** (lower + more), plan.ulysses * plan.live_per_rank
+    for rank in range(plan.ring):
+        tiles = gathered_tiles(plan, rank, window) if gathered else block_tiles(plan, rank, 0, window)
+        num_keys = plan.padded_length if gathered else plan.columns_per_ring_rank
+        pieces = [(tile, piece) for tile in tiles for piece in cut_into_powers(tile, least, largest)]
+        assert (shown([piece for _, piece in pieces], size, num_keys) == shown(tiles, size, num_keys)).all()
+        for tile, piece in pieces:
+            piece.check()
+            rows, keys = piece.num_queries, piece.num_keys
+            whole = rows % least == keys % least == 0 and rows.bit_count() == keys.bit_count() == 1
+            remains = piece == tile or rows < least or keys < least
+            assert remains or (whole and rows <= largest and (rows == keys or not piece.causal))
+
+
+def test_blocks_of_cudnn_have_few_sizes_and_nearly_all_pairs() -> None:
+    """Documents of lengths drawn at random, in forward and in backward, whose calls are cut further."""
+    lengths = [
+        int(length)
+        for length in torch.randint(1_000, 140_000, (40,), generator=torch.Generator().manual_seed(1))
+    ]
+    starts = [0, *accumulate(lengths)]
+    kernel = CudnnKernel()
+    tiles = [Tile(a, b, a, b, True) for a, b in pairwise(starts)]
+    for most in (None, kernel.backward_rows(4096), kernel.backward_rows(5120)):
+        parts = kernel.arranged(tiles)
+        if most is not None:
+            parts = [block for tile in parts for block in cut_into_blocks(tile, most)]
+        calls = kernel.calls(parts, most)
+        blocks = [call.tiles[0] for call in calls if kernel._is_block(*call.tiles)]
+        sizes = {(tile.num_queries, tile.num_keys, tile.causal) for tile in blocks}
+        assert len(sizes) <= 44
+        pairs = sum(t.num_queries * t.num_keys // (2 if t.causal else 1) for t in blocks)
+        assert pairs > 0.96 * sum(length * length / 2 for length in lengths)
 
 
 def test_answers_of_a_long_document_are_a_few_calls() -> None:

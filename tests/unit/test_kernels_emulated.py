@@ -41,7 +41,7 @@ NAMES = ("cuda", "cudnn", "npu", "flash_attn2", "flash_attn3", "flash_attn4")
 
 
 def kernel_called(name: str) -> AttentionKernel:
-    return next(kernel for kernel in KERNELS if kernel.name == name)
+    return next(kernel for kernel in KERNELS if kernel.name == name).for_short_tiles()
 
 
 def module_with(name: str, **functions: object) -> types.ModuleType:
@@ -104,7 +104,7 @@ def operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
         }
         for name, functions in modules.items():
             monkeypatch.setitem(sys.modules, name, module_with(name, **functions))
-        monkeypatch.setattr(cudnn_module, "_SMALLEST", 8)
+        monkeypatch.setattr(cudnn_module, "LEAST_IN_CHECKS", 8)
         yield recorder
     finally:
         aten._destroy()
@@ -319,7 +319,7 @@ def test_what_else_flash_attn_refuses(operators: Recorder, monkeypatch: pytest.M
     refused(emulated_nvidia.OPERATORS["flash_attn4"][1], alone, "several sequences", **several)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "cudnn"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_pack_of_documents_is_one_call(name: str) -> None:
     kernel = kernel_called(name)
     assert isinstance(kernel, TileKernel)
@@ -388,8 +388,12 @@ def test_package_kernels_need_their_package(gpu: pytest.MonkeyPatch, name: str) 
         select_kernel(name, device, torch.float32, 128)
 
 
-def test_auto_takes_the_built_in_flash_without_a_package(gpu: pytest.MonkeyPatch) -> None:
-    assert select_kernel("auto", torch.device("cuda"), torch.bfloat16, 128).name == "cuda"
+def test_auto_takes_what_torch_brings_without_a_package(gpu: pytest.MonkeyPatch) -> None:
+    assert select_kernel("auto", torch.device("cuda"), torch.bfloat16, 128).name == "cudnn"
+    assert select_kernel("auto", torch.device("cuda"), torch.bfloat16, 192).name == "cuda"
+    with gpu.context() as older:
+        older.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+        assert select_kernel("auto", torch.device("cuda"), torch.bfloat16, 128).name == "cuda"
     assert select_kernel("auto", torch.device("cuda"), torch.float32, 128).name == "blockwise"
 
 
