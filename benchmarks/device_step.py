@@ -37,7 +37,7 @@ from eagle3_ds.costs import Setup
 from eagle3_ds.layout import PackedSequence, live_slots
 from eagle3_ds.parts import OPTIMIZER
 from eagle3_ds.plan import DEVICES, Device, StepTime, attention_pairs, predict_time, step_flops
-from eagle3_ds.plan.devices import ESTIMATES
+from eagle3_ds.plan.devices import estimates
 from eagle3_ds.topology import Topology, maybe_setup_distributed
 from eagle3_ds.train.scale import ScaleCheck
 from eagle3_ds.train.trainer import DraftTrainer
@@ -135,12 +135,12 @@ def compare(step: Step, counts: DeviceCounts, device: Device) -> Counted:
     """A counted step beside the planner's figures, on `device`."""
     setup = step.setup()
     pairs = attention_pairs(setup)
-    flops, total = step_flops(setup, pairs), counts.amount(device, ESTIMATES)
+    flops, total = step_flops(setup, pairs), counts.amount(device, estimates(device))
     needed, peak = flops.layers + flops.loss + total.attention_flops, 1e12 * device.half_tflops
     planned: StepTime = predict_time(setup, device, pairs)
     return Counted(
         step,
-        {part: counts.amount(device, ESTIMATES, part) for part in counts.parts()},
+        {part: counts.amount(device, estimates(device), part) for part in counts.parts()},
         total,
         needed,
         needed / total.peak_seconds / peak,
@@ -234,7 +234,7 @@ def rooflines(counts: DeviceCounts) -> dict[str, dict[str, float]]:
     parts = {part: part for part in counts.parts()} | {"all": None}
     return {
         name: {
-            told: round(counts.amount(device, ESTIMATES, part).peak_seconds, 4)
+            told: round(counts.amount(device, estimates(device), part).peak_seconds, 4)
             for told, part in parts.items()
         }
         for name, device in DEVICES.items()
@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "dtype": "bfloat16",
         "kernel": "cuda",
         "device": asdict(device),
-        "shares": asdict(ESTIMATES),
+        "shares": asdict(estimates(device)),
         "steps": found,
     }
     command = " ".join(("python -m benchmarks.device_step", *arguments))

@@ -15,7 +15,7 @@ import numpy as np
 from eagle3_ds.costs import FP32, Flops, Setup, Traffic
 from eagle3_ds.layout import SpanPlan
 from eagle3_ds.plan.communication import step_traffic
-from eagle3_ds.plan.devices import ESTIMATES, Assumptions, Device
+from eagle3_ds.plan.devices import Assumptions, Device, estimates
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def step_flops(setup: Setup, pairs: int) -> Flops:
 
 
 def predict_time(
-    setup: Setup, device: Device, pairs: int, ranks_per_node: int = 8, assume: Assumptions = ESTIMATES
+    setup: Setup, device: Device, pairs: int, ranks_per_node: int = 8, assume: Assumptions | None = None
 ) -> StepTime:
     """Predict the seconds of one optimizer step; all draft_dp replicas run side by side.
 
@@ -73,8 +73,9 @@ def predict_time(
         device: the accelerator.
         pairs: the result of `attention_pairs`.
         ranks_per_node: decides whether a group's traffic leaves the node.
-        assume: shares of the peaks that are reached.
+        assume: shares of the peaks that are reached; None for the `estimates` of the device.
     """
+    assume = assume or estimates(device)
     flops = step_flops(setup, pairs)
     peak = 1e12 * (device.single_tflops if setup.dtype == "float32" else device.half_tflops)
     parts = {

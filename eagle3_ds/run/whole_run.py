@@ -10,7 +10,7 @@ from typing import Any
 from eagle3_ds.config import Recipe
 from eagle3_ds.data import PreparedData
 from eagle3_ds.plan import Device
-from eagle3_ds.plan.devices import ESTIMATES
+from eagle3_ds.plan.devices import estimates
 from eagle3_ds.run.counted_setup import weight_bytes
 from eagle3_ds.run.stages import places_in_cache
 from eagle3_ds.targets import attention_size
@@ -124,8 +124,9 @@ def capture_seconds(recipe: Recipe, lengths: Iterable[int], target: Any, device:
     pairs = sum(length * (length + 1) // 2 for length in lengths)
     channels = target.num_hidden_layers * target.num_attention_heads * attention_size(target)
     peak = 1e12 * (device.single_tflops if recipe.target.dtype == "float32" else device.half_tflops)
-    products = 2 * weights * sum(lengths) / ESTIMATES.matmul
-    return (products + 4 * channels * pairs / ESTIMATES.attention_forward) / peak
+    assume = estimates(device)
+    products = 2 * weights * sum(lengths) / assume.matmul
+    return (products + 4 * channels * pairs / assume.attention_forward) / peak
 
 
 def duration(seconds: float) -> str:

@@ -12,7 +12,7 @@ from benchmarks.gpu import SHAPE_TINY
 from eagle3_ds.kernels.tile import Tile
 from eagle3_ds.losses.kl import KL
 from eagle3_ds.plan import DEVICES, attention_traffic, step_flops
-from eagle3_ds.plan.devices import ESTIMATES
+from eagle3_ds.plan.devices import estimates
 from eagle3_ds.train.spans import plan_spans
 from judge.device_counts import DEVICE, DeviceCounts, Launch
 from judge.pretend_device import pretend_cuda, visible_pairs
@@ -23,7 +23,7 @@ LONG = Step(SHAPE_TINY, 2048)
 
 
 def total(counts: DeviceCounts):
-    return counts.amount(H200, ESTIMATES)
+    return counts.amount(H200, estimates(H200))
 
 
 def only(counts: DeviceCounts) -> Launch:
@@ -118,7 +118,7 @@ def test_a_step_starts_the_kernels_of_a_gpu_and_reads_the_rows_from_the_host():
     # Three layers' rows in forward and again in backward, the teacher's once, bf16.
     rows = LONG.length * SHAPE_TINY.draft.hidden_size * 2 * (3 + 3 + 1)
     assert rows < total(counts).host_bytes < 1.2 * rows
-    parts = [counts.amount(H200, ESTIMATES, part) for part in counts.parts()]
+    parts = [counts.amount(H200, estimates(H200), part) for part in counts.parts()]
     assert sum(part.launches for part in parts) == total(counts).launches
     assert sum(part.peak_seconds for part in parts) == pytest.approx(total(counts).peak_seconds)
 
@@ -190,7 +190,7 @@ def test_the_loss_kernel_reads_logits_and_target_twice():
 def test_seconds_take_the_larger_of_operations_and_bytes():
     product = Launch("", "mm", "matmul", flops=989 * 10**12, moved=1)
     assert product.seconds(H200) == pytest.approx(1.0)
-    assert product.seconds(H200, ESTIMATES) == pytest.approx(1 / ESTIMATES.matmul)
+    assert product.seconds(H200, estimates(H200)) == pytest.approx(1 / estimates(H200).matmul)
     assert product._replace(moved=2 * 4800 * 10**9).seconds(H200) == pytest.approx(2.0)
     assert Launch("", "copy_", "host", linked=55 * 10**9).seconds(H200) == pytest.approx(1.0)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eagle3_ds.cli.main import main
-from eagle3_ds.kernels import KERNELS, Tile, select, selfcheck
+from eagle3_ds.kernels import KERNELS, Tile, select
 from eagle3_ds.kernels.base import Call
 from eagle3_ds.kernels.blockwise import BlockwiseKernel
 from eagle3_ds.kernels.selfcheck import TOLERANCE, checked_kernel, measured_error
@@ -97,8 +97,7 @@ def test_a_kernel_that_computes_wrongly_is_refused_before_training(
     wrong: BlockwiseKernel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     device = torch.device("cpu")
-    for room in (select, selfcheck):
-        monkeypatch.setattr(room, "KERNELS", (wrong, BlockwiseKernel()))
+    monkeypatch.setattr(select, "KERNELS", (wrong, BlockwiseKernel()))
     with pytest.raises(
         ValueError, match=rf"attention.kernel {wrong.name!r} computes wrongly on cpu .*such as blockwise"
     ):
@@ -107,7 +106,6 @@ def test_a_kernel_that_computes_wrongly_is_refused_before_training(
     assert checked_kernel("auto", device, torch.float32, 16).name == "blockwise"
     assert f"{wrong.name!r} computes wrongly" in caplog.text
     monkeypatch.setattr(select, "KERNELS", (wrong,))
-    monkeypatch.setattr(selfcheck, "KERNELS", (wrong,))
     with pytest.raises(ValueError, match="computes wrongly"):
         checked_kernel("auto", device, torch.float32, 16)
 
@@ -130,8 +128,7 @@ def test_a_kernel_that_fails_is_refused_or_passed_over(
 ) -> None:
     device, error = torch.device("cpu"), RuntimeError("no kernel image is available.\nmore of it")
     kernels = (Refusing(error), BlockwiseKernel())
-    for room in (select, selfcheck):
-        monkeypatch.setattr(room, "KERNELS", kernels)
+    monkeypatch.setattr(select, "KERNELS", kernels)
     said = r"'refusing' fails on cpu with torch.float32 heads of 16: no kernel image is available\."
     with pytest.raises(ValueError, match=said):
         checked_kernel("refusing", device, torch.float32, 16)
@@ -141,7 +138,6 @@ def test_a_kernel_that_fails_is_refused_or_passed_over(
 
 def test_a_device_without_room_is_no_fault_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     full = Refusing(torch.OutOfMemoryError("CUDA out of memory"))
-    for room in (select, selfcheck):
-        monkeypatch.setattr(room, "KERNELS", (full, BlockwiseKernel()))
+    monkeypatch.setattr(select, "KERNELS", (full, BlockwiseKernel()))
     with pytest.raises(torch.OutOfMemoryError):
         checked_kernel("auto", torch.device("cpu"), torch.float32, 16)
