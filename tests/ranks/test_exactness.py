@@ -1,12 +1,16 @@
 """The short exactness matrix, and the proof that its comparison can reject."""
 
 import os
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
+from eagle3_ds.kernels import base, selfcheck
+from eagle3_ds.kernels.cpu import CpuKernel
+from eagle3_ds.kernels.cudnn import CudnnKernel
 from judge.cases import Case, make_inputs, short_matrix
-from judge.exactness import COMPARED, judge, main, relative_error
+from judge.exactness import COMPARED, judge, main, relative_error, run_case
 from judge.mutations import MUTATIONS, OF_DFLASH, OF_PEAGLE
 from judge.product import run_product
 from judge.ranks import run_ranks
@@ -65,6 +69,46 @@ def test_a_mutation_is_rejected_for_its_numbers(mutation, case):
     verdict = judge(case, mutation=mutation)
     assert verdict.failure is None, verdict.failure
     assert not verdict.passed, verdict.line()
+    assert verdict.errors["gradients"] > 1000 * TWO_RANKS.tolerance
+
+
+def run_in_pieces(case, seed, mutation, lost=0):
+    """On a rank: `run_case`, whose tiles are cut as the cudnn kernel cuts them, in small, without the last
+    `lost` pieces. The CPU's kernel computes them, and is not checked before: it would be passed over.
+    """
+    cudnn, cut = CudnnKernel(least=2), 0
+
+    def arranged(_kernel, tiles):
+        nonlocal cut
+        pieces = cudnn.arranged(tiles)
+        cut += len(pieces) - len(tiles)
+        return pieces[: len(pieces) - lost]
+
+    base._planned.cache_clear()
+    try:
+        with (
+            mock.patch.object(CpuKernel, "arranged", arranged),
+            mock.patch.object(selfcheck, "_fault", return_value=None),
+        ):
+            result = run_case(case, seed, mutation)
+    finally:
+        base._planned.cache_clear()
+    assert cut, "no tile was long enough to be cut"
+    return result
+
+
+def run_without_a_piece(case, seed, mutation):
+    return run_in_pieces(case, seed, mutation, lost=1)
+
+
+@pytest.mark.parametrize("case", [TWO_RANKS, ANSWERS, Case(ring=2, kv_exchange="ring_kept")], ids=str)
+def test_the_pieces_of_the_cudnn_kernel_equal_the_dense_reference(case, monkeypatch):
+    monkeypatch.setattr("judge.exactness.run_case", run_in_pieces)
+    verdict = judge(case)
+    assert verdict.passed, verdict.failure or verdict.line()
+    monkeypatch.setattr("judge.exactness.run_case", run_without_a_piece)
+    verdict = judge(case)
+    assert verdict.failure is None, verdict.failure
     assert verdict.errors["gradients"] > 1000 * TWO_RANKS.tolerance
 
 
