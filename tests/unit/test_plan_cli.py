@@ -14,6 +14,7 @@ from eagle3_ds.cli.main import main
 from eagle3_ds.config import load_recipe
 from eagle3_ds.data import PackedLoader, PreparedData
 from eagle3_ds.plan import DEVICES
+from eagle3_ds.plan.devices import estimates
 from eagle3_ds.run.target_config import built_config
 from eagle3_ds.run.whole_run import capture_seconds, duration
 from eagle3_ds.store import HiddenStateStore
@@ -192,7 +193,8 @@ def test_the_seconds_of_a_capture_are_those_of_the_targets_products(tmp_path: Pa
     # Hidden 32, 4 heads and 2 of keys of 8 channels, inner 64, and two norms.
     weights = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64 + 2 * 32
     pairs = 100 * 101 // 2 + 300 * 301 // 2
-    expected = (2 * weights * 400 / 0.74 + 4 * 32 * pairs / 0.33) / 989e12
+    reached = estimates(device)
+    expected = (2 * weights * 400 / reached.matmul + 4 * 32 * pairs / reached.attention_forward) / 989e12
     assert added == pytest.approx(expected, rel=1e-9)
 
 
