@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = {"EAGLE-3": "quickstart", "P-EAGLE": "quickstart_peagle", "DFlash": "quickstart_dflash"}
 WARM = 5
 """Steps at the start that are not timed."""
-TOLERANCE = 0.01
+TOLERANCE = 0.001
 LAYOUT, BUCKETS = "vllm", "gradient buckets"
 
 

@@ -39,6 +39,11 @@ COUNTED = {
     "accepted_by_position": "vllm:spec_decode_num_accepted_tokens_per_pos",
 }
 
+MENDED = (
+    "on a CPU this vLLM norms the context keys of all layers of a DFlash draft by the k_norm of the first. "
+    "It was mended for this check: a server on a CPU accepts less of a draft of several layers."
+)
+
 
 def judge(engine: Mapping[str, Any], jobs: Mapping[str, Any]) -> dict[str, Any]:
     """Load one engine and let it answer every prompt, one after the other.
@@ -49,6 +54,7 @@ def judge(engine: Mapping[str, Any], jobs: Mapping[str, Any]) -> dict[str, Any]:
         without a draft.
     """
     from vllm import LLM, SamplingParams
+    from vllm.logger import init_logger
 
     speculative = None
     if engine["draft"] is not None:
@@ -58,6 +64,8 @@ def judge(engine: Mapping[str, Any], jobs: Mapping[str, Any]) -> dict[str, Any]:
             "model": engine["draft"],
             "num_speculative_tokens": jobs["draft_tokens"],
         }
+    if (speculative or {}).get("method") == "dflash" and mend_context_norms():
+        init_logger("vllm.serve_check").warning(MENDED)
     more = {} if jobs.get("max_model_len") is None else {"max_model_len": jobs["max_model_len"]}
     llm = LLM(
         engine["model"],
@@ -92,6 +100,37 @@ def judge(engine: Mapping[str, Any], jobs: Mapping[str, Any]) -> dict[str, Any]:
             found["counts"].append(difference(before, after))
         before = after
     return found
+
+
+def mend_context_norms() -> bool:
+    """Let a DFlash draft's context keys be normed by the weight of their own layer, and say whether that was
+    needed.
+
+    vLLM norms the keys of all layers, [layers, n, heads, D], in one call with the weights [layers, D] of all.
+    The operator of its CPU backend (0.32) reads the first row of them for every layer: a draft of several
+    layers is fed other keys than on a GPU, and than it was trained with.
+    """
+    import torch
+    from vllm import _custom_ops as ops
+    from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return False
+    keys, weights = torch.ones(2, 1, 1, 8), torch.tensor([[1.0] * 8, [2.0] * 8])
+    normed = torch.empty_like(keys)
+    ops.rms_norm(normed, keys, weights, 1e-6)
+    if torch.allclose(normed[1], 2 * normed[0]):
+        return False
+
+    def norm_by_layer(model: Any, all_k: torch.Tensor) -> torch.Tensor:
+        normed = torch.empty_like(all_k)
+        for layer, weight in enumerate(model._k_norm_weights):
+            ops.rms_norm(normed[layer], all_k[layer], weight.contiguous(), model._rms_norm_eps)
+        return normed
+
+    DFlashQwen3Model._normalize_context_k = norm_by_layer
+    return True
 
 
 def counters(llm: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Runs in the environment of `make_environment.sh`: `python dflash_by_vllm.py JOBS ANSWERS`, both JSON files.
 JOBS is {"prompts": [[token, ...], ...], "max_new_tokens": n, "engines": [{"name", "model", "draft",
-"draft_tokens", "mended"}, ...]}; "mended" puts `norm_by_layer` in the place of a function of vLLM.
+"draft_tokens", "mended"}, ...]}; "mended" mends vLLM's norms as serving/decode.py does.
 
 ANSWERS maps each engine's name to {"answers": [[token, ...], ...], "calls": [[call, ...], ...]}, one list of
 calls for each prompt, or to {"error": ...}. A call is one block of the draft: "tokens" and "positions", the
@@ -12,11 +12,13 @@ inputs [1 + n]; "logits", [n, V], null outside the draft vocabulary.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 # Read by vLLM when it is imported. One process, so that its draft can be watched; and nothing from a network.
@@ -27,6 +29,13 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+
+SPEC = importlib.util.spec_from_file_location(
+    "decode", Path(__file__).parents[2] / "eagle3_ds" / "serving" / "decode.py"
+)
+assert SPEC is not None and SPEC.loader is not None
+DECODE = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(DECODE)
 
 
 class Watched:
@@ -55,26 +64,14 @@ class Watched:
         DFlashQwen3ForCausalLM.compute_logits = watched_logits
 
 
-def norm_by_layer(model: Any, all_k: Any) -> Any:
-    """Context keys [layers, n, heads, D] normed by the weight of their layer, with vLLM's own operator.
-
-    vLLM 0.32 calls it once with the weights of all layers, [layers, D]; the operator of its CPU backend reads
-    the first row of them for all.
-    """
-    from vllm import _custom_ops as ops
-
-    normed = all_k.clone()
-    for layer, weight in enumerate(model._k_norm_weights):
-        ops.rms_norm(normed[layer], all_k[layer], weight.contiguous(), model._rms_norm_eps)
-    return normed
-
-
 def answer(engine: Mapping[str, Any], jobs: Mapping[str, Any], watched: Watched) -> dict[str, Any]:
     """Load one engine and let it answer every prompt, one after the other."""
     from vllm import LLM, SamplingParams
     from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model
 
-    DFlashQwen3Model._normalize_context_k = norm_by_layer if engine["mended"] else watched.norm
+    DFlashQwen3Model._normalize_context_k = watched.norm
+    if engine["mended"]:
+        DECODE.mend_context_norms()
     llm = LLM(
         engine["model"],
         dtype="float32",

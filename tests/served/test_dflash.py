@@ -171,7 +171,7 @@ def test_vllm_computes_the_blocks_of_the_page(name: str, bench: Bench) -> None:
 
 
 def test_vllm_on_a_cpu_norms_context_keys_of_all_layers_by_the_first_ones_weight(bench: Bench) -> None:
-    """When this fails vLLM has mended it; docs/dflash.md then says so no more, and `norm_by_layer` can go."""
+    """When this fails vLLM mended it; docs/dflash.md then says so no more and `mend_context_norms` goes."""
     config, weights, frozen = bench.drafts[UNMENDED]
     text, calls = bench.texts[-1], bench.found[UNMENDED]["calls"][-1]
     expected = expected_logits(

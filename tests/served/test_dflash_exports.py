@@ -1,7 +1,8 @@
 """Our own exports of DFlash drafts in a real vLLM: what it answers is the target's own text, and what it
 accepts of the draft is, prompt for prompt and position for position, what our own decoding accepts.
 
-Layers share `k_norm`: vLLM 0.32 on a CPU has the first one's for the context of all (docs/dflash.md).
+Norms differ by layer, which vLLM 0.32 on a CPU does not see until serving/decode.py has mended it
+(docs/dflash.md).
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def trained_draft(target: Target, texts: list[Any], more: dict[str, Any]) -> Mad
     if config.hidden_size != embedding.shape[1]:
         embedding = project_embedding(embedding, config.hidden_size)
     frozen = Frozen(embedding, target.head, vocabulary.d2t)
-    fresh = random_weights(config, *sizes, norms_differ=False)
-    draft.load_state_dict(trained(fresh, config, frozen, texts, TRAIN_STEPS, still=("k_norm.weight",)))
+    fresh = random_weights(config, *sizes, norms_differ=True)
+    draft.load_state_dict(trained(fresh, config, frozen, texts, TRAIN_STEPS, still=()))
     return Made(draft.requires_grad_(False), vocabulary, embedding)
 
 
