@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from types import ModuleType
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -41,12 +41,27 @@ def pretend_cuda(counts: DeviceCounts) -> Iterator[None]:
             patch.object(KL, "fused", lambda loss, logits: _CountedKL(counts)),
             patch.object(decoder_backward, "adds_in_product", lambda device: True),
             patch.object(functional, "rms_norm", lambda *args: _RMSNorm.apply(counts, *args)),
-            # Pinned memory needs a device; nothing is copied from it.
-            patch.object(Tensor, "pin_memory", lambda tensor: tensor),
+            without_streams(),
             patch("eagle3_ds.parts.record_function", counts.record),
             patch("torch.autograd._profiler_enabled", lambda: True),
         ):
             stack.enter_context(replaced)
+        yield
+
+
+@contextmanager
+def without_streams() -> Iterator[None]:
+    """Within it, streams wait for nothing and no memory is pinned: the meta device, which never computes."""
+    stream = SimpleNamespace(
+        wait_stream=lambda other: None, wait_event=lambda event: None, record_event=lambda: None
+    )
+    module = SimpleNamespace(
+        Stream=lambda device: stream, current_stream=lambda device: stream, stream=nullcontext
+    )
+    with (
+        patch("eagle3_ds.device.runtime.device_module", lambda device: module),
+        patch.object(Tensor, "pin_memory", lambda tensor: tensor),
+    ):
         yield
 
 

@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eagle3_ds.device.kinds import CPU
+from eagle3_ds.draft.decoder_backward import accumulate_product
 from eagle3_ds.layout import LocalRows, row_tiles, stream_rows
 
+ARRIVING_BYTES = 2**26
+"""The most bytes of a tile that is copied to an accelerator, which waits for the first one of them."""
 Prepare = Callable[[Tensor, Sequence[Tensor]], Tensor]
 """Applied to rows [t, A] before the matrix, with a list of trained weights -> [t, A]. A pure function,
 because backward runs it again.
@@ -71,7 +75,10 @@ class _StreamAux(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # The device holds a tile and the next one; `prepare` makes another tensor of each.
         copies = 2 if prepare is None else 4
-        size = max(1, tile_bytes // (copies * weight.shape[1] * max(weight.element_size(), 4)))
+        size = tile_bytes // (copies * weight.shape[1] * max(weight.element_size(), 4))
+        if weight.device.type != CPU:
+            size = min(size, ARRIVING_BYTES // (weight.shape[1] * weight.element_size()))
+        size = max(1, size)
         ctx.aux, ctx.tiles, ctx.prepare = aux, row_tiles(len(aux), size), prepare
         # Without `prepare` and trained rows no dx is needed, and d(weight) needs the weight's shape only.
         ctx.shape = weight.shape
@@ -96,7 +103,7 @@ class _StreamAux(torch.autograd.Function):
         for tile, part in zip(ctx.tiles, rows, strict=True):
             dy = dhidden[tile[0] : tile[-1] + 1]
             if ctx.prepare is None:
-                dweight += dy.T @ part
+                accumulate_product(dweight, dy.T, part)
                 continue
             _prepared_backward(ctx.prepare, part, prepare_weights, dy, weight, dweight, dprepare)
         dtrained = None
@@ -129,7 +136,7 @@ def _prepared_backward(
     with torch.enable_grad():
         leaves = [w.detach().requires_grad_() for w in prepare_weights]
         x = prepare(rows, leaves)
-    dweight += dy.T @ x.detach()
+    accumulate_product(dweight, dy.T, x.detach())
     asked = [*leaves, rows] if rows.requires_grad else leaves
     gradients = torch.autograd.grad(x, asked, dy @ weight)
     for total, gradient in zip(dprepare, gradients, strict=False):

@@ -6,18 +6,25 @@ holds one tile of them, plus the next one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eagle3_ds.device.runtime import pinned
+from eagle3_ds.device.kinds import CPU
+from eagle3_ds.device.runtime import current_stream, new_stream, on_stream, pinned
 
 IntArray = NDArray[np.int64]
+
+READERS = 3
+"""Threads that read tiles: one of them reads slower than a device copies."""
+PLACES = 2
+"""Tiles that a device holds: one that is computed with, and one that is copied."""
 
 
 class Rows(Protocol):
@@ -86,36 +93,52 @@ class LocalRows:
 
 
 def stream_rows(
-    rows: LocalRows, tiles: Iterable[IntArray], device: torch.device, dtype: torch.dtype
+    rows: LocalRows, tiles: Sequence[IntArray], device: torch.device, dtype: torch.dtype
 ) -> Iterator[Tensor]:
-    """Yield the rows of each tile on `device` in `dtype`. While the caller uses one tile, a thread reads the
-    next. On a CPU nothing is read ahead. Coded rows are decoded on the device.
+    """Yield the rows of each tile on `device` in `dtype`; a tile is there until the next one is asked for.
+
+    While the device computes with one tile, the next is copied on a stream of its own, and `READERS` threads
+    read those behind it. On a CPU nothing is read ahead. Coded rows are decoded on the device.
 
     Args:
         rows: this rank's rows.
         tiles: int64 indices of local rows, ascending within a tile.
         device, dtype: of the result.
     """
-    if device.type == "cpu":
+    if device.type == CPU:
         yield from (rows.take(tile).to(dtype) for tile in tiles)
         return
+    computing, copying = current_stream(device), new_stream(device)
+    memory: list[Tensor] = []
+    read: list[Any] = []
+    for number, host in enumerate(_read_ahead(rows, tiles)):
+        place = number % PLACES
+        if number == place:
+            sizes = (max(map(len, tiles)), *host.shape[1:])
+            memory.append(torch.empty(sizes, dtype=host.dtype, device=device))
+            # It may have been another tensor's, which the device still reads.
+            read.append(computing.record_event())
+        tile = memory[place][: len(host)]
+        with on_stream(device, copying):
+            copying.wait_event(read[place])
+            tile.copy_(host, non_blocking=True)
+        computing.wait_event(copying.record_event())
+        yield rows.decoded(tile).to(dtype)
+        read[place] = computing.record_event()
 
-    def fetch(tile: IntArray) -> Tensor:
-        # Pinned, because a copy from pageable memory would make the host wait for the device.
-        return pinned(rows.take_coded(tile))
 
-    def arrived(host: Future[Tensor]) -> Tensor:
-        return rows.decoded(host.result().to(device, non_blocking=True)).to(dtype)
-
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        ahead: Future[Tensor] | None = None
+def _read_ahead(rows: LocalRows, tiles: Sequence[IntArray]) -> Iterator[Tensor]:
+    """The rows of each tile as they lie, pinned, since a copy from other memory would make the host wait for
+    the device.
+    """
+    with ThreadPoolExecutor(READERS) as readers:
+        reading: deque[Future[Tensor]] = deque()
         for tile in tiles:
-            following = reader.submit(fetch, tile)
-            if ahead is not None:
-                yield arrived(ahead)
-            ahead = following
-        if ahead is not None:
-            yield arrived(ahead)
+            reading.append(readers.submit(lambda tile: pinned(rows.take_coded(tile)), tile))
+            if len(reading) > READERS:
+                yield reading.popleft().result()
+        while reading:
+            yield reading.popleft().result()
 
 
 def row_tiles(num_rows: int, size: int) -> list[IntArray]:

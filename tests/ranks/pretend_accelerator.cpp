@@ -15,21 +15,46 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/alloc_cpu.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/library.h>
 
 #include <atomic>
+#include <mutex>
+#include <utility>
+#include <vector>
 
 namespace {
 
 constexpr auto kPretend = c10::DeviceType::PrivateUse1;
-std::atomic<int64_t> allocated{0}, peak{0}, operations{0};
+std::atomic<int64_t> allocated{0}, peak{0}, operations{0}, pieces{0}, streams{0};
+std::mutex freeing;
+std::vector<int64_t> freed;
+
+// What stands before each piece of memory.
+struct Header {
+  int64_t bytes, number;
+};
+
+Header* header_of(void* block) {
+  return reinterpret_cast<Header*>(static_cast<char*>(block) - 64);
+}
 
 void give_back(void* block) {
   if (block != nullptr) {
-    auto* start = static_cast<char*>(block) - 64;
-    allocated -= *reinterpret_cast<int64_t*>(start);
-    c10::free_cpu(start);
+    auto* header = header_of(block);
+    allocated -= header->bytes;
+    {
+      const std::lock_guard<std::mutex> lock(freeing);
+      freed.push_back(header->number);
+    }
+    c10::free_cpu(header);
   }
+}
+
+// The numbers of the pieces that were freed since the last call.
+std::vector<int64_t> freed_since() {
+  const std::lock_guard<std::mutex> lock(freeing);
+  return std::exchange(freed, {});
 }
 
 struct Allocator final : c10::Allocator {
@@ -39,7 +64,7 @@ struct Allocator final : c10::Allocator {
       return {nullptr, nullptr, &give_back, device};
     }
     auto* start = static_cast<char*>(c10::alloc_cpu(bytes + 64));
-    *reinterpret_cast<int64_t*>(start) = static_cast<int64_t>(bytes);
+    *reinterpret_cast<Header*>(start) = {static_cast<int64_t>(bytes), ++pieces};
     const int64_t now = allocated += static_cast<int64_t>(bytes);
     for (int64_t seen = peak; seen < now && !peak.compare_exchange_weak(seen, now);) {
     }
@@ -79,8 +104,8 @@ struct Guard final : c10::impl::NoOpDeviceGuardImpl<kPretend> {
   c10::Stream getDefaultStream(c10::Device) const override {
     return stream();
   }
-  c10::Stream getNewStream(c10::Device, int) const override {
-    return stream();
+  c10::Stream getNewStream(c10::Device device, int) const override {
+    return c10::Stream(c10::Stream::UNSAFE, device, ++streams);
   }
   c10::Stream exchangeStream(c10::Stream) const noexcept override {
     return stream();
@@ -228,4 +253,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("allocated", [] { return allocated.load(); });
   m.def("peak", [] { return peak.load(); });
   m.def("operations", [] { return operations.load(); });
+  m.def("number", [](int64_t block) { return header_of(reinterpret_cast<void*>(block))->number; });
+  m.def("freed", &freed_since);
 }

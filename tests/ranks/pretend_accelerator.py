@@ -1,7 +1,8 @@
 """A kind of accelerator that no vendor sells, `pretend` (pretend_accelerator.cpp), given to torch, DeepSpeed
 and the table of kinds; and the trainer's whole step on it, or on a CPU.
 
-`python -m tests.ranks.pretend_accelerator KIND ACTIVATION DEEPSPEED` prints what it came to as JSON.
+`python -m tests.ranks.pretend_accelerator KIND ACTIVATION DEEPSPEED` prints what it came to as JSON; on the
+pretended kind also what a judge says of the order of its streams, and of a step that lacks one of its waits.
 
 The module `torch.pretend` and `torch.cuda` know who asks them. The trainer's rooms may not ask either.
 """
@@ -12,24 +13,53 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d
 from torch.utils import cpp_extension
 
+from tests.ranks import stream_order
+from tests.ranks.stream_order import Order
+
 KIND = "pretend"
 PACKAGE = Path(__file__).parents[2] / "eagle3_ds"
 MAY_ASK = (PACKAGE / "device", PACKAGE / "kernels")
 STEPS = 3
+ROWS_PER_TILE = 13
+"""Of 48 rows that stream to the device."""
 # torch's stubs know neither what a group in Python returns nor that it may have fewer arguments.
 _C10D: Any = _distributed_c10d
 _Group: Any = dist.ProcessGroup
+
+
+class Lost(NamedTuple):
+    """A wait, or a tensor's recording, that a function does not ask for.
+
+    Attributes:
+        computing: where it does for two streams, whether it is the one that computes.
+    """
+
+    method: str
+    function: str
+    computing: bool | None = None
+
+
+STREAMED = [
+    Lost("wait_event", "stream_rows", computing=True),
+    Lost("wait_event", "stream_rows", computing=False),
+]
+OFFLOADED = [
+    Lost(method, function)
+    for method in ("wait_stream", "record_stream")
+    for function in ("_copy_out", "take")
+]
 
 
 class Watched(ModuleType):
@@ -96,6 +126,8 @@ def install() -> None:
     torch._register_device_module(KIND, _module(device))
     dist.Backend.register_backend("alone", Alone.make, devices=["cpu", KIND])
     torch.cuda.__class__ = Watched
+    stream_order.CURRENT.append(stream_order.Stream(f"{KIND}:0"))
+    stream_order.DEVICE.append(device)
     _tell_deepspeed()
 
     from eagle3_ds.device import kinds
@@ -111,10 +143,10 @@ def _module(device: Any) -> Watched:
         device_count=lambda: 1,
         current_device=lambda: 0,
         set_device=_only_the_first,
-        synchronize=lambda device=None: None,
-        Stream=torch.Stream,
-        current_stream=lambda device=None: torch.Stream(f"{KIND}:0"),
-        stream=nullcontext,
+        synchronize=lambda device=None: stream_order.synchronize(),
+        Stream=stream_order.Stream,
+        current_stream=lambda device=None: stream_order.CURRENT[-1],
+        stream=stream_order.put_on,
         empty_cache=lambda: None,
         memory_allocated=lambda asked=None: device.allocated(),
         max_memory_allocated=lambda asked=None: device.peak(),
@@ -167,6 +199,35 @@ def _tell_deepspeed() -> None:
     real_accelerator.set_accelerator(Pretended())
 
 
+def order_of(step: Callable[[], Any], lost: Lost | None = None) -> dict[str, Any]:
+    """What the judge of streams finds in a step, which may lack one of its waits."""
+    with stream_order.judged(Order()) as order, _without(lost):
+        step()
+    return {"faults": list(order.faults), "crossed": order.crossed}
+
+
+@contextmanager
+def _without(lost: Lost | None) -> Iterator[None]:
+    if lost is None:
+        yield
+        return
+    owner: Any = torch.Tensor if lost.method == "record_stream" else stream_order.Stream
+    method = getattr(owner, lost.method)
+    dropped = 0
+
+    def unless_lost(self: Any, *args: Any) -> Any:
+        nonlocal dropped
+        here = sys._getframe(1).f_code.co_name == lost.function
+        if here and lost.computing in (None, self is stream_order.CURRENT[0]):
+            dropped += 1
+            return None
+        return method(self, *args)
+
+    with patch.object(owner, lost.method, unless_lost):
+        yield
+    assert dropped, f"nobody asked for {lost}"
+
+
 def refused(attempt: Callable[[], Any]) -> str:
     """What is said to an attempt that must fail."""
     try:
@@ -192,12 +253,15 @@ def main(arguments: Sequence[str]) -> None:
         os.environ["DS_ACCELERATOR"] = kind
     from eagle3_ds.algorithms.eagle3 import Eagle3Shape
     from eagle3_ds.checkpoint.rng import random_states, restore_random_states
+    from eagle3_ds.draft import stream
     from eagle3_ds.train.device_memory import SleepingMemory, tensors_of
     from eagle3_ds.train.metrics import peak_memory_bytes
     from judge.product_step import ProductStep
     from judge.step_inputs import HiddenRows, StepShape, make_model, make_pack
 
     torch.manual_seed(0)
+    # A draft as small as this one has its rows in one tile.
+    stream.ARRIVING_BYTES = ROWS_PER_TILE * 192 * (4 if deepspeed_config == "zero0" else 2)
     shape = Eagle3Shape(
         64, 96, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=160, draft_vocab_size=128
     )
@@ -230,6 +294,9 @@ def main(arguments: Sequence[str]) -> None:
         "asked": dict(Watched.asked),
     }
     if kind == KIND:
+        found["order"] = order_of(step)
+        lost = [*STREAMED, *(OFFLOADED if activation == "offload" else [])]
+        found["lost"] = {str(tuple(each)): order_of(step, each)["faults"] for each in lost}
         found["operations"] = getattr(torch, KIND).operations()
         found["refused"] = [
             refused(lambda: ask_as("train", "torch.cuda.is_available()")),

@@ -9,8 +9,11 @@ What this proves: every tensor of the step lies where it should; streams, random
 trainer that sleeps are reached through the device room alone, and torch.cuda by no room; one line in the
 table of kinds is enough; a rank that is shown one device takes it whatever LOCAL_RANK says.
 
-What it does not: the order of streams, which have nothing to wait for here, and pinned memory, which is the
-host's here; collectives between ranks; the numbers of a real device's operations, which are the CPU's here.
+A judge of vector clocks (stream_order.py) finds nothing that one stream could overtake of another's, no
+matter how the device orders them, and finds each wait that is taken away.
+
+What it does not: pinned memory, which is the host's here; collectives between ranks; DeepSpeed's own streams,
+which it has on CUDA alone; the numbers of a real device's operations, which are the CPU's here.
 """
 
 from __future__ import annotations
@@ -75,7 +78,7 @@ def test_the_step_runs_on_a_kind_that_is_not_cuda(
     there, here = (trained(kind, activation, deepspeed_config) for kind in (KIND, "cpu"))
     assert (there["device"], there["weights_on"]) == (f"{KIND}:0", [f"{KIND}:0"])
     assert (there["local_rank"], here["local_rank"]) == ("0", "2")
-    assert set(there["asked"]) == OTHERS | (STREAMS if activation == "offload" else set())
+    assert set(there["asked"]) == OTHERS | STREAMS
     assert here["asked"] == {}
 
     losses = [report["loss"] for report in there["reports"]]
@@ -84,6 +87,12 @@ def test_the_step_runs_on_a_kind_that_is_not_cuda(
         for name in ("loss", "step_loss", "grad_norm", "acceptance_length"):
             assert ours[name] == pytest.approx(theirs[name], rel=tolerance), name
     assert there["weights"] == pytest.approx(here["weights"], rel=tolerance)
+
+    assert there["order"]["faults"] == []
+    assert there["order"]["crossed"] > 20, "work of one stream on what another has written"
+    assert len(there["lost"]) == (6 if activation == "offload" else 2)
+    for lost, faults in there["lost"].items():
+        assert faults, f"a step without {lost} is as good"
 
     assert set(there["states"]) == set(here["states"]) | {"rng/device"}
     # fp32 weights, their gradients and two moments are what sleeps least.
