@@ -78,8 +78,7 @@ class _StreamAux(torch.autograd.Function):
         size = tile_bytes // (copies * weight.shape[1] * max(weight.element_size(), 4))
         if weight.device.type != CPU:
             size = min(size, ARRIVING_BYTES // (weight.shape[1] * weight.element_size()))
-        size = max(1, size)
-        ctx.aux, ctx.tiles, ctx.prepare = aux, row_tiles(len(aux), size), prepare
+        ctx.aux, ctx.tiles, ctx.prepare = aux, row_tiles(len(aux), max(1, size)), prepare
         # Without `prepare` and trained rows no dx is needed, and d(weight) needs the weight's shape only.
         ctx.shape = weight.shape
         needed = prepare is not None or len(trained)

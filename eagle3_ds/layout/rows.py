@@ -131,10 +131,14 @@ def _read_ahead(rows: LocalRows, tiles: Sequence[IntArray]) -> Iterator[Tensor]:
     """The rows of each tile as they lie, pinned, since a copy from other memory would make the host wait for
     the device.
     """
+
+    def read(tile: IntArray) -> Tensor:
+        return pinned(rows.take_coded(tile))
+
     with ThreadPoolExecutor(READERS) as readers:
         reading: deque[Future[Tensor]] = deque()
         for tile in tiles:
-            reading.append(readers.submit(lambda tile: pinned(rows.take_coded(tile)), tile))
+            reading.append(readers.submit(read, tile))
             if len(reading) > READERS:
                 yield reading.popleft().result()
         while reading:

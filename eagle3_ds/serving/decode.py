@@ -110,13 +110,14 @@ def mend_context_norms() -> bool:
     The operator of its CPU backend (0.32) reads the first row of them for every layer: a draft of several
     layers is fed other keys than on a GPU, and than it was trained with.
     """
-    import torch
-    from vllm import _custom_ops as ops
-    from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         return False
+    import torch
+    from vllm import _custom_ops as ops
+    from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model
+
     keys, weights = torch.ones(2, 1, 1, 8), torch.tensor([[1.0] * 8, [2.0] * 8])
     normed = torch.empty_like(keys)
     ops.rms_norm(normed, keys, weights, 1e-6)

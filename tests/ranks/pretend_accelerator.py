@@ -26,9 +26,8 @@ from torch._C import _distributed_c10d
 from torch.utils import cpp_extension
 
 from tests.ranks import stream_order
-from tests.ranks.stream_order import Order
+from tests.ranks.stream_order import KIND, Order
 
-KIND = "pretend"
 PACKAGE = Path(__file__).parents[2] / "eagle3_ds"
 MAY_ASK = (PACKAGE / "device", PACKAGE / "kernels")
 STEPS = 3
@@ -127,7 +126,6 @@ def install() -> None:
     dist.Backend.register_backend("alone", Alone.make, devices=["cpu", KIND])
     torch.cuda.__class__ = Watched
     stream_order.CURRENT.append(stream_order.Stream(f"{KIND}:0"))
-    stream_order.DEVICE.append(device)
     _tell_deepspeed()
 
     from eagle3_ds.device import kinds
@@ -153,6 +151,8 @@ def _module(device: Any) -> Watched:
         get_rng_state=lambda device=None: state.clone(),
         set_rng_state=lambda new, device=None: state.copy_(new),
         operations=device.operations,
+        number=device.number,
+        freed=device.freed,
         _is_in_bad_fork=lambda: False,
         manual_seed_all=lambda seed: None,
         get_amp_supported_dtype=lambda: [torch.bfloat16],
@@ -274,6 +274,7 @@ def main(arguments: Sequence[str]) -> None:
     def step() -> dict[str, Any]:
         return trainer.step([pack], learning_rate=1e-3).as_dict()
 
+    gradients = {name: gradient.tolist() for name, gradient in side.gradients(pack).items()}
     reports = [step() for _ in range(STEPS - 1)]
     states = random_states(device)
     restore_random_states(states, device)
@@ -286,6 +287,7 @@ def main(arguments: Sequence[str]) -> None:
         "device": str(device),
         "weights_on": sorted({str(weight.device) for weight in weights}),
         "weights": [weight.detach().double().cpu().norm().item() for weight in weights],
+        "gradients": gradients,
         "reports": reports,
         "peak": peak_memory_bytes(device)[0],
         "slept": slept,

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+KIND = "pretend"
 HOST = -1
 """The host's number among the streams."""
 Clock = dict[int, int]
@@ -67,7 +68,7 @@ class Order(TorchDispatchMode):
         self._clocks: dict[int, Clock] = {}
         self._memory: dict[int, Memory] = {}
         self._host: dict[int, tuple[Any, Memory]] = {}
-        DEVICE[0].freed()
+        _device().freed()
 
     def clock(self, stream: int) -> Clock:
         return self._clocks.setdefault(stream, {stream: 0})
@@ -156,7 +157,7 @@ class Order(TorchDispatchMode):
         return self._host[address][1]
 
     def _of_device(self, tensor: Tensor) -> Memory:
-        number = DEVICE[0].number(tensor.untyped_storage().data_ptr())
+        number = _device().number(tensor.untyped_storage().data_ptr())
         if number not in self._memory:
             owner = CURRENT[-1].stream_id
             before = (owner, self.clock(owner)[owner], "what had this memory before")
@@ -164,7 +165,7 @@ class Order(TorchDispatchMode):
         return self._memory[number]
 
     def _take_back(self) -> None:
-        for number in DEVICE[0].freed():
+        for number in _device().freed():
             memory = self._memory.pop(number, None)
             if memory is None:
                 continue
@@ -201,8 +202,6 @@ class Stream(torch.Stream):
 CURRENT: list[Any] = []
 """The stream that work is put on is the last one; the first one is the device's own."""
 JUDGE: list[Order] = []
-DEVICE: list[Any] = []
-"""The pretended device, which numbers its pieces of memory and knows which were freed."""
 
 
 def synchronize() -> None:
@@ -242,8 +241,13 @@ def _read_and_written(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], 
     return read, written
 
 
+def _device() -> Any:
+    """torch's module of the device, which numbers its pieces of memory and knows which were freed."""
+    return torch.get_device_module(KIND)
+
+
 def _on_device(tensor: Tensor) -> bool:
-    return tensor.device.type == "pretend"
+    return tensor.device.type == KIND
 
 
 def _tensors(nested: Any) -> list[Tensor]:
