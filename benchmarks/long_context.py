@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ import torch
 import yaml
 
 from benchmarks import long_target
-from benchmarks.long_lookup import loss_of_copies
+from benchmarks.long_lookup import copied_row, loss_of_copies
 from benchmarks.long_picture import draw
 from benchmarks.long_target import Stage
 from eagle3_ds.algorithms import ALGORITHMS
 from eagle3_ds.config import TargetSection
+from eagle3_ds.device.found import detect_accelerator
 from eagle3_ds.draft import BatchGuesser, OneByOne
 from eagle3_ds.eval.batch import batches
 from eagle3_ds.eval.intervals import interval
@@ -45,8 +47,12 @@ from eagle3_ds.targets import Target, load_target
 from judge.result_file import FOLDER, PICTURES, print_table, write_result
 
 ROOT = Path(__file__).parents[1]
-ANSWERED = 0.2
-"""Share of a draft's training text that is questions and answers; the answers are supervised."""
+ANSWERED, COPIES_EVERY = 0.6, 4
+"""Share of a conversation that is questions and answers, in a draft's training text; the answers are
+supervised. And of its rows, every fourth is of copied random tokens.
+"""
+PROMPT_ANSWERED = 0.2
+"""The share in the prompts that drafts are judged by."""
 FIRST_SHORT, FIRST_MIDDLE, FIRST_LONG, FIRST_PROMPT = 20_000_000, 30_000_000, 40_000_000, 50_000_000
 """Numbers of the conversations that drafts learn, by their length, and of those that they are judged by."""
 TTT_STEPS = 5
@@ -89,8 +95,8 @@ SIZES = {
         1024,
         4096,
         16384,
-        600,
-        4,
+        100,
+        1,
         (1024, 2048, 4096, 8192, 16384),
         16,
         96,
@@ -167,7 +173,13 @@ def write_data(folder: Path, tokenizer: Any, size: Size) -> dict[str, Path]:
 
 
 def _rows(tokenizer: Any, length: int, first: int, tokens: int) -> Iterator[dict[str, list[int]]]:
-    for ids, mask in long_target.fitting(tokenizer, length, 10**9, first, ANSWERED):
+    conversations = long_target.fitting(tokenizer, length, 10**9, first, ANSWERED)
+    lowest = long_target.first_token(tokenizer)
+    for number in count(first):
+        if (number - first) % COPIES_EVERY:
+            ids, mask = next(conversations)
+        else:
+            ids, mask = copied_row(number, length - 1, len(tokenizer), lowest)
         yield {"input_ids": ids, "loss_mask": mask}
         tokens -= len(ids)
         if tokens <= 0:
@@ -181,7 +193,7 @@ def train_draft(folder: Path, name: str, variant: Variant, files: Mapping[str, P
         return
     recipe = {
         "target": {"path": str(folder / "target"), "dtype": "bfloat16"},
-        "draft": {"vocab_size": 2048, "ttt_steps": TTT_STEPS, **variant.draft},
+        "draft": {"vocab_size": 2048, "ttt_steps": TTT_STEPS, "start": "lookup", **variant.draft},
         "data": {
             "train": [str(files[variant.data])],
             "heldout": [str(files["heldout"])],
@@ -246,10 +258,10 @@ def judge_lengths(
     return found
 
 
-def prompts_of(tokenizer: Any, length: int, count: int) -> Iterator[Sequence[int]]:
+def prompts_of(tokenizer: Any, length: int, number: int) -> Iterator[Sequence[int]]:
     """Held-out conversations of nine tenths of `length` to `length` tokens, up to their last answer."""
     first = FIRST_PROMPT + 10_000 * (length // 256)
-    for ids, mask in long_target.fitting(tokenizer, length, count, first, ANSWERED):
+    for ids, mask in long_target.fitting(tokenizer, length, number, first, PROMPT_ANSWERED):
         yield ids[: long_target.last_answer(mask)[0]]
 
 
@@ -322,8 +334,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--python", help="a Python with vLLM, which then serves drafts a and d")
     chosen = parser.parse_args(arguments)
     size, folder = SIZES[chosen.size], Path(chosen.output).resolve()
-    trained = long_target.train(folder / "target", long_target.sizes(2 * size.long), size.stages)
-    target = _of_target(folder, trained, size)
+    device = torch.device(detect_accelerator())
+    trained = long_target.train(folder / "target", long_target.sizes(2 * size.long), size.stages, device)
+    target = _of_target(folder, trained, size, device)
     if chosen.target_only:
         return 0
     drafts = {name: v for name, v in variants(size).items() if not chosen.only or name in chosen.only}
@@ -357,11 +370,11 @@ def main(arguments: list[str] | None = None) -> int:
     return int(any(row["failures"] for row in served))
 
 
-def _of_target(folder: Path, trained: Mapping[str, Any], size: Size) -> dict[str, Any]:
+def _of_target(folder: Path, trained: Mapping[str, Any], size: Size, device: torch.device) -> dict[str, Any]:
     """What the target is, and that it uses its context: kept in a file, since it takes minutes."""
     path = folder / "target-uses-context.json"
     if not path.is_file():
-        target = load_target(TargetSection(path=str(folder / "target")), "float32", torch.device("cpu"))
+        target = load_target(TargetSection(path=str(folder / "target")), "float32", device)
         edges = [size.lengths[0] // 4, *size.lengths]
         found = {
             "parameters": trained["parameters"],

@@ -56,10 +56,11 @@ def loss_of_copies(
         span = min(MAX_QUOTED, distance) // 2
         for _ in range(count):
             ids = torch.randint(first_token, model.config.vocab_size, (1, distance), generator=generator)
-            ids = torch.cat([ids, ids[:, :span]], 1)
+            ids = torch.cat([ids, ids[:, :span]], 1).to(model.device)
             # The span alone is judged, so the logits of the others need no memory.
             hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[0]
             places = torch.cat([torch.arange(span - 1), torch.arange(distance + UNTOLD - 1, len(hidden))])
+            places = places.to(model.device)
             losses = functional.cross_entropy(
                 model.lm_head(hidden[places]).float(), ids[0, places + 1], reduction="none"
             )

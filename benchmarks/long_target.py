@@ -88,7 +88,9 @@ def sizes(max_positions: int) -> TargetBuild:
     )
 
 
-def train(folder: Path, build: TargetBuild, stages: Sequence[Stage], progress: bool = True) -> dict[str, Any]:
+def train(
+    folder: Path, build: TargetBuild, stages: Sequence[Stage], device: torch.device, progress: bool = True
+) -> dict[str, Any]:
     """Train the target into `folder`, or go on with it; a finished one is left as it is.
 
     Returns:
@@ -104,7 +106,7 @@ def train(folder: Path, build: TargetBuild, stages: Sequence[Stage], progress: b
         _check_same({key: found[key] for key in record}, record, folder)
         return found
     folder.mkdir(parents=True, exist_ok=True)
-    training = _Training(folder, build, record)
+    training = _Training(folder, build, record, device)
     total = sum(stage.steps for stage in stages)
     with progress_bar(total=total, desc="training the target", disable=not progress, unit="step") as bar:
         bar.update(training.step)
@@ -138,7 +140,9 @@ def _write_whole(path: Path, content: bytes) -> None:
 class _Training:
     """The model in the middle of its training, and its optimizer."""
 
-    def __init__(self, folder: Path, build: TargetBuild, record: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, build: TargetBuild, record: dict[str, Any], device: torch.device
+    ) -> None:
         self._folder, self._record = folder, record
         self.step, self._number = 0, FIRST_ROW
         self.losses: list[dict[str, float]] = []
@@ -148,6 +152,7 @@ class _Training:
         config.rope_parameters = {"rope_type": "default", "rope_theta": ROPE_THETA}
         self.model = transformers.LlamaForCausalLM(config).float().train()
         wire_lookup(self.model, build.seed)
+        self.model.to(device)
         embedding = self.model.model.embed_tokens.weight
         matrices = [p for p in self.model.parameters() if p.dim() > 1 and p is not embedding]
         others = [p for p in self.model.parameters() if p.dim() <= 1 or p is embedding]
@@ -168,8 +173,9 @@ class _Training:
         found = torch.empty(kinds.shape)
         for rows in torch.arange(len(ids)).split(max(1, TOKENS_AT_ONCE // stage.length)):
             losses = token_losses(self.model, ids[rows], places[rows])
-            ((losses * weights[rows]).sum() / weights.sum()).backward()
-            found[rows] = losses.detach()
+            shares = (weights[rows] / weights.sum()).to(losses.device)
+            (losses * shares).sum().backward()
+            found[rows] = losses.detach().cpu()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -274,16 +280,18 @@ def stretched(number: int, length: int, reach: int) -> Tensor:
 
 
 def token_losses(model: Any, ids: Tensor, places: Tensor | None = None) -> Tensor:
-    """Cross entropy of each token but the first, in nats: int64 [B, T + 1] -> fp32 [B, T]. Where gradients
-    are wanted, matrix products are in bf16.
+    """Cross entropy of each token but the first, in nats, on the model's device: int64 [B, T + 1] -> fp32
+    [B, T]. Where gradients are wanted, matrix products are in bf16.
 
     Args:
         places: positions of all tokens but the last, int64 [B, T]. None: 0 to T - 1.
     """
+    ids = ids.to(model.device)
+    places = None if places is None else places.to(model.device)
     ids_read = ids[:, :-1]
     # A mask, though it hides nothing: without one transformers takes a jump for the start of a document.
     shown = torch.ones_like(ids_read)
-    with torch.autocast("cpu", torch.bfloat16, enabled=torch.is_grad_enabled()):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=torch.is_grad_enabled()):
         logits = model(input_ids=ids_read, position_ids=places, attention_mask=shown, use_cache=False).logits
     losses = functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return losses.view(ids.shape[0], -1)

@@ -32,7 +32,7 @@ TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 KEYS_OF = {
-    "eagle3": {"ttt_steps", "aux_norm", "norm_before_fc", "norm_before_residual", "norm_output"},
+    "eagle3": {"ttt_steps", "start", "aux_norm", "norm_before_fc", "norm_before_residual", "norm_output"},
     "peagle": {"ttt_steps", "mask_token_id", "aux_norm", "norm_before_fc", "norm_before_residual"},
     "dflash": {"block_size", "mask_token_id", "mask_embedding", "block_causal", "anchor_share"},
 }
@@ -89,6 +89,10 @@ class DraftSection(Section):
     """The first layer's residual is the hidden state after its norm instead of before it."""
     norm_output: bool = False
     """The next TTT step reads the draft's output after the final norm instead of before it (EAGLE-3.1)."""
+    start: Literal["random", "lookup"] = "random"
+    """The first weights. `lookup`: before it has learnt anything, the draft finds in its context what
+    followed there, and its head is the target's.
+    """
     sliding_window: Positive | None = None
     """How many keys a position of the draft attends to, its own included. Null: all up to its own."""
 
@@ -116,6 +120,15 @@ class DraftSection(Section):
     def _only_keys_of_the_algorithm(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         others = _keys_of_others(self.algorithm)
         return {key: value for key, value in dump(self).items() if key not in others}
+
+    @model_validator(mode="after")
+    def _start_of_the_targets_width(self) -> DraftSection:
+        if self.start == "lookup" and self.hidden_size is not None:
+            raise ValueError(
+                f"start is 'lookup' and hidden_size is {self.hidden_size}: such a draft begins with the "
+                "target's head and reads its states as they are. Set hidden_size to null, or start to random."
+            )
+        return self
 
     @model_validator(mode="after")
     def _window_holds_the_guesses(self) -> DraftSection:
@@ -423,6 +436,15 @@ class Recipe(Section):
             raise ValueError(
                 f"data.hidden_states is stream and target.capture is {capture}: the rows of a stream come "
                 "from a server. Set target.capture to server, or data.hidden_states to offline or online."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Recipe:
+        if self.draft.start == "lookup" and self.train.init_from is not None:
+            raise ValueError(
+                f"draft.start is 'lookup' and train.init_from is {self.train.init_from!r}: a draft has its "
+                "first weights from one of them. Remove the other."
             )
         return self
 

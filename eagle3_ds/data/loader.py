@@ -155,6 +155,11 @@ class PackedLoader:
             self.source.store.announce(self._following(step))
         return [self._sequence(self.packs[index], epoch) for epoch, index in self._visits(step)]
 
+    def first_pack(self) -> PackedSequence:
+        """The first pack of this dp rank's step 0, not announced: `step` gives it again."""
+        (epoch, index), *_ = self._visits(0)
+        return self._sequence(self.packs[index], epoch)
+
     def _following(self, step: int) -> Iterator[Sequence[tuple[int, Sequence[int]]]]:
         """The packs of this dp rank from `step` on, as (document id, token ids)."""
         for later in itertools.count(step):

@@ -2,7 +2,7 @@
 with its backward, tiles, offload and the tiled loss.
 """
 
-from eagle3_ds.draft.contract import BatchGuesser, Draft, DraftAlgorithm, Guesser, LayoutForm
+from eagle3_ds.draft.contract import BatchGuesser, Draft, DraftAlgorithm, Guesser, LayoutForm, ReadText
 from eagle3_ds.draft.embedding import (
     DRAFT_EMBEDDING,
     load_draft_embedding,
@@ -44,6 +44,7 @@ __all__ = [
     "LossTaps",
     "LossTile",
     "OneByOne",
+    "ReadText",
     "VOCABULARY",
     "VocabularyMap",
     "aux_keys",

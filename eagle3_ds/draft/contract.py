@@ -10,6 +10,7 @@ slot's captured hidden states, V the target's vocabulary, Vd the draft's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
@@ -21,6 +22,23 @@ from eagle3_ds.draft.vocabulary import VocabularyMap
 from eagle3_ds.layout import Anchors, LocalBatch, Supervision
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ReadText:
+    """A piece of text as a draft will read it, whole, on the host.
+
+    Attributes:
+        aux: [N, A], the captured hidden states of its slots.
+        tokens: int64 [N], for each slot the token one place after it.
+        follows: bool [N], whether the next slot is of the same document.
+        vocabulary: int64 [Vd], the target's ids of the draft's vocabulary.
+    """
+
+    aux: Tensor
+    tokens: Tensor
+    follows: Tensor
+    vocabulary: Tensor
 
 
 class Draft(nn.Module):
@@ -73,6 +91,16 @@ class Draft(nn.Module):
         """Give fresh weights that begin as the target's their values; `embedding` [V, H] is what the draft
         reads. Most drafts have no such weights.
         """
+
+    def look_up_from_start(self, text: ReadText, embedding: Tensor, head: Tensor) -> None:
+        """Give fresh weights on the CPU values with which the draft looks up what followed in its context. It
+        may draw from torch's default generator.
+
+        Args:
+            text: a piece of what it will be trained on.
+            embedding: [V, H], what the draft reads. head: [Vd, H], the target's rows of its vocabulary.
+        """
+        raise NotImplementedError
 
     def read_embedding(self, embedding: Tensor) -> Tensor:
         """What the draft reads of the frozen `embedding` [V, H], of the same shape; a draft that has learned

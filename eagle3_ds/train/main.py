@@ -37,6 +37,7 @@ from eagle3_ds.store.reader import HiddenStateStore
 from eagle3_ds.targets import load_embedding_and_head, load_text_config, resolve_path
 from eagle3_ds.topology import Topology, maybe_setup_distributed, outlast_watchdog
 from eagle3_ds.train.decoded import DecodedAcceptance
+from eagle3_ds.train.first_text import look_up_from_start
 from eagle3_ds.train.loop import run_training, save_weights
 from eagle3_ds.train.online import OnlineStates
 from eagle3_ds.train.state import EngineState
@@ -49,9 +50,13 @@ from eagle3_ds.train.trainer import DraftTrainer
 logger = logging.getLogger("eagle3_ds.train.main")
 
 
-def build_trainer(recipe: Recipe, topology: Topology) -> DraftTrainer:
+def build_trainer(recipe: Recipe, topology: Topology, loader: PackedLoader | None = None) -> DraftTrainer:
     """A trainer of a new draft, or of the draft that `train.init_from` names. Collective. The same seed on
     all ranks gives a new draft the same weights everywhere.
+
+    Args:
+        loader: of a run that begins; a draft that looks up from its start reads its first pack. None for
+            random weights, where they are replaced anyway.
     """
     torch.manual_seed(recipe.train.seed)
     folder = resolve_path(recipe.target.path)
@@ -65,6 +70,8 @@ def build_trainer(recipe: Recipe, topology: Topology) -> DraftTrainer:
     if recipe.train.init_from is None:
         draft.start_from(embedding)
     vocabulary = VocabularyMap.load(Path(recipe.output_dir) / "vocabulary.safetensors")
+    if loader is not None and recipe.draft.start == "lookup":
+        look_up_from_start(draft, recipe, topology, loader.first_pack(), embedding, head, vocabulary)
     settings = fill_deepspeed_config(
         load_deepspeed_config(recipe.deepspeed), recipe, topology.mesh.world_size, topology.draft_dp
     )
@@ -183,18 +190,18 @@ def train(recipe: Recipe, resume: str | None, heart: Heart) -> None:
         states = open_states(recipe, topology)
         # After an error too, no thread that waits for a server keeps this rank from ending.
         stack.callback(states.close)
-        trainer = build_trainer(recipe, topology)
-        # DeepSpeed has made groups of its own.
-        outlast_watchdog(recipe.faults.watchdog_seconds)
-        checkpoints = output_dir / CHECKPOINTS
         resumed = None
-        if resume is not None:
+        if resume is None:
+            loader, heldout = build_loaders(recipe, topology, states)
+            trainer = build_trainer(recipe, topology, loader)
+        else:
+            trainer, checkpoints = build_trainer(recipe, topology), output_dir / CHECKPOINTS
             resumed = load_checkpoint(
                 EngineState(trainer), latest(checkpoints) if resume == "latest" else checkpoints / resume
             )
-        loader, heldout = build_loaders(
-            recipe, topology, states, (resumed.step, resumed.packs) if resumed else (0, 0)
-        )
+            loader, heldout = build_loaders(recipe, topology, states, (resumed.step, resumed.packs))
+        # DeepSpeed has made groups of its own.
+        outlast_watchdog(recipe.faults.watchdog_seconds)
         if is_first:
             strategy = f"attention kernel {trainer.kernel_name}, kv_exchange {trainer.kv_exchange}"
             logger.info("mesh %s, %s, %d packs", topology.mesh, strategy, loader.num_packs)

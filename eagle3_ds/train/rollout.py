@@ -84,7 +84,7 @@ class RolloutTrainer:
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-        _check_anchors(self.recipe)
+        _check_start_and_anchors(self.recipe)
         folder = resolve_path(self.recipe.target.path)
         full_config = load_full_config(folder)
         config = full_config.get_text_config()
@@ -428,8 +428,15 @@ class RolloutTrainer:
             raise ValueError(f"{wrong.item()} other rank(s) {what}")
 
 
-def _check_anchors(recipe: Recipe) -> None:
-    """Raises ValueError where the recipe draws anchors, which the loader of documents does by their ids."""
+def _check_start_and_anchors(recipe: Recipe) -> None:
+    """Raises ValueError where the recipe draws anchors, which the loader of documents does by their ids, or
+    begins with a text, of which there is none yet.
+    """
+    if recipe.draft.start == "lookup":
+        raise ValueError(
+            "draft.start is 'lookup', which reads the first text of a data set before the first step; "
+            "rollouts come later. Set it to random, or name a draft that began so in train.init_from."
+        )
     if algorithm_of(recipe).anchors(recipe) is not None:
         raise ValueError(
             f"draft.anchor_share is {recipe.draft.anchor_share}: anchors are drawn by document and epoch, "

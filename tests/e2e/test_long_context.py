@@ -13,6 +13,7 @@ from benchmarks import long_context, long_target
 from benchmarks.long_target import Stage
 
 pytestmark = pytest.mark.e2e
+CPU = torch.device("cpu")
 
 
 def test_two_drafts_at_every_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +41,7 @@ def test_the_target_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(long_target, "SAVE_EVERY", 1)
     monkeypatch.setattr(long_target, "TOKENIZER_CONVERSATIONS", 40)
     sizes = long_target.sizes(512)
-    whole = long_target.train(tmp_path / "whole", sizes, stages, progress=False)
+    whole = long_target.train(tmp_path / "whole", sizes, stages, CPU, progress=False)
     real, taken = long_target._Training.take_step, 0
 
     def stopped(self: long_target._Training, stage: Stage, step: int) -> str:
@@ -52,9 +53,9 @@ def test_the_target_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(long_target._Training, "take_step", stopped)
     with pytest.raises(KeyboardInterrupt):
-        long_target.train(tmp_path / "stopped", sizes, stages, progress=False)
-    assert long_target.train(tmp_path / "stopped", sizes, stages, progress=False) == whole and taken == 6
+        long_target.train(tmp_path / "stopped", sizes, stages, CPU, progress=False)
+    assert long_target.train(tmp_path / "stopped", sizes, stages, CPU, progress=False) == whole and taken == 6
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     with pytest.raises(ValueError, match="other sizes or stages"):
-        long_target.train(tmp_path / "whole", sizes, stages[:1], progress=False)
+        long_target.train(tmp_path / "whole", sizes, stages[:1], CPU, progress=False)

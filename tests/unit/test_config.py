@@ -185,6 +185,12 @@ def test_what_a_block_cannot_be(tmp_path: Path, overrides: tuple[str, ...], word
     assert words in refusal(tmp_path, DFLASH, overrides)
 
 
+def test_a_draft_starts_from_one_place(tmp_path: Path) -> None:
+    message = refusal(tmp_path, MINIMAL, ("draft.start=lookup", "train.init_from=draft"))
+    assert "draft.start is 'lookup' and train.init_from is 'draft'" in message
+    assert "Remove the other" in message
+
+
 def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
     message = refusal(
         tmp_path,

@@ -176,3 +176,9 @@ def test_drawn_anchors_are_refused() -> None:
     recipe = Path(__file__).parents[2] / "recipes" / "quickstart_dflash.yaml"
     with pytest.raises(ValueError, match=r"draft\.anchor_share is 0\.5: .*rollouts have neither.* to 1\.0"):
         RolloutTrainer(recipe, ["draft.anchor_share=0.5"])
+
+
+def test_a_look_up_start_is_refused() -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+    with pytest.raises(ValueError, match=r"draft\.start is 'lookup'.*rollouts come later.*Set it to random"):
+        RolloutTrainer(recipe, ["draft.start=lookup"])

@@ -16,10 +16,11 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from eagle3_ds.algorithms.eagle3.layer import DraftLayer
+from eagle3_ds.algorithms.eagle3.lookup import wire_lookup
 from eagle3_ds.algorithms.eagle3.step import Activation, LayerUnroll, StepConstants, ttt_step
 from eagle3_ds.algorithms.eagle3.variants import flag, prepare_aux
 from eagle3_ds.attention.rotary import rotary_frequencies
-from eagle3_ds.draft import Draft, aux_size
+from eagle3_ds.draft import Draft, ReadText, aux_size
 from eagle3_ds.draft.decoder import rms_norm
 from eagle3_ds.draft.decoder_backward import normed_in_tiles
 from eagle3_ds.draft.geometry import num_aux_layers
@@ -68,6 +69,10 @@ class DraftModel(Draft):
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
+
+    def look_up_from_start(self, text: ReadText, embedding: Tensor, head: Tensor) -> None:
+        """As `Draft.look_up_from_start` (lookup.py)."""
+        wire_lookup(self, text, embedding, head)
 
     def forward(
         self,

@@ -1,0 +1,52 @@
+"""A draft that begins with a look-up begins with the same weights on any mesh."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from eagle3_ds.algorithms.eagle3 import DraftModel
+from eagle3_ds.topology import maybe_setup_distributed
+from eagle3_ds.train import first_text
+from eagle3_ds.train.first_text import look_up_from_start
+from judge.cases import Case, make_inputs
+from judge.product import as_pack, make_recipe, vocabulary_map
+from judge.ranks import run_ranks
+
+pytestmark = pytest.mark.ranks
+ONE = Case(documents="answers")
+
+
+def begun(case: Case, at_once: int) -> tuple[dict[str, Tensor], Tensor]:
+    """On a rank: a fresh draft's weights after the look-up start, and the next random number."""
+    topology = maybe_setup_distributed(case.ulysses, case.ring, case.draft_dp)
+    inputs = make_inputs(ONE)
+    frozen = inputs.frozen
+    # Another draft_dp rank has another pack, which must not matter.
+    pack = as_pack(inputs.steps[topology.place.dp_rank][0][0], frozen)
+    torch.manual_seed(1)
+    draft = DraftModel(inputs.config)
+    with mock.patch.object(first_text, "SLOTS_AT_ONCE", at_once):
+        look_up_from_start(
+            draft, make_recipe(case), topology, pack, frozen.embedding, frozen.head, vocabulary_map(frozen)
+        )
+    return {name: parameter.detach() for name, parameter in draft.named_parameters()}, torch.rand(3)
+
+
+def test_it_is_the_same_on_any_mesh() -> None:
+    ((alone, drawn),) = run_ranks(1, begun, ONE, 1024)
+    torch.manual_seed(1)
+    fresh = dict(DraftModel(make_inputs(ONE).config).named_parameters())
+    changed = {name for name in alone if not torch.equal(alone[name], fresh[name])}
+    assert {"fc.weight", "lm_head.weight", "norm.weight"} < changed and any(
+        "k_proj" in name for name in changed
+    )
+    for draft_dp, ring, ulysses in ((1, 2, 2), (2, 1, 2), (1, 2, 1)):
+        case = replace(ONE, draft_dp=draft_dp, ring=ring, ulysses=ulysses)
+        for weights, next_number in run_ranks(case.world_size, begun, case, 7):
+            assert all(torch.equal(weights[name], alone[name]) for name in alone), str(case)
+            assert torch.equal(next_number, drawn), "the ranks' random state is no longer equal"
