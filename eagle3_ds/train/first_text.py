@@ -43,7 +43,7 @@ def look_up_from_start(
     """
     if topology.place.dp_rank == 0:
         text = _gathered(recipe, topology, pack, vocabulary)
-        if topology.place.rank == 0:
+        if text is not None:
             # What this draws is drawn by one rank alone, and all must go on with the same random state.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(recipe.train.seed)
@@ -58,8 +58,8 @@ def look_up_from_start(
 
 def _gathered(
     recipe: Recipe, topology: Topology, pack: PackedSequence, vocabulary: VocabularyMap
-) -> ReadText:
-    """The first slots of the pack, whole on every rank of the sp group. Collective over it."""
+) -> ReadText | None:
+    """The first slots of the pack, whole on rank 0; None on the others of its sp group. Collective."""
     plan = plan_spans(recipe, pack.lengths, pack.loss_mask, pack.anchors)
     place = topology.place
     ranks = (place.ring_rank, place.ulysses_rank)
@@ -75,7 +75,10 @@ def _gathered(
         part[torch.from_numpy(slots[own] - first).to(part.device)] = rows.to(part.device, torch.float32)
         if topology.sp_group is not None:
             dist.all_reduce(part, group=topology.sp_group)
-        parts.append(part.cpu())
+        if topology.place.rank == 0:
+            parts.append(part.cpu())
+    if topology.place.rank != 0:
+        return None
     document = torch.from_numpy(plan.document[: count + 1])
     follows = torch.zeros(count, dtype=torch.bool)
     follows[:-1] = document[1:count] == document[: count - 1]
