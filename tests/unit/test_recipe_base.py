@@ -255,6 +255,7 @@ SHIPPED = {
 }
 OF_THE_ALGORITHM = {  # keys that one algorithm has and the other has not, at their defaults
     "draft.ttt_steps: 7 -> None",
+    "draft.start: 'random' -> None",
     *(f"draft.{key}: False -> None" for key in ("aux_norm", "norm_before_fc", "norm_before_residual")),
     "draft.norm_output: False -> None",
     "draft.mask_token_id: None -> None",
