@@ -94,7 +94,7 @@ class Draft(nn.Module):
 
     def look_up_from_start(self, text: ReadText, embedding: Tensor, head: Tensor) -> None:
         """Give fresh weights on the CPU values with which the draft looks up what followed in its context. It
-        may draw from torch's default generator.
+        may draw from torch's default generator. Asked of algorithms whose recipes have `draft.start` alone.
 
         Args:
             text: a piece of what it will be trained on.

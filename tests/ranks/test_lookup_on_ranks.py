@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from eagle3_ds.algorithms.eagle3 import DraftModel
+from eagle3_ds.draft import ReadText
+from eagle3_ds.layout import PackedSequence
 from eagle3_ds.topology import maybe_setup_distributed
 from eagle3_ds.train import first_text
 from eagle3_ds.train.first_text import look_up_from_start
@@ -30,11 +32,28 @@ def begun(case: Case, at_once: int) -> tuple[dict[str, Tensor], Tensor]:
     pack = as_pack(inputs.steps[topology.place.dp_rank][0][0], frozen)
     torch.manual_seed(1)
     draft = DraftModel(inputs.config)
-    with mock.patch.object(first_text, "SLOTS_AT_ONCE", at_once):
+    with (
+        mock.patch.object(first_text, "SLOTS_AT_ONCE", at_once),
+        mock.patch.object(draft, "look_up_from_start", wraps=draft.look_up_from_start) as made,
+    ):
         look_up_from_start(
             draft, make_recipe(case), topology, pack, frozen.embedding, frozen.head, vocabulary_map(frozen)
         )
+    if topology.place.rank == 0:
+        require_text_of(pack, made.call_args.args[0])
+    else:
+        made.assert_not_called()
     return {name: parameter.detach() for name, parameter in draft.named_parameters()}, torch.rand(3)
+
+
+def require_text_of(pack: PackedSequence, text: ReadText) -> None:
+    """Rank 0 got the pack's rows, the token behind each, and no pair across documents."""
+    count = sum(pack.lengths)
+    assert torch.equal(text.aux, pack.aux[:count].float())
+    assert torch.equal(text.tokens[:-1], pack.token_ids[1:count])
+    follows = torch.ones(count, dtype=torch.bool)
+    follows[torch.tensor(pack.lengths).cumsum(0) - 1] = False
+    assert len(pack.lengths) > 1 and torch.equal(text.follows, follows)
 
 
 def test_it_is_the_same_on_any_mesh() -> None:

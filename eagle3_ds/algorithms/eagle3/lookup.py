@@ -59,6 +59,7 @@ def wire_lookup(draft: Any, text: ReadText, embedding: Tensor, head: Tensor) -> 
     layer, config = draft.layers[0], draft.config
     attention, size = layer.self_attn, config.head_dim
     groups, share = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    head = head.float()
     draft.fc.weight.zero_()[:, : config.hidden_size].copy_(torch.eye(config.hidden_size))
     draft.lm_head.weight.copy_(head)
     states = torch.cat([draft.project_aux(rows.float()) for rows in text.aux.split(1024)])
@@ -67,8 +68,8 @@ def wire_lookup(draft: Any, text: ReadText, embedding: Tensor, head: Tensor) -> 
     read = torch.cat((_normed(embedding[text.tokens].float(), layer.eps), normed), dim=1)
     (asking,) = torch.nonzero(text.follows, as_tuple=True)
     query, key, strength = _canonical_pairs(read[asking], normed[asking + 1], groups * len(channels))
-    for weight in (attention.q_proj.weight, attention.k_proj.weight):
-        weight.mul_(KEPT_SHARE)
+    queries = attention.q_proj.weight.mul_(KEPT_SHARE).unflatten(0, (groups, share, size))
+    keys = attention.k_proj.weight.mul_(KEPT_SHARE).unflatten(0, (groups, size))
     for group in range(groups):
         # Every key head gets some of the strongest pairs, spread evenly over its channels.
         own = slice(group, None, groups)
@@ -77,14 +78,12 @@ def wire_lookup(draft: Any, text: ReadText, embedding: Tensor, head: Tensor) -> 
         # q k / sqrt(D) = gain^2 * sum of rho_c = MATCH_LOGIT
         least = 0.1 * len(channels)
         gain = math.sqrt(MATCH_LOGIT * math.sqrt(size) / max(least, float(strength[own].sum())))
-        rows = attention.k_proj.weight[group * size : (group + 1) * size]
-        rows[channels] = functional.pad(gain * spread @ key[own], (config.hidden_size, 0))
-        for head_number in range(group * share, (group + 1) * share):
-            rows = attention.q_proj.weight[head_number * size : (head_number + 1) * size]
+        keys[group, channels] = functional.pad(gain * spread @ key[own], (config.hidden_size, 0))
+        for rows in queries[group]:
             rows[channels] = gain * spread @ query[own]
     residual = layer.residual(states).norm(dim=1).mean()
     embeds = _normed(embedding[text.vocabulary].float(), layer.eps)
-    _write_found(attention, embeds, head.float(), groups, share, float(residual))
+    _write_found(attention, embeds, head, groups, share, float(residual))
     # The final norm gives a residual that is all found the norm sqrt(H): its logit is then FOUND_LOGIT.
     draft.norm.weight.fill_(FOUND_LOGIT / (math.sqrt(config.hidden_size) * float(head.norm(dim=1).mean())))
 
@@ -148,15 +147,13 @@ def _write_found(
     mapping *= FOUND_SHARE * residual / max(float(reached), 1e-12)
     count = min(groups * size, *mapping.shape)
     x, strength, y = torch.svd_lowrank(mapping, q=min(count + 16, *mapping.shape), niter=4)
-    # As large as random ones, so that both learn alike.
+    # Value and output are equally large, so that both learn alike.
     balance = strength[:count].sqrt()
     into, out = (x[:, :count] * balance).T.float(), (y[:, :count] * balance).float()
-    hidden = embeds.shape[1]
+    values = attention.v_proj.weight.unflatten(0, (groups, size))
+    outputs = attention.o_proj.weight.unflatten(1, (groups, share, size))
     for group in range(groups):
         own = slice(group, count, groups)
         number = len(into[own])
-        rows = attention.v_proj.weight[group * size : (group + 1) * size]
-        rows[:number] = functional.pad(into[own], (0, hidden))
-        for head_number in range(group * share, (group + 1) * share):
-            columns = attention.o_proj.weight[:, head_number * size : (head_number + 1) * size]
-            columns[:, :number] = out[:, own] / share
+        values[group, :number] = functional.pad(into[own], (0, embeds.shape[1]))
+        outputs[:, group, :, :number] = out[:, None, own] / share
